@@ -1,0 +1,23 @@
+"""Kernels of PACED-RL that stand on their own: import torch, get three operations.
+
+`linear_logprobs` and `trajectory_balance_loss` compute log-probs, the trajectory-balance loss and its gradients
+straight from hidden states, without ever holding the logits of a whole batch. `PriorityTree` draws indices in
+proportion to integer weights, without drift and without making the host wait. Importing this package starts no CUDA
+context and reads no environment variable.
+"""
+
+from ._sequences import segment_sum
+from .logprobs import linear_logprobs
+from .priority_tree import PriorityTree, Sample
+from .reference import TBOutput
+from .trajectory_balance import trajectory_balance_from_logprobs, trajectory_balance_loss
+
+__all__ = [
+    "PriorityTree",
+    "Sample",
+    "TBOutput",
+    "linear_logprobs",
+    "segment_sum",
+    "trajectory_balance_from_logprobs",
+    "trajectory_balance_loss",
+]

@@ -1,0 +1,186 @@
+"""Argument checks at the public border: every failure is a ValueError that names the argument and shows what it got.
+
+Shapes, dtypes and devices are checked always. Values (token ids, sequence offsets) are checked by raising on a CPU
+tensor; on a CUDA tensor the check is an asynchronous device assertion, because reading a value would make the host
+wait. NaN is never rejected here: it has to reach the loss, where the trainer looks for it.
+
+T = packed tokens, B = sequences, H = hidden size, V = vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32)
+BACKENDS = ("auto", "triton", "reference")
+REDUCTIONS = ("sum", "mean")
+
+
+def check_backend(backend: str) -> None:
+    """Accept "auto" and "reference"; explain why "triton" cannot be had."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "triton":
+        raise ValueError('backend="triton" is not available in this version; use "auto" or "reference"')
+
+
+def check_positive(name: str, value: float) -> None:
+    """A Python number that is finite and greater than zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a Python number, got {type(value).__name__}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be finite and greater than 0, got {value}")
+
+
+def check_workspace(workspace_bytes: int | None) -> None:
+    """None, or a positive number of bytes."""
+    if workspace_bytes is None:
+        return
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes must be None or a positive int, got {workspace_bytes!r}")
+
+
+def check_tensor(name: str, value: object, ndim: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    """A tensor of one of `dtypes` with `ndim` dimensions."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} has dtype {value.dtype}, expected one of {allowed}")
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Both tensors on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{name} and {other_name} are on different devices: {value.device} vs {other.device}")
+
+
+def check_value(condition: Tensor, message: str) -> None:
+    """Raise on a CPU tensor that is False; on CUDA assert on the device, without a host sync."""
+    if condition.device.type != "cpu":
+        torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
+    elif not bool(condition):
+        raise ValueError(message)
+
+
+def _check_row_major(name: str, value: Tensor) -> None:
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tuple(value.stride())}")
+
+
+def check_token_ids(token_ids: Tensor, num_rows: int, vocab_size: int) -> None:
+    """Shape [T], integer, every id in [0, V)."""
+    check_tensor("token_ids", token_ids, 1, INTEGER_DTYPES)
+    if token_ids.shape[0] != num_rows:
+        raise ValueError(f"hidden and token_ids disagree on T: {num_rows} vs {token_ids.shape[0]}")
+    message = f"token_ids must lie in [0, {vocab_size})"
+    if num_rows > 0 and token_ids.device.type == "cpu":
+        smallest, largest = (int(bound) for bound in token_ids.aminmax())
+        message = f"{message}, got values from {smallest} to {largest}"
+    check_value(((token_ids >= 0) & (token_ids < vocab_size)).all(), message)
+
+
+def check_linear_args(
+    hidden: Tensor,  # [T, H]
+    head_weight: Tensor,  # [V, H]
+    token_ids: Tensor,  # [T]
+    bias: Tensor | None,  # [V]
+    temperature: float,
+    workspace_bytes: int | None,
+) -> None:
+    """Everything `linear_logprobs` and `trajectory_balance_loss` share."""
+    check_tensor("hidden", hidden, 2, FLOAT_DTYPES)
+    check_tensor("head_weight", head_weight, 2, FLOAT_DTYPES)
+    if hidden.shape[1] != head_weight.shape[1]:
+        raise ValueError(f"hidden and head_weight disagree on H: {hidden.shape[1]} vs {head_weight.shape[1]}")
+    if head_weight.numel() == 0:
+        raise ValueError(f"head_weight must have at least one row and one column, got {tuple(head_weight.shape)}")
+    if hidden.dtype != head_weight.dtype:
+        raise ValueError(f"hidden and head_weight have different dtypes: {hidden.dtype} vs {head_weight.dtype}")
+    check_same_device("head_weight", head_weight, "hidden", hidden)
+    _check_row_major("hidden", hidden)
+    _check_row_major("head_weight", head_weight)
+    check_token_ids(token_ids, hidden.shape[0], head_weight.shape[0])
+    check_same_device("token_ids", token_ids, "hidden", hidden)
+    if bias is not None:
+        check_tensor("bias", bias, 1, FLOAT_DTYPES)
+        if bias.shape[0] != head_weight.shape[0]:
+            raise ValueError(f"bias and head_weight disagree on V: {bias.shape[0]} vs {head_weight.shape[0]}")
+        if bias.dtype != hidden.dtype:
+            raise ValueError(f"bias and hidden have different dtypes: {bias.dtype} vs {hidden.dtype}")
+        check_same_device("bias", bias, "hidden", hidden)
+    check_positive("temperature", temperature)
+    check_workspace(workspace_bytes)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int, rows_name: str, rows: Tensor) -> None:
+    """Shape [B + 1], integer, starts at 0, never decreases, ends at T; on the CPU or on the device of the rows."""
+    check_tensor("cu_seqlens", cu_seqlens, 1, INTEGER_DTYPES)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens must have B + 1 entries, got 0")
+    if cu_seqlens.device.type != "cpu":
+        check_same_device("cu_seqlens", cu_seqlens, rows_name, rows)
+    check_value(cu_seqlens[0] == 0, "cu_seqlens must start at 0")
+    check_value((cu_seqlens[1:] >= cu_seqlens[:-1]).all(), "cu_seqlens must not decrease")
+    check_value(cu_seqlens[-1] == num_rows, f"cu_seqlens must end at T = {num_rows}, the rows of {rows_name}")
+
+
+def _check_per_sequence(name: str, value: Tensor, num_sequences: int, rows_name: str, rows: Tensor) -> None:
+    check_tensor(name, value, 1, FLOAT_DTYPES)
+    if value.shape[0] != num_sequences:
+        raise ValueError(f"{name} and cu_seqlens disagree on B: {value.shape[0]} vs {num_sequences}")
+    check_same_device(name, value, rows_name, rows)
+
+
+def _check_per_token_or_sequence(name: str, value: Tensor, num_sequences: int, rows_name: str, rows: Tensor) -> None:
+    check_tensor(name, value, 1, FLOAT_DTYPES)
+    num_rows = rows.shape[0]
+    if value.shape[0] not in (num_rows, num_sequences):
+        raise ValueError(
+            f"{name} must have shape [T] = [{num_rows}] or [B] = [{num_sequences}], got {tuple(value.shape)}"
+        )
+    check_same_device(name, value, rows_name, rows)
+
+
+def check_trajectory_args(
+    rows: Tensor,  # [T, ...], the hidden states or the log-probs
+    rows_name: str,
+    cu_seqlens: Tensor,  # [B + 1]
+    *,
+    rewards: Tensor,  # [B]
+    log_z: Tensor,  # [B]
+    beta: float,
+    ref_logprobs: Tensor | None,  # [T] or [B]
+    weights: Tensor | None,  # [B]
+    behavior_logprobs: Tensor | None,  # [T] or [B]
+    importance_cap: float | None,
+    reduction: str,
+    denominator: float | Tensor | None,
+) -> None:
+    """Everything about sequences that the two forms of the trajectory-balance loss share."""
+    num_rows = rows.shape[0]
+    check_cu_seqlens(cu_seqlens, num_rows, rows_name, rows)
+    num_sequences = cu_seqlens.shape[0] - 1
+    _check_per_sequence("rewards", rewards, num_sequences, rows_name, rows)
+    _check_per_sequence("log_z", log_z, num_sequences, rows_name, rows)
+    if weights is not None:
+        _check_per_sequence("weights", weights, num_sequences, rows_name, rows)
+    for name, value in (("ref_logprobs", ref_logprobs), ("behavior_logprobs", behavior_logprobs)):
+        if value is not None:
+            _check_per_token_or_sequence(name, value, num_sequences, rows_name, rows)
+    check_positive("beta", beta)
+    if importance_cap is not None:
+        check_positive("importance_cap", importance_cap)
+        if behavior_logprobs is None:
+            raise ValueError("importance_cap needs behavior_logprobs, got None")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if isinstance(denominator, Tensor):
+        if denominator.ndim != 0:
+            raise ValueError(f"denominator must be a number or a 0-d tensor, got shape {tuple(denominator.shape)}")
+    elif denominator is not None:
+        check_positive("denominator", denominator)

@@ -1,0 +1,133 @@
+"""Per-sequence arithmetic of the trajectory-balance loss: segment sums, residuals, importance weights, coefficients.
+
+All of it runs in float64 on [B]-sized tensors, which costs nothing, because sums of ten thousand log-probs lose
+4e-3 nats in float32 and the residual divides such sums by nothing. No function here makes the host wait for a device.
+
+T = packed tokens, B = sequences.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# exp(80) = 5.5e34 is the largest importance weight when no cap is given: finite in float32, and so is its gradient.
+MAX_LOG_WEIGHT = 80.0
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum a packed tensor over each sequence, in float64, without a host sync.
+
+    In torch: ``torch.stack([values[a:b].double().sum() for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:])])``.
+    The order of additions is fixed, so two runs agree bit for bit; NaN stays inside its own sequence; an empty
+    sequence sums to 0. Differentiable in `values`.
+
+    Args:
+        values: [T] floating point, per-token values (nats for log-probs).
+        cu_seqlens: [B + 1] integer prefix sums of the lengths, on the device of `values`.
+
+    Returns:
+        [B], float64 if `values` is float64, else float32.
+    """
+    sums = segment_sum_f64(values, cu_seqlens)
+    return sums if values.dtype == torch.float64 else sums.float()
+
+
+def segment_mean(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """As `segment_sum`, divided by the length of each sequence; an empty sequence has mean 0."""
+    means = reduce_segments(values, cu_seqlens, "mean")
+    return means if values.dtype == torch.float64 else means.float()
+
+
+def segment_sum_f64(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`segment_sum` with a float64 result, whatever the dtype of `values`."""
+    # unsafe=True skips a validation that reads the offsets on the host.
+    return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, unsafe=True, initial=0.0)  # [B]
+
+
+def segment_lengths(cu_seqlens: Tensor) -> Tensor:
+    """[B] float64 lengths with 1 in the place of 0, ready to divide by."""
+    return (cu_seqlens[1:] - cu_seqlens[:-1]).clamp(min=1).double()
+
+
+def reduce_segments(values: Tensor, cu_seqlens: Tensor, reduction: str) -> Tensor:
+    """Float64 sum or mean of each sequence."""
+    sums = segment_sum_f64(values, cu_seqlens)
+    return sums / segment_lengths(cu_seqlens) if reduction == "mean" else sums
+
+
+def sequence_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """[T] index of the sequence that owns each row; empty sequences own none."""
+    rows = torch.arange(num_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceTerms:
+    """Everything about the sequences that does not depend on the policy being trained. All float64."""
+
+    intercept: Tensor  # [B], log_z - s_ref - rewards / beta; differentiable in log_z
+    weights: Tensor  # [B]
+    behavior: Tensor | None  # [B], log-probs of the policy that sampled
+    max_log_weight: float
+    denominator: float | Tensor
+
+    def narrow(self, start: int, stop: int) -> "SequenceTerms":
+        """The terms of sequences start..stop-1; the denominator stays that of the whole batch."""
+        behavior = None if self.behavior is None else self.behavior[start:stop]
+        return SequenceTerms(
+            self.intercept[start:stop], self.weights[start:stop], behavior, self.max_log_weight, self.denominator
+        )
+
+    def evaluate(self, seq_logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, residuals and coefficients dL/ds of each sequence, all [B] float64.
+
+        A sequence of weight exactly 0 is selected away, not multiplied away: 0 * inf would be NaN.
+        """
+        residual = self.intercept + seq_logprobs  # [B]
+        weights = self.weights
+        if self.behavior is not None:
+            # min(exp(x), cap) = exp(min(x, log cap)): the large side never leaves log space.
+            log_weight = (seq_logprobs.detach() - self.behavior).clamp(max=self.max_log_weight)
+            weights = torch.where(weights == 0, weights, weights * log_weight.exp())
+        live_residual = torch.where(weights == 0, 0.0, residual)
+        losses = weights * live_residual.square() / self.denominator
+        return losses, residual, 2.0 * weights * live_residual.detach() / self.denominator
+
+
+def make_terms(
+    cu_seqlens: Tensor,  # [B + 1]
+    num_rows: int,
+    *,
+    rewards: Tensor,  # [B]
+    log_z: Tensor,  # [B]
+    beta: float,
+    ref_logprobs: Tensor | None,  # [T] or [B]
+    weights: Tensor | None,  # [B]
+    behavior_logprobs: Tensor | None,  # [T] or [B]
+    importance_cap: float | None,
+    reduction: str,
+    denominator: float | Tensor | None,
+) -> SequenceTerms:
+    """Bring every constant to one float64 number a sequence. Only log_z keeps its gradient."""
+
+    def per_sequence(values: Tensor) -> Tensor:
+        values = values.detach()
+        return reduce_segments(values, cu_seqlens, reduction) if values.shape[0] == num_rows else values.double()
+
+    num_sequences = cu_seqlens.shape[0] - 1
+    intercept = log_z.double() - rewards.detach().double() / beta
+    if ref_logprobs is not None:
+        intercept = intercept - per_sequence(ref_logprobs)
+    if denominator is None:
+        denominator = float(max(num_sequences, 1))
+    elif isinstance(denominator, Tensor):
+        denominator = denominator.detach().to(device=intercept.device, dtype=torch.float64)
+    return SequenceTerms(
+        intercept=intercept,
+        weights=torch.ones_like(intercept.detach()) if weights is None else weights.detach().double(),
+        behavior=None if behavior_logprobs is None else per_sequence(behavior_logprobs),
+        max_log_weight=MAX_LOG_WEIGHT if importance_cap is None else min(math.log(importance_cap), MAX_LOG_WEIGHT),
+        denominator=denominator,
+    )

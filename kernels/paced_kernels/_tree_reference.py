@@ -1,0 +1,99 @@
+"""Integer arithmetic of the priority tree in plain PyTorch: quantisation, targets, selection.
+
+A weight w in [0, 1] is stored as q = round(w * 2^27). The oracle of every draw is
+``searchsorted(cumsum(q), target, right=True)`` in int64, with integer targets in [0, total): no float takes part, so
+devices, ranks and kernels that follow the same formulas return the same indices.
+
+N = capacity, B = draws.
+"""
+
+import torch
+from torch import Tensor
+
+from ._philox import multiply_high, random_bits, unit_interval
+
+SCALE_BITS = 27
+ONE = 1 << SCALE_BITS
+# A leaf packs (sequence number << 28) | q: the largest code at a leaf is the last write to it.
+WEIGHT_BITS = SCALE_BITS + 1
+WEIGHT_MASK = (1 << WEIGHT_BITS) - 1
+MAX_SEQUENCE = (1 << 35) - 1
+
+MODES = ("systematic", "stratified", "iid")
+DISTINCT_METHODS = ("first", "race")
+STATUS_FIELDS = ("nan", "negative", "saturated", "out_of_range", "empty", "short", "repeats", "reserved")
+
+
+def quantise(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Fixed-point weights int64 in [0, 2^27], and the counts (nan, negative, saturated) as int64 [3].
+
+    Floats: NaN and negative become 0, above 1 becomes 1, positive never rounds to 0. Integers are taken as q.
+    """
+    weights = weights.detach()
+    if not weights.is_floating_point():
+        q = weights.long()
+        is_nan = torch.zeros_like(q, dtype=torch.bool)
+        is_negative, is_saturated = q < 0, q > ONE
+        q = q.clamp(0, ONE)
+    else:
+        # float64 keeps the scaling exact, denormals included, on devices that flush float32 denormals.
+        weights = weights.double()
+        is_nan, is_negative, is_saturated = weights.isnan(), weights < 0, weights > 1
+        scaled = torch.where(is_nan, 0.0, weights).clamp(0.0, 1.0) * ONE
+        q = torch.where(scaled > 0, scaled.round().clamp(min=1.0), 0.0).long()
+    return q, torch.stack([is_nan.sum(), is_negative.sum(), is_saturated.sum()])
+
+
+def draw_targets(mode: str, num_draws: int, total: Tensor, *, seed: Tensor, stream: Tensor, step: Tensor) -> Tensor:
+    """[B] integer targets in [0, total) (0 when total is 0); exact for total < 2^62 and B < 2^31.
+
+    iid: floor(r_i * total / 2^64). stratified: stratum i is [floor(i total / B), floor((i + 1) total / B)), one
+    uniform target in each (its first integer if the stratum is empty). systematic: floor((o + i total) / B) with one
+    uniform offset o in [0, total).
+    """
+    samples = torch.arange(num_draws, device=total.device)  # [B]
+    if mode == "iid":
+        return multiply_high(random_bits(samples, seed=seed, stream=stream, step=step), total.expand_as(samples))
+    divisor = max(num_draws, 1)
+    # i * total // B, split so that no product exceeds B^2 or total.
+    quotient, remainder = total // divisor, total % divisor
+    if mode == "systematic":
+        offset = multiply_high(random_bits(samples[:1] * 0, seed=seed, stream=stream, step=step), total.reshape(1))
+        return samples * quotient + (offset + samples * remainder) // divisor
+    edges = torch.arange(num_draws + 1, device=total.device)
+    edges = edges * quotient + edges * remainder // divisor  # [B + 1]
+    bits = random_bits(samples, seed=seed, stream=stream, step=step)
+    return edges[:-1] + multiply_high(bits, edges[1:] - edges[:-1])
+
+
+def select(q: Tensor, targets: Tensor) -> Tensor:
+    """[B] index of the leaf whose interval of the cumulative sum holds each target."""
+    return torch.searchsorted(q.cumsum(0), targets, right=True)
+
+
+def first_occurrences(indices: Tensor, num_draws: int, capacity: int) -> Tensor:
+    """[B] the first B distinct values of `indices` [M] in order; -1 where there are fewer. An index of N is ignored."""
+    num_candidates = indices.shape[0]
+    positions = torch.arange(num_candidates, device=indices.device)
+    first = torch.full((capacity + 1,), num_candidates, dtype=torch.int64, device=indices.device)
+    first.scatter_reduce_(0, indices, positions, "amin")
+    is_first = (first[indices] == positions) & (indices < capacity)
+    rank = torch.where(is_first, is_first.cumsum(0) - 1, num_draws).clamp(max=num_draws)
+    out = torch.full((num_draws + 1,), -1, dtype=torch.int64, device=indices.device)
+    # Slot B takes every repeat and every surplus draw.
+    return out.scatter_(0, rank, indices)[:num_draws]
+
+
+def race_winners(q: Tensor, num_draws: int, *, seed: Tensor, stream: Tensor, step: Tensor) -> Tensor:
+    """[B] indices of the B smallest keys Exp(1) / q, smallest first; -1 where fewer leaves have q > 0.
+
+    The counter of a leaf is its index, so shards agree. Keys are float64 from 53 random bits; ties go to the smaller
+    index. A logarithm that differs by one unit in the last place between devices can swap two keys that are that
+    close (about N^2 / 2^53 pairs), and nothing else.
+    """
+    leaves = torch.arange(q.shape[0], device=q.device)
+    bits = random_bits(leaves, seed=seed, stream=stream, step=step)
+    keys = torch.where(q > 0, -unit_interval(bits).log() / q.clamp(min=1), torch.inf)
+    keys, order = keys.sort(stable=True)
+    winners = torch.where(keys < torch.inf, order, -1)[:num_draws]
+    return torch.nn.functional.pad(winners, (0, num_draws - winners.shape[0]), value=-1)

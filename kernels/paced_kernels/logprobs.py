@@ -1,0 +1,60 @@
+"""Log-probs of chosen tokens straight from hidden states: `linear_logprobs`.
+
+T = packed tokens, H = hidden size, V = vocabulary.
+"""
+
+from torch import Tensor
+
+from . import _checks, reference
+
+
+def linear_logprobs(
+    hidden: Tensor,  # [T, H]
+    head_weight: Tensor,  # [V, H]
+    token_ids: Tensor,  # [T]
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each chosen token, without the [T, V] logits ever existing in full.
+
+    In torch::
+
+        logits = hidden.float() @ head_weight.float().T / temperature + bias
+        logprobs = logits.log_softmax(-1).gather(1, token_ids[:, None])[:, 0]
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+
+    Logits are float32 (float64 for float64 inputs) and exist for a chunk of rows at a time. The backward pass
+    recomputes them: 2 T H V floating-point operations forward, up to 6 T H V backward. A row whose incoming gradient
+    is exactly 0 contributes exactly 0. A frozen head or frozen hidden states cost no gradient work.
+
+    Args:
+        hidden: [T, H] float32, bfloat16, float16 or float64; `hidden[t]` is the state that predicts `token_ids[t]`.
+        head_weight: [V, H], same dtype and device.
+        token_ids: [T] int64 or int32 in [0, V).
+        bias: [V], same dtype, added after the division by the temperature; None = 0.
+        temperature: divides the logits; finite and positive.
+        return_entropy: also return the entropy of each row, differentiable as well.
+        workspace_bytes: memory for chunks of logits; None = 64 MiB. At least one row is always processed.
+        backend: "auto" or "reference" ("triton" is not available in this version).
+
+    Returns:
+        [T] float32 (float64 for float64 inputs), in nats; with `return_entropy` the pair (logprobs, entropy).
+
+    Raises:
+        ValueError: a shape, dtype, device or value is wrong; the message names the argument.
+    """
+    _checks.check_backend(backend)
+    _checks.check_linear_args(hidden, head_weight, token_ids, bias, temperature, workspace_bytes)
+    return reference.linear_logprobs(
+        hidden,
+        head_weight,
+        token_ids,
+        bias=bias,
+        temperature=temperature,
+        return_entropy=return_entropy,
+        workspace_bytes=workspace_bytes,
+    )

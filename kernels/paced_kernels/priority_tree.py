@@ -1,0 +1,301 @@
+"""A prioritised sampler over integer weights that lives on one device and never makes the host wait.
+
+Weights are fixed point (2^27 = 1.0) and sums are int64, so sums are associative: no drift, no draw of a leaf of weight
+0, the same indices on every device and rank. Randomness is a function of (seed, stream, step).
+
+N = capacity, B = elements of a call.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from . import _tree_reference as tree_reference
+from ._tree_reference import DISTINCT_METHODS, MAX_SEQUENCE, MODES, ONE, STATUS_FIELDS, WEIGHT_BITS, WEIGHT_MASK
+
+MAX_CAPACITY = 2**31
+_STATE_NAMES = ("step", "seed", "stream", "size", "status_counts")
+
+
+class Sample(NamedTuple):
+    """One draw of B leaves."""
+
+    idx: Tensor  # [B] i64, leaf indices; -1 where nothing could be drawn
+    q: Tensor  # [B] i64, fixed-point weights of those leaves, 2^27 = 1.0
+    prob: Tensor  # [B] f32, q / total: the probability of the leaf in a single draw
+    total: Tensor  # [] i64, sum of all q
+
+
+class PriorityTree:
+    """Weights in [0, 1] for N leaves, drawn in proportion to their weight.
+
+    All state is in tensors whose addresses never change. `size` (i64 [1], N at the start; fill it in place) is the
+    live prefix: when every weight is 0, draws are uniform over the first `size` leaves and counted in the status as
+    `empty`; with `size` 0 as well every index is -1. Use one stream of execution for one tree. Two trees with the same
+    seed need different `stream` numbers to draw independently.
+
+    Args:
+        capacity: N, from 1 to 2^31; it cannot grow.
+        seed: key of the random numbers, from 0 to 2^64 - 1.
+        device: where the state lives.
+        stream: number from 0 to 2^32 - 1 that separates trees with the same seed.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, capacity: int, *, seed: int, device: torch.device | str = "cpu", stream: int = 0) -> None:
+        for name, value, low, high in (
+            ("capacity", capacity, 1, MAX_CAPACITY),
+            ("seed", seed, 0, 2**64 - 1),
+            ("stream", stream, 0, 2**32 - 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{name} must be an int from {low} to {high}, got {value!r}")
+        self.capacity = capacity
+        self.leaf = torch.zeros(capacity, dtype=torch.int64, device=device)  # (sequence << 28) | q
+        self.sequence = torch.zeros(1, dtype=torch.int64, device=device)  # element updates since the last rebuild
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)  # draws so far
+        signed_seed = seed - 2**64 if seed >= 2**63 else seed
+        self.seed = torch.tensor([signed_seed], dtype=torch.int64, device=device)
+        self.stream = torch.tensor([stream], dtype=torch.int64, device=device)
+        self.size = torch.tensor([capacity], dtype=torch.int64, device=device)
+        self.status_counts = torch.zeros(len(STATUS_FIELDS), dtype=torch.int64, device=device)
+        # Upper bound of `sequence` that the host knows without reading it.
+        self._host_sequence = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lives."""
+        return self.leaf.device
+
+    @torch.no_grad()
+    def update(self, idx: Tensor, w: Tensor) -> None:
+        """Set the weights of some leaves; of duplicates the last one in the call wins.
+
+        In torch, for one element: ``q[idx] = max(1, round(w * 2**27)) if w > 0 else 0``. NaN and negative weights count
+        as 0 and weights above 1 as 1; each is counted in the status, as is an index outside [0, N), which is otherwise
+        ignored. An index of -1 is padding: ignored and not counted.
+
+        Args:
+            idx: [B] int64 or int32 on the device of the tree.
+            w: [B] floating point in [0, 1], or int32 / int64 already quantised (2^27 = 1.0).
+
+        Raises:
+            ValueError: a shape, dtype or device is wrong.
+        """
+        _checks.check_tensor("idx", idx, 1, _checks.INTEGER_DTYPES)
+        self._check_weights("w", w)
+        if idx.shape != w.shape:
+            raise ValueError(f"idx and w disagree on B: {idx.shape[0]} vs {w.shape[0]}")
+        _checks.check_same_device("idx", idx, "the tree", self.leaf)
+        idx = idx.long()
+        is_inside = (idx >= 0) & (idx < self.capacity)
+        self._write(idx, w, is_inside)
+        self.status_counts[STATUS_FIELDS.index("out_of_range")] += (~is_inside & (idx != -1)).sum()
+
+    @torch.no_grad()
+    def write_range(self, start: int | Tensor, w: Tensor) -> None:
+        """Set consecutive leaves from `start`, going round at the end of the tree: a ring insert.
+
+        In torch: ``q[(start + torch.arange(B)) % N] = quantised w``; weights are cleaned as in `update`.
+
+        Args:
+            start: first leaf, an int or a 0-d or 1-element integer tensor on the device of the tree.
+            w: [B] weights, B <= N, as in `update`.
+
+        Raises:
+            ValueError: a shape, dtype or device is wrong, or B > N.
+        """
+        self._check_weights("w", w)
+        if w.shape[0] > self.capacity:
+            raise ValueError(f"w has more elements than the tree has leaves: {w.shape[0]} vs {self.capacity}")
+        if isinstance(start, Tensor):
+            if start.numel() != 1 or start.dtype not in _checks.INTEGER_DTYPES:
+                raise ValueError(f"start must be one integer, got {start.dtype} of shape {tuple(start.shape)}")
+            _checks.check_same_device("start", start, "the tree", self.leaf)
+            start = start.reshape(()).long()
+        idx = (torch.arange(w.shape[0], device=self.device) + start) % self.capacity
+        self._write(idx, w, torch.ones_like(idx, dtype=torch.bool))
+
+    @torch.no_grad()
+    def rebuild(self, w: Tensor | Callable[[Tensor], Tensor], stats: Tensor | None = None) -> None:
+        """Set every leaf at once.
+
+        Args:
+            w: [N] weights as in `update`, or a function that turns `stats` into them.
+            stats: what the function is called with.
+
+        Raises:
+            ValueError: the weights are not [N], their dtype or device is wrong, or `stats` does not fit `w`.
+        """
+        if not isinstance(w, Tensor):
+            if stats is None:
+                raise ValueError("stats must be given when w is a function, got None")
+            w = w(stats)
+        elif stats is not None:
+            raise ValueError("stats must be None when w is a tensor")
+        self._check_weights("w", w)
+        if w.shape[0] != self.capacity:
+            raise ValueError(f"w and the tree disagree on N: {w.shape[0]} vs {self.capacity}")
+        q, counts = tree_reference.quantise(w)
+        self.leaf.copy_(q)
+        self.sequence.zero_()
+        self._host_sequence = 0
+        self.status_counts[:3] += counts
+
+    @torch.no_grad()
+    def sample(self, B: int, mode: str = "systematic") -> Sample:
+        """Draw B leaves with probability q / total each, and advance the step.
+
+        systematic: one random offset and a fixed stride; a leaf gets floor or ceil of B q / total copies, so all are
+        distinct when B * q.max() <= total (repeats are counted in the status otherwise). Pairs of neighbours may never
+        come together. stratified: one draw in each of B equal parts of the total. iid: independent draws.
+        In torch: ``idx = searchsorted(cumsum(q), target, right=True)`` with the integer targets of `draw_targets`.
+
+        Args:
+            B: number of draws, 0 or more.
+            mode: "systematic", "stratified" or "iid".
+
+        Returns:
+            Sample(idx i64[B], q i64[B], prob f32[B], total i64[]); idx ascends for systematic and stratified. When
+            the total is 0, q and total are 0 and prob is 1 / size.
+
+        Raises:
+            ValueError: B is negative or the mode is unknown.
+        """
+        self._check_draws(B)
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        q, effective, total = self._effective_weights()
+        effective_total = effective.sum()
+        targets = tree_reference.draw_targets(mode, B, effective_total, **self._random_state())
+        idx = tree_reference.select(effective, targets)
+        idx = torch.where(effective_total > 0, idx, -1)
+        if mode == "systematic":
+            self.status_counts[STATUS_FIELDS.index("repeats")] += ((idx[1:] == idx[:-1]) & (idx[1:] >= 0)).sum()
+        return self._finish_sample(idx, q, effective, total)
+
+    @torch.no_grad()
+    def sample_distinct(self, B: int, method: str = "first") -> Sample:
+        """Draw B different leaves by successive sampling without replacement, and advance the step.
+
+        first: the first B distinct values of 1.5 B + 32 iid draws; cheap while B is well below the number of leaves
+        that carry the weight. race: the B smallest of Exp(1) / q over all leaves; always finds B if there are B leaves
+        of positive weight. Both have exactly the law of drawing one by one and removing what was drawn.
+
+        Args:
+            B: number of draws, 0 or more.
+            method: "first" or "race".
+
+        Returns:
+            Sample as in `sample`; `prob` is q / total, not the inclusion probability. If fewer than B leaves were
+            found the rest of idx is -1 with q and prob 0, counted in the status as `short`.
+
+        Raises:
+            ValueError: B is negative or the method is unknown.
+        """
+        self._check_draws(B)
+        if method not in DISTINCT_METHODS:
+            raise ValueError(f"method must be one of {DISTINCT_METHODS}, got {method!r}")
+        q, effective, total = self._effective_weights()
+        if method == "race":
+            idx = tree_reference.race_winners(effective, B, **self._random_state())
+        else:
+            num_candidates = B + B // 2 + 32
+            targets = tree_reference.draw_targets("iid", num_candidates, effective.sum(), **self._random_state())
+            idx = tree_reference.first_occurrences(tree_reference.select(effective, targets), B, self.capacity)
+        self.status_counts[STATUS_FIELDS.index("short")] += (idx < 0).any()
+        return self._finish_sample(idx, q, effective, total)
+
+    def get(self, idx: Tensor) -> Tensor:
+        """Fixed-point weights (i64, shape of `idx`, 2^27 = 1.0) of some leaves; 0 for an index outside [0, N)."""
+        is_inside = (idx >= 0) & (idx < self.capacity)
+        return torch.where(is_inside, self.leaf[torch.where(is_inside, idx, 0).long()] & WEIGHT_MASK, 0)
+
+    def total(self) -> Tensor:
+        """Sum of all fixed-point weights, i64 []."""
+        return (self.leaf & WEIGHT_MASK).sum()
+
+    def status(self) -> dict[str, int]:
+        """Counts since the start of what was repaired or could not be had; the one call that waits for the device."""
+        return dict(zip(STATUS_FIELDS[:-1], self.status_counts.tolist(), strict=False))
+
+    def check(self) -> Tensor:
+        """Whether every invariant of the state holds, bool []: ranges of weights, sequence numbers and size."""
+        q, sequence = self.leaf & WEIGHT_MASK, self.leaf >> WEIGHT_BITS
+        is_sound = (self.leaf >= 0).all() & (q <= ONE).all() & (sequence <= self.sequence).all()
+        return is_sound & ((self.size >= 0) & (self.size <= self.capacity)).all()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of everything a resumed run needs to draw the same batches: weights, step, seed, stream, size."""
+        weights = (self.leaf & WEIGHT_MASK).int()
+        return {"weights": weights, **{name: getattr(self, name).clone() for name in _STATE_NAMES}}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore in place what `state_dict` returned.
+
+        Raises:
+            ValueError: an entry is missing, or the state is of a tree of another capacity.
+        """
+        missing = [name for name in ("weights", *_STATE_NAMES) if name not in state]
+        if missing:
+            raise ValueError(f"state lacks {', '.join(missing)}")
+        for name, own in (("weights", self.leaf), *((name, getattr(self, name)) for name in _STATE_NAMES)):
+            if state[name].shape != own.shape:
+                raise ValueError(f"state[{name!r}] has shape {tuple(state[name].shape)}, expected {tuple(own.shape)}")
+        self.leaf.copy_(state["weights"])
+        for name in _STATE_NAMES:
+            getattr(self, name).copy_(state[name])
+        self.sequence.zero_()
+        self._host_sequence = 0
+
+    def _write(self, idx: Tensor, w: Tensor, is_inside: Tensor) -> None:
+        num_elements = w.shape[0]
+        if self._host_sequence + num_elements > MAX_SEQUENCE:
+            self.leaf.bitwise_and_(WEIGHT_MASK)
+            self.sequence.zero_()
+            self._host_sequence = 0
+        # What is not written is not judged either.
+        q, counts = tree_reference.quantise(torch.where(is_inside, w, torch.zeros_like(w)))
+        self.status_counts[:3] += counts
+        order = torch.arange(1, num_elements + 1, device=self.device) + self.sequence
+        # A code of 0 at leaf 0 changes nothing: every code in the tree is at least that.
+        code = torch.where(is_inside, (order << WEIGHT_BITS) | q, 0)
+        self.leaf.scatter_reduce_(0, torch.where(is_inside, idx, 0), code, "amax")
+        self.sequence += num_elements
+        self._host_sequence += num_elements
+
+    def _effective_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights [N], the weights to draw by (the live prefix if all are 0), total []; counts an empty draw."""
+        q = self.leaf & WEIGHT_MASK
+        total = q.sum()
+        is_live = torch.arange(self.capacity, device=self.device) < self.size
+        self.status_counts[STATUS_FIELDS.index("empty")] += total == 0
+        return q, torch.where(total == 0, is_live.long(), q), total
+
+    def _finish_sample(self, idx: Tensor, q: Tensor, effective: Tensor, total: Tensor) -> Sample:
+        is_drawn = idx >= 0
+        safe_idx = idx.clamp(min=0)
+        prob = effective[safe_idx].double() / effective.sum().clamp(min=1)
+        self.step += 1
+        return Sample(
+            idx=idx,
+            q=torch.where(is_drawn, q[safe_idx], 0),
+            prob=torch.where(is_drawn, prob, 0.0).float(),
+            total=total,
+        )
+
+    def _random_state(self) -> dict[str, Tensor]:
+        return {"seed": self.seed, "stream": self.stream, "step": self.step}
+
+    def _check_weights(self, name: str, w: Tensor) -> None:
+        _checks.check_tensor(name, w, 1, (*_checks.FLOAT_DTYPES, *_checks.INTEGER_DTYPES))
+        _checks.check_same_device(name, w, "the tree", self.leaf)
+
+    def _check_draws(self, num_draws: int) -> None:
+        if isinstance(num_draws, bool) or not isinstance(num_draws, int) or not 0 <= num_draws < 2**31:
+            raise ValueError(f"B must be an int from 0 to 2**31 - 1, got {num_draws!r}")

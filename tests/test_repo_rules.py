@@ -1,0 +1,466 @@
+"""The rules that keep the project readable, as code: who imports whom, sizes, words, and what a wheel holds.
+
+Every rule is a function of one module, so a rule applies to a new module as soon as it exists, and each is shown here a
+module that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LAYERS = (
+    {"errors", "config", "batch", "tasks", "distributed", "display", "plots"},
+    {"prompts", "rewards", "pack", "metrics", "log_z", "presets", "report", "memory"},
+    {"policy", "scheduler", "replay", "generate", "sandbox", "cli"},
+    {"update", "weight_sync", "evaluate", "checkpoint", "warm_start"},
+    {"trainer"},
+    {"train"},
+)
+"""A module of `paced_fast` imports modules of lower layers only: no siblings, no cycles."""
+
+SAME_OR_HIGHER_LAYER = {
+    ("config", "errors"): "settings refuse what makes no sense",
+    ("tasks", "errors"): "tasks refuse unknown names",
+    ("distributed", "errors"): "a launch that cannot work is an input error",
+}
+"""Exceptions by name, (importer, imported), with their reason."""
+
+KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start"}
+HOMES = {
+    "vllm": {"generate", "weight_sync"},
+    "wandb": {"metrics"},
+    "tensorboard": {"metrics"},
+    "transformers": {"policy", "prompts", "generate"},
+}
+"""Third-party packages and the only modules of `paced_fast` that may name them; integrations are adapters and free."""
+
+FOR_ANNOTATIONS = {"transformers.PreTrainedModel", "transformers.PreTrainedTokenizerBase"}
+"""Names any module may import to say what it is handed."""
+
+INHERITED = {"forward", "backward", "setup_context", "jvp"}
+"""Methods that torch documents; what ours do is said at their class."""
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 90
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file, parsed."""
+
+    package: str
+    name: str  # dotted, without the package: "train", "integrations.trl", "" for the package itself
+    text: str
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+
+def _modules(package: str, folder: Path) -> Iterator[Module]:
+    for path in sorted(folder.rglob("*.py")):
+        name = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        yield Module(package, name, path.read_text(encoding="utf-8"))
+
+
+MODULES = [
+    *_modules("paced_fast", ROOT / "paced_fast"),
+    *_modules("paced_kernels", ROOT / "kernels" / "paced_kernels"),
+]
+
+
+def _imports(module: Module) -> Iterator[str]:
+    """Every imported module with its package spelt out, wherever in the file the import stands."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                inside = [module.package, *module.name.split(".")][: -node.level] if module.name else [module.package]
+                base = ".".join([*inside, *base.split(".")]).rstrip(".")
+            if base in ("paced_fast", "paced_fast.integrations", "paced_kernels", "transformers"):
+                yield from (f"{base}.{alias.name}" for alias in node.names)
+            else:
+                yield base
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
+
+
+def _layer(name: str) -> int | None:
+    return next((i for i, names in enumerate(LAYERS) if name in names), None)
+
+
+def kernels_import_torch_and_triton_only(module: Module) -> Iterator[str]:
+    if module.package == "paced_kernels":
+        for name in _imports(module):
+            top = name.split(".")[0]
+            if top not in {"torch", "triton", "paced_kernels"} | sys.stdlib_module_names:
+                yield f"imports {name}"
+
+
+def layers_point_downwards(module: Module) -> Iterator[str]:
+    if module.package != "paced_fast" or not module.name or module.name.startswith("integrations"):
+        return
+    layer = _layer(module.name)
+    if layer is None:
+        yield "has no layer: give it one in LAYERS"
+        return
+    for name in _imports(module):
+        if not name.startswith("paced_fast."):
+            continue
+        imported = name.split(".")[1]
+        other = _layer(imported)
+        if imported == "integrations" or (other is None and not imported.startswith("__")):
+            yield f"imports {name}, which has no layer"
+        elif other is not None and other >= layer and (module.name, imported) not in SAME_OR_HIGHER_LAYER:
+            yield f"imports {name} of its own or a higher layer"
+
+
+def packages_keep_to_their_homes(module: Module) -> Iterator[str]:
+    if module.package != "paced_fast" or module.name.startswith("integrations"):
+        return
+    for name in _imports(module):
+        for package, homes in HOMES.items():
+            if package in name.split(".") and module.name not in homes and name not in FOR_ANNOTATIONS:
+                yield f"imports {name}"
+        if name.startswith("paced_kernels") and module.name not in KERNEL_USERS:
+            yield f"imports {name}"
+        if name.startswith("paced_kernels._"):
+            yield f"reaches the private {name}"
+        if name.split(".")[0] in {"benchmarks", "tests"}:
+            yield f"imports {name}"
+
+
+def nothing_prints(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield f"line {node.lineno} prints"
+
+
+def no_error_is_swallowed(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ExceptHandler):
+            broad = node.type is None or (
+                isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
+            )
+            silent = all(isinstance(statement, ast.Pass) for statement in node.body)
+            if broad and silent:
+                yield f"line {node.lineno} swallows every error"
+
+
+def public_names_have_docstrings(module: Module) -> Iterator[str]:
+    if not ast.get_docstring(module.tree):
+        yield "has no docstring"
+    for owner in (module.tree, *(n for n in module.tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_")):
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            if node.name[0] != "_" and node.name not in INHERITED and not ast.get_docstring(node):
+                yield f"{node.name} has no docstring"
+
+
+def files_and_functions_are_short(module: Module) -> Iterator[str]:
+    lines = module.text.count("\n")
+    if lines > MAX_FILE_LINES:
+        yield f"has {lines} lines"
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                yield f"{node.name} has {length} lines"
+
+
+def sources_are_ascii(module: Module) -> Iterator[str]:
+    for number, line in enumerate(module.text.splitlines(), start=1):
+        if not line.isascii():
+            yield f"line {number} is not ASCII"
+
+
+RULES: list[Callable[[Module], Iterator[str]]] = [
+    kernels_import_torch_and_triton_only,
+    layers_point_downwards,
+    packages_keep_to_their_homes,
+    nothing_prints,
+    no_error_is_swallowed,
+    public_names_have_docstrings,
+    files_and_functions_are_short,
+    sources_are_ascii,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_packages_keep(rule: Callable[[Module], Iterator[str]]) -> None:
+    assert len(MODULES) > 2
+    broken = [f"{m.package}.{m.name}: {text}".replace(".:", ":") for m in MODULES for text in rule(m)]
+    assert not broken, "\n".join(broken)
+
+
+def test_tests_and_benchmarks_are_ascii() -> None:
+    others = [m for folder in ("tests", "benchmarks") for m in _modules(folder, ROOT / folder)]
+    assert [f"{m.package}.{m.name}: {text}" for m in others for text in sources_are_ascii(m)] == []
+
+
+DOC = '"""d"""\n'
+
+
+@pytest.mark.parametrize(
+    ("rule", "package", "name", "text", "expected"),
+    [
+        (kernels_import_torch_and_triton_only, "paced_kernels", "logprobs", "import numpy", "imports numpy"),
+        (
+            kernels_import_torch_and_triton_only,
+            "paced_kernels",
+            "x",
+            "def f():\n import paced_fast",
+            "imports paced_fast",
+        ),
+        (
+            kernels_import_torch_and_triton_only,
+            "paced_kernels",
+            "x",
+            "import math, torch.nn\nfrom . import _rows",
+            None,
+        ),
+        (layers_point_downwards, "paced_fast", "pack", "from paced_fast.policy import Policy", "higher layer"),
+        (layers_point_downwards, "paced_fast", "pack", "from .prompts import f", "its own or a higher"),
+        (layers_point_downwards, "paced_fast", "pack", "from paced_fast import rewards", "its own or a higher"),
+        (layers_point_downwards, "paced_fast", "pack", "def f():\n from paced_fast import train", "higher layer"),
+        (layers_point_downwards, "paced_fast", "train", "from paced_fast.integrations import trl", "has no layer"),
+        (layers_point_downwards, "paced_fast", "utils", "", "has no layer"),
+        (
+            layers_point_downwards,
+            "paced_fast",
+            "train",
+            "from . import update\nfrom paced_fast import __version__",
+            None,
+        ),
+        (packages_keep_to_their_homes, "paced_fast", "train", "def f():\n import vllm", "imports vllm"),
+        (
+            packages_keep_to_their_homes,
+            "paced_fast",
+            "update",
+            "from transformers.cache_utils import X",
+            "transformers",
+        ),
+        (
+            packages_keep_to_their_homes,
+            "paced_fast",
+            "update",
+            "from transformers import AutoModel",
+            "transformers.Auto",
+        ),
+        (packages_keep_to_their_homes, "paced_fast", "update", "from transformers import PreTrainedModel", None),
+        (packages_keep_to_their_homes, "paced_fast", "train", "from torch.utils.tensorboard import X", "tensorboard"),
+        (packages_keep_to_their_homes, "paced_fast", "train", "importlib.import_module('wandb')", "imports wandb"),
+        (packages_keep_to_their_homes, "paced_fast", "train", "from paced_kernels import f", "imports paced_kernels"),
+        (
+            packages_keep_to_their_homes,
+            "paced_fast",
+            "policy",
+            "from paced_kernels._rows import f",
+            "reaches the private",
+        ),
+        (packages_keep_to_their_homes, "paced_fast", "policy", "from tests import f", "imports tests"),
+        (
+            packages_keep_to_their_homes,
+            "paced_fast",
+            "policy",
+            "from paced_kernels import f\nimport transformers",
+            None,
+        ),
+        (packages_keep_to_their_homes, "paced_fast", "integrations.trl", "import transformers", None),
+        (nothing_prints, "paced_fast", "train", "print(1)", "line 1 prints"),
+        (nothing_prints, "paced_fast", "train", "console.print(1)", None),
+        (no_error_is_swallowed, "paced_fast", "x", "try: f()\nexcept Exception: pass", "line 2 swallows"),
+        (no_error_is_swallowed, "paced_fast", "x", "try: f()\nexcept:\n pass", "line 2 swallows"),
+        (no_error_is_swallowed, "paced_fast", "x", "try: f()\nexcept OSError: pass", None),
+        (public_names_have_docstrings, "paced_fast", "x", "a = 1", "has no docstring"),
+        (public_names_have_docstrings, "paced_fast", "x", DOC + "def f(): pass", "f has no docstring"),
+        (
+            public_names_have_docstrings,
+            "paced_fast",
+            "x",
+            DOC + f"class C:\n {DOC} def m(self): pass",
+            "m has no docstring",
+        ),
+        (public_names_have_docstrings, "paced_fast", "x", DOC + "def _f(): pass\nclass _C:\n def m(self): pass", None),
+        (files_and_functions_are_short, "paced_fast", "x", "a = 1\n" * 401, "has 401 lines"),
+        (files_and_functions_are_short, "paced_fast", "x", "def f():\n" + " a = 1\n" * 90, "f has 91 lines"),
+        (files_and_functions_are_short, "paced_fast", "x", "def f():\n" + " a = 1\n" * 89 + "b = 1\n" * 310, None),
+        (sources_are_ascii, "paced_fast", "x", "a = 1\n# \u03b2", "line 2 is not ASCII"),
+    ],
+)
+def test_each_rule_sees_the_module_that_breaks_it(
+    rule: Callable[[Module], Iterator[str]], package: str, name: str, text: str, expected: str | None
+) -> None:
+    found = list(rule(Module(package, name, text)))
+    assert bool(found) == (expected is not None), found
+    assert expected is None or expected in found[0]
+
+
+def test_every_layer_exception_is_needed() -> None:
+    used = {(m.name, name.split(".")[1]) for m in MODULES for name in _imports(m) if name.startswith("paced_fast.")}
+    present = {m.name for m in MODULES}
+    assert {pair for pair in SAME_OR_HIGHER_LAYER if pair[0] in present} <= used
+
+
+def test_kernels_is_a_plain_folder() -> None:
+    # A package called `kernels` at the root hides the one that transformers imports when it is installed.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "kernels").exists()
+
+
+def test_importing_the_packages_starts_nothing() -> None:
+    code = (
+        "import sys, paced_fast, paced_kernels\n"
+        "torch = sys.modules.get('torch')\n"
+        "assert 'transformers' not in sys.modules, 'transformers'\n"
+        "assert 'vllm' not in sys.modules, 'vllm'\n"
+        "assert torch is None or not torch.cuda.is_initialized(), 'CUDA'\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+SKIPPED_FOLDERS = {"build", "dist", "runs", "__pycache__", "node_modules"}
+
+
+def _text_files() -> Iterator[tuple[Path, str]]:
+    for folder, subfolders, names in os.walk(ROOT):
+        subfolders[:] = [
+            s
+            for s in subfolders
+            if s not in SKIPPED_FOLDERS and not s.endswith(".egg-info") and (s[0] != "." or s == ".ci")
+        ]
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix in {".py", ".md", ".toml", ".txt", ".cfg", ".sh", ".yml", ".yaml"} or path.name in {
+                "Makefile",
+                "run",
+            }:
+                yield path, path.read_text(encoding="utf-8")
+
+
+def test_no_file_names_a_package_registry() -> None:
+    # Where packages come from is the machine's business: a host written down breaks behind a mirror.
+    hosts = [r"pypi\.", r"pythonhosted\.", r"download\.pytorch\.", r"conda\.anaconda\.", r"index-url\s+['\"]?http"]
+    pattern = re.compile("|".join(hosts))
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path, text in _text_files()
+        if path != Path(__file__).resolve() and (match := pattern.search(text))
+    ]
+    assert found == []
+    assert pattern.search("see https://" + "pypi" + ".org")
+
+
+def _project() -> dict[str, object]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def _constraints() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(len(pin.specifier) == 1 and str(pin.specifier).startswith("==") for pin in pins)
+    return {pin.name: Version(str(pin.specifier).removeprefix("==")) for pin in pins}
+
+
+def test_the_tested_set_pins_what_an_install_asks_for() -> None:
+    project = _project()
+    extras = project["optional-dependencies"]
+    assert isinstance(extras, dict)
+    assert isinstance(project["dependencies"], list)
+    pins = _constraints()
+    for line in [*project["dependencies"], *extras["dev"], *extras["smollm2"]]:
+        wanted = Requirement(line)
+        assert wanted.name in pins, f"{wanted.name} has no tested version in constraints.txt"
+        assert pins[wanted.name] in wanted.specifier, f"{wanted} excludes the tested {pins[wanted.name]}"
+
+
+def test_the_version_is_written_once_and_the_same() -> None:
+    code = "import paced_fast; print(paced_fast.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == _project()["version"]
+
+
+def test_ci_runs_what_people_run() -> None:
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert "set -euo pipefail" in lines
+    assert lines[-1] == "make test"
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_targets_run_the_documented_commands() -> None:
+    def commands(*arguments: str) -> str:
+        return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert "-m paced_fast.train tiny" in commands("train")
+    assert "-m paced_fast.train smollm2 --steps 10" in commands("train", "PRESET=smollm2", "ARGS=--steps 10")
+    test = commands("test")
+    for tool in ("ruff check .", "ruff format --check .", "pyright", "pytest -m 'slow or not slow'"):
+        assert tool in test
+    install = commands("install", "-B", "TORCH_INDEX=URL")
+    assert [line for line in install.splitlines() if "extra-index-url" in line] == [
+        ".venv/bin/python -m pip install --extra-index-url 'URL' -c .venv/constraints.txt torch"
+    ], "the extra index is asked for torch alone"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path: Path) -> None:
+    if importlib.util.find_spec("setuptools") is None or Version(importlib.metadata.version("setuptools")) < Version(
+        "77"
+    ):
+        pytest.skip("needs setuptools >= 77 to build")
+    source = tmp_path / "source"  # a copy: building writes next to the sources
+    ignore = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignore)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    info = f"paced_fast-{_project()['version']}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"paced_fast", "paced_kernels", info}
+    packages = (ROOT / "paced_fast", ROOT / "kernels" / "paced_kernels")
+    sources = {str(p.relative_to(f.parent)) for f in packages for p in f.rglob("*.py")}
+    typed = {f"{f.name}/py.typed" for f in packages}
+    assert {name for name in names if not name.startswith(info)} == sources | typed
+    assert f"{info}/licenses/LICENSE" in names
