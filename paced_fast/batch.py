@@ -1,0 +1,83 @@
+"""The records that flow through one training step.
+
+P = prompts drawn, G = completions per prompt, B = P * G sequences, T = packed completion tokens, N = prompts in the
+table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptRow:
+    """One row of a prompt table: what the policy reads, and what its completions are judged by.
+
+    Example: `PromptRow(prompt="1951=2:", token_ids=(2, 10), slice="k4", reward="signed_sums", columns={"answer": "2"})`
+    """
+
+    prompt: str | list[dict[str, str]]
+    """The prompt as reward functions see it: text, or a list of chat messages."""
+    token_ids: tuple[int, ...]
+    """The prompt as the policy reads it, template and special tokens included."""
+    reward: str
+    """Name or import path of the reward function that judges this row."""
+    slice: str
+    """Name of the part of the data this row belongs to; evaluation reports each slice on its own."""
+    columns: Mapping[str, Any]
+    """Everything else of the data row, `answer` included; handed to the reward function by name."""
+    demonstration: str | None = None
+    """A completion to imitate in the supervised warm start, without the stop token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptTable:
+    """N prompt rows; `prompt_index` everywhere else is a position in `rows`."""
+
+    rows: tuple[PromptRow, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, indices: Sequence[int]) -> list[PromptRow]:
+        """The rows at `indices`, in that order."""
+        return [self.rows[i] for i in indices]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """Sampled token ids after a prompt, the stop token included when it was reached."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """The generator's log-prob of each sampled token, at the sampling temperature."""
+    stopped: bool
+    """True when a stop token ended it, False when `max_completion_tokens` did."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollouts:
+    """B sequences with their prompts, packed: sequence i owns rows `cu_seqlens[i]:cu_seqlens[i+1]`."""
+
+    token_ids: Tensor  # i64[T], completion tokens only
+    cu_seqlens: Tensor  # i32[B + 1]
+    lengths: tuple[int, ...]  # host copy of the B lengths, so that nothing asks the device for them
+    prompt_ids: tuple[tuple[int, ...], ...]  # B prompts on the host
+    prompt_index: Tensor  # i64[B]
+    rewards: Tensor  # f32[B], raw correctness
+    generator_logprobs: Tensor  # f32[T]
+    policy_version: Tensor  # i64[B], the version that sampled it
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(sum(self.lengths))

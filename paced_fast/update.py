@@ -1,0 +1,226 @@
+"""One step's optimiser updates: from rollouts and their intercepts to new parameters.
+
+Every algorithm is a policy loss on packed hidden states; what differs is one function each.
+B = sequences, T = packed completion tokens, s = sum of a sequence's log-probs, b = beta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paced_fast import pack
+from paced_fast.batch import Rollouts
+from paced_fast.config import Config, OptimizerConfig, stream_seed
+from paced_fast.policy import Policy
+from paced_kernels import (
+    linear_logprobs,
+    segment_sum,
+    trajectory_balance_from_logprobs,
+    trajectory_balance_loss,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """What the policy loss compares the current log-probs with."""
+
+    signal: Tensor  # f32[B]: raw reward (tb family), group-normalised advantage (grpo), scaled advantage (flowrl)
+    intercept: Tensor  # f32[B]: beta * log Z (tb family), log Z (flowrl), unused by grpo
+    old_logprobs: Tensor  # f32[T], the policy at the start of the step
+    ref_logprobs: Tensor  # f32[T], old_logprobs, or the initial policy's for flowrl
+
+
+@dataclass(frozen=True, slots=True)
+class MicroOutput:
+    """Loss of one micro-batch, and per sequence the log-ratio to the old policy and the weight, detached."""
+
+    loss: Tensor  # f32[]
+    log_ratio: Tensor  # f32[b]
+    weight: Tensor  # f32[b]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What happened in `update_policy`; tensors are in the order of the rollouts."""
+
+    loss: float
+    grad_norm: float
+    log_ratio: Tensor  # f32[B], sum of log pi - log pi_old at the last time the sequence was trained on
+    weight: Tensor  # f32[B], importance weight at that time
+    skipped: int  # optimiser steps left out for a non-finite loss or gradient
+    taken: int  # optimiser steps made
+
+
+PolicyLoss = Callable[[Tensor, Policy, Rollouts, Targets, Config, int], MicroOutput]
+
+
+def trajectory_balance(
+    hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
+) -> MicroOutput:
+    """mean_i w_i u_i^2 / (2 b), u = value + b (s - s_old) - reward, w = min(exp(s - s_old), cap) detached."""
+    beta = config.loss.beta
+    weight, bias = policy.head
+    old = segment_sum(targets.old_logprobs, micro.cu_seqlens)
+    out = trajectory_balance_loss(
+        hidden,
+        weight,
+        micro.token_ids,
+        micro.cu_seqlens,
+        rewards=targets.signal,
+        log_z=targets.intercept / beta,
+        beta=beta,
+        ref_logprobs=targets.ref_logprobs,
+        weights=torch.full_like(targets.signal, beta / 2),  # residual = u / b, so this is u^2 / (2 b)
+        behavior_logprobs=old,
+        importance_cap=config.loss.importance_cap,
+        bias=bias,
+        temperature=config.generation.temperature,
+        denominator=denominator,
+    )
+    log_ratio = out.seq_logprobs - old
+    return MicroOutput(out.loss, log_ratio, log_ratio.clamp(max=math.log(config.loss.importance_cap)).exp())
+
+
+def flowrl(
+    hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
+) -> MicroOutput:
+    """mean_i w_i (log Z + mean log pi - scale * advantage - mean log pi_ref)^2, w = min(exp(s - s_old), cap) detached.
+
+    arXiv 2509.15207 as its code has it: means inside the residual, a sum inside the weight.
+    """
+    weight, bias = policy.head
+    logprobs = linear_logprobs(hidden, weight, micro.token_ids, bias=bias, temperature=config.generation.temperature)
+    log_ratio = segment_sum(logprobs.detach() - targets.old_logprobs, micro.cu_seqlens)
+    cap = math.log(config.loss.flowrl_importance_cap)
+    importance = log_ratio.clamp(max=cap).exp()
+    out = trajectory_balance_from_logprobs(
+        logprobs,
+        micro.cu_seqlens,
+        rewards=targets.signal,
+        log_z=targets.intercept,
+        beta=1.0,
+        ref_logprobs=targets.ref_logprobs,
+        weights=importance,
+        reduction="mean",
+        denominator=denominator,
+    )
+    return MicroOutput(out.loss, log_ratio, importance)
+
+
+def grpo(
+    hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
+) -> MicroOutput:
+    """-mean_i mean_t min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = exp(log pi - log pi_old); arXiv 2402.03300, eq. 3
+    without its KL term."""
+    weight, bias = policy.head
+    logprobs = linear_logprobs(hidden, weight, micro.token_ids, bias=bias, temperature=config.generation.temperature)
+    lengths = micro.cu_seqlens.diff().long()
+    advantage = targets.signal.repeat_interleave(lengths, output_size=micro.num_tokens)
+    ratio = (logprobs - targets.old_logprobs).exp()
+    clipped = ratio.clamp(1 - config.loss.grpo_clip, 1 + config.loss.grpo_clip)
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+    loss = -(segment_sum(surrogate, micro.cu_seqlens) / lengths.clamp(min=1)).sum() / denominator
+    log_ratio = segment_sum(logprobs.detach() - targets.old_logprobs, micro.cu_seqlens)
+    return MicroOutput(loss, log_ratio, torch.ones_like(log_ratio))
+
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {
+    "paced": trajectory_balance,
+    "tb": trajectory_balance,
+    "tb_group": trajectory_balance,
+    "flowrl": flowrl,
+    "grpo": grpo,
+}
+
+
+def make_optimizer(policy: Policy, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW on the policy's parameters, with the settings of the run."""
+    return torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
+def learning_rate(config: OptimizerConfig, num_updates: int) -> float:
+    """Learning rate of the next update, after `num_updates` of them: a linear rise over `warmup_steps` steps."""
+    per_step = config.minibatches * config.epochs
+    warmup = config.warmup_steps * per_step
+    return config.learning_rate * min(1.0, (num_updates + 1) / max(warmup, 1))
+
+
+def update_policy(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    targets: Targets,
+    config: Config,
+    *,
+    step: int,
+    num_updates: int,
+) -> UpdateResult:
+    """Make `epochs * minibatches` optimiser steps; one with a non-finite loss or gradient changes nothing.
+
+    Minibatches keep the sequences of a prompt together. Each divides by its own number of sequences, whatever the
+    split into micro-batches. A step left out does not advance the learning-rate schedule.
+    """
+    policy_loss = POLICY_LOSSES[config.algorithm]
+    log_ratio = torch.zeros_like(targets.signal)
+    weight = torch.ones_like(targets.signal)
+    losses: list[float] = []
+    norms: list[float] = []
+    skipped = 0
+    for epoch in range(config.optimizer.epochs):
+        seed = stream_seed(config.seed, step, f"minibatches/{epoch}")
+        for sequences in _minibatches(rollouts, config.optimizer.minibatches, seed):
+            optimizer.zero_grad(set_to_none=True)
+            loss = torch.zeros((), device=policy.device)
+            for chosen in pack.micro_batches(rollouts, sequences, config.optimizer.micro_batch_tokens):
+                micro = pack.select(rollouts, chosen)
+                hidden = policy.hidden(micro)
+                out = policy_loss(hidden, policy, micro, _select(targets, rollouts, chosen), config, len(sequences))
+                out.loss.backward()
+                loss += out.loss.detach()
+                log_ratio[chosen], weight[chosen] = out.log_ratio, out.weight
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
+            losses.append(float(loss))
+            norms.append(float(norm))
+            if not (math.isfinite(losses[-1]) and math.isfinite(norms[-1])):
+                skipped += 1
+                continue
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optimizer, num_updates)
+            optimizer.step()
+            num_updates += 1
+    optimizer.zero_grad(set_to_none=True)
+    count = len(losses)
+    return UpdateResult(sum(losses) / count, sum(norms) / count, log_ratio, weight, skipped, count - skipped)
+
+
+def _select(targets: Targets, rollouts: Rollouts, sequences: list[int]) -> Targets:
+    tokens = pack.token_positions(rollouts, sequences)
+    return Targets(
+        signal=targets.signal[sequences],
+        intercept=targets.intercept[sequences],
+        old_logprobs=targets.old_logprobs[tokens],
+        ref_logprobs=targets.ref_logprobs[tokens],
+    )
+
+
+def _minibatches(rollouts: Rollouts, count: int, seed: int) -> list[list[int]]:
+    """Deal the prompts, in random order, to `count` lists of about as many sequences each."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(rollouts.prompt_ids):
+        groups.setdefault(prompt, []).append(i)
+    members = list(groups.values())
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    for g in order:
+        min(dealt, key=len).extend(members[g])
+    return [sequences for sequences in dealt if sequences]

@@ -1,0 +1,137 @@
+"""Supervised learning on demonstrations before reinforcement, kept in a cache that knows what it was made from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import paced_fast
+from paced_fast import pack
+from paced_fast.batch import Completion, PromptTable
+from paced_fast.config import Config, WarmStartPhase, digest, stream_seed
+from paced_fast.errors import InputError
+from paced_fast.policy import Policy, load_model
+from paced_kernels import linear_logprobs
+
+logger = logging.getLogger(__name__)
+
+# A cached result is only as good as the code that made it: these modules are part of its key.
+_SOURCES = ("tasks.py", "prompts.py", "pack.py", "policy.py", "warm_start.py")
+
+
+def cache_folder(config: Config) -> Path:
+    """Where the warm start of `config` is kept: its name is a digest of settings, data and code."""
+    package = Path(paced_fast.__file__).parent
+    code = [(package / name).read_text() for name in _SOURCES]
+    data = [
+        _contents(Path(folder, source.partition(":")[2].partition("?")[0]))
+        for phase in (config.warm_start.first, config.warm_start.second)
+        for source in phase.sources
+        for folder in (config.data.dir or ".",)
+        if source.startswith(("jsonl:", "parquet:"))
+    ]
+    settings = (config.model, config.warm_start.first, config.warm_start.second, config.warm_start.seed)
+    key = digest(*settings, config.data.template, code, data, torch.__version__)
+    return Path(config.warm_start.cache_dir).expanduser() / f"warm-start-{key}"
+
+
+def _contents(path: Path) -> str:
+    return digest(path.read_bytes().hex()) if path.is_file() else "absent"
+
+
+def warm_start(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    *,
+    load: Callable[[tuple[str, ...]], PromptTable],
+    stop_id: int,
+    report: Callable[[str], None],
+) -> PreTrainedModel:
+    """The model after both phases, from the cache when it holds them.
+
+    `load` turns sources into rows; `report` is told how it goes. Raises InputError when a row has no demonstration.
+    """
+    phases = [phase for phase in (config.warm_start.first, config.warm_start.second) if phase.steps > 0]
+    if not phases:
+        return model
+    folder = cache_folder(config)
+    if (folder / "model.safetensors").is_file():
+        report(f"warm start: from the cache ({folder})")
+        return load_model(config.model, str(folder))
+    policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
+    for number, phase in enumerate(phases, start=1):
+        _run_phase(policy, tokenizer, phase, config, number, load(phase.sources), stop_id, report)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if folder.exists():  # another run was faster
+        shutil.rmtree(temporary)
+    else:
+        temporary.rename(folder)
+    return model
+
+
+def _run_phase(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    phase: WarmStartPhase,
+    config: Config,
+    number: int,
+    table: PromptTable,
+    stop_id: int,
+    report: Callable[[str], None],
+) -> None:
+    completions = _demonstrations(table, tokenizer, stop_id)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=phase.learning_rate, betas=(0.9, phase.beta2), weight_decay=0.01
+    )
+    source = torch.Generator().manual_seed(stream_seed(config.warm_start.seed, number, "warm start"))
+    order = torch.cat(
+        [torch.randperm(len(table), generator=source) for _ in range(-(-phase.steps * phase.batch_size // len(table)))]
+    ).tolist()
+    weight, bias = policy.head
+    for step in range(phase.steps):
+        rising = min(1.0, (step + 1) / max(phase.warmup_steps, 1))
+        falling = 1.0 - 0.95 * max(0.0, (step - phase.warmup_steps) / max(phase.steps - phase.warmup_steps, 1))
+        for group in optimizer.param_groups:
+            group["lr"] = phase.learning_rate * min(rising, falling)
+        chosen = order[step * phase.batch_size : (step + 1) * phase.batch_size]
+        rollouts = pack.pack(
+            [completions[i] for i in chosen],
+            [table.rows[i].token_ids for i in chosen],
+            chosen,
+            [0.0] * len(chosen),
+            0,
+            policy.device,
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for sequences in pack.micro_batches(rollouts, range(len(chosen)), policy.max_tokens):
+            micro = pack.select(rollouts, sequences)
+            logprobs = linear_logprobs(policy.hidden(micro), weight, micro.token_ids, bias=bias)
+            part = -logprobs.sum() / rollouts.num_tokens
+            part.backward()
+            loss += float(part.detach())
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % max(1, phase.steps // 10) == 0:
+            report(f"warm start: phase {number}, step {step + 1}/{phase.steps}, loss {loss:.3f} nat a token")
+
+
+def _demonstrations(table: PromptTable, tokenizer: PreTrainedTokenizerBase, stop_id: int) -> list[Completion]:
+    """The demonstrations as completions that end with the stop token."""
+    texts = [row.demonstration for row in table.rows if row.demonstration is not None]
+    if len(texts) < len(table):
+        raise InputError(
+            f"warm start: {len(table) - len(texts)} of {len(table)} rows have no demonstration: "
+            "name the field that holds it by demonstration=FIELD"
+        )
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [Completion(token_ids=[*ids, stop_id], logprobs=[0.0] * (len(ids) + 1), stopped=True) for ids in encoded]
