@@ -61,8 +61,8 @@ def pass_at_k(num_samples: ArrayLike, num_correct: ArrayLike, k: int) -> NDArray
     if np.any(c < 0) or np.any(c > n):
         raise ValueError("pass_at_k needs 0 <= num_correct <= num_samples")
     all_wrong = np.ones(np.broadcast(n, c).shape)
-    for j in range(k):  # factors in [0, 1] one at a time: the binomials themselves overflow
-        all_wrong *= np.maximum(n - c - j, 0.0) / (n - j)
+    for j in range(k):  # one factor at a time, as the binomials overflow; k > n - c meets the factor 0
+        all_wrong *= (n - c - j) / (n - j)
     return np.asarray(1.0 - all_wrong)
 
 

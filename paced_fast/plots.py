@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
@@ -285,7 +286,8 @@ def _heat_map(
     image = np.stack(columns, axis=1)
     edges = np.append(np.asarray(steps[: len(columns)]) - 0.5, steps[len(columns) - 1] + 0.5)
     limit = float(np.quantile(image, 0.99)) or float(image.max())  # one full bin must not bleach the others
-    mesh = axes.pcolormesh(edges, np.linspace(0.0, top, image.shape[0] + 1), image, cmap="GnBu", vmin=0.0, vmax=limit)
+    norm = PowerNorm(0.5, vmin=0.0, vmax=limit)  # the few prompts between the extremes are the ones of interest
+    mesh = axes.pcolormesh(edges, np.linspace(0.0, top, image.shape[0] + 1), image, cmap="GnBu", norm=norm)
     bar = figure.colorbar(mesh, ax=axes, format=PercentFormatter(1.0, decimals=0), extend="max", pad=0.02)
     bar.outline.set_visible(False)  # type: ignore[operator]  # the stub types it as a callable
     bar.ax.tick_params(color=MUTED, labelcolor=MUTED)

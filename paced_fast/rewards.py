@@ -92,9 +92,8 @@ def load_reward(name: str) -> RewardFunction:
         return _MathReward()
     if name == "reasoning_gym":
         return _ReasoningGymReward()
-    plain: dict[str, RewardFunction] = {"exact": _exact, "number": _number, "signed_sums": _signed_sums}
-    if name in plain:
-        return plain[name]
+    if plain := {"exact": _exact, "number": _number, "signed_sums": _signed_sums}.get(name):
+        return plain
     module_name, colon, function_name = name.rpartition(":")
     if not colon or not module_name or not function_name:
         raise InputError(
@@ -316,7 +315,7 @@ class _MathReward:
             self._worker = _start_worker()
             weakref.finalize(self, _stop_worker, self._worker)
         try:
-            os.write(_descriptor(self._worker.stdin), json.dumps([gold, answer]).encode() + b"\n")
+            os.write(cast(IO[bytes], self._worker.stdin).fileno(), json.dumps([gold, answer]).encode() + b"\n")
             verdict = _read_line(self._worker, self._seconds)
         except BrokenPipeError:
             verdict = ""
@@ -328,11 +327,8 @@ class _MathReward:
 
 
 def _start_worker() -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P", "-c", _MATH_WORKER]
-    pipe = subprocess.PIPE
-    worker = subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True
-    )
+    command, pipe, null = [sys.executable, "-P", "-c", _MATH_WORKER], subprocess.PIPE, subprocess.DEVNULL
+    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, bufsize=0, start_new_session=True)
     if _read_line(worker, _MATH_START_SECONDS) != "ready":
         _stop_worker(worker)
         raise InputError("reward 'math': its worker does not start: check python -c 'import math_verify'")
@@ -342,19 +338,13 @@ def _start_worker() -> subprocess.Popen[bytes]:
 def _stop_worker(worker: subprocess.Popen[bytes]) -> None:
     worker.kill()
     worker.wait()
-    for pipe in (worker.stdin, worker.stdout):
-        if pipe is not None:
-            pipe.close()
-
-
-def _descriptor(pipe: IO[bytes] | None) -> int:
-    assert pipe is not None
-    return pipe.fileno()
+    for pipe in filter(None, (worker.stdin, worker.stdout)):
+        pipe.close()
 
 
 def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> str:
     """The worker's next line, empty when it ends or says nothing for so long. It never writes more than it is asked."""
-    descriptor = _descriptor(worker.stdout)
+    descriptor = cast(IO[bytes], worker.stdout).fileno()
     if not select.select([descriptor], [], [], seconds)[0]:
         return ""
     return os.read(descriptor, 100).decode().strip()

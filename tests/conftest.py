@@ -54,7 +54,10 @@ def _package_logger() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _nan_filled_empty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory nobody wrote reads as NaN instead of as zeros by luck; the marker `real_empty` opts out."""
+    """Memory nobody wrote reads as NaN instead of as zeros by luck.
+
+    torch.compile cannot trace the wrappers: a test of compiled code that allocates opts out by the marker `real_empty`.
+    """
     if request.node.get_closest_marker("real_empty"):
         return
     for owner, name in (

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -40,10 +41,11 @@ SAME_OR_HIGHER_LAYER = {
     ("config", "errors"): "settings refuse what makes no sense",
     ("tasks", "errors"): "tasks refuse unknown names",
     ("distributed", "errors"): "a launch that cannot work is an input error",
+    ("evaluate", "checkpoint"): "its command line opens a checkpoint",
 }
 """Exceptions by name, (importer, imported), with their reason."""
 
-KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start"}
+KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start", "trainer"}
 HOMES = {
     "vllm": {"generate", "weight_sync"},
     "wandb": {"metrics"},
@@ -170,6 +172,8 @@ def no_error_is_swallowed(module: Module) -> Iterator[str]:
 def public_names_have_docstrings(module: Module) -> Iterator[str]:
     if not ast.get_docstring(module.tree):
         yield "has no docstring"
+    if module.name.startswith("_"):
+        return
     for owner in (module.tree, *(n for n in module.tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_")):
         for node in owner.body:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -184,9 +188,15 @@ def files_and_functions_are_short(module: Module) -> Iterator[str]:
         yield f"has {lines} lines"
     for node in ast.walk(module.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            length = (node.end_lineno or node.lineno) - node.lineno + 1 - _docstring_lines(node)
             if length > MAX_FUNCTION_LINES:
                 yield f"{node.name} has {length} lines"
+
+
+def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """A formula and its shapes take the lines they need; the limit is on code."""
+    first = node.body[0]
+    return (first.end_lineno or first.lineno) - first.lineno + 1 if ast.get_docstring(node) else 0
 
 
 def sources_are_ascii(module: Module) -> Iterator[str]:
@@ -306,6 +316,7 @@ DOC = '"""d"""\n'
         (files_and_functions_are_short, "paced_fast", "x", "a = 1\n" * 401, "has 401 lines"),
         (files_and_functions_are_short, "paced_fast", "x", "def f():\n" + " a = 1\n" * 90, "f has 91 lines"),
         (files_and_functions_are_short, "paced_fast", "x", "def f():\n" + " a = 1\n" * 89 + "b = 1\n" * 310, None),
+        (files_and_functions_are_short, "paced_fast", "x", 'def f():\n """d' + "\n" * 99 + '"""\n a = 1\n', None),
         (sources_are_ascii, "paced_fast", "x", "a = 1\n# \u03b2", "line 2 is not ASCII"),
     ],
 )
@@ -321,6 +332,12 @@ def test_every_layer_exception_is_needed() -> None:
     used = {(m.name, name.split(".")[1]) for m in MODULES for name in _imports(m) if name.startswith("paced_fast.")}
     present = {m.name for m in MODULES}
     assert {pair for pair in SAME_OR_HIGHER_LAYER if pair[0] in present} <= used
+
+
+def test_contributing_shows_the_layers_as_enforced() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", text, flags=re.MULTILINE)
+    assert [set(re.findall(r"`(\w+)`", names)) for _, names in rows] == list(LAYERS)
 
 
 def test_kernels_is_a_plain_folder() -> None:
@@ -464,3 +481,17 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path: Path) -> No
     typed = {f"{f.name}/py.typed" for f in packages}
     assert {name for name in names if not name.startswith(info)} == sources | typed
     assert f"{info}/licenses/LICENSE" in names
+
+
+def test_memory_nobody_wrote_reads_as_nan() -> None:
+    floats = torch.empty(3), torch.empty_like(torch.ones(2)), torch.ones(2).new_empty(4, dtype=torch.bfloat16)
+    assert all(bool(torch.isnan(x).all()) for x in (*floats, torch.empty_strided((2, 2), (1, 2))))
+    assert torch.empty(2, dtype=torch.int64).dtype == torch.int64
+    assert torch.empty(1, requires_grad=True).requires_grad
+    assert torch.empty(2, device="meta").is_meta
+
+
+def test_every_test_starts_from_the_same_numbers() -> None:
+    # Whatever ran before: the first draws after seed 0 of torch's generator.
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+    assert torch.get_num_threads() == 1

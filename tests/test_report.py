@@ -274,14 +274,14 @@ def test_learning_curve_draws_the_headline_against_rollouts() -> None:
 
 
 def test_calibration_compares_the_first_third_with_the_last() -> None:
-    record = {"step": 1, "value_fresh": [0.25, 0.28, 1.0], "accuracy_fresh": [0.5, 0.25, 1.0]}
+    record = {"step": 1, "value_fresh": [0.21, 0.28, 1.0, None], "accuracy_fresh": [0.5, 0.25, 1.0, 0.5]}
     late = {"step": 9, "value_fresh": [0.71], "accuracy_fresh": [0.75]}
     axes = _axes(plots.calibration([record, record, late]))
-    assert [a.get_title(loc="left") for a in axes] == ["first 1 steps: 3 groups", "last 1 steps: 1 groups"]
+    assert [a.get_title(loc="left") for a in axes] == ["first 1 steps: 4 groups", "last 1 steps: 1 groups"]
     first, last = (np.asarray(a.collections[-1].get_offsets()) for a in axes)
-    assert first == pytest.approx(np.array([[0.265, 0.375], [1.0, 1.0]]))
+    assert first == pytest.approx(np.array([[0.245, 0.375], [1.0, 1.0]]))
     assert last == pytest.approx(np.array([[0.71, 0.75]]))
-    areas = axes[0].collections[-1].get_sizes()
+    areas = axes[0].collections[-1].get_sizes()  # type: ignore[attr-defined]
     assert areas[0] == pytest.approx(400)
     assert areas[1] == pytest.approx(210), "half the groups, half the scaled area"
 
@@ -296,13 +296,13 @@ def test_histogram_columns_are_shares_of_their_own_step() -> None:
 
 
 def test_seconds_are_stacked_and_shares_are_of_the_whole_run() -> None:
-    records = [{"step": s, "seconds": {"generate": 1.0 * s, "update": 1.0, "idle": 0.0}} for s in (1, 2)]
+    records = [{"step": s, "seconds": {"generate": 1.0 * s, "update": 2.0, "idle": 0.0, "other": 0.5}} for s in (1, 2)]
     figure = plots.seconds_by_phase(records)
     axes = _axes(figure)[0]
     bars = [(b.get_x() + 0.5, b.get_y(), b.get_height()) for b in axes.patches]  # type: ignore[attr-defined]
-    assert bars == [(1, 0, 1), (2, 0, 2), (1, 1, 1), (2, 2, 1)]
+    assert bars == [(1, 0, 1), (2, 0, 2), (1, 1, 2), (2, 2, 2), (1, 3, 0.5), (2, 4, 0.5)]
     assert figure is not None
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["update  40%", "generate  60%"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["other  12%", "update  50%", "generate  38%"]
 
 
 def test_mixed_groups_say_what_uniform_prompts_would_give() -> None:
