@@ -482,6 +482,9 @@ def test_float32_tolerances_of_the_readme() -> None:
     assert relative_error(out.loss, oracle.loss) < 1e-5
     assert out.entropy is not None
     assert oracle.entropy is not None
+    names = ("hidden", "head_weight", "token_ids")
+    own, wanted = (linear_logprobs(*(inputs[name] for name in names)) for inputs in (case, exact))
+    assert (own.double() - wanted).abs().max() < 2e-5
     assert relative_error(out.entropy, oracle.entropy) < 1e-5
     for value, wanted in zip(gradients(out.loss, case), gradients(oracle.loss, exact), strict=True):
         assert relative_error(value, wanted) < 1e-5
@@ -536,12 +539,18 @@ def test_segment_sums() -> None:
 
 def test_autocast_does_not_round_the_logits() -> None:
     case = make_case([7, 3], hidden_size=32, vocab_size=101, dtype=torch.float32)
-    outside = fused_loss(case)
+    outside, outside_gradients = fused_loss(case), gradients(fused_loss(case).loss, case)
+    inputs = (case["hidden"], case["head_weight"], case["token_ids"])
+    logprobs = linear_logprobs(*inputs)
+    grad = torch.autograd.grad(logprobs.square().sum(), inputs[:2])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = fused_loss(case)
-        logprobs = linear_logprobs(case["hidden"], case["head_weight"], case["token_ids"])
+        inside_gradients = gradients(inside.loss, case)
+        inside_logprobs = linear_logprobs(*inputs)
+        inside_grad = torch.autograd.grad(inside_logprobs.square().sum(), inputs[:2])
     assert torch.equal(outside.loss, inside.loss)
-    assert torch.equal(logprobs, linear_logprobs(case["hidden"], case["head_weight"], case["token_ids"]))
+    assert torch.equal(logprobs, inside_logprobs)
+    assert all(map(torch.equal, (*outside_gradients, *grad), (*inside_gradients, *inside_grad)))
 
 
 def test_gradients_reach_a_tied_weight_from_both_uses() -> None:

@@ -151,8 +151,7 @@ class FusedTrajectoryBalance(torch.autograd.Function):
         rows_per_chunk = head.rows_per_chunk(2 if options.with_entropy else 1)
         groups = plan_groups(cu_seqlens, hidden.shape[0], rows_per_chunk)
         fused = FusedPass(head, hidden, token_ids, cu_seqlens.to(hidden.device, torch.int64), terms, options)
-        with torch.autocast(hidden.device.type, enabled=False):
-            fused.run(groups, rows_per_chunk)
+        fused.run(groups, rows_per_chunk)
         gradients = fused.gradients
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, fused.coefficient)
         ctx.input_dtype = hidden.dtype

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DEFAULT_WORKSPACE_BYTES = 64 * 2**20
+DEFAULT_WORKSPACE_BYTES = 128 * 2**20
 # Below this shifted logit exp() is 0 in every dtype; the clamp keeps 0 * -inf out of the entropy.
 LOWEST_SHIFTED_LOGIT = -1e4
 
@@ -61,6 +61,7 @@ class Head:
         scaled = self.scale(hidden)
         out = scaled.new_empty(hidden.shape[0], self.weight.shape[0])
         for columns, block in self.vocab_blocks():
+            # Products with out= and in-place ones stay in this dtype under autocast too.
             torch.mm(scaled, block.T, out=out[:, columns])
         return out if self.bias is None else out.add_(self.bias)
 
@@ -184,8 +185,7 @@ class LinearLogprobs(torch.autograd.Function):
         head = Head(weight, bias, temperature, workspace_bytes)
         ctx.save_for_backward(hidden, weight, bias, token_ids)
         ctx.options = (temperature, with_entropy, workspace_bytes)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return score_rows(head, hidden, token_ids, with_entropy)
+        return score_rows(head, hidden, token_ids, with_entropy)
 
     @staticmethod
     @once_differentiable
@@ -198,11 +198,10 @@ class LinearLogprobs(torch.autograd.Function):
         head = Head(weight, bias, temperature, workspace_bytes)
         gradients = Gradients.zeros(head, hidden, ctx.needs_input_grad[:3])
         num_rows = head.rows_per_chunk(2 if with_entropy else 1)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in row_chunks(0, hidden.shape[0], num_rows):
-                parts = softmax_parts(head.logits(hidden[rows]), token_ids[rows], with_entropy)
-                entropy_rows = None if grad_entropy is None else grad_entropy[rows]
-                gradients.add_rows(head, hidden, rows, parts, grad_logprobs[rows], entropy_rows)
-                del parts  # its buffers must be free before the next chunk allocates
+        for rows in row_chunks(0, hidden.shape[0], num_rows):
+            parts = softmax_parts(head.logits(hidden[rows]), token_ids[rows], with_entropy)
+            entropy_rows = None if grad_entropy is None else grad_entropy[rows]
+            gradients.add_rows(head, hidden, rows, parts, grad_logprobs[rows], entropy_rows)
+            del parts  # its buffers must be free before the next chunk allocates
         outputs = (gradients.hidden, gradients.weight, gradients.bias)
         return (*(None if out is None else out.to(hidden.dtype) for out in outputs), None, None, None, None)

@@ -38,7 +38,7 @@ def linear_logprobs(
         bias: [V], same dtype, added after the division by the temperature; None = 0.
         temperature: divides the logits; finite and positive.
         return_entropy: also return the entropy of each row, differentiable as well.
-        workspace_bytes: memory for chunks of logits; None = 64 MiB. At least one row is always processed.
+        workspace_bytes: memory for chunks of logits; None = 128 MiB. At least one row is always processed.
         backend: "auto" or "reference" ("triton" is not available in this version).
 
     Returns:

@@ -259,8 +259,7 @@ class PriorityTree:
             self.leaf.bitwise_and_(WEIGHT_MASK)
             self.sequence.zero_()
             self._host_sequence = 0
-        # What is not written is not judged either.
-        q, counts = tree_reference.quantise(torch.where(is_inside, w, torch.zeros_like(w)))
+        q, counts = tree_reference.quantise(torch.where(is_inside, w, 0))  # what is not written is not judged either
         self.status_counts[:3] += counts
         order = torch.arange(1, num_elements + 1, device=self.device) + self.sequence
         # A code of 0 at leaf 0 changes nothing: every code in the tree is at least that.

@@ -72,7 +72,7 @@ def trajectory_balance_loss(
         reduction: "sum" or "mean" over the tokens of a sequence.
         denominator: positive number or 0-d tensor (constant); None = B.
         return_entropy: also return the entropy of each row, detached.
-        workspace_bytes: memory for chunks of logits; None = 64 MiB. At least one row is always processed.
+        workspace_bytes: memory for chunks of logits; None = 128 MiB. At least one row is always processed.
         backend: "auto" or "reference" ("triton" is not available in this version).
 
     Returns:
