@@ -3,9 +3,41 @@
 T = packed tokens, H = hidden size, V = vocabulary.
 """
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from . import _checks, reference
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: Literal[False] = False,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probs alone."""
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: Literal[True],
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies."""
 
 
 def linear_logprobs(
