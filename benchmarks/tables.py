@@ -27,7 +27,7 @@ def sample_efficiency() -> str:
     result = json.loads((RESULTS / "sample_efficiency.json").read_text())
     rows, titles = result["rows"], result["titles"]
     lines = [f"| {' | '.join(curves.COLUMNS)} |", "|" + "---|" * len(curves.COLUMNS)]
-    lines += [f"| {titles[row['arm']]} | {' | '.join(curves.cells(row)).replace('+-', '\u00b1')} |" for row in rows]
+    lines += [f"| {titles[row['arm']]} | {' | '.join(curves.cells(row))} |" for row in rows]
     note = f"""
         Held-out accuracy of the medium problems (160 prompts x 16 samples, {rows[0]["start"]["mean"]:.3f} before
         training) after
@@ -37,7 +37,8 @@ def sample_efficiency() -> str:
         `accuracy at equal time`: after {result["seconds_budget"]:.1f} s of training, the time GRPO takes.
         `mixed groups`: share of all sampled groups that are neither all right nor all wrong. {_environment(result)}."""
     picture = "![learning curves](benchmarks/results/sample_efficiency.png)"
-    return "\n".join([*lines, "", _wrapped(note), "", picture])
+    table = "\n".join(lines).replace("+-", "\u00b1")
+    return "\n".join([table, "", _wrapped(note), "", picture])
 
 
 def train_run(name: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from paced_fast.errors import InputError
 
@@ -48,14 +48,17 @@ def save(root: Path, step: int, *, save_policy: Any, tensors: Mapping[str, Tenso
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(temporary)): _sha256(path) for path in files}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for path in [*files, temporary / "manifest.json", temporary]:
+    for path in [*temporary.rglob("*"), temporary]:
         _fsync(path)
     if folder.exists():
         shutil.rmtree(folder)  # a damaged one: a valid one would have been resumed from
     temporary.rename(folder)
     _fsync(root)
-    for old in _folders(root)[:-keep]:
-        shutil.rmtree(old)
+    folders = _folders(root)
+    place = folders.index(folder)
+    # Later ones are damaged, or the run would have continued from them; they must not push out what is whole.
+    for other in (*folders[place + 1 :], *folders[: place + 1][:-keep]):
+        shutil.rmtree(other)
     return folder
 
 
@@ -75,6 +78,8 @@ def verify(folder: Path) -> str | None:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         return f"manifest.json cannot be read: {error}"
+    if not isinstance(manifest, dict) or not {"state.safetensors", "state.json"} <= manifest.keys():
+        return "manifest.json does not list the files of a checkpoint"
     for name, expected in manifest.items():
         path = folder / name
         if not path.is_file():
@@ -107,11 +112,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return dict(module.state_dict())
-
-
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors with `prefix.` before every name."""
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
@@ -133,6 +133,13 @@ def random_state() -> dict[str, Any]:
     }
 
 
+def seed_random_state(seed: int) -> None:
+    """Start the ambient generators of a new run."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def restore_random_state(state: Mapping[str, Any]) -> None:
     """Continue from `random_state()`."""
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
@@ -143,7 +150,9 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step_*") if path.is_dir())
+    """Oldest first; a name of more digits is a later step."""
+    folders = (path for path in root.glob("step_*") if path.is_dir())
+    return sorted(folders, key=lambda path: (len(path.name), path.name))
 
 
 def _sha256(path: Path) -> str:

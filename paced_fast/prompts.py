@@ -8,13 +8,17 @@ A source is `kind:name?key=value&key=value` (values may be percent-encoded):
     parquet:train.parquet?answer=reward_model.ground_truth&reward=math&template=chat
     hf:openai/gsm8k?config=main&split=train&prompt=question&answer=answer&answer_after=####
 
-`rows=start:stop` keeps those rows (from 0, stop excluded), then `seed` shuffles them and `size` keeps the first.
-`reward` is math unless given. Text of users is never encoded into control tokens: those of every row are compared with
-those of its bare template.
+`rows=start:stop` keeps those rows (from 0, stop excluded), `share=low:high` those of them whose prompt hashes into that
+part of [0, 1), then `seed` shuffles and `size` keeps the first. Shares that do not overlap have no prompt in common,
+repeated prompts included: `share=0:0.8` to train on and `share=0.8:1` to evaluate on. `demonstration` is a field with
+text to imitate, `@answer` for the bare answer, or `@equation` for one line of arithmetic that ends in it. A file with
+`optional=true` may be absent (`drop_missing`). `reward` is math unless given. Text of users is never encoded into
+control tokens: those of every row are compared with those of its bare template.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -31,22 +35,23 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from paced_fast.batch import PromptRow, PromptTable
 from paced_fast.errors import InputError
-from paced_fast.tasks import nearest, reasoning_gym_rows, signed_sums_demonstrations, signed_sums_rows
+from paced_fast.tasks import equation, nearest, reasoning_gym_rows, signed_sums_demonstrations, signed_sums_rows
 
 logger = logging.getLogger(__name__)
 
-_SHARED_KEYS = ("reward", "slice", "size", "seed", "rows", "template")
+_SHARED_KEYS = ("reward", "slice", "size", "seed", "rows", "share", "template")
 _FIELD_KEYS = ("prompt", "answer", "answer_after", "demonstration")
 _KEYS = {
     "task": (*_SHARED_KEYS, "split", "flip_probability"),
-    "rg": _SHARED_KEYS,
-    "jsonl": (*_SHARED_KEYS, *_FIELD_KEYS),
-    "parquet": (*_SHARED_KEYS, *_FIELD_KEYS),
+    "rg": (*_SHARED_KEYS, "demonstration"),
+    "jsonl": (*_SHARED_KEYS, *_FIELD_KEYS, "optional"),
+    "parquet": (*_SHARED_KEYS, *_FIELD_KEYS, "optional"),
     "hf": (*_SHARED_KEYS, *_FIELD_KEYS, "split", "config"),
 }
 _REWARDS_WITHOUT_ANSWER = ("signed_sums", "reasoning_gym")
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 _ENCODE_CHUNK = 4096
+_DATA_FOLDERS = ("data", "../shared/data")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Messages = list[dict[str, str]]
@@ -68,12 +73,19 @@ class Source:
     size: int | None = None
     seed: int | None = None
     rows: tuple[int | None, int | None] = (None, None)
+    share: tuple[float, float] = (0.0, 1.0)
     split: str | None = None
     config: str | None = None
     template: str | None = None
     flip_probability: float = 0.0
+    optional: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of a reasoning-gym task."""
+
+    @property
+    def slice_name(self) -> str:
+        """The slice of rows that name none themselves."""
+        return self.slice or Path(self.name).stem
 
 
 def parse_source(spec: str) -> Source:
@@ -124,7 +136,7 @@ def load_table(
 
     `template` is `chat` (the tokenizer's chat template with a generation prompt), `plain`, or text with
     `{prompt}` in it; a source's own `template=` comes first. Relative paths are looked up in `data_dir`, then in the
-    working directory.
+    working directory; without a `data_dir` also in `data` and `../shared/data`.
 
     Raises:
         InputError: a source, file, field, template or prompt length is wrong; the message names it and the remedy.
@@ -152,6 +164,18 @@ def load_table(
             logger.warning("%s: skipped %d of %d rows over %d tokens", spec, skipped, len(drafts), max_prompt_tokens)
         rows += kept
     return PromptTable(rows=tuple(rows))
+
+
+def drop_missing(sources: Sequence[str], data_dir: str | None) -> tuple[tuple[str, ...], tuple[Source, ...]]:
+    """The sources without the optional ones whose file is absent, and those."""
+    parsed = [(spec, parse_source(spec)) for spec in sources]
+    missing = [item for item in parsed if item[1].optional and find_file(item[1], data_dir) is None]
+    return tuple(spec for spec, _ in parsed if spec not in dict(missing)), tuple(source for _, source in missing)
+
+
+def find_file(source: Source, data_dir: str | None) -> Path | None:
+    """The file that a jsonl or parquet source names, None when it is absent."""
+    return next((place for place in _places(source.name, data_dir) if place.is_file()), None)
 
 
 def character_tokenizer(alphabet: str, *, pad: str, stop: str) -> PreTrainedTokenizerFast:
@@ -242,9 +266,18 @@ def _value(spec: str, key: str, text: str) -> Any:
             if min(start or 0, stop or 0) < 0 or (stop is not None and stop <= (start or 0)):
                 raise ValueError
             return start, stop
-    except ValueError:
+        if key == "share":
+            low, high = (float(part) for part in text.split(":"))
+            if not 0 <= low < high <= 1:
+                raise ValueError
+            return low, high
+        if key == "optional":
+            return {"true": True, "false": False}[text]
+    except (ValueError, KeyError):
         wanted = {
             "rows": "start:stop with 0 <= start < stop",
+            "share": "low:high with 0 <= low < high <= 1",
+            "optional": "true or false",
             "size": "a whole number >= 1",
             "seed": "a whole number >= 0",
         }
@@ -276,6 +309,9 @@ def _read(source: Source, spec: str, data_dir: str | None) -> list[tuple[str, di
         raise InputError(
             f"source {spec!r} asks for rows up to {stop} and has {(start or 0) + len(chosen)}: lower rows="
         )
+    if source.share != (0.0, 1.0):
+        low, high = source.share
+        chosen = [(where, row) for where, row in chosen if low <= _place(row, source.prompt, where) < high]
     if source.kind in ("task", "rg"):
         return chosen  # seed and size went into making them
     if source.seed is not None:
@@ -283,6 +319,12 @@ def _read(source: Source, spec: str, data_dir: str | None) -> list[tuple[str, di
     if source.size is not None and len(chosen) < source.size:
         raise InputError(f"source {spec!r} asks for size={source.size} and has {len(chosen)} rows: lower size=")
     return chosen[: source.size]
+
+
+def _place(row: Mapping[str, Any], name: str, where: str) -> float:
+    """A number in [0, 1) that depends on the row's prompt and nothing else."""
+    text = json.dumps(_lookup(row, name, where, "prompt"), sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def _made_rows(source: Source) -> list[dict[str, Any]]:
@@ -298,13 +340,21 @@ def _made_rows(source: Source) -> list[dict[str, Any]]:
     return signed_sums_rows(split, size=source.size, seed=seed)
 
 
+def _places(name: str, data_dir: str | None) -> list[Path]:
+    """Where a file is looked up, in this order."""
+    path = Path(name).expanduser()
+    if path.is_absolute():
+        return [path]
+    if data_dir is not None:
+        return [Path(data_dir).expanduser() / path, path]
+    return [path, *(Path(folder, path) for folder in _DATA_FOLDERS)]
+
+
 def _find(source: Source, data_dir: str | None) -> Path:
-    path = Path(source.name).expanduser()
-    places = [path] if path.is_absolute() or data_dir is None else [Path(data_dir).expanduser() / path, path]
-    for place in places:
-        if place.is_file():
-            return place
-    looked = " and ".join(str(place.absolute()) for place in places)
+    found = find_file(source, data_dir)
+    if found is not None:
+        return found
+    looked = " and ".join(str(place.absolute()) for place in _places(source.name, data_dir))
     raise InputError(f"source {source.kind}:{source.name}: no such file (looked at {looked}); set data_dir or the path")
 
 
@@ -365,13 +415,9 @@ def _draft(source: Source, where: str, data: dict[str, Any]) -> _Draft:
     else:
         columns["answer"] = _answer(source, data, where)
         demonstration = None
-        if source.demonstration is not None:
-            demonstration = _lookup(data, source.demonstration, where, "demonstration")
-            if not isinstance(demonstration, str):
-                raise InputError(
-                    f"{where}: the demonstration in {source.demonstration!r} is not text: {demonstration!r}"
-                )
-    slice_name = source.slice or (data["slice"] if made else Path(source.name).stem)
+    if source.demonstration is not None:
+        demonstration = _demonstration(source.demonstration, data, prompt, columns["answer"], where)
+    slice_name = source.slice or (data["slice"] if made else source.slice_name)
     return _Draft(
         where=where, prompt=prompt, reward=reward, slice=slice_name, columns=columns, demonstration=demonstration
     )
@@ -388,6 +434,16 @@ def _answer(source: Source, data: dict[str, Any], where: str) -> Any:
     if not isinstance(answer, str) or source.answer_after not in answer:
         raise InputError(f"{where}: the answer in {name!r} has no {source.answer_after!r}: change answer_after=")
     return answer.rpartition(source.answer_after)[2].strip()
+
+
+def _demonstration(name: str, data: dict[str, Any], prompt: str | Messages, answer: Any, where: str) -> str:
+    if name in ("@answer", "@equation"):
+        text = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
+        return text if name == "@answer" else equation(str(prompt), text)
+    text = _lookup(data, name, where, "demonstration")
+    if not isinstance(text, str):
+        raise InputError(f"{where}: the demonstration in {name!r} is not text: {text!r}")
+    return text
 
 
 def _lookup(data: Mapping[str, Any], name: str, where: str, key: str) -> Any:
@@ -479,7 +535,8 @@ class _Encoder:
             if self._controls(ids) != expected:
                 result[i] = self._encode_plainly(prompts[i], texts[i], parts, expected, wheres[i])
         if template != "chat" and self.begins:
-            return [[self.tokenizer.bos_token_id, *ids] for ids in result]
+            begin = cast(int, self.tokenizer.bos_token_id)
+            return [[begin, *ids] for ids in result]
         return result
 
     def _render(self, prompt: str | Messages, template: str, where: str) -> str:

@@ -72,6 +72,7 @@ class ReplayBuffer:
             return None
         priority = self.priorities(values) + 1e-3 if self.config.prioritized else torch.ones_like(self.accuracy)
         self.tree.rebuild(torch.where(fresh_enough, priority.clamp(max=1.0), 0.0))
+        self.tree.step.fill_(version)  # the draw belongs to the step, not to the number of draws before it
         slots = self.tree.sample_distinct(min(self.config.draw_per_step, available), method="race").idx
         lengths = tuple(self.lengths[slots].tolist())
         keep = torch.arange(self.token_ids.shape[1], device=slots.device) < self.lengths[slots][:, None]

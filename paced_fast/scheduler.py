@@ -35,7 +35,8 @@ class PromptScheduler:
         """
         rule = self.config.rule
         learned = rule in ("tree", "greedy")
-        if rule in ("uniform", "dynamic") or step <= self.config.warmup_steps or (learned and values is None):
+        blind = rule in ("uniform", "dynamic") or step <= self.config.warmup_steps or (learned and values is None)
+        if blind or count > self.num_prompts:
             return self._uniform(count, step, f"uniform/{round_}")
         if rule == "greedy":
             assert values is not None
@@ -46,14 +47,19 @@ class PromptScheduler:
             assert values is not None
             weight = torch.exp(-0.5 * ((values - self.config.tau) / self.config.bandwidth).square())
         self.tree.rebuild(self._mixture(weight))
-        return self.tree.sample_distinct(count).idx if count <= self.num_prompts else self._uniform(count, step, "over")
+        self.tree.step.fill_(step)  # the draw belongs to the step, not to the number of draws before it
+        # A race finds `count` prompts even when a few of them carry nearly all the weight.
+        return self.tree.sample_distinct(count, method="race").idx
 
     def _mixture(self, weight: Tensor) -> Tensor:
-        """`weight` mixed with the uniform distribution so that exploration is its share of all draws, largest 1."""
+        """`weight` mixed with the uniform distribution so that exploration is its share of all draws, largest 1.
+
+        No prompt gets less than the tree's smallest weight, so there are always enough to draw.
+        """
         share = self.config.exploration
         total = weight.sum().clamp(min=1e-30)
         mixed = (1 - share) * weight / total + share / self.num_prompts
-        return mixed / mixed.max()
+        return (mixed / mixed.max().clamp(min=1e-30)).clamp(min=2.0**-27)
 
     def _uniform(self, count: int, step: int, stream: str) -> Tensor:
         """Distinct while the table lasts, then again from its start in another order."""

@@ -11,9 +11,12 @@ k = digits in a problem, n = problems drawn at once.
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -173,6 +176,26 @@ def reasoning_gym_scorer(name: str, settings: Mapping[str, Any]) -> Callable[[st
         InputError: no such data set, an unknown setting, or values that the data set refuses.
     """
     return _reasoning_gym_dataset(name, settings).score_answer
+
+
+def equation(text: str, answer: str) -> str:
+    """The answer as one line of arithmetic on numbers of the text, such as `70-27=43`; `=43` when there is none.
+
+    Tried in this order: sum, difference, product and quotient of two numbers, then three numbers with + and -.
+    """
+    goal = Fraction(answer.replace(",", ""))
+    names = list(dict.fromkeys(re.findall(r"[0-9]+(?:\.[0-9]+)?", text)))
+    numbers = {name: Fraction(name) for name in names}
+    pairs = [*itertools.permutations(names, 2), *((name, name) for name in names)]
+    for symbol, apply in {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}.items():
+        for a, b in pairs:
+            if (symbol != "/" or numbers[b]) and apply(numbers[a], numbers[b]) == goal:
+                return f"{a}{symbol}{b}={answer}"
+    for a, b, c in itertools.permutations(names, 3):
+        for first, second in itertools.product((1, -1), repeat=2):
+            if numbers[a] + first * numbers[b] + second * numbers[c] == goal:
+                return f"{a}{'+-'[first < 0]}{b}{'+-'[second < 0]}{c}={answer}"
+    return f"={answer}"
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

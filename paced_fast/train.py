@@ -25,17 +25,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paced_fast import checkpoint, cli, memory, metrics, prompts, report, tasks
-from paced_fast.batch import PromptTable
+from paced_fast.batch import PromptRow, PromptTable
 from paced_fast.config import Config, flatten, resolve, stream_seed
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.evaluate import Evaluation, config_from_dict, evaluate
+from paced_fast.evaluate import Evaluation, check_headline, evaluate, load_config
 from paced_fast.generate import TransformersGenerator
 from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
 from paced_fast.rewards import Scorer
 from paced_fast.trainer import Counters, Trainer
 from paced_fast.warm_start import warm_start
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("paced_fast.train")  # __name__ is __main__ under python -m
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +55,23 @@ class Run:
 
 def build(config: Config, console: Console) -> Run:
     """Load data and model, warm-start or resume, and only then create the run folder."""
-    if config.model.device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"preset {config.preset} runs on a GPU (--model.device cuda) and torch sees none: "
-            "use the preset tiny or smollm2, or --model.device cpu"
-        )
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    torch.set_float32_matmul_precision(config.model.matmul_precision)
+    torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, and AdamW crawls on those
     folder = _run_folder(config)
-    newest = checkpoint.newest(folder / "checkpoints") if config.resume == "auto" else None
-    if newest is not None:
-        _check_same_run(config, folder)
+    newest = _newest_checkpoint(config, folder) if config.resume == "auto" else None
     cache = Path(config.warm_start.cache_dir).expanduser()
     path = str(smollm2_folder(cache)) if config.model.name == "smollm2" else config.model.name
     tokenizer = _tokenizer(path)
     table, eval_table = (_table(sources, tokenizer, config) for sources in (config.data.train, config.data.eval))
     scorer = Scorer(row.reward for row in (*table.rows, *eval_table.rows))
+    _try_rewards(scorer, (*table.rows, *eval_table.rows))
+    check_headline(config.data.headline, eval_table)
     stop_ids = prompts.stop_token_ids(tokenizer)
     if newest is None:
         model = _initial_model(path, tokenizer, config, stop_ids[0])
         _claim(folder, config)
+        checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
         model.save_pretrained(folder / "initial")
         tokenizer.save_pretrained(folder / "initial")
     else:
@@ -107,6 +105,7 @@ def build(config: Config, console: Console) -> Run:
         trainer.load_state_tensors(tensors)
         trainer.counters = Counters(**state["counters"])
         checkpoint.restore_random_state(state["random"])
+        metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
         logger.info("resumed after step %d from %s", trainer.counters.step, newest)
     return Run(config, folder, trainer, generator, scorer, tokenizer, eval_table, eval_embeddings, newest is not None)
 
@@ -122,7 +121,7 @@ def train(run: Run, console: Console) -> dict[str, Any]:
             writer.drop_from(trainer.counters.step + 1)
         else:
             progress.update({"step": 0, "status": "evaluating before training"})
-            before = _evaluate(run, config.evaluation.final_samples)
+            before = evaluate_now(run, config.evaluation.final_samples)
             if before is not None:
                 record = {"step": 0, "rollouts": 0, "train_seconds": 0.0, "eval": before.record()}
                 writer.write(record)
@@ -132,7 +131,7 @@ def train(run: Run, console: Console) -> dict[str, Any]:
             step = trainer.counters.step
             last = step == config.steps
             if not last and config.evaluation.every and step % config.evaluation.every == 0:
-                evaluation = _evaluate(run, config.evaluation.samples)
+                evaluation = evaluate_now(run, config.evaluation.samples)
                 record["eval"] = None if evaluation is None else evaluation.record()
             if last:
                 record |= _final_evaluation(run)
@@ -146,7 +145,8 @@ def train(run: Run, console: Console) -> dict[str, Any]:
     return summary
 
 
-def _evaluate(run: Run, samples: int) -> Evaluation | None:
+def evaluate_now(run: Run, samples: int) -> Evaluation | None:
+    """Evaluate the policy as it is now on the held-out prompts; None when the run has none."""
     config = run.config
     if not run.eval_table.rows:
         return None
@@ -165,7 +165,7 @@ def _evaluate(run: Run, samples: int) -> Evaluation | None:
 
 def _final_evaluation(run: Run) -> dict[str, Any]:
     """The evaluation after training, and how well the value foretells it on prompts the head never saw."""
-    evaluation = _evaluate(run, run.config.evaluation.final_samples)
+    evaluation = evaluate_now(run, run.config.evaluation.final_samples)
     if evaluation is None:
         return {}
     record: dict[str, Any] = {"eval": evaluation.record()}
@@ -226,6 +226,30 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     return prompts.load_tokenizer(path)
 
 
+def without_missing(config: Config) -> Config:
+    """The settings without optional sources whose file is absent; one log line names the files."""
+    data, warm = config.data, config.warm_start
+    names, slices = set[str](), set[str]()
+
+    def present(sources: tuple[str, ...]) -> tuple[str, ...]:
+        kept, missing = prompts.drop_missing(sources, data.dir)
+        names.update(source.name for source in missing)
+        slices.update(source.slice_name for source in missing)
+        return kept
+
+    first, second = (dataclasses.replace(phase, sources=present(phase.sources)) for phase in (warm.first, warm.second))
+    train_sources, eval_sources = present(data.train), present(data.eval)
+    if not names:
+        return config
+    headline = tuple(name for name in data.headline if name not in slices)
+    logger.warning("going on without %s: --data.dir names the folder that holds them", ", ".join(sorted(names)))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, train=train_sources, eval=eval_sources, headline=headline),
+        warm_start=dataclasses.replace(warm, first=first, second=second),
+    )
+
+
 def _table(sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, config: Config) -> PromptTable:
     if not sources:
         return PromptTable(rows=())
@@ -260,13 +284,19 @@ def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config
     return result
 
 
+# What a run folder holds; a folder with any of these is not ours to write into unless the user says so.
+_OWN_NAMES = ("metrics.jsonl", "checkpoints", "config.json", "initial", "rollouts.jsonl", "summary.json", "report.html")
+
+
 def _run_folder(config: Config) -> Path:
     """The folder of the run; an automatic name gets a number when it is taken and nothing is to be resumed."""
     if config.run_dir is not None:
         folder = Path(config.run_dir)
-        if config.resume == "never" and (folder / "metrics.jsonl").exists() and not config.run.overwrite:
+        found = [name for name in _OWN_NAMES if (folder / name).exists()]
+        if config.resume == "never" and found and not config.run.overwrite:
             raise InputError(
-                f"--run-dir {folder} already holds a run: --resume auto continues it, --run.overwrite replaces it"
+                f"--run-dir {folder} already holds a run (it has {found[0]}): --resume auto continues it, "
+                "--run.overwrite replaces it"
             )
         return folder
     base = Path("runs", f"{config.preset}-{config.algorithm}-{config.seed}")
@@ -277,22 +307,45 @@ def _run_folder(config: Config) -> Path:
     return folder
 
 
+def _try_rewards(scorer: Scorer, rows: Sequence[PromptRow]) -> None:
+    """Judge an empty completion of one row for each reward, so that one that cannot be used fails before any work."""
+    first = {row.reward: row for row in reversed(rows)}
+    scorer.score(list(first.values()), [""] * len(first))
+
+
 def _claim(folder: Path, config: Config) -> None:
     """Make the run folder and write the settings; what an earlier run left in it is removed."""
-    for name in ("checkpoints", "initial"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "rollouts.jsonl", "summary.json", "report.html"):
-        (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run-dir {folder} cannot be made ({error.strerror}): give another") from error
+    for path in (folder / name for name in _OWN_NAMES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
 
 
-# What may differ between a run and its continuation: how long it goes on and what it keeps.
-_FREE_ON_RESUME = ("steps", "resume", "run_dir", "run.")
+# What may differ between a run and its continuation: how long it goes on, what it keeps and where things lie.
+_FREE_ON_RESUME = ("steps", "resume", "run_dir", "run.", "warm_start.cache_dir")
+
+
+def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
+    """What `--resume auto` continues from; None when nothing has been saved yet. Never starts over a damaged run."""
+    if any((folder / name).exists() for name in _OWN_NAMES):
+        _check_same_run(config, folder)
+    root = folder / "checkpoints"
+    newest = checkpoint.newest(root)
+    if newest is None and any(root.glob("step_*")):
+        raise InputError(
+            f"--resume auto: every checkpoint in {root} is damaged: --resume never --run.overwrite restarts"
+        )
+    return newest
 
 
 def _check_same_run(config: Config, folder: Path) -> None:
-    old = flatten(config_from_dict(Config, json.loads((folder / "config.json").read_text())))
+    old = flatten(load_config(folder))
     for name, value in flatten(config).items():
         if not name.startswith(_FREE_ON_RESUME) and old[name] != value:
             raise InputError(
@@ -320,7 +373,12 @@ def _save(run: Run) -> None:
 def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Train by `config` from start to summary; what `main` does after reading the command line."""
     console = console or Console()
-    config = resolve(config)
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"preset {config.preset} runs on a GPU (--model.device cuda) and torch sees none: "
+            "use the preset tiny or smollm2, or --model.device cpu"
+        )
+    config = without_missing(resolve(config))
     console.print(metrics.config_table(flatten(config)))
     prepared = build(config, console)
     summary = train(prepared, console)

@@ -141,7 +141,7 @@ class Trainer:
             with self.phases.phase("schedule"):
                 index = self.scheduler.draw(config.prompts_per_step, step, values, round_).tolist()
             for group in self._groups(index, stream_seed(self.config.seed, step, f"generate/{round_}")):
-                mixed = 0.0 < sum(group[3]) < len(group[3])
+                mixed = min(group[3]) < max(group[3])
                 (kept if mixed or not dynamic else dropped).append(group)
             if len(kept) >= config.prompts_per_step:
                 break
@@ -304,9 +304,10 @@ class Trainer:
         return record
 
     def _shown(self, fresh: Fresh, replayed: Rollouts | None, values: Tensor | None) -> list[dict[str, Any]]:
-        """A few rollouts of the step, spread over its groups; every other one replayed when there are some."""
+        """A few rollouts of the step, spread over its groups, and one replayed when there is one."""
         limit, count = self.config.run.rollouts_per_step, fresh.rollouts.num_sequences
-        chosen = [(k * count) // max(limit, 1) for k in range(min(limit, count))]
+        number = min(limit, count)
+        chosen = [(k * count) // number for k in range(number)]
         shown = [
             (int(fresh.rollouts.prompt_index[i]), fresh.texts[i], float(fresh.rollouts.rewards[i]), False)
             for i in chosen

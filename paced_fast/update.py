@@ -76,7 +76,7 @@ def trajectory_balance(
         beta=beta,
         ref_logprobs=targets.ref_logprobs,
         weights=torch.full_like(targets.signal, beta / 2),  # residual = u / b, so this is u^2 / (2 b)
-        behavior_logprobs=old,
+        behavior_logprobs=targets.old_logprobs,
         importance_cap=config.loss.importance_cap,
         bias=bias,
         temperature=config.generation.temperature,

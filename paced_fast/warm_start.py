@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -12,10 +13,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import paced_fast
-from paced_fast import pack
+from paced_fast import pack, prompts
 from paced_fast.batch import Completion, PromptTable
 from paced_fast.config import Config, WarmStartPhase, digest, stream_seed
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, TrainingError
 from paced_fast.policy import Policy, load_model
 from paced_kernels import linear_logprobs
 
@@ -29,20 +30,14 @@ def cache_folder(config: Config) -> Path:
     """Where the warm start of `config` is kept: its name is a digest of settings, data and code."""
     package = Path(paced_fast.__file__).parent
     code = [(package / name).read_text() for name in _SOURCES]
-    data = [
-        _contents(Path(folder, source.partition(":")[2].partition("?")[0]))
-        for phase in (config.warm_start.first, config.warm_start.second)
-        for source in phase.sources
-        for folder in (config.data.dir or ".",)
-        if source.startswith(("jsonl:", "parquet:"))
-    ]
+    phases = (config.warm_start.first, config.warm_start.second)
+    sources = [prompts.parse_source(spec) for phase in phases for spec in phase.sources]
+    files = [prompts.find_file(source, config.data.dir) for source in sources if source.kind in ("jsonl", "parquet")]
+    data = ["absent" if path is None else digest(path.read_bytes().hex()) for path in files]
     settings = (config.model, config.warm_start.first, config.warm_start.second, config.warm_start.seed)
-    key = digest(*settings, config.data.template, code, data, torch.__version__)
+    rows = (config.data.template, config.data.max_prompt_tokens, config.data.too_long)
+    key = digest(*settings, *rows, code, data, torch.__version__)
     return Path(config.warm_start.cache_dir).expanduser() / f"warm-start-{key}"
-
-
-def _contents(path: Path) -> str:
-    return digest(path.read_bytes().hex()) if path.is_file() else "absent"
 
 
 def warm_start(
@@ -62,7 +57,7 @@ def warm_start(
     if not phases:
         return model
     folder = cache_folder(config)
-    if (folder / "model.safetensors").is_file():
+    if (folder / "config.json").is_file():  # the folder got its name when it was complete
         report(f"warm start: from the cache ({folder})")
         return load_model(config.model, str(folder))
     policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
@@ -120,6 +115,10 @@ def _run_phase(
             part.backward()
             loss += float(part.detach())
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"warm start: the loss of phase {number} is {loss} at step {step + 1}: lower its learning_rate"
+            )
         optimizer.step()
         if (step + 1) % max(1, phase.steps // 10) == 0:
             report(f"warm start: phase {number}, step {step + 1}/{phase.steps}, loss {loss:.3f} nat a token")

