@@ -21,9 +21,10 @@ from rich.table import Table
 
 from benchmarks import curves
 from paced_fast import metrics, train
-from paced_fast.config import Config, resolve
+from paced_fast.config import Config
 from paced_fast.errors import InputError
 from paced_fast.presets import preset
+from paced_fast.resolve import resolve
 
 # name -> what it is, and how its settings differ from the preset's. `grpo` comes first: it sets the time budget.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {

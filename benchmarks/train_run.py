@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from paced_fast import train
-from paced_fast.config import resolve
 from paced_fast.presets import preset
+from paced_fast.resolve import resolve
 from paced_fast.warm_start import cache_folder
 
 

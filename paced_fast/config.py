@@ -1,6 +1,6 @@
 """Every setting of a run, as frozen dataclasses; the sentence under a field is its `--help` text.
 
-`auto` means "what the algorithm's name says"; `resolve` replaces every `auto`, and the run folder keeps the result.
+`auto` means "what the algorithm's name says"; `resolve.resolve` replaces it, and the run folder keeps the result.
 """
 
 from __future__ import annotations
@@ -8,11 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from paced_fast.errors import InputError
 
 Algorithm = Literal["paced", "tb", "tb_group", "flowrl", "grpo"]
 Rule = Literal["auto", "tree", "greedy", "history", "uniform", "dynamic"]
@@ -291,128 +288,6 @@ class Config:
     def value_is_accuracy(self) -> bool:
         """Whether the head predicts accuracy (FlowRL's log Z belongs to normalised rewards and does not)."""
         return self.uses_head and self.algorithm != "flowrl"
-
-
-def resolve(config: Config) -> Config:
-    """Replace every `auto` by what the algorithm's name says, and check the settings against each other.
-
-    Raises InputError naming the first field that is out of range or in conflict with another.
-    """
-    paced = config.algorithm == "paced"
-    auto_intercept = "group_mean" if config.algorithm in ("tb_group", "grpo") else "value"
-    intercept = auto_intercept if config.loss.intercept == "auto" else config.loss.intercept
-    rule = ("tree" if paced else "uniform") if config.scheduler.rule == "auto" else config.scheduler.rule
-    replay = ("on" if paced else "off") if config.replay.mode == "auto" else config.replay.mode
-    head_loss = "tb" if config.log_z.loss == "auto" else config.log_z.loss
-    resolved = dataclasses.replace(
-        config,
-        loss=dataclasses.replace(config.loss, intercept=intercept),
-        scheduler=dataclasses.replace(config.scheduler, rule=rule),
-        replay=dataclasses.replace(config.replay, mode=replay),
-        log_z=dataclasses.replace(config.log_z, loss=head_loss),
-    )
-    _check(resolved)
-    return resolved
-
-
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "steps": (0, math.inf),
-    "seed": (0, 2**63 - 1),
-    "model.hidden_size": (1, math.inf),
-    "model.intermediate_size": (1, math.inf),
-    "model.num_layers": (1, math.inf),
-    "model.num_heads": (1, math.inf),
-    "data.max_prompt_tokens": (1, math.inf),
-    "warm_start.first.steps": (0, math.inf),
-    "warm_start.first.batch_size": (1, math.inf),
-    "warm_start.first.learning_rate": (0.0, 1.0),
-    "warm_start.first.warmup_steps": (0, math.inf),
-    "warm_start.first.beta2": (0.0, 0.9999999),
-    "warm_start.second.steps": (0, math.inf),
-    "warm_start.second.batch_size": (1, math.inf),
-    "warm_start.second.learning_rate": (0.0, 1.0),
-    "warm_start.second.warmup_steps": (0, math.inf),
-    "warm_start.second.beta2": (0.0, 0.9999999),
-    "warm_start.seed": (0, 2**63 - 1),
-    "generation.prompts_per_step": (1, math.inf),
-    "generation.group_size": (1, math.inf),
-    "generation.max_completion_tokens": (1, math.inf),
-    "generation.temperature": (1e-3, 100.0),
-    "generation.max_batch_sequences": (1, math.inf),
-    "loss.beta": (1e-6, 1e6),
-    "loss.importance_cap": (1e-6, math.inf),
-    "loss.grpo_clip": (1e-6, 1.0),
-    "loss.flowrl_reward_scale": (0.0, 1e6),
-    "loss.flowrl_importance_cap": (1e-6, math.inf),
-    "optimizer.learning_rate": (0.0, 1.0),
-    "optimizer.warmup_steps": (0, math.inf),
-    "optimizer.weight_decay": (0.0, 1.0),
-    "optimizer.beta1": (0.0, 0.9999999),
-    "optimizer.beta2": (0.0, 0.9999999),
-    "optimizer.max_grad_norm": (1e-12, math.inf),
-    "optimizer.minibatches": (1, math.inf),
-    "optimizer.epochs": (1, math.inf),
-    "optimizer.micro_batch_tokens": (1, math.inf),
-    "optimizer.max_consecutive_skips": (1, math.inf),
-    "log_z.learning_rate": (0.0, 1.0),
-    "log_z.hidden_size": (1, math.inf),
-    "log_z.max_grad_norm": (1e-12, math.inf),
-    "log_z.updates_per_step": (1, math.inf),
-    "scheduler.tau": (0.0, 1.0),
-    "scheduler.bandwidth": (1e-3, math.inf),
-    "scheduler.exploration": (0.0, 1.0),
-    "scheduler.warmup_steps": (0, math.inf),
-    "scheduler.pool_factor": (1, math.inf),
-    "scheduler.max_resamples": (1, math.inf),
-    "replay.capacity": (1, math.inf),
-    "replay.insert_per_step": (1, math.inf),
-    "replay.draw_per_step": (1, math.inf),
-    "replay.max_age": (1, math.inf),
-    "evaluation.every": (0, math.inf),
-    "evaluation.samples": (1, math.inf),
-    "evaluation.final_samples": (1, math.inf),
-    "evaluation.temperature": (1e-3, 100.0),
-    "run.checkpoint_every": (0, math.inf),
-    "run.keep_checkpoints": (1, math.inf),
-    "run.rollouts_per_step": (0, math.inf),
-    "run.threads": (0, math.inf),
-}
-
-
-def _check(config: Config) -> None:
-    flat = flatten(config)
-    for name, (low, high) in _BOUNDS.items():
-        value = flat[name]
-        if not low <= value <= high:  # a NaN fails every comparison, so it ends here too
-            raise InputError(f"--{name.replace('_', '-')} is {value}: give a value from {low:g} to {high:g}")
-    for name, phase in (("first", config.warm_start.first), ("second", config.warm_start.second)):
-        if phase.steps > 0 and not phase.sources:
-            raise InputError(f"--warm-start.{name}.steps is {phase.steps}, but --warm-start.{name}.sources names none")
-    if not config.data.train:
-        raise InputError("--data.train names no source: give at least one, such as rg:chain_sum?size=500")
-    if config.algorithm in ("flowrl", "grpo"):
-        if config.replay.mode == "on":
-            raise InputError(f"--replay.mode on needs --algorithm paced, tb or tb_group, not {config.algorithm}")
-        if config.generation.group_size < 2:
-            raise InputError(f"--generation.group-size must be 2 or more for {config.algorithm}: it compares a group")
-    if config.algorithm == "flowrl" and config.scheduler.rule in ("tree", "greedy"):
-        raise InputError(
-            f"--scheduler.rule {config.scheduler.rule} needs a value that means accuracy; flowrl's log Z does not: "
-            "use uniform, history or dynamic"
-        )
-    needed = {"tb_group": "group_mean", "grpo": "group_mean", "flowrl": "value"}.get(config.algorithm)
-    if needed not in (None, config.loss.intercept):
-        raise InputError(
-            f"--loss.intercept {config.loss.intercept} does not go with --algorithm {config.algorithm}, which has its "
-            "own: leave it out, or take paced or tb"
-        )
-    if config.loss.intercept == "group_mean" and config.generation.group_size < 2:
-        raise InputError("--generation.group-size must be 2 or more for --loss.intercept group_mean")
-    if config.generation.prompts_per_step < config.optimizer.minibatches:
-        raise InputError(
-            f"--optimizer.minibatches is {config.optimizer.minibatches} but a step draws only "
-            f"{config.generation.prompts_per_step} prompts: lower it or raise --generation.prompts-per-step"
-        )
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

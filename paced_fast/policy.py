@@ -7,10 +7,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from importlib import util
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from paced_fast import pack
 from paced_fast.batch import Rollouts
@@ -129,12 +131,11 @@ def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: in
         bos_token_id=None,
         eos_token_id=stop_id,
         pad_token_id=pad_id,
-        attn_implementation="sdpa",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(settings)
-    return model.to(device=config.device, dtype=_DTYPES[config.dtype]).eval()
+    return _placed(model, config)
 
 
 def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
@@ -145,7 +146,18 @@ def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"--model.name {path!r} cannot be loaded ({reason}): give a model folder or id") from error
-    return model.to(config.device).eval()
+    return _placed(model, config)
+
+
+def _placed(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    module = cast(torch.nn.Module, model)  # transformers wraps `to` in a type that checkers cannot follow
+    module.to(device=torch.device(config.device), dtype=_DTYPES[config.dtype]).eval()
+    return model
+
+
+def quiet() -> None:
+    """Switch the progress bars of transformers off: a run has its own."""
+    hf_logging.disable_progress_bar()
 
 
 def smollm2_folder(cache_dir: Path) -> Path:

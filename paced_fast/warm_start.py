@@ -13,17 +13,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import paced_fast
-from paced_fast import pack, prompts
+from paced_fast import pack
 from paced_fast.batch import Completion, PromptTable
 from paced_fast.config import Config, WarmStartPhase, digest, stream_seed
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.policy import Policy, load_model
+from paced_fast.sources import find_file, parse_source
 from paced_kernels import linear_logprobs
 
 logger = logging.getLogger(__name__)
 
 # A cached result is only as good as the code that made it: these modules are part of its key.
-_SOURCES = ("tasks.py", "prompts.py", "pack.py", "policy.py", "warm_start.py")
+_SOURCES = ("tasks.py", "sources.py", "prompts.py", "pack.py", "policy.py", "warm_start.py")
 
 
 def cache_folder(config: Config) -> Path:
@@ -31,8 +32,8 @@ def cache_folder(config: Config) -> Path:
     package = Path(paced_fast.__file__).parent
     code = [(package / name).read_text() for name in _SOURCES]
     phases = (config.warm_start.first, config.warm_start.second)
-    sources = [prompts.parse_source(spec) for phase in phases for spec in phase.sources]
-    files = [prompts.find_file(source, config.data.dir) for source in sources if source.kind in ("jsonl", "parquet")]
+    sources = [parse_source(spec) for phase in phases for spec in phase.sources]
+    files = [find_file(source, config.data.dir) for source in sources if source.kind in ("jsonl", "parquet")]
     data = ["absent" if path is None else digest(path.read_bytes().hex()) for path in files]
     settings = (config.model, config.warm_start.first, config.warm_start.second, config.warm_start.seed)
     rows = (config.data.template, config.data.max_prompt_tokens, config.data.too_long)

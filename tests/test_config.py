@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import tiny_policy
 
-from paced_fast.config import _BOUNDS, Config, digest, flatten, resolve, stream_seed
+from paced_fast.config import Config, digest, flatten, stream_seed
 from paced_fast.errors import InputError
 from paced_fast.evaluate import config_from_dict
 from paced_fast.presets import preset
+from paced_fast.resolve import _BOUNDS, resolve
 
 NUMBERS = [name for name, value in flatten(Config()).items() if type(value) in (int, float)]
 """Dotted names of all settings that are numbers."""

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from paced_fast import pack
 from paced_fast.batch import Completion
-from paced_fast.generate import TransformersGenerator, _Batch
+from paced_fast.generate import TransformersGenerator, _Batch, _sample
 
 PROMPTS = [(3, 4, 5, 6, 7), (2,), (9, 8, 7), (5, 5, 4), (10, 9)]
 
@@ -148,6 +148,13 @@ def test_tokens_follow_the_distribution(temperature: float) -> None:
     statistic = sum((counts[k] - draws * expected[k]) ** 2 / (draws * expected[k]) for k in large)
     degrees = len(large) - 1
     assert abs(statistic - degrees) < 4.5 * math.sqrt(2 * degrees)
+
+
+def test_tokens_without_probability_are_never_drawn() -> None:
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).repeat(4, 1)
+    token, logprob = _sample(logits, torch.tensor([0.0, 0.4999, 0.5, 1 - 2.0**-53], dtype=torch.float64), 1.0)
+    assert token.tolist() == [1, 1, 3, 3]
+    assert logprob.tolist() == pytest.approx([-math.log(2)] * 4)
 
 
 def test_the_order_of_the_result_is_the_callers() -> None:

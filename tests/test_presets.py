@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from paced_fast import prompts, train
 from paced_fast.batch import PromptTable
-from paced_fast.config import Config, resolve
+from paced_fast.config import Config
 from paced_fast.errors import InputError
 from paced_fast.presets import PRESETS, preset
+from paced_fast.resolve import resolve
+from paced_fast.sources import parse_source
 
 FILES = ("mawps_singleop.jsonl", "mawps_addsub.jsonl", "gsm8k_train.jsonl")
 
@@ -73,7 +75,7 @@ def test_every_preset_resolves_under_its_own_name(name: str) -> None:
     assert config.preset == name
     assert "auto" not in (config.loss.intercept, config.scheduler.rule, config.replay.mode, config.log_z.loss)
     for spec in (*config.data.train, *config.data.eval, *config.warm_start.first.sources):
-        prompts.parse_source(spec)
+        parse_source(spec)
 
 
 def test_the_gpu_preset_is_refused_in_one_line(

@@ -18,12 +18,11 @@ from paced_fast.errors import InputError
 from paced_fast.prompts import (
     character_tokenizer,
     decode,
-    drop_missing,
     load_table,
     load_tokenizer,
-    parse_source,
     stop_token_ids,
 )
+from paced_fast.sources import drop_missing, parse_source
 from paced_fast.tasks import SIGNED_SUMS_ALPHABET
 
 CHAT = (

@@ -28,18 +28,20 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
-    {"errors", "config", "batch", "tasks", "distributed", "display", "plots"},
-    {"prompts", "rewards", "pack", "metrics", "log_z", "presets", "report", "memory"},
+    {"errors", "config", "batch", "tasks", "distributed", "display", "plots", "sources"},
+    {"prompts", "rewards", "pack", "metrics", "log_z", "presets", "report", "memory", "resolve"},
     {"policy", "scheduler", "replay", "generate", "sandbox", "cli"},
     {"update", "weight_sync", "evaluate", "checkpoint", "warm_start"},
     {"trainer"},
+    {"build"},
     {"train"},
 )
 """A module of `paced_fast` imports modules of lower layers only: no siblings, no cycles."""
 
 SAME_OR_HIGHER_LAYER = {
-    ("config", "errors"): "settings refuse what makes no sense",
     ("tasks", "errors"): "tasks refuse unknown names",
+    ("sources", "errors"): "sources refuse what they cannot read",
+    ("sources", "tasks"): "procedural tasks are one kind of source",
     ("distributed", "errors"): "a launch that cannot work is an input error",
     ("evaluate", "checkpoint"): "its command line opens a checkpoint",
 }

@@ -85,17 +85,17 @@ def test_at_the_old_policy_the_gradient_is_reinforce_with_the_value_as_baseline(
 
 
 def test_one_token_a_sequence_on_average_is_not_read_as_log_probs_of_tokens() -> None:
-    """Two sequences with two tokens in all: per-token and per-sequence tensors have the same shape."""
-    policy, batch = tiny_policy.policy(), tiny_policy.rollouts([0, 2], rewards=[1.0, 0.0])
-    config, beta = tiny_policy.settings("paced"), 0.05
+    """Four sequences with four tokens in all: per-token and per-sequence tensors have the same shape."""
+    policy, batch = tiny_policy.policy(), tiny_policy.rollouts([2, 2, 0, 0], rewards=[1.0, 0.0, 0.0, 1.0])
+    beta, value = 0.05, torch.tensor([0.3, 0.6, 0.2, 0.4])
     logprobs = tiny_policy.naive_logprobs(policy.model, batch)
-    old = logprobs.detach() + torch.tensor([0.5, 0.3])
-    value = torch.tensor([0.3, 0.6])
+    old = logprobs.detach() + torch.tensor([0.5, 0.3, 0.1, 0.1])
     targets = Targets(signal=batch.rewards, intercept=value, old_logprobs=old, ref_logprobs=old)
-    out = loss_of("paced", policy, batch, targets, config)
-    u = torch.tensor([0.3 - 1.0, 0.6 + beta * -0.8])
-    weight = torch.tensor([1.0, math.exp(-0.8)])
-    assert float(out.loss.detach()) == pytest.approx(float((weight * u * u).mean() / (2 * beta)), rel=1e-4)
+    out = loss_of("paced", policy, batch, targets, tiny_policy.settings("paced"))
+    log_ratio = torch.tensor([-0.8, -0.2, 0.0, 0.0])
+    u = value + beta * log_ratio - batch.rewards
+    wanted = (log_ratio.exp() * u.square()).mean() / (2 * beta)
+    assert float(out.loss.detach()) == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_grpo_is_the_clipped_surrogate_averaged_over_tokens_then_sequences() -> None:
@@ -200,6 +200,7 @@ def test_every_sequence_is_trained_on_once_an_epoch_and_minibatches_keep_groups_
     first = [i for i in range(8) if batch.prompt_ids[i] == seen[0][0]]
     assert all(abs(float(result.log_ratio[i])) < 1e-4 for i in first)
     assert all(float(result.log_ratio[i]) != 0 for i in range(8) if i not in first)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(config.optimizer, 1))
     wanted = result.log_ratio.exp().clamp(max=config.loss.importance_cap)
     torch.testing.assert_close(result.weight, wanted, rtol=1e-5, atol=0)
 

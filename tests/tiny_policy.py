@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from paced_fast import pack
 from paced_fast.batch import Completion, Rollouts
-from paced_fast.config import Config, ModelConfig, resolve
+from paced_fast.config import Config, ModelConfig
 from paced_fast.policy import Policy, build_tiny
 from paced_fast.presets import preset
+from paced_fast.resolve import resolve
 
 VOCAB = 11
 STOP = 1

@@ -1,0 +1,240 @@
+"""Everything a run needs, put together: data, model, warm start, run folder, and what a resumed run continues with."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from paced_fast import checkpoint, memory, metrics, prompts, tasks
+from paced_fast.batch import PromptRow, PromptTable
+from paced_fast.config import Config, flatten, stream_seed
+from paced_fast.errors import InputError
+from paced_fast.evaluate import check_headline, load_config
+from paced_fast.generate import TransformersGenerator
+from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
+from paced_fast.rewards import Scorer
+from paced_fast.sources import drop_missing
+from paced_fast.trainer import Counters, Trainer
+from paced_fast.warm_start import warm_start
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run ready to train: its parts, its folder, and the step it continues after."""
+
+    config: Config
+    folder: Path
+    trainer: Trainer
+    generator: TransformersGenerator
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+    eval_table: PromptTable
+    eval_embeddings: Tensor | None
+    resumed: bool
+
+
+def build(config: Config, console: Console) -> Run:
+    """Load data and model, warm-start or resume, and only then create the run folder."""
+    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    torch.set_float32_matmul_precision(config.model.matmul_precision)
+    torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, and AdamW crawls on those
+    folder = _run_folder(config)
+    newest = _newest_checkpoint(config, folder) if config.resume == "auto" else None
+    cache = Path(config.warm_start.cache_dir).expanduser()
+    path = str(smollm2_folder(cache)) if config.model.name == "smollm2" else config.model.name
+    tokenizer = _tokenizer(path)
+    table, eval_table = (_table(sources, tokenizer, config) for sources in (config.data.train, config.data.eval))
+    scorer = Scorer(row.reward for row in (*table.rows, *eval_table.rows))
+    _try_rewards(scorer, (*table.rows, *eval_table.rows))
+    check_headline(config.data.headline, eval_table)
+    stop_ids = prompts.stop_token_ids(tokenizer)
+    if newest is None:
+        model = _initial_model(path, tokenizer, config, stop_ids[0])
+        _claim(folder, config)
+        checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
+        model.save_pretrained(folder / "initial")
+        tokenizer.save_pretrained(folder / "initial")
+    else:
+        model = load_model(config.model, str(folder / "initial"))
+    # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
+    policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
+    embeddings = eval_embeddings = None
+    if config.uses_head:
+        embeddings = policy.embed([row.token_ids for row in table.rows])
+        eval_embeddings = policy.embed([row.token_ids for row in eval_table.rows])
+    initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
+    if newest is not None:
+        model = load_model(config.model, str(newest / "policy"))
+        policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
+    generator = TransformersGenerator(
+        model, stop_ids=stop_ids, max_batch_sequences=config.generation.max_batch_sequences
+    )
+    trainer = Trainer(
+        config,
+        policy=policy,
+        initial=initial,
+        generator=generator,
+        scorer=scorer,
+        tokenizer=tokenizer,
+        table=table,
+        embeddings=embeddings,
+    )
+    console.print(metrics.memory_plan_table(memory.plan(model, config, len(table)), available_bytes=memory.available()))
+    if newest is not None:
+        tensors, state = checkpoint.load(newest)
+        trainer.load_state_tensors(tensors)
+        trainer.counters = Counters(**state["counters"])
+        checkpoint.restore_random_state(state["random"])
+        metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
+        logger.info("resumed after step %d from %s", trainer.counters.step, newest)
+    return Run(config, folder, trainer, generator, scorer, tokenizer, eval_table, eval_embeddings, newest is not None)
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    if path == "tiny":
+        return prompts.character_tokenizer(
+            tasks.SIGNED_SUMS_ALPHABET, pad=tasks.SIGNED_SUMS_PAD, stop=tasks.SIGNED_SUMS_STOP
+        )
+    return prompts.load_tokenizer(path)
+
+
+def without_missing(config: Config) -> Config:
+    """The settings without optional sources whose file is absent; one log line names the files."""
+    data, warm = config.data, config.warm_start
+    names, slices = set[str](), set[str]()
+
+    def present(sources: tuple[str, ...]) -> tuple[str, ...]:
+        kept, missing = drop_missing(sources, data.dir)
+        names.update(source.name for source in missing)
+        slices.update(source.slice_name for source in missing)
+        return kept
+
+    first, second = (dataclasses.replace(phase, sources=present(phase.sources)) for phase in (warm.first, warm.second))
+    train_sources, eval_sources = present(data.train), present(data.eval)
+    if not names:
+        return config
+    headline = tuple(name for name in data.headline if name not in slices)
+    logger.warning("going on without %s: --data.dir names the folder that holds them", ", ".join(sorted(names)))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, train=train_sources, eval=eval_sources, headline=headline),
+        warm_start=dataclasses.replace(warm, first=first, second=second),
+    )
+
+
+def _table(sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, config: Config) -> PromptTable:
+    if not sources:
+        return PromptTable(rows=())
+    return prompts.load_table(
+        sources,
+        tokenizer=tokenizer,
+        template=config.data.template,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        data_dir=config.data.dir,
+        too_long=config.data.too_long,
+    )
+
+
+def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stop_id: int) -> Any:
+    if path == "tiny":
+        pad_id = tokenizer.convert_tokens_to_ids(tasks.SIGNED_SUMS_PAD)
+        assert isinstance(pad_id, int)
+        seed = stream_seed(config.warm_start.seed, 0, "initial weights")
+        model = build_tiny(config.model, len(tokenizer), stop_id=stop_id, pad_id=pad_id, seed=seed)
+    else:
+        model = load_model(config.model, path)
+    started = time.perf_counter()
+    result = warm_start(
+        model,
+        tokenizer,
+        config,
+        load=lambda sources: _table(sources, tokenizer, config),
+        stop_id=stop_id,
+        report=logger.info,
+    )
+    logger.info("warm start: done after %.0f s", time.perf_counter() - started)
+    return result
+
+
+# What a run folder holds; a folder with any of these is not ours to write into unless the user says so.
+_OWN_NAMES = ("metrics.jsonl", "checkpoints", "config.json", "initial", "rollouts.jsonl", "summary.json", "report.html")
+
+
+def _run_folder(config: Config) -> Path:
+    """The folder of the run; an automatic name gets a number when it is taken and nothing is to be resumed."""
+    if config.run_dir is not None:
+        folder = Path(config.run_dir)
+        found = [name for name in _OWN_NAMES if (folder / name).exists()]
+        if config.resume == "never" and found and not config.run.overwrite:
+            raise InputError(
+                f"--run-dir {folder} already holds a run (it has {found[0]}): --resume auto continues it, "
+                "--run.overwrite replaces it"
+            )
+        return folder
+    base = Path("runs", f"{config.preset}-{config.algorithm}-{config.seed}")
+    folder, number = base, 1
+    while config.resume == "never" and folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
+def _try_rewards(scorer: Scorer, rows: Sequence[PromptRow]) -> None:
+    """Judge an empty completion of one row for each reward, so that one that cannot be used fails before any work."""
+    first = {row.reward: row for row in reversed(rows)}
+    scorer.score(list(first.values()), [""] * len(first))
+
+
+def _claim(folder: Path, config: Config) -> None:
+    """Make the run folder and write the settings; what an earlier run left in it is removed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run-dir {folder} cannot be made ({error.strerror}): give another") from error
+    for path in (folder / name for name in _OWN_NAMES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
+
+
+# What may differ between a run and its continuation: how long it goes on, what it keeps and where things lie.
+_FREE_ON_RESUME = ("steps", "resume", "run_dir", "run.", "warm_start.cache_dir")
+
+
+def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
+    """What `--resume auto` continues from; None when nothing has been saved yet. Never starts over a damaged run."""
+    if any((folder / name).exists() for name in _OWN_NAMES):
+        _check_same_run(config, folder)
+    root = folder / "checkpoints"
+    newest = checkpoint.newest(root)
+    if newest is None and any(root.glob("step_*")):
+        raise InputError(
+            f"--resume auto: every checkpoint in {root} is damaged: --resume never --run.overwrite restarts"
+        )
+    return newest
+
+
+def _check_same_run(config: Config, folder: Path) -> None:
+    old = flatten(load_config(folder))
+    for name, value in flatten(config).items():
+        if not name.startswith(_FREE_ON_RESUME) and old[name] != value:
+            raise InputError(
+                f"--resume auto: --{name.replace('_', '-')} was {old[name]} in {folder} and is {value} now: "
+                "give the same settings, or another --run-dir"
+            )
