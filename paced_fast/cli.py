@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str]) -> Config:
             raise InputError(f"unknown option {word.partition('=')[0]}: {hint}")
     complaint = io.StringIO()
     description = "Post-train a language model by PACED-RL. Presets: " + "; ".join(
-        f"{key}: {(make.__doc__ or '').strip()}" for key, make in PRESETS.items()
+        f"{key}: {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in PRESETS.items()
     )
     wants_help = "--help" in words or "-h" in words
     try:

@@ -21,7 +21,7 @@ from paced_fast.errors import InputError
 
 
 def tiny() -> Config:
-    """Signed sums on a CPU: a 227k-parameter model learns to combine digits into a target, in minutes."""
+    """Signed sums on a CPU: a 225k-parameter model learns to combine digits into a target, in minutes."""
     demonstrations = "task:signed_sums?split=demonstrations&size=60000"
     return Config(
         preset="tiny",
