@@ -176,7 +176,7 @@ class SchedulerConfig:
     or `dynamic` (DAPO: draw uniformly, drop groups that are all right or all wrong, draw again)."""
     tau: float = 0.5
     """Accuracy that training aims at."""
-    bandwidth: float = 0.15
+    bandwidth: float = 0.1
     """Width of the bell around tau in the `tree` rule."""
     exploration: float = 0.1
     """Share of draws that ignores the estimate."""
