@@ -52,6 +52,7 @@ def build(config: Config, console: Console) -> Run:
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, and AdamW crawls on those
+    metrics.require_sinks(config.run.loggers)
     folder = _run_folder(config)
     newest = _newest_checkpoint(config, folder) if config.resume == "auto" else None
     cache = Path(config.warm_start.cache_dir).expanduser()
@@ -93,7 +94,8 @@ def build(config: Config, console: Console) -> Run:
         table=table,
         embeddings=embeddings,
     )
-    console.print(metrics.memory_plan_table(memory.plan(model, config, len(table)), available_bytes=memory.available()))
+    plan = memory.plan(model, config, len(table))
+    console.print(metrics.memory_plan_table(plan, available_bytes=memory.available(policy.device)))
     if newest is not None:
         tensors, state = checkpoint.load(newest)
         trainer.load_state_tensors(tensors)

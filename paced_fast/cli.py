@@ -6,13 +6,16 @@ import contextlib
 import difflib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import tyro
 
 from paced_fast.config import Config, flatten
 from paced_fast.errors import InputError
 from paced_fast.presets import PRESETS, preset
+
+T = TypeVar("T")
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -31,20 +34,20 @@ def parse(arguments: Sequence[str]) -> Config:
             near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists them all"
             raise InputError(f"unknown option {word.partition('=')[0]}: {hint}")
-    complaint = io.StringIO()
     description = "Post-train a language model by PACED-RL. Presets: " + "; ".join(
         f"{key}: {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in PRESETS.items()
     )
+    prog = f"python -m paced_fast.train {name}"
+    return read(words, lambda: tyro.cli(Config, args=words, default=default, prog=prog, description=description))
+
+
+def read(words: Sequence[str], parse_words: Callable[[], T]) -> T:
+    """What `parse_words` makes of the command line `words`; a complaint of tyro's becomes an InputError of one line."""
+    complaint = io.StringIO()
     wants_help = "--help" in words or "-h" in words
     try:
         with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                Config,
-                args=words,
-                default=default,
-                prog=f"python -m paced_fast.train {name}",
-                description=description,
-            )
+            return parse_words()
     except SystemExit as stop:
         if wants_help or stop.code == 0:
             raise

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from rich.table import Table
 
-from paced_fast import checkpoint, metrics, prompts
+from paced_fast import checkpoint, cli, metrics, prompts
 from paced_fast.batch import PromptTable
 from paced_fast.config import Config, DataConfig, ModelConfig, stream_seed
 from paced_fast.errors import InputError
@@ -172,6 +173,9 @@ def evaluate_run(arguments: EvaluateArguments) -> Evaluation:
     path = str(folder / "policy")
     tokenizer = prompts.load_tokenizer(path)
     model_config: ModelConfig = config.model
+    if model_config.device == "cuda" and not torch.cuda.is_available():
+        logger.warning("the run used a GPU and torch sees none here: evaluating on the CPU")
+        model_config = dataclasses.replace(model_config, device="cpu")
     model = load_model(model_config, path)
     data: DataConfig = config.data
     table = prompts.load_table(
@@ -217,9 +221,11 @@ def _result_table(result: Evaluation) -> Table:
 
 def main() -> None:
     """Entry point: a table for people, and one line of JSON as the last line for programs."""
-    arguments = tyro.cli(EvaluateArguments)
     console = metrics.configure_logging()
+    words = sys.argv[1:]
     try:
+        prog = "python -m paced_fast.evaluate"
+        arguments = cli.read(words, lambda: tyro.cli(EvaluateArguments, args=words, prog=prog))
         result = evaluate_run(arguments)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")

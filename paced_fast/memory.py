@@ -17,7 +17,7 @@ def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, 
     """
     settings = model.config
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trainable = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     element = model.dtype.itemsize
     head_size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     key_values = 2 * settings.num_hidden_layers * settings.num_key_value_heads * head_size * element
@@ -43,8 +43,8 @@ def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, 
     return result
 
 
-def available() -> int:
-    """Bytes of memory of the machine, or of the GPU when there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
+def available(device: torch.device) -> int:
+    """Bytes of memory of the GPU, or of the machine for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

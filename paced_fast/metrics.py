@@ -9,6 +9,7 @@ P = prompts, k = samples a prompt.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -41,6 +42,7 @@ __all__ = [
     "mixed_group_share",
     "pass_at_k",
     "rank_correlation",
+    "require_sinks",
     "write_json_atomic",
 ]
 
@@ -271,13 +273,23 @@ def _scalars(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
 Sink = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
 """How to log one step's scalars, and how to close."""
 
+_SINK_MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
+
+
+def require_sinks(names: Sequence[str]) -> None:
+    """Raises InputError when the package of a sink is not installed; imports none of them."""
+    for name in names:
+        if name not in _SINK_MODULES:
+            raise InputError(f"unknown metrics sink {name!r}: choose from {', '.join(_SINK_MODULES)}")
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"metrics sink {name!r} is not installed: pip install 'paced-fast[{name}]'")
+
 
 def _open_sink(name: str, run_dir: Path, config: Mapping[str, object]) -> Sink:
-    modules = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
-    if name not in modules:
-        raise InputError(f"unknown metrics sink {name!r}: choose from {', '.join(modules)}")
+    if name not in _SINK_MODULES:
+        raise InputError(f"unknown metrics sink {name!r}: choose from {', '.join(_SINK_MODULES)}")
     try:
-        module = importlib.import_module(modules[name])
+        module = importlib.import_module(_SINK_MODULES[name])
     except ImportError as error:
         raise InputError(f"metrics sink {name!r} is not installed: pip install 'paced-fast[{name}]'") from error
     if name == "wandb":

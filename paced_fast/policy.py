@@ -142,7 +142,10 @@ def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
     """The model stored at `path`: a folder, or an id of the Hugging Face hub. Code from the folder is never run."""
     try:
         AutoConfig.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[config.dtype], attn_implementation="sdpa")
+        # Weights in safetensors only: the older format is a pickle, and reading one runs its code.
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=_DTYPES[config.dtype], attn_implementation="sdpa", use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"--model.name {path!r} cannot be loaded ({reason}): give a model folder or id") from error

@@ -184,11 +184,10 @@ def equation(text: str, answer: str) -> str:
     Tried in this order: sum, difference, product and quotient of two numbers, then three numbers with + and -.
     """
     goal = Fraction(answer.replace(",", ""))
-    names = list(dict.fromkeys(re.findall(r"[0-9]+(?:\.[0-9]+)?", text)))
+    names = re.findall(r"[0-9]+(?:\.[0-9]+)?", text)
     numbers = {name: Fraction(name) for name in names}
-    pairs = [*itertools.permutations(names, 2), *((name, name) for name in names)]
     for symbol, apply in {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}.items():
-        for a, b in pairs:
+        for a, b in itertools.permutations(names, 2):
             if (symbol != "/" or numbers[b]) and apply(numbers[a], numbers[b]) == goal:
                 return f"{a}{symbol}{b}={answer}"
     for a, b, c in itertools.permutations(names, 3):

@@ -43,6 +43,16 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """The G completions of one prompt, as text and with their rewards."""
+
+    prompt_index: int
+    completions: list[Completion]
+    texts: list[str]
+    rewards: list[float]
+
+
+@dataclass(frozen=True, slots=True)
 class Fresh:
     """The groups sampled in this step. P groups of G, B = P * G."""
 
@@ -135,40 +145,38 @@ class Trainer:
         config, step = self.config.generation, self.counters.step
         dynamic = self.config.scheduler.rule == "dynamic"
         rounds = self.config.scheduler.max_resamples if dynamic else 1
-        kept: list[tuple[int, list[Completion], list[str], list[float]]] = []
-        dropped: list[tuple[int, list[Completion], list[str], list[float]]] = []
+        kept: list[Group] = []
+        dropped: list[Group] = []
         for round_ in range(rounds):
             with self.phases.phase("schedule"):
                 index = self.scheduler.draw(config.prompts_per_step, step, values, round_).tolist()
             for group in self._groups(index, stream_seed(self.config.seed, step, f"generate/{round_}")):
-                mixed = min(group[3]) < max(group[3])
+                mixed = min(group.rewards) < max(group.rewards)
                 (kept if mixed or not dynamic else dropped).append(group)
             if len(kept) >= config.prompts_per_step:
                 break
         sampled = kept + dropped
         batch = (kept + dropped)[: config.prompts_per_step]
-        index = [group[0] for group in batch]
+        index = [group.prompt_index for group in batch]
         each = [i for i in index for _ in range(config.group_size)]
-        completions = [completion for group in batch for completion in group[1]]
-        group_rewards = [reward for group in batch for reward in group[3]]
+        completions = [completion for group in batch for completion in group.completions]
+        group_rewards = [reward for group in batch for reward in group.rewards]
         device = self.policy.device
         prompt_ids = [self.table.rows[i].token_ids for i in each]
         rollouts = pack.pack(completions, prompt_ids, each, group_rewards, step, device)
         return Fresh(
             rollouts=rollouts,
             completions=completions,
-            texts=[text for group in batch for text in group[2]],
+            texts=[text for group in batch for text in group.texts],
             prompt_index=torch.tensor(index, device=device),
             accuracy=group_accuracy(rollouts.rewards, config.group_size),
-            sampled_accuracy=torch.tensor([sum(group[3]) / len(group[3]) for group in sampled]),
+            sampled_accuracy=torch.tensor([sum(group.rewards) / config.group_size for group in sampled]),
             num_sampled=len(sampled) * config.group_size,
-            num_tokens=sum(len(completion.token_ids) for group in sampled for completion in group[1]),
+            num_tokens=sum(len(completion.token_ids) for group in sampled for completion in group.completions),
         )
 
-    def _groups(
-        self, prompt_index: Sequence[int], seed: int
-    ) -> list[tuple[int, list[Completion], list[str], list[float]]]:
-        """Prompt, completions, texts and rewards of each group."""
+    def _groups(self, prompt_index: Sequence[int], seed: int) -> list[Group]:
+        """Sample and score a group for each prompt."""
         config = self.config.generation
         size = config.group_size
         rows = self.table.select(prompt_index)
@@ -184,7 +192,7 @@ class Trainer:
             texts = [prompts.decode(self.tokenizer, completion.token_ids) for completion in completions]
             scores = self.scorer.score([row for row in rows for _ in range(size)], texts)
         cuts = [slice(k * size, (k + 1) * size) for k in range(len(rows))]
-        return [(i, completions[cut], texts[cut], scores[cut]) for i, cut in zip(prompt_index, cuts, strict=True)]
+        return [Group(i, completions[cut], texts[cut], scores[cut]) for i, cut in zip(prompt_index, cuts, strict=True)]
 
     def _targets(self, rollouts: Rollouts, fresh: Fresh, values: Tensor | None) -> Targets:
         config = self.config
@@ -265,6 +273,7 @@ class Trainer:
             "reward_mean": float(fresh.rollouts.rewards.mean()),
             "mixed_group_share": metrics.mixed_group_share(fresh.sampled_accuracy),
             "trained_sequences": rollouts.num_sequences,
+            "prompts_visited_share": float((self.scheduler.visits > 0).float().mean()),
             "entropy": -float(fresh.rollouts.generator_logprobs.mean()),
             "mean_length": count / max(1, fresh.rollouts.num_sequences),
             "truncated_share": sum(not c.stopped for c in fresh.completions) / len(fresh.completions),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from paced_fast.batch import Completion, PromptRow, PromptTable
 from paced_fast.errors import InputError
-from paced_fast.evaluate import EvaluateArguments, Evaluation, evaluate, evaluate_run
+from paced_fast.evaluate import EvaluateArguments, Evaluation, evaluate, evaluate_run, main
 
 ANSWERS = {  # slice, then what each of nine samples says; what is below 5 is right, and 9 is half right
     (1,): ("easy", [1, 1, 2, 3, 7, 8, 7, 1, 9]),
@@ -111,3 +112,14 @@ def test_a_folder_that_cannot_be_evaluated_is_named(
         evaluate_run(EvaluateArguments(run_dir=str(tmp_path), **arguments))
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_wrong_option_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate", "runs/x", "--sampels", "3"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("error: ")
+    assert complaint.count("\n") == 1
+    assert "--sampels" in complaint

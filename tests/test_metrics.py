@@ -292,3 +292,12 @@ def test_tables_show_the_numbers() -> None:
 def test_importing_metrics_needs_no_torch() -> None:
     code = "import sys, paced_fast.metrics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_missing_sink_is_found_before_any_work(monkeypatch):
+    with pytest.raises(InputError, match="unknown metrics sink 'wandbb'"):
+        metrics.require_sinks(["wandbb"])
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'paced-fast\[tensorboard\]'"):
+        metrics.require_sinks(["tensorboard"])
+    metrics.require_sinks([])

@@ -12,6 +12,7 @@ from paced_fast.errors import InputError
 from paced_fast.tasks import (
     SIGNED_SUMS_ALPHABET,
     check_signed_sum,
+    equation,
     reasoning_gym_rows,
     reasoning_gym_scorer,
     signed_sums_demonstrations,
@@ -220,3 +221,23 @@ def test_reasoning_gym_rows_carry_what_their_scorer_needs():
     scorer = reasoning_gym_scorer("chain_sum", rows[0]["settings"])
     assert [scorer(row["answer"], row["entry"]) for row in rows] == [1.0] * 5
     assert scorer("4", rows[0]["entry"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "line"),
+    [
+        ("Joan found 70 seashells and has 27 now. How many did she give away?", "43", "70-27=43"),
+        ("Tim had 28 and there are now 54.", "26", "54-28=26"),
+        ("There are 7 caps in a box and Linda puts 7 more inside.", "14", "7+7=14"),
+        ("2 and 2", "4", "2+2=4"),  # a sum comes before a product
+        ("84 leaves with 139 ladybugs each", "11,676", "84*139=11,676"),
+        ("256 miles at 32 miles per hour", "8", "256/32=8"),
+        ("It weighs 28.3 grams; how much do 5 weigh?", "141.5", "28.3*5=141.5"),
+        ("33 cards, 6 torn, 23 new", "50", "33-6+23=50"),
+        ("0 and 5", "17", "=17"),
+        ("one 7 is not two", "14", "=14"),
+        ("no number at all", "3", "=3"),
+    ],
+)
+def test_an_equation_leads_from_the_text_to_the_answer(text: str, answer: str, line: str) -> None:
+    assert equation(text, answer) == line
