@@ -14,6 +14,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def _path(section: str) -> Path:
+    return RESULTS / (f"{section}.json" if section == "sample_efficiency" else f"train_{section}.json")
+
+
 def _environment(result: dict[str, Any]) -> str:
     where = result["environment"]
     versions = where["versions"]
@@ -24,7 +28,7 @@ def _environment(result: dict[str, Any]) -> str:
 
 def sample_efficiency() -> str:
     """The comparison of the algorithms as Markdown."""
-    result = json.loads((RESULTS / "sample_efficiency.json").read_text())
+    result = json.loads((_path("sample_efficiency")).read_text())
     rows, titles = result["rows"], result["titles"]
     lines = [f"| {' | '.join(curves.COLUMNS)} |", "|" + "---|" * len(curves.COLUMNS)]
     lines += [f"| {titles[row['arm']]} | {' | '.join(curves.cells(row))} |" for row in rows]
@@ -43,7 +47,7 @@ def sample_efficiency() -> str:
 
 def train_run(name: str) -> str:
     """A sentence on one run of a preset."""
-    result = json.loads((RESULTS / f"train_{name}.json").read_text())
+    result = json.loads((_path(name)).read_text())
     summary = result["summary"]
 
     def rise(key: str) -> str:
@@ -72,7 +76,7 @@ def render(text: str) -> str:
     for name, make in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, found, rest = text.partition(begin)
-        if found:
+        if found and _path(name).is_file():
             text = f"{before}{begin}\n{make()}\n{end}{rest.partition(end)[2]}"
     return text
 
