@@ -10,9 +10,11 @@ from paced_fast.config import (
     DataConfig,
     EvaluationConfig,
     GenerationConfig,
+    LogZConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    ReplayConfig,
     SchedulerConfig,
     WarmStartConfig,
     WarmStartPhase,
@@ -51,31 +53,32 @@ def tiny() -> Config:
     )
 
 
-_SMOLLM2_TEMPLATE = "{prompt}\nAnswer: "
-
-
 def smollm2() -> Config:
-    """SmolLM2-135M on a CPU: sums, products and one-step word problems, after a short warm start on bare answers."""
+    """SmolLM2-135M on a CPU: sums and one-step word problems; training finds out that writing the equation pays.
+
+    The raw model solves almost none of them. The warm start shows word problems answered in two ways, by a bare number
+    and by one line of arithmetic; only the second tends to be right. No prompt is in two of the three splits.
+    """
     return Config(
         preset="smollm2",
-        steps=60,
+        steps=40,
         model=ModelConfig(name="smollm2", matmul_precision="medium"),
         data=DataConfig(
             train=(
-                *_sums("0.5:0.8", two=1200, three=600, products=600),
                 *_word_problems("0.4:0.8"),
-                "jsonl:gsm8k_train.jsonl?prompt=question&answer_after=####&reward=number&optional=true&rows=0:300",
+                *_sums("0.5:0.8", two=400, three=200, products=200),
+                # Far too hard for this model: prompts for the scheduler to leave alone.
+                "jsonl:gsm8k_train.jsonl?prompt=question&answer_after=####&reward=number&optional=true&rows=0:150",
             ),
-            eval=(*_sums("0.8:1", two=150, three=150, products=150), *_word_problems("0.8:1")),
-            headline=(),
-            template=_SMOLLM2_TEMPLATE,
+            eval=(*_word_problems("0.8:1"), *_sums("0.8:1", two=150, three=150, products=150)),
+            template="{prompt}\nAnswer: ",
             max_prompt_tokens=120,
             too_long="skip",
         ),
         warm_start=WarmStartConfig(
             first=WarmStartPhase(
                 sources=_sums("0:0.5", two=2000, three=800, products=1000, demonstration="@answer"),
-                steps=40,
+                steps=30,
                 batch_size=32,
                 learning_rate=3e-4,
                 warmup_steps=5,
@@ -83,7 +86,8 @@ def smollm2() -> Config:
             second=WarmStartPhase(
                 sources=(
                     *_word_problems("0:0.4", demonstration="@equation"),
-                    *_sums("0:0.5", two=200, three=100, products=100, demonstration="@answer"),
+                    *_word_problems("0:0.3", demonstration="@answer"),
+                    *_sums("0:0.5", two=100, three=50, products=50, demonstration="@answer"),
                 ),
                 steps=36,
                 batch_size=32,
@@ -91,8 +95,12 @@ def smollm2() -> Config:
                 warmup_steps=5,
             ),
         ),
-        generation=GenerationConfig(prompts_per_step=16, group_size=8, max_completion_tokens=14),
-        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=5, micro_batch_tokens=1024),
+        generation=GenerationConfig(prompts_per_step=16, group_size=8, max_completion_tokens=12),
+        optimizer=OptimizerConfig(learning_rate=4e-5, warmup_steps=5, micro_batch_tokens=1024),
+        # So few steps: the head makes more of each of them.
+        log_z=LogZConfig(updates_per_step=8),
+        scheduler=SchedulerConfig(warmup_steps=2),
+        replay=ReplayConfig(insert_per_step=32, draw_per_step=32),
         evaluation=EvaluationConfig(every=20, samples=4, final_samples=8),
     )
 

@@ -36,12 +36,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tables(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, PromptTable]:
-    """The tables of a run: what it trains on, what it is judged by, and both phases of the warm start."""
+    """The tables of a run: what it trains on, what it is judged by, and the warm start."""
     sources = {
         "train": config.data.train,
         "eval": config.data.eval,
-        "first": config.warm_start.first.sources,
-        "second": config.warm_start.second.sources,
+        "warm start": config.warm_start.first.sources + config.warm_start.second.sources,
     }
     return {
         name: prompts.load_table(
@@ -56,18 +55,16 @@ def tables(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, Prom
 
 
 def check_splits(config: Config, made: dict[str, PromptTable]) -> None:
-    """No prompt in two splits (the two phases of the warm start are one), and every slice that counts is there."""
+    """No prompt in two splits, and every slice that counts is there."""
     texts = {name: {str(row.prompt) for row in table.rows} for name, table in made.items()}
-    texts["warm start"] = texts.pop("first") | texts.pop("second")
     for one, other in itertools.combinations(texts, 2):
         assert not texts[one] & texts[other], (one, other)
     assert set(config.data.headline) <= {row.slice for row in made["eval"].rows}
-    for name in ("first", "second"):
-        for row in made[name].rows:
-            assert row.demonstration is not None
-            last = row.demonstration.rpartition("=")[2]  # of a bare answer it is all
-            assert float(last.replace(",", "")) == float(str(row.columns["answer"]).replace(",", ""))
-            assert not row.demonstration.endswith(".0")
+    for row in made["warm start"].rows:
+        assert row.demonstration is not None
+        last = row.demonstration.rpartition("=")[2]  # of a bare answer it is all
+        assert float(last.replace(",", "")) == float(str(row.columns["answer"]).replace(",", ""))
+        assert not row.demonstration.endswith(".0")
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -138,7 +135,7 @@ def test_smollm2_with_made_files(
     assert not caplog.records
     made = tables(config, tokenizer)
     check_splits(config, made)
-    for name in ("train", "eval", "second"):
+    for name in ("train", "eval", "warm start"):
         assert {"mawps_singleop", "mawps_addsub"} <= {row.slice for row in made[name].rows}
 
 
