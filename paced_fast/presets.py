@@ -61,7 +61,7 @@ def smollm2() -> Config:
     """
     return Config(
         preset="smollm2",
-        steps=40,
+        steps=24,
         model=ModelConfig(name="smollm2", matmul_precision="medium"),
         data=DataConfig(
             train=(
@@ -96,12 +96,12 @@ def smollm2() -> Config:
             ),
         ),
         generation=GenerationConfig(prompts_per_step=16, group_size=8, max_completion_tokens=12),
-        optimizer=OptimizerConfig(learning_rate=4e-5, warmup_steps=5, micro_batch_tokens=1024),
+        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=5, micro_batch_tokens=1024),
         # So few steps: the head makes more of each of them.
         log_z=LogZConfig(updates_per_step=8),
         scheduler=SchedulerConfig(warmup_steps=2),
-        replay=ReplayConfig(insert_per_step=32, draw_per_step=32),
-        evaluation=EvaluationConfig(every=20, samples=4, final_samples=8),
+        replay=ReplayConfig(insert_per_step=32, draw_per_step=16),
+        evaluation=EvaluationConfig(every=12, samples=4, final_samples=8),
     )
 
 
