@@ -79,3 +79,10 @@ def _nan_filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         return tensor
 
     return wrapper
+
+
+@pytest.fixture(autouse=True)
+def denormal_numbers_as_they_are() -> Iterator[None]:
+    """A run flushes denormal numbers to zero for the whole process; the next test must not inherit that."""
+    yield
+    torch.set_flush_denormal(False)

@@ -89,7 +89,7 @@ def test_batches_follow_successive_draws_without_replacement() -> None:
     seen = torch.zeros(count)
     for step in range(1, draws + 1):
         seen[chooser.draw(batch, step, values)] += 1
-    share = weights(values, 0.5, 0.15, 0.1).double().tolist()
+    share = weights(values, 0.5, 0.1, 0.1).double().tolist()
     inclusion = [0.0] * count
 
     def walk(taken: tuple[int, ...], probability: float) -> None:
