@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import json
+import math
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,19 @@ from typing import Any
 import torch
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "paced-fast")
+_PEERS = (
+    "liger-kernel",
+    "cut-cross-entropy",
+    "trl",
+    "verl",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "nvidia-cublas",
+)
 
 
 def describe() -> dict[str, Any]:
     """Date, commit, hardware and versions, for the head of a result file."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _git("rev-parse", "--short", "HEAD"),
@@ -31,14 +37,80 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": _versions(_PACKAGES),
     }
 
 
-def _git(*words: str) -> str | None:
-    folder = Path(__file__).parent
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
+def headed(case: str, result: dict[str, Any]) -> dict[str, Any]:
+    """A result with the name of its case and where it was measured."""
+    return {"case": case, "environment": describe(), **result}
+
+
+def device(device: torch.device) -> dict[str, Any]:
+    """What a kernel benchmark ran on: the GPU, its driver and libraries, or the threads of the CPU; peers' versions."""
+    found: dict[str, Any] = {"type": device.type, "threads": torch.get_num_threads(), "peers": _versions(_PEERS)}
+    if device.type != "cuda":
+        return found
+    properties = torch.cuda.get_device_properties(device)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        **found,
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": properties.total_memory / 2**30,
+        "driver": driver.splitlines()[0] if driver else None,
+        "cuda": torch.version.cuda,
+        "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+
+
+def child_environment() -> dict[str, str]:
+    """Variables of a child process that is to import what this one imports."""
+    here = [str(Path(__file__).resolve().parent.parent), *(path for path in sys.path if path)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(here))}
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Replace the file at `path` in one step; numbers that are not finite become null."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(_finite(result), indent=1) + "\n")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The result in a file, or an empty one where there is none yet."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _output(*words: str) -> str | None:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _git(*words: str) -> str | None:
+    return _output("git", "-C", str(Path(__file__).parent), *words)
 
 
 def _cpu() -> str:

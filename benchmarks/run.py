@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
+import importlib.util
+import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from benchmarks import environment, sample_efficiency, train_run
+from benchmarks import environment, options
 from paced_fast.errors import InputError
-from paced_fast.metrics import configure_logging, write_json_atomic
 
-# Each case: its options, and the function that measures and returns a result.
-CASES: dict[str, tuple[Any, Callable[[Any, Path], dict[str, Any]]]] = {
-    "sample_efficiency": (sample_efficiency.Arguments, sample_efficiency.measure),
-    "train_tiny": (train_run.Arguments, functools.partial(train_run.measure, "tiny")),
-    "train_smollm2": (train_run.Arguments, functools.partial(train_run.measure, "smollm2")),
+# Each case: its module, which has `Arguments` and `measure`, and what `measure` takes first. A module is imported when
+# its case runs: the kernel cases must run where the trainer's packages are not installed.
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "trajectory_balance": ("kernels", ("trajectory_balance",)),
+    "logprobs": ("kernels", ("logprobs",)),
+    "gpu_visit": ("gpu_visit", ()),
+    "sample_efficiency": ("sample_efficiency", ()),
+    "train_tiny": ("train_run", ("tiny",)),
+    "train_smollm2": ("train_run", ("smollm2",)),
 }
 
 
@@ -41,21 +44,24 @@ def main(arguments: list[str] | None = None) -> None:
         hint = f"did you mean {near[0]}? " if near else ""
         sys.stderr.write(f"error: unknown benchmark {name!r}: {hint}the cases are {', '.join(CASES)}\n")
         raise SystemExit(2)
-    options, measure = CASES[name]
+    if importlib.util.find_spec("paced_kernels") is None:  # a checkout that was not installed
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+    module_name, first = CASES[name]
+    module: Any = importlib.import_module(f"benchmarks.{module_name}")
     path = Path(__file__).parent / "results" / f"{name}.json"
     if "--json" in words:
         at = words.index("--json")
         path = Path(words[at + 1])
         del words[at : at + 2]
-    configure_logging()
-    parsed = tyro.cli(options, args=words, prog=f"python -m benchmarks.run {name}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parsed = options.parse(module.Arguments, words, f"python -m benchmarks.run {name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        result = measure(parsed, path)
+        result = functools.partial(module.measure, *first)(parsed, path)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
-    write_json_atomic(path, {"case": name, "environment": environment.describe(), **result})
+    environment.write_json(path, environment.headed(name, result))
     print(path)
 
 
