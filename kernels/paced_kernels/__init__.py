@@ -6,6 +6,7 @@ proportion to integer weights, without drift and without making the host wait. I
 context and reads no environment variable.
 """
 
+from ._head import VocabShard
 from ._sequences import segment_sum
 from .logprobs import linear_logprobs
 from .priority_tree import PriorityTree, Sample
@@ -16,6 +17,7 @@ __all__ = [
     "PriorityTree",
     "Sample",
     "TBOutput",
+    "VocabShard",
     "linear_logprobs",
     "segment_sum",
     "trajectory_balance_from_logprobs",

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from ._head import VocabShard
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32)
 BACKENDS = ("auto", "triton", "reference")
@@ -19,11 +21,9 @@ REDUCTIONS = ("sum", "mean")
 
 
 def check_backend(backend: str) -> None:
-    """Accept "auto" and "reference"; explain why "triton" cannot be had."""
+    """A known name; whether Triton can be had is found out where it is used."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if backend == "triton":
-        raise ValueError('backend="triton" is not available in this version; use "auto" or "reference"')
 
 
 def check_positive(name: str, value: float) -> None:
@@ -32,6 +32,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a Python number, got {type(value).__name__}")
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """A Python number that is finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite Python number, got {value!r}")
 
 
 def check_workspace(workspace_bytes: int | None) -> None:
@@ -60,7 +66,12 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
 
 
 def check_value(condition: Tensor, message: str) -> None:
-    """Raise on a CPU tensor that is False; on CUDA assert on the device, without a host sync."""
+    """Raise on a CPU tensor that is False; on CUDA assert on the device, without a host sync.
+
+    A compiler that traces the caller has no values: the check is left out of what it compiles.
+    """
+    if torch.compiler.is_compiling():
+        return
     if condition.device.type != "cpu":
         torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
     elif not bool(condition):
@@ -72,13 +83,17 @@ def _check_row_major(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tuple(value.stride())}")
 
 
-def check_token_ids(token_ids: Tensor, num_rows: int, vocab_size: int) -> None:
-    """Shape [T], integer, every id in [0, V)."""
+def check_token_ids(token_ids: Tensor, num_rows: int) -> None:
+    """Shape [T], integer."""
     check_tensor("token_ids", token_ids, 1, INTEGER_DTYPES)
     if token_ids.shape[0] != num_rows:
         raise ValueError(f"hidden and token_ids disagree on T: {num_rows} vs {token_ids.shape[0]}")
+
+
+def check_token_values(token_ids: Tensor, vocab_size: int) -> None:
+    """Every id in [0, V)."""
     message = f"token_ids must lie in [0, {vocab_size})"
-    if num_rows > 0 and token_ids.device.type == "cpu":
+    if token_ids.shape[0] > 0 and token_ids.device.type == "cpu":
         smallest, largest = (int(bound) for bound in token_ids.aminmax())
         message = f"{message}, got values from {smallest} to {largest}"
     check_value(((token_ids >= 0) & (token_ids < vocab_size)).all(), message)
@@ -91,6 +106,7 @@ def check_linear_args(
     bias: Tensor | None,  # [V]
     temperature: float,
     workspace_bytes: int | None,
+    shard: VocabShard | None,
 ) -> None:
     """Everything `linear_logprobs` and `trajectory_balance_loss` share."""
     check_tensor("hidden", hidden, 2, FLOAT_DTYPES)
@@ -104,7 +120,7 @@ def check_linear_args(
     check_same_device("head_weight", head_weight, "hidden", hidden)
     _check_row_major("hidden", hidden)
     _check_row_major("head_weight", head_weight)
-    check_token_ids(token_ids, hidden.shape[0], head_weight.shape[0])
+    check_token_ids(token_ids, hidden.shape[0])
     check_same_device("token_ids", token_ids, "hidden", hidden)
     if bias is not None:
         check_tensor("bias", bias, 1, FLOAT_DTYPES)
@@ -115,15 +131,40 @@ def check_linear_args(
         check_same_device("bias", bias, "hidden", hidden)
     check_positive("temperature", temperature)
     check_workspace(workspace_bytes)
+    if shard is not None:
+        end = shard.start + head_weight.shape[0]
+        if shard.start < 0 or end > shard.vocab_size:
+            raise ValueError(
+                f"shard and head_weight disagree: rows {shard.start} to {end} of a vocabulary of {shard.vocab_size}"
+            )
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int, rows_name: str, rows: Tensor) -> None:
-    """Shape [B + 1], integer, starts at 0, never decreases, ends at T; on the CPU or on the device of the rows."""
+def under_autocast(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inside torch.autocast, operands of different dtypes meet in the autocast dtype, as in `F.linear`.
+
+    Operands that agree stay as they are: rounding float32 logits' operands unasked would only lose accuracy.
+    """
+    if not isinstance(hidden, Tensor) or not isinstance(head_weight, Tensor):
+        return hidden, head_weight, bias
+    kind = hidden.device.type
+    mixed = hidden.dtype != head_weight.dtype and torch.float64 not in (hidden.dtype, head_weight.dtype)
+    if not mixed or not torch.is_autocast_enabled(kind):
+        return hidden, head_weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), head_weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, rows_name: str, rows: Tensor) -> None:
+    """Shape [B + 1], integer; on the CPU or on the device of the rows."""
     check_tensor("cu_seqlens", cu_seqlens, 1, INTEGER_DTYPES)
     if cu_seqlens.shape[0] < 1:
         raise ValueError("cu_seqlens must have B + 1 entries, got 0")
     if cu_seqlens.device.type != "cpu":
         check_same_device("cu_seqlens", cu_seqlens, rows_name, rows)
+
+
+def check_offset_values(cu_seqlens: Tensor, num_rows: int, rows_name: str) -> None:
+    """Offsets start at 0, never decrease and end at T."""
     check_value(cu_seqlens[0] == 0, "cu_seqlens must start at 0")
     check_value((cu_seqlens[1:] >= cu_seqlens[:-1]).all(), "cu_seqlens must not decrease")
     check_value(cu_seqlens[-1] == num_rows, f"cu_seqlens must end at T = {num_rows}, the rows of {rows_name}")
@@ -162,8 +203,7 @@ def check_trajectory_args(
     denominator: float | Tensor | None,
 ) -> None:
     """Everything about sequences that the two forms of the trajectory-balance loss share."""
-    num_rows = rows.shape[0]
-    check_cu_seqlens(cu_seqlens, num_rows, rows_name, rows)
+    check_cu_seqlens(cu_seqlens, rows_name, rows)
     num_sequences = cu_seqlens.shape[0] - 1
     _check_per_sequence("rewards", rewards, num_sequences, rows_name, rows)
     _check_per_sequence("log_z", log_z, num_sequences, rows_name, rows)

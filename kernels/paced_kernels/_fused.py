@@ -1,29 +1,29 @@
-"""The fused trajectory-balance loss in plain PyTorch: gradients in the forward pass, over sequence-aligned chunks.
+"""The fused trajectory-balance loss over a row engine: gradients in the forward pass, over sequence-aligned chunks.
 
 The gradient with respect to log p of a token is one number a sequence, c_i = 2 w_i residual_i / denominator, known as
-soon as all rows of the sequence are. Chunks therefore hold whole sequences and one pass suffices: three GEMMs,
-6 T H V floating-point operations. Only a sequence longer than a chunk, or offsets that live on another device and
-that the host must not read, cost a second pass over the logits, 8 T H V.
+soon as all rows of the sequence are. A group of whole sequences that fits a chunk therefore takes one pass: three
+GEMMs, 6 T H V floating-point operations. Longer groups have two ways:
 
-T = packed tokens, B = sequences, H = hidden size, V = vocabulary, R = rows of a group or chunk.
+* streamed, for one sequence: its chunks run with c = 1 into accumulators of their own, which are then added times
+  c_i; 6 T H V and a second [V, H] float32 accumulator.
+* two passes: log-probs first, then exponentials again with c known; 8 T H V and no memory of size [V, H]. This is the
+  way for offsets that live on another device, which the host must not read, and when the accumulator does not fit
+  the workspace.
+
+T = packed tokens, B = sequences, H = hidden size, V = vocabulary of this rank, R = rows of a group or chunk.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._rows import Gradients, Head, row_chunks, score_rows, softmax_parts
+from ._gradients import Gradients, RowEngine, Wanted, new_accumulators
+from ._rows import RowStats, row_chunks
 from ._sequences import SequenceTerms, reduce_segments, segment_lengths, sequence_of_row
 
-
-def scale_gradient(gradient: Tensor | None, grad_output: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Multiply in the accumulation dtype, then round once to the dtype of the input."""
-    if gradient is None:
-        return None
-    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    return torch.mul(gradient, grad_output, out=out)
+# A streamed sequence must leave room for chunks of so many rows: shorter ones spend their time adding up [V, H].
+MIN_STREAMED_ROWS = 128
 
 
 class Group(NamedTuple):
@@ -52,14 +52,22 @@ def plan_groups(cu_seqlens: Tensor, num_rows: int, rows_per_chunk: int) -> list[
     return groups
 
 
+def streamed_rows(engine: RowEngine, wanted: Wanted, is_budget_firm: bool) -> int:
+    """Rows of a chunk beside the extra accumulator of a streamed sequence; 0 where it does not fit the workspace."""
+    if not wanted.weight or not is_budget_firm:
+        return engine.rows_per_chunk
+    accumulator_bytes = engine.head.weight.numel() * engine.head.accumulate.itemsize
+    num_rows = (engine.chunk_bytes - accumulator_bytes) // engine.bytes_per_row
+    return num_rows if num_rows >= MIN_STREAMED_ROWS else 0
+
+
 class FusedOptions(NamedTuple):
     """Constants of one call of the fused loss."""
 
-    temperature: float
     reduction: str
-    with_entropy: bool
-    workspace_bytes: int
-    wanted: tuple[bool, bool, bool]  # gradients of (hidden, head_weight, bias)
+    entropy_bonus: float
+    wanted: Wanted
+    is_budget_firm: bool  # the workspace also has to hold the accumulator of a streamed sequence
 
 
 class FusedPass:
@@ -67,110 +75,120 @@ class FusedPass:
 
     def __init__(
         self,
-        head: Head,
-        hidden: Tensor,  # [T, H]
-        token_ids: Tensor,  # [T]
-        cu_seqlens: Tensor,  # [B + 1], on the device of hidden
+        engine: RowEngine,
+        cu_seqlens: Tensor,  # [B + 1], on the device of the rows
         terms: SequenceTerms,
         options: FusedOptions,
     ) -> None:
-        num_sequences = cu_seqlens.shape[0] - 1
-        self.head, self.hidden, self.token_ids = head, hidden, token_ids
-        self.cu_seqlens, self.terms, self.options = cu_seqlens, terms, options
-        self.gradients = Gradients.zeros(head, hidden, options.wanted)
+        num_rows, num_sequences = engine.hidden.shape[0], cu_seqlens.shape[0] - 1
+        device = engine.hidden.device
+        self.engine, self.cu_seqlens, self.terms, self.options = engine, cu_seqlens, terms, options
+        self.gradients = Gradients(engine, options.wanted)
         self.entropy = None
-        if options.with_entropy:
-            self.entropy = torch.empty(hidden.shape[0], dtype=head.accumulate, device=hidden.device)
-        per_sequence = {"dtype": torch.float64, "device": hidden.device}
-        self.losses = torch.zeros(num_sequences, **per_sequence)
-        self.residual = torch.zeros(num_sequences, **per_sequence)
-        self.seq_logprobs = torch.zeros(num_sequences, **per_sequence)
-        self.coefficient = torch.zeros(num_sequences, **per_sequence)  # dL / ds
+        if engine.with_entropy:
+            self.entropy = torch.empty(num_rows, dtype=engine.head.accumulate, device=device)
+        # One row of scalars a sequence: loss, residual, log-prob, dloss / dlog-prob.
+        self.per_sequence = torch.zeros(4, num_sequences, dtype=torch.float64, device=device)
+        self.entropy_sum = torch.zeros((), dtype=torch.float64, device=device)
 
-    def run(self, groups: list[Group], rows_per_chunk: int) -> None:
+    @property
+    def loss(self) -> Tensor:
+        """The loss in float64."""
+        losses = self.per_sequence[0].sum()
+        return losses - self._bonus_per_row * self.entropy_sum if self.options.entropy_bonus else losses
+
+    @property
+    def _bonus_per_row(self) -> float:
+        return self.options.entropy_bonus / max(self.engine.hidden.shape[0], 1)
+
+    def run(self, groups: list[Group]) -> None:
         """Process every group; with no row gradient wanted only log-probs are computed."""
+        rows_per_stream = streamed_rows(self.engine, self.options.wanted, self.options.is_budget_firm)
         for group in groups:
-            if any(self.options.wanted) and group.rows.stop - group.rows.start <= rows_per_chunk:
+            num_rows = group.rows.stop - group.rows.start
+            is_sequence = group.sequences.stop - group.sequences.start == 1
+            if not any(self.options.wanted):
+                stats = self.engine.score(group.rows)
+                self._finish(group, stats)
+            elif num_rows <= self.engine.rows_per_chunk:
                 self._one_pass(group)
-                continue
-            logprobs, entropy = score_rows(
-                self.head, self.hidden, self.token_ids, self.options.with_entropy, group.rows
-            )
-            row_coefficient = self._finish_sequences(group, logprobs, entropy)
-            if any(self.options.wanted):
-                self._second_pass(group, row_coefficient, rows_per_chunk)
+            elif is_sequence and rows_per_stream and not self.options.entropy_bonus:
+                self._stream(group, rows_per_stream)
+            else:
+                self._two_passes(group)
 
     def _one_pass(self, group: Group) -> None:
-        rows = group.rows
-        logits = self.head.logits(self.hidden[rows])
-        parts = softmax_parts(logits, self.token_ids[rows], self.options.with_entropy)
-        row_coefficient = self._finish_sequences(group, parts.logprobs, parts.entropy)
-        self.gradients.add_rows(self.head, self.hidden, rows, parts, row_coefficient)
+        live = self._live_rows(group)
+        chunk = self.engine.exponentials(group.rows, live)
+        coefficient = self._finish(group, chunk.stats)
+        bonus = self._entropy_coefficient(coefficient, live)
+        self.gradients.add(self.engine, chunk, group.rows, coefficient, live, bonus)
 
-    def _second_pass(self, group: Group, row_coefficient: Tensor, rows_per_chunk: int) -> None:
-        for rows in row_chunks(group.rows.start, group.rows.stop, rows_per_chunk):
-            parts = softmax_parts(self.head.logits(self.hidden[rows]), self.token_ids[rows], False)
+    def _two_passes(self, group: Group) -> None:
+        stats = self.engine.score(group.rows)
+        coefficient = self._finish(group, stats)
+        live = self._live_rows(group)
+        bonus = self._entropy_coefficient(coefficient, live)
+        for rows in row_chunks(group.rows.start, group.rows.stop, self.engine.rows_per_chunk):
             local = slice(rows.start - group.rows.start, rows.stop - group.rows.start)
-            self.gradients.add_rows(self.head, self.hidden, rows, parts, row_coefficient[local])
-            del parts  # its buffer must be free before the next chunk allocates
+            live_part = None if live is None else live[local]
+            chunk = self.engine.exponentials(rows, live_part, stats.narrow(local.start, local.stop))
+            bonus_part = None if bonus is None else bonus[local]
+            self.gradients.add(self.engine, chunk, rows, coefficient[local], live_part, bonus_part)
 
-    def _finish_sequences(self, group: Group, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
-        """Fill the outputs of the group's sequences; return dL / dlogprobs [R] of its rows."""
-        sequences = group.sequences
-        offsets = self.cu_seqlens[sequences.start : sequences.stop + 1] - group.rows.start
-        seq_logprobs = reduce_segments(logprobs, offsets, self.options.reduction)
+    def _stream(self, group: Group, num_rows: int) -> None:
+        """One long sequence: gradients of its log-prob first, times c_i when that is known."""
+        live = self._live_rows(group)
+        own = new_accumulators(self.engine.head, self.options.wanted)
+        found = []
+        for rows in row_chunks(group.rows.start, group.rows.stop, num_rows):
+            local = slice(rows.start - group.rows.start, rows.stop - group.rows.start)
+            live_part = None if live is None else live[local]
+            chunk = self.engine.exponentials(rows, live_part)
+            found.append(chunk.stats)
+            one = torch.ones_like(chunk.factor)
+            self.gradients.add(self.engine, chunk, rows, one, live_part, into=own)
+        entropy = [stats.entropy for stats in found if stats.entropy is not None]
+        logprobs = torch.cat([stats.logprobs for stats in found])
+        stats = RowStats(logprobs, logprobs, torch.cat(entropy) if entropy else None)
+        coefficient = self._finish(group, stats)[0]
+        if self.gradients.hidden is not None:
+            self.gradients.hidden[group.rows].mul_(coefficient)
+        for total, part in zip((self.gradients.weight, self.gradients.bias), own, strict=True):
+            if total is not None and part is not None:
+                total.addcmul_(part, coefficient)
+
+    def _live_rows(self, group: Group) -> Tensor | None:
+        """[R] False in the rows of sequences of weight 0; None where no sequence has a weight."""
+        if not self.terms.has_weights:
+            return None
+        offsets = self._offsets(group)
+        owner = sequence_of_row(offsets, group.rows.stop - group.rows.start)
+        return (self.terms.weights[group.sequences] != 0)[owner]
+
+    def _entropy_coefficient(self, coefficient: Tensor, live: Tensor | None) -> Tensor | None:
+        if not self.options.entropy_bonus:
+            return None
+        bonus = torch.full_like(coefficient, -self._bonus_per_row)
+        return bonus if live is None else torch.where(live, bonus, 0.0)
+
+    def _offsets(self, group: Group) -> Tensor:
+        return self.cu_seqlens[group.sequences.start : group.sequences.stop + 1] - group.rows.start
+
+    def _finish(self, group: Group, stats: RowStats) -> Tensor:
+        """Fill the outputs of the group's sequences; return dloss / dlogprobs [R] of its rows."""
+        sequences, offsets = group.sequences, self._offsets(group)
+        seq_logprobs = reduce_segments(stats.logprobs, offsets, self.options.reduction)
         losses, residual, coefficient = self.terms.narrow(sequences.start, sequences.stop).evaluate(seq_logprobs)
-        self.losses[sequences] = losses
-        self.residual[sequences] = residual
-        self.seq_logprobs[sequences] = seq_logprobs
-        self.coefficient[sequences] = coefficient
-        if self.entropy is not None and entropy is not None:
-            self.entropy[group.rows] = entropy
+        for row, values in zip(self.per_sequence, (losses, residual, seq_logprobs, coefficient), strict=True):
+            row[sequences] = values
+        if self.entropy is not None and stats.entropy is not None:
+            self.entropy[group.rows] = stats.entropy
+            if self.options.entropy_bonus:
+                live = self._live_rows(group)
+                entropy = stats.entropy if live is None else torch.where(live, stats.entropy, 0.0)
+                self.entropy_sum += entropy.sum(dtype=torch.float64)
         if self.options.reduction == "mean":
             coefficient = coefficient / segment_lengths(offsets)
-        owner = sequence_of_row(offsets, logprobs.shape[0])
-        return coefficient[owner].to(self.head.accumulate)
-
-
-class FusedTrajectoryBalance(torch.autograd.Function):
-    """The fused loss: gradients are computed by the forward pass and scaled by the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # [T, H]
-        weight: Tensor,  # [V, H]
-        bias: Tensor | None,  # [V]
-        intercept: Tensor,  # [B] f64
-        token_ids: Tensor,  # [T]
-        cu_seqlens: Tensor,  # [B + 1], on the CPU or on the device of hidden
-        terms: SequenceTerms,
-        options: FusedOptions,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        head = Head(weight, bias, options.temperature, options.workspace_bytes)
-        rows_per_chunk = head.rows_per_chunk(2 if options.with_entropy else 1)
-        groups = plan_groups(cu_seqlens, hidden.shape[0], rows_per_chunk)
-        fused = FusedPass(head, hidden, token_ids, cu_seqlens.to(hidden.device, torch.int64), terms, options)
-        fused.run(groups, rows_per_chunk)
-        gradients = fused.gradients
-        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, fused.coefficient)
-        ctx.input_dtype = hidden.dtype
-        ctx.set_materialize_grads(False)
-        residual = fused.residual.to(head.accumulate)
-        seq_logprobs = fused.seq_logprobs.to(head.accumulate)
-        # One call only: a second one would replace the first.
-        detached = [residual, seq_logprobs] if fused.entropy is None else [residual, seq_logprobs, fused.entropy]
-        ctx.mark_non_differentiable(*detached)
-        return fused.losses.sum().to(head.accumulate), residual, seq_logprobs, fused.entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor | None, ...]:
-        grad_loss = grad_outputs[0]
-        if grad_loss is None:
-            return (None,) * 8
-        *rows, coefficient = ctx.saved_tensors
-        scaled = [scale_gradient(gradient, grad_loss, ctx.input_dtype) for gradient in rows]
-        return (*scaled, coefficient * grad_loss, None, None, None, None)
+        owner = sequence_of_row(offsets, stats.logprobs.shape[0])
+        return coefficient[owner].to(self.engine.head.accumulate)

@@ -72,12 +72,18 @@ class SequenceTerms:
     behavior: Tensor | None  # [B], log-probs of the policy that sampled
     max_log_weight: float
     denominator: float | Tensor
+    has_weights: bool  # the caller gave weights, so some may be 0
 
     def narrow(self, start: int, stop: int) -> "SequenceTerms":
         """The terms of sequences start..stop-1; the denominator stays that of the whole batch."""
         behavior = None if self.behavior is None else self.behavior[start:stop]
         return SequenceTerms(
-            self.intercept[start:stop], self.weights[start:stop], behavior, self.max_log_weight, self.denominator
+            self.intercept[start:stop],
+            self.weights[start:stop],
+            behavior,
+            self.max_log_weight,
+            self.denominator,
+            self.has_weights,
         )
 
     def evaluate(self, seq_logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,4 +136,5 @@ def make_terms(
         behavior=None if behavior_logprobs is None else per_sequence(behavior_logprobs),
         max_log_weight=MAX_LOG_WEIGHT if importance_cap is None else min(math.log(importance_cap), MAX_LOG_WEIGHT),
         denominator=denominator,
+        has_weights=weights is not None,
     )

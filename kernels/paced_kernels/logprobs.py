@@ -7,7 +7,10 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks
+from ._backend import resolve_backend
+from ._head import VocabShard
+from ._ops import compute_linear_logprobs
 
 
 @overload
@@ -21,6 +24,7 @@ def linear_logprobs(
     return_entropy: Literal[False] = False,
     workspace_bytes: int | None = None,
     backend: str = "auto",
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """Log-probs alone."""
 
@@ -36,6 +40,7 @@ def linear_logprobs(
     return_entropy: Literal[True],
     workspace_bytes: int | None = None,
     backend: str = "auto",
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies."""
 
@@ -50,6 +55,7 @@ def linear_logprobs(
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
     backend: str = "auto",
+    shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each chosen token, without the [T, V] logits ever existing in full.
 
@@ -70,8 +76,11 @@ def linear_logprobs(
         bias: [V], same dtype, added after the division by the temperature; None = 0.
         temperature: divides the logits; finite and positive.
         return_entropy: also return the entropy of each row, differentiable as well.
-        workspace_bytes: memory for chunks of logits; None = 128 MiB. At least one row is always processed.
-        backend: "auto" or "reference" ("triton" is not available in this version).
+        workspace_bytes: memory for chunks of logits; None = 8192 rows of exponentials with Triton (2.5 GB for bfloat16
+            and V = 152k), 128 MiB for the reference. At least one row is always processed.
+        backend: "auto", "triton" (a CUDA device, or the interpreter with TRITON_INTERPRET=1) or "reference" (plain
+            PyTorch). "auto" is "triton" on CUDA for every dtype but float64, else "reference".
+        shard: the part of a split vocabulary that `head_weight` and `bias` hold; None = all of it.
 
     Returns:
         [T] float32 (float64 for float64 inputs), in nats; with `return_entropy` the pair (logprobs, entropy).
@@ -79,9 +88,9 @@ def linear_logprobs(
     Raises:
         ValueError: a shape, dtype, device or value is wrong; the message names the argument.
     """
-    _checks.check_backend(backend)
-    _checks.check_linear_args(hidden, head_weight, token_ids, bias, temperature, workspace_bytes)
-    return reference.linear_logprobs(
+    hidden, head_weight, bias = _checks.under_autocast(hidden, head_weight, bias)
+    _checks.check_linear_args(hidden, head_weight, token_ids, bias, temperature, workspace_bytes, shard)
+    logprobs, entropy = compute_linear_logprobs(
         hidden,
         head_weight,
         token_ids,
@@ -89,4 +98,7 @@ def linear_logprobs(
         temperature=temperature,
         return_entropy=return_entropy,
         workspace_bytes=workspace_bytes,
+        backend=resolve_backend(backend, hidden),
+        shard=shard,
     )
+    return logprobs if entropy is None else (logprobs, entropy)

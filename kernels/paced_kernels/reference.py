@@ -1,8 +1,8 @@
 """The specification: every fused operation in plain PyTorch, and the path that runs on a CPU.
 
-Arguments and results are those of the public functions of the same name, without the checks: `logprobs` and
-`trajectory_balance` document them. `_rows` holds the chunked projection and its gradients, `_fused` the loss over
-sequence-aligned chunks, `_sequences` the arithmetic of one number a sequence.
+Arguments and results are those of the public functions of the same name, without the checks of shapes and dtypes:
+`logprobs` and `trajectory_balance` document them. `_rows` holds the chunked projection, `_gradients` what becomes of a
+chunk, `_fused` the loss over sequence-aligned chunks, `_sequences` the arithmetic of one number a sequence.
 
 T = packed tokens, B = sequences, H = hidden size, V = vocabulary.
 """
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._fused import FusedOptions, FusedTrajectoryBalance
-from ._rows import DEFAULT_WORKSPACE_BYTES, LinearLogprobs
+from ._head import VocabShard
+from ._ops import compute_linear_logprobs, compute_trajectory_balance
 from ._sequences import make_terms, reduce_segments, segment_mean, segment_sum
 
 __all__ = [
@@ -44,18 +44,21 @@ def linear_logprobs(
     temperature: float = 1.0,
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs [T] of the chosen tokens, and entropies [T] if asked for; both differentiable."""
-    logprobs, entropy = LinearLogprobs.apply(
+    logprobs, entropy = compute_linear_logprobs(
         hidden,
         head_weight,
-        bias,
         token_ids,
-        temperature,
-        return_entropy,
-        DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
+        bias=bias,
+        temperature=temperature,
+        return_entropy=return_entropy,
+        workspace_bytes=workspace_bytes,
+        backend="reference",
+        shard=shard,
     )
-    return (logprobs, entropy) if return_entropy else logprobs
+    return logprobs if entropy is None else (logprobs, entropy)
 
 
 def trajectory_balance_loss(
@@ -75,36 +78,35 @@ def trajectory_balance_loss(
     temperature: float = 1.0,
     reduction: str = "sum",
     denominator: float | Tensor | None = None,
+    entropy_bonus: float = 0.0,
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
+    shard: VocabShard | None = None,
 ) -> TBOutput:
     """Trajectory-balance loss straight from hidden states; gradients are computed by the forward pass."""
-    terms = make_terms(
-        cu_seqlens.to(hidden.device, torch.int64, non_blocking=True),
-        hidden.shape[0],
-        rewards=rewards,
-        log_z=log_z,
-        beta=beta,
-        ref_logprobs=ref_logprobs,
-        weights=weights,
-        behavior_logprobs=behavior_logprobs,
-        importance_cap=importance_cap,
-        reduction=reduction,
-        denominator=denominator,
-    )
-
-    def wanted(value: Tensor | None) -> bool:
-        return torch.is_grad_enabled() and value is not None and value.requires_grad
-
-    options = FusedOptions(
-        temperature=temperature,
-        reduction=reduction,
-        with_entropy=return_entropy,
-        workspace_bytes=DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
-        wanted=(wanted(hidden), wanted(head_weight), wanted(bias)),
-    )
     return TBOutput(
-        *FusedTrajectoryBalance.apply(hidden, head_weight, bias, terms.intercept, token_ids, cu_seqlens, terms, options)
+        *compute_trajectory_balance(
+            hidden,
+            head_weight,
+            token_ids,
+            cu_seqlens,
+            rewards=rewards,
+            log_z=log_z,
+            beta=beta,
+            ref_logprobs=ref_logprobs,
+            weights=weights,
+            behavior_logprobs=behavior_logprobs,
+            importance_cap=importance_cap,
+            bias=bias,
+            temperature=temperature,
+            reduction=reduction,
+            denominator=denominator,
+            entropy_bonus=entropy_bonus,
+            return_entropy=return_entropy,
+            workspace_bytes=workspace_bytes,
+            backend="reference",
+            shard=shard,
+        )
     )
 
 

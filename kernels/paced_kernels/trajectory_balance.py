@@ -9,6 +9,9 @@ T = packed tokens, B = sequences, H = hidden size, V = vocabulary.
 from torch import Tensor
 
 from . import _checks, reference
+from ._backend import resolve_backend
+from ._head import VocabShard
+from ._ops import compute_trajectory_balance
 from .reference import TBOutput
 
 
@@ -32,6 +35,8 @@ def trajectory_balance_loss(
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
     backend: str = "auto",
+    entropy_bonus: float = 0.0,
+    shard: VocabShard | None = None,
 ) -> TBOutput:
     """Trajectory-balance loss of packed completions, computed from hidden states without full logits.
 
@@ -72,8 +77,13 @@ def trajectory_balance_loss(
         reduction: "sum" or "mean" over the tokens of a sequence.
         denominator: positive number or 0-d tensor (constant); None = B.
         return_entropy: also return the entropy of each row, detached.
-        workspace_bytes: memory for chunks of logits; None = 128 MiB. At least one row is always processed.
-        backend: "auto" or "reference" ("triton" is not available in this version).
+        workspace_bytes: memory for chunks of logits; None = 8192 rows of exponentials with Triton (2.5 GB for bfloat16
+            and V = 152k), 128 MiB for the reference. At least one row is always processed.
+        backend: "auto", "triton" (a CUDA device, or the interpreter with TRITON_INTERPRET=1) or "reference" (plain
+            PyTorch). "auto" is "triton" on CUDA for every dtype but float64, else "reference".
+        entropy_bonus: subtract this many times the mean entropy over all T rows from the loss, with its gradient; rows
+            of sequences of weight 0 count as 0. Costs one elementwise pass over the chunks.
+        shard: the part of a split vocabulary that `head_weight` and `bias` hold; None = all of it.
 
     Returns:
         TBOutput(loss [] , residual [B], seq_logprobs [B], entropy [T] or None), float32 (float64 for float64 inputs);
@@ -82,8 +92,8 @@ def trajectory_balance_loss(
     Raises:
         ValueError: a shape, dtype, device or value is wrong; the message names the argument.
     """
-    _checks.check_backend(backend)
-    _checks.check_linear_args(hidden, head_weight, token_ids, bias, temperature, workspace_bytes)
+    hidden, head_weight, bias = _checks.under_autocast(hidden, head_weight, bias)
+    _checks.check_linear_args(hidden, head_weight, token_ids, bias, temperature, workspace_bytes, shard)
     _checks.check_trajectory_args(
         hidden,
         "hidden",
@@ -98,24 +108,30 @@ def trajectory_balance_loss(
         reduction=reduction,
         denominator=denominator,
     )
-    return reference.trajectory_balance_loss(
-        hidden,
-        head_weight,
-        token_ids,
-        cu_seqlens,
-        rewards=rewards,
-        log_z=log_z,
-        beta=beta,
-        ref_logprobs=ref_logprobs,
-        weights=weights,
-        behavior_logprobs=behavior_logprobs,
-        importance_cap=importance_cap,
-        bias=bias,
-        temperature=temperature,
-        reduction=reduction,
-        denominator=denominator,
-        return_entropy=return_entropy,
-        workspace_bytes=workspace_bytes,
+    _checks.check_finite("entropy_bonus", entropy_bonus)
+    return TBOutput(
+        *compute_trajectory_balance(
+            hidden,
+            head_weight,
+            token_ids,
+            cu_seqlens,
+            rewards=rewards,
+            log_z=log_z,
+            beta=beta,
+            ref_logprobs=ref_logprobs,
+            weights=weights,
+            behavior_logprobs=behavior_logprobs,
+            importance_cap=importance_cap,
+            bias=bias,
+            temperature=temperature,
+            reduction=reduction,
+            denominator=denominator,
+            entropy_bonus=entropy_bonus,
+            return_entropy=return_entropy,
+            workspace_bytes=workspace_bytes,
+            backend=resolve_backend(backend, hidden),
+            shard=shard,
+        )
     )
 
 
@@ -163,6 +179,7 @@ def trajectory_balance_from_logprobs(
         reduction=reduction,
         denominator=denominator,
     )
+    _checks.check_offset_values(cu_seqlens, logprobs.shape[0], "logprobs")
     return reference.trajectory_balance_from_logprobs(
         logprobs,
         cu_seqlens,

@@ -1,0 +1,89 @@
+"""Which row engine runs, and the state of torch it runs in."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, _launch
+from ._gradients import RowEngine
+from ._head import Head
+from ._rows import DEFAULT_WORKSPACE_BYTES, TorchRows
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def resolve_backend(backend: str, hidden: Tensor) -> str:
+    """ "triton" or "reference": "auto" takes Triton on CUDA devices for every dtype but float64.
+
+    Raises:
+        ValueError: "triton" was asked for and cannot be had.
+    """
+    _checks.check_backend(backend)
+    if backend == "reference":
+        return backend
+    is_float64 = hidden.dtype == torch.float64
+    if backend == "auto":
+        return "triton" if HAS_TRITON and hidden.device.type == "cuda" and not is_float64 else "reference"
+    if not HAS_TRITON:
+        raise ValueError('backend="triton" needs the package triton, which is not installed; use backend="auto"')
+    if is_float64:
+        raise ValueError('backend="triton" does not take torch.float64, the dtype of hidden; use backend="auto"')
+    return backend
+
+
+def make_engine(
+    head: Head,
+    hidden: Tensor,  # [T, H]
+    token_ids: Tensor,  # [T]
+    with_entropy: bool,
+    workspace_bytes: int | None,
+    backend: str,
+) -> RowEngine:
+    """The row engine of a resolved backend."""
+    if backend == "reference":
+        budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+        return TorchRows(head, hidden, token_ids, with_entropy, budget)
+    # Triton reads the environment when it is imported, which importing this package must not.
+    from ._triton_gemm import GemmRows
+    from ._triton_logits import LogitRows
+    from ._triton_rows import is_interpreted
+
+    if hidden.device.type != "cuda" and not is_interpreted():
+        raise ValueError(
+            f'backend="triton" needs hidden on a CUDA device, got {hidden.device}; use backend="auto", or set '
+            "TRITON_INTERPRET=1 before the first use to run the kernels in Triton's interpreter"
+        )
+    config = _launch.plan(hidden, head.weight)
+    if config is None:
+        return LogitRows(head, hidden, token_ids, with_entropy, workspace_bytes)
+    config = _launch.adapt_to_alignment(config, hidden, head.weight)
+    return GemmRows(head, hidden, token_ids, with_entropy, workspace_bytes, config)
+
+
+def make_head(weight: Tensor, bias: Tensor | None, temperature: float, shard_group: str, shard_start: int) -> Head:
+    """The head of one call; the name of a process group stands for the group in operator schemas."""
+    group = None
+    if shard_group:
+        from torch.distributed import distributed_c10d  # not in every build of torch
+
+        group = distributed_c10d._resolve_process_group(shard_group)  # pyright: ignore
+    return Head(weight, bias, temperature, group, shard_start)
+
+
+class Guard:
+    """Own arithmetic inside an operator: no autocast, no gradient, kernels on the device of the inputs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._contexts: list[Any] = [torch.no_grad(), torch.autocast(device.type, enabled=False)]
+        if device.type == "cuda":
+            self._contexts.append(torch.cuda.device(device))
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)

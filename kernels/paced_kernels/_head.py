@@ -1,0 +1,70 @@
+"""The projection to the vocabulary as the row engines see it, and its split over ranks.
+
+T = packed tokens, H = hidden size, V = rows of the weight (of this rank's shard, where the vocabulary is split).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """This rank's part of a vocabulary-parallel head: `head_weight` holds ids start .. start + len(head_weight) - 1.
+
+    Every rank of `group` passes the same hidden states, token ids and sequence arguments, and its own rows of the
+    weight; every rank receives the same log-probs, loss and gradient of the hidden states, and the gradient of its own
+    rows. Shards may differ in size, and together they must cover [0, vocab_size) once.
+    """
+
+    group: Any
+    """torch.distributed.ProcessGroup of the ranks that share the head."""
+    start: int
+    """First token id of this rank."""
+    vocab_size: int
+    """Size of the whole vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Weight, bias and temperature, and where the weight's rows lie in the vocabulary."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    temperature: float
+    group: Any = None  # ProcessGroup of a split vocabulary
+    start: int = 0  # id of the first row
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """Dtype of log-probs and of sums: float64 for a float64 head, else float32."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    def owned_targets(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Local index of each token [R] (0 where another rank owns it) and whether this rank owns it [R]."""
+        local = token_ids.long() - self.start
+        is_owned = (local >= 0) & (local < self.weight.shape[0])
+        return torch.where(is_owned, local, 0), is_owned
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """All-reduce in place; the value itself where the vocabulary is whole."""
+        if self.group is not None:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def max_over_ranks(self, value: Tensor) -> Tensor:
+        """All-reduce in place; the value itself where the vocabulary is whole."""
+        if self.group is not None:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+        return value
+
+    def stack_ranks(self, value: Tensor) -> Tensor:
+        """[ranks, *shape], the value of every rank in rank order: the same on all of them."""
+        if self.group is None:
+            return value[None]
+        ranks = [torch.empty_like(value) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(ranks, value, group=self.group)
+        return torch.stack(ranks)
