@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from paced_fast.errors import InputError
+
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "paced-fast")
 _PEERS = (
     "liger-kernel",
@@ -39,6 +41,15 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": _versions(_PACKAGES),
     }
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to measure on; InputError for CUDA where there is none."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device is cuda, cpu or auto, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device here: use --device cpu")
+    return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
 def headed(case: str, result: dict[str, Any]) -> dict[str, Any]:

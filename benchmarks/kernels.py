@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, environment, kernel_report, memory_probe
+from benchmarks import accuracy, environment, gemm_sweep, kernel_report, memory_probe, our_engines
 from benchmarks.methods import (
     Method,
     UnavailableError,
@@ -47,6 +47,8 @@ from benchmarks.timing import Clock, DeviceLostError, Failure, GpuMonitor, Timin
 from paced_fast.errors import InputError
 
 KINDS = ("peaked", "flat")
+SLOW = 3.0
+MODE_SHARES = {"full": 2.0, "forward": 1.0, "frozen": 1.0}
 DEVICE_LOST = 75
 """Exit status when a competitor broke the GPU context; the result says which, and a new process can go on."""
 
@@ -74,27 +76,21 @@ class Arguments:
     repetitions: int = 0
     """Repetitions of each method; 0 means 30 on a GPU and 5 on a CPU."""
     cell_seconds: float = 0.0
-    """Seconds for the timed part of a cell, after which slow methods get fewer repetitions (at least 5 on a GPU, 3 on
-    a CPU); 0 means no limit."""
+    """Seconds for the timed part of the first cell, half of it for later ones: slow methods get fewer repetitions (at
+    least 5 on a GPU, 3 on a CPU), and one that took three times as long as ours is left out after the first cell.
+    0 means no limit."""
     seconds: float = 0.0
     """Seconds after which no further cell starts, those left being listed by name; 0 means no limit."""
     resume: bool = False
     """Keep the cells that the result file already has, and measure the others."""
     progress: str = ""
     """File that always names the method being measured."""
+    sweep: bool = False
+    """Afterwards, also time every configuration of our vocabulary projection, for the static table."""
     memory: bool = True
     """Also measure peak memory; on a CPU that is one more process for each method."""
     seed: int = 0
     """Seed of the inputs."""
-
-
-def device_of(name: str) -> torch.device:
-    """The device to measure on; InputError for CUDA where there is none."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device is cuda, cpu or auto, not {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device here: use --device cpu")
-    return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
 def plan(arguments: Arguments, device: torch.device) -> list[tuple[Shape, str]]:
@@ -123,7 +119,7 @@ class Measurement:
 
     def __init__(self, case: str, arguments: Arguments) -> None:
         self.case, self.arguments = case, arguments
-        self.device = device_of(arguments.device)
+        self.device = environment.choose_device(arguments.device)
         self.on_gpu = self.device.type == "cuda"
         dtype = arguments.dtype if arguments.dtype != "auto" else ("bfloat16" if self.on_gpu else "float32")
         if dtype not in ("bfloat16", "float16", "float32"):
@@ -134,6 +130,7 @@ class Measurement:
         self.min_repetitions = min(self.repetitions, 5 if self.on_gpu else few)
         self.clock = Clock(self.device)
         self.running = ""
+        self.too_slow: dict[str, str] = {}
 
     def makers(self) -> dict[str, Callable[[], Method]]:
         """Every method by name, ours first, after `only` and `exclude`."""
@@ -142,7 +139,7 @@ class Measurement:
         every |= torch_makers() | peer_makers(self.device, self.dtype)
         only, exclude = self.arguments.only, self.arguments.exclude
         chosen = {name: make for name, make in every.items() if not only or any(word in name for word in only)}
-        return {name: make for name, make in chosen.items() if name not in exclude}
+        return {name: _excluded if name in exclude else make for name, make in chosen.items()}
 
     def starting(self, name: str) -> None:
         """Remember what runs now, for a report after a crash."""
@@ -150,8 +147,16 @@ class Measurement:
         if self.arguments.progress:
             Path(self.arguments.progress).write_text(name)
 
-    def cell(self, shape: Shape, kind: str, is_first: bool) -> dict[str, Any]:
-        """Every row of one (shape, inputs)."""
+    def note_slow(self, cell: dict[str, Any]) -> None:
+        """Where seconds are counted, a method that took three times as long as ours is not measured again."""
+        own = kernel_report.median_ms(kernel_report.find(cell, kernel_report.OURS), "full")
+        for row in kernel_report.peers(cell):
+            taken = kernel_report.median_ms(row, "full")
+            if self.arguments.cell_seconds and own and taken and taken > SLOW * own:
+                self.too_slow[row["name"]] = f"took {taken / own:.1f} x the time of ours at {cell['name']}"
+
+    def cell(self, shape: Shape, kind: str, is_first: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Every row of one (shape, inputs); `save` gets the unfinished cell after each mode."""
         started = time.perf_counter()
         weight = make_weight(shape, self.device, self.dtype, self.arguments.seed)
         batches = []
@@ -167,8 +172,11 @@ class Measurement:
             except UnavailableError as error:
                 rows[name] |= {"status": "skipped", "reason": str(error)}
                 continue
-            if method.slow_start and not is_first:
-                rows[name] |= {"status": "skipped", "reason": "compiles at every shape: measured at the first only"}
+            if method.first_only and not is_first:
+                rows[name] |= {"status": "skipped", "reason": f"{method.first_only}: measured at the first shape only"}
+                continue
+            if name in self.too_slow and not is_first:
+                rows[name] |= {"status": "skipped", "reason": self.too_slow[name]}
                 continue
             rows[name] |= {"ours": method.ours, "ceiling": method.is_ceiling, "note": method.note}
             if method.plain_loss is not None and self.case == "logprobs":
@@ -179,11 +187,7 @@ class Measurement:
         for name, method in methods.items():
             self._check(rows[name], method, batches[0], exact)
         del exact
-        with GpuMonitor(self.device) as monitor:
-            for mode in self.arguments.modes:
-                self._time(mode, batches, methods, rows)
-            gpu = monitor.read()
-        return {
+        cell = {
             "shape": asdict(shape),
             "name": shape.name,
             "inputs": kind,
@@ -192,10 +196,16 @@ class Measurement:
             "longest_sequence": batches[0].longest,
             "mean_logprob": batches[0].mean_logprob,
             "oracle": str(accuracy.oracle_dtype(self.device)).removeprefix("torch."),
-            "gpu": gpu,
-            "seconds": time.perf_counter() - started,
-            "rows": list(rows.values()),
+            "gpu": None,
+            "partial": True,
         }
+        with GpuMonitor(self.device) as monitor:
+            for mode in self.arguments.modes:
+                self._time(mode, batches, methods, rows, self._mode_seconds(mode, is_first))
+                save({**cell, "seconds": time.perf_counter() - started, "rows": list(rows.values())})
+            cell["gpu"] = monitor.read()
+        cell |= {"partial": False, "seconds": time.perf_counter() - started}
+        return {**cell, "rows": list(rows.values())}
 
     def _check(self, row: dict[str, Any], method: Method, batch: Batch, exact: accuracy.Answer) -> None:
         """Accuracy and peak memory of one full step; a failure here is a failure of the row."""
@@ -217,8 +227,20 @@ class Measurement:
             peak = attempt(lambda: memory_probe.in_subprocess(spec), self.clock)
         row["peak_bytes"] = None if isinstance(peak, Failure) else peak
 
+    def _mode_seconds(self, mode: str, is_first: bool) -> float:
+        """Seconds of one mode: half of a cell's for the full step; later cells get half of the first's."""
+        if not self.arguments.cell_seconds:
+            return math.inf
+        share = MODE_SHARES[mode] / sum(MODE_SHARES[name] for name in self.arguments.modes)
+        return self.arguments.cell_seconds * share * (1.0 if is_first else 0.5)
+
     def _time(
-        self, mode: str, batches: list[Batch], methods: dict[str, Method], rows: dict[str, dict[str, Any]]
+        self,
+        mode: str,
+        batches: list[Batch],
+        methods: dict[str, Method],
+        rows: dict[str, dict[str, Any]],
+        seconds: float,
     ) -> None:
         """Time one mode of every method whose full step worked, and the ceilings in the same rounds."""
         shape = batches[0].shape
@@ -240,7 +262,9 @@ class Measurement:
             self.clock,
             repetitions=self.repetitions,
             min_repetitions=self.min_repetitions,
-            seconds=self.arguments.cell_seconds / len(self.arguments.modes) or math.inf,
+            seconds=seconds,
+            favoured=frozenset(name for name, method in working.items() if method.ours),
+            warm_ups=1 if self.on_gpu else 0,
             starting=lambda name: self.starting(f"{name} ({shape.name}, {mode})"),
         )
         for name, result in results.items():
@@ -261,6 +285,10 @@ class Measurement:
 
 def _same(method: Method) -> Method:
     return method
+
+
+def _excluded() -> Method:
+    raise UnavailableError("excluded from this run")
 
 
 def _ignore_turn(call: Callable[[], object], turn: int) -> None:
@@ -285,7 +313,7 @@ def measure(case: str, arguments: Arguments, path: Path) -> dict[str, Any]:
     run = Measurement(case, arguments)
     cells = plan(arguments, run.device)
     old = environment.read_json(path) if arguments.resume else {}
-    done = {(cell["name"], cell["inputs"]): cell for cell in old.get("cells", [])}
+    done = {(cell["name"], cell["inputs"]): cell for cell in old.get("cells", []) if not cell["partial"]}
     result: dict[str, Any] = {
         "settings": asdict(arguments),
         "device": environment.device(run.device),
@@ -295,22 +323,34 @@ def measure(case: str, arguments: Arguments, path: Path) -> dict[str, Any]:
     }
     for index, (shape, kind) in enumerate(cells):
         if (shape.name, kind) in done:
+            run.note_slow(done[shape.name, kind])
             continue
         if arguments.seconds and time.perf_counter() - started > arguments.seconds:
             result["not_reached"].append(f"{shape.name} {kind}")
             continue
+
+        def save(cell: dict[str, Any]) -> None:
+            partial = {**result, "cells": [*result["cells"], cell]}
+            environment.write_json(path, environment.headed(case, partial))
+
         try:
-            cell = run.cell(shape, kind, index == 0)
+            cell = run.cell(shape, kind, index == 0, save)
         except DeviceLostError as error:
             result["lost"].append({"running": run.running, "reason": str(error)})
             environment.write_json(path, environment.headed(case, result))
             print(f"the GPU context is lost after {run.running}: {error}", flush=True)
             os._exit(DEVICE_LOST)  # nothing can be freed any more; a normal exit may hang
         result["cells"].append(cell)
+        run.note_slow(cell)
         environment.write_json(path, environment.headed(case, result))
         print(kernel_report.cell_text(case, cell), flush=True)
     if result["not_reached"]:
         print("not reached: " + ", ".join(result["not_reached"]))
+    if arguments.sweep and our_engines.has_stages():
+        names = [Shape.parse(text) for text in arguments.shapes] or gemm_sweep.default_shapes(run.device)
+        swept = [gemm_sweep.sweep(run.device, shape, gemm_sweep.REPETITIONS, run.starting) for shape in names]
+        print("\n".join(gemm_sweep.sweep_text(found) for found in swept))
+        result["sweep"] = swept
     return result
 
 

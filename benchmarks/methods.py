@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import paced_kernels
+from benchmarks import our_engines
 from benchmarks.accuracy import Answer, segment_sums
-from benchmarks.problems import BETA, Batch
+from benchmarks.problems import BETA, COMMON_THV, Batch
 from paced_kernels import TBOutput
 
 MIB = 2**20
@@ -40,9 +42,11 @@ class Method:
     """(hidden, head_weight, token_ids) -> [] summed cross entropy: no log-prob of a token, so no place in RL."""
     thv: Callable[[str, Batch], float]
     """(mode, batch) -> THV that this method computes, recomputation included."""
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered for the length of every step."""
     ours: bool = False
-    slow_start: bool = False
-    """Compiles for tens of seconds at a new shape."""
+    first_only: str = ""
+    """Why this method is measured at the first shape only; empty: at every shape."""
     note: str = ""
 
     @property
@@ -91,44 +95,32 @@ def our_logprobs(**options: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     )
 
 
-def balance_thv(mode: str, batch: Batch, rows_per_chunk: float) -> float:
-    """THV of our loss: rows of a sequence longer than a chunk have their logits computed twice, except forward only."""
-    if mode == "forward":
-        return 2.0
-    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
-    twice = sum(length for length in lengths if length > rows_per_chunk) / batch.shape.tokens
-    return (4.0 if mode == "frozen" else 6.0) + 2.0 * twice
-
-
 def our_methods(case: str, device: torch.device, dtype: torch.dtype) -> list[Method]:
-    """Our operation at its defaults, at other workspace budgets, and by every backend that runs here."""
-    budgets = (2**29, 2**31, 5 * 2**30) if device.type == "cuda" else (32 * MIB, 512 * MIB)
+    """Our operation at its defaults, at other workspace budgets, and by every way of computing it that runs here."""
+    on_gpu = device.type == "cuda"
+    budgets = (2**29, 2**31, 5 * 2**30) if on_gpu else (32 * MIB, 512 * MIB)
     variants: dict[str, dict[str, Any]] = {"ours": {}}
     variants |= {f"ours, workspace {budget // MIB} MiB": {"workspace_bytes": budget} for budget in budgets}
-    if device.type == "cuda":
+    if on_gpu:
         variants["ours, backend reference"] = {"backend": "reference"}
-    return [_our_method(case, name, options, device, dtype) for name, options in variants.items()]
+    methods = [_our_method(case, name, options) for name, options in variants.items()]
+    methods[1:] = [replace(method, first_only="a variant of ours") for method in methods[1:]]
+    if on_gpu and our_engines.has_stages():
+        around = functools.partial(our_engines.planned, None)
+        thv = fixed_thv(2, 4, 6) if case == "trajectory_balance" else methods[0].thv
+        methods.insert(1, replace(methods[0], name="ours, stage 1", around=around, thv=thv))
+    return methods
 
 
-def _our_method(case: str, name: str, options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Method:
+def _our_method(case: str, name: str, options: dict[str, Any]) -> Method:
     if case == "logprobs":
         return Method(name=name, logprobs=our_logprobs(**options), thv=fixed_thv(2, 6, 8), ours=True)
-    plain = device.type == "cpu" or options.get("backend") == "reference"
 
     def thv(mode: str, batch: Batch) -> float:
-        # The reference keeps float32 logits of a chunk. The GPU path keeps coefficients of a long sequence instead of
-        # multiplying twice, so it is taken at its least.
-        workspace = options.get("workspace_bytes") or default_workspace()
-        share = 1.0 if dtype == torch.float32 else 0.75
-        rows = share * workspace / (4 * batch.shape.vocab_size) if plain else float("inf")
-        return balance_thv(mode, batch, rows)
+        planned = our_engines.planned_thv(mode, batch, options)
+        return COMMON_THV[mode] if planned is None else planned
 
     return Method(name=name, balance=our_balance(**options), thv=thv, ours=True)
-
-
-def default_workspace() -> int:
-    """Bytes of the default workspace of the reference."""
-    return 128 * MIB
 
 
 def torch_makers() -> dict[str, Callable[[], Method]]:
@@ -148,7 +140,9 @@ def _compiled() -> Method:
         compiled = compiled or torch.compile(naive_logprobs, dynamic=False)
         return compiled(hidden, head_weight, token_ids)
 
-    return Method(name="torch.compile of naive", logprobs=logprobs, thv=fixed_thv(2, 4, 6), slow_start=True)
+    return Method(
+        name="torch.compile of naive", logprobs=logprobs, thv=fixed_thv(2, 4, 6), first_only="compiles at every shape"
+    )
 
 
 def _torch_native() -> Method:
@@ -165,7 +159,7 @@ def _torch_native() -> Method:
 
 def run_step(case: str, method: Method, batch: Batch, mode: str) -> Answer:
     """One step: the value, and in all modes but "forward" the backward pass."""
-    with torch.set_grad_enabled(mode != "forward"):
+    with method.around(), torch.set_grad_enabled(mode != "forward"):
         hidden = batch.hidden.detach().requires_grad_(mode != "forward")
         head_weight = batch.head_weight.detach().requires_grad_(mode == "full")
         log_z = batch.log_z.detach().requires_grad_(mode != "forward")

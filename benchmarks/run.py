@@ -25,6 +25,8 @@ from paced_fast.errors import InputError
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "trajectory_balance": ("kernels", ("trajectory_balance",)),
     "logprobs": ("kernels", ("logprobs",)),
+    "gemm_sweep": ("gemm_sweep", ()),
+    "phases": ("phases", ()),
     "gpu_visit": ("gpu_visit", ()),
     "sample_efficiency": ("sample_efficiency", ()),
     "train_tiny": ("train_run", ("tiny",)),

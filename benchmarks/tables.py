@@ -1,4 +1,7 @@
-"""Write the tables of README.md from the committed results: `python -m benchmarks.tables` (`--check` only compares)."""
+"""Write the tables of the READMEs from the committed results: `python -m benchmarks.tables` (`--check` only compares).
+
+A section is the text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; without its result file it stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,18 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves
+from benchmarks import curves, kernel_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+READMES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+FILES = {"sample_efficiency": "sample_efficiency.json", "kernels": "trajectory_balance.json"}
+
+
 def _path(section: str) -> Path:
-    return RESULTS / (f"{section}.json" if section == "sample_efficiency" else f"train_{section}.json")
+    return RESULTS / FILES.get(section, f"train_{section}.json")
 
 
 def _environment(result: dict[str, Any]) -> str:
@@ -62,6 +69,64 @@ def train_run(name: str) -> str:
     return _wrapped(text)
 
 
+KERNEL_COLUMNS = (
+    "method",
+    "full step",
+    "no gradient",
+    "frozen head",
+    "peak memory",
+    "error of a sequence's log-prob",
+    "error of dhidden",
+    "error of dweight",
+)
+
+
+def kernels() -> str:
+    """The comparison of the trajectory-balance loss with peers, its first cell, as Markdown."""
+    result = json.loads(_path("kernels").read_text())
+    cell = result["cells"][0]
+    lines = [f"| {' | '.join(KERNEL_COLUMNS)} |", "|" + "---|" * len(KERNEL_COLUMNS)]
+    lines += [f"| {' | '.join(_kernel_cells(row))} |" for row in kernel_report.ordered(cell) if not row["ceiling"]]
+    verdicts = [kernel_report.speedup(cell, mode) for mode in kernel_report.SHOWN_MODES]
+    words = ("The full step", "Without a gradient ours", "With a frozen head ours")
+    against = [
+        f"{word} runs at {found[0]:.2f} x the speed of the fastest other method ({found[1]})"
+        for word, found in zip(words, verdicts, strict=True)
+        if found is not None
+    ]
+    shape, device = cell["shape"], result["device"]
+    where = device.get("gpu") or f"{device['threads']} thread{'s' if device['threads'] > 1 else ''}"
+    skipped = sorted(f"{row['name']} ({row['reason']})" for row in cell["rows"] if row["status"] == "skipped")
+    left_out = f"Not measured: {'; '.join(skipped)}." if skipped else ""
+    note = f"""
+        Trajectory-balance loss of {shape["tokens"]} tokens, hidden size {shape["hidden_size"]}, vocabulary
+        {shape["vocab_size"]}, {cell["dtype"]}, {where}; median (10th to 90th percentile) of interleaved runs, memory
+        above the inputs, errors against {cell["oracle"]}. {". ".join(against)}. {left_out}
+        {_environment(result)}."""
+    return "\n".join(["\n".join(lines), "", _wrapped(note)])
+
+
+def _kernel_cells(row: dict[str, Any]) -> list[str]:
+    """The cells of one method; a failure is shown where its time would be."""
+    times = []
+    for mode in kernel_report.SHOWN_MODES:
+        timing = row["modes"].get(mode, {})
+        if "median_ms" in timing:
+            unit, scale, digits = ("s", 1e-3, 2) if timing["median_ms"] >= 1000 else ("ms", 1.0, 1)
+            median, low, high = (scale * timing[key] for key in ("median_ms", "p10_ms", "p90_ms"))
+            times.append(f"{median:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f})")
+        else:
+            times.append("failed" if "failed" in timing or row["status"] == "failed" else "")
+    peak, errors = row.get("peak_bytes"), row.get("accuracy", {})
+    keys = ("sequence_max_nats", "hidden_grad_relative", "weight_grad_relative")
+    return [
+        row["name"],
+        *times,
+        "" if peak is None else f"{peak / 2**20:,.0f} MiB",
+        *(kernel_report.format_error(errors.get(key)) for key in keys),
+    ]
+
+
 def _wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), width=120, break_long_words=False, break_on_hyphens=False)
 
@@ -72,6 +137,7 @@ def render(text: str) -> str:
         "sample_efficiency": sample_efficiency,
         "tiny": lambda: train_run("tiny"),
         "smollm2": lambda: train_run("smollm2"),
+        "kernels": kernels,
     }
     for name, make in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -82,13 +148,16 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    """Entry point; exit status 1 when `--check` finds README.md out of date."""
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = render(old)
+    """Entry point; exit status 1 when `--check` finds a README out of date."""
+    is_current = True
+    for path in READMES:
+        old = path.read_text()
+        new = render(old)
+        is_current = is_current and old == new
+        if "--check" not in sys.argv:
+            path.write_text(new)
     if "--check" in sys.argv:
-        raise SystemExit(old != new)
-    path.write_text(new)
+        raise SystemExit(not is_current)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def interleave(
     min_repetitions: int = 5,
     seconds: float = math.inf,
     warm_ups: int = 1,
+    favoured: frozenset[str] = frozenset(),
     starting: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing | Failure]:
     """Time every call in turns: round 1 of all, round 2 of all, and so on.
@@ -136,11 +137,14 @@ def interleave(
         calls: name -> function of the number of the repetition, which chooses the input buffer.
         repetitions: of each call; fewer, but at least `min_repetitions`, of those whose share of `seconds` is used up,
             and these are spread evenly over the rounds.
+        warm_ups: untimed calls before the first timed one, which only says how many repetitions are affordable.
+        favoured: names that get three shares of the seconds.
         starting: told the name of each call before it runs for the first time.
     """
     results: dict[str, Timing | Failure] = {}
     milliseconds: dict[str, list[float]] = {}
-    quotas = {}
+    quotas: dict[str, int] = {}
+    shares = len(calls) + 2 * len(favoured & calls.keys())
     for name, call in calls.items():
         starting(name)
 
@@ -154,7 +158,7 @@ def interleave(
         if isinstance(first_ms, Failure):
             results[name] = first_ms
             continue
-        affordable = 1e3 * seconds / len(calls) / max(first_ms, 1e-3)
+        affordable = 1e3 * seconds * (3 if name in favoured else 1) / shares / max(first_ms, 1e-3)
         quotas[name] = int(max(min_repetitions, min(repetitions, affordable)))
         milliseconds[name] = []
     rounds = max(quotas.values(), default=0)

@@ -1,0 +1,258 @@
+"""Everything that a short visit to a GPU has to bring home, in one command and within a few minutes.
+
+    python -m benchmarks.run gpu_visit --out DIR --minutes 9
+
+Tests, where a step spends its time, the configurations of our projection, the tables of both operations in the order
+of their worth, and the decision gates. Each part is a process of its own with a limit: one that hangs or loses the GPU
+is ended, what it was measuring is left out, and it goes on. Everything is written as soon as it is known; DIR gets
+seven files.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from benchmarks import environment, kernel_report
+from benchmarks.problems import TOY_SHAPE
+from paced_fast.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_RESTARTS = 4
+STALL_S = 75.0
+PARTS = ("tests", "phases", "sweep", "trajectory_balance", "logprobs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Test and measure the kernels on this machine's GPU."""
+
+    out: str = ""
+    """Folder for the results; it is made."""
+    minutes: float = 9.0
+    """Time for everything."""
+    device: str = "cuda"
+    """cuda, or cpu: the same parts at a toy shape, to see that they run."""
+    tests: tuple[str, ...] = ()
+    """Files for pytest; none means tests/gpu and every test of the kernels."""
+    parts: tuple[str, ...] = PARTS
+    """What to do, of tests, phases, sweep, trajectory_balance and logprobs; always in this order."""
+    only: tuple[str, ...] = ()
+    """Methods whose name contains one of these words; none means all."""
+    commit: str = ""
+    """Commit to write down where the sources come without their history."""
+    stall_seconds: float = STALL_S
+    """A part that reports nothing for so long is ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One measurement: a case of `benchmarks.run` that writes `NAME.json`."""
+
+    name: str
+    case: str
+    share: float
+    """Of the time that is left when it starts, this much is its own."""
+    options: tuple[str, ...] = ()
+    resumable: bool = False
+
+
+def parts(arguments: Arguments) -> list[Part]:
+    """What is measured after the tests, in this order."""
+    toy = arguments.device == "cpu"
+    only = ("--only", *arguments.only) if arguments.only else ()
+    shapes = ("--shapes", TOY_SHAPE.name) if toy else ()
+    cell = ("--repetitions", "2", "--no-memory", "--inputs", "peaked") if toy else ("--cell-seconds", "40")
+    table = (*shapes, *cell, *only)
+    every = [
+        Part(name="phases", case="phases", share=0.12, options=shapes),
+        Part(name="sweep", case="gemm_sweep", share=0.15, options=(*shapes, "--repetitions", "2" if toy else "20")),
+        Part(name="trajectory_balance", case="trajectory_balance", share=0.72, options=table, resumable=True),
+        Part(name="logprobs", case="logprobs", share=1.0, options=table, resumable=True),
+    ]
+    return [part for part in every if part.name in arguments.parts]
+
+
+def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
+    """Run every part; the summary is in DIR/visit.json at any time, and returned."""
+    if arguments.device not in ("cuda", "cpu"):
+        raise InputError(f"device is cuda or cpu, not {arguments.device!r}")
+    unknown = [name for name in arguments.parts if name not in PARTS]
+    if unknown:
+        raise InputError(f"unknown part {unknown[0]!r}: the parts are {', '.join(PARTS)}")
+    if not arguments.out:
+        raise InputError("gpu_visit needs --out DIR for its results")
+    device = environment.choose_device(arguments.device)
+    deadline = time.monotonic() + 60 * arguments.minutes - min(10.0, 6 * arguments.minutes)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    summary: dict[str, Any] = {"settings": asdict(arguments), "device": environment.device(device)}
+    summary |= {"parts": {}, "gates": evaluate_gates(out)}
+
+    def save() -> None:
+        result = environment.headed("gpu_visit", summary)
+        if arguments.commit:
+            result["environment"]["commit"] = arguments.commit
+        environment.write_json(out / "visit.json", result)
+
+    save()
+    if "tests" in arguments.parts:
+        limit = 0.25 * (deadline - time.monotonic())
+        summary["parts"]["tests"] = run_tests(arguments, out / "tests.txt", limit)
+        save()
+    report = out / "report.txt"
+    report.write_text("")
+    for part in parts(arguments):
+        seconds = part.share * (deadline - time.monotonic())
+        summary["parts"][part.name] = run_part(part, arguments, out, seconds)
+        summary["gates"] = evaluate_gates(out)
+        save()
+    text = summary_text(summary, out)
+    with report.open("a") as file:
+        file.write(f"\n{text}\n")
+    print(text)
+    return summary
+
+
+def kernel_tests() -> list[str]:
+    """tests/gpu, then every test file that is about paced_kernels and not about the trainer."""
+    folder = ROOT / "tests"
+    found = [str(folder / "gpu")] if (folder / "gpu").is_dir() else []
+    for path in sorted(folder.glob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "paced_kernels" in text and "paced_fast" not in text:
+            found.append(str(path))
+    return found
+
+
+def run_tests(arguments: Arguments, log: Path, limit_s: float) -> dict[str, Any]:
+    """pytest in a process of its own; counts and the names of what failed, from its XML report."""
+    files = list(arguments.tests) or kernel_tests()
+    with tempfile.TemporaryDirectory() as folder:
+        xml = Path(folder) / "junit.xml"
+        options = ["-q", "-p", "no:cacheprovider", "-m", "gpu or not slow", f"--junitxml={xml}", "--tb=short"]
+        command = [sys.executable, "-m", "pytest", *options, *files]
+        started = time.monotonic()
+        with log.open("w") as sink:
+            status = _watch(command, sink.fileno(), limit_s, None, limit_s)
+        found = {"status": status, "seconds": time.monotonic() - started, "files": [Path(f).name for f in files]}
+        return found | (read_junit(xml) if xml.is_file() else {"tests": None})
+
+
+def read_junit(path: Path) -> dict[str, Any]:
+    """Counts of a JUnit XML file, and the failed tests with the start of what they say."""
+    root = ElementTree.parse(path).getroot()
+    suites = [root] if root.tag == "testsuite" else root.findall("testsuite")
+    counts = {
+        key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+    }
+    failed = []
+    for test in root.iter("testcase"):
+        for kind in ("failure", "error"):
+            found = test.find(kind)
+            if found is not None:
+                said = " ".join((found.get("message") or "").split())[:200]
+                failed.append({"name": f"{test.get('classname')}.{test.get('name')}", "message": said})
+    return {**counts, "failed": failed}
+
+
+def run_part(part: Part, arguments: Arguments, out: Path, limit_s: float) -> dict[str, Any]:
+    """One part until it ends or its time does; restarted without a method that hung or took the GPU down."""
+    started, excluded, restarts = time.monotonic(), [], 0
+    result = out / f"{part.name}.json"
+    status = "no time left"
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "running"
+        while (left := limit_s - (time.monotonic() - started)) > 1.0:
+            command = [sys.executable, "-m", "benchmarks.run", part.case, "--json", str(result), *part.options]
+            command += ["--device", arguments.device, "--progress", str(progress), "--seconds", f"{0.85 * left:.1f}"]
+            if part.resumable:
+                command += ["--resume", *(["--exclude", *excluded] if excluded else [])]
+            with (out / "report.txt").open("a") as sink:
+                status = _watch(command, sink.fileno(), left, progress, arguments.stall_seconds)
+            culprit = progress.read_text().rsplit(" (", 1)[0] if progress.is_file() else ""
+            if status in ("done", "out of time") or not part.resumable or not culprit or restarts == MAX_RESTARTS:
+                break
+            excluded.append(culprit)
+            restarts += 1
+    kept = environment.read_json(result)
+    return {
+        "status": status,
+        "seconds": time.monotonic() - started,
+        "excluded": excluded,
+        "not_reached": kept.get("not_reached", []),
+        "cells": [f"{cell['name']} {cell['inputs']}" for cell in kept.get("cells", [])],
+    }
+
+
+def _watch(command: list[str], sink: int, limit_s: float, progress: Path | None, stall_s: float) -> str:
+    """Run until it ends, its time is over, or `progress` has not changed for `stall_s`; then end its whole group."""
+    started = time.monotonic()
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment.child_environment(),
+        stdout=sink,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    status = ""
+    seen, changed = "", started
+    while not status:
+        try:
+            code = child.wait(timeout=0.2)
+            return "done" if code == 0 else f"exit status {code}"
+        except subprocess.TimeoutExpired:
+            now = time.monotonic()
+        text = progress.read_text() if progress is not None and progress.is_file() else ""
+        if text != seen:
+            seen, changed = text, now
+        if now - started > limit_s:
+            status = "out of time"
+        elif progress is not None and now - changed > stall_s:
+            status = f"no progress for {stall_s:.0f} s"
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    return status
+
+
+def evaluate_gates(out: Path) -> list[dict[str, str]]:
+    """The decision gates from what the parts have written so far."""
+    cells = environment.read_json(out / "trajectory_balance.json").get("cells", [])
+    swept = environment.read_json(out / "sweep.json").get("shapes", [])
+    first_gemm = [entry for shape in swept for entry in shape["entries"] if entry["stage"] == 2]
+    return kernel_report.gates(cells, first_gemm)
+
+
+def summary_text(summary: dict[str, Any], out: Path) -> str:
+    """Parts, gates, and every comparison with the fastest peer, losses included."""
+    lines = []
+    for name, part in summary["parts"].items():
+        line = f"{name}: {part['status']}, {part['seconds']:.0f} s"
+        if name == "tests" and part["tests"] is not None:
+            line += f", {part['tests']} tests, {part['failures'] + part['errors']} failed, {part['skipped']} skipped"
+            line += "".join(f"\n  FAILED {test['name']}: {test['message']}" for test in part["failed"][:10])
+        if part.get("excluded"):
+            line += f", left out after hanging or losing the GPU: {', '.join(part['excluded'])}"
+        if part.get("not_reached"):
+            line += f"\n  not reached: {', '.join(part['not_reached'])}"
+        lines.append(line)
+    for case in ("trajectory_balance", "logprobs"):
+        cells = environment.read_json(out / f"{case}.json").get("cells", [])
+        lines += [kernel_report.cell_text(case, cell) for cell in cells[:1]]
+        for cell in cells[1:]:
+            lines += [f"{case} {kernel_report.verdict(cell, mode)}" for mode in kernel_report.SHOWN_MODES]
+    lines += [f"{gate['gate']}: {gate['status'].upper()} ({gate['detail']})" for gate in summary["gates"]]
+    gpu = summary["device"].get("gpu")
+    lines.append(f"on {gpu or 'a CPU'}, torch {torch.__version__}")
+    return "\n".join(lines)
