@@ -30,6 +30,7 @@ from paced_fast.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 MAX_RESTARTS = 4
 STALL_S = 75.0
+ENTRY = [sys.executable, "-m", "benchmarks.run"]
 PARTS = ("tests", "phases", "sweep", "trajectory_balance", "logprobs")
 
 
@@ -174,7 +175,7 @@ def run_part(part: Part, arguments: Arguments, out: Path, limit_s: float) -> dic
     with tempfile.TemporaryDirectory() as folder:
         progress = Path(folder) / "running"
         while (left := limit_s - (time.monotonic() - started)) > 1.0:
-            command = [sys.executable, "-m", "benchmarks.run", part.case, "--json", str(result), *part.options]
+            command = [*ENTRY, part.case, "--json", str(result), *part.options]
             command += ["--device", arguments.device, "--progress", str(progress), "--seconds", f"{0.85 * left:.1f}"]
             if part.resumable:
                 command += ["--resume", *(["--exclude", *excluded] if excluded else [])]
