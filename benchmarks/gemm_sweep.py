@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import functools
 import math
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,27 @@ def default_shapes(device: torch.device) -> list[Shape]:
     if device.type != "cuda":
         return [TOY_SHAPE]
     return [Shape(tokens=8192, hidden_size=size, vocab_size=151936) for size in (4096, 2048, 896, 3584, 5120)]
+
+
+def compile_side_by_side(names: list[str]) -> None:
+    """Compile every configuration in processes of their own, into Triton's cache: minutes of work for one core.
+
+    A process that fails says nothing here; the sweep meets the same failure and records it.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, min(len(names), (os.cpu_count() or 2) - 1))
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for future in [pool.submit(_compile_one, name) for name in names]:
+            future.exception()
+
+
+def _compile_one(name: str) -> None:
+    # Kernels are specialised by which sizes divide by 16, not by the sizes: a toy compiles what the real shape needs.
+    device = torch.device("cuda", 0)
+    shape = replace(TOY_SHAPE, tokens=128)
+    batch = make_batch(shape, make_weight(shape, device, torch.bfloat16, 0), "peaked", 1)
+    our_engines.exponentials_call(batch, our_engines.sweep_configs(batch)[name], shape.tokens)(0)
+    torch.cuda.synchronize()
 
 
 def sweep(device: torch.device, shape: Shape, repetitions: int, starting: Callable[[str], None]) -> dict[str, Any]:
@@ -114,6 +138,9 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     started = time.perf_counter()
     result: dict[str, Any] = {"settings": asdict(arguments), "device": environment.device(device), "shapes": []}
     result["not_reached"] = []
+    if device.type == "cuda":
+        batch = make_batch(TOY_SHAPE, make_weight(TOY_SHAPE, device, torch.bfloat16, 0), "peaked", 1)
+        compile_side_by_side(list(our_engines.sweep_configs(batch)))
 
     def starting(name: str) -> None:
         if arguments.progress:

@@ -43,7 +43,17 @@ from benchmarks.problems import (
     make_batch,
     make_weight,
 )
-from benchmarks.timing import Clock, DeviceLostError, Failure, GpuMonitor, Timing, attempt, interleave, peak_bytes
+from benchmarks.timing import (
+    Clock,
+    DeviceLostError,
+    Failure,
+    GpuMonitor,
+    Timing,
+    attempt,
+    failure_of,
+    interleave,
+    peak_bytes,
+)
 from paced_fast.errors import InputError
 
 KINDS = ("peaked", "flat")
@@ -171,6 +181,9 @@ class Measurement:
                 method = make()
             except UnavailableError as error:
                 rows[name] |= {"status": "skipped", "reason": str(error)}
+                continue
+            except Exception as error:  # somebody else's set-up may fail in any way: its row says how
+                rows[name] |= {"status": "failed", "reason": failure_of(error).reason, "ours": False, "ceiling": False}
                 continue
             if method.first_only and not is_first:
                 rows[name] |= {"status": "skipped", "reason": f"{method.first_only}: measured at the first shape only"}
