@@ -10,6 +10,7 @@ seven files.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -98,19 +99,19 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {"settings": asdict(arguments), "device": environment.device(device)}
+    summary["environment"] = environment.describe() | ({"commit": arguments.commit} if arguments.commit else {})
     summary |= {"parts": {}, "gates": evaluate_gates(out)}
 
     def save() -> None:
-        result = environment.headed("gpu_visit", summary)
-        if arguments.commit:
-            result["environment"]["commit"] = arguments.commit
-        environment.write_json(out / "visit.json", result)
+        environment.write_json(out / "visit.json", environment.headed("gpu_visit", summary))
 
     save()
     if "tests" in arguments.parts:
-        limit = 0.25 * (deadline - time.monotonic())
-        summary["parts"]["tests"] = run_tests(arguments, out / "tests.txt", limit)
-        save()
+        (out / "tests.txt").write_text("")
+        for name, files in test_groups(arguments).items():
+            limit = 0.15 * (deadline - time.monotonic())
+            summary["parts"][name] = run_tests(files, out / "tests.txt", limit, side_by_side=name == "kernel tests")
+            save()
     report = out / "report.txt"
     report.write_text("")
     for part in parts(arguments):
@@ -125,26 +126,31 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     return summary
 
 
-def kernel_tests() -> list[str]:
-    """tests/gpu, then every test file that is about paced_kernels and not about the trainer."""
+def test_groups(arguments: Arguments) -> dict[str, list[str]]:
+    """Name -> files: what needs the GPU, then every test file about paced_kernels that is not about the trainer."""
+    if arguments.tests:
+        return {"tests": list(arguments.tests)}
     folder = ROOT / "tests"
-    found = [str(folder / "gpu")] if (folder / "gpu").is_dir() else []
+    groups = {"gpu tests": [str(folder / "gpu")]} if (folder / "gpu").is_dir() else {}
+    groups["kernel tests"] = []
     for path in sorted(folder.glob("test_*.py")):
         text = path.read_text(encoding="utf-8")
         if "paced_kernels" in text and "paced_fast" not in text:
-            found.append(str(path))
-    return found
+            groups["kernel tests"].append(str(path))
+    return groups
 
 
-def run_tests(arguments: Arguments, log: Path, limit_s: float) -> dict[str, Any]:
+def run_tests(files: list[str], log: Path, limit_s: float, *, side_by_side: bool) -> dict[str, Any]:
     """pytest in a process of its own; counts and the names of what failed, from its XML report."""
-    files = list(arguments.tests) or kernel_tests()
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "junit.xml"
-        options = ["-q", "-p", "no:cacheprovider", "-m", "gpu or not slow", f"--junitxml={xml}", "--tb=short"]
+        options = ["-v", "-p", "no:cacheprovider", "-m", "gpu or not slow", f"--junitxml={xml}", "--tb=short"]
+        cores = os.cpu_count() or 1
+        if side_by_side and cores >= 8 and importlib.util.find_spec("xdist") is not None:
+            options += ["-n", "8"]
         command = [sys.executable, "-m", "pytest", *options, *files]
         started = time.monotonic()
-        with log.open("w") as sink:
+        with log.open("a") as sink:
             status = _watch(command, sink.fileno(), limit_s, None, limit_s)
         found = {"status": status, "seconds": time.monotonic() - started, "files": [Path(f).name for f in files]}
         return found | (read_junit(xml) if xml.is_file() else {"tests": None})
@@ -240,7 +246,7 @@ def summary_text(summary: dict[str, Any], out: Path) -> str:
     lines = []
     for name, part in summary["parts"].items():
         line = f"{name}: {part['status']}, {part['seconds']:.0f} s"
-        if name == "tests" and part["tests"] is not None:
+        if part.get("tests") is not None:
             line += f", {part['tests']} tests, {part['failures'] + part['errors']} failed, {part['skipped']} skipped"
             line += "".join(f"\n  FAILED {test['name']}: {test['message']}" for test in part["failed"][:10])
         if part.get("excluded"):

@@ -51,13 +51,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
     module_name, first = CASES[name]
     module: Any = importlib.import_module(f"benchmarks.{module_name}")
-    path = Path(__file__).parent / "results" / f"{name}.json"
+    path = None
     if "--json" in words:
         at = words.index("--json")
         path = Path(words[at + 1])
         del words[at : at + 2]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parsed = options.parse(module.Arguments, words, f"python -m benchmarks.run {name}")
+    if path is None:
+        folder = getattr(parsed, "out", "")
+        path = Path(folder, "visit.json") if folder else Path(__file__).parent / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         result = functools.partial(module.measure, *first)(parsed, path)

@@ -78,7 +78,8 @@ class Clock:
         self._flush: torch.Tensor | None = None
         if device.type == "cuda":
             # Twice the cache, and at least 128 MiB: what the last competitor left there is gone.
-            size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 2**27)
+            cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+            size = max(2 * cache, 2**27)
             self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def synchronize(self) -> None:
