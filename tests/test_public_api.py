@@ -40,6 +40,7 @@ def positional_and_keywords(function: object) -> tuple[list[str], dict[str, obje
 
 def test_exports() -> None:
     assert sorted(paced_kernels.__all__) == [
+        "FusedLinearHead",
         "PriorityTree",
         "Sample",
         "TBOutput",

@@ -8,12 +8,14 @@ context and reads no environment variable.
 
 from ._head import VocabShard
 from ._sequences import segment_sum
+from .linear_head import FusedLinearHead
 from .logprobs import linear_logprobs
 from .priority_tree import PriorityTree, Sample
 from .reference import TBOutput
 from .trajectory_balance import trajectory_balance_from_logprobs, trajectory_balance_loss
 
 __all__ = [
+    "FusedLinearHead",
     "PriorityTree",
     "Sample",
     "TBOutput",

@@ -42,6 +42,7 @@ def make_engine(
     backend: str,
 ) -> RowEngine:
     """The row engine of a resolved backend."""
+    token_ids = token_ids.contiguous()  # kernels read them, and the bias, one after the other
     if backend == "reference":
         budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
         return TorchRows(head, hidden, token_ids, with_entropy, budget)
@@ -69,7 +70,7 @@ def make_head(weight: Tensor, bias: Tensor | None, temperature: float, shard_gro
         from torch.distributed import distributed_c10d  # not in every build of torch
 
         group = distributed_c10d._resolve_process_group(shard_group)  # pyright: ignore
-    return Head(weight, bias, temperature, group, shard_start)
+    return Head(weight, None if bias is None else bias.contiguous(), temperature, group, shard_start)
 
 
 class Guard:

@@ -91,10 +91,13 @@ def linear_logprobs_backward(
         engine = make_engine(head, hidden, token_ids, with_entropy, workspace_bytes, backend)
         gradients = Gradients(engine, Wanted(*wanted))
         known = RowStats(logprobs, lse, entropy if with_entropy else None)
-        coefficient = torch.zeros_like(logprobs) if grad_logprobs is None else grad_logprobs.to(logprobs.dtype)
+        # Gradients of a sum are one number with stride 0, and kernels read rows one after the other.
+        coefficient = torch.zeros_like(logprobs)
+        if grad_logprobs is not None:
+            coefficient = grad_logprobs.to(logprobs.dtype).contiguous()
         live = coefficient != 0
         if grad_entropy is not None:
-            grad_entropy = grad_entropy.to(logprobs.dtype)
+            grad_entropy = grad_entropy.to(logprobs.dtype).contiguous()
             live = live | (grad_entropy != 0)
         for rows in row_chunks(0, hidden.shape[0], engine.rows_per_chunk):
             chunk = engine.exponentials(rows, live[rows], known.narrow(rows.start, rows.stop))

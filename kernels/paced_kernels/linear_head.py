@@ -1,0 +1,74 @@
+"""A drop-in `lm_head` whose forward also computes log-probs and the loss: the place where FSDP2 gathers the weight.
+
+T = packed tokens, B = sequences, H = hidden size, V = vocabulary.
+"""
+
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .logprobs import linear_logprobs
+from .reference import TBOutput
+from .trajectory_balance import trajectory_balance_loss
+
+
+class FusedLinearHead(nn.Linear):
+    """`nn.Linear` to the vocabulary with `linear_logprobs` and `trajectory_balance_loss` as further forms of its call.
+
+    ::
+
+        head(hidden)                                  # [..., V] logits, as nn.Linear
+        head(hidden, token_ids, **options)            # linear_logprobs: [T], or a pair with return_entropy=True
+        head(hidden, token_ids, cu_seqlens, **options)    # trajectory_balance_loss: TBOutput
+
+    Parameters, their names and the state dict are those of `nn.Linear`. The weight is read inside `forward` and its
+    gradient leaves through autograd. `fully_shard(head)` therefore gathers it once a call and reduces one gradient,
+    and a weight tied to the embedding collects the gradients of both uses.
+
+    `MixedPrecisionPolicy` of FSDP2 by default rounds every floating-point argument of a wrapped module to
+    `param_dtype`, rewards, log_z and log-probs too: wrap with `cast_forward_inputs=False`.
+
+    Args:
+        hidden: [..., H] alone, [T, H] with `token_ids`; dtype of the weight, or any under autocast.
+        token_ids: [T] int64 or int32 in [0, V); None = return logits.
+        cu_seqlens: [B + 1] prefix sums of the lengths; None = return log-probs.
+        options: keyword arguments of `linear_logprobs` or `trajectory_balance_loss` other than `bias`.
+
+    Raises:
+        ValueError: as the operations do; `cu_seqlens` or options were given without `token_ids`.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Self:
+        """A head that shares weight and bias with `linear`: the same Parameter objects, so that tied weights stay tied.
+
+        Args:
+            linear: [V, H] projection, with or without a bias, on any device; before `fully_shard`.
+
+        Returns:
+            A module to put in the place of `linear`, in the same training mode.
+
+        Raises:
+            ValueError: `linear` is not an nn.Linear, or a subclass whose own forward would be lost.
+        """
+        if not isinstance(linear, nn.Linear) or type(linear).forward not in (nn.Linear.forward, cls.forward):
+            raise ValueError(f"linear must be an nn.Linear with its forward, got {type(linear).__name__}")
+        head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        head.weight, head.bias = linear.weight, linear.bias
+        return head.train(linear.training)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden: Tensor,  # [..., H] or [T, H]
+        token_ids: Tensor | None = None,  # [T]
+        cu_seqlens: Tensor | None = None,  # [B + 1]
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, Tensor] | TBOutput:
+        if token_ids is None:
+            if cu_seqlens is not None or options:
+                raise ValueError("token_ids must be given with cu_seqlens or options, got None")
+            return F.linear(hidden, self.weight, self.bias)
+        if cu_seqlens is None:
+            return linear_logprobs(hidden, self.weight, token_ids, bias=self.bias, **options)
+        return trajectory_balance_loss(hidden, self.weight, token_ids, cu_seqlens, bias=self.bias, **options)
