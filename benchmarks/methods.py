@@ -104,6 +104,9 @@ def our_methods(case: str, device: torch.device, dtype: torch.dtype) -> list[Met
     if on_gpu:
         variants["ours, backend reference"] = {"backend": "reference"}
     methods = [_our_method(case, name, options) for name, options in variants.items()]
+    if case == "trajectory_balance":
+        thv = fixed_thv(2, 6, 8)
+        methods.append(Method(name="ours, log-probs and autograd", logprobs=our_logprobs(), thv=thv, ours=True))
     methods[1:] = [replace(method, first_only="a variant of ours") for method in methods[1:]]
     if on_gpu and our_engines.has_stages():
         around = functools.partial(our_engines.planned, None)
