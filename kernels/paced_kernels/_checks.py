@@ -30,13 +30,13 @@ def check_positive(name: str, value: float) -> None:
     """A Python number that is finite and greater than zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a Python number, got {type(value).__name__}")
-    if not math.isfinite(value) or value <= 0:
+    if not 0 < value < math.inf:  # comparisons alone: a compiler may know the number by its symbol only
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")
 
 
 def check_finite(name: str, value: float) -> None:
     """A Python number that is finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite Python number, got {value!r}")
 
 
