@@ -25,6 +25,18 @@ import triton.language as tl
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 SUMS: tl.constexpr = tl.constexpr(0)
 EXPONENTIALS: tl.constexpr = tl.constexpr(1)
+# Triton's interpreter, on when the kernels are first imported, and not only what it calls by that name later.
+INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr):
+    """Round float32 to the nearest number of `dtype`; the interpreter's own cast to bfloat16 cuts digits off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
 
 
 @triton.jit
@@ -138,10 +150,10 @@ def store_exponentials(
             is_live = tl.load(live_ptr + o_rows, mask=m_rows, other=0) != 0
             exponentials = tl.where(is_live[:, None], exponentials, 0.0)
         if USE_TMA:
-            out.store([row_start, column_start], exponentials.to(out.dtype))
+            out.store([row_start, column_start], narrow(exponentials, out.dtype))
         else:
             out_ptrs = out + o_rows.to(tl.int64)[:, None] * stride_out + o_columns[None, :]
-            b_out = exponentials.to(out.dtype.element_ty)
+            b_out = narrow(exponentials, out.dtype.element_ty)
             tl.store(out_ptrs, b_out, mask=m_rows[:, None] & m_columns[None, :])
 
 

@@ -17,7 +17,7 @@ T = rows, H = hidden size, V = rows of the weight (of this rank's shard, where t
 import triton
 import triton.language as tl
 
-from ._gemm_kernels import LOG2_E
+from ._gemm_kernels import LOG2_E, narrow
 
 # Below this log-prob exponentials relative to the target are too large (1e19), and p_y times a hidden state comes too
 # close to the smallest bfloat16: the row is computed again with its log-sum-exp as the reference.
@@ -255,7 +255,9 @@ def row_probabilities_kernel(
         probabilities = tl.where(is_live, exp(logits - lse), 0.0)
         # The narrower output of this block lies where this block or an earlier one was read: by all threads, first.
         tl.debug_barrier()
-        tl.store(out_ptr + i_row * stride_out + o_columns, probabilities.to(out_ptr.dtype.element_ty), mask=m_columns)
+        tl.store(
+            out_ptr + i_row * stride_out + o_columns, narrow(probabilities, out_ptr.dtype.element_ty), mask=m_columns
+        )
 
 
 @triton.jit
@@ -279,7 +281,7 @@ def patch_targets_kernel(
     if HAS_LIVE:
         m_rows &= tl.load(live_ptr + o_rows, mask=m_rows, other=0) != 0
     patch = tl.load(patch_ptr + o_rows, mask=m_rows, other=0.0)
-    tl.store(out_ptr + o_rows.to(tl.int64) * stride_out + target, patch.to(out_ptr.dtype.element_ty), mask=m_rows)
+    tl.store(out_ptr + o_rows.to(tl.int64) * stride_out + target, narrow(patch, out_ptr.dtype.element_ty), mask=m_rows)
 
 
 @triton.jit
@@ -317,4 +319,4 @@ def entropy_gradient_kernel(
     gradient = coefficient * (tl.where(is_target, 1.0, 0.0) - probabilities) - entropy_coefficient * products
     is_dead = (coefficient == 0.0) & (entropy_coefficient == 0.0)
     gradient = tl.where(is_dead, 0.0, gradient)
-    tl.store(out_ptrs, gradient.to(out_ptr.dtype.element_ty), mask=m_columns)
+    tl.store(out_ptrs, narrow(gradient, out_ptr.dtype.element_ty), mask=m_columns)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ._head import Head
 
 # Log-probs, head weight gradient and workspace together stay below a quarter of what full logits take at V = 49152.
-DEFAULT_WORKSPACE_BYTES = 128 * 2**20
+DEFAULT_WORKSPACE_BYTES = 144 * 2**20
 # Elementwise work runs over so many elements at a time, which a CPU's second-level cache holds.
 CACHED_ELEMENTS = 2**17
 # Below this shifted logit exp() is 0 in every dtype; the clamp keeps 0 * -inf out of the entropy.

@@ -77,7 +77,7 @@ def linear_logprobs(
         temperature: divides the logits; finite and positive.
         return_entropy: also return the entropy of each row, differentiable as well.
         workspace_bytes: memory for chunks of logits; None = 8192 rows of exponentials with Triton (2.5 GB for bfloat16
-            and V = 152k), 128 MiB for the reference. At least one row is always processed.
+            and V = 152k), 144 MiB for the reference. At least one row is always processed.
         backend: "auto", "triton" (a CUDA device, or the interpreter with TRITON_INTERPRET=1) or "reference" (plain
             PyTorch). "auto" is "triton" on CUDA for every dtype but float64, else "reference".
         shard: the part of a split vocabulary that `head_weight` and `bias` hold; None = all of it.

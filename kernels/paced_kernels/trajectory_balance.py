@@ -78,7 +78,7 @@ def trajectory_balance_loss(
         denominator: positive number or 0-d tensor (constant); None = B.
         return_entropy: also return the entropy of each row, detached.
         workspace_bytes: memory for chunks of logits; None = 8192 rows of exponentials with Triton (2.5 GB for bfloat16
-            and V = 152k), 128 MiB for the reference. At least one row is always processed.
+            and V = 152k), 144 MiB for the reference. At least one row is always processed.
         backend: "auto", "triton" (a CUDA device, or the interpreter with TRITON_INTERPRET=1) or "reference" (plain
             PyTorch). "auto" is "triton" on CUDA for every dtype but float64, else "reference".
         entropy_bonus: subtract this many times the mean entropy over all T rows from the loss, with its gradient; rows
