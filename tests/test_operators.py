@@ -79,7 +79,7 @@ def test_opcheck_of_log_probs(backend: str, dtype: torch.dtype) -> None:
     inputs = hidden.detach(), weight.detach(), bias.detach(), case["token_ids"]
     logprobs, lse, entropy = _ops.linear_logprobs(*inputs, 0.7, True, None, backend, *shard)
     grads = torch.ones_like(logprobs), torch.ones_like(entropy)
-    rest = 0.7, None, backend, "", 0
+    rest = 0.7, None, backend, *shard
     opcheck(_ops.linear_logprobs_backward, *grads, logprobs, lse, entropy, *inputs, *rest, [True, True, True])
     opcheck(_ops.linear_logprobs_backward, None, grads[1], logprobs, lse, entropy, *inputs, *rest, [False, True, False])
     opcheck(_ops.linear_logprobs_backward, grads[0], None, logprobs, lse, entropy, *inputs, *rest, [True, False, False])

@@ -65,12 +65,42 @@ def make_engine(
 
 def make_head(weight: Tensor, bias: Tensor | None, temperature: float, shard_group: str, shard_start: int) -> Head:
     """The head of one call; the name of a process group stands for the group in operator schemas."""
-    group = None
-    if shard_group:
-        from torch.distributed import distributed_c10d  # not in every build of torch
-
-        group = distributed_c10d._resolve_process_group(shard_group)  # pyright: ignore
+    group = _resolve_group(shard_group) if shard_group else None
     return Head(weight, None if bias is None else bias.contiguous(), temperature, group, shard_start)
+
+
+def even_workspace(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    workspace_bytes: int | None,
+    backend: str,
+    shard_group: str,
+    vocab_size: int,
+) -> int | None:
+    """The workspace with which this rank takes as many rows at a time as every other, whatever the size of its shard.
+
+    Ranks that cut the rows differently would wait for each other in different places. All of them take what an even
+    split of the vocabulary would: a larger shard gets a larger workspace, in proportion.
+    """
+    if not shard_group or (workspace_bytes is None and backend == "triton"):
+        return workspace_bytes
+    config = _launch.plan(hidden, weight) if backend == "triton" else None
+    workspace = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    itemsize = weight.dtype.itemsize if config else max(4, weight.dtype.itemsize)
+    even_row = -(-vocab_size // _resolve_group(shard_group).size()) * itemsize
+    if backend == "triton":
+        return max(1, workspace // even_row) * _launch.bytes_per_row(config, weight.shape[0], weight.dtype)
+    own_row = weight.shape[0] * itemsize
+    if weight.dtype.itemsize == itemsize:
+        return max(1, workspace // even_row) * own_row
+    # The reference keeps a quarter for the weight in the wider dtype.
+    return -(-4 * own_row * max(1, workspace * 3 // 4 // even_row) // 3)
+
+
+def _resolve_group(name: str) -> Any:
+    from torch.distributed import distributed_c10d  # not in every build of torch
+
+    return distributed_c10d._resolve_process_group(name)  # pyright: ignore
 
 
 class Guard:

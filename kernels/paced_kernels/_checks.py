@@ -52,6 +52,11 @@ def check_tensor(name: str, value: object, ndim: int, dtypes: tuple[torch.dtype,
     """A tensor of one of `dtypes` with `ndim` dimensions."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":  # by name: its module takes half a second to import
+        raise ValueError(
+            f"{name} is a DTensor: call the operation inside the forward of the module that FSDP2 wraps, as "
+            "FusedLinearHead does, or pass local tensors"
+        )
     if value.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}")
     if value.dtype not in dtypes:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._gradients import Gradients, RowEngine, Wanted, new_accumulators
+from ._gradients import Gradients, RowEngine, Wanted, new_accumulators, score_rows
 from ._rows import RowStats, row_chunks
 from ._sequences import SequenceTerms, reduce_segments, segment_lengths, sequence_of_row
 
@@ -56,8 +56,12 @@ def streamed_rows(engine: RowEngine, wanted: Wanted, is_budget_firm: bool) -> in
     """Rows of a chunk beside the extra accumulator of a streamed sequence; 0 where it does not fit the workspace."""
     if not wanted.weight or not is_budget_firm:
         return engine.rows_per_chunk
-    accumulator_bytes = engine.head.weight.numel() * engine.head.accumulate.itemsize
-    num_rows = (engine.chunk_bytes - accumulator_bytes) // engine.bytes_per_row
+    hidden_size, wide = engine.hidden.shape[1], engine.head.accumulate.itemsize
+    if engine.head.group is None:
+        accumulator_bytes = engine.head.weight.numel() * wide
+        num_rows = (engine.chunk_bytes - accumulator_bytes) // engine.bytes_per_row
+    else:  # the same on every rank, so nothing of the own shard enters
+        num_rows = engine.rows_per_chunk - hidden_size * wide // engine.hidden.dtype.itemsize
     return num_rows if num_rows >= MIN_STREAMED_ROWS else 0
 
 
@@ -108,7 +112,7 @@ class FusedPass:
             num_rows = group.rows.stop - group.rows.start
             is_sequence = group.sequences.stop - group.sequences.start == 1
             if not any(self.options.wanted):
-                stats = self.engine.score(group.rows)
+                stats = score_rows(self.engine, group.rows)
                 self._finish(group, stats)
             elif num_rows <= self.engine.rows_per_chunk:
                 self._one_pass(group)
@@ -125,7 +129,7 @@ class FusedPass:
         self.gradients.add(self.engine, chunk, group.rows, coefficient, live, bonus)
 
     def _two_passes(self, group: Group) -> None:
-        stats = self.engine.score(group.rows)
+        stats = score_rows(self.engine, group.rows)
         coefficient = self._finish(group, stats)
         live = self._live_rows(group)
         bonus = self._entropy_coefficient(coefficient, live)

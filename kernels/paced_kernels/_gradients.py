@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._head import Head
-from ._rows import Exponentials, RowStats
+from ._rows import Exponentials, RowStats, row_chunks
 
 
 class RowEngine(Protocol):
@@ -41,6 +41,19 @@ class RowEngine(Protocol):
     ) -> None: ...
     def back_project(self, matrix: Tensor) -> Tensor: ...
     def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor) -> None: ...
+
+
+def score_rows(engine: RowEngine, rows: slice) -> RowStats:
+    """`engine.score`; over a split vocabulary in chunks that every rank takes, whatever the size of its shard."""
+    if engine.head.group is None or rows.stop - rows.start <= engine.rows_per_chunk:
+        return engine.score(rows)
+    parts = [engine.score(chunk) for chunk in row_chunks(rows.start, rows.stop, engine.rows_per_chunk)]
+    entropy = [part.entropy for part in parts if part.entropy is not None]
+    return RowStats(
+        torch.cat([part.logprobs for part in parts]),
+        torch.cat([part.lse for part in parts]),
+        torch.cat(entropy) if entropy else None,
+    )
 
 
 class Wanted(NamedTuple):

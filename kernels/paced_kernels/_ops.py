@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import _checks, _launch
-from ._backend import Guard, make_engine, make_head
+from ._backend import Guard, even_workspace, make_engine, make_head
 from ._fused import FusedOptions, FusedPass, plan_groups
-from ._gradients import Gradients, Wanted
+from ._gradients import Gradients, Wanted, score_rows
 from ._head import VocabShard
 from ._rows import RowStats, row_chunks
 from ._sequences import make_terms
@@ -44,8 +44,9 @@ def linear_logprobs(
     _checks.check_token_values(token_ids, vocab_size)
     with Guard(hidden.device):
         head = make_head(weight, bias, temperature, shard_group, shard_start)
+        workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
         engine = make_engine(head, hidden, token_ids, with_entropy, workspace_bytes, backend)
-        stats = engine.score(slice(0, hidden.shape[0]))
+        stats = score_rows(engine, slice(0, hidden.shape[0]))
         return stats.logprobs, stats.lse, _or_empty(stats.entropy, stats.logprobs)
 
 
@@ -82,12 +83,14 @@ def linear_logprobs_backward(
     backend: str,
     shard_group: str,
     shard_start: int,
+    vocab_size: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias ([0] where not wanted), from log-probs and entropies of the forward pass."""
     with Guard(hidden.device):
         head = make_head(weight, bias, temperature, shard_group, shard_start)
         with_entropy = grad_entropy is not None
+        workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
         engine = make_engine(head, hidden, token_ids, with_entropy, workspace_bytes, backend)
         gradients = Gradients(engine, Wanted(*wanted))
         known = RowStats(logprobs, lse, entropy if with_entropy else None)
@@ -135,7 +138,7 @@ def _backward_linear(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grad_logprobs, _, grad_entropy = grads
     wanted = ctx.needs_input_grad[:3]
     hidden, weight, bias, token_ids, logprobs, lse, entropy = ctx.saved_tensors
-    temperature, with_entropy, workspace_bytes, backend, group, start, _ = ctx.options
+    temperature, with_entropy, workspace_bytes, backend, group, start, vocab_size = ctx.options
     if grad_logprobs is None and grad_entropy is None:
         return (None,) * 11
     outs = linear_logprobs_backward(
@@ -153,6 +156,7 @@ def _backward_linear(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         backend,
         group,
         start,
+        vocab_size,
         list(wanted),
     )
     return (*(out if is_wanted else None for out, is_wanted in zip(outs, wanted, strict=True)), *(None,) * 8)
@@ -207,6 +211,7 @@ def trajectory_balance(
         )
         head = make_head(weight, bias, temperature, shard_group, shard_start)
         needs_entropy = with_entropy or entropy_bonus != 0
+        workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
         engine = make_engine(head, hidden, token_ids, needs_entropy, workspace_bytes, backend)
         is_budget_firm = workspace_bytes is not None or backend == "reference"
         options = FusedOptions(reduction, entropy_bonus, Wanted(*wanted), is_budget_firm)
@@ -236,12 +241,13 @@ def _(
     cu_seqlens: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with_entropy, workspace_bytes, backend = options[10:13]
+    with_entropy, workspace_bytes, backend, group, _, vocab_size = options[10:16]
     wants_hidden, wants_weight, wants_bias = options[-1]
     dtype = _accumulate(weight)
     num_sequences = cu_seqlens.shape[0] - 1
     weight_dtype = dtype
     if backend == "triton":
+        workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, group, vocab_size)
         weight_dtype = _launch.weight_gradient_dtype(hidden, weight, workspace_bytes)
     entropy = hidden.new_empty(hidden.shape[0], dtype=dtype) if with_entropy else hidden.new_empty(0)
     return (
