@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 import tolerances
 import torch
@@ -91,25 +90,6 @@ def _recording(name: str, function: Callable[..., None], taken: list[str]) -> Ca
         function(*arguments)
 
     return record
-
-
-@contextmanager
-def nearest_bfloat16() -> Iterator[None]:
-    """The interpreter rounds float32 to bfloat16 as hardware does; its own cast cuts the mantissa off."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    cut_off = interpreter._convert_float
-
-    def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if source != tl.float32 or target != tl.bfloat16:
-            return cut_off(values, source, target, rounding)
-        rounded = torch.from_numpy(np.array(values, dtype=np.float32)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(np.uint16)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", convert)
-        yield
 
 
 @contextmanager
@@ -261,8 +241,8 @@ def dense_gradients(case: Case, logit_gradient: Tensor, temperature: float) -> C
     return {name: value.to(dtype) for name, value in dense.items()}
 
 
-def assert_accurate(found: Result, exact: Result, case: Case, gradient_bound: float | None = None) -> None:
-    """Every output and gradient within `tolerances`; `gradient_bound` takes the place of the bounds of gradients."""
+def assert_accurate(found: Result, exact: Result, case: Case) -> None:
+    """Every output and gradient within `tolerances`."""
     longest = max(case["cu_seqlens"].diff().tolist(), default=0)
     bound = tolerances.sequence_nats(longest, exact.largest_logit)
     assert_within(found.seq_logprobs, exact.seq_logprobs, bound)
@@ -275,10 +255,10 @@ def assert_accurate(found: Result, exact: Result, case: Case, gradient_bound: fl
     for name, value in found.gradients.items():
         error = tolerances.relative_error(value, exact.gradients[name])
         limit = tolerances.SCALAR_RELATIVE if name == "log_z" else tolerances.GRADIENT_RELATIVE[dtype]
-        if name in ("hidden", "head_weight") and gradient_bound is None:
+        if name in ("hidden", "head_weight") and dtype != torch.float32:
             dense = tolerances.relative_error(exact.yardstick[name], exact.gradients[name])
-            assert error <= tolerances.YARDSTICK[dtype] * dense or dtype == torch.float32, (name, error, dense)
-        assert error <= (limit if gradient_bound is None or name == "log_z" else gradient_bound), (name, error, limit)
+            assert error <= tolerances.YARDSTICK * dense, (name, error, dense)
+        assert error <= limit, (name, error, limit)
 
 
 def assert_within(found: Tensor, exact: Tensor, bound: float) -> None:

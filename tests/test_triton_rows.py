@@ -22,7 +22,6 @@ from kernel_cases import (
     default_rows,
     forced,
     make_case,
-    nearest_bfloat16,
     oracle,
     recorded_modes,
     run,
@@ -148,16 +147,7 @@ DTYPES = {"bfloat16": (torch.bfloat16, list(STAGES)), "float16": (torch.float16,
 def test_low_precision_is_as_good_as_dense(dtype: str, stage: str, rows: int) -> None:
     case = make_case([50, 30, 15, 33], 64, 515, DTYPES[dtype][0])
     options = {"entropy_bonus": 1.0} if rows == 60 else {}
-    with nearest_bfloat16():
-        check(case, stage, workspace_bytes=workspace(STAGES[stage], case, rows), **options)
-
-
-@pytest.mark.parametrize("stage", ["logits", "whole"])
-def test_bfloat16_with_the_cast_of_the_interpreter(stage: str) -> None:
-    case = make_case([50, 30, 15, 33], 64, 515, torch.bfloat16)
-    with forced(STAGES[stage]):
-        found = run(case)
-    assert_accurate(found, oracle(case), case, gradient_bound=tolerances.TRUNCATED_GRADIENT_RELATIVE)
+    check(case, stage, workspace_bytes=workspace(STAGES[stage], case, rows), **options)
 
 
 def linear(case: Case, backend: str = "triton", **options: Any) -> tuple[Tensor, ...]:

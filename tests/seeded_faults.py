@@ -1,0 +1,267 @@
+"""Faults to seed into a copy of the kernels, each with a test that must notice, and the process that runs them.
+
+    python tests/seeded_faults.py FOLDER    # a line "name status" for each fault; -11 = killed by signal 11
+
+Every fault runs its tests in a fork of one process that has imported the libraries but not the kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "kernels" / "paced_kernels"
+
+OPTIONS = "test_triton_rows.py::test_every_option_in_one_chunk"
+MODES = "test_triton_rows.py::test_every_mode"
+SIZES = "test_kernel_edges.py::test_sizes_around_a_block"
+FAR = "test_kernel_memory.py::test_offsets_beyond_32_bits"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` occurs once in the module and becomes `new`; `test` fails."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    test: str
+
+
+CONTROLS = (
+    Fault(
+        "logits rounded to bfloat16",
+        "_gemm_kernels",
+        "    logits = logits * inv_temperature\n",
+        "    logits = (logits * inv_temperature).to(tl.bfloat16).to(tl.float32)\n",
+        f"{OPTIONS}[plain-halves]",
+    ),
+    Fault(
+        "a column of the vocabulary dropped",
+        "_gemm_kernels",
+        "    m_columns = o_columns < vocab_size\n    logits =",
+        "    m_columns = o_columns < vocab_size - 1\n    logits =",
+        f"{OPTIONS}[plain-whole]",
+    ),
+    Fault(
+        "columns beyond the vocabulary counted",
+        "_gemm_kernels",
+        "is_counted = m_columns[None, :] & (o_columns[None, :] != target[:, None])",
+        "is_counted = o_columns[None, :] != target[:, None]",
+        f"{SIZES}[one column less than a tile-whole]",
+    ),
+    Fault(
+        "coefficient of the neighbour",
+        "_fused",
+        "coefficient[owner].to(",
+        "coefficient[owner - 1].to(",
+        f"{OPTIONS}[plain-whole]",
+    ),
+    Fault(
+        "mean over the padded length",
+        "_sequences",
+        "(cu_seqlens[1:] - cu_seqlens[:-1]).clamp(",
+        "(cu_seqlens[1:] - cu_seqlens[:-1]).amax().clamp(",
+        f"{OPTIONS}[mean, sharp-whole]",
+    ),
+)
+"""The negative controls that every suite for such a loss owes."""
+
+OTHERS = (
+    Fault(
+        "columns beyond the vocabulary counted, stage 1",
+        "_row_kernels",
+        "is_counted = m_columns & (o_columns != target)",
+        "is_counted = o_columns != target",
+        f"{SIZES}[one column less than a tile-logits]",
+    ),
+    Fault(
+        "target not left out of the sum",
+        "_gemm_kernels",
+        "(o_columns[None, :] != target[:, None])",
+        "(o_columns[None, :] != -1 - target[:, None])",
+        f"{OPTIONS}[plain-halves]",
+    ),
+    Fault(
+        "32-bit offset of exponentials",
+        "_gemm_kernels",
+        "out_ptrs = out + o_rows.to(tl.int64)[:, None]",
+        "out_ptrs = out + o_rows[:, None]",
+        f"{FAR}[dtype1-halves]",
+    ),
+    Fault(
+        "32-bit offset of hidden states",
+        "_gemm_kernels",
+        "hidden_ptrs = hidden + o_rows.to(tl.int64)[:, None]",
+        "hidden_ptrs = hidden + o_rows[:, None]",
+        f"{FAR}[dtype1-halves]",
+    ),
+    Fault(
+        "32-bit offset of patches",
+        "_row_kernels",
+        "out_ptr + o_rows.to(tl.int64) * stride_out",
+        "out_ptr + o_rows * stride_out",
+        "test_kernel_memory.py::test_the_largest_batch_of_a_real_vocabulary",
+    ),
+    Fault(
+        "rows of the last tile not patched",
+        "_triton_rows",
+        "(triton.cdiv(matrix.shape[0], block_t),)",
+        "(max(1, matrix.shape[0] // block_t),)",
+        f"{SIZES}[one row more-whole]",
+    ),
+    Fault(
+        "sign of the patch",
+        "_triton_gemm",
+        "-torch.expm1(-stats.logprobs)",
+        "torch.expm1(-stats.logprobs)",
+        f"{OPTIONS}[plain-whole]",
+    ),
+    Fault(
+        "dead rows kept",
+        "_gemm_kernels",
+        "exponentials = tl.where(is_live[:, None], exponentials, 0.0)",
+        "exponentials = exponentials + 0.0 * is_live[:, None].to(tl.float32)",
+        "test_kernel_edges.py::test_weight_zero_removes_a_sequence_whatever_it_holds[0.0-whole]",
+    ),
+    Fault(
+        "dead rows kept, stage 1",
+        "_row_kernels",
+        "probabilities = tl.where(is_live, exp(logits - lse), 0.0)",
+        "probabilities = exp(logits - lse)",
+        "test_kernel_edges.py::test_weight_zero_removes_a_sequence_whatever_it_holds[0.0-logits]",
+    ),
+    Fault(
+        "accumulators not cleared",
+        "_gradients",
+        "return torch.zeros(value.shape, dtype=dtype",
+        "return torch.empty(value.shape, dtype=dtype",
+        f"{OPTIONS}[plain-whole]",
+    ),
+    Fault(
+        "a chunk in the place of the sum",
+        "_matmul",
+        "total.addmm_(left, right)",
+        "torch.mm(left, right, out=total)",
+        f"{MODES}[groups-whole]",
+    ),
+    Fault(
+        "a streamed sequence without its coefficient",
+        "_fused",
+        "total.addcmul_(part, coefficient)",
+        "total.add_(part)",
+        f"{MODES}[streamed-whole]",
+    ),
+    Fault(
+        "temperature ignored in the backward pass",
+        "_gradients",
+        "(scale / engine.head.temperature)[:, None]",
+        "scale[:, None]",
+        f"{OPTIONS}[mean, sharp-whole]",
+    ),
+    Fault(
+        "entropy without the target's term",
+        "_row_kernels",
+        "part_shifted = tl.where(part_total == 0.0, 0.0, part_weighted + part_shift * part_total)",
+        "part_shifted = tl.where(part_total == 0.0, 0.0, part_weighted)",
+        f"{OPTIONS}[plain-logits]",
+    ),
+    Fault(
+        "gradient of the entropy from the patch",
+        "_row_kernels",
+        "    logprobs = tl.where(is_target, target_logprob, logprobs)\n",
+        "",
+        f"{OPTIONS}[entropy bonus-logits]",
+    ),
+    Fault(
+        "improbable rows not repaired",
+        "_row_kernels",
+        "tl.store(gate_ptr + 0 * o_rows, 1, mask=is_below)",
+        "tl.store(gate_ptr + 0 * o_rows, 0, mask=is_below)",
+        "test_kernel_edges.py::test_the_loss_of_improbable_tokens[dtype1-whole]",
+    ),
+    Fault(
+        "neighbours of repaired rows changed",
+        "_triton_gemm",
+        "torch.where(is_direct, target, stats.lse)",
+        "stats.lse",
+        "test_kernel_edges.py::test_a_recomputed_row_leaves_its_neighbours_alone[whole]",
+    ),
+    Fault(
+        "tiles of a last, narrow group missed",
+        "_gemm_kernels",
+        "width = tl.minimum(num_vocab_tiles - first, GROUP_V)",
+        "width = GROUP_V",
+        f"{OPTIONS}[plain-halves]",
+    ),
+    Fault(
+        "second piece of a tile over the first",
+        "_gemm_kernels",
+        "i_vocab * PIECES + i_piece,",
+        "i_vocab * PIECES,",
+        f"{OPTIONS}[plain-halves]",
+    ),
+    Fault(
+        "log-probs near 0 by log",
+        "_row_kernels",
+        "log1p(below), tl.log(total)",
+        "tl.log(1.0 + below), tl.log(total)",
+        "test_kernel_edges.py::test_logprobs_of_any_size_and_their_gradients[whole]",
+    ),
+)
+
+FAULTS = CONTROLS + OTHERS
+UNCHANGED = "unchanged"
+
+
+def seed(fault: Fault | None, folder: Path) -> Path:
+    """A copy of the package below `folder`, with the fault."""
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    if fault is not None:
+        path = folder / PACKAGE.name / f"{fault.module}.py"
+        text = path.read_text()
+        assert text.count(fault.old) == 1, f"{fault.name}: {text.count(fault.old)} places"
+        path.write_text(text.replace(fault.old, fault.new))
+    return folder
+
+
+def run_forked(folder: Path, tests: list[str]) -> int:
+    """Exit status of pytest on the copy in `folder`; -N = killed by signal N, 100 = it ran another copy."""
+    child = os.fork()
+    if child == 0:
+        import pytest
+
+        with open(folder / "log", "w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        # "-m": tests that are slow count as well. Faults of addresses end in a signal, whose report is of no use.
+        paths = f"pythonpath={folder} {ROOT / 'tests'} {ROOT}"
+        options = ["-xq", "-m", "", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-o", paths, f"--rootdir={ROOT}"]
+        status = int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)]))
+        found = Path(sys.modules["paced_kernels"].__file__ or "")
+        os._exit(status if folder in found.parents else 100)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(folder: Path) -> None:
+    """Run the tests of every fault on a copy that has it, and all of them on one that has none."""
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import triton.language  # noqa: F401
+
+    torch.set_num_threads(1)  # no threads of which a fork would have none
+    for i, fault in enumerate([None, *FAULTS]):
+        copy = seed(fault, folder / str(i))
+        tests = [fault.test] if fault else sorted({fault.test for fault in FAULTS})
+        sys.stdout.write(f"{run_forked(copy, tests)} {fault.name if fault else UNCHANGED}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
