@@ -8,11 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from paced_fast.config import Config
+from paced_kernels import default_workspace_bytes
 
 
 def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, int]:
     """Bytes by purpose. Activations and the key-value cache are upper bounds at the configured limits.
 
+    Vocabulary head: chunks of logits or exponentials, and the gradient of its weight before it is rounded.
     Activations: per token and layer of one micro-batch, about 12 vectors of the hidden size and 3 of the MLP's.
     """
     settings = model.config
@@ -27,6 +29,8 @@ def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, 
         config.data.max_prompt_tokens + config.generation.group_size * config.generation.max_completion_tokens
     )
     tokens = min(config.optimizer.micro_batch_tokens, step_tokens)
+    vocab_size, hidden_size = settings.vocab_size, settings.hidden_size
+    workspace = default_workspace_bytes(tokens, vocab_size, model.dtype, model.device)
     per_layer = 12 * settings.hidden_size + 3 * settings.intermediate_size
     batch = min(config.generation.max_batch_sequences, config.rollouts_per_step)
     result = {
@@ -34,6 +38,7 @@ def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, 
         "gradients": trainable,
         "optimizer (AdamW, two moments)": 2 * trainable,
         "activations of a micro-batch": tokens * settings.num_hidden_layers * per_layer * element,
+        "vocabulary head (workspace, float32 gradient)": workspace + 4 * vocab_size * hidden_size,
         "key-value cache": batch * sequence * key_values,
     }
     if config.algorithm == "flowrl":

@@ -45,6 +45,7 @@ def test_exports() -> None:
         "Sample",
         "TBOutput",
         "VocabShard",
+        "default_workspace_bytes",
         "linear_logprobs",
         "segment_sum",
         "trajectory_balance_from_logprobs",

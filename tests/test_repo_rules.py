@@ -47,7 +47,7 @@ SAME_OR_HIGHER_LAYER = {
 }
 """Exceptions by name, (importer, imported), with their reason."""
 
-KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start", "trainer"}
+KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory"}
 HOMES = {
     "vllm": {"generate", "weight_sync"},
     "wandb": {"metrics"},

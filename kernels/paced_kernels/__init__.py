@@ -7,6 +7,7 @@ context and reads no environment variable.
 """
 
 from ._head import VocabShard
+from ._launch import default_workspace_bytes
 from ._sequences import segment_sum
 from .linear_head import FusedLinearHead
 from .logprobs import linear_logprobs
@@ -20,6 +21,7 @@ __all__ = [
     "Sample",
     "TBOutput",
     "VocabShard",
+    "default_workspace_bytes",
     "linear_logprobs",
     "segment_sum",
     "trajectory_balance_from_logprobs",

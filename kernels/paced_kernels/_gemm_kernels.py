@@ -21,12 +21,13 @@ T = rows, H = hidden size, V = rows of the weight (of this rank's shard, where t
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 SUMS: tl.constexpr = tl.constexpr(0)
 EXPONENTIALS: tl.constexpr = tl.constexpr(1)
 # Triton's interpreter, on when the kernels are first imported, and not only what it calls by that name later.
-INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit

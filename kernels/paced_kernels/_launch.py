@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._rows import DEFAULT_WORKSPACE_BYTES
+
 # Rows of a chunk without a workspace bound: adding up dweight once a chunk then costs less than 3 % (6 THV, any H, V).
 DEFAULT_ROWS = 8192
 # Leading dimension of the buffer of exponentials, in elements: 128-byte rows for TMA and the library GEMMs.
@@ -140,6 +142,25 @@ def rows_per_chunk(config: GemmConfig | None, vocab_size: int, dtype: torch.dtyp
     if workspace_bytes is None:
         return DEFAULT_ROWS
     return max(1, workspace_bytes // bytes_per_row(config, vocab_size, dtype))
+
+
+def default_workspace_bytes(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Memory the operations take for chunks when the caller sets no bound, for a plan of what fits.
+
+    Beside it the loss holds the gradients it returns, and that of the weight once more in float32.
+
+    Args:
+        num_rows: T, rows of one call.
+        vocab_size: V, rows of the weight on this device.
+        dtype: of hidden states and weight.
+
+    Returns:
+        Bytes.
+    """
+    if device.type != "cuda" or dtype == torch.float64:
+        return DEFAULT_WORKSPACE_BYTES
+    config = choose_config(device_facts(device.index or 0)[0], dtype, ROW_ALIGNMENT, vocab_size, num_rows)
+    return min(num_rows, DEFAULT_ROWS) * bytes_per_row(config, vocab_size, dtype)
 
 
 def weight_gradient_dtype(hidden: Tensor, weight: Tensor, workspace_bytes: int | None) -> torch.dtype:
