@@ -204,3 +204,30 @@ def accumulates_in_float32(ptx: str, ttgir: str) -> bool | None:
         lines = [line for line in ttgir.splitlines() if "tc_gen5_mma" in line]
         return bool(lines) and all(re.search(r"xf32, #\w+, #ttng.tensor_memory", line) for line in lines)
     return all(re.search(r"\.f32\.(bf16|f16)\.(bf16|f16)(\.f32)?$", name) for name in products)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown, one line for all variants of a kernel with the same blocks: the most that any of them needs."""
+    lines = [
+        "| kernel | architecture | variants | warps, stages | registers | spills | shared memory | products |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        blocks = row["variant"].split(":")[0] if row["products"] else ""
+        groups.setdefault((row["kernel"], blocks, row["arch"]), []).append(row)
+    for (kernel, blocks, arch), members in sorted(groups.items()):
+        registers = [row["registers"] for row in members]
+        spread = f"{min(registers)} to {max(registers)}" if min(registers) < max(registers) else str(registers[0])
+        cells = (
+            f"`{kernel}`" + (f" {blocks}" if blocks else ""),
+            f"sm_{arch}",
+            len(members),
+            f"{members[0]['num_warps']}, {members[0]['num_stages']}",
+            spread,
+            max(row["spill_bytes"] for row in members),
+            f"{max(row['shared_bytes'] for row in members):,} B",
+            ", ".join(f"`{name}`" for name in members[0]["products"]),
+        )
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return lines

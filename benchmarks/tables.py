@@ -11,14 +11,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves, kernel_report
+from benchmarks import compile_kernels, curves, kernel_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 READMES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
-FILES = {"sample_efficiency": "sample_efficiency.json", "kernels": "trajectory_balance.json"}
+FILES = {"sample_efficiency": "sample_efficiency.json", "kernels": "trajectory_balance.json", "compile": "compile.json"}
 
 
 def _path(section: str) -> Path:
@@ -127,6 +127,14 @@ def _kernel_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def compiled() -> str:
+    """What the compiler says of every kernel, as Markdown."""
+    result = json.loads(_path("compile").read_text())
+    where = result["environment"]
+    note = f"Compiled without a GPU, {where['date']}, commit {where['commit']}, triton {where['versions']['triton']}."
+    return "\n".join([*compile_kernels.table(result["rows"]), "", note])
+
+
 def _wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), width=120, break_long_words=False, break_on_hyphens=False)
 
@@ -138,6 +146,7 @@ def render(text: str) -> str:
         "tiny": lambda: train_run("tiny"),
         "smollm2": lambda: train_run("smollm2"),
         "kernels": kernels,
+        "compile": compiled,
     }
     for name, make in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
