@@ -43,6 +43,7 @@ class Ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(rank, str(folder / "meeting"), theirs), daemon=True)
             process.start()
+            theirs.close()  # so that the end of a process shows
             self.pipes.append(ours)
             self.processes.append(process)
 
@@ -51,7 +52,10 @@ class Ranks:
         for pipe in self.pipes:
             pipe.send((function, arguments))
         for rank, pipe in enumerate(self.pipes):
-            answer = pipe.recv() if pipe.poll(SECONDS_PER_CALL) else "no answer in time"
+            try:
+                answer = pipe.recv() if pipe.poll(SECONDS_PER_CALL) else "no answer in time"
+            except EOFError:
+                answer = "the process ended"
             if answer:
                 self.stop()
                 pytest.fail(f"rank {rank}: {answer}", pytrace=False)

@@ -17,7 +17,8 @@ class VocabShard:
 
     Every rank of `group` passes the same hidden states, token ids and sequence arguments, and its own rows of the
     weight; every rank receives the same log-probs, loss and gradient of the hidden states, and the gradient of its own
-    rows. Shards may differ in size, and together they must cover [0, vocab_size) once.
+    rows. Shards may differ in size, and together they must cover [0, vocab_size) once. `workspace_bytes` is that of an
+    even share: all ranks take the same rows at a time, so a larger shard gets a larger workspace in proportion.
     """
 
     group: Any
