@@ -8,6 +8,7 @@ Every fault runs its tests in a fork of one process that has imported the librar
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ PACKAGE = ROOT / "kernels" / "paced_kernels"
 OPTIONS = "test_triton_rows.py::test_every_option_in_one_chunk"
 MODES = "test_triton_rows.py::test_every_mode"
 SIZES = "test_kernel_edges.py::test_sizes_around_a_block"
+GUARDS = "test_kernel_memory.py::test_nothing_beyond_inputs_and_outputs_is_touched"
 FAR = "test_kernel_memory.py::test_offsets_beyond_32_bits"
 
 
@@ -107,6 +109,34 @@ OTHERS = (
         "out_ptr + o_rows.to(tl.int64) * stride_out",
         "out_ptr + o_rows * stride_out",
         "test_kernel_memory.py::test_the_largest_batch_of_a_real_vocabulary",
+    ),
+    Fault(
+        "store beyond the last row",
+        "_gemm_kernels",
+        "tl.store(out_ptrs, b_out, mask=m_rows[:, None] & m_columns[None, :])",
+        "tl.store(out_ptrs, b_out, mask=(o_rows >= 0)[:, None] & m_columns[None, :])",
+        f"{GUARDS}[14-float32-halves]",
+    ),
+    Fault(
+        "store beyond the last column",
+        "_gemm_kernels",
+        "tl.store(out_ptrs, b_out, mask=m_rows[:, None] & m_columns[None, :])",
+        "tl.store(out_ptrs, b_out, mask=m_rows[:, None] & (o_columns >= 0)[None, :])",
+        f"{GUARDS}[14-float32-halves]",
+    ),
+    Fault(
+        "store beyond the last column, stage 1",
+        "_row_kernels",
+        "narrow(probabilities, out_ptr.dtype.element_ty), mask=m_columns",
+        "narrow(probabilities, out_ptr.dtype.element_ty), mask=o_columns >= 0",
+        f"{GUARDS}[14-float32-logits]",
+    ),
+    Fault(
+        "load beyond the hidden size",
+        "_gemm_kernels",
+        "mask=m_rows[:, None] & m_inner[None, :], other=0.0",
+        "mask=m_rows[:, None] & (o_inner >= 0)[None, :], other=0.0",
+        f"{GUARDS}[1000-float32-whole]",
     ),
     Fault(
         "rows of the last tile not patched",
@@ -236,6 +266,7 @@ def run_forked(folder: Path, tests: list[str]) -> int:
     if child == 0:
         import pytest
 
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with open(folder / "log", "w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
@@ -253,6 +284,7 @@ def main(folder: Path) -> None:
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch
+    import torch._dynamo  # what defining operators takes most of its time for
     import triton.language  # noqa: F401
 
     torch.set_num_threads(1)  # no threads of which a fork would have none

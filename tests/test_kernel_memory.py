@@ -36,8 +36,8 @@ pytestmark = INTERPRETED
 
 stages = pytest.mark.parametrize("stage", STAGES)
 
-GUARD = 4096
-"""Bytes before and after each tensor; more than a tile is wide."""
+GUARD = 2**17
+"""Bytes before and after each tensor: a whole tile of 128 rows."""
 
 
 def guarded(value: Tensor) -> Tensor:
@@ -97,13 +97,12 @@ def test_nothing_beyond_inputs_and_outputs_is_touched(dtype: str, stage: str, ro
     if rows == 14:
         options["entropy_bonus"] = 0.3
     with forced(STAGES[stage]):
-        plain = run(case, **options)
         moved = {name: guarded(value) for name, value in case.items() if name != "cu_seqlens"}
         moved |= {name: guarded_rows(case[name]) for name in ("hidden", "head_weight")}
         moved["cu_seqlens"] = case["cu_seqlens"]
         with guarded_allocations() as allocated:
             found = run(moved, **options)
-    assert_equal(found, plain)
+        assert_equal(found, run(case, **options))
     buffers = [value for value in allocated if value.ndim == 2 and value.shape[1] == 192]  # 131 columns, rows aligned
     assert buffers
     for buffer in buffers:

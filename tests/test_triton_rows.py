@@ -103,6 +103,17 @@ def test_a_zero_gradient_and_no_gradient(stage: str) -> None:
     assert_accurate(scored, exact, case)
 
 
+@stages
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flat_and_steep_logits(stage: str, dtype: torch.dtype) -> None:
+    for factor in (0.02, 15.0):  # nearly uniform; logits up to 100, most targets below a log-prob of -44
+        case = make_case([9, 0, 17, 20], 32, 200, dtype)
+        with torch.no_grad():
+            case["hidden"].mul_(factor)
+        for bonus in (0.0, 2.0):
+            check(case, stage, entropy_bonus=bonus)
+
+
 # Rows of a chunk, whether they come from a budget, and the way each group goes.
 MODES = {
     "groups": (20, True, ["_one_pass"] * 4),
@@ -115,7 +126,7 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode(stage: str, mode: str) -> None:
     rows, is_budget, expected = MODES[mode]
-    case = make_case(LENGTHS, HIDDEN, VOCAB)
+    case = make_case([12, 0, 13, 1, 20, 11], HIDDEN, VOCAB)
     case["weights"][2] = 0.9
     budget = workspace(STAGES[stage], case, rows) if is_budget else None
     with default_rows(rows):
