@@ -173,7 +173,10 @@ def test_inductor_compiles_the_step() -> None:
     torch._dynamo.reset()
     model = Step()
     compiled = torch.compile(model, fullgraph=True)
-    for value, expected in zip(run_step(compiled, model, [4, 3]), run_step(model, model, [4, 3]), strict=True):
+    # A cache on disk knows the graph of the caller, not the backward of an operator that has changed since.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found = run_step(compiled, model, [4, 3])
+    for value, expected in zip(found, run_step(model, model, [4, 3]), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
