@@ -60,7 +60,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 def builds(arch: int) -> list[Build]:
     """Everything that may be launched on a chip of this architecture."""
-    return [*projections(arch), *row_kernels()]
+    return [*projections(arch), *row_kernels(), *tree_kernels()]
 
 
 def projections(arch: int) -> list[Build]:
@@ -123,6 +123,26 @@ def row_kernels() -> list[Build]:
     ]
 
 
+def tree_kernels() -> list[Build]:
+    """The kernels of the priority tree, for 10^6 and 10^7 leaves."""
+    from paced_kernels import _tree_kernels as kernels
+    from paced_kernels import _triton_tree
+
+    found = []
+    for num_levels in (2, 3):
+        levels = {"NUM_LEVELS": num_levels}
+        name = f"{num_levels} levels"
+        update = {**levels, "IS_FLOAT": True, "BLOCK": _triton_tree.UPDATE_BLOCK}
+        found.append(Build(kernels.tree_rebuild_kernel, name, {**levels, "IS_FLOAT": True}, 4, 3, {}, "fp32"))
+        for has_index in (True, False):
+            constants = {**update, "HAS_INDEX": has_index}
+            found.append(Build(kernels.tree_update_kernel, name, constants, 4, 3, {}, "fp32"))
+        for mode in (kernels.SYSTEMATIC, kernels.STRATIFIED, kernels.IID):
+            constants = {**levels, "MODE": mode.value, "BLOCK": _triton_tree.SAMPLE_BLOCK}
+            found.append(Build(kernels.tree_sample_kernel, name, constants, _triton_tree.SAMPLE_WARPS, 3, {}, "fp32"))
+    return found
+
+
 def argument_type(name: str, build: Build) -> str:
     """Triton's name of the type of an argument that is not a constant."""
     if name in build.descriptors:
@@ -130,6 +150,9 @@ def argument_type(name: str, build: Build) -> str:
         return f"tensordesc<{build.dtype}[{rows},{columns}]>"
     if name in ("hidden", "weight", "out", "hidden_ptr", "weight_ptr", "bias_ptr", "out_ptr"):
         return f"*{build.dtype}"
+    if build.kernel.__name__.startswith("tree_"):
+        floats = {"weights_ptr": "*fp32", "prob_ptr": "*fp32", "ticket_ptr": "*i32"}
+        return floats.get(name, "*i64" if name.endswith("_ptr") else "i32")
     special = {"token_ptr": "*i64", "live_ptr": "*u8", "gate_ptr": "*i32", "inv_temperature": "fp32"}
     if name in special:
         return special[name]

@@ -33,7 +33,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_every_kernel_and_configuration_is_there(rows: list[dict[str, Any]]) -> None:
     sources = "".join(
-        (ROOT / "kernels" / "paced_kernels" / f"{name}.py").read_text() for name in ("_gemm_kernels", "_row_kernels")
+        (ROOT / "kernels" / "paced_kernels" / f"{name}.py").read_text()
+        for name in ("_gemm_kernels", "_row_kernels", "_tree_kernels")
     )
     launched = {
         line.split("(")[0].removeprefix("def ")

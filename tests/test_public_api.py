@@ -88,7 +88,7 @@ def test_signatures_of_the_functions() -> None:
 def test_signatures_of_the_tree() -> None:
     positional, keywords = positional_and_keywords(PriorityTree)
     assert positional == ["capacity"]
-    assert list(keywords.items()) == [("seed", EMPTY), ("device", "cpu"), ("stream", 0)]
+    assert list(keywords.items()) == [("seed", EMPTY), ("device", "cpu"), ("stream", 0), ("backend", "auto")]
     assert Sample._fields == ("idx", "q", "prob", "total")
     expected = {
         "update": "(idx, w)",

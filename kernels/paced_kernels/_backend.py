@@ -33,6 +33,18 @@ def resolve_backend(backend: str, hidden: Tensor) -> str:
     return backend
 
 
+def require_kernels(name: str, value: Tensor) -> None:
+    """Refuse a tensor that Triton cannot reach: neither on CUDA nor under the interpreter."""
+    # Triton reads the environment when it is imported, which importing this package must not.
+    from ._triton_rows import is_interpreted
+
+    if value.device.type != "cuda" and not is_interpreted():
+        raise ValueError(
+            f'backend="triton" needs {name} on a CUDA device, got {value.device}; use backend="auto", or set '
+            "TRITON_INTERPRET=1 before the first use to run the kernels in Triton's interpreter"
+        )
+
+
 def make_engine(
     head: Head,
     hidden: Tensor,  # [T, H]
@@ -46,16 +58,10 @@ def make_engine(
     if backend == "reference":
         budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
         return TorchRows(head, hidden, token_ids, with_entropy, budget)
-    # Triton reads the environment when it is imported, which importing this package must not.
+    require_kernels("hidden", hidden)
     from ._triton_gemm import GemmRows
     from ._triton_logits import LogitRows
-    from ._triton_rows import is_interpreted
 
-    if hidden.device.type != "cuda" and not is_interpreted():
-        raise ValueError(
-            f'backend="triton" needs hidden on a CUDA device, got {hidden.device}; use backend="auto", or set '
-            "TRITON_INTERPRET=1 before the first use to run the kernels in Triton's interpreter"
-        )
     config = _launch.plan(hidden, head.weight)
     if config is None:
         return LogitRows(head, hidden, token_ids, with_entropy, workspace_bytes)

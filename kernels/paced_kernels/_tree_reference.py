@@ -71,13 +71,13 @@ def select(q: Tensor, targets: Tensor) -> Tensor:
     return torch.searchsorted(q.cumsum(0), targets, right=True)
 
 
-def first_occurrences(indices: Tensor, num_draws: int, capacity: int) -> Tensor:
-    """[B] the first B distinct values of `indices` [M] in order; -1 where there are fewer. An index of N is ignored."""
-    num_candidates = indices.shape[0]
-    positions = torch.arange(num_candidates, device=indices.device)
-    first = torch.full((capacity + 1,), num_candidates, dtype=torch.int64, device=indices.device)
-    first.scatter_reduce_(0, indices, positions, "amin")
-    is_first = (first[indices] == positions) & (indices < capacity)
+def first_occurrences(indices: Tensor, num_draws: int) -> Tensor:
+    """[B] the first B distinct values of `indices` [M] in order; -1 where there are fewer. A value of -1 is ignored."""
+    # A stable sort puts equal values side by side in their order, whatever N is.
+    ordered, positions = indices.sort(stable=True)
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    is_first = torch.zeros_like(starts).scatter_(0, positions, starts) & (indices >= 0)
     rank = torch.where(is_first, is_first.cumsum(0) - 1, num_draws).clamp(max=num_draws)
     out = torch.full((num_draws + 1,), -1, dtype=torch.int64, device=indices.device)
     # Slot B takes every repeat and every surplus draw.

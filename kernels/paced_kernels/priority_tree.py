@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _checks
 from . import _tree_reference as tree_reference
+from ._backend import require_kernels, resolve_backend
 from ._tree_reference import DISTINCT_METHODS, MAX_SEQUENCE, MODES, ONE, STATUS_FIELDS, WEIGHT_BITS, WEIGHT_MASK
 
 MAX_CAPACITY = 2**31
@@ -42,12 +43,21 @@ class PriorityTree:
         seed: key of the random numbers, from 0 to 2^64 - 1.
         device: where the state lives.
         stream: number from 0 to 2^32 - 1 that separates trees with the same seed.
+        backend: "auto" is "triton" on CUDA, else "reference" (plain PyTorch, O(N) a draw); the two give the same bits.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
-    def __init__(self, capacity: int, *, seed: int, device: torch.device | str = "cpu", stream: int = 0) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        stream: int = 0,
+        backend: str = "auto",
+    ) -> None:
         for name, value, low, high in (
             ("capacity", capacity, 1, MAX_CAPACITY),
             ("seed", seed, 0, 2**64 - 1),
@@ -66,6 +76,12 @@ class PriorityTree:
         self.status_counts = torch.zeros(len(STATUS_FIELDS), dtype=torch.int64, device=device)
         # Upper bound of `sequence` that the host knows without reading it.
         self._host_sequence = 0
+        self._kernels = None
+        if resolve_backend(backend, self.leaf) == "triton":
+            require_kernels("the tree", self.leaf)
+            from ._triton_tree import TritonTree
+
+            self._kernels = TritonTree(self.leaf)
 
     @property
     def device(self) -> torch.device:
@@ -92,10 +108,7 @@ class PriorityTree:
         if idx.shape != w.shape:
             raise ValueError(f"idx and w disagree on B: {idx.shape[0]} vs {w.shape[0]}")
         _checks.check_same_device("idx", idx, "the tree", self.leaf)
-        idx = idx.long()
-        is_inside = (idx >= 0) & (idx < self.capacity)
-        self._write(idx, w, is_inside)
-        self.status_counts[STATUS_FIELDS.index("out_of_range")] += (~is_inside & (idx != -1)).sum()
+        self._write(idx, w)
 
     @torch.no_grad()
     def write_range(self, start: int | Tensor, w: Tensor) -> None:
@@ -113,13 +126,13 @@ class PriorityTree:
         self._check_weights("w", w)
         if w.shape[0] > self.capacity:
             raise ValueError(f"w has more elements than the tree has leaves: {w.shape[0]} vs {self.capacity}")
-        if isinstance(start, Tensor):
+        if not isinstance(start, Tensor):
+            start = torch.full((), start, dtype=torch.int64, device=self.device)
+        else:
             if start.numel() != 1 or start.dtype not in _checks.INTEGER_DTYPES:
                 raise ValueError(f"start must be one integer, got {start.dtype} of shape {tuple(start.shape)}")
             _checks.check_same_device("start", start, "the tree", self.leaf)
-            start = start.reshape(()).long()
-        idx = (torch.arange(w.shape[0], device=self.device) + start) % self.capacity
-        self._write(idx, w, torch.ones_like(idx, dtype=torch.bool))
+        self._write(start.reshape(()), w)
 
     @torch.no_grad()
     def rebuild(self, w: Tensor | Callable[[Tensor], Tensor], stats: Tensor | None = None) -> None:
@@ -141,11 +154,14 @@ class PriorityTree:
         self._check_weights("w", w)
         if w.shape[0] != self.capacity:
             raise ValueError(f"w and the tree disagree on N: {w.shape[0]} vs {self.capacity}")
-        q, counts = tree_reference.quantise(w)
-        self.leaf.copy_(q)
+        if self._kernels is not None:
+            self._kernels.rebuild(w.detach().contiguous(), self.status_counts)
+        else:
+            q, counts = tree_reference.quantise(w)
+            self.leaf.copy_(q)
+            self.status_counts[:3] += counts
         self.sequence.zero_()
         self._host_sequence = 0
-        self.status_counts[:3] += counts
 
     @torch.no_grad()
     def sample(self, B: int, mode: str = "systematic") -> Sample:
@@ -170,14 +186,12 @@ class PriorityTree:
         self._check_draws(B)
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-        q, effective, total = self._effective_weights()
-        effective_total = effective.sum()
-        targets = tree_reference.draw_targets(mode, B, effective_total, **self._random_state())
-        idx = tree_reference.select(effective, targets)
-        idx = torch.where(effective_total > 0, idx, -1)
+        if self._kernels is not None:
+            return Sample(*self._kernels.sample(B, mode, self._counters(), self.status_counts))
+        idx, total = self._draw(B, mode)
         if mode == "systematic":
             self.status_counts[STATUS_FIELDS.index("repeats")] += ((idx[1:] == idx[:-1]) & (idx[1:] >= 0)).sum()
-        return self._finish_sample(idx, q, effective, total)
+        return self._finish_sample(idx, total)
 
     @torch.no_grad()
     def sample_distinct(self, B: int, method: str = "first") -> Sample:
@@ -201,15 +215,21 @@ class PriorityTree:
         self._check_draws(B)
         if method not in DISTINCT_METHODS:
             raise ValueError(f"method must be one of {DISTINCT_METHODS}, got {method!r}")
-        q, effective, total = self._effective_weights()
         if method == "race":
+            effective, total = self._effective_weights()
             idx = tree_reference.race_winners(effective, B, **self._random_state())
         else:
             num_candidates = B + B // 2 + 32
-            targets = tree_reference.draw_targets("iid", num_candidates, effective.sum(), **self._random_state())
-            idx = tree_reference.first_occurrences(tree_reference.select(effective, targets), B, self.capacity)
+            if self._kernels is not None:
+                candidates, _, _, total = self._kernels.sample(
+                    num_candidates, "iid", self._counters(), self.status_counts
+                )
+                self.step -= 1  # counted below, for every way of drawing
+            else:
+                candidates, total = self._draw(num_candidates, "iid")
+            idx = tree_reference.first_occurrences(candidates, B)
         self.status_counts[STATUS_FIELDS.index("short")] += (idx < 0).any()
-        return self._finish_sample(idx, q, effective, total)
+        return self._finish_sample(idx, total)
 
     def get(self, idx: Tensor) -> Tensor:
         """Fixed-point weights (i64, shape of `idx`, 2^27 = 1.0) of some leaves; 0 for an index outside [0, N)."""
@@ -218,16 +238,18 @@ class PriorityTree:
 
     def total(self) -> Tensor:
         """Sum of all fixed-point weights, i64 []."""
-        return (self.leaf & WEIGHT_MASK).sum()
+        return (self.leaf & WEIGHT_MASK).sum() if self._kernels is None else self._kernels.total()
 
     def status(self) -> dict[str, int]:
         """Counts since the start of what was repaired or could not be had; the one call that waits for the device."""
         return dict(zip(STATUS_FIELDS[:-1], self.status_counts.tolist(), strict=False))
 
     def check(self) -> Tensor:
-        """Whether every invariant of the state holds, bool []: ranges of weights, sequence numbers and size."""
+        """Whether every invariant of the state holds, bool []: ranges of weights, sequence numbers, size, and sums."""
         q, sequence = self.leaf & WEIGHT_MASK, self.leaf >> WEIGHT_BITS
         is_sound = (self.leaf >= 0).all() & (q <= ONE).all() & (sequence <= self.sequence).all()
+        if self._kernels is not None:
+            is_sound &= self._kernels.is_sound()
         return is_sound & ((self.size >= 0) & (self.size <= self.capacity)).all()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -247,46 +269,55 @@ class PriorityTree:
         for name, own in (("weights", self.leaf), *((name, getattr(self, name)) for name in _STATE_NAMES)):
             if state[name].shape != own.shape:
                 raise ValueError(f"state[{name!r}] has shape {tuple(state[name].shape)}, expected {tuple(own.shape)}")
-        self.leaf.copy_(state["weights"])
+        self.rebuild(state["weights"].to(self.device))
         for name in _STATE_NAMES:
             getattr(self, name).copy_(state[name])
-        self.sequence.zero_()
-        self._host_sequence = 0
 
-    def _write(self, idx: Tensor, w: Tensor, is_inside: Tensor) -> None:
+    def _write(self, idx: Tensor, w: Tensor) -> None:
+        """Leaves `idx` [B], or the range that starts at a 0-d `idx`."""
         num_elements = w.shape[0]
         if self._host_sequence + num_elements > MAX_SEQUENCE:
             self.leaf.bitwise_and_(WEIGHT_MASK)
             self.sequence.zero_()
             self._host_sequence = 0
+        self._host_sequence += num_elements
+        if self._kernels is not None:
+            self._kernels.update(idx.contiguous(), w.detach().contiguous(), self.sequence, self.status_counts)
+            return
+        positions = torch.arange(num_elements, device=self.device)
+        idx = (positions + idx.long()) % self.capacity if idx.ndim == 0 else idx.long()
+        is_inside = (idx >= 0) & (idx < self.capacity)
+        self.status_counts[STATUS_FIELDS.index("out_of_range")] += (~is_inside & (idx != -1)).sum()
         q, counts = tree_reference.quantise(torch.where(is_inside, w, 0))  # what is not written is not judged either
         self.status_counts[:3] += counts
-        order = torch.arange(1, num_elements + 1, device=self.device) + self.sequence
         # A code of 0 at leaf 0 changes nothing: every code in the tree is at least that.
-        code = torch.where(is_inside, (order << WEIGHT_BITS) | q, 0)
+        code = torch.where(is_inside, ((positions + 1 + self.sequence) << WEIGHT_BITS) | q, 0)
         self.leaf.scatter_reduce_(0, torch.where(is_inside, idx, 0), code, "amax")
         self.sequence += num_elements
-        self._host_sequence += num_elements
 
-    def _effective_weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights [N], the weights to draw by (the live prefix if all are 0), total []; counts an empty draw."""
+    def _effective_weights(self) -> tuple[Tensor, Tensor]:
+        """Weights [N] to draw by (the live prefix if all are 0) and their true total []; counts an empty draw."""
         q = self.leaf & WEIGHT_MASK
         total = q.sum()
         is_live = torch.arange(self.capacity, device=self.device) < self.size
         self.status_counts[STATUS_FIELDS.index("empty")] += total == 0
-        return q, torch.where(total == 0, is_live.long(), q), total
+        return torch.where(total == 0, is_live.long(), q), total
 
-    def _finish_sample(self, idx: Tensor, q: Tensor, effective: Tensor, total: Tensor) -> Sample:
-        is_drawn = idx >= 0
-        safe_idx = idx.clamp(min=0)
-        prob = effective[safe_idx].double() / effective.sum().clamp(min=1)
+    def _draw(self, num_draws: int, mode: str) -> tuple[Tensor, Tensor]:
+        """Indices [B] of the reference, -1 where there is nothing to draw, and the total []."""
+        effective, total = self._effective_weights()
+        effective_total = effective.sum()
+        targets = tree_reference.draw_targets(mode, num_draws, effective_total, **self._random_state())
+        return torch.where(effective_total > 0, tree_reference.select(effective, targets), -1), total
+
+    def _finish_sample(self, idx: Tensor, total: Tensor) -> Sample:
+        q = torch.where(idx >= 0, self.get(idx), 0)
+        weight = torch.where(total == 0, 1, q).double() / torch.where(total == 0, self.size, total).clamp(min=1)
         self.step += 1
-        return Sample(
-            idx=idx,
-            q=torch.where(is_drawn, q[safe_idx], 0),
-            prob=torch.where(is_drawn, prob, 0.0).float(),
-            total=total,
-        )
+        return Sample(idx=idx, q=q, prob=torch.where(idx >= 0, weight, 0.0).float(), total=total)
+
+    def _counters(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("seed", "stream", "step", "size")}
 
     def _random_state(self) -> dict[str, Tensor]:
         return {"seed": self.seed, "stream": self.stream, "step": self.step}
