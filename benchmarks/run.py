@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "phases": ("phases", ()),
     "gpu_visit": ("gpu_visit", ()),
     "sample_efficiency": ("sample_efficiency", ()),
+    "step": ("step", ()),
     "train_tiny": ("train_run", ("tiny",)),
     "train_smollm2": ("train_run", ("smollm2",)),
 }

@@ -39,7 +39,7 @@ def pack(
     logprobs = [logprob for completion in completions for logprob in completion.logprobs]
     return Rollouts(
         token_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
-        cu_seqlens=_cu_seqlens(lengths, device),
+        cu_seqlens=cu_seqlens(lengths, device),
         lengths=lengths,
         prompt_ids=tuple(prompt_ids),
         prompt_index=torch.tensor(list(prompt_index), dtype=torch.int64, device=device),
@@ -57,7 +57,7 @@ def select(rollouts: Rollouts, sequences: Sequence[int]) -> Rollouts:
     lengths = tuple(rollouts.lengths[i] for i in sequences)
     return Rollouts(
         token_ids=rollouts.token_ids[token_index],
-        cu_seqlens=_cu_seqlens(lengths, device),
+        cu_seqlens=cu_seqlens(lengths, device),
         lengths=lengths,
         prompt_ids=tuple(rollouts.prompt_ids[i] for i in sequences),
         prompt_index=rollouts.prompt_index[index],
@@ -72,7 +72,7 @@ def concat(first: Rollouts, second: Rollouts) -> Rollouts:
     lengths = first.lengths + second.lengths
     return Rollouts(
         token_ids=torch.cat([first.token_ids, second.token_ids]),
-        cu_seqlens=_cu_seqlens(lengths, first.token_ids.device),
+        cu_seqlens=cu_seqlens(lengths, first.token_ids.device),
         lengths=lengths,
         prompt_ids=first.prompt_ids + second.prompt_ids,
         prompt_index=torch.cat([first.prompt_index, second.prompt_index]),
@@ -175,7 +175,7 @@ def _plan_rows(rollouts: Rollouts, sequences: Sequence[int], max_row_tokens: int
     return rows
 
 
-def _cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
+def cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Prefix sums i32[B + 1] of the lengths."""
     cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cu[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)

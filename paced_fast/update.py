@@ -66,11 +66,13 @@ def trajectory_balance(
     beta = config.loss.beta
     weight, bias = policy.head
     old = segment_sum(targets.old_logprobs, micro.cu_seqlens)
+    # On the CPU the offsets are the plan of the chunks too; on the device the op would have to project twice.
+    offsets = pack.cu_seqlens(micro.lengths, torch.device("cpu"))
     out = trajectory_balance_loss(
         hidden,
         weight,
         micro.token_ids,
-        micro.cu_seqlens,
+        offsets,
         rewards=targets.signal,
         log_z=targets.intercept / beta,
         beta=beta,

@@ -10,7 +10,7 @@ import tiny_policy
 import torch
 from torch import Tensor
 
-from paced_fast import pack
+from paced_fast import pack, update
 from paced_fast.batch import Rollouts
 from paced_fast.config import Config
 from paced_fast.log_z import group_accuracy, group_advantage
@@ -50,6 +50,21 @@ def assert_same_gradients(policy: Policy, loss: Tensor) -> None:
     assert scale > 1e-3
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=2e-5 * scale, msg=name)
+
+
+def test_the_loss_gets_its_offsets_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They plan the chunks there; with those of the device long batches would be projected twice."""
+    policy, batch = made()
+    real, seen = update.trajectory_balance_loss, []
+    monkeypatch.setattr(
+        update, "trajectory_balance_loss", lambda *args, **options: seen.append(args[3]) or real(*args, **options)
+    )
+    zeros = torch.zeros(batch.num_tokens)
+    targets = Targets(signal=batch.rewards, intercept=batch.rewards, old_logprobs=zeros, ref_logprobs=zeros)
+    loss_of("paced", policy, batch, targets, tiny_policy.settings("paced"))
+    assert seen[0] is not batch.cu_seqlens
+    assert seen[0].device.type == "cpu"
+    assert torch.equal(seen[0], batch.cu_seqlens)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
