@@ -24,7 +24,7 @@ GRADIENT_RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1
 """Gradients of hidden states, weight and bias."""
 
 YARDSTICK = 1.5
-"""Times the error of the best dense computation in the same dtype, in gradients of hidden states and weight."""
+"""Times the error of the best dense computation in the same dtype, in gradients of hidden states, weight and bias."""
 
 
 def logprob_nats(largest_logit: float) -> float:

@@ -101,6 +101,12 @@ class TritonRows:
 
     def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor) -> None:
         """accumulator [V, N] += matrix^T [V, R] @ rows [R, N]; rows are rounded to the dtype of the matrix."""
+        if rows.shape[1] == 1 and matrix.dtype == torch.bfloat16:
+            # The gradient of the bias: what rounding cuts off goes along as a second column, at no cost.
+            rounded = rows.to(torch.bfloat16)
+            pair = torch.cat([rounded, (rows - rounded).to(torch.bfloat16)], dim=1)
+            accumulator += _matmul.mm_float32(matrix.T, pair).sum(dim=1, keepdim=True)
+            return
         if matrix.dtype != torch.float16:
             _matmul.addmm_(accumulator, matrix.T, rows.to(matrix.dtype))
             return
