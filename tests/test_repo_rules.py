@@ -160,6 +160,18 @@ def nothing_prints(module: Module) -> Iterator[str]:
             yield f"line {node.lineno} prints"
 
 
+def kernels_never_ask_the_device(module: Module) -> Iterator[str]:
+    """Calls that make the host wait for a value, or shapes that depend on one."""
+    if module.package != "paced_kernels":
+        return
+    for node in ast.walk(module.tree):
+        if not isinstance(node, ast.FunctionDef) or (module.name, node.name) in MAY_ASK_THE_DEVICE:
+            continue
+        for call in ast.walk(node):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in WAITING_CALLS:
+                yield f"{node.name} calls {call.func.attr}"
+
+
 def no_error_is_swallowed(module: Module) -> Iterator[str]:
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ExceptHandler):
@@ -207,11 +219,16 @@ def sources_are_ascii(module: Module) -> Iterator[str]:
             yield f"line {number} is not ASCII"
 
 
+WAITING_CALLS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "unique", "masked_select", "synchronize"}
+MAY_ASK_THE_DEVICE = {("priority_tree", "status")}
+"""(module, function) that says so in its docstring."""
+
 RULES: list[Callable[[Module], Iterator[str]]] = [
     kernels_import_torch_and_triton_only,
     layers_point_downwards,
     packages_keep_to_their_homes,
     nothing_prints,
+    kernels_never_ask_the_device,
     no_error_is_swallowed,
     public_names_have_docstrings,
     files_and_functions_are_short,
@@ -238,6 +255,7 @@ DOC = '"""d"""\n'
     ("rule", "package", "name", "text", "expected"),
     [
         (kernels_import_torch_and_triton_only, "paced_kernels", "logprobs", "import numpy", "imports numpy"),
+        (kernels_never_ask_the_device, "paced_kernels", "x", "def f(a):\n    return a.sum().item()", "f calls item"),
         (
             kernels_import_torch_and_triton_only,
             "paced_kernels",
