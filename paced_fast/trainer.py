@@ -109,11 +109,15 @@ class Trainer:
         self.phases.take()
         with self.phases.phase("schedule"):
             values = self.log_z.all_values() if self.log_z is not None else None
+        replayed = None
+        chosen: list[list[int]] = []
+        with self.phases.phase("replay"):
+            if self.replay is not None and values is not None:
+                chosen = self.replay.choose(values, counters.step).tolist()  # to the host with the prompts
         fresh = self._sample(values)
         with self.phases.phase("replay"):
-            replayed = None
             if self.replay is not None and values is not None:
-                replayed = self.replay.draw(values, counters.step, self.table)
+                replayed = self.replay.take(chosen, self.table)
         rollouts = fresh.rollouts if replayed is None else pack.concat(fresh.rollouts, replayed)
         with self.phases.phase("old_logprobs"):
             targets = self._targets(rollouts, fresh, values)

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import tiny_policy
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from paced_fast.config import ReplayConfig, SchedulerConfig
+from paced_fast.replay import ReplayBuffer
+from paced_fast.scheduler import PromptScheduler
 from paced_kernels import PriorityTree, _checks, _fused, linear_logprobs, segment_sum, trajectory_balance_loss
 
 # A value on the host, or a shape that only a value can tell.
@@ -46,6 +50,34 @@ def test_the_tree_never_waits() -> None:
     # What would be found: a number, a condition, a shape that depends on values.
     for broken in (lambda: int(tree.total()), lambda: 1 if tree.check() else 0, lambda: tree.leaf[tree.leaf > 0]):
         assert waiting_operators(lambda broken=broken: [tree.sample(4), broken()])
+
+
+def test_replay_inserts_and_chooses_without_waiting() -> None:
+    config = ReplayConfig(capacity=16, insert_per_step=8, draw_per_step=4, max_age=4)
+    ring = ReplayBuffer(config, max_completion_tokens=6, seed=0, device=torch.device("cpu"))
+    batch = tiny_policy.rollouts([3, 5, 1, 2, 4, 1], rewards=[1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    values, priority = torch.rand(10), torch.rand(6)
+
+    def operations() -> None:
+        ring.insert(batch, priority, priority)
+        ring.choose(values, 2)
+
+    operations()
+    assert ring.inserted == 4
+    assert waiting_operators(operations) == set()
+
+
+def test_the_scheduler_weighs_draws_and_observes_without_waiting() -> None:
+    device = torch.device("cpu")
+    for rule in ("tree", "history"):
+        scheduler = PromptScheduler(50, SchedulerConfig(rule=rule, warmup_steps=0), seed=0, device=device)
+        values = torch.rand(50)
+
+        def operations(scheduler: PromptScheduler = scheduler, values: torch.Tensor = values) -> None:
+            index = scheduler.draw(8, 3, values)
+            scheduler.observe(index, values[index])
+
+        assert waiting_operators(operations) == set()
 
 
 @pytest.mark.parametrize("has_weights", [False, True])
