@@ -26,6 +26,7 @@ _PEERS = (
     "quack-kernels",
     "nvidia-cutlass-dsl",
     "nvidia-cublas",
+    "torchrl",
 )
 
 

@@ -25,6 +25,7 @@ from paced_fast.errors import InputError
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "trajectory_balance": ("kernels", ("trajectory_balance",)),
     "logprobs": ("kernels", ("logprobs",)),
+    "priority_tree": ("priority_tree", ()),
     "compile": ("compile_kernels", ()),
     "gemm_sweep": ("gemm_sweep", ()),
     "phases": ("phases", ()),
