@@ -2,10 +2,10 @@
 
     python -m benchmarks.run gpu_visit --out DIR --minutes 9
 
-Tests, where a step spends its time, the configurations of our projection, the tables of both operations in the order
-of their worth, and the decision gates. Each part is a process of its own with a limit: one that hangs or loses the GPU
-is ended, what it was measuring is left out, and it goes on. Everything is written as soon as it is known; DIR gets
-seven files.
+Tests, where a step spends its time, the configurations of our projection, the priority tree, the tables of both
+operations in the order of their worth, and the decision gates. Each part is a process of its own with a limit: one that
+hangs or loses the GPU is ended, what it was measuring is left out, and it goes on. Everything is written as soon as it
+is known; DIR gets eight files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from benchmarks import environment, kernel_report
+from benchmarks import environment, kernel_report, tree_report
 from benchmarks.problems import TOY_SHAPE
 from paced_fast.errors import InputError
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_RESTARTS = 4
 STALL_S = 75.0
 ENTRY = [sys.executable, "-m", "benchmarks.run"]
-PARTS = ("tests", "phases", "sweep", "trajectory_balance", "logprobs")
+PARTS = ("tests", "phases", "sweep", "priority_tree", "trajectory_balance", "logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Arguments:
     tests: tuple[str, ...] = ()
     """Files for pytest; none means tests/gpu and every test of the kernels."""
     parts: tuple[str, ...] = PARTS
-    """What to do, of tests, phases, sweep, trajectory_balance and logprobs; always in this order."""
+    """What to do, of tests, phases, sweep, priority_tree, trajectory_balance and logprobs; always in this order."""
     only: tuple[str, ...] = ()
     """Methods whose name contains one of these words; none means all."""
     commit: str = ""
@@ -76,9 +76,11 @@ def parts(arguments: Arguments) -> list[Part]:
     shapes = ("--shapes", TOY_SHAPE.name) if toy else ()
     cell = ("--repetitions", "2", "--no-memory", "--inputs", "peaked") if toy else ("--cell-seconds", "40")
     table = (*shapes, *cell, *only)
+    tree = ("--quick",) if toy else ("--cell-seconds", "8")
     every = [
         Part(name="phases", case="phases", share=0.12, options=shapes),
         Part(name="sweep", case="gemm_sweep", share=0.15, options=(*shapes, "--repetitions", "2" if toy else "20")),
+        Part(name="priority_tree", case="priority_tree", share=0.15, options=(*tree, *only), resumable=True),
         Part(name="trajectory_balance", case="trajectory_balance", share=0.72, options=table, resumable=True),
         Part(name="logprobs", case="logprobs", share=1.0, options=table, resumable=True),
     ]
@@ -198,7 +200,7 @@ def run_part(part: Part, arguments: Arguments, out: Path, limit_s: float) -> dic
         "seconds": time.monotonic() - started,
         "excluded": excluded,
         "not_reached": kept.get("not_reached", []),
-        "cells": [f"{cell['name']} {cell['inputs']}" for cell in kept.get("cells", [])],
+        "cells": [f"{cell['name']} {cell.get('inputs', '')}".rstrip() for cell in kept.get("cells", [])],
     }
 
 
@@ -259,6 +261,10 @@ def summary_text(summary: dict[str, Any], out: Path) -> str:
         lines += [kernel_report.cell_text(case, cell) for cell in cells[:1]]
         for cell in cells[1:]:
             lines += [f"{case} {kernel_report.verdict(cell, mode)}" for mode in kernel_report.SHOWN_MODES]
+    tree = environment.read_json(out / "priority_tree.json")
+    if tree.get("cells"):
+        lines.append(tree_report.summary_text(tree))
+        lines += [tree_report.quality_text(entry) for entry in tree["quality"][:1]]
     lines += [f"{gate['gate']}: {gate['status'].upper()} ({gate['detail']})" for gate in summary["gates"]]
     gpu = summary["device"].get("gpu")
     lines.append(f"on {gpu or 'a CPU'}, torch {torch.__version__}")

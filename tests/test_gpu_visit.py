@@ -1,5 +1,6 @@
 """Reports of the kernel benchmarks, decision gates, the GPU visit and the tables made from results."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -159,6 +160,28 @@ def test_a_part_that_hangs_is_ended_and_named_and_restarted_without_its_culprit(
 def test_parts_that_do_not_exist_are_named(tmp_path):
     with pytest.raises(InputError, match="unknown part 'tets'"):
         gpu_visit.measure(gpu_visit.Arguments(out=str(tmp_path), device="cpu", parts=("tets",)), tmp_path / "x.json")
+
+
+def test_the_tree_has_its_share_of_the_time_and_can_go_on_after_a_crash():
+    found = {part.name: part for part in gpu_visit.parts(gpu_visit.Arguments())}
+    assert list(found) == ["phases", "sweep", "priority_tree", "trajectory_balance", "logprobs"]
+    tree = found["priority_tree"]
+    assert (tree.case, tree.share, tree.resumable) == ("priority_tree", 0.15, True)
+    assert tree.options == ("--cell-seconds", "8")
+    assert [part.name for part in gpu_visit.parts(gpu_visit.Arguments(parts=("priority_tree",)))] == ["priority_tree"]
+
+
+def test_the_tree_runs_as_a_part_of_a_visit_on_a_cpu(tmp_path):
+    given = gpu_visit.Arguments(out=str(tmp_path), device="cpu", parts=("priority_tree",), only=("rescan", "numpy"))
+    (part,) = gpu_visit.parts(given)
+    small = ("--cells", "N100-B8", "--operations", "update random", "--draws", "64", "--repeats", "1")
+    part = dataclasses.replace(part, options=(*part.options, *small))
+    found = gpu_visit.run_part(part, given, tmp_path, 60.0)
+    assert (found["status"], found["cells"], found["not_reached"]) == ("done", ["N100-B8"], [])
+    summary = {"parts": {"priority_tree": found}, "gates": [], "device": {}}
+    text = gpu_visit.summary_text(summary, tmp_path)
+    assert "of 1 comparisons with the fastest peer won" in text
+    assert "N100, what is drawn" in text
 
 
 @pytest.mark.slow
