@@ -5,6 +5,8 @@ The interpreter runs programs one after another, so no race can show here; `test
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from paced_kernels import PriorityTree, Sample, _triton_tree
 
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in Triton's interpreter"
+)
 MODES = ("systematic", "stratified", "iid")
 
 
