@@ -81,9 +81,10 @@ def comparison(cell: Cell, operation: str, measure: str) -> tuple[float, str, st
 
     Ours is the tree's kernels, and its reference where these do not run.
     """
-    times = {row["name"]: median_us(row["operations"].get(operation, {}), measure) for row in cell["rows"]}
-    own = next((name for name in (OURS, OUR_RESCAN) if times.get(name) is not None), None)
-    others = [(times[row["name"]], row["name"]) for row in cell["rows"] if not row["ours"] and times[row["name"]]]
+    measured = {row["name"]: median_us(row["operations"].get(operation, {}), measure) for row in cell["rows"]}
+    times = {name: time for name, time in measured.items() if time is not None}
+    own = next((name for name in (OURS, OUR_RESCAN) if name in times), None)
+    others = [(times[row["name"]], row["name"]) for row in cell["rows"] if not row["ours"] and row["name"] in times]
     if own is None or not others:
         return None
     best, name = min(others)

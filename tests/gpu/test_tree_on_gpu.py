@@ -235,3 +235,21 @@ def test_a_writer_and_a_reader_on_two_streams_meet_at_events() -> None:
         expected.update(idx, values)
         assert_same_sample(sample, expected.sample(STEP_BATCH))
     assert_same_state(found, expected)
+
+
+@pytest.mark.real_empty
+def test_the_benchmark_measures_the_kernels_in_a_graph() -> None:
+    """Filled memory would count as a kernel more; a draw and a write are one each."""
+    priority_tree = pytest.importorskip("benchmarks.priority_tree")
+    given = priority_tree.Arguments(
+        device="cuda", repetitions=5, only=("ours", "int64"), operations=("update random", "sample iid", "pair")
+    )
+    cell = priority_tree.Measurement(given).cell(STEP_CAPACITY, STEP_BATCH, True, lambda _: None)
+    ours = next(row for row in cell["rows"] if row["name"] == "ours")
+    for operation, num_kernels in (("update random", 1), ("sample iid", 1), ("pair", 2)):
+        found = ours["operations"][operation]
+        assert found["waits"] == 0
+        assert found["kernels"] == num_kernels
+        for measure in ("graph", "event", "wall", "host"):
+            assert 0 < found[measure]["p10_ms"] <= found[measure]["p90_ms"], (operation, measure)
+        assert 0 < found["copy_share"] < 2
