@@ -44,6 +44,7 @@ class Build:
     num_stages: int
     descriptors: dict[str, tuple[int, int]]  # arguments that are TMA descriptors, with their blocks
     dtype: str = "bf16"
+    fuses: bool = True  # products into sums
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
@@ -133,7 +134,12 @@ def tree_kernels() -> list[Build]:
         levels = {"NUM_LEVELS": num_levels}
         name = f"{num_levels} levels"
         update = {**levels, "IS_FLOAT": True, "BLOCK": _triton_tree.UPDATE_BLOCK}
-        found.append(Build(kernels.tree_rebuild_kernel, name, {**levels, "IS_FLOAT": True}, 4, 3, {}, "fp32"))
+        for is_bell, has_allowed in ((False, False), (False, True), (True, True)):
+            constants = {**levels, "IS_FLOAT": True, "IS_BELL": is_bell, "HAS_ALLOWED": has_allowed}
+            found.append(Build(kernels.tree_rebuild_kernel, name, constants, 4, 3, {}, "fp32", fuses=False))
+        for is_mixed, has_explored in ((False, False), (True, False), (True, True)):
+            constants = {**levels, "IS_MIXED": is_mixed, "HAS_EXPLORED": has_explored, "BLOCK": _triton_tree.RACE_BLOCK}
+            found.append(Build(kernels.tree_race_kernel, name, constants, 4, 3, {}, "fp32", fuses=False))
         for has_index in (True, False):
             constants = {**update, "HAS_INDEX": has_index}
             found.append(Build(kernels.tree_update_kernel, name, constants, 4, 3, {}, "fp32"))
@@ -151,8 +157,9 @@ def argument_type(name: str, build: Build) -> str:
     if name in ("hidden", "weight", "out", "hidden_ptr", "weight_ptr", "bias_ptr", "out_ptr"):
         return f"*{build.dtype}"
     if build.kernel.__name__.startswith("tree_"):
-        floats = {"weights_ptr": "*fp32", "prob_ptr": "*fp32", "ticket_ptr": "*i32"}
-        return floats.get(name, "*i64" if name.endswith("_ptr") else "i32")
+        special = {"weights_ptr": "*fp32", "prob_ptr": "*fp32", "ticket_ptr": "*i32", "allowed_ptr": "*i1"}
+        wide = name.endswith("_bits") or name == "index_mask"
+        return special.get(name, "*i64" if name.endswith("_ptr") else "i64" if wide else "i32")
     special = {"token_ptr": "*i64", "live_ptr": "*u8", "gate_ptr": "*i32", "inv_temperature": "fp32"}
     if name in special:
         return special[name]
@@ -177,7 +184,7 @@ def compile_one(build: Build, arch: int) -> dict[str, Any]:
         {positions[name]: value for name, value in build.constants.items()},
         {positions[name]: [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": build.fuses}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack, local = resources(compiled.asm["cubin"])
     return {
@@ -191,6 +198,7 @@ def compile_one(build: Build, arch: int) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "products": matrix_instructions(compiled.asm["ptx"]),
         "uses_tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
+        "fused_float64": len(re.findall(r"\bfma\.rn\.f64\b", compiled.asm["ptx"])),
         "accumulates_f32": accumulates_in_float32(compiled.asm["ptx"], compiled.asm["ttgir"]),
     }
 

@@ -72,6 +72,12 @@ def test_products_use_the_tensor_cores_of_the_chip_and_add_in_float32(rows: list
     assert any(row["uses_tma"] for row in hopper)
 
 
+def test_what_must_have_the_bits_of_the_reference_fuses_no_product_into_a_sum(rows: list[dict[str, Any]]) -> None:
+    exact = [row for row in rows if row["kernel"] in ("tree_rebuild_kernel", "tree_race_kernel")]
+    assert len(exact) == 12 * len(_launch.SHIPPED)
+    assert all(row["fused_float64"] == 0 for row in exact)
+
+
 def test_a_spill_and_a_narrow_sum_would_be_seen() -> None:
     """The readers of the compiler's output, on output that is wrong."""
     narrow = "wgmma.mma_async.sync.aligned.m64n128k16.f16.f16.f16 {"

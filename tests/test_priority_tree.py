@@ -399,7 +399,8 @@ def test_race_of_shards_merges_to_the_race_of_one_tree() -> None:
     for shard in torch.arange(400).split(100):
         masked = torch.zeros_like(weights)
         masked[shard] = weights[shard]
-        for index in tree_reference.race_winners(masked, 20, **state_tensors(4, 0, 0)).tolist():
+        shard_keys = tree_reference.race_keys(masked, **state_tensors(4, 0, 0))
+        for index in tree_reference.race_winners(shard_keys, 20).tolist():
             unit = ((python_bits(index, 4, 0, 0) >> 11) + 1) * 2.0**-53
             keys[index] = -math.log(unit) / weights[index].item()
     assert sorted(keys, key=keys.__getitem__)[:20] == expected

@@ -10,6 +10,7 @@ import torch
 
 import paced_kernels
 from paced_kernels import (
+    Bell,
     PriorityTree,
     Sample,
     TBOutput,
@@ -40,6 +41,7 @@ def positional_and_keywords(function: object) -> tuple[list[str], dict[str, obje
 
 def test_exports() -> None:
     assert sorted(paced_kernels.__all__) == [
+        "Bell",
         "FusedLinearHead",
         "PriorityTree",
         "Sample",
@@ -93,9 +95,9 @@ def test_signatures_of_the_tree() -> None:
     expected = {
         "update": "(idx, w)",
         "write_range": "(start, w)",
-        "rebuild": "(w, stats=None)",
+        "rebuild": "(w, stats=None, *, allowed=None)",
         "sample": "(B, mode='systematic')",
-        "sample_distinct": "(B, method='first')",
+        "sample_distinct": "(B, method='first', *, exploration=0.0, explored=None)",
         "get": "(idx)",
         "total": "()",
         "status": "()",
@@ -233,6 +235,17 @@ def test_errors_of_the_tree() -> None:
         (lambda: tree.sample(-1), r"B must be an int from 0 to 2\*\*31 - 1, got -1"),
         (lambda: tree.sample(2, "uniform"), r"mode must be one of \('systematic', 'stratified', 'iid'\), got"),
         (lambda: tree.sample_distinct(2, "topk"), r"method must be one of \('first', 'race'\), got 'topk'"),
+        (lambda: Bell(float("nan"), 0.1), "center must be finite, got nan"),
+        (lambda: Bell(0.5, 0.0), "width must be positive and finite, got 0.0"),
+        (lambda: tree.rebuild(Bell(0.5, 0.1)), "stats must be given when w is a function, got None"),
+        (lambda: tree.rebuild(Bell(0.5, 0.1), torch.ones(3)), "stats and the tree disagree on N: 3 vs 4"),
+        (lambda: tree.rebuild(Bell(0.5, 0.1), torch.arange(4)), "stats has dtype torch.int64"),
+        (lambda: tree.rebuild(torch.ones(4), allowed=torch.ones(4)), "allowed has dtype torch.float32"),
+        (lambda: tree.rebuild(torch.ones(4), allowed=torch.ones(3) > 0), "allowed and the tree disagree on N: 3 vs 4"),
+        (lambda: tree.sample_distinct(2, "race", exploration=1.5), "exploration must be from 0 to 1, and 0 unless"),
+        (lambda: tree.sample_distinct(2, exploration=0.1), "exploration must be from 0 to 1, and 0 unless the method"),
+        (lambda: tree.sample_distinct(2, "race", explored=torch.ones(4)), "explored has dtype torch.float32"),
+        (lambda: tree.sample_distinct(2, "race", explored=integers), "explored and the tree disagree on N: 2 vs 4"),
         (lambda: tree.load_state_dict({}), "state lacks weights, step, seed, stream, size"),
         (lambda: tree.load_state_dict(PriorityTree(5, seed=0).state_dict()), r"shape \(5,\), expected \(4,\)"),
     ]

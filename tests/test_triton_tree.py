@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paced_kernels import PriorityTree, Sample, _triton_tree
+from paced_kernels import Bell, PriorityTree, Sample, _triton_tree
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in Triton's interpreter"
@@ -66,8 +66,44 @@ def test_everything_equals_the_reference(capacity: int) -> None:
         tree.write_range(torch.tensor(capacity - 1), values)
     assert_same_state(trees)
     assert_same_sample(*(tree.sample_distinct(20) for tree in trees))
-    assert_same_sample(*(tree.sample_distinct(20, "race") for tree in trees))
+    allowed, explored = weights_of_bell(capacity) > 0.1, torch.arange(capacity) % 7
+    for tree in trees:
+        tree.rebuild(Bell(0.4, 0.07), weights_of_bell(capacity), allowed=allowed)
     assert_same_state(trees)
+    for mixture in ({}, {"exploration": 0.2}, {"exploration": 0.7, "explored": explored}):
+        assert_same_sample(*(tree.sample_distinct(20, "race", **mixture) for tree in trees))
+    assert_same_state(trees)
+
+
+def weights_of_bell(num: int) -> Tensor:
+    """Statistics on both sides of the center, far beyond it, and such as no estimate should be."""
+    values = torch.linspace(-0.5, 1.5, num)
+    strange = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -0.0])
+    values[num // 2 : num // 2 + 5] = strange[: max(0, min(5, num - num // 2))]
+    return values
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_bell_of_any_dtype_and_an_allowed_mask_of_plain_weights(dtype: torch.dtype) -> None:
+    trees = pair(1500)
+    for tree in trees:
+        tree.rebuild(Bell(0.3, 0.2), weights_of_bell(1500).to(dtype))
+    assert_same_state(trees)
+    quantised = torch.arange(1500, dtype=torch.int32) * 90_000
+    for tree in trees:
+        tree.rebuild(quantised, allowed=quantised % 3 > 0)
+    assert_same_state(trees)
+
+
+def test_an_empty_tree_races_its_live_prefix_with_and_without_exploration() -> None:
+    trees = pair(50)
+    for size in (50, 7, 0):
+        for tree in trees:
+            tree.size.fill_(size)
+        for mixture in ({}, {"exploration": 0.4}, {"exploration": 0.4, "explored": torch.arange(50)}):
+            assert_same_sample(*(tree.sample_distinct(9, "race", **mixture) for tree in trees))
+    assert_same_state(trees)
+    assert trees[0].status()["empty"] == 9
 
 
 @pytest.mark.parametrize("top_entries", [1, 3])

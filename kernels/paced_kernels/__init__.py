@@ -11,11 +11,12 @@ from ._launch import default_workspace_bytes
 from ._sequences import segment_sum
 from .linear_head import FusedLinearHead
 from .logprobs import linear_logprobs
-from .priority_tree import PriorityTree, Sample
+from .priority_tree import Bell, PriorityTree, Sample
 from .reference import TBOutput
 from .trajectory_balance import trajectory_balance_from_logprobs, trajectory_balance_loss
 
 __all__ = [
+    "Bell",
     "FusedLinearHead",
     "PriorityTree",
     "Sample",

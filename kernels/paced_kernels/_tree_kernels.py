@@ -1,4 +1,4 @@
-"""The priority tree in Triton: rebuild, update and sample, one launch each, all in exact integers.
+"""The priority tree in Triton: rebuild, update, sample and race, one launch each, all in exact integers.
 
     leaf[i]   = (sequence << 28) | q           int64, q the fixed-point weight
     level 1   = sums of 32 leaves, level k = sums of 32 entries of level k - 1, int64, up to a top of at most 1024
@@ -7,6 +7,9 @@ Integer addition is associative, so atomics in any order give the same sums, and
 ``searchsorted(cumsum(q), target, right=True)`` finds: bit for bit what `_tree_reference` returns. A leaf is written by
 an atomic maximum of its code: of duplicates the last in the call wins, and the old value that comes back makes the
 change of the sums exact. An update costs one atomic a level and element, a draw 256 bytes a level.
+
+Weights from a bell and keys of a race are float64 made of IEEE operations in the order of `_exact`; launched without
+fusion of products into sums they too are the reference's, bit for bit.
 
 Counters of the draws and of the writes live on the device; the last program of a launch, found by a ticket, advances
 them. Atomics and tickets need no order between programs, and no program waits for another.
@@ -20,6 +23,10 @@ N = capacity, B = elements of a call.
 
 import triton
 import triton.language as tl
+
+from . import _exact
+from ._tree_reference import BELL_END as BELL_END_VALUE
+from ._tree_reference import NO_KEY as NO_KEY_VALUE
 
 FANOUT: tl.constexpr = tl.constexpr(32)
 ONE: tl.constexpr = tl.constexpr(1 << 27)
@@ -37,6 +44,18 @@ STATUS_EMPTY: tl.constexpr = tl.constexpr(4)
 STATUS_REPEATS: tl.constexpr = tl.constexpr(6)
 # Adding and subtracting 2^52 rounds a float64 below it to an integer, ties to even.
 ROUNDER: tl.constexpr = tl.constexpr(4503599627370496.0)
+UNIT: tl.constexpr = tl.constexpr(2.0**-53)
+BELL_END: tl.constexpr = tl.constexpr(BELL_END_VALUE)
+NO_KEY: tl.constexpr = tl.constexpr(NO_KEY_VALUE)
+LOG2_E: tl.constexpr = tl.constexpr(_exact.LOG2_E)
+LN2_HIGH: tl.constexpr = tl.constexpr(_exact.LN2_HIGH)
+LN2_LOW: tl.constexpr = tl.constexpr(_exact.LN2_LOW)
+SQRT_2: tl.constexpr = tl.constexpr(_exact.SQRT_2)
+MANTISSA_MASK: tl.constexpr = tl.constexpr(_exact.MANTISSA_MASK)
+EXP_TERMS: tl.constexpr = tl.constexpr(_exact.EXP_TERMS)
+LOG_TERMS: tl.constexpr = tl.constexpr(_exact.LOG_TERMS)
+NUM_EXP_TERMS: tl.constexpr = tl.constexpr(len(_exact.EXP_TERMS))
+NUM_LOG_TERMS: tl.constexpr = tl.constexpr(len(_exact.LOG_TERMS))
 
 
 @triton.jit
@@ -87,21 +106,65 @@ def is_last_program(ticket_ptr):
 
 
 @triton.jit
+def exp_of_negative(t):
+    """exp(-t) as `_exact.exp_of_negative`."""
+    k = tl.floor(t * LOG2_E + 0.5)
+    r = (t - k * LN2_HIGH) - k * LN2_LOW
+    result = r * 0.0 + EXP_TERMS[0]
+    for n in tl.static_range(1, NUM_EXP_TERMS):
+        result = result * r + EXP_TERMS[n]
+    power = (1023 - tl.where(t == t, k, 0.0).to(tl.int64)) << 52
+    return result * power.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def log_of_unit(u):
+    """log(u) as `_exact.log_of_unit`."""
+    bits = u.to(tl.int64, bitcast=True)
+    one = (bits & 0) + 1023
+    mantissa = ((bits & MANTISSA_MASK) | (one << 52)).to(tl.float64, bitcast=True)
+    is_high = mantissa > SQRT_2
+    f = tl.where(is_high, mantissa * 0.5, mantissa) - 1.0
+    e = ((bits >> 52) - 1023 + is_high.to(tl.int64)).to(tl.float64)
+    s = f / (f + 2.0)
+    z = s * s
+    series = z * 0.0 + LOG_TERMS[0]
+    for n in tl.static_range(1, NUM_LOG_TERMS):
+        series = series * z + LOG_TERMS[n]
+    return e * LN2_HIGH + (s * series + e * LN2_LOW)
+
+
+@triton.jit
 def tree_rebuild_kernel(
-    weights_ptr,  # [N]
+    weights_ptr,  # [N] weights, or the statistics of a bell
+    allowed_ptr,  # [N] bool, with HAS_ALLOWED: leaves that may weigh anything
     leaf_ptr,  # [N] i64
     sums_ptr,  # all levels, i64; those above the second are zero
     status_ptr,
     capacity,  # i64
+    center_bits,  # bits of float64: a float argument would arrive as float32
+    width_bits,
     NUM_LEVELS: tl.constexpr,
     IS_FLOAT: tl.constexpr,
+    IS_BELL: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
 ):
     """Every leaf and every sum from weights, 1024 leaves a program: reads and writes each once."""
     i_block = tl.program_id(0).to(tl.int64)
     o_rows = tl.arange(0, FANOUT)
     o_leaf = i_block * FANOUT * FANOUT + (o_rows[:, None] * FANOUT + tl.arange(0, FANOUT)[None, :])
     mask = o_leaf < capacity
-    q = quantise(tl.load(weights_ptr + o_leaf, mask=mask, other=0), mask, status_ptr, IS_FLOAT)
+    is_allowed = mask
+    if HAS_ALLOWED:
+        is_allowed = tl.load(allowed_ptr + o_leaf, mask=mask, other=0) != 0
+    weights = tl.load(weights_ptr + o_leaf, mask=is_allowed, other=0)
+    if IS_BELL:
+        center = float64_of(center_bits)
+        distance = (weights.to(tl.float64) - center) / float64_of(width_bits)
+        exponent = distance * distance * 0.5
+        weights = exp_of_negative(tl.where(exponent > BELL_END, BELL_END, exponent))  # a NaN stays one
+    q = quantise(weights, is_allowed, status_ptr, IS_FLOAT or IS_BELL)
+    q = tl.where(is_allowed, q, 0)
     tl.store(leaf_ptr + o_leaf, q, mask=mask)
     sums = tl.sum(q, axis=1)
     offset, count = level_place(capacity, 1)
@@ -161,14 +224,20 @@ def tree_update_kernel(
 
 
 @triton.jit
+def float64_of(bits):
+    """The float64 with these bits, which arrived as an integer of any width."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def scaled_share(i, total, num_draws):
     """i total // B, split so that no product exceeds B^2 or total."""
     return i * (total // num_draws) + i * (total % num_draws) // num_draws
 
 
 @triton.jit
-def random_target(samples, limit, seed, stream, step):
-    """floor(r limit / 2^64) for 64 random bits r of each sample: key = seed, counter = (sample, stream, step)."""
+def random_bits(samples, seed, stream, step):
+    """64 random bits u64 of each sample: key = seed, counter = (sample, stream, step)."""
     zero = samples.to(tl.uint32) * 0
     low, high, _, _ = tl.philox(
         seed,
@@ -177,8 +246,13 @@ def random_target(samples, limit, seed, stream, step):
         zero + (step & 0xFFFFFFFF).to(tl.uint32),
         zero + ((step >> 32) & 0xFFFFFFFF).to(tl.uint32),
     )
-    bits = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
-    return tl.umulhi(bits, limit.to(tl.uint64)).to(tl.int64)
+    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+
+
+@triton.jit
+def random_target(samples, limit, seed, stream, step):
+    """floor(r limit / 2^64) for 64 random bits r of each sample."""
+    return tl.umulhi(random_bits(samples, seed, stream, step), limit.to(tl.uint64)).to(tl.int64)
 
 
 @triton.jit
@@ -267,4 +341,57 @@ def tree_sample_kernel(
     if is_last_program(ticket_ptr):
         tl.store(total_ptr, total)
         tl.store(step_ptr, step + 1)
+        tl.store(status_ptr + STATUS_EMPTY, tl.load(status_ptr + STATUS_EMPTY) + is_empty.to(tl.int64))
+
+
+@triton.jit
+def tree_race_kernel(
+    leaf_ptr,  # [N] i64
+    sums_ptr,  # all levels, i64
+    seed_ptr,
+    stream_ptr,
+    step_ptr,
+    size_ptr,
+    ticket_ptr,  # i32
+    status_ptr,
+    explored_ptr,  # [N] i64, with HAS_EXPLORED
+    explored_sum_ptr,  # [] i64, over the leaves of positive weight, with IS_MIXED
+    keys_ptr,  # [N] i64, out
+    total_ptr,  # [] i64, out
+    capacity,  # i64
+    index_mask,  # i64
+    exploration_bits,  # bits of float64
+    NUM_LEVELS: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+    HAS_EXPLORED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Keys of a race as `_tree_reference.race_keys`, BLOCK leaves a program; an empty tree races its live prefix."""
+    o_top = tl.arange(0, FANOUT)[:, None] * FANOUT + tl.arange(0, FANOUT)[None, :]
+    offset, count = level_place(capacity, NUM_LEVELS)
+    total = tl.sum(tl.sum(tl.load(sums_ptr + offset + o_top, mask=o_top < count, other=0), axis=1), axis=0)
+    is_empty = total == 0
+    size = tl.load(size_ptr)
+    leaves = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = leaves < capacity
+    q = tl.load(leaf_ptr + leaves, mask=mask, other=0) & WEIGHT_MASK
+    q = tl.where(is_empty, (leaves < size).to(tl.int64), q)
+    weight = q.to(tl.float64)
+    if IS_MIXED:
+        exploration = float64_of(exploration_bits)
+        if HAS_EXPLORED:
+            other = tl.load(explored_ptr + leaves, mask=mask & (q > 0), other=0)
+        else:
+            other = (q > 0).to(tl.int64)
+        sum_q = tl.maximum(tl.where(is_empty, size, total), 1).to(tl.float64)
+        sum_other = tl.maximum(tl.load(explored_sum_ptr), 1).to(tl.float64)
+        near = (weight / sum_q) * (1.0 - exploration)
+        weight = near + (other.to(tl.float64) / sum_other) * exploration
+    bits = random_bits(leaves, tl.load(seed_ptr), tl.load(stream_ptr), tl.load(step_ptr))
+    uniform = ((bits >> 11).to(tl.int64) + 1).to(tl.float64) * UNIT
+    is_live = (q > 0) & (weight > 0.0)
+    keys = ((0.0 - log_of_unit(uniform)) / tl.where(is_live, weight, 1.0)).to(tl.int64, bitcast=True)
+    tl.store(keys_ptr + leaves, tl.where(is_live, (keys & ~index_mask) | leaves, NO_KEY), mask=mask)
+    if is_last_program(ticket_ptr):
+        tl.store(total_ptr, total)
         tl.store(status_ptr + STATUS_EMPTY, tl.load(status_ptr + STATUS_EMPTY) + is_empty.to(tl.int64))

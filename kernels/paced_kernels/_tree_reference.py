@@ -7,9 +7,13 @@ devices, ranks and kernels that follow the same formulas return the same indices
 N = capacity, B = draws.
 """
 
+import dataclasses
+import math
+
 import torch
 from torch import Tensor
 
+from ._exact import exp_of_negative, log_of_unit
 from ._philox import multiply_high, random_bits, unit_interval
 
 SCALE_BITS = 27
@@ -18,6 +22,11 @@ ONE = 1 << SCALE_BITS
 WEIGHT_BITS = SCALE_BITS + 1
 WEIGHT_MASK = (1 << WEIGHT_BITS) - 1
 MAX_SEQUENCE = (1 << 35) - 1
+
+# Beyond this exponent a weight is far below 2^-28 and counts as the smallest there is.
+BELL_END = 40.0
+# Key of a leaf that takes no part in a race.
+NO_KEY = 2**63 - 1
 
 MODES = ("systematic", "stratified", "iid")
 DISTINCT_METHODS = ("first", "race")
@@ -42,6 +51,31 @@ def quantise(weights: Tensor) -> tuple[Tensor, Tensor]:
         scaled = torch.where(is_nan, 0.0, weights).clamp(0.0, 1.0) * ONE
         q = torch.where(scaled > 0, scaled.round().clamp(min=1.0), 0.0).long()
     return q, torch.stack([is_nan.sum(), is_negative.sum(), is_saturated.sum()])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bell:
+    """The weight exp(-((x - center) / width)^2 / 2) of a statistic x, for `PriorityTree.rebuild`.
+
+    Made from IEEE operations alone, so that every device makes the same integers of the same statistics.
+
+    Raises:
+        ValueError: `center` is not finite, or `width` is not above 0.
+    """
+
+    center: float
+    width: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.center):
+            raise ValueError(f"center must be finite, got {self.center!r}")
+        if not 0.0 < self.width < math.inf:
+            raise ValueError(f"width must be positive and finite, got {self.width!r}")
+
+    def __call__(self, statistics: Tensor) -> Tensor:
+        """Weights in (0, 1], float64 of the shape of `statistics`; NaN stays NaN, and none is so small that it is 0."""
+        distance = (statistics.double() - self.center) / self.width
+        return exp_of_negative((distance * distance * 0.5).clamp(max=BELL_END))
 
 
 def draw_targets(mode: str, num_draws: int, total: Tensor, *, seed: Tensor, stream: Tensor, step: Tensor) -> Tensor:
@@ -84,16 +118,42 @@ def first_occurrences(indices: Tensor, num_draws: int) -> Tensor:
     return out.scatter_(0, rank, indices)[:num_draws]
 
 
-def race_winners(q: Tensor, num_draws: int, *, seed: Tensor, stream: Tensor, step: Tensor) -> Tensor:
-    """[B] indices of the B smallest keys Exp(1) / q, smallest first; -1 where fewer leaves have q > 0.
+def race_keys(
+    q: Tensor,  # [N]
+    *,
+    seed: Tensor,
+    stream: Tensor,
+    step: Tensor,
+    exploration: float = 0.0,
+    explored: Tensor | None = None,  # [N] i64, at least 0
+) -> Tensor:
+    """Keys i64 [N] whose order is that of Exp(1) / p over the leaves with q > 0; `NO_KEY` for the others.
 
-    The counter of a leaf is its index, so shards agree. Keys are float64 from 53 random bits; ties go to the smaller
-    index. A logarithm that differs by one unit in the last place between devices can swap two keys that are that
-    close (about N^2 / 2^53 pairs), and nothing else.
+    p = (1 - exploration) q / sum q + exploration e / sum e, with e = `explored`, or 1, where q > 0. The counter of a
+    leaf is its index, so shards agree. A key is the bits of the float64 quotient, positive and so in the order of the
+    numbers, whose last ones make way for the index: keys are distinct, and their order leaves nothing to chance.
     """
     leaves = torch.arange(q.shape[0], device=q.device)
-    bits = random_bits(leaves, seed=seed, stream=stream, step=step)
-    keys = torch.where(q > 0, -unit_interval(bits).log() / q.clamp(min=1), torch.inf)
-    keys, order = keys.sort(stable=True)
-    winners = torch.where(keys < torch.inf, order, -1)[:num_draws]
-    return torch.nn.functional.pad(winners, (0, num_draws - winners.shape[0]), value=-1)
+    is_live = q > 0
+    weight = q.double()
+    if exploration > 0.0:
+        other = is_live.long() if explored is None else torch.where(is_live, explored, 0)
+        near = (weight / q.sum().clamp(min=1).double()) * (1.0 - exploration)
+        weight = near + (other.double() / other.sum().clamp(min=1).double()) * exploration
+    uniform = unit_interval(random_bits(leaves, seed=seed, stream=stream, step=step))
+    is_live &= weight > 0.0
+    keys = (0.0 - log_of_unit(uniform)) / torch.where(is_live, weight, 1.0)
+    return torch.where(is_live, (keys.view(torch.int64) & ~index_mask_of(q.shape[0])) | leaves, NO_KEY)
+
+
+def index_mask_of(capacity: int) -> int:
+    """Ones in the bits that hold an index below `capacity`."""
+    return (1 << (capacity - 1).bit_length()) - 1
+
+
+def race_winners(keys: Tensor, num_draws: int) -> Tensor:
+    """[B] indices of the B smallest keys i64 [N], smallest first; -1 where fewer leaves take part."""
+    found = min(num_draws, keys.shape[0])
+    smallest = keys.topk(found, largest=False, sorted=True).values
+    winners = torch.where(smallest < NO_KEY, smallest & index_mask_of(keys.shape[0]), -1)
+    return torch.nn.functional.pad(winners, (0, num_draws - found), value=-1)

@@ -15,7 +15,18 @@ from torch import Tensor
 from . import _checks
 from . import _tree_reference as tree_reference
 from ._backend import require_kernels, resolve_backend
-from ._tree_reference import DISTINCT_METHODS, MAX_SEQUENCE, MODES, ONE, STATUS_FIELDS, WEIGHT_BITS, WEIGHT_MASK
+from ._tree_reference import (
+    DISTINCT_METHODS,
+    MAX_SEQUENCE,
+    MODES,
+    ONE,
+    STATUS_FIELDS,
+    WEIGHT_BITS,
+    WEIGHT_MASK,
+    Bell,
+)
+
+__all__ = ["Bell", "PriorityTree", "Sample"]
 
 MAX_CAPACITY = 2**31
 _STATE_NAMES = ("step", "seed", "stream", "size", "status_counts")
@@ -135,29 +146,48 @@ class PriorityTree:
         self._write(start.reshape(()), w)
 
     @torch.no_grad()
-    def rebuild(self, w: Tensor | Callable[[Tensor], Tensor], stats: Tensor | None = None) -> None:
-        """Set every leaf at once.
+    def rebuild(
+        self,
+        w: Tensor | Bell | Callable[[Tensor], Tensor],
+        stats: Tensor | None = None,
+        *,
+        allowed: Tensor | None = None,
+    ) -> None:
+        """Set every leaf and every sum at once; with a `Bell` the weights are made in the same pass.
 
         Args:
-            w: [N] weights as in `update`, or a function that turns `stats` into them.
-            stats: what the function is called with.
+            w: [N] weights as in `update`, a `Bell`, or a function that turns `stats` into weights.
+            stats: [N] what the bell weighs, floating point, or what the function is called with.
+            allowed: [N] bool; a leaf where it is False gets weight 0, and what it would weigh is not judged.
 
         Raises:
-            ValueError: the weights are not [N], their dtype or device is wrong, or `stats` does not fit `w`.
+            ValueError: the weights are not [N], a dtype or device is wrong, or `stats` does not fit `w`.
         """
-        if not isinstance(w, Tensor):
+        if isinstance(w, Tensor):
+            if stats is not None:
+                raise ValueError("stats must be None when w is a tensor")
+            source = w
+        else:
             if stats is None:
                 raise ValueError("stats must be given when w is a function, got None")
-            w = w(stats)
-        elif stats is not None:
-            raise ValueError("stats must be None when w is a tensor")
-        self._check_weights("w", w)
-        if w.shape[0] != self.capacity:
-            raise ValueError(f"w and the tree disagree on N: {w.shape[0]} vs {self.capacity}")
-        if self._kernels is not None:
-            self._kernels.rebuild(w.detach().contiguous(), self.status_counts)
+            source = stats if isinstance(w, Bell) else w(stats)
+        bell = w if isinstance(w, Bell) else None
+        if bell is None:
+            self._check_weights("w", source)
         else:
-            q, counts = tree_reference.quantise(w)
+            _checks.check_tensor("stats", source, 1, _checks.FLOAT_DTYPES)
+            _checks.check_same_device("stats", source, "the tree", self.leaf)
+        self._check_length("w" if bell is None else "stats", source)
+        if allowed is not None:
+            _checks.check_tensor("allowed", allowed, 1, (torch.bool,))
+            _checks.check_same_device("allowed", allowed, "the tree", self.leaf)
+            self._check_length("allowed", allowed)
+        if self._kernels is not None:
+            contiguous = None if allowed is None else allowed.contiguous()
+            self._kernels.rebuild(source.detach().contiguous(), self.status_counts, bell=bell, allowed=contiguous)
+        else:
+            weights = source if bell is None else bell(source)
+            q, counts = tree_reference.quantise(weights if allowed is None else torch.where(allowed, weights, 0))
             self.leaf.copy_(q)
             self.status_counts[:3] += counts
         self.sequence.zero_()
@@ -194,30 +224,48 @@ class PriorityTree:
         return self._finish_sample(idx, total)
 
     @torch.no_grad()
-    def sample_distinct(self, B: int, method: str = "first") -> Sample:
+    def sample_distinct(
+        self, B: int, method: str = "first", *, exploration: float = 0.0, explored: Tensor | None = None
+    ) -> Sample:
         """Draw B different leaves by successive sampling without replacement, and advance the step.
 
         first: the first B distinct values of 1.5 B + 32 iid draws; cheap while B is well below the number of leaves
         that carry the weight. race: the B smallest of Exp(1) / q over all leaves; always finds B if there are B leaves
         of positive weight. Both have exactly the law of drawing one by one and removing what was drawn.
 
+        A race may mix another distribution into that of the weights: with p = (1 - exploration) q / sum q +
+        exploration e / sum e over the leaves of positive weight the law is that of drawing by p.
+
         Args:
             B: number of draws, 0 or more.
             method: "first" or "race".
+            exploration: share of the other distribution in a race, from 0 to 1.
+            explored: [N] int64, e, at least 0; 1 for every leaf if None.
 
         Returns:
             Sample as in `sample`; `prob` is q / total, not the inclusion probability. If fewer than B leaves were
             found the rest of idx is -1 with q and prob 0, counted in the status as `short`.
 
         Raises:
-            ValueError: B is negative or the method is unknown.
+            ValueError: B is negative, the method is unknown, or what is explored does not fit.
         """
         self._check_draws(B)
         if method not in DISTINCT_METHODS:
             raise ValueError(f"method must be one of {DISTINCT_METHODS}, got {method!r}")
+        if not 0.0 <= exploration <= 1.0 or (exploration > 0.0 and method != "race"):
+            raise ValueError(f"exploration must be from 0 to 1, and 0 unless the method is 'race', got {exploration!r}")
+        if explored is not None:
+            _checks.check_tensor("explored", explored, 1, (torch.int64,))
+            _checks.check_same_device("explored", explored, "the tree", self.leaf)
+            self._check_length("explored", explored)
         if method == "race":
-            effective, total = self._effective_weights()
-            idx = tree_reference.race_winners(effective, B, **self._random_state())
+            mixture = {"exploration": exploration, "explored": None if explored is None else explored.contiguous()}
+            if self._kernels is not None:
+                keys, total = self._kernels.race(self._counters(), self.status_counts, **mixture)
+            else:
+                effective, total = self._effective_weights()
+                keys = tree_reference.race_keys(effective, **self._random_state(), **mixture)
+            idx = tree_reference.race_winners(keys, B)
         else:
             num_candidates = B + B // 2 + 32
             if self._kernels is not None:
@@ -325,6 +373,10 @@ class PriorityTree:
     def _check_weights(self, name: str, w: Tensor) -> None:
         _checks.check_tensor(name, w, 1, (*_checks.FLOAT_DTYPES, *_checks.INTEGER_DTYPES))
         _checks.check_same_device(name, w, "the tree", self.leaf)
+
+    def _check_length(self, name: str, tensor: Tensor) -> None:
+        if tensor.shape[0] != self.capacity:
+            raise ValueError(f"{name} and the tree disagree on N: {tensor.shape[0]} vs {self.capacity}")
 
     def _check_draws(self, num_draws: int) -> None:
         if isinstance(num_draws, bool) or not isinstance(num_draws, int) or not 0 <= num_draws < 2**31:
