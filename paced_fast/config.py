@@ -165,6 +165,10 @@ class LogZConfig:
     """Gradient norm bound of the head, apart from the policy's."""
     updates_per_step: int = 1
     """Gradient steps on each batch of fresh groups."""
+    cache_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type in which the prompts' embeddings are kept; the head computes in float32."""
+    scored_per_step: int = 0
+    """Prompts whose value is brought up to date in a step, in turn; 0 for all. The drawn ones always are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +184,10 @@ class SchedulerConfig:
     """Width of the bell around tau in the `tree` rule."""
     exploration: float = 0.1
     """Share of draws that ignores the estimate."""
+    explore: Literal["uniform", "age"] = "uniform"
+    """Whom that share goes to: every prompt alike, or in proportion to the steps since its last visit."""
+    max_visits: int = 0
+    """Most draws of a prompt within an epoch, which is as many draws as there are prompts; 0 for no limit."""
     warmup_steps: int = 5
     """First steps, drawn uniformly."""
     pool_factor: int = 8
@@ -194,16 +202,26 @@ class ReplayConfig:
 
     mode: Literal["auto", "on", "off"] = "auto"
     """Whether completions are replayed."""
+    keep: Literal["correct", "all"] = "correct"
+    """Which completions may enter. `all` goes with `importance`: failures make the correction possible."""
     capacity: int = 128
     """Completions kept; the oldest leaves first."""
     insert_per_step: int = 64
-    """At most so many correct completions enter in a step, by priority |group accuracy - value|."""
+    """At most so many completions enter in a step, those of the largest priority."""
+    priority: Literal["error", "z"] = "error"
+    """`error`: |group accuracy - value| (paper); `z`: that over its standard deviation if the value were right."""
     draw_per_step: int = 64
     """Completions added to each step's batch."""
     max_age: int = 4
     """Completions sampled more steps ago are not drawn."""
+    half_life: float = 0.0
+    """Steps after which a completion is drawn half as often; 0 for no decay."""
     prioritized: bool = False
     """Draw in proportion to the refreshed priority (true) or evenly (false)."""
+    importance: bool = False
+    """Weigh replayed completions by pi_old / pi_sampled, scaled to a mean of 1."""
+    trains_log_z: bool = False
+    """Whether the head learns from replayed completions too; correct ones alone bias it upwards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from paced_fast.config import LogZConfig
+from paced_fast.optimizer import GuardedAdamW
+
+# Prompts scored at once: what the head holds in float32 stays small, however large the table is.
+_BLOCK = 8192
 
 
 class LogZ:
-    """A 3-layer MLP on frozen prompt embeddings with an optimiser of its own. N = prompts, H = embedding size."""
+    """A 3-layer MLP on frozen prompt embeddings with an optimiser of its own. N = prompts, H = embedding size.
+
+    `values` f32[N] is what is known of every prompt: with `scored_per_step` below N a rotating window of it is new.
+    """
 
     def __init__(self, embeddings: Tensor, config: LogZConfig, *, seed: int, bounded: bool) -> None:
         """`embeddings` f32[N, H]; `bounded` puts a sigmoid on the output (value), else it is a raw log Z."""
@@ -22,6 +29,7 @@ class LogZ:
         self.mean = embeddings.mean(0)
         self.scale = embeddings.std(0, correction=0).clamp(min=1e-6)  # a table of one prompt has a spread too: 0
         self.inputs = self._standardise(embeddings)
+        self.cursor = torch.zeros((), dtype=torch.int64, device=embeddings.device)  # where the next window begins
         width = config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -39,13 +47,31 @@ class LogZ:
         with torch.no_grad():
             last.weight.mul_(0.1)  # start near one half, whatever the prompt
             last.bias.zero_()
-        self.optimizer = torch.optim.AdamW(self.mlp.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        self.optimizer = GuardedAdamW(self.mlp.parameters(), learning_rate=config.learning_rate)
+        self.values = self.all_values()
 
     def _standardise(self, embeddings: Tensor) -> Tensor:
-        return (embeddings.float() - self.mean) / self.scale
+        return ((embeddings.float() - self.mean) / self.scale).to(getattr(torch, self.config.cache_dtype))
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        return self.mlp(inputs)[:, 0]
+        return self.mlp(inputs.float())[:, 0]
+
+    @torch.no_grad()
+    def score(self) -> Tensor:
+        """Bring `values` up to date, all of them or the next window, and return them."""
+        count, size = len(self.inputs), self.config.scored_per_step
+        if not 0 < size < count:
+            self.values.copy_(self.all_values())
+            return self.values
+        window = (self.cursor + torch.arange(size, device=self.cursor.device)) % count
+        self.values.index_copy_(0, window, self.value(window))
+        self.cursor.copy_((self.cursor + size) % count)
+        return self.values
+
+    def rescore(self, prompt_index: Tensor) -> None:
+        """Bring the `values` of prompts i64[B] up to date, where `score` may have passed them over."""
+        if 0 < self.config.scored_per_step < len(self.inputs):
+            self.values.index_copy_(0, prompt_index, self.value(prompt_index))
 
     @torch.no_grad()
     def value(self, prompt_index: Tensor) -> Tensor:
@@ -63,10 +89,10 @@ class LogZ:
         return self._output(self._standardise(embeddings))
 
     def _output(self, inputs: Tensor) -> Tensor:
-        logits = self._logits(inputs)
+        logits = torch.cat([self._logits(block) for block in inputs.split(_BLOCK)])
         return torch.sigmoid(logits) if self.bounded else logits
 
-    def fit(self, prompt_index: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[float, float]:
+    def fit(self, prompt_index: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Move the head towards `target` f32[B] on prompts i64[B], each counted `weight` f32[B]; loss, gradient norm.
 
         `tb`: mean squared residual in reward units, target = reward - beta * log ratio. `bce`: cross-entropy on raw
@@ -84,9 +110,19 @@ class LogZ:
             self.optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(self.mlp.parameters(), self.config.max_grad_norm)
-            if torch.isfinite(loss) and torch.isfinite(grad_norm):
-                self.optimizer.step()
-        return float(loss.detach()), float(grad_norm)
+            self.optimizer.guarded_step(loss.detach(), grad_norm)
+        return loss.detach(), grad_norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs besides the optimiser's state; `values` because windows leave old ones standing."""
+        parameters = {f"mlp.{name}": value for name, value in self.mlp.state_dict().items()}
+        return {**parameters, "values": self.values, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`."""
+        self.mlp.load_state_dict({k.removeprefix("mlp."): v for k, v in state.items() if k.startswith("mlp.")})
+        self.values.copy_(state["values"])
+        self.cursor.copy_(state["cursor"])
 
 
 def group_accuracy(rewards: Tensor, group_size: int) -> Tensor:

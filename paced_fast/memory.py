@@ -44,7 +44,9 @@ def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, 
     if config.algorithm == "flowrl":
         result["reference policy"] = weights
     if config.uses_head:
-        result["prompt embeddings"] = num_prompts * settings.hidden_size * 4
+        result["prompt embeddings"] = (
+            num_prompts * settings.hidden_size * getattr(torch, config.log_z.cache_dtype).itemsize
+        )
     return result
 
 

@@ -16,9 +16,10 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import nvtx
@@ -309,41 +310,47 @@ def _open_sink(name: str, run_dir: Path, config: Mapping[str, object]) -> Sink:
 
 
 class Phases:
-    """Seconds of host time by phase of a step; each phase is an NVTX range of the same name as well.
+    """Seconds by phase of a step; each phase is an NVTX range of the same name as well.
 
-    A phase opened inside another stops the outer clock, so the phases of a step add up to the step. The clock never
-    waits for a device: work a phase only launches is charged to the phase that waits for it.
+    A phase opened inside another stops the outer clock, so the phases of a step add up to the step. With the clock of
+    the host, work a phase only launches is charged to the phase that waits for it; marks made on a device (see
+    `elapsed`) charge it to the phase that launched it.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], Any] = time.perf_counter,
+        elapsed: Callable[[Any, Any], float] = lambda start, end: end - start,
+    ) -> None:
+        """`clock` makes a mark and `elapsed` gives the seconds between two; none is asked for before `take`."""
+        self._clock, self._elapsed = clock, elapsed
         self._open: list[str] = []
-        self._mark = self._start = clock()
-        self.seconds: dict[str, float] = {}
+        self._marks: list[tuple[Any, str]] = []  # a mark, and what began at it
+        self._charge("other")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charges the body's time to `name`, also when it raises."""
-        self._charge()
         self._open.append(name)
-        self.seconds.setdefault(name, 0.0)
+        self._charge(name)
         try:
             with nvtx.annotate(name):
                 yield
         finally:
-            self._charge()
             self._open.pop()
+            self._charge(self._open[-1] if self._open else "other")
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call, the rest of the time as `other`; starts the next step."""
-        self._charge()
-        total, self._start = self._mark - self._start, self._mark
-        seconds, self.seconds = self.seconds, {}
-        seconds["other"] = seconds.get("other", 0.0) + max(0.0, total - sum(seconds.values()))
+        now = self._open[-1] if self._open else "other"
+        self._charge(now)
+        seconds: dict[str, float] = {}
+        for (start, name), (end, _) in pairwise(self._marks):
+            seconds[name] = seconds.get(name, 0.0) + self._elapsed(start, end)
+        seconds.setdefault("other", 0.0)
+        seconds["other"] = seconds.pop("other")  # last, as it is no phase
+        self._marks = self._marks[-1:]
         return seconds
 
-    def _charge(self) -> None:
-        now = self._clock()
-        if self._open:
-            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._mark
-        self._mark = now
+    def _charge(self, name: str) -> None:
+        self._marks.append((self._clock(), name))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paced_fast.batch import Completion, Rollouts
+from paced_fast.crossings import to_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,15 @@ class ForwardRows:
     position_ids: Tensor  # i64[R, L]
     attention_mask: Tensor  # bool[R, 1, L, L], True where a query may look
     hidden_index: Tensor  # i64[T], positions in the flattened [R * L] states, in packed order
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some sequences of a batch, and where in it they and their tokens are."""
+
+    rollouts: Rollouts
+    sequences: Tensor  # i64[b], positions among the sequences of the batch
+    tokens: Tensor  # i64[t], positions among its packed tokens
 
 
 def pack(
@@ -38,33 +48,39 @@ def pack(
     tokens = [token for completion in completions for token in completion.token_ids]
     logprobs = [logprob for completion in completions for logprob in completion.logprobs]
     return Rollouts(
-        token_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
+        token_ids=to_device(tokens, torch.int64, device),
         cu_seqlens=cu_seqlens(lengths, device),
         lengths=lengths,
         prompt_ids=tuple(prompt_ids),
-        prompt_index=torch.tensor(list(prompt_index), dtype=torch.int64, device=device),
-        rewards=torch.tensor(list(rewards), dtype=torch.float32, device=device),
-        generator_logprobs=torch.tensor(logprobs, dtype=torch.float32, device=device),
+        prompt_index=to_device(list(prompt_index), torch.int64, device),
+        rewards=to_device(list(rewards), torch.float32, device),
+        generator_logprobs=to_device(logprobs, torch.float32, device),
         policy_version=torch.full((len(lengths),), policy_version, dtype=torch.int64, device=device),
     )
 
 
-def select(rollouts: Rollouts, sequences: Sequence[int]) -> Rollouts:
-    """The named sequences, in the given order."""
+def part(rollouts: Rollouts, sequences: Sequence[int]) -> Part:
+    """The named sequences, in the given order, with their places."""
     device = rollouts.token_ids.device
-    token_index = token_positions(rollouts, sequences)
-    index = torch.tensor(list(sequences), dtype=torch.int64, device=device)
+    tokens = token_positions(rollouts, sequences)
+    index = to_device(list(sequences), torch.int64, device)
     lengths = tuple(rollouts.lengths[i] for i in sequences)
-    return Rollouts(
-        token_ids=rollouts.token_ids[token_index],
+    chosen = Rollouts(
+        token_ids=rollouts.token_ids[tokens],
         cu_seqlens=cu_seqlens(lengths, device),
         lengths=lengths,
         prompt_ids=tuple(rollouts.prompt_ids[i] for i in sequences),
         prompt_index=rollouts.prompt_index[index],
         rewards=rollouts.rewards[index],
-        generator_logprobs=rollouts.generator_logprobs[token_index],
+        generator_logprobs=rollouts.generator_logprobs[tokens],
         policy_version=rollouts.policy_version[index],
     )
+    return Part(chosen, index, tokens)
+
+
+def select(rollouts: Rollouts, sequences: Sequence[int]) -> Rollouts:
+    """The named sequences, in the given order."""
+    return part(rollouts, sequences).rollouts
 
 
 def concat(first: Rollouts, second: Rollouts) -> Rollouts:
@@ -84,52 +100,79 @@ def concat(first: Rollouts, second: Rollouts) -> Rollouts:
 
 def token_positions(rollouts: Rollouts, sequences: Sequence[int]) -> Tensor:
     """Packed positions i64[t] of the tokens of `sequences`, in that order."""
-    starts = [0]
-    for length in rollouts.lengths:
-        starts.append(starts[-1] + length)
-    positions = [p for i in sequences for p in range(starts[i], starts[i + 1])]
-    return torch.tensor(positions, dtype=torch.int64, device=rollouts.token_ids.device)
+    chosen = torch.tensor(list(sequences), dtype=torch.int64)
+    lengths = torch.tensor(rollouts.lengths, dtype=torch.int64)
+    starts = (lengths.cumsum(0) - lengths)[chosen]
+    return to_device(_ranges(starts, lengths[chosen]), torch.int64, rollouts.token_ids.device)
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """starts[i], starts[i] + 1, ... of each length, one after another; all on the host."""
+    total = int(lengths.sum())
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(total) + (starts - before).repeat_interleave(lengths)
 
 
 def forward_rows(rollouts: Rollouts, max_row_tokens: int) -> ForwardRows:
     """Lay the sequences out as rows of one prompt and its completions, at most `max_row_tokens` long where possible.
 
-    A row always takes at least one completion, so a longer sequence makes a longer row.
+    A row always takes at least one completion, so a longer sequence makes a longer row. The layout is made of lengths
+    alone: the tokens of completions stay on the device.
     """
     device = rollouts.token_ids.device
     plan = _plan_rows(rollouts, range(rollouts.num_sequences), max_row_tokens)
+    layout, hidden = _layout(plan, rollouts)
+    source, position, segment = to_device(layout, torch.int64, device)
+    prompts = [token for row in plan for token in rollouts.prompt_ids[row.sequences[0]]]
+    tokens = torch.cat([to_device(prompts, torch.int64, device), rollouts.token_ids])
+    order = torch.arange(layout.shape[2], device=device)
+    visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+    mask = visible & (order[None, :] <= order[:, None]) & (segment[:, None, :] >= 0)
+    mask |= order[None, :] == order[:, None]  # padding looks at itself: a row of nothing would be NaN
+    return ForwardRows(
+        input_ids=tokens[source],
+        position_ids=position,
+        attention_mask=mask[:, None],
+        hidden_index=to_device(hidden, torch.int64, device),
+    )
+
+
+def _layout(plan: Sequence[_Row], rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """The rows as i64[3, R, L] and the place of every state i64[T], on the host.
+
+    Where each position of a row finds its token (the prompts of all rows come first, then the packed completions), the
+    position it stands for, and its segment: 0 prompt, k completion, -1 padding.
+    """
     length = max((row.num_tokens for row in plan), default=1)
-    input_ids = torch.zeros(len(plan), length, dtype=torch.int64)
-    position_ids = torch.zeros(len(plan), length, dtype=torch.int64)
-    segment = torch.full((len(plan), length), -1, dtype=torch.int64)  # 0 prompt, k completion, -1 padding
-    hidden: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * rollouts.num_sequences
-    tokens = rollouts.token_ids.cpu().split(rollouts.lengths)
-    for r, row in enumerate(plan):
-        prompt = rollouts.prompt_ids[row.sequences[0]]
-        start = len(prompt)
-        input_ids[r, :start] = torch.tensor(prompt, dtype=torch.int64)
-        position_ids[r, :start] = torch.arange(start)
+    prompt_lengths = [len(rollouts.prompt_ids[row.sequences[0]]) for row in plan]
+    starts = [sum(prompt_lengths)]
+    for number in rollouts.lengths:
+        starts.append(starts[-1] + number)
+    source, position, segment = layout = torch.zeros(3, len(plan), length, dtype=torch.int64)
+    segment.fill_(-1)
+    second = torch.zeros(rollouts.num_sequences, dtype=torch.int64)  # the place before that of the second state
+    first = torch.zeros(rollouts.num_sequences, dtype=torch.int64)
+    seen = 0
+    for r, (row, prompt_length) in enumerate(zip(plan, prompt_lengths, strict=True)):
+        start = prompt_length
+        source[r, :start] = torch.arange(seen, seen + start)
+        position[r, :start] = torch.arange(start)
         segment[r, :start] = 0
+        seen += start
         for k, i in enumerate(row.sequences, start=1):
             # The last token of a completion predicts nothing, so it need not be computed.
             count = max(rollouts.lengths[i] - 1, 0)
-            input_ids[r, start : start + count] = tokens[i][:count]
-            position_ids[r, start : start + count] = torch.arange(len(prompt), len(prompt) + count)
+            source[r, start : start + count] = torch.arange(starts[i], starts[i] + count)
+            position[r, start : start + count] = torch.arange(prompt_length, prompt_length + count)
             segment[r, start : start + count] = k
-            last_of_prompt = torch.tensor([len(prompt) - 1])
-            states = torch.cat([last_of_prompt, torch.arange(start, start + count)])[: rollouts.lengths[i]]
-            hidden[i] = states + r * length
+            first[i], second[i] = r * length + prompt_length - 1, r * length + start - 1
             start += count
-    order = torch.arange(length)
-    visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-    mask = visible & (order[None, :] <= order[:, None]) & (segment[:, None, :] >= 0)
-    mask |= torch.eye(length, dtype=torch.bool)  # padding looks at itself: a row of nothing would be NaN
-    return ForwardRows(
-        input_ids=input_ids.to(device),
-        position_ids=position_ids.to(device),
-        attention_mask=mask[:, None].to(device),
-        hidden_index=torch.cat([*hidden, torch.empty(0, dtype=torch.int64)]).to(device),
-    )
+    lengths = torch.tensor(rollouts.lengths, dtype=torch.int64)
+    hidden = _ranges(second, lengths)
+    # The first token of a completion hangs on the last of its prompt.
+    begins, has_tokens = lengths.cumsum(0) - lengths, lengths > 0
+    hidden[begins[has_tokens]] = first[has_tokens]
+    return layout, hidden
 
 
 def micro_batches(rollouts: Rollouts, sequences: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -175,8 +218,8 @@ def _plan_rows(rollouts: Rollouts, sequences: Sequence[int], max_row_tokens: int
     return rows
 
 
-def cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Prefix sums i32[B + 1] of the lengths."""
-    cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+def cu_seqlens(lengths: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Prefix sums [B + 1] of the lengths."""
+    cu = torch.zeros(len(lengths) + 1, dtype=torch.int64)
     cu[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-    return cu.to(device)
+    return to_device(cu, dtype, device)

@@ -72,9 +72,10 @@ class Policy:
         weight, bias = self.head
         result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=self.device)
         for sequences in pack.micro_batches(rollouts, range(rollouts.num_sequences), self.max_tokens):
-            micro = pack.select(rollouts, sequences)
-            values = linear_logprobs(self.hidden(micro), weight, micro.token_ids, bias=bias, temperature=temperature)
-            result[pack.token_positions(rollouts, sequences)] = values
+            part = pack.part(rollouts, sequences)
+            hidden = self.hidden(part.rollouts)
+            values = linear_logprobs(hidden, weight, part.rollouts.token_ids, bias=bias, temperature=temperature)
+            result.index_copy_(0, part.tokens, values)
         return result
 
     @torch.no_grad()

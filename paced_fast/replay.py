@@ -1,6 +1,7 @@
 """Replay: a small ring of correct completions, those whose prompt's estimate erred most.
 
-A completion enters with priority |group accuracy - value| (arXiv 2602.12642). Old log-probs are not kept: the trainer
+A completion enters with priority |group accuracy - value| (arXiv 2602.12642), or that in standard deviations, so that
+a lucky group does not pass for a wrong estimate. Old log-probs are not kept: the trainer
 computes them again with the current policy, which is the reference of the trajectory-balance loss.
 
 Inserting and choosing are tensors of fixed shape on the device and never make the host wait. What was chosen goes to
@@ -9,21 +10,31 @@ the host with the prompts of the step, before anything is generated, because the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from paced_fast import pack
 from paced_fast.batch import PromptTable, Rollouts
 from paced_fast.config import ReplayConfig, stream_seed
-from paced_kernels import PriorityTree
+from paced_fast.crossings import to_device
+from paced_kernels import PriorityTree, segment_sum
+
+# Of a draw by priority: a completion of priority 0 has this much of one of priority 1.
+_LEAST = 1e-3
+# Bound of the log importance weight of a replayed sequence.
+_MAX_LOG_WEIGHT = 20.0
 
 
 class ReplayBuffer:
     """A ring of C completions as tensors of fixed shape. M = longest completion, D = completions drawn in a step."""
 
-    def __init__(self, config: ReplayConfig, *, max_completion_tokens: int, seed: int, device: torch.device) -> None:
-        """An empty ring of `config.capacity` slots."""
-        self.config, self.seed = config, seed
+    def __init__(
+        self, config: ReplayConfig, *, group_size: int, max_completion_tokens: int, seed: int, device: torch.device
+    ) -> None:
+        """An empty ring of `config.capacity` slots for completions sampled in groups of `group_size`."""
+        self.config, self.group_size = config, group_size
         capacity = config.capacity
         # One slot more than the ring has: what does not enter is written there.
         rows = capacity + 1
@@ -43,13 +54,17 @@ class ReplayBuffer:
         self.inserted = torch.zeros((), dtype=torch.int64, device=device)
         self.tree = PriorityTree(capacity, seed=stream_seed(seed, 0, "replay"), device=device, stream=1)
 
-    def insert(self, rollouts: Rollouts, priority: Tensor, accuracy: Tensor) -> Tensor:
-        """Add the correct sequences of largest `priority` f32[B], and their groups' `accuracy`; how many, i64[]."""
+    def insert(self, rollouts: Rollouts, values: Tensor, accuracy: Tensor) -> Tensor:
+        """Add the sequences of largest priority, correct ones only unless all are kept; how many entered, i64[].
+
+        `values` f32[N] are the estimates and `accuracy` f32[B] the accuracies of the sequences' groups.
+        """
         capacity, device = self.config.capacity, self.lengths.device
         count = min(self.config.insert_per_step, capacity, rollouts.num_sequences)
-        is_correct = rollouts.rewards > 0.5
-        order = torch.where(is_correct, priority, -1.0).argsort(descending=True, stable=True)[:count]
-        enters = is_correct[order]  # a priority is never negative, so these come first
+        priority = self._priority(accuracy, values[rollouts.prompt_index])
+        may_enter = rollouts.rewards > 0.5 if self.config.keep == "correct" else rollouts.rewards >= 0.0
+        order = torch.where(may_enter, priority, -1.0).argsort(descending=True, stable=True)[:count]
+        enters = may_enter[order]  # a priority is never negative, so these come first
         slots = torch.where(enters, (self.inserted + torch.arange(count, device=device)) % capacity, capacity)
         start = rollouts.cu_seqlens[order].long()
         lengths = rollouts.cu_seqlens[order + 1].long() - start
@@ -72,49 +87,62 @@ class ReplayBuffer:
         self.inserted += entered
         return entered
 
-    def priorities(self, values: Tensor) -> Tensor:
-        """|group accuracy - value| f32[C] under the current values f32[N]; empty slots hold 0."""
-        error = (self.accuracy - values[self.prompt_index]).abs()
-        return torch.where(self.policy_version >= 0, error, 0.0)
+    def _priority(self, accuracy: Tensor, value: Tensor) -> Tensor:
+        error = (accuracy - value).abs()
+        if self.config.priority == "error":
+            return error
+        return error / (value * (1 - value) / self.group_size + 1e-3).sqrt()
 
-    def choose(self, values: Tensor, version: int) -> Tensor:
+    def priorities(self, values: Tensor) -> Tensor:
+        """Priorities f32[C] under the current values f32[N]; empty slots hold 0."""
+        priority = self._priority(self.accuracy, values[self.prompt_index])
+        return torch.where(self.policy_version >= 0, priority, 0.0)
+
+    def choose(self, values: Tensor, version: int | Tensor) -> Tensor:
         """Slots, lengths and prompts i64[3, D] of distinct completions of at most `max_age` versions; slot -1: none.
 
-        Evenly, or in proportion to the refreshed priorities when `config.prioritized`.
+        Evenly, or in proportion to the refreshed priorities when `config.prioritized`, halved every `half_life`
+        versions. `version` is a number on the host or i64[] on the device.
         """
-        is_young = (self.policy_version >= 0) & (version - self.policy_version <= self.config.max_age)
-        priority = self.priorities(values) + 1e-3 if self.config.prioritized else torch.ones_like(self.accuracy)
-        self.tree.rebuild(torch.where(is_young, priority.clamp(max=1.0), 0.0))
+        now = version if isinstance(version, Tensor) else torch.full((), version, device=self.lengths.device)
+        age = now - self.policy_version
+        is_young = (self.policy_version >= 0) & (age <= self.config.max_age)
+        weight = torch.ones_like(self.accuracy)
+        if self.config.prioritized:
+            # Errors are at most 1 and z at most 1 / sqrt(1e-3); the tree's weights end at 1.
+            scale = 1.0 if self.config.priority == "error" else 1e-3**0.5
+            weight = (self.priorities(values) * scale).clamp(max=1.0 - _LEAST) + _LEAST
+        if self.config.half_life > 0.0:
+            weight = weight * torch.exp2(-age / self.config.half_life)
+        self.tree.rebuild(weight, allowed=is_young)
         self.tree.size.zero_()  # of an empty ring nothing is drawn
-        self.tree.step.fill_(version)  # the draw belongs to the step, not to the number of draws before it
+        self.tree.step.copy_(now)  # the draw belongs to the step, not to the number of draws before it
         slots = self.tree.sample_distinct(self.config.draw_per_step, method="race").idx
         held = slots.clamp(min=0)
         return torch.stack([slots, self.lengths[held], self.prompt_index[held]])
 
-    def take(self, chosen: list[list[int]], table: PromptTable) -> Rollouts | None:
-        """The completions of a choice that has come to the host; None when it is empty."""
-        columns = [column for column in zip(*chosen, strict=True) if column[0] >= 0]
-        if not columns:
+    def take(
+        self, slots: Sequence[int], lengths: Sequence[int], prompts: Sequence[int], table: PromptTable
+    ) -> Rollouts | None:
+        """The completions of a choice that has come to the host, row by row; None when it is empty."""
+        found = [column for column in zip(slots, lengths, prompts, strict=True) if column[0] >= 0]
+        if not found:
             return None
-        slots, lengths, prompts = zip(*columns, strict=True)
+        slots, lengths, prompts = zip(*found, strict=True)
         width, device = self.token_ids.shape[1], self.lengths.device
         tokens = [slot * width + i for slot, length in zip(slots, lengths, strict=True) for i in range(length)]
-        rows = torch.tensor(slots, device=device)
-        position = torch.tensor(tokens, dtype=torch.int64, device=device)
+        rows = to_device(slots, torch.int64, device)
+        position = to_device(tokens, torch.int64, device)
         return Rollouts(
             token_ids=self.token_ids.flatten()[position],
             cu_seqlens=pack.cu_seqlens(lengths, device),
-            lengths=lengths,
+            lengths=tuple(lengths),
             prompt_ids=tuple(table.rows[i].token_ids for i in prompts),
             prompt_index=self.prompt_index[rows],
             rewards=self.rewards[rows],
             generator_logprobs=self.logprobs.flatten()[position],
             policy_version=self.policy_version[rows],
         )
-
-    def draw(self, values: Tensor, version: int, table: PromptTable) -> Rollouts | None:
-        """`choose` and `take` at once; waits for the device."""
-        return self.take(self.choose(values, version).tolist(), table)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors."""
@@ -130,3 +158,14 @@ class ReplayBuffer:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor[: self.config.capacity] for name, tensor in self._slots.items()}
+
+
+def importance_weights(rollouts: Rollouts, old_logprobs: Tensor) -> Tensor:
+    """pi_old / pi_sampled f32[B] of each sequence, scaled to a mean of 1; `old_logprobs` f32[T] is the trainer's.
+
+    With failures kept the weighted mean of rewards is the accuracy of the old policy; with correct completions alone
+    it is 1 whatever the weights.
+    """
+    log_weight = segment_sum(old_logprobs - rollouts.generator_logprobs, rollouts.cu_seqlens)
+    weight = log_weight.clamp(-_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT).exp()
+    return weight / weight.mean()

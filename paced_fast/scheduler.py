@@ -1,6 +1,7 @@
 """Which prompts come next: weights from the estimated accuracy, drawn through the priority tree.
 
-Every draw is a function of (seed, step, stream), so a resumed run draws what the uninterrupted one would have.
+Statistics, weights and draws are tensors of fixed shape on the device. Every draw is a function of (seed, step, round),
+so a resumed run draws what the uninterrupted one would have, and so does every rank.
 """
 
 from __future__ import annotations
@@ -9,85 +10,120 @@ import torch
 from torch import Tensor
 
 from paced_fast.config import SchedulerConfig, stream_seed
-from paced_kernels import PriorityTree
+from paced_kernels import Bell, PriorityTree
+
+# A step's later draws take their random numbers from here on; no run has so many steps.
+_ROUND = 2**40
 
 
 class PromptScheduler:
     """Draws distinct prompts. N = prompts in the table, P = prompts drawn in a step.
 
-    `tree`: weight of a prompt = bell around tau of its value, mixed with a uniform share (exploration).
-    `greedy`: the prompts nearest tau in a random pool (the rule of the paper), plus the uniform share.
-    `history`: weight p (1 - p) of the last measured group accuracy p, one quarter while unseen; same mixture.
+    `tree`: weight of a prompt = bell around tau of its value; a share of the draws explores.
+    `greedy`: the prompts nearest tau in a random pool (the rule of the paper), plus the same share.
+    `history`: weight p (1 - p) of the last measured group accuracy p, one quarter while unseen; same share.
     `uniform` and `dynamic`: uniform; `dynamic` differs in what the trainer does with the groups.
     """
 
     def __init__(self, num_prompts: int, config: SchedulerConfig, *, seed: int, device: torch.device) -> None:
         """A scheduler over `num_prompts` prompts; `seed` fixes every draw."""
-        self.config, self.seed, self.num_prompts = config, seed, num_prompts
+        self.config, self.num_prompts = config, num_prompts
         self.tree = PriorityTree(num_prompts, seed=stream_seed(seed, 0, "schedule"), device=device)
+        self.bell = Bell(config.tau, config.bandwidth)
         self.last_accuracy = torch.full((num_prompts,), 0.5, device=device)
         self.visits = torch.zeros(num_prompts, dtype=torch.int64, device=device)
+        self.last_visit = torch.zeros(num_prompts, dtype=torch.int64, device=device)  # step; 0 is never
+        self.epoch_draws = torch.zeros(num_prompts, dtype=torch.int64, device=device)
 
-    def draw(self, count: int, step: int, values: Tensor | None, round_: int = 0) -> Tensor:
+    def draw(self, count: int, step: int | Tensor, values: Tensor | None, round_: int = 0) -> Tensor:
         """`count` distinct prompts i64[count]; `values` f32[N] is the estimate of every prompt's accuracy.
 
-        `round_` numbers repeated draws within one step (`dynamic`). With `count` above N prompts repeat.
+        `step` counts from 1, on the host or as i64[] on the device. `round_` numbers repeated draws within one step
+        (`dynamic`). With `count` above N prompts repeat, evenly.
         """
-        rule = self.config.rule
-        learned = rule in ("tree", "greedy")
-        blind = rule in ("uniform", "dynamic") or step <= self.config.warmup_steps or (learned and values is None)
-        if blind or count > self.num_prompts:
-            return self._uniform(count, step, f"uniform/{round_}")
-        if rule == "greedy":
+        now = self._now(step)
+        rule = "uniform" if values is None and self.config.rule in ("tree", "greedy") else self.config.rule
+        if count > self.num_prompts:
+            return self._repeated(count, now, round_)
+        allowed = self._allowed(count)
+        is_blind = now <= self.config.warmup_steps
+        if rule in ("uniform", "dynamic"):
+            index = self._uniform(count, now, round_, allowed)
+        elif rule == "greedy":
             assert values is not None
-            return self._nearest(count, step, values)
-        if rule == "history":
-            weight = self.last_accuracy * (1 - self.last_accuracy) * 4
+            index = self._nearest(count, now, round_, torch.where(is_blind, self.config.tau, values), allowed)
         else:
-            assert values is not None
-            weight = torch.exp(-0.5 * ((values - self.config.tau) / self.config.bandwidth).square())
-        self.tree.rebuild(self._mixture(weight))
-        self.tree.step.fill_(step)  # the draw belongs to the step, not to the number of draws before it
-        # A race finds `count` prompts even when a few of them carry nearly all the weight.
-        return self.tree.sample_distinct(count, method="race").idx
+            if rule == "history":
+                accuracy = torch.where(is_blind, 0.5, self.last_accuracy)
+                # Nobody's weight is 0, so that nobody is left to the past for ever.
+                weight = (accuracy * (1 - accuracy) * 4).clamp(min=2.0**-27)
+                self.tree.rebuild(weight, allowed=allowed)
+            else:
+                assert values is not None
+                self.tree.rebuild(self.bell, torch.where(is_blind, self.config.tau, values), allowed=allowed)
+            index = self._race(count, now, round_, exploration=self.config.exploration)
+        if self.config.max_visits:
+            self.epoch_draws.index_add_(0, index, torch.ones_like(index))
+        return index
 
-    def _mixture(self, weight: Tensor) -> Tensor:
-        """`weight` mixed with the uniform distribution so that exploration is its share of all draws, largest 1.
+    def _race(self, count: int, now: Tensor, round_: int, *, exploration: float = 0.0) -> Tensor:
+        """Draw by the tree's weights; a race finds `count` prompts even when a few carry nearly all the weight."""
+        self.tree.step.copy_(now + round_ * _ROUND)  # the draw belongs to the step, not to the number of draws before
+        by_age = exploration > 0.0 and self.config.explore == "age"
+        explored = now - self.last_visit if by_age else None
+        return self.tree.sample_distinct(count, "race", exploration=exploration, explored=explored).idx
 
-        No prompt gets less than the tree's smallest weight, so there are always enough to draw.
-        """
-        share = self.config.exploration
-        total = weight.sum().clamp(min=1e-30)
-        mixed = (1 - share) * weight / total + share / self.num_prompts
-        return (mixed / mixed.max().clamp(min=1e-30)).clamp(min=2.0**-27)
+    def _uniform(self, count: int, now: Tensor, round_: int, allowed: Tensor | None) -> Tensor:
+        self.tree.rebuild(torch.ones_like(self.last_accuracy), allowed=allowed)
+        return self._race(count, now, round_)
 
-    def _uniform(self, count: int, step: int, stream: str) -> Tensor:
-        """Distinct while the table lasts, then again from its start in another order."""
-        source = torch.Generator().manual_seed(stream_seed(self.seed, step, stream))
-        orders = [torch.randperm(self.num_prompts, generator=source) for _ in range(-(-count // self.num_prompts))]
-        return torch.cat(orders)[:count].to(self.last_accuracy.device)
+    def _repeated(self, count: int, now: Tensor, round_: int) -> Tensor:
+        """The whole table in random order, again and again in another order."""
+        passes = -(-count // self.num_prompts)
+        orders = [self._uniform(self.num_prompts, now, round_ * passes + k, None) for k in range(passes)]
+        return torch.cat(orders)[:count]
 
-    def _nearest(self, count: int, step: int, values: Tensor) -> Tensor:
+    def _nearest(self, count: int, now: Tensor, round_: int, values: Tensor, allowed: Tensor | None) -> Tensor:
         pool_size = min(self.num_prompts, max(count, self.config.pool_factor * count))
-        pool = self._uniform(pool_size, step, "pool")
+        pool = self._uniform(pool_size, now, round_, allowed)
         explore = min(round(self.config.exploration * count), count)
-        nearest = (values[pool] - self.config.tau).abs().argsort(stable=True)
+        # A pool larger than the prompts that are allowed ends in -1.
+        distance = torch.where(pool >= 0, (values[pool.clamp(min=0)] - self.config.tau).abs(), torch.inf)
+        nearest = distance.argsort(stable=True)
         chosen, rest = nearest[: count - explore], nearest[count - explore :]
         # The pool is in random order, so its first members among the rest are a uniform draw.
         return torch.cat([pool[chosen], pool[rest.sort().values[:explore]]])
 
-    def observe(self, prompt_index: Tensor, accuracy: Tensor) -> None:
-        """Record the measured group accuracy f32[P] of prompts i64[P]."""
+    def _allowed(self, count: int) -> Tensor | None:
+        """Prompts bool[N] that this epoch has not drawn `max_visits` times; None when there is no limit.
+
+        An epoch is N draws. When it has no room for `count` more, the next one begins.
+        """
+        if not self.config.max_visits:
+            return None
+        is_over = self.epoch_draws.sum() + count > self.num_prompts
+        self.epoch_draws.mul_((~is_over).long())
+        return self.epoch_draws < self.config.max_visits
+
+    def observe(self, prompt_index: Tensor, accuracy: Tensor, step: int | Tensor) -> None:
+        """Record the group accuracy f32[P] of prompts i64[P] measured in `step`."""
         self.last_accuracy[prompt_index] = accuracy
         self.visits.index_add_(0, prompt_index, torch.ones_like(prompt_index))
+        self.last_visit.index_copy_(0, prompt_index, self._now(step).expand_as(prompt_index))
+
+    def _now(self, step: int | Tensor) -> Tensor:
+        return step if isinstance(step, Tensor) else torch.full((), step, device=self.visits.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors."""
         tree = {f"tree.{name}": value for name, value in self.tree.state_dict().items()}
-        return {**tree, "last_accuracy": self.last_accuracy, "visits": self.visits}
+        return {**tree, **{name: getattr(self, name) for name in _STATISTICS}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state_dict()`."""
         self.tree.load_state_dict({k.removeprefix("tree."): v for k, v in state.items() if k.startswith("tree.")})
-        self.last_accuracy.copy_(state["last_accuracy"])
-        self.visits.copy_(state["visits"])
+        for name in _STATISTICS:
+            getattr(self, name).copy_(state[name])
+
+
+_STATISTICS = ("last_accuracy", "visits", "last_visit", "epoch_draws")

@@ -16,6 +16,8 @@ from torch import Tensor
 from paced_fast import pack
 from paced_fast.batch import Rollouts
 from paced_fast.config import Config, OptimizerConfig, stream_seed
+from paced_fast.crossings import pinned
+from paced_fast.optimizer import GuardedAdamW
 from paced_fast.policy import Policy
 from paced_kernels import (
     linear_logprobs,
@@ -33,6 +35,7 @@ class Targets:
     intercept: Tensor  # f32[B]: beta * log Z (tb family), log Z (flowrl), unused by grpo
     old_logprobs: Tensor  # f32[T], the policy at the start of the step
     ref_logprobs: Tensor  # f32[T], old_logprobs, or the initial policy's for flowrl
+    weights: Tensor  # f32[B], constant factor of each sequence: 1, or what corrects for the policy that sampled it
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +51,12 @@ class MicroOutput:
 class UpdateResult:
     """What happened in `update_policy`; tensors are in the order of the rollouts."""
 
-    loss: float
-    grad_norm: float
+    loss: Tensor  # f32[], mean over the optimiser steps
+    grad_norm: Tensor  # f32[], likewise, before clipping
     log_ratio: Tensor  # f32[B], sum of log pi - log pi_old at the last time the sequence was trained on
     weight: Tensor  # f32[B], importance weight at that time
-    skipped: int  # optimiser steps left out for a non-finite loss or gradient
-    taken: int  # optimiser steps made
+    skipped: Tensor  # i64[], optimiser steps left out for a non-finite loss or gradient
+    taken: Tensor  # i64[], optimiser steps made
 
 
 PolicyLoss = Callable[[Tensor, Policy, Rollouts, Targets, Config, int], MicroOutput]
@@ -62,12 +65,13 @@ PolicyLoss = Callable[[Tensor, Policy, Rollouts, Targets, Config, int], MicroOut
 def trajectory_balance(
     hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
 ) -> MicroOutput:
-    """mean_i w_i u_i^2 / (2 b), u = value + b (s - s_old) - reward, w = min(exp(s - s_old), cap) detached."""
+    """mean_i w_i u_i^2 / (2 b), u = value + b (s - s_old) - reward, w = weight min(exp(s - s_old), cap) detached."""
     beta = config.loss.beta
     weight, bias = policy.head
     old = segment_sum(targets.old_logprobs, micro.cu_seqlens)
-    # On the CPU the offsets are the plan of the chunks too; on the device the op would have to project twice.
-    offsets = pack.cu_seqlens(micro.lengths, torch.device("cpu"))
+    # On the host the offsets are the plan of the chunks too; on the device the op would have to project twice.
+    host = torch.device("cpu")
+    offsets = pinned(pack.cu_seqlens(micro.lengths, host, torch.int64), policy.device)
     out = trajectory_balance_loss(
         hidden,
         weight,
@@ -77,7 +81,7 @@ def trajectory_balance(
         log_z=targets.intercept / beta,
         beta=beta,
         ref_logprobs=targets.ref_logprobs,
-        weights=torch.full_like(targets.signal, beta / 2),  # residual = u / b, so this is u^2 / (2 b)
+        weights=targets.weights * (beta / 2),  # residual = u / b, so this is u^2 / (2 b)
         behavior_logprobs=targets.old_logprobs,
         importance_cap=config.loss.importance_cap,
         bias=bias,
@@ -85,13 +89,14 @@ def trajectory_balance(
         denominator=denominator,
     )
     log_ratio = out.seq_logprobs - old
-    return MicroOutput(out.loss, log_ratio, log_ratio.clamp(max=math.log(config.loss.importance_cap)).exp())
+    importance = log_ratio.clamp(max=math.log(config.loss.importance_cap)).exp()
+    return MicroOutput(out.loss, log_ratio, targets.weights * importance)
 
 
 def flowrl(
     hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
 ) -> MicroOutput:
-    """mean_i w_i (log Z + mean log pi - scale * advantage - mean log pi_ref)^2, w = min(exp(s - s_old), cap) detached.
+    """mean_i w_i (log Z + mean log pi - scale * advantage - mean log pi_ref)^2, w as in `trajectory_balance`.
 
     arXiv 2509.15207 as its code has it: means inside the residual, a sum inside the weight.
     """
@@ -99,7 +104,7 @@ def flowrl(
     logprobs = linear_logprobs(hidden, weight, micro.token_ids, bias=bias, temperature=config.generation.temperature)
     log_ratio = segment_sum(logprobs.detach() - targets.old_logprobs, micro.cu_seqlens)
     cap = math.log(config.loss.flowrl_importance_cap)
-    importance = log_ratio.clamp(max=cap).exp()
+    importance = targets.weights * log_ratio.clamp(max=cap).exp()
     out = trajectory_balance_from_logprobs(
         logprobs,
         micro.cu_seqlens,
@@ -117,8 +122,8 @@ def flowrl(
 def grpo(
     hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
 ) -> MicroOutput:
-    """-mean_i mean_t min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = exp(log pi - log pi_old); arXiv 2402.03300, eq. 3
-    without its KL term."""
+    """-mean_i w_i mean_t min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = exp(log pi - log pi_old); arXiv 2402.03300,
+    eq. 3 without its KL term."""
     weight, bias = policy.head
     logprobs = linear_logprobs(hidden, weight, micro.token_ids, bias=bias, temperature=config.generation.temperature)
     lengths = micro.cu_seqlens.diff().long()
@@ -126,9 +131,10 @@ def grpo(
     ratio = (logprobs - targets.old_logprobs).exp()
     clipped = ratio.clamp(1 - config.loss.grpo_clip, 1 + config.loss.grpo_clip)
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    loss = -(segment_sum(surrogate, micro.cu_seqlens) / lengths.clamp(min=1)).sum() / denominator
+    means = segment_sum(surrogate, micro.cu_seqlens) / lengths.clamp(min=1)
+    loss = -(targets.weights * means).sum() / denominator
     log_ratio = segment_sum(logprobs.detach() - targets.old_logprobs, micro.cu_seqlens)
-    return MicroOutput(loss, log_ratio, torch.ones_like(log_ratio))
+    return MicroOutput(loss, log_ratio, targets.weights)
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
@@ -140,26 +146,26 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
 }
 
 
-def make_optimizer(policy: Policy, config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(policy: Policy, config: OptimizerConfig) -> GuardedAdamW:
     """AdamW on the policy's parameters, with the settings of the run."""
-    return torch.optim.AdamW(
+    return GuardedAdamW(
         policy.parameters(),
-        lr=config.learning_rate,
+        learning_rate=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
     )
 
 
-def learning_rate(config: OptimizerConfig, num_updates: int) -> float:
+def learning_rate(config: OptimizerConfig, num_updates: Tensor) -> Tensor:
     """Learning rate of the next update, after `num_updates` of them: a linear rise over `warmup_steps` steps."""
     per_step = config.minibatches * config.epochs
-    warmup = config.warmup_steps * per_step
-    return config.learning_rate * min(1.0, (num_updates + 1) / max(warmup, 1))
+    warmup = max(config.warmup_steps * per_step, 1)
+    return config.learning_rate * ((num_updates + 1).double() / warmup).clamp(max=1.0)
 
 
 def update_policy(
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    optimizer: GuardedAdamW,
     rollouts: Rollouts,
     targets: Targets,
     config: Config,
@@ -170,48 +176,45 @@ def update_policy(
     """Make `epochs * minibatches` optimiser steps; one with a non-finite loss or gradient changes nothing.
 
     Minibatches keep the sequences of a prompt together. Each divides by its own number of sequences, whatever the
-    split into micro-batches. A step left out does not advance the learning-rate schedule.
+    split into micro-batches. A step left out does not advance the learning-rate schedule. Whether one was left out is
+    decided on the device, and the host does not ask.
     """
     policy_loss = POLICY_LOSSES[config.algorithm]
     log_ratio = torch.zeros_like(targets.signal)
     weight = torch.ones_like(targets.signal)
-    losses: list[float] = []
-    norms: list[float] = []
-    skipped = 0
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
+    taken = torch.zeros((), dtype=torch.int64, device=policy.device)
     for epoch in range(config.optimizer.epochs):
         seed = stream_seed(config.seed, step, f"minibatches/{epoch}")
         for sequences in _minibatches(rollouts, config.optimizer.minibatches, seed):
             optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=policy.device)
             for chosen in pack.micro_batches(rollouts, sequences, config.optimizer.micro_batch_tokens):
-                micro = pack.select(rollouts, chosen)
-                hidden = policy.hidden(micro)
-                out = policy_loss(hidden, policy, micro, _select(targets, rollouts, chosen), config, len(sequences))
+                part = pack.part(rollouts, chosen)
+                hidden = policy.hidden(part.rollouts)
+                out = policy_loss(hidden, policy, part.rollouts, _select(targets, part), config, len(sequences))
                 out.loss.backward()
                 loss += out.loss.detach()
-                log_ratio[chosen], weight[chosen] = out.log_ratio, out.weight
+                log_ratio.index_copy_(0, part.sequences, out.log_ratio)
+                weight.index_copy_(0, part.sequences, out.weight)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
-            losses.append(float(loss))
-            norms.append(float(norm))
-            if not (math.isfinite(losses[-1]) and math.isfinite(norms[-1])):
-                skipped += 1
-                continue
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, num_updates)
-            optimizer.step()
-            num_updates += 1
+            optimizer.learning_rate.copy_(learning_rate(config.optimizer, num_updates + taken))
+            taken += optimizer.guarded_step(loss, norm)
+            losses.append(loss)
+            norms.append(norm)
     optimizer.zero_grad(set_to_none=True)
-    count = len(losses)
-    return UpdateResult(sum(losses) / count, sum(norms) / count, log_ratio, weight, skipped, count - skipped)
+    skipped = len(losses) - taken
+    return UpdateResult(torch.stack(losses).mean(), torch.stack(norms).mean(), log_ratio, weight, skipped, taken)
 
 
-def _select(targets: Targets, rollouts: Rollouts, sequences: list[int]) -> Targets:
-    tokens = pack.token_positions(rollouts, sequences)
+def _select(targets: Targets, part: pack.Part) -> Targets:
     return Targets(
-        signal=targets.signal[sequences],
-        intercept=targets.intercept[sequences],
-        old_logprobs=targets.old_logprobs[tokens],
-        ref_logprobs=targets.ref_logprobs[tokens],
+        signal=targets.signal[part.sequences],
+        intercept=targets.intercept[part.sequences],
+        old_logprobs=targets.old_logprobs[part.tokens],
+        ref_logprobs=targets.ref_logprobs[part.tokens],
+        weights=targets.weights[part.sequences],
     )
 
 

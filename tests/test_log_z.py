@@ -99,6 +99,43 @@ def test_it_starts_at_one_half_the_same_for_the_same_seed() -> None:
     assert float((one - 0.5).abs().max()) < 0.15
 
 
+def test_a_window_goes_round_the_table_and_what_is_drawn_is_always_new() -> None:
+    embeddings, _ = problem()
+    head = LogZ(embeddings[:10], LogZConfig(scored_per_step=4), seed=0, bounded=True)
+    with torch.no_grad():
+        for parameter in head.mlp.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    old, new = head.values.clone(), head.all_values()
+    assert not old.isclose(new, atol=1e-4).any()
+
+    def current(values: Tensor) -> list[int]:
+        return [i for i in range(10) if math.isclose(head.values[i], values[i], abs_tol=1e-6)]
+
+    for start in (0, 4, 8):
+        head.score()
+        done = set(range(min(start + 4, 10)))
+        assert current(new) == sorted(done)
+    assert head.cursor == 2, "it went round the end"
+    again = LogZ(embeddings[:10], LogZConfig(scored_per_step=4), seed=0, bounded=True)
+    again.load_state_dict({name: tensor.clone() for name, tensor in head.state_dict().items()})
+    assert torch.equal(again.values, head.values)
+    with torch.no_grad():
+        head.mlp[-1].bias.add_(1.0)  # type: ignore[operator, union-attr]
+    head.rescore(torch.tensor([9, 1]))
+    newest = head.all_values()
+    assert current(newest) == [1, 9]
+    head.score()
+    assert current(newest) == [1, 2, 3, 4, 5, 9]
+
+
+def test_scoring_in_blocks_is_scoring_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings, _ = problem()
+    head = LogZ(embeddings, LogZConfig(), seed=0, bounded=True)
+    at_once = head.all_values()
+    monkeypatch.setattr("paced_fast.log_z._BLOCK", 7)
+    torch.testing.assert_close(head.score(), at_once, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_table_of_one_prompt_has_a_finite_value(number: int) -> None:
     head = LogZ(torch.full((number, WIDTH), 3.0), LogZConfig(), seed=0, bounded=True)

@@ -23,7 +23,7 @@ def test_plan_counts_weights_gradients_and_the_vocabulary_head() -> None:
     workspace = default_workspace_bytes(1, tiny_policy.VOCAB, torch.float32, torch.device("cpu"))
     head = plan["vocabulary head (workspace, float32 gradient)"]
     assert head == workspace + 4 * tiny_policy.VOCAB * 16
-    assert plan["prompt embeddings"] == 100 * 16 * 4
+    assert plan["prompt embeddings"] == 100 * 16 * 2
     model.lm_head.weight.requires_grad_(False)
     frozen = memory.plan(model, config, num_prompts=100)
     assert frozen["gradients"] == weights - tiny_policy.VOCAB * 16 * 4

@@ -119,7 +119,9 @@ def test_token_positions_are_those_of_the_sequences(lengths: list[int], data: st
 def targets(algorithm: str, batch: Rollouts, old: Tensor, ref: Tensor) -> Targets:
     signal = batch.rewards if algorithm in ("paced", "tb", "tb_group") else group_advantage(batch.rewards, 4)
     intercept = torch.linspace(0.1, 0.9, batch.num_sequences)
-    return Targets(signal=signal, intercept=intercept, old_logprobs=old, ref_logprobs=ref)
+    return Targets(
+        signal=signal, intercept=intercept, old_logprobs=old, ref_logprobs=ref, weights=torch.ones_like(signal)
+    )
 
 
 def gradients_of_split(algorithm: str, split: Sequence[Sequence[int]], batch: Rollouts) -> dict[str, Tensor]:
@@ -135,6 +137,7 @@ def gradients_of_split(algorithm: str, split: Sequence[Sequence[int]], batch: Ro
             intercept=all_targets.intercept[list(part)],
             old_logprobs=all_targets.old_logprobs[tokens],
             ref_logprobs=all_targets.ref_logprobs[tokens],
+            weights=all_targets.weights[list(part)],
         )
         loss = POLICY_LOSSES[algorithm](policy.hidden(micro), policy, micro, chosen, config, batch.num_sequences).loss
         loss.backward()

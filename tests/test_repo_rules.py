@@ -28,10 +28,11 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
-    {"errors", "config", "batch", "tasks", "distributed", "display", "plots", "sources"},
+    {"errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "plots", "sources"},
     {"prompts", "rewards", "pack", "metrics", "log_z", "presets", "report", "memory", "resolve"},
     {"policy", "scheduler", "replay", "generate", "sandbox", "cli"},
     {"update", "weight_sync", "evaluate", "checkpoint", "warm_start"},
+    {"record"},
     {"trainer"},
     {"build"},
     {"train"},
@@ -160,16 +161,21 @@ def nothing_prints(module: Module) -> Iterator[str]:
             yield f"line {node.lineno} prints"
 
 
-def kernels_never_ask_the_device(module: Module) -> Iterator[str]:
-    """Calls that make the host wait for a value, or shapes that depend on one."""
-    if module.package != "paced_kernels":
+def hot_modules_never_ask_the_device(module: Module) -> Iterator[str]:
+    """Calls that make the host wait for a value, shapes that depend on one, and copies from ordinary memory."""
+    if module.package != "paced_kernels" and module.name not in HOT_MODULES:
         return
     for node in ast.walk(module.tree):
         if not isinstance(node, ast.FunctionDef) or (module.name, node.name) in MAY_ASK_THE_DEVICE:
             continue
         for call in ast.walk(node):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in WAITING_CALLS:
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+                continue
+            if call.func.attr in WAITING_CALLS:
                 yield f"{node.name} calls {call.func.attr}"
+            copies = call.func.attr in ("tensor", "as_tensor") and any(k.arg == "device" for k in call.keywords)
+            if copies and module.package == "paced_fast":
+                yield f"{node.name} copies by {call.func.attr}: crossings.to_device does not wait"
 
 
 def no_error_is_swallowed(module: Module) -> Iterator[str]:
@@ -220,15 +226,21 @@ def sources_are_ascii(module: Module) -> Iterator[str]:
 
 
 WAITING_CALLS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "unique", "masked_select", "synchronize"}
-MAY_ASK_THE_DEVICE = {("priority_tree", "status")}
-"""(module, function) that says so in its docstring."""
+HOT_MODULES = {"log_z", "optimizer", "pack", "record", "replay", "scheduler", "trainer", "update"}
+"""Modules of `paced_fast` that run between the crossings; those themselves are in `crossings`."""
+
+MAY_ASK_THE_DEVICE = {
+    ("priority_tree", "status"): "its docstring says so",
+    ("update", "_minibatches"): "a permutation that never left the host",
+}
+"""(module, function) and why."""
 
 RULES: list[Callable[[Module], Iterator[str]]] = [
     kernels_import_torch_and_triton_only,
     layers_point_downwards,
     packages_keep_to_their_homes,
     nothing_prints,
-    kernels_never_ask_the_device,
+    hot_modules_never_ask_the_device,
     no_error_is_swallowed,
     public_names_have_docstrings,
     files_and_functions_are_short,
@@ -255,7 +267,22 @@ DOC = '"""d"""\n'
     ("rule", "package", "name", "text", "expected"),
     [
         (kernels_import_torch_and_triton_only, "paced_kernels", "logprobs", "import numpy", "imports numpy"),
-        (kernels_never_ask_the_device, "paced_kernels", "x", "def f(a):\n    return a.sum().item()", "f calls item"),
+        (
+            hot_modules_never_ask_the_device,
+            "paced_kernels",
+            "x",
+            "def f(a):\n    return a.sum().item()",
+            "f calls item",
+        ),
+        (hot_modules_never_ask_the_device, "paced_fast", "replay", "def f(a):\n    return a.cpu()", "f calls cpu"),
+        (hot_modules_never_ask_the_device, "paced_fast", "evaluate", "def f(a):\n    return a.cpu()", None),
+        (
+            hot_modules_never_ask_the_device,
+            "paced_fast",
+            "update",
+            "def f(a, d):\n    return torch.tensor(a, device=d)",
+            "f copies by tensor",
+        ),
         (
             kernels_import_torch_and_triton_only,
             "paced_kernels",
@@ -346,6 +373,18 @@ def test_each_rule_sees_the_module_that_breaks_it(
     found = list(rule(Module(package, name, text)))
     assert bool(found) == (expected is not None), found
     assert expected is None or expected in found[0]
+
+
+def test_every_leave_to_ask_the_device_is_needed() -> None:
+    asked = [
+        (m.name, node.name)
+        for m in MODULES
+        for node in ast.walk(m.tree)
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(c, ast.Attribute) and c.attr in WAITING_CALLS for c in ast.walk(node))
+    ]
+    assert set(MAY_ASK_THE_DEVICE) <= set(asked)
+    assert {m.name for m in MODULES} >= HOT_MODULES
 
 
 def test_every_layer_exception_is_needed() -> None:

@@ -48,7 +48,7 @@ def test_few_prompts_with_all_the_weight_do_not_leave_places_empty(rule: str, ex
     values = torch.full((2000,), 1.0)
     values[[3, 1500]] = 0.5
     chooser = scheduler(2000, rule=rule, bandwidth=0.01, exploration=exploration)
-    chooser.observe(torch.arange(2000), values)
+    chooser.observe(torch.arange(2000), values, 1)
     for step in range(1, 6):
         drawn = chooser.draw(64, step, values).tolist()
         assert len(set(drawn)) == 64
@@ -124,7 +124,7 @@ def test_greedy_takes_the_nearest_of_its_pool_and_explores(tau: float) -> None:
     chooser = scheduler(500, rule="greedy", exploration=0.125, pool_factor=4, tau=tau)
     for step in range(1, 20):
         drawn = chooser.draw(16, step, values)
-        pool = chooser._uniform(64, step, "pool")
+        pool = chooser._uniform(64, torch.tensor(step), 0, None)
         assert set(drawn.tolist()) <= set(pool.tolist())
         ranked = sorted(pool.tolist(), key=lambda i: abs(float(values[i]) - tau))
         assert set(drawn[:14].tolist()) == set(ranked[:14])
@@ -152,7 +152,7 @@ def test_the_warm_up_is_uniform_and_as_long_as_it_says(rule: str) -> None:
     values[:6] = 0.5
     chooser = scheduler(60, rule=rule, warmup_steps=40, exploration=0.0, pool_factor=10, bandwidth=0.05)
     uniform = scheduler(60, rule="uniform")
-    chooser.observe(torch.arange(60), values)
+    chooser.observe(torch.arange(60), values, 1)
     for step in range(1, 41):
         assert torch.equal(chooser.draw(6, step, values), uniform.draw(6, step, None))
     assert sorted(chooser.draw(6, 41, values).tolist()) == list(range(6))
@@ -166,8 +166,9 @@ def test_uniform_draws_are_uniform() -> None:
 
 def test_history_weighs_by_the_last_measured_variance() -> None:
     chooser = scheduler(6, rule="history", exploration=0.0)
-    chooser.observe(torch.tensor([0, 1, 2, 3]), torch.tensor([0.5, 0.5, 0.5, 0.5]))
-    chooser.observe(torch.tensor([0, 1, 2]), torch.tensor([0.0, 1.0, 0.25]))
+    chooser.observe(torch.tensor([0, 1, 2, 3]), torch.tensor([0.5, 0.5, 0.5, 0.5]), 1)
+    chooser.observe(torch.tensor([0, 1, 2]), torch.tensor([0.0, 1.0, 0.25]), 2)
+    assert chooser.last_visit.tolist() == [2, 2, 2, 1, 0, 0]
     assert chooser.visits.tolist() == [2, 2, 2, 1, 0, 0]
     seen = torch.zeros(6)
     for step in range(1, 2001):
@@ -188,7 +189,49 @@ def test_a_draw_depends_on_seed_and_step_alone(rule: str) -> None:
     assert other.draw(8, 5, values).tolist() != drawn[4]
     again = [one.draw(8, 5, values, round_).tolist() for round_ in (0, 1)]
     assert again[0] == drawn[4]
-    assert (again[1] != again[0]) == (rule in ("uniform", "dynamic"))
+    assert again[1] != again[0]
+    on_device = [two.draw(8, torch.tensor(step), values).tolist() for step in range(1, 9)]
+    assert on_device == drawn, "the step may live on the device"
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("max_visits", [1, 2])
+def test_an_epoch_draws_no_prompt_more_often_than_allowed(rule: str, max_visits: int) -> None:
+    """23 prompts, 5 a draw: an epoch has room for four draws, and the next one begins with the fifth."""
+    values = spread(23)
+    chooser = scheduler(23, rule=rule, max_visits=max_visits, exploration=0.2)
+    free = scheduler(23, rule=rule, exploration=0.2)
+    batches, unbound = [], []
+    for step in range(1, 41):
+        for one, drawn in ((chooser, batches), (free, unbound)):
+            index = one.draw(5, step, values)
+            assert len(set(index.tolist())) == 5
+            assert int(index.min()) >= 0
+            one.observe(index, values[index], step)
+            drawn.append(index)
+
+    def most(drawn: list[Tensor]) -> int:
+        epochs = [torch.cat(drawn[start : start + 4]) for start in range(0, 40, 4)]
+        return max(int(epoch.bincount(minlength=23).max()) for epoch in epochs)
+
+    assert most(batches) == max_visits
+    assert most(unbound) > max_visits
+
+
+def test_exploration_by_age_goes_to_those_not_seen_for_long() -> None:
+    """Values far from tau everywhere but at one prompt, so that only exploration reaches the others."""
+    values = torch.full((6,), 0.99)
+    values[0] = 0.5
+    chooser = scheduler(6, rule="tree", exploration=0.5, bandwidth=0.05, explore="age")
+    for index, step in (([1], 90), ([2], 80), ([3], 50), ([4, 5], 100)):
+        chooser.observe(torch.tensor(index), values[index], step)
+    draws, seen = 4000, torch.zeros(6)
+    for round_ in range(draws):
+        seen[chooser.draw(1, 101, values, round_)] += 1
+    ages = torch.tensor([101.0, 11.0, 21.0, 51.0, 1.0, 1.0])
+    share = 0.5 * torch.tensor([1.0, 0, 0, 0, 0, 0]) + 0.5 * ages / ages.sum()
+    z = (seen - draws * share) / (draws * share * (1 - share)).sqrt()
+    assert float(z.abs().max()) < 4.5
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -197,7 +240,7 @@ def test_the_state_restores_the_next_batch(rule: str) -> None:
     one = scheduler(50, rule=rule)
     for step in range(1, 5):
         drawn = one.draw(8, step, values)
-        one.observe(drawn, torch.rand(8))
+        one.observe(drawn, torch.rand(8), step)
     two = scheduler(50, rule=rule)
     state = {name: tensor.clone() for name, tensor in one.state_dict().items()}
     two.load_state_dict(state)

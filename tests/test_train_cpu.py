@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import random
@@ -14,8 +13,8 @@ from typing import Any
 import pytest
 import tiny_policy
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
+from tiny_run import build, config, quiet, write_rewards
 from torch import Tensor
 
 from paced_fast import checkpoint, train, warm_start
@@ -25,84 +24,14 @@ from paced_fast.evaluate import EvaluateArguments, evaluate_run
 from paced_fast.presets import preset
 from paced_fast.trainer import Trainer
 
-REWARDS = """
-import random
-
-def odd(prompts, completions, **columns):
-    return [float(sum(map(ord, p + c)) % 3 == 0) for p, c in zip(prompts, completions)]
-
-def odd_with_noise(prompts, completions, **columns):
-    return [float((value > 0) != (random.random() < 0.1)) for value in odd(prompts, completions)]
-
-def always(prompts, completions, **columns):
-    return [1.0] * len(completions)
-
-def not_a_number(prompts, completions, **columns):
-    return [float("nan")] * len(completions)
-
-def too_few(prompts, completions, **columns):
-    return [1.0]  * (len(completions) - 1)
-
-def crashes(prompts, completions, **columns):
-    return [completion[0] for completion in completions]
-"""
-"""Reward functions for a model that knows nothing: a third of what it says is right."""
-
 
 @pytest.fixture
 def rewards(tmp_path: Path) -> Path:
-    path = tmp_path / "rewards.py"
-    path.write_text(REWARDS)
-    return path
-
-
-def config(rewards: Path, algorithm: str = "paced", *, reward: str = "odd", **changes: Any) -> Config:
-    """Four prompts of four completions a step, a model of width 16 without a warm start."""
-    task = f"task:signed_sums?reward={rewards}:{reward}&split="
-    small: dict[str, Any] = {
-        "algorithm": algorithm,
-        "steps": 8,
-        "model__hidden_size": 16,
-        "model__intermediate_size": 24,
-        "model__num_layers": 1,
-        "model__num_heads": 2,
-        "data__train": (f"{task}train&size=40",),
-        "data__eval": (f"{task}eval&size=12",),
-        "data__headline": (),
-        "warm_start__first__sources": ("task:signed_sums?split=demonstrations&size=50",),
-        "warm_start__first__steps": 0,
-        "warm_start__second__steps": 0,
-        "warm_start__cache_dir": str(rewards.parent / "cache"),
-        "generation__prompts_per_step": 4,
-        "generation__group_size": 4,
-        "generation__max_completion_tokens": 5,
-        "optimizer__learning_rate": 1e-2,
-        "optimizer__warmup_steps": 2,
-        "log_z__hidden_size": 8,
-        "scheduler__warmup_steps": 2,
-        "replay__capacity": 12,
-        "replay__insert_per_step": 5,
-        "replay__draw_per_step": 4,
-        "evaluation__every": 2,
-        "evaluation__samples": 2,
-        "evaluation__final_samples": 2,
-        "run__checkpoint_every": 4,
-        "run__threads": 1,
-        "run__report": False,
-    }
-    return tiny_policy.replaced(preset("tiny"), **small | changes)
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO())
+    return write_rewards(tmp_path)
 
 
 def go(settings: Config, folder: Path, **changes: Any) -> dict[str, Any]:
     return train.run(dataclasses.replace(settings, run_dir=str(folder), **changes), quiet())
-
-
-def build(settings: Config, folder: Path) -> train.Run:
-    return train.build(train.resolve(dataclasses.replace(settings, run_dir=str(folder))), quiet())
 
 
 def records(folder: Path, name: str = "metrics") -> list[dict[str, Any]]:
@@ -251,7 +180,7 @@ def test_every_piece_of_state_matters_or_is_refused(rewards: Path, tmp_path: Pat
         build_and_run.trainer.step()
     tensors = {name: value.clone() for name, value in build_and_run.trainer.state_tensors().items()}
     groups = {name.split(".")[0] + "." + name.split(".")[1] for name in tensors}
-    assert {"log_z.mlp", "log_z.optimizer", "scheduler.tree", "scheduler.last_accuracy", "replay.tree"} <= groups
+    assert {"log_z.head", "log_z.optimizer", "scheduler.tree", "scheduler.last_accuracy", "replay.tree"} <= groups
     assert {"replay.token_ids", "replay.inserted", "replay.policy_version", "replay.accuracy"} <= groups
     other = build(dataclasses.replace(settings, seed=1), tmp_path / "other").trainer
     for _ in range(2):
@@ -260,7 +189,7 @@ def test_every_piece_of_state_matters_or_is_refused(rewards: Path, tmp_path: Pat
     again = other.state_tensors()
     assert again.keys() == tensors.keys()
     assert [name for name in tensors if not torch.equal(again[name], tensors[name])] == []
-    for name in ("scheduler.last_accuracy", "replay.token_ids", "replay.tree.weights", "log_z.mlp.0.weight"):
+    for name in ("scheduler.last_accuracy", "replay.token_ids", "replay.tree.weights", "log_z.head.mlp.0.weight"):
         with pytest.raises((KeyError, RuntimeError, ValueError)):
             other.load_state_tensors({k: v for k, v in tensors.items() if k != name})
 
@@ -308,15 +237,16 @@ def test_dynamic_sampling_counts_what_it_drops_and_trains_on_mixed_groups(
     monkeypatch.setattr(trainer, "_sample", lambda values: sampled.append(sample(values)) or sampled[-1])
     for step in range(1, 5):
         record, _ = trainer.step()
-        fresh = sampled[-1]
+        fresh, _ = sampled[-1]
         assert record["step"] == step
         assert record["rollouts"] == sum(counts)
         assert record["trained_sequences"] == fresh.rollouts.num_sequences == 8
         assert fresh.accuracy.tolist() == [0.5] * 4
-        assert len(fresh.sampled_accuracy) == fresh.num_sampled // 2
-        mixed = (fresh.sampled_accuracy > 0) & (fresh.sampled_accuracy < 1)
-        assert int(mixed.sum()) >= 4
-        assert record["mixed_group_share"] == pytest.approx(float(mixed.float().mean()))
+        sampled_accuracy = [group.accuracy for group in (*fresh.groups, *fresh.dropped)]
+        assert len(sampled_accuracy) == fresh.num_sampled // 2
+        mixed = sum(0 < accuracy < 1 for accuracy in sampled_accuracy)
+        assert mixed >= 4
+        assert record["mixed_group_share"] == pytest.approx(mixed / len(sampled_accuracy))
         assert record["reward_mean"] == 0.5
     assert sum(counts) > 4 * 8, "some groups were dropped"
 
@@ -348,7 +278,7 @@ def test_the_head_learns_from_fresh_groups_only(rewards: Path, tmp_path: Path, m
     fitted: list[tuple[Tensor, Tensor]] = []
     fit = trainer.log_z.fit
 
-    def recording(index: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[float, float]:
+    def recording(index: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         fitted.append((index.clone(), target.clone()))
         return fit(index, target, weight)
 
@@ -366,6 +296,33 @@ def test_the_head_learns_from_fresh_groups_only(rewards: Path, tmp_path: Path, m
     assert replayed >= 8, "there was replay to keep away from it"
 
 
+def test_the_head_learns_from_replayed_completions_by_their_weights_where_that_is_asked_for(
+    rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"log_z__loss": "bce", "replay__trains_log_z": True, "replay__importance": True, "replay__keep": "all"}
+    trainer = build(config(rewards, **changes), tmp_path / "run").trainer
+    assert trainer.log_z is not None
+    fitted: list[Tensor] = []
+    fit = trainer.log_z.fit
+
+    def recording(index: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert weight is not None
+        fitted.append(weight.clone())
+        return fit(index, target, weight)
+
+    monkeypatch.setattr(trainer.log_z, "fit", recording)
+    for _ in range(4):
+        record, _ = trainer.step()
+        weight = fitted[-1]
+        assert len(weight) == record["trained_sequences"]
+        assert weight[:16].tolist() == [1.0] * 16
+    assert len(weight) > 16
+    assert float(weight[16:].mean()) == pytest.approx(1.0)
+    assert float(weight[16:].std()) > 1e-4, "the policy has moved since they were sampled"
+    assert trainer.replay is not None
+    assert 0.0 in trainer.replay.rewards[trainer.replay.policy_version >= 0].tolist()
+
+
 def test_the_head_regresses_on_the_reward_less_the_drift(rewards: Path, tmp_path: Path) -> None:
     """`tb`: the residual's own minimum; FlowRL: the log Z that makes its residual vanish on average."""
     for algorithm in ("tb", "flowrl"):
@@ -375,9 +332,9 @@ def test_the_head_regresses_on_the_reward_less_the_drift(rewards: Path, tmp_path
         seen: dict[str, Any] = {}
         head, targets_of = trainer.log_z, trainer._targets
 
-        def fit(index: Tensor, target: Tensor, weight: Tensor | None = None, into: Any = seen) -> tuple[float, float]:
+        def fit(index: Tensor, target: Tensor, weight: Tensor | None = None, into: Any = seen) -> tuple[Tensor, Tensor]:
             into.update(target=target.clone(), weight=weight)
-            return 0.0, 0.0
+            return torch.zeros(()), torch.zeros(())
 
         def remember(*args: Any, into: Any = seen, original: Any = targets_of) -> Any:
             into["targets"] = original(*args)

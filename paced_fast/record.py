@@ -1,0 +1,165 @@
+"""What a step reports: its figures as tensors on the device, brought to the host in one copy, made into a record.
+
+P = prompts drawn, B = sequences trained on, N = prompts in the table, C = slots of the replay ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paced_fast import metrics
+from paced_fast.batch import Completion, Rollouts
+from paced_fast.crossings import to_host
+from paced_fast.replay import ReplayBuffer
+from paced_fast.update import Targets, UpdateResult
+
+_BINS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G completions of one prompt, as text and with their rewards."""
+
+    prompt_index: int
+    completions: list[Completion]
+    texts: list[str]
+    rewards: list[float]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean reward."""
+        return sum(self.rewards) / len(self.rewards)
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """The groups sampled in this step. P groups of G, B = P * G."""
+
+    rollouts: Rollouts
+    groups: list[Group]  # P, those of the batch
+    dropped: list[Group]  # sampled and left out
+    prompt_index: Tensor  # i64[P]
+    accuracy: Tensor  # f32[P]
+
+    @property
+    def num_sampled(self) -> int:
+        """Completions sampled, those of dropped groups included."""
+        return sum(len(group.completions) for group in (*self.groups, *self.dropped))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens sampled, those of dropped groups included."""
+        groups = (*self.groups, *self.dropped)
+        return sum(len(completion.token_ids) for group in groups for completion in group.completions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step leaves on the device."""
+
+    fresh: Fresh
+    rollouts: Rollouts  # fresh and replayed
+    replayed: Rollouts | None
+    targets: Targets
+    update: UpdateResult
+    learning_rate: Tensor  # f32[]
+    visits: Tensor  # i64[N]
+    values: Tensor | None  # f32[N], as they were before the update
+    head: tuple[Tensor, Tensor] | None  # loss and gradient norm
+
+
+def fetch(result: StepResult, replay: ReplayBuffer | None) -> dict[str, Any]:
+    """Every figure of the step by one copy to the host."""
+    fresh, update = result.fresh, result.update
+    count = fresh.rollouts.num_tokens
+    mismatch = (result.targets.old_logprobs[:count] - fresh.rollouts.generator_logprobs).abs()
+    log_ratio, weight = update.log_ratio[: fresh.rollouts.num_sequences], update.weight
+    tensors = {
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "learning_rate": result.learning_rate,
+        "taken": update.taken,
+        "skipped": update.skipped,
+        "prompts_visited_share": (result.visits > 0).float().mean(),
+        "log_ratio_mean": log_ratio.mean(),
+        "kl": (log_ratio.exp() - 1 - log_ratio).mean(),
+        "effective_sample_share": weight.sum().square() / weight.square().sum() / len(weight),
+    }
+    if count:
+        tensors["entropy"] = -fresh.rollouts.generator_logprobs.mean()
+        tensors["generator_mismatch_mean"], tensors["generator_mismatch_max"] = mismatch.mean(), mismatch.max()
+    if result.head is not None:
+        tensors["head_loss"], tensors["head_grad_norm"] = result.head
+    if result.values is not None:
+        values = result.values
+        tensors["values_mean"] = values.mean()
+        tensors["values_fresh"] = values[fresh.prompt_index]
+        bins = (values * _BINS).nan_to_num().long().clamp(0, _BINS - 1)
+        tensors["values_histogram"] = torch.zeros(_BINS, device=values.device).index_add_(
+            0, bins, torch.ones_like(values)
+        )
+        if replay is not None:
+            tensors["replay_version"] = replay.policy_version
+            tensors["replay_priority"] = replay.priorities(values)
+    if result.replayed is not None:
+        replayed = result.replayed
+        tensors["replayed_ids"] = replayed.token_ids[: replayed.lengths[0]]
+        tensors["replayed_reward"] = replayed.rewards[0]
+        tensors["replayed_prompt"] = replayed.prompt_index[0]
+        if result.values is not None:
+            tensors["replayed_value"] = result.values[replayed.prompt_index[:1]][0]
+    return to_host(tensors)
+
+
+def step_record(result: StepResult, host: dict[str, Any]) -> dict[str, Any]:
+    """The part of a metrics record that speaks of samples and updates."""
+    fresh = result.fresh
+    completions = [completion for group in fresh.groups for completion in group.completions]
+    rewards = [reward for group in fresh.groups for reward in group.rewards]
+    sampled = [group.accuracy for group in (*fresh.groups, *fresh.dropped)]
+    record: dict[str, Any] = {
+        "loss": host["loss"],
+        "grad_norm": host["grad_norm"],
+        "learning_rate": host["learning_rate"],
+        "reward_mean": sum(rewards) / len(rewards),
+        "mixed_group_share": metrics.mixed_group_share(sampled),
+        "trained_sequences": result.rollouts.num_sequences,
+        "prompts_visited_share": host["prompts_visited_share"],
+        "entropy": host.get("entropy"),
+        "mean_length": fresh.rollouts.num_tokens / max(1, fresh.rollouts.num_sequences),
+        "truncated_share": sum(not completion.stopped for completion in completions) / len(completions),
+        "log_ratio_mean": host["log_ratio_mean"],
+        "kl": host["kl"],
+        "effective_sample_share": host["effective_sample_share"],
+        "generator_mismatch_mean": host.get("generator_mismatch_mean", 0.0),
+        "generator_mismatch_max": host.get("generator_mismatch_max", 0.0),
+    }
+    if result.head is not None:
+        record["head_loss"], record["head_grad_norm"] = host["head_loss"], host["head_grad_norm"]
+    return record
+
+
+def value_record(result: StepResult, host: dict[str, Any], step: int) -> dict[str, Any]:
+    """How well the value foretold this step's groups, before either was trained on the other; the replay ring."""
+    predicted = host["values_fresh"]
+    accuracy = [group.accuracy for group in result.fresh.groups]
+    record: dict[str, Any] = {
+        "value_mean": host["values_mean"],
+        "value_brier": metrics.brier_score(predicted, accuracy),
+        "value_ece": metrics.expected_calibration_error(predicted, accuracy),
+        "value_rank_correlation": metrics.rank_correlation(predicted, accuracy),
+        "value_fresh": predicted,
+        "accuracy_fresh": accuracy,
+        "value_histogram": host["values_histogram"],
+    }
+    if "replay_version" in host:
+        ages = [step - version for version in host["replay_version"] if version >= 0]
+        record["replay_size"] = len(ages)
+        record["replay_age_mean"] = sum(ages) / len(ages) if ages else None
+        held = zip(host["replay_version"], host["replay_priority"], strict=True)
+        record["replay_priorities"] = [priority for version, priority in held if version >= 0]
+    return record
