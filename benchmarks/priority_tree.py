@@ -42,8 +42,11 @@ OPERATIONS = (
     *(f"sample {mode}" for mode in MODES),
     "distinct",
     "rebuild",
+    "rebuild from values",
+    "schedule",
 )
-"""A pair is a random update and an iid draw."""
+"""A pair is a random update and an iid draw. A schedule is what a trainer does in a step: new weights of every leaf
+from new estimates, and different leaves, a tenth of them drawn without regard to the weights."""
 
 SLOW = 300.0
 LIMIT = 2**24
@@ -110,6 +113,7 @@ class Inputs:
     random: Tensor  # [3, B] i64
     duplicates: Tensor  # [3, B] i64, 16 of each leaf
     starts: Tensor  # [3] i64
+    estimates: Tensor  # [3, N] f32
 
 
 def make_inputs(capacity: int, num: int, device: torch.device, seed: int) -> Inputs:
@@ -126,6 +130,7 @@ def make_inputs(capacity: int, num: int, device: torch.device, seed: int) -> Inp
         torch.randint(0, capacity, (3, num), generator=generator),
         few.gather(1, torch.randint(0, few.shape[1], (3, num), generator=generator)),
         torch.randint(0, capacity, (3,), generator=generator),
+        uniform(3, capacity),
     )
     return Inputs(*(value.to(device) for value in made))
 
@@ -135,9 +140,10 @@ def call_of(operation: str, peer: Peer, inputs: Inputs, num: int) -> Callable[[i
     kind, _, detail = operation.partition(" ")
     if kind == "sample" and detail not in peer.modes:
         return "has no such draw"
-    if operation == "distinct" and not peer.has_distinct:
+    is_distinct = operation in ("distinct", "schedule")
+    if is_distinct and not peer.has_distinct:
         return "has no such draw"
-    if operation == "distinct" and 2 * num > peer.capacity:
+    if is_distinct and 2 * num > peer.capacity:
         return "needs more leaves"
     if operation == "update contiguous" and num > peer.capacity:
         return "needs more leaves"
@@ -146,6 +152,10 @@ def call_of(operation: str, peer: Peer, inputs: Inputs, num: int) -> Callable[[i
         at = turn % 3
         if operation == "rebuild":
             return peer.rebuild(inputs.weights[at])
+        if operation == "rebuild from values":
+            return peer.rebuild_from_values(inputs.estimates[at])
+        if operation == "schedule":
+            return peer.schedule(inputs.estimates[at], num)
         if operation == "update contiguous":
             return peer.write_range(inputs.starts[at], inputs.values[at])
         if kind in ("update", "pair"):
@@ -232,7 +242,7 @@ class Measurement:
             if isinstance(first, Failure):
                 rows[peer_name] |= {"status": "failed", "reason": first.reason}
         cell = {"name": name, "capacity": capacity, "batch": num, "partial": True}
-        operations = [op for op in self.operations if op != "rebuild" or with_rebuild]
+        operations = [op for op in self.operations if not op.startswith("rebuild") or with_rebuild]
         with GpuMonitor(self.device) as monitor:
             for operation in operations:
                 self._time(operation, num, name, rows, peers, inputs, len(operations))

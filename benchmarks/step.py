@@ -1,7 +1,7 @@
 """The share of every phase in a training step, from a short run of a preset as a user would start it.
 
-The phases are the NVTX ranges of the same names and the timing columns of `metrics.jsonl`: host time, so on a GPU the
-work a phase only launches is charged to the phase that waits for it.
+The phases are the NVTX ranges of the same names and the timing columns of `metrics.jsonl`: time of the host on a CPU,
+and on a GPU time between events of its stream, so that a phase is charged for the work it launched.
 """
 
 from __future__ import annotations

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.methods import UnavailableError
-from paced_kernels import PriorityTree
+from paced_kernels import Bell, PriorityTree
 
 MODES = ("iid", "stratified", "systematic")
 OURS, OUR_RESCAN = "ours", "ours, flat rescan"
 ONE = 2**27
 CPU = torch.device("cpu")
+# Of the bell that turns estimates into weights, and of the draws that ignore them.
+CENTER, WIDTH, EXPLORATION = 0.5, 0.1, 0.1
 
 Maker = Callable[[int, torch.device, int], "Peer"]
 """A peer of (capacity N, device of inputs and results, seed)."""
@@ -42,6 +44,17 @@ class Peer:
     def rebuild(self, w: Tensor) -> None:
         """Set all weights, w f32 [N]."""
         raise NotImplementedError
+
+    def rebuild_from_values(self, values: Tensor) -> None:
+        """Set all weights to a bell of estimates f32 [N]."""
+        self.rebuild(bell(values))
+
+    def schedule(self, values: Tensor, num_draws: int) -> Tensor:
+        """Different leaves i64 [B] by the bell, and a share of them by chance alone."""
+        weights = bell(values)
+        mixed = (1 - EXPLORATION) * weights / weights.sum() + EXPLORATION / self.capacity
+        self.rebuild(mixed / mixed.max())
+        return self.sample_distinct(num_draws)
 
     def update(self, idx: Tensor, w: Tensor) -> None:
         """Set the weights w f32 [B] of leaves idx i64 [B]."""
@@ -76,6 +89,11 @@ class Peer:
         del operation, num
 
 
+def bell(values: Tensor) -> Tensor:
+    """The weight of an estimate, largest where it is one half."""
+    return torch.exp(-0.5 * ((values - CENTER) / WIDTH).square())
+
+
 class Ours(Peer):
     """`PriorityTree` of one backend."""
 
@@ -88,6 +106,13 @@ class Ours(Peer):
 
     def rebuild(self, w: Tensor) -> None:
         self.tree.rebuild(w)
+
+    def rebuild_from_values(self, values: Tensor) -> None:
+        self.tree.rebuild(Bell(CENTER, WIDTH), values)
+
+    def schedule(self, values: Tensor, num_draws: int) -> Tensor:
+        self.tree.rebuild(Bell(CENTER, WIDTH), values)
+        return self.tree.sample_distinct(num_draws, "race", exploration=EXPLORATION).idx
 
     def update(self, idx: Tensor, w: Tensor) -> None:
         self.tree.update(idx, w)
@@ -121,7 +146,8 @@ class Ours(Peer):
         levels = self._levels()
         write = num * (8 + 4 + 16 + 16 * len(levels))  # index, weight, leaf and a sum a level, read and written
         draw = num * (256 * (len(levels) + 1) + 20) + 8 * levels[-1]
-        counted = {"rebuild": 12 * self.capacity + 8 * sum(levels), "pair": write + draw}
+        rebuild = 12 * self.capacity + 8 * sum(levels)
+        counted = {"rebuild": rebuild, "rebuild from values": rebuild, "pair": write + draw}
         counted |= {name: write for name in ("update random", "update duplicates", "update contiguous")}
         return (counted | {f"sample {mode}": draw for mode in MODES}).get(operation)
 

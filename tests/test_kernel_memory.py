@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import (
@@ -211,7 +212,9 @@ def scored(case: Case, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("stage", ["halves", "whole"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_batch(stage: str, dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_its_batch(stage: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The interpreter multiplies tiles by numpy, whose BLAS on some processors rounds a row by its place in the tile.
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("mk,kn->mn", a, b, dtype=dtype))
     case = make_case([150], 33, 300, dtype)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(3))
     with forced(STAGES[stage]):

@@ -295,6 +295,34 @@ def test_each_call_does_what_its_name_says() -> None:
         "needs more leaves"
     )
     assert priority_tree.call_of("distinct", peer, inputs, 33) == "needs more leaves"
+    calls["rebuild from values"](1)
+    wanted = torch.exp(-50 * (inputs.estimates[1] - 0.5).square())
+    torch.testing.assert_close(peer.leaves().float(), wanted, rtol=1e-5, atol=2.0**-27)
+    assert len(calls["schedule"](2).unique()) == 32
+    torch.testing.assert_close(
+        peer.leaves().float(), torch.exp(-50 * (inputs.estimates[2] - 0.5).square()), rtol=1e-5, atol=2.0**-27
+    )
+
+
+def test_a_peer_schedules_by_the_same_mixture() -> None:
+    inputs = priority_tree.make_inputs(64, 8, CPU, 0)
+    kept: list[torch.Tensor] = []
+
+    class Recorder(Peer):
+        has_distinct = True
+
+        def rebuild(self, w: torch.Tensor) -> None:
+            kept.append(w)
+
+        def sample_distinct(self, num_draws: int) -> torch.Tensor:
+            return torch.arange(num_draws)
+
+    call = priority_tree.call_of("schedule", Recorder(64, CPU, 0), inputs, 8)
+    assert not isinstance(call, str)
+    call(0)
+    bell = torch.exp(-50 * (inputs.estimates[0] - 0.5).square())
+    wanted = 0.9 * bell / bell.sum() + 0.1 / 64
+    torch.testing.assert_close(kept[0] / kept[0].sum(), wanted)
 
 
 def test_cells_are_read_and_those_of_one_size_stay_together() -> None:
@@ -331,7 +359,10 @@ def test_a_run_from_the_command_line_can_be_resumed(tmp_path, capsys: pytest.Cap
     run.main(["priority_tree", *words])
     kept = json.loads(path.read_text())
     assert [cell["name"] for cell in kept["cells"]] == ["N100-B8", "N100-B16"]
-    assert [list(cell["rows"][0]["operations"]) for cell in kept["cells"]] == [["pair", "rebuild"], ["pair"]]
+    assert [list(cell["rows"][0]["operations"]) for cell in kept["cells"]] == [
+        ["pair", "rebuild", "rebuild from values"],
+        ["pair"],
+    ]
     assert len(kept["quality"][0]["rows"]) == 4
     assert (tmp_path / "now").read_text() == "torch.cumsum int64 (N100, draws)"
     capsys.readouterr()
