@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     {"errors", "config", "batch", "tasks", "distributed", "display", "plots", "sources"},
-    {"prompts", "rewards", "pack", "metrics", "log_z", "presets", "report", "memory", "resolve"},
+    {"prompts", "rewards", "pack", "metrics", "log_z", "presets", "report", "memory", "mismatch", "resolve"},
     {"policy", "scheduler", "replay", "generate", "sandbox", "cli"},
-    {"update", "weight_sync", "evaluate", "checkpoint", "warm_start"},
+    {"update", "weight_sync", "parity", "evaluate", "checkpoint", "warm_start"},
     {"trainer"},
     {"build"},
     {"train"},
@@ -47,7 +47,7 @@ SAME_OR_HIGHER_LAYER = {
 }
 """Exceptions by name, (importer, imported), with their reason."""
 
-KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory"}
+KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory", "mismatch"}
 HOMES = {
     "vllm": {"generate", "weight_sync"},
     "wandb": {"metrics"},
