@@ -26,8 +26,10 @@ def resolve(config: Config) -> Config:
     # On a CPU the engine takes longer to start than a small run to train, so it is there on demand only.
     wants_vllm = config.model.device == "cuda" and util.find_spec("vllm") is not None
     auto_generator = "vllm" if wants_vllm else "transformers"
+    engine_dtype = config.model.dtype if config.weight_sync.dtype == "auto" else config.weight_sync.dtype
     resolved = dataclasses.replace(
         config,
+        weight_sync=dataclasses.replace(config.weight_sync, dtype=engine_dtype),
         generator=auto_generator if config.generator == "auto" else config.generator,
         loss=dataclasses.replace(config.loss, intercept=intercept),
         scheduler=dataclasses.replace(config.scheduler, rule=rule),
@@ -67,7 +69,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "weight_sync.kv_cache_gib": (0.0, 1e6),
     "weight_sync.check_every": (0, math.inf),
     "weight_sync.check_prompts": (1, 64),
-    "weight_sync.max_mean_difference": (1e-9, math.inf),
+    "weight_sync.max_mean_difference": (0.0, math.inf),
     "mismatch.cap": (1.0 + 1e-6, 1e6),
     "loss.beta": (1e-6, 1e6),
     "loss.importance_cap": (1e-6, math.inf),
@@ -135,6 +137,9 @@ def _check(config: Config) -> None:
             f"--weight-sync.sleep-level {config.weight_sync.sleep_level} lets go of the engine's weights, which "
             "sharing forbids: give --weight-sync.mode push, or level 0"
         )
+    hottest = max(config.generation.temperature, config.evaluation.temperature)
+    if config.generator == "vllm" and hottest > 2.0:
+        raise InputError(f"--generator vllm samples at temperatures up to 2, not {hottest:g}: lower it")
     needed = {"tb_group": "group_mean", "grpo": "group_mean", "flowrl": "value"}.get(config.algorithm)
     if needed not in (None, config.loss.intercept):
         raise InputError(

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     {"errors", "config", "batch", "tasks", "distributed", "display", "plots", "sources"},
-    {"prompts", "rewards", "pack", "metrics", "log_z", "presets", "report", "memory", "mismatch", "resolve"},
+    {"prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "report", "memory", "mismatch", "resolve"},
     {"policy", "scheduler", "replay", "generate", "sandbox", "cli"},
     {"update", "weight_sync", "parity", "evaluate", "checkpoint", "warm_start"},
     {"trainer"},
@@ -49,7 +49,7 @@ SAME_OR_HIGHER_LAYER = {
 
 KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory", "mismatch"}
 HOMES = {
-    "vllm": {"generate", "weight_sync"},
+    "vllm": {"engine"},
     "wandb": {"metrics"},
     "tensorboard": {"metrics"},
     "transformers": {"policy", "prompts", "generate"},
