@@ -182,5 +182,6 @@ def start_failure(error: BaseException, settings: EngineSettings) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """What a failure says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
