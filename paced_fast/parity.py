@@ -23,7 +23,7 @@ _DEFAULT_BOUNDS = {"float32": 0.002, "bfloat16": 0.03}
 _SAMPLED_TOKENS = 16
 _SAMPLES = 2
 _WEIGHTS = "a parameter the engine did not get, or got in another layout"
-_SAMPLING = "keys and values of old weights in the prefix cache, or a sampling filter (top-p, top-k, min-p) in the engine"
+_SAMPLING = "keys and values of old weights in the prefix cache, or a sampling filter (top-p, top-k, min-p)"
 
 
 class ScoringEngine(Protocol):

@@ -22,6 +22,7 @@ from paced_fast.config import Config, stream_seed
 from paced_fast.errors import TrainingError
 from paced_fast.generate import Generator
 from paced_fast.log_z import LogZ, group_accuracy, group_advantage
+from paced_fast.parity import ParityGuard
 from paced_fast.policy import Policy
 from paced_fast.replay import ReplayBuffer
 from paced_fast.rewards import Scorer
@@ -80,8 +81,13 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase,
         table: PromptTable,
         embeddings: Tensor | None,
+        guard: ParityGuard | None = None,
     ) -> None:
-        """`initial` is needed by `flowrl` only, `embeddings` f32[N, H] by algorithms that learn log Z."""
+        """`initial` is needed by `flowrl` only, `embeddings` f32[N, H] by algorithms that learn log Z.
+
+        `guard` checks a generator that has its own engine.
+        """
+        self.guard = guard
         self.config, self.policy, self.initial = config, policy, initial
         self.generator, self.scorer, self.tokenizer, self.table = generator, scorer, tokenizer, table
         self.optimizer = make_optimizer(policy, config.optimizer)
@@ -114,7 +120,17 @@ class Trainer:
         with self.phases.phase("replay"):
             if self.replay is not None and values is not None:
                 chosen = self.replay.choose(values, counters.step).tolist()  # to the host with the prompts
-        fresh = self._sample(values)
+        try:
+            fresh = self._sample(values)
+        except TrainingError:
+            counters.step -= 1  # nothing was sampled, so there was no step
+            raise
+        checked = self.guard is not None and self.guard.due(counters.step)
+        if self.guard is not None and checked:
+            with self.phases.phase("parity"):
+                self.guard.prime()
+        with self.phases.phase("sync"):
+            self.generator.before_training()
         with self.phases.phase("replay"):
             if self.replay is not None and values is not None:
                 replayed = self.replay.take(chosen, self.table)
@@ -131,6 +147,12 @@ class Trainer:
                 step=counters.step,
                 num_updates=counters.num_updates,
             )
+        with self.phases.phase("sync"):
+            sync = self.generator.after_update()
+        parity: dict[str, float] = {}
+        if self.guard is not None and checked:
+            with self.phases.phase("parity"):
+                parity = self.guard.check(counters.step)
         with self.phases.phase("head"):
             head_loss = self._fit_head(fresh, targets, result)
         with self.phases.phase("schedule"):
@@ -142,6 +164,7 @@ class Trainer:
                 self.replay.insert(fresh.rollouts, priority, accuracy)
         self._count(fresh, result)
         record = self._record(fresh, rollouts, targets, result, values, head_loss)
+        record |= {name: figures for name, figures in (("weight_sync", sync), ("parity", parity)) if figures}
         return record, self._shown(fresh, replayed, values)
 
     def _sample(self, values: Tensor | None) -> Fresh:

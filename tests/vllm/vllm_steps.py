@@ -1,7 +1,10 @@
-"""One optimiser step on both sides."""
+"""One optimiser step on both sides, and processes of their own."""
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,3 +19,10 @@ def step(side: Any, seed: int = 0, lr: float = 3e-3) -> None:
     torch.optim.AdamW(side.model.parameters(), lr=lr).step()
     side.model.zero_grad()
     side.generator.after_update()
+
+
+def child_environment() -> dict[str, str]:
+    """Variables of a process that imports what this one imports."""
+    root = Path(__file__).resolve().parents[2]
+    paths = [str(root), str(root / "kernels"), *(path for path in sys.path if path)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "HF_HUB_OFFLINE": "1"}
