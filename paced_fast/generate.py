@@ -5,6 +5,7 @@ Two ways: the trainer's own model through transformers, and a vLLM engine in the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -326,6 +327,8 @@ class VLLMGenerator:
         try:
             return self._run(prompts, sampling)
         except engine.FAILURES as error:
+            with contextlib.suppress(*engine.FAILURES):  # an engine past that too is reported by what broke it
+                self.engine.abort_request([f"{self.calls}-{i}" for i in range(len(prompts))])
             raise TrainingError(
                 f"vllm failed while sampling ({engine.first_line(error)}): nothing of this step is kept; --resume auto "
                 "continues from the last checkpoint, and fewer --generation.max-batch-sequences need less memory"

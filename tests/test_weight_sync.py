@@ -1,4 +1,4 @@
-"""Mapping and aliasing on dictionaries of tensors laid out as vLLM lays them out; the engine itself is in tests/vllm."""
+"""Mapping and aliasing on tensors laid out as vLLM lays them out; a real engine is in tests/vllm."""
 
 from __future__ import annotations
 
@@ -191,9 +191,9 @@ def test_a_layout_that_cannot_be_shared_says_why_and_changes_nothing(
 
 def test_tied_on_one_side_only_is_refused() -> None:
     tied, untied = model("llama", tie_word_embeddings=True), model("llama")
-    with pytest.raises(LayoutError, match="engine's lm_head.weight belong to no parameter"):
+    with pytest.raises(LayoutError, match=r"engine's lm_head.weight belong to no parameter"):
         map_parameters("llama", dict(tied.named_parameters()), engine_of(untied))
-    with pytest.raises(LayoutError, match="the engine has no parameter for lm_head.weight"):
+    with pytest.raises(LayoutError, match=r"the engine has no parameter for lm_head.weight"):
         map_parameters("llama", dict(untied.named_parameters()), engine_of(tied))
 
 
@@ -224,7 +224,7 @@ def test_a_rebound_parameter_is_found() -> None:
     assert sync.after_update()["bytes"] == 0
     parameter = made.get_parameter("model.layers.0.mlp.up_proj.weight")
     parameter.data = parameter.data + 0.0
-    with pytest.raises(TrainingError, match="up_proj.weight no longer shares memory with the engine's .*gate_up_proj"):
+    with pytest.raises(TrainingError, match=r"up_proj.weight no longer shares memory with the engine's .*gate_up_proj"):
         sync.after_update()
 
 

@@ -113,7 +113,7 @@ def test_padding_of_the_vocabulary_has_no_probability(llama: Any) -> None:
 
 
 def test_a_prompt_too_long_is_refused_before_anything_is_sampled(llama: Any) -> None:
-    with pytest.raises(InputError, match="a prompt of 310 tokens and a completion of 12 are longer than .* 320"):
+    with pytest.raises(InputError, match=r"a prompt of 310 tokens and a completion of 12 are longer than .* 320"):
         sample(llama, [(3,) * 310])
     assert len(sample(llama, [(3,) * 308])) == 4
 
@@ -154,7 +154,8 @@ from paced_fast.engine import EngineSettings
 from paced_fast.errors import InputError
 from paced_fast.generate import VLLMGenerator
 good = EngineSettings(
-    path=sys.argv[1], dtype="float32", device="cpu", max_tokens=320, max_sequences=8, kv_cache_bytes=1 << 24, keep_plain=True
+    path=sys.argv[1], dtype="float32", device="cpu", max_tokens=320, max_sequences=8, kv_cache_bytes=1 << 24,
+    keep_plain=True,
 )
 for change in ({"kv_cache_bytes": 1 << 44}, {"kv_cache_bytes": 1 << 14}, {"path": sys.argv[2]}, {"path": "/nowhere"}):
     try:
@@ -175,10 +176,9 @@ def test_an_engine_that_does_not_start_names_the_knob(llama: Any, tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=child_environment())
     found = [line.removeprefix("refused: ") for line in done.stderr.splitlines() if line.startswith("refused: ")]
     memory = r"vllm does not get its memory \(.+\): .* change it by --weight-sync.kv-cache-gib"
-    for line, wanted in zip(
-        found, [memory, memory, ".*head_dim=16.*take --generator transformers", "vllm does not start"], strict=True
-    ):
-        assert re.match(wanted, line), line
+    wanted = [memory, memory, ".*head_dim=16.*take --generator transformers", "vllm does not start"]
+    for line, pattern in zip(found, wanted, strict=True):
+        assert re.match(pattern, line), line
 
 
 def test_a_version_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
