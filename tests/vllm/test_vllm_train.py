@@ -1,4 +1,4 @@
-"""Whole runs with vLLM as a user starts them: metrics, resume to the same completions, failures that leave a checkpoint."""
+"""Whole runs with vLLM as a user starts them: metrics, resume to the same completions, failures."""
 
 from __future__ import annotations
 
