@@ -4,8 +4,8 @@
 
 `shared`: the trainer's parameters are the engine's memory. `push`: one reload through vLLM's loader. `load_weights`:
 the loader called for one parameter after another, as TRL does in one process. After the updates both sides score the
-same tokens, so that a fast way that loses a weight shows. `--runs 20` trains the preset `tiny` for so many steps by each
-generator as well.
+same tokens, so that a fast way that loses a weight shows. `--runs 20` trains the preset `tiny` for so many steps by
+each generator as well.
 """
 
 from __future__ import annotations

@@ -43,9 +43,8 @@ def test_bfloat16_is_shared_and_within_its_rounding(start: Callable[..., Any]) -
     side = start(tiny_llama(dtype=torch.bfloat16))
     assert side.sync.mode == "shared"
     config = tiny_policy.settings(model__dtype="bfloat16")
-    sequences = [
-        tuple(torch.randint(2, 300, (230,), generator=torch.Generator().manual_seed(k)).tolist()) for k in (0, 1)
-    ]
+    source = torch.Generator().manual_seed(0)
+    sequences = [tuple(row) for row in torch.randint(2, 300, (2, 230), generator=source).tolist()]
     guard = ParityGuard(side.generator, side.policy, config, sequences=sequences)
     assert guard.bound == 0.03
     guard.check(0)
