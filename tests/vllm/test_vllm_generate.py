@@ -16,7 +16,7 @@ import pytest
 import tiny_policy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from vllm_steps import child_environment, step
+from vllm_sides import child_environment, step
 
 from paced_fast import engine, pack
 from paced_fast.batch import Completion
@@ -89,6 +89,16 @@ def test_a_generator_started_again_samples_the_same(llama: Any, tmp_path: Path) 
     ALIVE.append(again)
     found = again.generate(PROMPTS, group_size=4, max_completion_tokens=12, temperature=1.0, seed=7)
     assert found == wanted
+
+
+def test_more_prompt_tokens_than_one_pass_takes(llama: Any) -> None:
+    # 30 prompts of 90 tokens: the engine reads 2048 tokens in a pass, and must not cut a prompt in two.
+    source = torch.Generator().manual_seed(1)
+    prompts = [tuple(row) for row in torch.randint(2, 300, (30, 90), generator=source).tolist()]
+    together = sample(llama, prompts, group_size=1)
+    assert [len(c.token_ids) for c in together] == [len(c.logprobs) for c in together]
+    alone = sample(llama, prompts[:3], group_size=1)
+    assert [c.token_ids for c in alone] == [c.token_ids for c in together[:3]]
 
 
 def test_tokens_come_with_their_probability(llama: Any) -> None:

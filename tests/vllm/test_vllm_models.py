@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import tiny_policy
 import torch
-from conftest import tiny_llama
-from vllm_steps import step
+from vllm_sides import step, tiny_llama
 
 from paced_fast.config import ModelConfig
 from paced_fast.parity import ParityGuard

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_policy
 import torch
-from vllm_steps import step
+from vllm_sides import step
 
 from paced_fast.errors import TrainingError
 from paced_fast.parity import ParityGuard, long_sequences

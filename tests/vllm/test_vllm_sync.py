@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_steps import step
+from vllm_sides import step
 
 LONG = [tuple(torch.randint(2, 300, (200,), generator=torch.Generator().manual_seed(k)).tolist()) for k in range(3)]
 

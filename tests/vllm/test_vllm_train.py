@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_steps import child_environment
+from vllm_sides import child_environment
 
 OPTIONS = [
     "tiny",
