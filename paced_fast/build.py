@@ -17,12 +17,14 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from paced_fast import checkpoint, memory, metrics, prompts, tasks
+from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
 from paced_fast.batch import PromptRow, PromptTable
 from paced_fast.config import Config, flatten, stream_seed
+from paced_fast.engine import EngineSettings, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import check_headline, load_config
-from paced_fast.generate import TransformersGenerator
+from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
+from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
 from paced_fast.rewards import Scorer
 from paced_fast.sources import drop_missing
@@ -39,7 +41,7 @@ class Run:
     config: Config
     folder: Path
     trainer: Trainer
-    generator: TransformersGenerator
+    generator: Generator
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
     eval_table: PromptTable
@@ -53,6 +55,8 @@ def build(config: Config, console: Console) -> Run:
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, and AdamW crawls on those
     metrics.require_sinks(config.run.loggers)
+    if config.generator == "vllm":
+        require_vllm(config.model.device)
     folder = _run_folder(config)
     newest = _newest_checkpoint(config, folder) if config.resume == "auto" else None
     cache = Path(config.warm_start.cache_dir).expanduser()
@@ -81,9 +85,10 @@ def build(config: Config, console: Console) -> Run:
     if newest is not None:
         model = load_model(config.model, str(newest / "policy"))
         policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
-    generator = TransformersGenerator(
-        model, stop_ids=stop_ids, max_batch_sequences=config.generation.max_batch_sequences
-    )
+    plan = memory.plan(model, config, len(table))
+    # Before the trainer makes the optimiser: sharing gives the parameters other memory.
+    weights = folder / "initial" if newest is None else newest / "policy"
+    generator, guard = _generator(config, policy, weights, stop_ids, table)
     trainer = Trainer(
         config,
         policy=policy,
@@ -93,8 +98,10 @@ def build(config: Config, console: Console) -> Run:
         tokenizer=tokenizer,
         table=table,
         embeddings=embeddings,
+        guard=guard,
     )
-    plan = memory.plan(model, config, len(table))
+    if isinstance(generator, VLLMGenerator) and generator.sync is not None and generator.sync.mode == "push":
+        plan["the engine's own weights"] = plan["weights"]
     console.print(metrics.memory_plan_table(plan, available_bytes=memory.available(policy.device)))
     if newest is not None:
         tensors, state = checkpoint.load(newest)
@@ -104,6 +111,36 @@ def build(config: Config, console: Console) -> Run:
         metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
         logger.info("resumed after step %d from %s", trainer.counters.step, newest)
     return Run(config, folder, trainer, generator, scorer, tokenizer, eval_table, eval_embeddings, newest is not None)
+
+
+def _generator(
+    config: Config, policy: Policy, weights: Path, stop_ids: Sequence[int], table: PromptTable
+) -> tuple[Generator, ParityGuard | None]:
+    """Who samples and, for vLLM, who checks it; `weights` is a folder with the policy's present parameters."""
+    settings, model = config.generation, policy.model
+    if config.generator == "transformers":
+        plain = TransformersGenerator(model, stop_ids=stop_ids, max_batch_sequences=settings.max_batch_sequences)
+        return plain, None
+    random_state = checkpoint.random_state()
+    generator = VLLMGenerator(
+        EngineSettings(
+            path=str(weights),
+            dtype=config.weight_sync.dtype,
+            device=config.model.device,
+            max_tokens=memory.engine_tokens(model, config),
+            max_sequences=settings.max_batch_sequences,
+            kv_cache_bytes=memory.kv_cache_bytes(model, config),
+            keep_plain=config.weight_sync.mode != "push",
+            sleep_level=config.weight_sync.sleep_level,
+        ),
+        stop_ids=stop_ids,
+    )
+    checkpoint.restore_random_state(random_state)  # an engine that starts seeds every global generator
+    generator.attach(weight_sync.connect(generator, model, config.weight_sync))
+    length = min(memory.CHECK_TOKENS, memory.engine_tokens(model, config)) - 1  # scoring samples one token more
+    own = [row.token_ids for row in table.rows]
+    sequences = long_sequences(own, count=config.weight_sync.check_prompts, length=length)
+    return generator, ParityGuard(generator, policy, config, sequences=sequences)
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase:

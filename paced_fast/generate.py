@@ -1,15 +1,28 @@
-"""Sampling completions: token ids in, token ids and their log-probs out."""
+"""Sampling completions: token ids in, token ids and their log-probs out.
+
+Two ways: the trainer's own model through transformers, and a vLLM engine in the same process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from paced_fast import engine
 from paced_fast.batch import Completion
+from paced_fast.config import stream_seed
+from paced_fast.errors import InputError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 30.0
 
 
 class Generator(Protocol):
@@ -25,6 +38,14 @@ class Generator(Protocol):
         seed: int,
     ) -> list[Completion]:
         """Sample `group_size` completions of each prompt; the same seed and weights give the same tokens."""
+        ...
+
+    def before_training(self) -> None:
+        """Nothing is sampled until `after_update`: memory that only sampling needs may go."""
+        ...
+
+    def after_update(self) -> dict[str, float]:
+        """The policy's parameters have changed: sample from the new ones. Figures for the metrics record."""
         ...
 
 
@@ -66,6 +87,13 @@ class TransformersGenerator:
             for k, i in enumerate(chosen):
                 result[i] = completions[k * group_size : (k + 1) * group_size]
         return [completion for group in result for completion in group]
+
+    def before_training(self) -> None:
+        """See `Generator.before_training`; the cache of keys and values lives as long as a call."""
+
+    def after_update(self) -> dict[str, float]:
+        """See `Generator.after_update`; there is one model and so nothing to do."""
+        return {}
 
 
 class _Batch:
@@ -163,3 +191,171 @@ def _completions(tokens: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Ten
     return [
         Completion(token_ids=ids[:length], logprobs=values[:length], stopped=done) for ids, values, length, done in rows
     ]
+
+
+class Sync(Protocol):
+    """How the engine learns of an update; `weight_sync` has the two ways."""
+
+    mode: str
+
+    def after_update(self) -> dict[str, float]:
+        """Make the engine see the new weights; figures for the metrics record."""
+        ...
+
+
+class VLLMGenerator:
+    """vLLM in the trainer's process. Its weights are shared or pushed by what `attach` is given.
+
+    Every sample has its own seed, so what it draws does not depend on its group or on the order of requests. The
+    samples of a prompt are requests of their own that read the prompt's keys and values from the prefix cache.
+    """
+
+    def __init__(self, settings: engine.EngineSettings, *, stop_ids: Sequence[int]) -> None:
+        """Start the engine, which takes 10 to 60 s. Raises InputError when it does not start, naming the knob."""
+        self.settings, self.stop_ids = settings, list(stop_ids)
+        self.can_sleep = settings.device == "cuda"
+        self.sync: Sync | None = None
+        self.calls = 0
+        self._buffers: dict[str, Tensor] = {}
+        started = time.perf_counter()
+        try:
+            self.engine = engine.start(settings)
+            self.tensor_parallel_size = int(self.engine.vllm_config.parallel_config.tensor_parallel_size)
+            # A kernel that does not know this model fails at its first token: now, not after the first evaluation.
+            self._run([(0,)], [self._sampling(1, 0.0, 0)])
+        except engine.FAILURES as error:
+            raise InputError(engine.start_failure(error, settings)) from error
+        logger.info("vllm: ready after %.0f s", time.perf_counter() - started)
+
+    def attach(self, sync: Sync) -> None:
+        """Use `sync` after every update."""
+        self.sync = sync
+
+    def generate(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        group_size: int,
+        max_completion_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[Completion]:
+        """See `Generator.generate`; temperature 0 takes the likeliest token.
+
+        Raises InputError for a prompt that does not fit, TrainingError when the engine fails midway.
+        """
+        for prompt in prompts:
+            if len(prompt) + max_completion_tokens > self.settings.max_tokens:
+                raise InputError(
+                    f"a prompt of {len(prompt)} tokens and a completion of {max_completion_tokens} are longer than the "
+                    f"engine's {self.settings.max_tokens}: lower --generation.max-completion-tokens or "
+                    "--data.max-prompt-tokens"
+                )
+        # What earlier calls left in the prefix cache would make a call depend on them, after a resume above all.
+        self.reset_prefix_cache()
+        seeds = [stream_seed(seed, i, f"sample/{j}") for i in range(len(prompts)) for j in range(group_size)]
+        sampling = [self._sampling(max_completion_tokens, temperature, each) for each in seeds]
+        outputs = self._answer([prompt for prompt in prompts for _ in range(group_size)], sampling)
+        return [_completion(output.outputs[0]) for output in outputs]
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """Log-probs of every token but the first, at temperature 1; the prefix cache has no part in it."""
+        sampling = engine.scoring()
+        outputs = self._answer(sequences, [sampling] * len(sequences))
+        return [
+            [float(output.prompt_logprobs[t][ids[t]].logprob) for t in range(1, len(ids))]
+            for ids, output in zip(sequences, outputs, strict=True)
+        ]
+
+    def before_training(self) -> None:
+        """See `Generator.before_training`: on a GPU the keys and values go, and the weights at sleep levels 1 and 2."""
+        if not self.can_sleep:
+            return
+        self._settle()
+        level = self.settings.sleep_level
+        if level == 2:  # vLLM restores parameters by loading them; what is not a parameter would stay lost
+            self._buffers = self._of_model(
+                lambda model: {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
+            )
+        self.engine.sleep(level)
+        if level == 0:
+            self.engine.release_kv_cache_memory()
+
+    def after_update(self) -> dict[str, float]:
+        """See `Generator.after_update`: wake, synchronise, and forget every key and value of the old weights."""
+        if self.can_sleep and self.settings.sleep_level > 0:
+            self.engine.wake_up(["weights"])
+            self._of_model(self._restore_buffers)
+        figures = self.sync.after_update() if self.sync is not None else {}
+        if self.can_sleep:
+            self.engine.wake_up(["kv_cache"])
+            self.engine.wake_up(["scheduling"])
+        self.reset_prefix_cache()
+        return figures
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all keys and values. vLLM refuses while a request lives, so the refusal is an error here."""
+        self._settle()
+        if not self.engine.reset_prefix_cache():
+            raise TrainingError("vllm kept its prefix cache, so it would sample from old weights: update vllm")
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The engine's own parameters by name, tied ones once."""
+        return self._of_model(lambda model: dict(model.named_parameters()))
+
+    def reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Copy weights in the Hugging Face layout into the engine's, packed or fused as it keeps them."""
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    def _of_model(self, function: Any) -> Any:
+        return self.engine.apply_model(function)[0]
+
+    def _restore_buffers(self, model: torch.nn.Module) -> None:
+        for name, buffer in model.named_buffers():
+            if name in self._buffers:
+                buffer.data.copy_(self._buffers[name])
+
+    def _settle(self) -> None:
+        """One empty step: the scheduler drops what has ended only in the step after."""
+        self.engine.step()
+
+    def _sampling(self, max_tokens: int, temperature: float, seed: int) -> Any:
+        return engine.sampling(self.stop_ids, max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+    def _answer(self, prompts: Sequence[tuple[int, ...]], sampling: Sequence[Any]) -> list[Any]:
+        """As `_run`; a failure becomes one line, and what was under way is dropped."""
+        try:
+            return self._run(prompts, sampling)
+        except engine.FAILURES as error:
+            with contextlib.suppress(*engine.FAILURES):  # an engine past that too is reported by what broke it
+                self.engine.abort_request([f"{self.calls}-{i}" for i in range(len(prompts))])
+            raise TrainingError(
+                f"vllm failed while sampling ({engine.first_line(error)}): nothing of this step is kept; --resume auto "
+                "continues from the last checkpoint, and fewer --generation.max-batch-sequences need less memory"
+            ) from error
+
+    def _run(self, prompts: Sequence[tuple[int, ...]], sampling: Sequence[Any]) -> list[Any]:
+        """The finished request of every prompt, in order."""
+        self.calls += 1
+        found: dict[int, Any] = {}
+        for i, (prompt, options) in enumerate(zip(prompts, sampling, strict=True)):
+            self.engine.add_request(f"{self.calls}-{i}", engine.rendered(self.engine, prompt), options)
+        started = told = time.perf_counter()
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    found[int(output.request_id.split("-")[1])] = output
+            now = time.perf_counter()
+            if now - told > _PROGRESS_SECONDS:
+                told = now
+                logger.info("vllm: %d of %d completions after %.0f s", len(found), len(prompts), now - started)
+        return [found[i] for i in range(len(prompts))]
+
+
+def _completion(output: Any) -> Completion:
+    flat = output.logprobs
+    return Completion(
+        token_ids=list(output.token_ids),
+        logprobs=[float(flat.logprobs[start]) for start in flat.start_indices],
+        stopped=output.finish_reason == "stop",
+    )

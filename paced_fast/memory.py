@@ -8,7 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from paced_fast.config import Config
+from paced_fast.errors import InputError
 from paced_kernels import default_workspace_bytes
+
+ENGINE_BLOCK = 32
+"""Tokens in a block of the engine's key-value cache, at most."""
+CHECK_TOKENS = 256
+"""A check of both sides scores sequences of up to so many tokens: several blocks, or it would miss a stale cache."""
 
 
 def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, int]:
@@ -21,9 +27,6 @@ def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, 
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     element = model.dtype.itemsize
-    head_size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    key_values = 2 * settings.num_hidden_layers * settings.num_key_value_heads * head_size * element
-    sequence = config.data.max_prompt_tokens + config.generation.max_completion_tokens
     # Rows hold a prompt and its group, so one step never has more tokens than this.
     step_tokens = config.generation.prompts_per_step * (
         config.data.max_prompt_tokens + config.generation.group_size * config.generation.max_completion_tokens
@@ -32,14 +35,13 @@ def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, 
     vocab_size, hidden_size = settings.vocab_size, settings.hidden_size
     workspace = default_workspace_bytes(tokens, vocab_size, model.dtype, model.device)
     per_layer = 12 * settings.hidden_size + 3 * settings.intermediate_size
-    batch = min(config.generation.max_batch_sequences, config.rollouts_per_step)
     result = {
         "weights": weights,
         "gradients": trainable,
         "optimizer (AdamW, two moments)": 2 * trainable,
         "activations of a micro-batch": tokens * settings.num_hidden_layers * per_layer * element,
         "vocabulary head (workspace, float32 gradient)": workspace + 4 * vocab_size * hidden_size,
-        "key-value cache": batch * sequence * key_values,
+        "key-value cache": kv_cache_bytes(model, config),
     }
     if config.algorithm == "flowrl":
         result["reference policy"] = weights
@@ -48,6 +50,40 @@ def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, 
             num_prompts * settings.hidden_size * getattr(torch, config.log_z.cache_dtype).itemsize
         )
     return result
+
+
+def kv_cache_bytes(model: PreTrainedModel, config: Config) -> int:
+    """Keys and values of one step's sequences at their longest; `--weight-sync.kv-cache-gib` overrides it for vLLM.
+
+    For vLLM a sequence is rounded up to whole blocks, and the longest sequence that a check scores must fit as well.
+    """
+    if config.generator == "vllm" and config.weight_sync.kv_cache_gib > 0:
+        return int(config.weight_sync.kv_cache_gib * 2**30)
+    settings = model.config
+    batch = min(config.generation.max_batch_sequences, config.rollouts_per_step)
+    tokens = batch * (config.data.max_prompt_tokens + config.generation.max_completion_tokens)
+    element = model.dtype.itemsize
+    if config.generator == "vllm":
+        blocks = -(-(config.data.max_prompt_tokens + config.generation.max_completion_tokens) // ENGINE_BLOCK)
+        tokens = ENGINE_BLOCK * (batch * blocks + -(-engine_tokens(model, config) // ENGINE_BLOCK) + 1)
+        element = {"float32": 4, "bfloat16": 2}[config.weight_sync.dtype]
+    head_size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    return tokens * 2 * settings.num_hidden_layers * settings.num_key_value_heads * head_size * element
+
+
+def engine_tokens(model: PreTrainedModel, config: Config) -> int:
+    """Longest sequence the vLLM engine must take: a prompt with its completion, or a sequence that a check scores.
+
+    Raises InputError when that is more than the model has positions for.
+    """
+    longest = config.data.max_prompt_tokens + config.generation.max_completion_tokens
+    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    if longest > positions:
+        raise InputError(
+            f"--generator vllm: prompt and completion may be {longest} tokens together and the model has {positions} "
+            "positions: lower --data.max-prompt-tokens or --generation.max-completion-tokens"
+        )
+    return max(longest, min(CHECK_TOKENS, positions))
 
 
 def available(device: torch.device) -> int:

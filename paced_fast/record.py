@@ -14,6 +14,7 @@ from torch import Tensor
 from paced_fast import metrics
 from paced_fast.batch import Completion, Rollouts
 from paced_fast.crossings import to_host
+from paced_fast.mismatch import mismatch_metrics
 from paced_fast.replay import ReplayBuffer
 from paced_fast.update import Targets, UpdateResult
 
@@ -72,11 +73,12 @@ class StepResult:
     head: tuple[Tensor, Tensor] | None  # loss and gradient norm
 
 
-def fetch(result: StepResult, replay: ReplayBuffer | None) -> dict[str, Any]:
-    """Every figure of the step by one copy to the host."""
+def fetch(result: StepResult, replay: ReplayBuffer | None, *, mismatch_cap: float) -> dict[str, Any]:
+    """Every figure of the step by one copy to the host; ratios outside [1 / cap, cap] count as mismatched."""
     fresh, update = result.fresh, result.update
-    count = fresh.rollouts.num_tokens
-    mismatch = (result.targets.old_logprobs[:count] - fresh.rollouts.generator_logprobs).abs()
+    sampled = fresh.rollouts.generator_logprobs
+    own = result.targets.old_logprobs[: fresh.rollouts.num_tokens]
+    mismatch = mismatch_metrics(sampled, own, fresh.rollouts.cu_seqlens, cap=mismatch_cap)
     log_ratio, weight = update.log_ratio[: fresh.rollouts.num_sequences], update.weight
     tensors = {
         "loss": update.loss,
@@ -89,9 +91,9 @@ def fetch(result: StepResult, replay: ReplayBuffer | None) -> dict[str, Any]:
         "kl": (log_ratio.exp() - 1 - log_ratio).mean(),
         "effective_sample_share": weight.sum().square() / weight.square().sum() / len(weight),
     }
-    if count:
-        tensors["entropy"] = -fresh.rollouts.generator_logprobs.mean()
-        tensors["generator_mismatch_mean"], tensors["generator_mismatch_max"] = mismatch.mean(), mismatch.max()
+    tensors |= {f"generator_mismatch_{name}": value for name, value in mismatch.items()}
+    if fresh.rollouts.num_tokens:
+        tensors["entropy"] = -sampled.mean()
     if result.head is not None:
         tensors["head_loss"], tensors["head_grad_norm"] = result.head
     if result.values is not None:
@@ -135,8 +137,7 @@ def step_record(result: StepResult, host: dict[str, Any]) -> dict[str, Any]:
         "log_ratio_mean": host["log_ratio_mean"],
         "kl": host["kl"],
         "effective_sample_share": host["effective_sample_share"],
-        "generator_mismatch_mean": host.get("generator_mismatch_mean", 0.0),
-        "generator_mismatch_max": host.get("generator_mismatch_max", 0.0),
+        **{name: value for name, value in host.items() if name.startswith("generator_mismatch_")},
     }
     if result.head is not None:
         record["head_loss"], record["head_grad_norm"] = host["head_loss"], host["head_grad_norm"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from importlib import util
 
 from paced_fast.config import Config, flatten
 from paced_fast.errors import InputError
@@ -11,6 +12,8 @@ from paced_fast.errors import InputError
 
 def resolve(config: Config) -> Config:
     """Replace every `auto` by what the algorithm's name says, and check the settings against each other.
+
+    `weight_sync.mode` alone stays `auto`: the engine's layout decides, and it is not known yet.
 
     Raises InputError naming the first field that is out of range or in conflict with another.
     """
@@ -20,8 +23,14 @@ def resolve(config: Config) -> Config:
     rule = ("tree" if paced else "uniform") if config.scheduler.rule == "auto" else config.scheduler.rule
     replay = ("on" if paced else "off") if config.replay.mode == "auto" else config.replay.mode
     head_loss = "tb" if config.log_z.loss == "auto" else config.log_z.loss
+    # On a CPU the engine takes longer to start than a small run to train, so it is there on demand only.
+    wants_vllm = config.model.device == "cuda" and util.find_spec("vllm") is not None
+    auto_generator = "vllm" if wants_vllm else "transformers"
+    engine_dtype = config.model.dtype if config.weight_sync.dtype == "auto" else config.weight_sync.dtype
     resolved = dataclasses.replace(
         config,
+        weight_sync=dataclasses.replace(config.weight_sync, dtype=engine_dtype),
+        generator=auto_generator if config.generator == "auto" else config.generator,
         loss=dataclasses.replace(config.loss, intercept=intercept),
         scheduler=dataclasses.replace(config.scheduler, rule=rule),
         replay=dataclasses.replace(config.replay, mode=replay),
@@ -55,6 +64,13 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "generation.max_completion_tokens": (1, math.inf),
     "generation.temperature": (1e-3, 100.0),
     "generation.max_batch_sequences": (1, math.inf),
+    "weight_sync.bucket_mib": (1, 1 << 20),
+    "weight_sync.sleep_level": (0, 2),
+    "weight_sync.kv_cache_gib": (0.0, 1e6),
+    "weight_sync.check_every": (0, math.inf),
+    "weight_sync.check_prompts": (1, 64),
+    "weight_sync.max_mean_difference": (0.0, math.inf),
+    "mismatch.cap": (1.0 + 1e-6, 1e6),
     "loss.beta": (1e-6, 1e6),
     "loss.importance_cap": (1e-6, math.inf),
     "loss.grpo_clip": (1e-6, 1.0),
@@ -119,6 +135,14 @@ def _check(config: Config) -> None:
             f"--scheduler.rule {config.scheduler.rule} needs a value that means accuracy; flowrl's log Z does not: "
             "use uniform, history or dynamic"
         )
+    if config.weight_sync.sleep_level > 0 and config.weight_sync.mode != "push":
+        raise InputError(
+            f"--weight-sync.sleep-level {config.weight_sync.sleep_level} lets go of the engine's weights, which "
+            "sharing forbids: give --weight-sync.mode push, or level 0"
+        )
+    hottest = max(config.generation.temperature, config.evaluation.temperature)
+    if config.generator == "vllm" and hottest > 2.0:
+        raise InputError(f"--generator vllm samples at temperatures up to 2, not {hottest:g}: lower it")
     needed = {"tb_group": "group_mean", "grpo": "group_mean", "flowrl": "value"}.get(config.algorithm)
     if needed not in (None, config.loss.intercept):
         raise InputError(

@@ -36,13 +36,19 @@ def train(run: Run, console: Console) -> dict[str, Any]:
         metrics.MetricsWriter(folder, sinks=config.run.loggers, config=flatten(config)) as writer,
         metrics.Progress(config.steps, start_step=trainer.counters.step, console=console) as progress,
     ):
+        # A resumed run loads the engine anew, so it is checked like a new one.
+        parity = trainer.guard.check(trainer.counters.step) if trainer.guard is not None else None
         if run.resumed:
             writer.drop_from(trainer.counters.step + 1)
         else:
             progress.update({"step": 0, "status": "evaluating before training"})
+            record: dict[str, Any] = {"step": 0, "rollouts": 0, "train_seconds": 0.0}
+            if parity is not None:
+                record["parity"] = parity
             before = evaluate_now(run, config.evaluation.final_samples)
             if before is not None:
-                record = {"step": 0, "rollouts": 0, "train_seconds": 0.0, "eval": before.record()}
+                record["eval"] = before.record()
+            if before is not None or parity is not None:
                 writer.write(record)
                 progress.update(record)
         while trainer.counters.step < config.steps:

@@ -23,6 +23,8 @@ from paced_fast.crossings import clock_of, to_device, to_host
 from paced_fast.errors import TrainingError
 from paced_fast.generate import Generator
 from paced_fast.log_z import LogZ, group_accuracy, group_advantage
+from paced_fast.mismatch import sequence_weights
+from paced_fast.parity import ParityGuard
 from paced_fast.policy import Policy
 from paced_fast.record import Fresh, Group, StepResult, fetch, step_record, value_record
 from paced_fast.replay import ReplayBuffer, importance_weights
@@ -58,8 +60,13 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase,
         table: PromptTable,
         embeddings: Tensor | None,
+        guard: ParityGuard | None = None,
     ) -> None:
-        """`initial` is needed by `flowrl` only, `embeddings` f32[N, H] by algorithms that learn log Z."""
+        """`initial` is needed by `flowrl` only, `embeddings` f32[N, H] by algorithms that learn log Z.
+
+        `guard` checks a generator that has its own engine.
+        """
+        self.guard = guard
         self.config, self.policy, self.initial = config, policy, initial
         self.generator, self.scorer, self.tokenizer, self.table = generator, scorer, tokenizer, table
         self.optimizer = make_optimizer(policy, config.optimizer)
@@ -94,11 +101,28 @@ class Trainer:
         self.phases.take()
         with self.phases.phase("head"):
             values = self.log_z.score() if self.log_z is not None else None
-        fresh, replayed = self._sample(values)
+        try:
+            fresh, replayed = self._sample(values)
+        except TrainingError:
+            self.counters.step -= 1  # nothing was sampled, so there was no step
+            raise
+        checked = self.guard is not None and self.guard.due(self.counters.step)
+        if self.guard is not None and checked:
+            with self.phases.phase("parity"):
+                self.guard.prime()
+        with self.phases.phase("sync"):
+            self.generator.before_training()
         result = self._learn(fresh, replayed, values)
         with self.phases.phase("metrics"):
-            host = fetch(result, self.replay if values is not None and self.config.value_is_accuracy else None)
+            replay = self.replay if values is not None and self.config.value_is_accuracy else None
+            host = fetch(result, replay, mismatch_cap=self.config.mismatch.cap)
         self._count(result.fresh, host)
+        with self.phases.phase("sync"):
+            sync = self.generator.after_update()
+        parity: dict[str, float] = {}
+        if self.guard is not None and checked:
+            with self.phases.phase("parity"):
+                parity = self.guard.check(self.counters.step)
         seconds = self.phases.take()
         total = sum(seconds.values())
         counters = self.counters
@@ -114,6 +138,7 @@ class Trainer:
         }
         if self.config.value_is_accuracy and values is not None:
             record |= value_record(result, host, counters.step)
+        record |= {name: figures for name, figures in (("weight_sync", sync), ("parity", parity)) if figures}
         return record, self._shown(result, host)
 
     def _learn(self, fresh: Fresh, replayed: Rollouts | None, values: Tensor | None) -> StepResult:
@@ -226,6 +251,9 @@ class Trainer:
         temperature, count = config.generation.temperature, fresh.rollouts.num_sequences
         old = ref = self.policy.logprobs(rollouts, temperature)
         weights = torch.ones_like(rollouts.rewards)
+        if config.mismatch.mode != "off":
+            sampled, own = fresh.rollouts, old[: fresh.rollouts.num_tokens]
+            weights[:count] = sequence_weights(sampled.generator_logprobs, own, sampled.cu_seqlens, config.mismatch)
         if config.algorithm == "flowrl":
             assert self.initial is not None
             assert values is not None

@@ -93,7 +93,7 @@ def test_a_mistake_is_one_line_and_status_two(
 def test_help_names_every_setting_with_its_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("COLUMNS", "100")  # narrow: side by side, boxes would cut sentences apart
     with pytest.raises(SystemExit) as stop:
         cli.parse(["--help"])
     assert stop.value.code == 0

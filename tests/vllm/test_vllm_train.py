@@ -1,0 +1,129 @@
+"""Whole runs with vLLM as a user starts them: metrics, resume to the same completions, failures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_sides import child_environment
+
+OPTIONS = [
+    "tiny",
+    "--generator",
+    "vllm",
+    "--weight-sync.mode",
+    "shared",
+    "--weight-sync.check-every",
+    "2",
+    "--model.hidden-size",
+    "128",
+    "--steps",
+    "4",
+    "--warm-start.first.steps",
+    "6",
+    "--warm-start.first.batch-size",
+    "32",
+    "--warm-start.second.steps",
+    "0",
+    "--optimizer.learning-rate",
+    "1e-3",
+    "--generation.prompts-per-step",
+    "4",
+    "--generation.group-size",
+    "4",
+    "--run.checkpoint-every",
+    "2",
+    "--scheduler.warmup-steps",
+    "1",
+    "--evaluation.every",
+    "0",
+    "--evaluation.final-samples",
+    "1",
+    "--run.no-report",
+]
+
+FAILING = """
+import sys
+from paced_fast import train
+from paced_fast.generate import VLLMGenerator
+
+plain, calls = VLLMGenerator._run, []
+
+def run(self, prompts, sampling):
+    calls.append(1)
+    if len(prompts) == 16 and len(calls) > 8:  # the groups of a step, some steps into the run
+        raise RuntimeError("lost a worker")
+    return plain(self, prompts, sampling)
+
+VLLMGenerator._run = run
+train.main(sys.argv[1:])
+"""
+
+
+def run(folder: Path, cache: Path, *more: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "paced_fast.train"] if code is None else ["-c", code]
+    command = [sys.executable, *start, *OPTIONS, "--run-dir", str(folder), "--warm-start.cache-dir", str(cache), *more]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
+
+
+def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of four steps, and the folder of warm starts."""
+    root = tmp_path_factory.mktemp("runs")
+    done = run(root / "whole", root / "cache")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root / "whole", root / "cache"
+
+
+def test_every_step_is_synchronised_and_checked_when_due(finished: tuple[Path, Path]) -> None:
+    found = records(finished[0])
+    assert [record["step"] for record in found] == [0, 1, 2, 3, 4]
+    assert [record["step"] for record in found if "parity" in record] == [0, 2, 4]
+    for record in found[1:]:
+        assert record["weight_sync"]["bytes"] == 0
+        assert {"generate", "update", "sync"} <= record["seconds"].keys()
+        assert record["generator_mismatch_max"] < 1e-3
+        assert record["grad_norm"] > 0
+    for record in found[::2]:
+        assert 0 < record["parity"]["sampled_mean"] < 1e-4
+        assert 0 < record["parity"]["scored_mean"] < 1e-4
+
+
+def test_a_resumed_run_samples_the_same_completions(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    whole, cache = finished
+    folder = tmp_path / "resumed"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints" / "step_000004")
+    done = run(folder, cache, "--resume", "auto")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed after step 2" in done.stdout + done.stderr
+    assert records(folder, "rollouts.jsonl") == records(whole, "rollouts.jsonl")
+    for one, other in zip(records(folder), records(whole), strict=True):
+        for name in ("loss", "grad_norm", "reward_mean", "entropy", "parity"):
+            assert one.get(name) == other.get(name), (one["step"], name)
+    state = (whole / "checkpoints" / "step_000004").rglob("*")
+    assert not [path for path in state if "engine" in path.name or "vllm" in path.name]
+
+
+def test_a_failure_while_sampling_ends_the_run_with_its_checkpoint(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "failed"
+    done = run(folder, finished[1], code=FAILING)
+    assert done.returncode == 3
+    lines = [line for line in done.stderr.splitlines() if line.startswith("stopped: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("stopped: vllm failed while sampling (lost a worker): nothing of this step is kept")
+    assert "Traceback" not in done.stderr
+    steps = [record["step"] for record in records(folder)]
+    assert steps == list(range(len(steps)))
+    assert 2 in steps
+    assert 4 not in steps
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_000002"]
