@@ -190,7 +190,8 @@ def test_a_whole_step_meets_the_host_at_its_crossings_only(
     """Everything but generation, rewards and the crossings runs under the watch; offsets of the loss are the host's."""
     monkeypatch.setattr(_checks, "check_value", lambda *_: None)  # asynchronous on a GPU
     monkeypatch.setattr(_checks, "check_token_values", lambda *_: None)
-    trainer = tiny_run.build(tiny_run.config(tiny_run.write_rewards(tmp_path), algorithm), tmp_path / "run").trainer
+    settings = tiny_run.config(tiny_run.write_rewards(tmp_path), algorithm, mismatch__mode="token_mask")
+    trainer = tiny_run.build(settings, tmp_path / "run").trainer
     watch = HostWatch()
     crossings: list[str] = []
 

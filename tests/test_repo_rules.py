@@ -226,7 +226,7 @@ def sources_are_ascii(module: Module) -> Iterator[str]:
 
 
 WAITING_CALLS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "unique", "masked_select", "synchronize"}
-HOT_MODULES = {"log_z", "optimizer", "pack", "record", "replay", "scheduler", "trainer", "update"}
+HOT_MODULES = {"log_z", "mismatch", "optimizer", "pack", "record", "replay", "scheduler", "trainer", "update"}
 """Modules of `paced_fast` that run between the crossings; those themselves are in `crossings`."""
 
 MAY_ASK_THE_DEVICE = {

@@ -309,6 +309,35 @@ def test_the_head_learns_from_fresh_groups_only(rewards: Path, tmp_path: Path, m
     assert replayed >= 8, "there was replay to keep away from it"
 
 
+@pytest.mark.parametrize("mode", ["off", "sequence_truncate"])
+def test_fresh_sequences_are_weighed_against_the_generators_error_and_replayed_ones_are_not(
+    rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    trainer = build(config(rewards, mismatch__mode=mode, mismatch__cap=1.5), tmp_path / "run").trainer
+    generate, targets_of = trainer.generator.generate, trainer._targets
+    kept: list[Any] = []
+
+    def too_sure(*args: Any, **options: Any) -> Any:
+        """The first token's log-prob is off by 0.2 nats, up and down in turns."""
+        return [
+            dataclasses.replace(c, logprobs=[c.logprobs[0] + (0.2 if i % 2 else -0.2), *c.logprobs[1:]])
+            for i, c in enumerate(generate(*args, **options))
+        ]
+
+    monkeypatch.setattr(trainer.generator, "generate", too_sure)
+    monkeypatch.setattr(trainer, "_targets", lambda *args: kept.append(targets_of(*args)) or kept[-1])
+    for _ in range(3):
+        record, _ = trainer.step()
+    weights = kept[-1].weights
+    assert len(weights) == record["trained_sequences"] > 16
+    wanted = [1.0] * 16 if mode == "off" else [math.exp(0.2), math.exp(-0.2)] * 8
+    assert weights[:16].tolist() == pytest.approx(wanted, rel=1e-3)
+    assert weights[16:].tolist() == [1.0] * (len(weights) - 16)
+    assert record["generator_mismatch_max"] == pytest.approx(0.2, rel=1e-2)
+    assert record["generator_mismatch_sequence_ratio"] == pytest.approx(math.cosh(0.2), rel=1e-3)
+    assert record["generator_mismatch_outside_share"] == 0.0
+
+
 def test_the_head_learns_from_replayed_completions_by_their_weights_where_that_is_asked_for(
     rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
