@@ -5,13 +5,11 @@ N = prompts, P = prompts drawn in a step, G = completions of each.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_run
 import torch
 from torch import Tensor
 
@@ -110,13 +108,20 @@ def test_a_schedule_never_waits_and_its_replays_equal_eager_steps(rule: str) -> 
     assert len(captured.scheduler.visits.nonzero()) > DRAWN
 
 
+def trainer_on_gpu(folder: Path, *arguments: str, **changes: Any) -> Any:
+    """A whole trainer; skips where its packages are missing, which the rest of these tests does not need."""
+    for name in ("transformers", "tyro", "rich", "nvtx", "safetensors", "math_verify", "reasoning_gym"):
+        pytest.importorskip(name)
+    import tiny_run
+
+    settings = tiny_run.config(tiny_run.write_rewards(folder), *arguments, model__device="cuda", **changes)
+    return tiny_run.build(settings, folder / "run").trainer
+
+
 @pytest.mark.parametrize("algorithm", ["paced", "tb_group", "flowrl", "grpo"])
 def test_learning_from_a_batch_never_waits(algorithm: str, tmp_path: Path) -> None:
     """Between the copies to the device and the one of the figures, with the real policy and the real loss."""
-    settings = tiny_run.config(
-        tiny_run.write_rewards(tmp_path), algorithm, model__device="cuda", optimizer__micro_batch_tokens=64
-    )
-    trainer = tiny_run.build(dataclasses.replace(settings), tmp_path / "run").trainer
+    trainer = trainer_on_gpu(tmp_path, algorithm, optimizer__micro_batch_tokens=64, mismatch__mode="token_mask")
     for _ in range(4):
         trainer.step()  # replay is filled, kernels are compiled
     trainer.counters.step += 1
@@ -129,14 +134,11 @@ def test_learning_from_a_batch_never_waits(algorithm: str, tmp_path: Path) -> No
 
 
 def test_phases_are_charged_for_the_work_they_launch(tmp_path: Path) -> None:
-    trainer = tiny_run.build(
-        tiny_run.config(tiny_run.write_rewards(tmp_path), model__device="cuda"), tmp_path / "run"
-    ).trainer
+    trainer = trainer_on_gpu(tmp_path)
     for _ in range(3):
         record, _ = trainer.step()
     seconds = record["seconds"]
-    assert {"generate", "reward", "pack", "old_logprobs", "update", "head", "schedule", "replay", "metrics"} <= set(
-        seconds
-    )
+    phases = {"generate", "reward", "pack", "old_logprobs", "update", "head", "schedule", "replay", "metrics"}
+    assert phases <= set(seconds)
     assert all(value >= 0 for value in seconds.values())
     assert seconds["update"] > seconds["metrics"]
