@@ -245,7 +245,75 @@ OTHERS = (
     ),
 )
 
-FAULTS = CONTROLS + OTHERS
+EVERYTHING = "test_triton_tree.py::test_everything_equals_the_reference"
+KEYS = "test_triton_tree.py::test_keys_of_a_race_are_those_of_the_reference_to_the_last_bit"
+TREE = (
+    Fault(
+        "a race whose keys forget the index",
+        "_tree_kernels",
+        "(keys & ~index_mask) | leaves, NO_KEY",
+        "keys, NO_KEY",
+        f"{EVERYTHING}[1025]",
+    ),
+    Fault(
+        "exploration of what weighs nothing",
+        "_triton_tree",
+        "else torch.where(is_live, explored, 0)).sum()",
+        "else explored).sum()",
+        KEYS,
+    ),
+    Fault(
+        "shares of a mixture exchanged",
+        "_tree_kernels",
+        "near = (weight / sum_q) * (1.0 - exploration)",
+        "near = (weight / sum_q) * exploration",
+        f"{EVERYTHING}[1025]",
+    ),
+    Fault(
+        "exp with one term less",
+        "_tree_kernels",
+        "tl.static_range(1, NUM_EXP_TERMS)",
+        "tl.static_range(1, NUM_EXP_TERMS - 1)",
+        f"{EVERYTHING}[1025]",
+    ),
+    Fault(
+        "the last bits of a logarithm",
+        "_tree_kernels",
+        "return e * LN2_HIGH + (s * series + e * LN2_LOW)",
+        "return e * (LN2_HIGH + LN2_LOW) + s * series",
+        KEYS,
+    ),
+    Fault(
+        "weights where none are allowed",
+        "_tree_kernels",
+        "    q = tl.where(is_allowed, q, 0)\n",
+        "",
+        f"{EVERYTHING}[1025]",
+    ),
+    Fault(
+        "the first of duplicates wins",
+        "_tree_kernels",
+        "position + 1) << WEIGHT_BITS",
+        "num_elements - position) << WEIGHT_BITS",
+        "test_triton_tree.py::test_last_writer_wins_across_programs",
+    ),
+    Fault(
+        "a boundary that belongs to the left",
+        "_tree_kernels",
+        "is_before = prefix <= target[:, None]",
+        "is_before = prefix < target[:, None]",
+        "test_triton_tree.py::test_draws_equal_the_two_line_oracle",
+    ),
+    Fault(
+        "upper sums of a second rebuild on the first",
+        "_triton_tree",
+        "        self._upper.zero_()\n",
+        "",
+        "test_triton_tree.py::test_any_number_of_levels[1]",
+    ),
+)
+
+FAULTS = CONTROLS + OTHERS + TREE
 UNCHANGED = "unchanged"
 
 

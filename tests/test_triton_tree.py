@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paced_kernels import Bell, PriorityTree, Sample, _triton_tree
+from paced_kernels import Bell, PriorityTree, Sample, _tree_reference, _triton_tree
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in Triton's interpreter"
@@ -81,6 +81,21 @@ def weights_of_bell(num: int) -> Tensor:
     strange = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -0.0])
     values[num // 2 : num // 2 + 5] = strange[: max(0, min(5, num - num // 2))]
     return values
+
+
+@pytest.mark.parametrize(
+    ("exploration", "explored"), [(0.0, None), (0.3, None), (0.3, torch.arange(3000) % 11), (1.0, torch.arange(3000))]
+)
+def test_keys_of_a_race_are_those_of_the_reference_to_the_last_bit(exploration: float, explored: Tensor | None) -> None:
+    tree = pair(3000, seed=2**63 + 1, stream=9)[0]
+    tree.rebuild(random_weights(3000, 5))
+    tree.step.fill_(2**33 + 5)
+    assert tree._kernels is not None
+    keys, total = tree._kernels.race(tree._counters(), tree.status_counts, exploration=exploration, explored=explored)
+    q = tree.get(torch.arange(3000))
+    wanted = _tree_reference.race_keys(q, **tree._random_state(), exploration=exploration, explored=explored)
+    assert torch.equal(keys, wanted)
+    assert total == q.sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
