@@ -9,11 +9,14 @@ import os
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paced_kernels import Bell, PriorityTree, Sample, _tree_reference, _triton_tree
+from paced_kernels import Bell, PriorityTree, Sample, _tree_kernels, _tree_reference, _triton_tree
+from paced_kernels._exact import exp_of_negative, log_of_unit
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in Triton's interpreter"
@@ -81,6 +84,25 @@ def weights_of_bell(num: int) -> Tensor:
     strange = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -0.0])
     values[num // 2 : num // 2 + 5] = strange[: max(0, min(5, num - num // 2))]
     return values
+
+
+@triton.jit
+def exact_kernel(t_ptr, u_ptr, exp_ptr, log_ptr, NUM: tl.constexpr):
+    o = tl.arange(0, NUM)
+    tl.store(exp_ptr + o, _tree_kernels.exp_of_negative(tl.load(t_ptr + o)))
+    tl.store(log_ptr + o, _tree_kernels.log_of_unit(tl.load(u_ptr + o)))
+
+
+def test_exp_and_log_have_the_bits_of_the_reference() -> None:
+    """Keys do not show the last bits of a logarithm: the index is there."""
+    num = 4096
+    t = torch.linspace(0, 40, num, dtype=torch.float64)
+    u = torch.rand(num, dtype=torch.float64).clamp(min=2.0**-53)
+    u[:54] = 2.0 ** -torch.arange(54, dtype=torch.float64)
+    exps, logs = torch.zeros(2, num, dtype=torch.float64)
+    exact_kernel[(1,)](t, u, exps, logs, NUM=num, enable_fp_fusion=False)
+    assert torch.equal(exps, exp_of_negative(t))
+    assert torch.equal(logs, log_of_unit(u))
 
 
 @pytest.mark.parametrize(
