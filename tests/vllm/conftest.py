@@ -42,8 +42,14 @@ def llama_side(start: Callable[..., Side]) -> Side:
 
 @pytest.fixture(scope="session")
 def pushed_side(start: Callable[..., Side]) -> Side:
-    """Llama, pushed; the engine packs its matrices."""
-    return start(tiny_llama(), mode="push")
+    """Llama, pushed because the engine packs its matrices."""
+    return start(tiny_llama(), mode="auto", keep_plain=False)
+
+
+@pytest.fixture(scope="session")
+def pushed_qwen_side(start: Callable[..., Side]) -> Side:
+    """Qwen2, whose embeddings are tied, pushed."""
+    return start(tiny_qwen2(), mode="push")
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +70,13 @@ def pushed(pushed_side: Side) -> Side:
     """Llama, pushed, with its first weights."""
     pushed_side.restore()
     return pushed_side
+
+
+@pytest.fixture
+def pushed_qwen(pushed_qwen_side: Side) -> Side:
+    """Qwen2, pushed, with its first weights."""
+    pushed_qwen_side.restore()
+    return pushed_qwen_side
 
 
 @pytest.fixture
