@@ -25,11 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Side]:
-    """Make a `Side` from a model."""
+    """Make a `Side` from a model. All live as long as the session: the first engine to be freed takes the process groups
+    of all of them along."""
+    alive: list[Side] = []
 
     def make(model: PreTrainedModel, **options: Any) -> Side:
         torch.manual_seed(0)
-        return Side(model, tmp_path_factory.mktemp("model"), **options)
+        alive.append(Side(model, tmp_path_factory.mktemp("model"), **options))
+        return alive[-1]
 
     return make
 
