@@ -25,8 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Side]:
-    """Make a `Side` from a model. All live as long as the session: the first engine to be freed takes the process groups
-    of all of them along."""
+    """Make a `Side` from a model. All live as long as the session: the first engine to be freed takes the process
+    groups of all of them along."""
     alive: list[Side] = []
 
     def make(model: PreTrainedModel, **options: Any) -> Side:
