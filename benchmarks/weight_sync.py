@@ -49,8 +49,8 @@ class Arguments:
     """Updates timed; the median counts."""
     runs: int = 0
     """Steps of a run of `tiny` by each generator (at width 128: the engine has a kernel for its heads); 0 for none."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of those runs."""
+    seeds: int = 1
+    """Seeds of those runs, from 0."""
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
@@ -108,7 +108,6 @@ def probe(mode: str, folder: str, dtype: Any, updates: int) -> dict[str, float]:
             max_tokens=256,
             max_sequences=8,
             kv_cache_bytes=1 << 26,
-            keep_plain=mode != "push",
         ),
         stop_ids=[0],
     )
@@ -119,15 +118,14 @@ def probe(mode: str, folder: str, dtype: Any, updates: int) -> dict[str, float]:
         else weight_sync.connect(generator, model, WeightSyncConfig(mode="shared" if mode == "shared" else "push"))
     )
     generator.attach(sync)
+    _scale(trainer, 1.0)  # what a file backed so far is memory from now on
     gc.collect()
     resident = _anonymous_bytes() - idle
     reset_high_water_mark()
     before = status_bytes("VmRSS")
     seconds, copied = [], 0.0
     for update in range(updates):
-        with torch.no_grad():
-            for parameter in trainer.values():
-                parameter.mul_(1.0 + 1e-3 * (update + 1))
+        _scale(trainer, 1.0 + 1e-3 * (update + 1))
         started = time.perf_counter()
         copied = generator.after_update()["bytes"]
         seconds.append(time.perf_counter() - started)
@@ -147,6 +145,12 @@ def probe(mode: str, folder: str, dtype: Any, updates: int) -> dict[str, float]:
         "peak_bytes": resident + peak,
         "largest_difference": float(difference),
     }
+
+
+def _scale(parameters: dict[str, torch.nn.Parameter], factor: float) -> None:
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.mul_(factor)
 
 
 class _ParameterByParameter:
@@ -175,7 +179,7 @@ def _runs(arguments: Arguments) -> list[dict[str, Any]]:
     return [
         {"name": generator if generator == "transformers" else mode, "seed": seed}
         | _child("train", generator, mode, str(arguments.runs), str(seed))
-        for seed in arguments.seeds
+        for seed in range(arguments.seeds)
         for generator, mode in options
     ]
 

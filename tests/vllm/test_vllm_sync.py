@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_sides import step
+from vllm_sides import step, tiny_llama
+
+from paced_fast.config import WeightSyncConfig
+from paced_fast.errors import InputError
+from paced_fast.weight_sync import connect
 
 LONG = [tuple(torch.randint(2, 300, (200,), generator=torch.Generator().manual_seed(k)).tolist()) for k in range(3)]
 
@@ -27,7 +31,7 @@ def greedy_of_trainer(side: Any, prompts: list[tuple[int, ...]], length: int = 8
     return result
 
 
-@pytest.mark.parametrize("fixture", ["llama", "qwen", "pushed"])
+@pytest.mark.parametrize("fixture", ["llama", "qwen", "pushed", "pushed_qwen"])
 def test_greedy_continuations_agree_after_each_of_twenty_steps(fixture: str, request: pytest.FixtureRequest) -> None:
     side = request.getfixturevalue(fixture)
     seen = [greedy(side, LONG)]
@@ -40,3 +44,18 @@ def test_greedy_continuations_agree_after_each_of_twenty_steps(fixture: str, req
             side.sync.check()
         seen.append(found)
     assert sum(a != b for a, b in itertools.pairwise(seen)) > 10, "the weights hardly moved"
+
+
+def test_an_engine_that_packs_is_pushed_to(pushed: Any) -> None:
+    assert pushed.sync.mode == "push"
+    with pytest.raises(InputError, match=r"shared: the engine holds .*qkv_proj.weight packed .*: give push, or auto"):
+        connect(pushed.generator, pushed.model, WeightSyncConfig(mode="shared"))
+    figures = pushed.generator.after_update()
+    assert figures["bytes"] == 4 * sum(p.numel() for p in pushed.model.parameters())
+    assert figures["seconds"] > 0
+
+
+def test_two_types_are_pushed_to(llama: Any) -> None:
+    other = tiny_llama(dtype=torch.bfloat16)
+    with pytest.raises(InputError, match=r"embed_tokens.weight is bfloat16 and the engine's is float32"):
+        connect(llama.generator, other, WeightSyncConfig(mode="shared"))

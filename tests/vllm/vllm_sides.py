@@ -78,7 +78,6 @@ class Side:
             "max_tokens": 320,
             "max_sequences": 64,
             "kv_cache_bytes": 64 << 20,
-            "keep_plain": mode != "push",
         } | options
         self.model, self.folder = model, folder
         self.policy = Policy(model, max_tokens=4096)
