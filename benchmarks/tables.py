@@ -18,7 +18,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 READMES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
-FILES = {"sample_efficiency": "sample_efficiency.json", "kernels": "trajectory_balance.json", "compile": "compile.json"}
+FILES = {
+    "sample_efficiency": "sample_efficiency.json",
+    "kernels": "trajectory_balance.json",
+    "compile": "compile.json",
+    "weight_sync": "weight_sync.json",
+}
 
 
 def _path(section: str) -> Path:
@@ -127,6 +132,33 @@ def _kernel_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def weight_sync() -> str:
+    """The ways to get weights into an engine, and short runs with each, as Markdown."""
+    result = json.loads(_path("weight_sync").read_text())
+    lines = [
+        "| weights | MB copied | seconds (least to largest) | MB resident | MB at the peak |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["modes"].items():
+        seconds = f"{row['median_seconds']:.3f} ({row['least_seconds']:.3f} to {row['largest_seconds']:.3f})"
+        sizes = [f"{row[key] / 1e6:,.0f}" for key in ("bytes", "resident_bytes", "peak_bytes")]
+        lines.append(f"| {name} | {sizes[0]} | {seconds} | {sizes[1]} | {sizes[2]} |")
+    shared = result["modes"]["shared"]
+    note = f"""
+        One update of {result["model"]} in {result["dtype"]} ({shared["weights_bytes"] / 1e6:,.0f} MB of weights), and
+        what trainer and engine hold together, above an idle process. `load_weights` is called once a parameter, as TRL
+        does. Log-probs of both sides differ by at most
+        {max(row["largest_difference"] for row in result["modes"].values()):.1e} after the updates.
+        {_environment(result)}."""
+    runs = ["| run of `tiny` | seed | generate s | train s | sync s | reward, last steps | accuracy after |"]
+    runs.append("|---|---|---|---|---|---|---|")
+    for run in result["runs"]:
+        seconds = " | ".join(f"{run[key]:.3f}" for key in ("generate", "train", "sync"))
+        name = f"{run['name']} | {run['seed']}"
+        runs.append(f"| {name} | {seconds} | {run['reward']:.3f} | {run['accuracy_after']:.3f} |")
+    return "\n".join([*lines, "", _wrapped(note), "", *runs])
+
+
 def compiled() -> str:
     """What the compiler says of every kernel, as Markdown."""
     result = json.loads(_path("compile").read_text())
@@ -147,6 +179,7 @@ def render(text: str) -> str:
         "smollm2": lambda: train_run("smollm2"),
         "kernels": kernels,
         "compile": compiled,
+        "weight_sync": weight_sync,
     }
     for name, make in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

@@ -36,6 +36,12 @@ class Policy:
         for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, option, None) not in (None, 1, 1.0):
                 raise InputError(f"model.name: this model scales its logits ({option}), which the loss does not know")
+        unknown = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise InputError(
+                f"model.name: this model has layers of {min(unknown)}, and rows that share a prompt need attention "
+                "whose mask can be given: full or sliding"
+            )
         self.model = model
         self.max_tokens = max_tokens
 
@@ -60,11 +66,25 @@ class Policy:
         rows = pack.forward_rows(rollouts, self.max_tokens)
         states = self.model.base_model(
             input_ids=rows.input_ids,
-            attention_mask=rows.attention_mask,
+            attention_mask=self._masks(rows),
             position_ids=rows.position_ids,
             use_cache=False,
         ).last_hidden_state
         return states.flatten(0, 1)[rows.hidden_index]
+
+    def _masks(self, rows: pack.ForwardRows) -> Tensor | dict[str, Tensor]:
+        """The rows' mask bool[R, 1, L, L]; one for each kind of layer where some or all see a window only.
+
+        A model takes a mask as it is given, so its window has to be in it: a token sees those less than so many
+        positions back, counted along its own sequence and not along the row.
+        """
+        settings = self.model.config
+        window, kinds = getattr(settings, "sliding_window", None), getattr(settings, "layer_types", None)
+        if window is None or (kinds is not None and "sliding_attention" not in kinds):
+            return rows.attention_mask
+        is_near = rows.position_ids[:, :, None] - rows.position_ids[:, None, :] < window
+        sliding = rows.attention_mask & is_near[:, None]
+        return sliding if kinds is None else {"full_attention": rows.attention_mask, "sliding_attention": sliding}
 
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:

@@ -5,6 +5,15 @@ from __future__ import annotations
 import pytest
 import tiny_policy
 import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
@@ -19,6 +28,53 @@ def test_logprobs_equal_a_full_softmax(temperature: float, max_tokens: int) -> N
     wanted = tiny_policy.naive_logprobs(policy.model, batch, temperature).detach()
     assert float(wanted.std()) > 0.5, "a uniform distribution would hide mistakes"
     torch.testing.assert_close(policy.logprobs(batch, temperature), wanted, rtol=1e-4, atol=1e-4)
+
+
+def sliding_model(family: str) -> PreTrainedModel:
+    """Layers that see three tokens back, all of them or one of two."""
+    sizes = {
+        "vocab_size": tiny_policy.VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 3,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": tiny_policy.STOP,
+    }
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]}
+    made = {
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**sizes)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, **kinds, use_sliding_window=True)),
+        "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **kinds)),
+    }[family]()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8.0)
+    return made.eval()
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3"])
+def test_a_sliding_window_counts_along_a_sequence_and_not_along_a_row(family: str) -> None:
+    """Rows share a prompt, so two neighbours in a row may be far from each other, and never the other way round."""
+    batch = tiny_policy.rollouts([4, 1, 0, 6, 2, 5, 1, 3, 7], group_size=3, prompt_lengths=(5, 9, 2))
+    policy = Policy(sliding_model(family), max_tokens=4096)
+    wanted = tiny_policy.naive_logprobs(policy.model, batch).detach()
+    assert float(wanted.std()) > 0.5
+    torch.testing.assert_close(policy.logprobs(batch, 1.0), wanted, rtol=1e-4, atol=1e-4)
+    policy.model.config.sliding_window = 100
+    assert float((policy.logprobs(batch, 1.0) - wanted).abs().max()) > 0.1, "the window matters"
+
+
+def test_layers_of_other_kinds_are_refused() -> None:
+    model = sliding_model("qwen3")
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(InputError, match="layers of linear_attention, and rows that share a prompt need attention"):
+        Policy(model, max_tokens=10)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 11, 4096])

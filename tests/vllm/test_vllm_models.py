@@ -1,4 +1,4 @@
-"""A real model, SmolLM2 with tied embeddings, and bfloat16: shared, trained, equal on both sides."""
+"""SmolLM2 with tied embeddings, a small model of every other family, bfloat16: shared, trained, equal on both sides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import tiny_policy
 import torch
-from vllm_sides import step, tiny_llama
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from vllm_sides import STOP, sharpened, step, tiny_llama
 
 from paced_fast.config import ModelConfig
 from paced_fast.parity import ParityGuard
@@ -51,3 +62,59 @@ def test_bfloat16_is_shared_and_within_its_rounding(start: Callable[..., Any]) -
     step(side)
     found = guard.check(1)
     assert found["sampled_mean"] < 0.03
+
+
+def tiny_mistral() -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**SIZES, tie_word_embeddings=False, sliding_window=None))
+
+
+def tiny_qwen3() -> PreTrainedModel:
+    """A norm of queries and keys, and heads that are not the width over their number."""
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES | {"head_dim": 64}, tie_word_embeddings=True))
+
+
+def tiny_gemma() -> PreTrainedModel:
+    return GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=32))
+
+
+def tiny_gemma3() -> PreTrainedModel:
+    """Norms before and after, a sliding window in every second layer."""
+    layers = ["sliding_attention", "full_attention"]
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=32, layer_types=layers, sliding_window=64))
+
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize("make", [tiny_mistral, tiny_qwen3, tiny_gemma, tiny_gemma3])
+def test_other_families_are_shared_and_follow_every_update(
+    make: Callable[[], PreTrainedModel], start: Callable[..., Any]
+) -> None:
+    torch.manual_seed(0)
+    model = sharpened(make())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # all alike as made, so that one could stand for another
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    side = start(model)
+    assert side.sync.mode == "shared"
+    prompt = tuple(torch.randint(2, 300, (200,), generator=torch.Generator().manual_seed(0)).tolist())
+    guard = ParityGuard(side.generator, side.policy, tiny_policy.settings(), sequences=[prompt])
+    for k in range(4):
+        found = guard.check(k)
+        assert 0 < found["scored_mean"] < 2e-4
+        (greedy,) = side.generator.generate([prompt], group_size=1, max_completion_tokens=8, temperature=0.0, seed=0)
+        wanted = model.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=STOP, pad_token_id=0
+        )
+        assert greedy.token_ids == wanted[0, 200:].tolist(), k
+        step(side, seed=k)
+        side.sync.check()

@@ -114,6 +114,18 @@ def test_a_resumed_run_samples_the_same_completions(finished: tuple[Path, Path],
     assert not [path for path in state if "engine" in path.name or "vllm" in path.name]
 
 
+def test_pushed_weights_take_the_same_steps_as_shared_ones(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    whole, cache = finished
+    done = run(tmp_path / "pushed", cache, "--weight-sync.mode", "push")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert records(tmp_path / "pushed", "rollouts.jsonl") == records(whole, "rollouts.jsonl")
+    for one, other in zip(records(tmp_path / "pushed"), records(whole), strict=True):
+        if one["step"]:
+            for name in ("loss", "grad_norm", "reward_mean", "entropy"):  # other addresses may round differently
+                assert one[name] == pytest.approx(other[name], rel=1e-5), (one["step"], name)
+            assert one["weight_sync"]["bytes"] > 0 == other["weight_sync"]["bytes"]
+
+
 def test_a_failure_while_sampling_ends_the_run_with_its_checkpoint(finished: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "failed"
     done = run(folder, finished[1], code=FAILING)
