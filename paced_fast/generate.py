@@ -239,10 +239,12 @@ class VLLMGenerator:
         max_completion_tokens: int,
         temperature: float,
         seed: int,
+        keep_cache: bool = False,
     ) -> list[Completion]:
         """See `Generator.generate`; temperature 0 takes the likeliest token.
 
-        Raises InputError for a prompt that does not fit, TrainingError when the engine fails midway.
+        With `keep_cache` the prefix cache is read as earlier calls left it: for a check that wants to see that. Raises
+        InputError for a prompt that does not fit, TrainingError when the engine fails midway.
         """
         for prompt in prompts:
             if len(prompt) + max_completion_tokens > self.settings.max_tokens:
@@ -251,8 +253,9 @@ class VLLMGenerator:
                     f"engine's {self.settings.max_tokens}: lower --generation.max-completion-tokens or "
                     "--data.max-prompt-tokens"
                 )
-        # What earlier calls left in the prefix cache would make a call depend on them, after a resume above all.
-        self.reset_prefix_cache()
+        if not keep_cache:
+            # What earlier calls left in the prefix cache would make a call depend on them, after a resume above all.
+            self.reset_prefix_cache()
         seeds = [stream_seed(seed, i, f"sample/{j}") for i in range(len(prompts)) for j in range(group_size)]
         sampling = [self._sampling(max_completion_tokens, temperature, each) for each in seeds]
         outputs = self._answer([prompt for prompt in prompts for _ in range(group_size)], sampling)
@@ -271,7 +274,7 @@ class VLLMGenerator:
         """See `Generator.before_training`: on a GPU the keys and values go, and the weights at sleep levels 1 and 2."""
         if not self.can_sleep:
             return
-        self._settle()
+        engine.settle(self.engine)
         level = self.settings.sleep_level
         if level == 2:  # vLLM restores parameters by loading them; what is not a parameter would stay lost
             self._buffers = self._of_model(
@@ -284,20 +287,35 @@ class VLLMGenerator:
     def after_update(self) -> dict[str, float]:
         """See `Generator.after_update`: wake, synchronise, and forget every key and value of the old weights."""
         if self.can_sleep and self.settings.sleep_level > 0:
-            self.engine.wake_up(["weights"])
-            self._of_model(self._restore_buffers)
+            with self._named("taking its weights back"):
+                self.engine.wake_up(["weights"])
+                self._of_model(self._restore_buffers)
         figures = self.sync.after_update() if self.sync is not None else {}
         if self.can_sleep:
-            self.engine.wake_up(["kv_cache"])
-            self.engine.wake_up(["scheduling"])
+            with self._named("taking its key-value cache back"):
+                self.engine.wake_up(["kv_cache"])
+                self.engine.wake_up(["scheduling"])
         self.reset_prefix_cache()
         return figures
 
     def reset_prefix_cache(self) -> None:
         """Forget all keys and values. vLLM refuses while a request lives, so the refusal is an error here."""
-        self._settle()
-        if not self.engine.reset_prefix_cache():
+        with self._named("emptying its prefix cache"):
+            engine.settle(self.engine)
+            done = self.engine.reset_prefix_cache()
+        if not done:
             raise TrainingError("vllm kept its prefix cache, so it would sample from old weights: update vllm")
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """A failure of the engine between samplings as one line that says what it was doing and which knob helps."""
+        try:
+            yield
+        except engine.FAILURES as error:
+            raise TrainingError(
+                f"vllm failed at {what} ({engine.first_line(error)}): --resume auto continues from the last "
+                "checkpoint; where memory ran out, lower --weight-sync.kv-cache-gib or --optimizer.micro-batch-tokens"
+            ) from error
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The engine's own parameters by name, tied ones once."""
@@ -305,7 +323,8 @@ class VLLMGenerator:
 
     def reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Copy weights in the Hugging Face layout into the engine's, packed or fused as it keeps them."""
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        with self._named("loading the pushed weights"):
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
     def _of_model(self, function: Any) -> Any:
         return self.engine.apply_model(function)[0]
@@ -314,10 +333,6 @@ class VLLMGenerator:
         for name, buffer in model.named_buffers():
             if name in self._buffers:
                 buffer.data.copy_(self._buffers[name])
-
-    def _settle(self) -> None:
-        """One empty step: the scheduler drops what has ended only in the step after."""
-        self.engine.step()
 
     def _sampling(self, max_tokens: int, temperature: float, seed: int) -> Any:
         return engine.sampling(self.stop_ids, max_tokens=max_tokens, temperature=temperature, seed=seed)

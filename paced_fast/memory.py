@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +14,8 @@ from paced_kernels import default_workspace_bytes
 
 ENGINE_BLOCK = 32
 """Tokens in a block of the engine's key-value cache, at most."""
+_SHARE_OF_GPU = 0.6
+"""What weights, gradients, moments and keys and values may take together; the rest is for activations and graphs."""
 CHECK_TOKENS = 256
 """A check of both sides scores sequences of up to so many tokens: several blocks, or it would miss a stale cache."""
 
@@ -22,6 +25,7 @@ def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, 
 
     Vocabulary head: chunks of logits or exponentials, and the gradient of its weight before it is rounded.
     Activations: per token and layer of one micro-batch, about 12 vectors of the hidden size and 3 of the MLP's.
+    Attention mask: rows hold a prompt and its completions, and every pair of positions of a row has a number.
     """
     settings = model.config
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -35,11 +39,13 @@ def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, 
     vocab_size, hidden_size = settings.vocab_size, settings.hidden_size
     workspace = default_workspace_bytes(tokens, vocab_size, model.dtype, model.device)
     per_layer = 12 * settings.hidden_size + 3 * settings.intermediate_size
+    row = config.data.max_prompt_tokens + config.generation.group_size * config.generation.max_completion_tokens
     result = {
         "weights": weights,
         "gradients": trainable,
         "optimizer (AdamW, two moments)": 2 * trainable,
         "activations of a micro-batch": tokens * settings.num_hidden_layers * per_layer * element,
+        "attention mask of a micro-batch": tokens * min(row, tokens) * (element + 2),
         "vocabulary head (workspace, float32 gradient)": workspace + 4 * vocab_size * hidden_size,
         "key-value cache": kv_cache_bytes(model, config),
     }
@@ -49,6 +55,8 @@ def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, 
         result["prompt embeddings"] = (
             num_prompts * settings.hidden_size * getattr(torch, config.log_z.cache_dtype).itemsize
         )
+    if config.replay.mode == "on":
+        result["replay"] = (config.replay.capacity + 1) * config.generation.max_completion_tokens * 12
     return result
 
 
@@ -56,6 +64,8 @@ def kv_cache_bytes(model: PreTrainedModel, config: Config) -> int:
     """Keys and values of one step's sequences at their longest; `--weight-sync.kv-cache-gib` overrides it for vLLM.
 
     For vLLM a sequence is rounded up to whole blocks, and the longest sequence that a check scores must fit as well.
+    That is the most a step can use; vLLM does with less by letting sequences wait, so on a GPU no more is taken than
+    training leaves, and never less than the longest sequence needs.
     """
     if config.generator == "vllm" and config.weight_sync.kv_cache_gib > 0:
         return int(config.weight_sync.kv_cache_gib * 2**30)
@@ -67,8 +77,19 @@ def kv_cache_bytes(model: PreTrainedModel, config: Config) -> int:
         blocks = -(-(config.data.max_prompt_tokens + config.generation.max_completion_tokens) // ENGINE_BLOCK)
         tokens = ENGINE_BLOCK * (batch * blocks + -(-engine_tokens(model, config) // ENGINE_BLOCK) + 1)
         element = {"float32": 4, "bfloat16": 2}[config.weight_sync.dtype]
-    head_size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    return tokens * 2 * settings.num_hidden_layers * settings.num_key_value_heads * head_size * element
+    token_bytes = 2 * settings.num_hidden_layers * settings.num_key_value_heads * head_size(settings) * element
+    if config.generator == "vllm" and model.device.type == "cuda":
+        # Weights on both sides while the engine starts, moments and gradients from the first step on.
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        left = int(_SHARE_OF_GPU * available(model.device)) - 4 * weights
+        least = ENGINE_BLOCK * (-(-engine_tokens(model, config) // ENGINE_BLOCK) + 1)
+        return max(min(tokens * token_bytes, left), least * token_bytes)
+    return tokens * token_bytes
+
+
+def head_size(settings: Any) -> int:
+    """Size of an attention head of a model with this configuration."""
+    return getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
 
 
 def engine_tokens(model: PreTrainedModel, config: Config) -> int:

@@ -21,6 +21,8 @@ from paced_fast.policy import Policy
 _DEFAULT_BOUNDS = {"float32": 0.002, "bfloat16": 0.03}
 """Nats. In float32 a healthy engine stays below a hundredth of its bound (1.6e-5 for SmolLM2). bfloat16 rounds 2^16
 times as coarsely: means of about 0.0012 are usual."""
+_COARSE_BOUND = 0.01
+"""For float32 whose products may be rounded further (`model.matmul_precision`), on one side or both."""
 _SAMPLED_TOKENS = 16
 _SAMPLES = 2
 _WEIGHTS = "a parameter the engine did not get, or got in another layout"
@@ -38,8 +40,9 @@ class ScoringEngine(Protocol):
         max_completion_tokens: int,
         temperature: float,
         seed: int,
+        keep_cache: bool,
     ) -> list[Completion]:
-        """As `Generator.generate`."""
+        """As `Generator.generate`; with `keep_cache` from the prefix cache as it is."""
         ...
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
@@ -57,7 +60,10 @@ class ParityGuard:
         self.engine, self.policy, self.sequences = engine, policy, list(sequences)
         self.every, self.seed = config.weight_sync.check_every, config.seed
         self.temperature = config.generation.temperature
-        self.bound = config.weight_sync.max_mean_difference or _DEFAULT_BOUNDS[config.weight_sync.dtype]
+        usual = _DEFAULT_BOUNDS[config.weight_sync.dtype]
+        if config.model.matmul_precision != "highest":
+            usual = max(usual, _COARSE_BOUND)
+        self.bound = config.weight_sync.max_mean_difference or usual
         self.cap = config.mismatch.cap
         self.prompts = [sequence[:-_SAMPLED_TOKENS] for sequence in self.sequences]
 
@@ -74,6 +80,10 @@ class ParityGuard:
 
         Raises TrainingError when a mean is above the bound, with the causes that fit.
         """
+        # Sampling comes first: scoring would leave keys and values of its own in the cache.
+        completions = self._sample(self.prompts, _SAMPLES, _SAMPLED_TOKENS, step)
+        repeated = [prompt for prompt in self.prompts for _ in range(_SAMPLES)]
+        sampled = self._compare(repeated, completions, self.temperature)
         scored = self._compare(
             [sequence[:1] for sequence in self.sequences],
             [
@@ -82,9 +92,6 @@ class ParityGuard:
             ],
             1.0,
         )
-        completions = self._sample(self.prompts, _SAMPLES, _SAMPLED_TOKENS, step)
-        repeated = [prompt for prompt in self.prompts for _ in range(_SAMPLES)]
-        sampled = self._compare(repeated, completions, self.temperature)
         figures = {f"scored_{k}": v for k, v in scored.items()} | {f"sampled_{k}": v for k, v in sampled.items()}
         # A NaN is above every bound.
         if not (scored["mean"] <= self.bound and sampled["mean"] <= self.bound):
@@ -104,6 +111,7 @@ class ParityGuard:
             max_completion_tokens=tokens,
             temperature=self.temperature,
             seed=stream_seed(self.seed, step, "parity"),
+            keep_cache=True,
         )
 
     def _compare(

@@ -73,18 +73,24 @@ class Policy:
         return states.flatten(0, 1)[rows.hidden_index]
 
     def _masks(self, rows: pack.ForwardRows) -> Tensor | dict[str, Tensor]:
-        """The rows' mask bool[R, 1, L, L]; one for each kind of layer where some or all see a window only.
+        """The rows' mask [R, 1, L, L], added to scores; one for each kind of layer where some or all see a window only.
 
         A model takes a mask as it is given, so its window has to be in it: a token sees those less than so many
-        positions back, counted along its own sequence and not along the row.
+        positions back, counted along its own sequence and not along the row. The masks are numbers and not booleans,
+        because attention turns a boolean mask into numbers in every layer and autograd keeps each of them.
         """
         settings = self.model.config
         window, kinds = getattr(settings, "sliding_window", None), getattr(settings, "layer_types", None)
+        full = self._added(rows.attention_mask)
         if window is None or (kinds is not None and "sliding_attention" not in kinds):
-            return rows.attention_mask
+            return full
         is_near = rows.position_ids[:, :, None] - rows.position_ids[:, None, :] < window
-        sliding = rows.attention_mask & is_near[:, None]
-        return sliding if kinds is None else {"full_attention": rows.attention_mask, "sliding_attention": sliding}
+        sliding = self._added(rows.attention_mask & is_near[:, None])
+        return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
+
+    def _added(self, mask: Tensor) -> Tensor:
+        """0 where the mask is True, minus infinity elsewhere."""
+        return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
@@ -115,6 +121,20 @@ class Policy:
             weight = mask[:, :, None].float()
             result[torch.tensor(chunk, device=self.device)] = (states.float() * weight).sum(1) / weight.sum(1)
         return result
+
+    def host_state(self) -> dict[str, Tensor]:
+        """The model's state on the host, one tensor for tied parameters.
+
+        Parameters that are slices of an engine's matrix would be cloned on the device when they are saved.
+        """
+        copies: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        state = {}
+        for name, tensor in self.model.state_dict().items():
+            key = (tensor.data_ptr(), tuple(tensor.shape))
+            if key not in copies:
+                copies[key] = tensor.detach().cpu()
+            state[name] = copies[key]
+        return state
 
     def frozen_copy(self) -> Policy:
         """A copy that no optimiser touches."""

@@ -89,7 +89,7 @@ def fetch(result: StepResult, replay: ReplayBuffer | None, *, mismatch_cap: floa
         "prompts_visited_share": (result.visits > 0).float().mean(),
         "log_ratio_mean": log_ratio.mean(),
         "kl": (log_ratio.exp() - 1 - log_ratio).mean(),
-        "effective_sample_share": weight.sum().square() / weight.square().sum() / len(weight),
+        "effective_sample_share": weight.sum().square() / weight.square().sum().clamp(min=1e-30) / len(weight),
     }
     tensors |= {f"generator_mismatch_{name}": value for name, value in mismatch.items()}
     if fresh.rollouts.num_tokens:

@@ -57,11 +57,15 @@ class ReplayBuffer:
     def insert(self, rollouts: Rollouts, values: Tensor, accuracy: Tensor) -> Tensor:
         """Add the sequences of largest priority, correct ones only unless all are kept; how many entered, i64[].
 
+        With `importance` the first groups enter whole: a choice by outcome is none that weights could make up for.
+
         `values` f32[N] are the estimates and `accuracy` f32[B] the accuracies of the sequences' groups.
         """
         capacity, device = self.config.capacity, self.lengths.device
         count = min(self.config.insert_per_step, capacity, rollouts.num_sequences)
         priority = self._priority(accuracy, values[rollouts.prompt_index])
+        if self.config.importance:
+            priority = torch.ones_like(priority)
         may_enter = rollouts.rewards > 0.5 if self.config.keep == "correct" else rollouts.rewards >= 0.0
         order = torch.where(may_enter, priority, -1.0).argsort(descending=True, stable=True)[:count]
         enters = may_enter[order]  # a priority is never negative, so these come first
@@ -163,8 +167,8 @@ class ReplayBuffer:
 def importance_weights(rollouts: Rollouts, old_logprobs: Tensor) -> Tensor:
     """pi_old / pi_sampled f32[B] of each sequence, scaled to a mean of 1; `old_logprobs` f32[T] is the trainer's.
 
-    With failures kept the weighted mean of rewards is the accuracy of the old policy; with correct completions alone
-    it is 1 whatever the weights.
+    With failures kept, and sequences chosen without regard to their rewards, the weighted mean of a prompt's rewards is
+    the accuracy of the old policy on it; with correct completions alone it is 1 whatever the weights.
     """
     log_weight = segment_sum(old_logprobs - rollouts.generator_logprobs, rollouts.cu_seqlens)
     weight = log_weight.clamp(-_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT).exp()

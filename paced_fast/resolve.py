@@ -93,7 +93,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "log_z.updates_per_step": (1, math.inf),
     "log_z.scored_per_step": (0, math.inf),
     "scheduler.tau": (0.0, 1.0),
-    "scheduler.bandwidth": (1e-3, math.inf),
+    "scheduler.bandwidth": (1e-3, 1e6),
     "scheduler.exploration": (0.0, 1.0),
     "scheduler.warmup_steps": (0, math.inf),
     "scheduler.max_visits": (0, math.inf),
@@ -142,8 +142,12 @@ def _check(config: Config) -> None:
             "sharing forbids: give --weight-sync.mode push, or level 0"
         )
     hottest = max(config.generation.temperature, config.evaluation.temperature)
+    coldest = min(config.generation.temperature, config.evaluation.temperature)
     if config.generator == "vllm" and hottest > 2.0:
         raise InputError(f"--generator vllm samples at temperatures up to 2, not {hottest:g}: lower it")
+    if config.generator == "vllm" and coldest < 0.01:
+        raise InputError(f"--generator vllm samples at temperatures from 0.01, not {coldest:g}: raise it")
+    _check_schedule(config)
     needed = {"tb_group": "group_mean", "grpo": "group_mean", "flowrl": "value"}.get(config.algorithm)
     if needed not in (None, config.loss.intercept):
         raise InputError(
@@ -156,4 +160,23 @@ def _check(config: Config) -> None:
         raise InputError(
             f"--optimizer.minibatches is {config.optimizer.minibatches} but a step draws only "
             f"{config.generation.prompts_per_step} prompts: lower it or raise --generation.prompts-per-step"
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    """Settings of scheduler and replay that would be ignored, or that contradict each other."""
+    replay, scheduler = config.replay, config.scheduler
+    if scheduler.explore == "age" and scheduler.rule not in ("tree", "history"):
+        raise InputError(
+            f"--scheduler.explore age has no part in --scheduler.rule {scheduler.rule}: take the rule tree or history, "
+            "or leave it out"
+        )
+    if replay.mode == "off" and (replay.importance or replay.trains_log_z or replay.keep == "all"):
+        raise InputError("--replay.keep all, importance and trains-log-z need replay: give --replay.mode on")
+    if replay.importance and replay.keep != "all":
+        raise InputError("--replay.importance needs failures to weigh successes against: give --replay.keep all")
+    if replay.importance and replay.prioritized:
+        raise InputError(
+            "--replay.importance corrects for the policy that sampled, not for a choice by priority: give "
+            "--replay.no-prioritized"
         )

@@ -70,7 +70,7 @@ class PromptScheduler:
         """Draw by the tree's weights; a race finds `count` prompts even when a few carry nearly all the weight."""
         self.tree.step.copy_(now + round_ * _ROUND)  # the draw belongs to the step, not to the number of draws before
         by_age = exploration > 0.0 and self.config.explore == "age"
-        explored = now - self.last_visit if by_age else None
+        explored = (now - self.last_visit).clamp(min=1) if by_age else None
         return self.tree.sample_distinct(count, "race", exploration=exploration, explored=explored).idx
 
     def _uniform(self, count: int, now: Tensor, round_: int, allowed: Tensor | None) -> Tensor:

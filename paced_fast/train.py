@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,7 +146,7 @@ def summarise(folder: Path, config: Config) -> dict[str, Any]:
 
 def _save(run: Run) -> None:
     def save_policy(folder: Path) -> None:
-        run.trainer.policy.model.save_pretrained(folder)
+        run.trainer.policy.model.save_pretrained(folder, state_dict=run.trainer.policy.host_state())
         run.tokenizer.save_pretrained(folder)
 
     state = {"counters": dataclasses.asdict(run.trainer.counters), "random": checkpoint.random_state()}
@@ -167,6 +168,8 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
             f"preset {config.preset} runs on a GPU (--model.device cuda) and torch sees none: "
             "use the preset tiny or smollm2, or --model.device cpu"
         )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("several processes cannot train together yet: start one, without torchrun")
     config = without_missing(resolve(config))
     console.print(metrics.config_table(flatten(config)))
     prepared = build(config, console)

@@ -104,7 +104,7 @@ class Trainer:
         try:
             fresh, replayed = self._sample(values)
         except TrainingError:
-            self.counters.step -= 1  # nothing was sampled, so there was no step
+            self.counters.step -= 1  # nothing was trained on, so there was no step
             raise
         checked = self.guard is not None and self.guard.due(self.counters.step)
         if self.guard is not None and checked:
@@ -199,6 +199,11 @@ class Trainer:
             with self.phases.phase("schedule"):
                 wanted["drawn"] = self.scheduler.draw(config.prompts_per_step, self.now, values, round_)
                 host = to_host(wanted)
+            if min(host["drawn"]) < 0:
+                raise TrainingError(
+                    f"the schedule of step {step} has too few prompts to draw from: the values of the others are not "
+                    "numbers; lower --log-z.learning-rate, or look at the rewards"
+                )
             if self.replay is not None and "slots" in host:
                 with self.phases.phase("replay"):
                     replayed = self.replay.take(host["slots"], host["lengths"], host["prompts"], self.table)
@@ -279,7 +284,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor] | None:
         """Train log Z on the first `count` sequences, the fresh ones: replayed successes would bias it upwards.
 
-        With `trains_log_z` on all of them, by the weights of the targets.
+        With `trains_log_z` on all of them, the replayed ones by their importance.
         """
         if self.log_z is None:
             return None
@@ -293,7 +298,9 @@ class Trainer:
         if self.config.log_z.loss == "tb":
             target = target - self.config.loss.beta * log_ratio
         if self.config.replay.trains_log_z:
-            return self.log_z.fit(rollouts.prompt_index, target, targets.weights)
+            weights = targets.weights.clone()
+            weights[:count] = 1.0
+            return self.log_z.fit(rollouts.prompt_index, target, weights)
         return self.log_z.fit(rollouts.prompt_index[:count], target[:count])
 
     def _count(self, fresh: Fresh, host: dict[str, Any]) -> None:

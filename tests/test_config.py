@@ -35,6 +35,22 @@ def test_a_number_out_of_range_is_named_with_its_range(name: str) -> None:
         assert "\n" not in message
 
 
+CONTRADICTIONS = [
+    ({"scheduler__explore": "age", "scheduler__rule": "greedy"}, "--scheduler.explore age has no part in .* greedy"),
+    ({"replay__importance": True}, "--replay.importance needs failures .*: give --replay.keep all"),
+    ({"replay__importance": True, "replay__keep": "all", "replay__prioritized": True}, "--replay.no-prioritized"),
+    ({"replay__mode": "off", "replay__keep": "all"}, "need replay: give --replay.mode on"),
+    ({"replay__mode": "off", "replay__trains_log_z": True}, "need replay: give --replay.mode on"),
+    ({"scheduler__bandwidth": math.inf}, "--scheduler.bandwidth is inf: give a value from 0.001 to 1e[+]06"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CONTRADICTIONS)
+def test_settings_that_would_be_ignored_or_cancel_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_policy.settings("paced", **changes)
+
+
 EXPECTED = {
     # algorithm: intercept, rule, replay, head loss, head used, its value is an accuracy
     "paced": ("value", "tree", "on", "tb", True, True),

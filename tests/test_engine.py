@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
+import types
 from importlib import machinery, util
 from typing import Any
 
 import pytest
 import tiny_policy
 import torch
+from rich.console import Console
 
 from paced_fast import memory, train
-from paced_fast.engine import EngineSettings, require_vllm
+from paced_fast.build import build
+from paced_fast.engine import EngineSettings, require_head_size, require_vllm, settle
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.generate import VLLMGenerator
 
@@ -62,6 +66,8 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
     assert tiny_policy.settings(weight_sync__sleep_level=2, weight_sync__mode="push").weight_sync.sleep_level == 2
     with pytest.raises(InputError, match="--generator vllm samples at temperatures up to 2, not 3"):
         tiny_policy.settings(generator="vllm", evaluation__temperature=3.0)
+    with pytest.raises(InputError, match=r"--generator vllm samples at temperatures from 0\.01, not 0\.005"):
+        tiny_policy.settings(generator="vllm", generation__temperature=0.005)
     assert tiny_policy.settings(evaluation__temperature=3.0).generator == "transformers"
 
 
@@ -78,6 +84,72 @@ def test_the_engine_is_given_room_for_a_step_and_a_check() -> None:
     long = tiny_policy.replaced(config, generation__max_completion_tokens=600)
     with pytest.raises(InputError, match="612 tokens together and the model has 512 positions"):
         memory.engine_tokens(made, long)
+
+
+class _Queue:
+    """An engine whose scheduler holds what has ended until the next step, and whose batches come back a step late."""
+
+    def __init__(self, queued: int) -> None:
+        self.steps, self.batch_queue = 0, [None] * queued
+        self.engine_core = types.SimpleNamespace(engine_core=self)
+        self.scheduler = types.SimpleNamespace(has_requests=lambda: self.steps < 1)
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.batch_queue and self.steps > 1:
+            self.batch_queue.pop()
+
+
+@pytest.mark.parametrize(("queued", "steps"), [(0, 1), (1, 2), (2, 3)])
+def test_settling_waits_for_the_scheduler_and_for_batches_under_way(queued: int, steps: int) -> None:
+    """With vLLM's own `step_with_batch_queue` one batch is queued after the first step, and none after the second."""
+    made = _Queue(queued)
+    settle(made)
+    assert made.steps == steps
+    assert not made.batch_queue
+    with pytest.raises(TrainingError, match="vllm does not come to rest after sampling"):
+        settle(_Queue(20))
+
+
+def test_heads_without_a_kernel_are_refused_before_the_warm_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr("paced_fast.build.require_vllm", lambda device: None)
+    config = tiny_policy.settings(generator="vllm", run_dir=str(tmp_path / "run"))
+    with pytest.raises(
+        InputError, match=r"no kernel for heads of 24 on a CPU, only of 32, 64.*--model.hidden-size 128"
+    ):
+        build(config, Console(file=io.StringIO()))
+    assert not (tmp_path / "run").exists()
+    require_head_size(24, "cuda")
+
+
+def test_a_failure_between_samplings_is_one_line_that_names_a_knob() -> None:
+    generator, recorder = _on_gpu(level=0)
+
+    def fails(tags: list[str]) -> None:
+        raise RuntimeError(f"CUDA out of memory at {tags}\nmore")
+
+    recorder.wake_up = fails  # type: ignore[attr-defined]
+    with pytest.raises(TrainingError, match=r"taking its key-value cache back \(CUDA out of memory.*kv-cache-gib"):
+        generator.after_update()
+
+
+def test_on_a_gpu_keys_and_values_take_what_training_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny_policy.model()
+    config = tiny_policy.settings(generator="vllm")
+    wanted = memory.kv_cache_bytes(made, config)
+    on_gpu = types.SimpleNamespace(
+        config=made.config, dtype=made.dtype, device=torch.device("cuda"), parameters=made.parameters
+    )
+    weights = sum(parameter.numel() * 4 for parameter in made.parameters())
+    monkeypatch.setattr(memory, "available", lambda device: 1 << 40)
+    assert memory.kv_cache_bytes(on_gpu, config) == wanted  # type: ignore[arg-type]
+    monkeypatch.setattr(memory, "available", lambda device: int((wanted // 2 + 4 * weights) / 0.6))
+    assert memory.kv_cache_bytes(on_gpu, config) == pytest.approx(wanted // 2, abs=4)  # type: ignore[arg-type]
+    monkeypatch.setattr(memory, "available", lambda device: 0)
+    # Two layers, keys and values of 16 floats: the longest sequence, in whole blocks, and one block to spare.
+    assert memory.kv_cache_bytes(on_gpu, config) == 32 * (8 + 1) * 2 * 2 * 16 * 4  # type: ignore[arg-type]
 
 
 class _Recorder:

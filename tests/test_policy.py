@@ -15,6 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from paced_fast import pack
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
 from paced_fast.policy import Policy, build_tiny, load_model
@@ -85,6 +86,31 @@ def test_embeddings_are_means_over_the_prompt_whatever_its_neighbours(max_tokens
         alone = [policy.model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0) for ids in prompts]
     torch.testing.assert_close(policy.embed(prompts), torch.stack(alone), rtol=1e-4, atol=1e-5)
     assert policy.embed([]).shape == (0, 16)
+
+
+def test_attention_masks_are_made_once_for_all_layers() -> None:
+    """A boolean mask would be turned into numbers in every layer, and each of them kept for the backward pass."""
+    policy = Policy(tiny_policy.model(), max_tokens=4096)
+    batch = tiny_policy.rollouts([4, 1, 6, 2, 5, 1], group_size=3)
+    length = pack.forward_rows(batch, 4096).input_ids.shape[1]
+    masks = set[int]()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2:] == (length, length):
+            masks.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        policy.hidden(batch)
+    assert len(masks) == 1
+
+
+def test_the_state_on_the_host_keeps_tied_parameters_one() -> None:
+    model = sliding_model("gemma3")
+    state = Policy(model, max_tokens=10).host_state()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
+    assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
 
 
 def test_a_frozen_copy_stays_what_it_was() -> None:

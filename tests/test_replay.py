@@ -262,3 +262,26 @@ def test_importance_weights_make_the_mean_reward_the_accuracy_of_the_old_policy(
     assert float((weights * rollouts.rewards).mean()) == pytest.approx(0.75)
     extreme = importance_weights(rollouts, torch.tensor([-1e4, 0.0, 0.0, 1e4]))
     assert bool(extreme.isfinite().all())
+
+
+@pytest.mark.parametrize(("importance", "unbiased"), [(True, True), (False, False)])
+def test_with_importance_what_enters_and_leaves_does_not_depend_on_the_outcome(
+    importance: bool, unbiased: bool
+) -> None:
+    """Values that are right and a policy that does not move: the mean reward of what is drawn is the accuracy, 0.1.
+
+    Chosen by |group accuracy - value| it would not be, because a lucky group has the larger error.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn: list[float] = []
+    for trial in range(30):
+        ring = buffer(seed=trial, keep="all", importance=importance, capacity=128, insert_per_step=64, draw_per_step=64)
+        index = [i for i in range(32) for _ in range(8)]
+        rewards = torch.bernoulli(torch.full((256,), 0.1), generator=generator)
+        accuracy = rewards.view(32, 8).mean(1).repeat_interleave(8)
+        ring.insert(batch(index, rewards.tolist(), 1), torch.full((40,), 0.1), accuracy)
+        found = draw(ring, torch.full((40,), 0.1), 2)
+        assert found is not None
+        drawn += found.rewards.tolist()
+    deviation = abs(sum(drawn) / len(drawn) - 0.1) / math.sqrt(0.09 / len(drawn))
+    assert (deviation < 4) == unbiased

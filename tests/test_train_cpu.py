@@ -132,10 +132,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "replay__keep": "all",
         "replay__importance": True,
         "replay__trains_log_z": True,
-        "replay__priority": "z",
         "replay__half_life": 2.0,
-        "replay__prioritized": True,
     },
+    "z priorities": {"algorithm": "paced", "replay__priority": "z", "replay__prioritized": True},
     "grpo": {"algorithm": "grpo"},
     "grpo by history": {"algorithm": "grpo", "scheduler__rule": "history"},
     "flowrl": {"algorithm": "flowrl"},
@@ -621,6 +620,52 @@ def test_resume_uses_the_previous_checkpoint_and_never_starts_over_a_damaged_run
     with pytest.raises(InputError, match=r"every checkpoint in .* is damaged"):
         go(settings, folder, resume="auto")
     assert contents(folder) == before
+
+
+def test_what_a_message_advises_may_change_on_resume_and_older_folders_lack_settings(
+    rewards: Path, tmp_path: Path
+) -> None:
+    settings = config(rewards, steps=4)
+    go(settings, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    old = json.loads(path.read_text())
+    for name in ("generator", "weight_sync", "mismatch"):
+        del old[name]
+    path.write_text(json.dumps(old))
+    advised = {
+        "generation__max_batch_sequences": 64,
+        "weight_sync__mode": "push",
+        "weight_sync__kv_cache_gib": 0.5,
+        "weight_sync__max_mean_difference": 0.1,
+    }
+    go(tiny_policy.replaced(settings, **advised), tmp_path / "run", resume="auto", steps=6)
+    assert records(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_several_processes_are_refused(rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="several processes cannot train together yet: start one, without torchrun"):
+        go(config(rewards), tmp_path / "run")
+
+
+def test_a_draw_that_comes_up_short_stops_the_run(rewards: Path, tmp_path: Path) -> None:
+    trainer = build(config(rewards, scheduler__warmup_steps=0), tmp_path / "run").trainer
+    assert trainer.log_z is not None
+    with torch.no_grad():
+        trainer.log_z.mlp[-1].bias.fill_(math.nan)  # type: ignore[operator, union-attr]
+        trainer.log_z.inputs[:3] = 0.0
+    trainer.log_z.values.fill_(math.nan)
+    trainer.log_z.values[:3] = 0.5
+    trainer.log_z.score = lambda: trainer.log_z.values  # type: ignore[method-assign, union-attr]
+    with pytest.raises(TrainingError, match="the schedule of step 1 has too few prompts to draw from"):
+        trainer.step()
+    assert trainer.counters.step == 0
+
+
+def test_a_limit_of_visits_needs_more_prompts_than_a_step_draws(rewards: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--scheduler.max-visits: a step draws 50 prompts of 40, so some repeat"):
+        build(config(rewards, generation__prompts_per_step=50, scheduler__max_visits=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_without_a_checkpoint_starts_anew(rewards: Path, tmp_path: Path) -> None:

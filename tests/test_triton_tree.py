@@ -157,6 +157,10 @@ def test_any_number_of_levels(top_entries: int, monkeypatch: pytest.MonkeyPatch)
     assert_same_state(trees)
     for mode in MODES:
         assert_same_sample(*(tree.sample(33, mode) for tree in trees))
+    for tree in trees:
+        tree.rebuild(Bell(0.5, 0.1), weights_of_bell(capacity))
+    assert_same_sample(*(tree.sample_distinct(33, "race", exploration=0.1) for tree in trees))
+    assert_same_state(trees)
 
 
 @settings(max_examples=15)

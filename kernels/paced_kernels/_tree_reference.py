@@ -74,7 +74,9 @@ class Bell:
 
     def __call__(self, statistics: Tensor) -> Tensor:
         """Weights in (0, 1], float64 of the shape of `statistics`; NaN stays NaN, and none is so small that it is 0."""
-        distance = (statistics.double() - self.center) / self.width
+        wide = statistics.double()
+        # By a tensor: on a GPU torch divides by a number as a product with its reciprocal.
+        distance = (wide - self.center) / torch.full_like(wide, self.width)
         return exp_of_negative((distance * distance * 0.5).clamp(max=BELL_END))
 
 

@@ -231,7 +231,7 @@ class PriorityTree:
 
         first: the first B distinct values of 1.5 B + 32 iid draws; cheap while B is well below the number of leaves
         that carry the weight. race: the B smallest of Exp(1) / q over all leaves; always finds B if there are B leaves
-        of positive weight. Both have exactly the law of drawing one by one and removing what was drawn.
+        of positive probability. Both have exactly the law of drawing one by one and removing what was drawn.
 
         A race may mix another distribution into that of the weights: with p = (1 - exploration) q / sum q +
         exploration e / sum e over the leaves of positive weight the law is that of drawing by p.

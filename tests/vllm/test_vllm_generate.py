@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import math
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 import tiny_policy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from vllm_sides import child_environment, step
+from vllm_sides import child_environment, step, tiny_llama
 
 from paced_fast import engine, pack
 from paced_fast.batch import Completion
@@ -152,10 +154,19 @@ def test_progress_is_told(llama: Any, monkeypatch: pytest.MonkeyPatch, caplog: p
     assert "of 20 completions after" in caplog.text
 
 
-def test_starting_leaves_threads_and_random_numbers_alone(llama: Any) -> None:
+def test_starting_leaves_threads_precision_and_the_collector_alone(start: Callable[..., Any]) -> None:
     torch.set_num_threads(2)
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("medium")
+    setter = torch.set_num_threads
+    try:
+        start(tiny_llama(seed=5), max_sequences=4)
+        assert torch.get_num_threads() == 2
+        assert torch.set_num_threads is setter
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert gc.get_freeze_count() == 0
+    finally:
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")
 
 
 STARTS = """
