@@ -116,15 +116,18 @@ def test_the_head_scores_and_fits_without_waiting() -> None:
 
 
 class HostWatch(TorchFunctionMode):
-    """Stands for a device: notes every call of torch's Python interface that would make the host wait for one.
+    """Stands for a device: notes calls of torch's Python interface that would make the host wait for one.
 
-    Numbers asked of a tensor, shapes that depend on values, and copies that are not from pinned memory. `pause` marks
-    the crossings, where the host may do as it likes.
+    Numbers asked of a tensor, shapes that depend on values, and tensors made of Python numbers. What C++ asks for by
+    itself it cannot see; `waiting_operators` does. `pause` marks the crossings, where the host may do as it likes.
     """
 
-    NUMBERS: ClassVar = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}
-    SHAPES: ClassVar = {"nonzero", "argwhere", "masked_select", "unique", "bincount"}
-    COPIES: ClassVar = {"tensor", "as_tensor", "from_numpy", "pin_memory"}
+    NUMBERS: ClassVar = {
+        *("item", "tolist", "cpu", "numpy", "equal", "allclose", "is_nonzero"),
+        *("__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "__format__"),
+    }
+    SHAPES: ClassVar = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
+    COPIES: ClassVar = {"tensor", "as_tensor", "from_numpy", "pin_memory", "new_tensor"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,12 +151,22 @@ class HostWatch(TorchFunctionMode):
                 self.found.append(name)
             if name in ("__getitem__", "__setitem__") and self.depends_on_host(args[1]):
                 self.found.append(f"{name} by a list or a mask")
+            given = kwargs or {}
+            if name == "repeat_interleave" and isinstance(args[1], Tensor) and "output_size" not in given:
+                self.found.append("repeat_interleave without output_size")
+            if name == "where" and len(args) == 1 and not given:
+                self.found.append("where of one argument")
         return func(*args, **(kwargs or {}))
 
     @staticmethod
     def depends_on_host(index: Any) -> bool:
         parts = index if isinstance(index, tuple) else (index,)
-        return any(isinstance(p, list) or (isinstance(p, Tensor) and p.dtype == torch.bool) for p in parts)
+        return any(
+            isinstance(p, list)
+            or (isinstance(p, Tensor) and p.dtype in (torch.bool, torch.uint8))
+            or (isinstance(p, slice) and any(isinstance(end, Tensor) for end in (p.start, p.stop, p.step)))
+            for p in parts
+        )
 
 
 def test_the_watch_sees_what_would_wait() -> None:
@@ -170,6 +183,14 @@ def test_the_watch_sees_what_would_wait() -> None:
         lambda: x.cpu(),
         lambda: x.numpy(),
         lambda: 1 if x.sum() else 0,
+        lambda: x.repeat_interleave(torch.ones(4, dtype=torch.int64)),
+        lambda: torch.equal(x, x),
+        lambda: torch.allclose(x, x),
+        lambda: 1.0 in x,
+        lambda: f"{x.sum():.3f}",
+        lambda: torch.where(x > 1),
+        lambda: x[: torch.ones((), dtype=torch.int64)],
+        lambda: x.new_tensor([1.0]),
     ]
     for call in seeded:
         with HostWatch() as watch:
