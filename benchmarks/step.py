@@ -55,7 +55,8 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     steps = [record["seconds"] for record in records if "seconds" in record][arguments.skip :]
     result = summarise(steps)
     print(table(result))
-    return {"preset": arguments.preset, "steps": len(steps), "config": dataclasses.asdict(run), **result}
+    settings = dataclasses.asdict(dataclasses.replace(run, run_dir=None))
+    return {"preset": arguments.preset, "steps": len(steps), "config": settings, **result}
 
 
 def summarise(steps: list[dict[str, float]]) -> dict[str, Any]:
