@@ -30,6 +30,8 @@ class PromptRow:
     """Name of the part of the data this row belongs to; evaluation reports each slice on its own."""
     columns: Mapping[str, Any]
     """Everything else of the data row, `answer` included; handed to the reward function by name."""
+    where: str = ""
+    """What names the row in messages: its file and line, or its source and number."""
     demonstration: str | None = None
     """A completion to imitate in the supervised warm start, without the stop token."""
 

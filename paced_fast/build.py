@@ -71,7 +71,7 @@ def build(config: Config, console: Console) -> Run:
             f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
             "some repeat: lower --generation.prompts-per-step, or leave the limit out"
         )
-    scorer = Scorer(row.reward for row in (*table.rows, *eval_table.rows))
+    scorer = Scorer((row.reward for row in (*table.rows, *eval_table.rows)), config.reward)
     _try_rewards(scorer, (*table.rows, *eval_table.rows))
     check_headline(config.data.headline, eval_table)
     stop_ids = prompts.stop_token_ids(tokenizer)

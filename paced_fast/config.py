@@ -94,6 +94,18 @@ class WarmStartConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RewardConfig:
+    """How completions are judged; which reward judges a row is part of its source."""
+
+    workers: int = 0
+    """Processes that judge answers and run programs; 0 for one a core."""
+    math_seconds: float = 3.0
+    """Longest time for one answer of the `math` rewards, in seconds."""
+    max_unscored_share: float = 0.1
+    """Share of a step's completions without a verdict above which the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationConfig:
     """Sampling of completions."""
 
@@ -320,6 +332,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
+    reward: RewardConfig = RewardConfig()
     generation: GenerationConfig = GenerationConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     mismatch: MismatchConfig = MismatchConfig()

@@ -55,7 +55,7 @@ def evaluate(
     generator: Generator,
     table: PromptTable,
     *,
-    score: Callable[[Sequence[Any], Sequence[str]], list[float]],
+    score: Callable[[Sequence[Any], Sequence[str]], list[float | None]],
     decode: Callable[[list[int]], str],
     samples: int,
     max_completion_tokens: int,
@@ -77,7 +77,7 @@ def evaluate(
     )
     texts = [decode(completion.token_ids) for completion in completions]
     rows = [row for row in table.rows for _ in range(samples)]
-    correct = [reward > 0.5 for reward in score(rows, texts)]
+    correct = [reward is not None and reward > 0.5 for reward in score(rows, texts)]
     counts = [sum(correct[i * samples : (i + 1) * samples]) for i in range(len(table))]
     distinct = [len({texts[j] for j in range(i * samples, (i + 1) * samples) if correct[j]}) for i in range(len(table))]
     names = [row.slice for row in table.rows]
@@ -194,7 +194,7 @@ def evaluate_run(arguments: EvaluateArguments) -> Evaluation:
     return evaluate(
         generator,
         table,
-        score=Scorer(row.reward for row in table.rows).score,
+        score=Scorer((row.reward for row in table.rows), config.reward).score,
         decode=lambda ids: prompts.decode(tokenizer, ids),
         samples=arguments.samples,
         max_completion_tokens=config.generation.max_completion_tokens,

@@ -140,6 +140,7 @@ def _within_limit(
                     reward=draft.reward,
                     slice=draft.slice,
                     columns=draft.columns,
+                    where=draft.where,
                     demonstration=draft.demonstration,
                 )
             )

@@ -247,7 +247,8 @@ class Trainer:
             )
         with self.phases.phase("reward"):
             texts = [prompts.decode(self.tokenizer, completion.token_ids) for completion in completions]
-            scores = self.scorer.score([row for row in rows for _ in range(size)], texts)
+            judged = self.scorer.score([row for row in rows for _ in range(size)], texts)
+            scores = [0.0 if score is None else score for score in judged]
         cuts = [slice(k * size, (k + 1) * size) for k in range(len(rows))]
         return [Group(i, completions[cut], texts[cut], scores[cut]) for i, cut in zip(prompt_index, cuts, strict=True)]
 

@@ -13,7 +13,8 @@ import pytest
 
 from paced_fast.batch import PromptRow
 from paced_fast.errors import InputError
-from paced_fast.rewards import Scorer, _MathReward, last_number, load_reward
+from paced_fast.rewards import Scorer, last_number, load_reward
+from paced_fast.rewards.math import MathReward
 from paced_fast.tasks import reasoning_gym_rows
 
 
@@ -178,13 +179,13 @@ def test_math(judge_math, answer, completion, reward):
 
 
 def test_math_is_the_same_in_any_thread_and_survives_hostile_answers(caplog):
-    judge = _MathReward(seconds=1.0)
+    judge = MathReward(seconds=1.0)
     assert judge(prompts=["p"], completions=[r"\boxed{\frac{2}{4}}"], answer=["1/2"]) == [1.0]
     first = judge._worker
     found: list[list[float]] = []
     took: list[float] = []
 
-    def work(reward: _MathReward) -> None:
+    def work(reward: MathReward) -> None:
         start = time.perf_counter()
         texts = [r"\boxed{10^{10^9}}", r"\boxed{\frac{2}{4}}"]
         found.append(reward(prompts=["p"] * 2, completions=texts, answer=["1/2", "1/2"]))
@@ -244,12 +245,13 @@ def test_reasoning_gym_scores_as_they_are():
 
 
 def test_reasoning_gym_scorer_that_fails_on_a_text_gives_zero_with_a_log_line(monkeypatch, caplog):
-    import paced_fast.rewards as rewards
 
     def fragile(text, entry):
         return float(int(text) == int(entry["answer"]))
 
-    monkeypatch.setattr(rewards, "reasoning_gym_scorer", lambda name, settings: fragile)
+    from paced_fast.rewards import tasks
+
+    monkeypatch.setattr(tasks, "reasoning_gym_scorer", lambda name, settings: fragile)
     good = row("reasoning_gym", task="t", settings={}, entry={"answer": "3"})
     assert Scorer().score([good, good], ["3", "junk"]) == [1.0, 0.0]
     assert "reasoning_gym t cannot score 'junk'" in caplog.text
@@ -298,7 +300,6 @@ class TestScorer:
             ("return None", r"own.py:judge' returned a NoneType"),
             ("return [1.0, float('nan')]", r"own.py:judge' returned nan for completion 2: a number in \[0, 1\]"),
             ("return [1.0, float('inf')]", r"returned inf for completion 2"),
-            ("return [None, 1.0]", r"returned None for completion 0"),
             ("return ['1', 1.0]", r"returned '1' for completion 0"),
             ("return [1.0, 1.5]", r"returned 1.5 for completion 2"),
             ("return [-0.1, 1.0]", r"returned -0.1 for completion 0"),

@@ -1,0 +1,21 @@
+r"""Verifiers: completion text -> reward in [0, 1], or None where there is no verdict.
+
+A reward function has TRL's signature, `f(prompts, completions, **columns) -> list[float | None]`: every column of the
+data rows is a list aligned with the completions, which are plain text. Without `**columns` it gets those it names.
+
+A callable object may have, besides: `problem(columns) -> str | None`, what keeps a row from ever being judged, asked
+when the data are read; `counts`, a Counter of verdicts by kind; `close()`.
+
+    exact            the text is the answer, white space aside; numbers by value (43 is 43.0)
+    number           the last number of the text is the answer
+    math             math-verify on the last \boxed{}, else on what follows the last ####, else "answer is", else on all
+    reasoning_gym    the score of the data set's own scorer
+    signed_sums      the exact checker of that task
+    package.module:function, path/to/file.py:function
+"""
+
+from paced_fast.rewards.loading import RewardFunction, load_reward
+from paced_fast.rewards.scorer import Scorer
+from paced_fast.rewards.text import last_number
+
+__all__ = ["RewardFunction", "Scorer", "last_number", "load_reward"]

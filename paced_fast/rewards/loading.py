@@ -1,0 +1,63 @@
+"""From the name of a reward to its function."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from paced_fast.config import RewardConfig
+from paced_fast.errors import InputError
+from paced_fast.rewards.math import MathReward
+from paced_fast.rewards.tasks import ReasoningGymReward, signed_sums
+from paced_fast.rewards.text import exact, number
+from paced_fast.tasks import nearest
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+_NAMES = ("exact", "number", "math", "reasoning_gym", "signed_sums")
+
+
+def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFunction:
+    """The reward function of that name or import path; `settings` are for those that run workers or programs.
+
+    Raises:
+        InputError: no such name (with the nearest match), module, file or function.
+    """
+    settings = settings or RewardConfig()
+    if name == "math":
+        return MathReward(settings.math_seconds)
+    if name == "reasoning_gym":
+        return ReasoningGymReward()
+    if plain := {"exact": exact, "number": number, "signed_sums": signed_sums}.get(name):
+        return plain
+    module_name, colon, function_name = name.rpartition(":")
+    if not colon or not module_name or not function_name:
+        raise InputError(
+            f"unknown reward {name!r}{nearest(name, _NAMES)}: use one of {', '.join(_NAMES)}, "
+            "package.module:function or path/to/file.py:function"
+        )
+    function: Any = getattr(_import(module_name, name), function_name, None)
+    if not callable(function):
+        raise InputError(f"reward {name!r}: {module_name} has no function {function_name!r}")
+    return cast(RewardFunction, function)
+
+
+def _import(module_name: str, name: str) -> Any:
+    try:
+        if not module_name.endswith(".py"):
+            return importlib.import_module(module_name)
+        path = Path(module_name).expanduser()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise InputError(f"reward {name!r}: there is no file {str(path.absolute())!r}")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except InputError:
+        raise
+    except Exception as error:  # the user's module runs here
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"reward {name!r}: cannot import {module_name!r}: {reason}") from error
