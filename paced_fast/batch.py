@@ -70,7 +70,9 @@ class Rollouts:
     lengths: tuple[int, ...]  # host copy of the B lengths, so that nothing asks the device for them
     prompt_ids: tuple[tuple[int, ...], ...]  # B prompts on the host
     prompt_index: Tensor  # i64[B]
-    rewards: Tensor  # f32[B], raw correctness
+    rewards: Tensor  # f32[B], raw correctness, 0 where unscored
+    shaping: Tensor  # f32[B], what the policy's loss adds to it; sums to 0 within a group
+    scored: tuple[bool, ...]  # B, on the host; False where there was no verdict
     generator_logprobs: Tensor  # f32[T]
     policy_version: Tensor  # i64[B], the version that sampled it
 

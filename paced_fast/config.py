@@ -101,8 +101,15 @@ class RewardConfig:
     """Processes that judge answers and run programs; 0 for one a core."""
     math_seconds: float = 3.0
     """Longest time for one answer of the `math` rewards, in seconds."""
+    async_seconds: float = 120.0
+    """Longest wait for an async reward function, in seconds; after it the completions are unscored."""
     max_unscored_share: float = 0.1
-    """Share of a step's completions without a verdict above which the run stops."""
+    """Share of the last 256 completions (of a step's, if it has more) without a verdict above which the run stops."""
+    shaping: tuple[str, ...] = ()
+    """What a completion earns beside its correctness, each `weight*name`: overlong, length, truncated, boxed or a
+    function of your own; the policy's loss sees it, log Z does not."""
+    overlong_share: float = 0.2
+    """`overlong`: last share of the completion limit over which the penalty grows from 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

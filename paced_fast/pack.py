@@ -39,11 +39,12 @@ def pack(
     completions: Sequence[Completion],
     prompt_ids: Sequence[tuple[int, ...]],
     prompt_index: Sequence[int],
-    rewards: Sequence[float],
+    rewards: Sequence[float | None],
     policy_version: int,
     device: torch.device,
+    shaping: Sequence[float] = (),
 ) -> Rollouts:
-    """B completions with their prompts as one packed record on `device`."""
+    """B completions with their prompts as one packed record on `device`; a reward of None is one without a verdict."""
     lengths = tuple(len(completion.token_ids) for completion in completions)
     tokens = [token for completion in completions for token in completion.token_ids]
     logprobs = [logprob for completion in completions for logprob in completion.logprobs]
@@ -53,7 +54,9 @@ def pack(
         lengths=lengths,
         prompt_ids=tuple(prompt_ids),
         prompt_index=to_device(list(prompt_index), torch.int64, device),
-        rewards=to_device(list(rewards), torch.float32, device),
+        rewards=to_device([reward or 0.0 for reward in rewards], torch.float32, device),
+        shaping=to_device(list(shaping) or [0.0] * len(lengths), torch.float32, device),
+        scored=tuple(reward is not None for reward in rewards),
         generator_logprobs=to_device(logprobs, torch.float32, device),
         policy_version=torch.full((len(lengths),), policy_version, dtype=torch.int64, device=device),
     )
@@ -72,6 +75,8 @@ def part(rollouts: Rollouts, sequences: Sequence[int]) -> Part:
         prompt_ids=tuple(rollouts.prompt_ids[i] for i in sequences),
         prompt_index=rollouts.prompt_index[index],
         rewards=rollouts.rewards[index],
+        shaping=rollouts.shaping[index],
+        scored=tuple(rollouts.scored[i] for i in sequences),
         generator_logprobs=rollouts.generator_logprobs[tokens],
         policy_version=rollouts.policy_version[index],
     )
@@ -93,6 +98,8 @@ def concat(first: Rollouts, second: Rollouts) -> Rollouts:
         prompt_ids=first.prompt_ids + second.prompt_ids,
         prompt_index=torch.cat([first.prompt_index, second.prompt_index]),
         rewards=torch.cat([first.rewards, second.rewards]),
+        shaping=torch.cat([first.shaping, second.shaping]),
+        scored=first.scored + second.scored,
         generator_logprobs=torch.cat([first.generator_logprobs, second.generator_logprobs]),
         policy_version=torch.cat([first.policy_version, second.policy_version]),
     )

@@ -28,12 +28,23 @@ class Group:
     prompt_index: int
     completions: list[Completion]
     texts: list[str]
-    rewards: list[float]
+    rewards: list[float | None]  # None: no verdict
+    shaping: list[float]  # as it came from the shaping functions; empty without any
 
     @property
-    def accuracy(self) -> float:
-        """Mean reward."""
-        return sum(self.rewards) / len(self.rewards)
+    def scored(self) -> list[float]:
+        """The rewards that there are."""
+        return [reward for reward in self.rewards if reward is not None]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean reward of the scored completions; None without any."""
+        return sum(self.scored) / len(self.scored) if self.scored else None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some completions are better than others."""
+        return len(set(self.scored)) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +55,8 @@ class Fresh:
     groups: list[Group]  # P, those of the batch
     dropped: list[Group]  # sampled and left out
     prompt_index: Tensor  # i64[P]
-    accuracy: Tensor  # f32[P]
+    accuracy: Tensor  # f32[P], of the scored completions; 0 where there is none
+    scored: Tensor  # bool[B]
 
     @property
     def num_sampled(self) -> int:
@@ -121,13 +133,15 @@ def step_record(result: StepResult, host: dict[str, Any]) -> dict[str, Any]:
     """The part of a metrics record that speaks of samples and updates."""
     fresh = result.fresh
     completions = [completion for group in fresh.groups for completion in group.completions]
-    rewards = [reward for group in fresh.groups for reward in group.rewards]
-    sampled = [group.accuracy for group in (*fresh.groups, *fresh.dropped)]
+    rewards = [reward for group in fresh.groups for reward in group.scored]
+    shaping = [value for group in fresh.groups for value in group.shaping]
+    sampled = [group.accuracy for group in (*fresh.groups, *fresh.dropped) if group.accuracy is not None]
     record: dict[str, Any] = {
         "loss": host["loss"],
         "grad_norm": host["grad_norm"],
         "learning_rate": host["learning_rate"],
         "reward_mean": sum(rewards) / len(rewards),
+        "unscored_share": 1 - len(rewards) / len(completions),
         "mixed_group_share": metrics.mixed_group_share(sampled),
         "trained_sequences": result.rollouts.num_sequences,
         "prompts_visited_share": host["prompts_visited_share"],
@@ -139,6 +153,8 @@ def step_record(result: StepResult, host: dict[str, Any]) -> dict[str, Any]:
         "effective_sample_share": host["effective_sample_share"],
         **{name: value for name, value in host.items() if name.startswith("generator_mismatch_")},
     }
+    if shaping:
+        record["shaping_mean"] = sum(shaping) / len(shaping)
     if result.head is not None:
         record["head_loss"], record["head_grad_norm"] = host["head_loss"], host["head_grad_norm"]
     return record
@@ -146,8 +162,9 @@ def step_record(result: StepResult, host: dict[str, Any]) -> dict[str, Any]:
 
 def value_record(result: StepResult, host: dict[str, Any], step: int) -> dict[str, Any]:
     """How well the value foretold this step's groups, before either was trained on the other; the replay ring."""
-    predicted = host["values_fresh"]
-    accuracy = [group.accuracy for group in result.fresh.groups]
+    pairs = zip(host["values_fresh"], result.fresh.groups, strict=True)
+    known = [(value, group.accuracy) for value, group in pairs if group.accuracy is not None]
+    predicted, accuracy = [value for value, _ in known], [measured for _, measured in known]
     record: dict[str, Any] = {
         "value_mean": host["values_mean"],
         "value_brier": metrics.brier_score(predicted, accuracy),

@@ -44,12 +44,13 @@ class ReplayBuffer:
             "lengths": torch.zeros(rows, dtype=torch.int64, device=device),
             "prompt_index": torch.zeros(rows, dtype=torch.int64, device=device),
             "rewards": torch.zeros(rows, device=device),
+            "shaping": torch.zeros(rows, device=device),
             "accuracy": torch.zeros(rows, device=device),  # of the group it was sampled with
             "policy_version": torch.full((rows,), -1, dtype=torch.int64, device=device),  # -1: the slot is empty
         }
         ring = {name: tensor[:capacity] for name, tensor in self._slots.items()}
         self.token_ids, self.logprobs, self.lengths = ring["token_ids"], ring["logprobs"], ring["lengths"]
-        self.prompt_index, self.rewards = ring["prompt_index"], ring["rewards"]
+        self.prompt_index, self.rewards, self.shaping = ring["prompt_index"], ring["rewards"], ring["shaping"]
         self.accuracy, self.policy_version = ring["accuracy"], ring["policy_version"]
         self.inserted = torch.zeros((), dtype=torch.int64, device=device)
         self.tree = PriorityTree(capacity, seed=stream_seed(seed, 0, "replay"), device=device, stream=1)
@@ -57,7 +58,8 @@ class ReplayBuffer:
     def insert(self, rollouts: Rollouts, values: Tensor, accuracy: Tensor) -> Tensor:
         """Add the sequences of largest priority, correct ones only unless all are kept; how many entered, i64[].
 
-        With `importance` the first groups enter whole: a choice by outcome is none that weights could make up for.
+        Those without a verdict never enter. With `importance` the first groups enter whole: a choice by outcome is
+        none that weights could make up for.
 
         `values` f32[N] are the estimates and `accuracy` f32[B] the accuracies of the sequences' groups.
         """
@@ -67,6 +69,7 @@ class ReplayBuffer:
         if self.config.importance:
             priority = torch.ones_like(priority)
         may_enter = rollouts.rewards > 0.5 if self.config.keep == "correct" else rollouts.rewards >= 0.0
+        may_enter &= to_device(list(rollouts.scored), torch.bool, device)
         order = torch.where(may_enter, priority, -1.0).argsort(descending=True, stable=True)[:count]
         enters = may_enter[order]  # a priority is never negative, so these come first
         slots = torch.where(enters, (self.inserted + torch.arange(count, device=device)) % capacity, capacity)
@@ -82,6 +85,7 @@ class ReplayBuffer:
             "lengths": lengths,
             "prompt_index": rollouts.prompt_index[order],
             "rewards": rollouts.rewards[order],
+            "shaping": rollouts.shaping[order],
             "accuracy": accuracy[order],
             "policy_version": rollouts.policy_version[order],
         }
@@ -144,6 +148,8 @@ class ReplayBuffer:
             prompt_ids=tuple(table.rows[i].token_ids for i in prompts),
             prompt_index=self.prompt_index[rows],
             rewards=self.rewards[rows],
+            shaping=self.shaping[rows],
+            scored=(True,) * len(lengths),
             generator_logprobs=self.logprobs.flatten()[position],
             policy_version=self.policy_version[rows],
         )

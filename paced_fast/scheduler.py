@@ -105,8 +105,10 @@ class PromptScheduler:
         self.epoch_draws.mul_((~is_over).long())
         return self.epoch_draws < self.config.max_visits
 
-    def observe(self, prompt_index: Tensor, accuracy: Tensor, step: int | Tensor) -> None:
-        """Record the group accuracy f32[P] of prompts i64[P] measured in `step`."""
+    def observe(self, prompt_index: Tensor, accuracy: Tensor, step: int | Tensor, known: Tensor | None = None) -> None:
+        """Record the group accuracy f32[P] of prompts i64[P] measured in `step`, where it is known, bool[P]."""
+        if known is not None:
+            accuracy = torch.where(known, accuracy, self.last_accuracy[prompt_index])
         self.last_accuracy[prompt_index] = accuracy
         self.visits.index_add_(0, prompt_index, torch.ones_like(prompt_index))
         self.last_visit.index_copy_(0, prompt_index, self._now(step).expand_as(prompt_index))

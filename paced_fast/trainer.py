@@ -28,7 +28,8 @@ from paced_fast.parity import ParityGuard
 from paced_fast.policy import Policy
 from paced_fast.record import Fresh, Group, StepResult, fetch, step_record, value_record
 from paced_fast.replay import ReplayBuffer, importance_weights
-from paced_fast.rewards import Scorer
+from paced_fast.rewards import Scorer, Shaper
+from paced_fast.rewards.shaping import centred
 from paced_fast.scheduler import PromptScheduler
 from paced_fast.update import Targets, UpdateResult, make_optimizer, update_policy
 from paced_kernels import segment_sum
@@ -69,6 +70,7 @@ class Trainer:
         self.guard = guard
         self.config, self.policy, self.initial = config, policy, initial
         self.generator, self.scorer, self.tokenizer, self.table = generator, scorer, tokenizer, table
+        self.shaper = Shaper(config.reward)
         self.optimizer = make_optimizer(policy, config.optimizer)
         self.counters = Counters()
         device = policy.device
@@ -133,6 +135,7 @@ class Trainer:
             "train_seconds": counters.train_seconds,
             **step_record(result, host),
             "skipped_steps": counters.skipped_steps,
+            "verdicts": self.scorer.take_counts(),
             "seconds": seconds,
             "tokens_per_second": fresh.num_tokens / total,
         }
@@ -143,7 +146,7 @@ class Trainer:
 
     def _learn(self, fresh: Fresh, replayed: Rollouts | None, values: Tensor | None) -> StepResult:
         """From what was sampled to new parameters, a new head, and statistics for the next draw; never waits."""
-        counters, count = self.counters, fresh.rollouts.num_sequences
+        counters = self.counters
         rollouts = fresh.rollouts if replayed is None else pack.concat(fresh.rollouts, replayed)
         if self.log_z is not None:
             with self.phases.phase("head"):
@@ -161,9 +164,10 @@ class Trainer:
                 num_updates=counters.num_updates,
             )
         with self.phases.phase("head"):
-            head = self._fit_head(rollouts, count, targets, update)
+            head = self._fit_head(rollouts, fresh, targets, update)
         with self.phases.phase("schedule"):
-            self.scheduler.observe(fresh.prompt_index, fresh.accuracy, self.now)
+            known = fresh.scored.view(-1, self.config.generation.group_size).any(1)
+            self.scheduler.observe(fresh.prompt_index, fresh.accuracy, self.now, known)
         with self.phases.phase("replay"):
             if self.replay is not None and values is not None:
                 accuracy = fresh.accuracy.repeat_interleave(self.config.generation.group_size)
@@ -208,8 +212,7 @@ class Trainer:
                 with self.phases.phase("replay"):
                     replayed = self.replay.take(host["slots"], host["lengths"], host["prompts"], self.table)
             for group in self._groups(host["drawn"], stream_seed(self.config.seed, step, f"generate/{round_}")):
-                mixed = min(group.rewards) < max(group.rewards)
-                (kept if mixed or not dynamic else dropped).append(group)
+                (kept if group.is_mixed or not dynamic else dropped).append(group)
             if len(kept) >= config.prompts_per_step:
                 break
         sampled = kept + dropped
@@ -221,15 +224,20 @@ class Trainer:
         index = [group.prompt_index for group in groups]
         each = [i for i in index for _ in range(size)]
         completions = [completion for group in groups for completion in group.completions]
-        group_rewards = [reward for group in groups for reward in group.rewards]
+        rewards = [reward for group in groups for reward in group.rewards]
+        if all(reward is None for reward in rewards):
+            raise TrainingError(f"no completion of step {self.counters.step} has a verdict: look at the warnings above")
+        shaping = [x for g in groups if g.shaping for x in centred(g.shaping, [r is not None for r in g.rewards])]
         prompt_ids = [self.table.rows[i].token_ids for i in each]
-        rollouts = pack.pack(completions, prompt_ids, each, group_rewards, self.counters.step, device)
+        rollouts = pack.pack(completions, prompt_ids, each, rewards, self.counters.step, device, shaping)
+        scored = to_device(list(rollouts.scored), torch.bool, device)
         return Fresh(
             rollouts=rollouts,
             groups=groups,
             dropped=dropped,
             prompt_index=to_device(index, torch.int64, device),
-            accuracy=group_accuracy(rollouts.rewards, size),
+            accuracy=group_accuracy(rollouts.rewards, scored, size),
+            scored=scored,
         )
 
     def _groups(self, prompt_index: Sequence[int], seed: int) -> list[Group]:
@@ -247,10 +255,15 @@ class Trainer:
             )
         with self.phases.phase("reward"):
             texts = [prompts.decode(self.tokenizer, completion.token_ids) for completion in completions]
-            judged = self.scorer.score([row for row in rows for _ in range(size)], texts)
-            scores = [0.0 if score is None else score for score in judged]
+            each = [row for row in rows for _ in range(size)]
+            rewards = self.scorer.score(each, texts)
+            self.scorer.check_failures()
+            shaping = self.shaper.shape(each, texts, completions, config.max_completion_tokens) if self.shaper else []
         cuts = [slice(k * size, (k + 1) * size) for k in range(len(rows))]
-        return [Group(i, completions[cut], texts[cut], scores[cut]) for i, cut in zip(prompt_index, cuts, strict=True)]
+        return [
+            Group(i, completions[cut], texts[cut], rewards[cut], shaping[cut])
+            for i, cut in zip(prompt_index, cuts, strict=True)
+        ]
 
     def _targets(self, rollouts: Rollouts, fresh: Fresh, values: Tensor | None) -> Targets:
         config = self.config
@@ -263,14 +276,14 @@ class Trainer:
         if config.algorithm == "flowrl":
             assert self.initial is not None
             assert values is not None
-            advantage = group_advantage(rollouts.rewards, config.generation.group_size)
+            advantage = group_advantage(rollouts.rewards + rollouts.shaping, fresh.scored, config.generation.group_size)
             signal, intercept = config.loss.flowrl_reward_scale * advantage, values[rollouts.prompt_index]
             ref = self.initial.logprobs(rollouts, temperature)
         elif config.algorithm == "grpo":
-            signal = group_advantage(rollouts.rewards, config.generation.group_size)
+            signal = group_advantage(rollouts.rewards + rollouts.shaping, fresh.scored, config.generation.group_size)
             intercept = torch.zeros_like(signal)
         else:
-            signal = rollouts.rewards
+            signal = rollouts.rewards + rollouts.shaping
             intercept = torch.zeros_like(signal) if values is None else values[rollouts.prompt_index].clone()
             if config.loss.intercept == "group_mean":
                 # Replayed sequences come without their group, so for them the head's value stands in.
@@ -281,28 +294,30 @@ class Trainer:
         return Targets(signal=signal, intercept=intercept, old_logprobs=old, ref_logprobs=ref, weights=weights)
 
     def _fit_head(
-        self, rollouts: Rollouts, count: int, targets: Targets, update: UpdateResult
+        self, rollouts: Rollouts, fresh: Fresh, targets: Targets, update: UpdateResult
     ) -> tuple[Tensor, Tensor] | None:
-        """Train log Z on the first `count` sequences, the fresh ones: replayed successes would bias it upwards.
+        """Train log Z on the correctness of the fresh sequences that have a verdict.
 
-        With `trains_log_z` on all of them, the replayed ones by their importance.
+        Replayed successes would bias it upwards. With `trains_log_z` it learns from all, the replayed ones by their
+        importance.
         """
         if self.log_z is None:
             return None
-        log_ratio = update.log_ratio
+        log_ratio, count = update.log_ratio, fresh.rollouts.num_sequences
+        scored = fresh.scored.float() / fresh.scored.float().mean()
         if self.config.algorithm == "flowrl":
             drift = segment_sum(targets.old_logprobs - targets.ref_logprobs, rollouts.cu_seqlens)
             lengths = rollouts.cu_seqlens.diff().clamp(min=1)
             target = targets.signal - (drift + log_ratio) / lengths
-            return self.log_z.fit(rollouts.prompt_index, target, update.weight)
+            return self.log_z.fit(rollouts.prompt_index, target, update.weight * scored)
         target = rollouts.rewards
         if self.config.log_z.loss == "tb":
             target = target - self.config.loss.beta * log_ratio
         if self.config.replay.trains_log_z:
             weights = targets.weights.clone()
-            weights[:count] = 1.0
+            weights[:count] = scored
             return self.log_z.fit(rollouts.prompt_index, target, weights)
-        return self.log_z.fit(rollouts.prompt_index[:count], target[:count])
+        return self.log_z.fit(rollouts.prompt_index[:count], target[:count], scored)
 
     def _count(self, fresh: Fresh, host: dict[str, Any]) -> None:
         counters = self.counters

@@ -54,7 +54,7 @@ class UpdateResult:
     loss: Tensor  # f32[], mean over the optimiser steps
     grad_norm: Tensor  # f32[], likewise, before clipping
     log_ratio: Tensor  # f32[B], sum of log pi - log pi_old at the last time the sequence was trained on
-    weight: Tensor  # f32[B], importance weight at that time
+    weight: Tensor  # f32[B], importance weight at that time, 0 for a sequence left out
     skipped: Tensor  # i64[], optimiser steps left out for a non-finite loss or gradient
     taken: Tensor  # i64[], optimiser steps made
 
@@ -175,13 +175,13 @@ def update_policy(
 ) -> UpdateResult:
     """Make `epochs * minibatches` optimiser steps; one with a non-finite loss or gradient changes nothing.
 
-    Minibatches keep the sequences of a prompt together. Each divides by its own number of sequences, whatever the
-    split into micro-batches. A step left out does not advance the learning-rate schedule. Whether one was left out is
-    decided on the device, and the host does not ask.
+    Minibatches keep the sequences of a prompt together, and leave out those without a verdict. Each divides by its own
+    number of sequences, whatever the split into micro-batches. A step left out does not advance the learning-rate
+    schedule. Whether one was left out is decided on the device, and the host does not ask.
     """
     policy_loss = POLICY_LOSSES[config.algorithm]
     log_ratio = torch.zeros_like(targets.signal)
-    weight = torch.ones_like(targets.signal)
+    weight = torch.zeros_like(targets.signal)
     losses: list[Tensor] = []
     norms: list[Tensor] = []
     taken = torch.zeros((), dtype=torch.int64, device=policy.device)
@@ -219,10 +219,11 @@ def _select(targets: Targets, part: pack.Part) -> Targets:
 
 
 def _minibatches(rollouts: Rollouts, count: int, seed: int) -> list[list[int]]:
-    """Deal the prompts, in random order, to `count` lists of about as many sequences each."""
+    """Deal the prompts, in random order, to `count` lists of about as many scored sequences each."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(rollouts.prompt_ids):
-        groups.setdefault(prompt, []).append(i)
+        if rollouts.scored[i]:
+            groups.setdefault(prompt, []).append(i)
     members = list(groups.values())
     order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
     dealt: list[list[int]] = [[] for _ in range(count)]

@@ -117,7 +117,11 @@ def test_token_positions_are_those_of_the_sequences(lengths: list[int], data: st
 
 
 def targets(algorithm: str, batch: Rollouts, old: Tensor, ref: Tensor) -> Targets:
-    signal = batch.rewards if algorithm in ("paced", "tb", "tb_group") else group_advantage(batch.rewards, 4)
+    signal = (
+        batch.rewards
+        if algorithm in ("paced", "tb", "tb_group")
+        else group_advantage(batch.rewards, torch.ones_like(batch.rewards, dtype=torch.bool), 4)
+    )
     intercept = torch.linspace(0.1, 0.9, batch.num_sequences)
     return Targets(
         signal=signal, intercept=intercept, old_logprobs=old, ref_logprobs=ref, weights=torch.ones_like(signal)

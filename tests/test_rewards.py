@@ -296,7 +296,7 @@ class TestScorer:
         ("body", "message"),
         [
             ("return [1.0]", r"own.py:judge' returned 1 rewards for 2 completions"),
-            ("return 1.0", r"own.py:judge' returned a float: a list of 2 numbers is expected"),
+            ("return 1.0", r"own.py:judge' returned a float, not a list of 2 numbers"),
             ("return None", r"own.py:judge' returned a NoneType"),
             ("return [1.0, float('nan')]", r"own.py:judge' returned nan for completion 2: a number in \[0, 1\]"),
             ("return [1.0, float('inf')]", r"returned inf for completion 2"),
@@ -345,8 +345,8 @@ class TestLoadReward:
         [
             ("exakt", "unknown reward 'exakt' .did you mean 'exact'"),
             ("nothing_like_it", "unknown reward 'nothing_like_it': use one of exact, number, math"),
-            (":f", "unknown reward ':f'"),
-            ("math:", "unknown reward 'math:'"),
+            (":f", "reward ':f' is neither package.module:function nor path"),
+            ("math:", "reward 'math:' is neither package.module:function nor path"),
             ("no.such.module:f", "reward 'no.such.module:f': cannot import 'no.such.module': ModuleNotFoundError"),
             ("math:no_such", "reward 'math:no_such': math has no function 'no_such'"),
             ("math:pi", "math has no function 'pi'"),

@@ -122,7 +122,7 @@ def test_one_token_a_sequence_on_average_is_not_read_as_log_probs_of_tokens() ->
 def test_grpo_is_the_clipped_surrogate_averaged_over_tokens_then_sequences() -> None:
     policy, batch = made()
     config = tiny_policy.settings("grpo", loss__grpo_clip=0.15)
-    advantage = group_advantage(batch.rewards, 4)
+    advantage = group_advantage(batch.rewards, torch.ones_like(batch.rewards, dtype=torch.bool), 4)
     logprobs = tiny_policy.naive_logprobs(policy.model, batch)
     old = logprobs.detach() + torch.linspace(-0.5, 0.5, batch.num_tokens)[torch.randperm(batch.num_tokens)]
     zeros = torch.zeros(8)
@@ -159,7 +159,7 @@ def test_grpo_is_the_clipped_surrogate_averaged_over_tokens_then_sequences() -> 
 def test_flowrl_has_means_inside_the_residual_and_a_capped_sum_in_the_weight() -> None:
     policy, batch = made()
     config = tiny_policy.settings("flowrl")
-    scaled = 15.0 * group_advantage(batch.rewards, 4)
+    scaled = 15.0 * group_advantage(batch.rewards, torch.ones_like(batch.rewards, dtype=torch.bool), 4)
     log_z = torch.linspace(-1.0, 2.0, 8)
     logprobs = tiny_policy.naive_logprobs(policy.model, batch)
     old = logprobs.detach() + torch.linspace(-1.5, 0.8, batch.num_tokens)
@@ -178,10 +178,14 @@ def test_flowrl_has_means_inside_the_residual_and_a_capped_sum_in_the_weight() -
 
 def test_group_figures() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    assert group_accuracy(rewards, 3).tolist() == pytest.approx([1 / 3, 1.0, 1 / 3])
+    assert group_accuracy(rewards, torch.ones_like(rewards, dtype=torch.bool), 3).tolist() == pytest.approx(
+        [1 / 3, 1.0, 1 / 3]
+    )
     deviation = math.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2)  # of a sample: G - 1 below
     high, low = (2 / 3) / (deviation + 1e-6), (-1 / 3) / (deviation + 1e-6)
-    assert group_advantage(rewards, 3).tolist() == pytest.approx([high, low, low, 0, 0, 0, high, low, low], abs=1e-6)
+    assert group_advantage(rewards, torch.ones_like(rewards, dtype=torch.bool), 3).tolist() == pytest.approx(
+        [high, low, low, 0, 0, 0, high, low, low], abs=1e-6
+    )
 
 
 def test_the_learning_rate_rises_over_the_updates_of_the_warm_up_steps() -> None:

@@ -3,6 +3,7 @@ r"""Verifiers: completion text -> reward in [0, 1], or None where there is no ve
 A reward function has TRL's signature, `f(prompts, completions, **columns) -> list[float | None]`: every column of the
 data rows is a list aligned with the completions, which are plain text. Without `**columns` it gets those it names.
 
+Async functions with the same signature wait together.
 A callable object may have, besides: `problem(columns) -> str | None`, what keeps a row from ever being judged, asked
 when the data are read; `counts`, a Counter of verdicts by kind; `close()`.
 
@@ -12,10 +13,13 @@ when the data are read; `counts`, a Counter of verdicts by kind; `close()`.
     reasoning_gym    the score of the data set's own scorer
     signed_sums      the exact checker of that task
     package.module:function, path/to/file.py:function
+    verl:..., trl:...  functions written for those trainers (see `adapters`)
+    0.7*math+0.3*exact a weighted mean of several
 """
 
 from paced_fast.rewards.loading import RewardFunction, load_reward
 from paced_fast.rewards.scorer import Scorer
+from paced_fast.rewards.shaping import Shaper
 from paced_fast.rewards.text import last_number
 
-__all__ = ["RewardFunction", "Scorer", "last_number", "load_reward"]
+__all__ = ["RewardFunction", "Scorer", "Shaper", "last_number", "load_reward"]

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
+from paced_fast.rewards.adapters import TRLChatReward, VerlReward
 from paced_fast.rewards.math import MathReward
 from paced_fast.rewards.tasks import ReasoningGymReward, signed_sums
 from paced_fast.rewards.text import exact, number
@@ -33,26 +34,40 @@ def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFuncti
         return ReasoningGymReward()
     if plain := {"exact": exact, "number": number, "signed_sums": signed_sums}.get(name):
         return plain
-    module_name, colon, function_name = name.rpartition(":")
-    if not colon or not module_name or not function_name:
+    for prefix, adapter in (("verl:", VerlReward), ("trl:", TRLChatReward)):
+        if name.startswith(prefix):
+            return adapter(name, import_function(name.removeprefix(prefix), "reward"))
+    if ":" not in name:
         raise InputError(
             f"unknown reward {name!r}{nearest(name, _NAMES)}: use one of {', '.join(_NAMES)}, "
             "package.module:function or path/to/file.py:function"
         )
-    function: Any = getattr(_import(module_name, name), function_name, None)
+    return import_function(name, "reward")
+
+
+def import_function(name: str, kind: str) -> RewardFunction:
+    """The function at `package.module:function` or `path/to/file.py:function`; `kind` is what messages call it.
+
+    Raises:
+        InputError: no such module, file or function, or the module fails.
+    """
+    module_name, _, function_name = name.rpartition(":")
+    if not module_name or not function_name:
+        raise InputError(f"{kind} {name!r} is neither package.module:function nor path/to/file.py:function")
+    function: Any = getattr(_import(module_name, f"{kind} {name!r}"), function_name, None)
     if not callable(function):
-        raise InputError(f"reward {name!r}: {module_name} has no function {function_name!r}")
+        raise InputError(f"{kind} {name!r}: {module_name} has no function {function_name!r}")
     return cast(RewardFunction, function)
 
 
-def _import(module_name: str, name: str) -> Any:
+def _import(module_name: str, who: str) -> Any:
     try:
         if not module_name.endswith(".py"):
             return importlib.import_module(module_name)
         path = Path(module_name).expanduser()
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if not path.is_file() or spec is None or spec.loader is None:
-            raise InputError(f"reward {name!r}: there is no file {str(path.absolute())!r}")
+            raise InputError(f"{who}: there is no file {str(path.absolute())!r}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -60,4 +75,4 @@ def _import(module_name: str, name: str) -> Any:
         raise
     except Exception as error:  # the user's module runs here
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"reward {name!r}: cannot import {module_name!r}: {reason}") from error
+        raise InputError(f"{who}: cannot import {module_name!r}: {reason}") from error

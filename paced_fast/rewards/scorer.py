@@ -1,51 +1,66 @@
-"""Completions of many rows, judged by the reward function that each row names."""
+"""Completions of many rows, judged by the rewards that each row names."""
 
 from __future__ import annotations
 
-import inspect
-import math
-import numbers
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, TrainingError
+from paced_fast.rewards.call import Call, run_all
 from paced_fast.rewards.loading import RewardFunction, load_reward
+from paced_fast.rewards.terms import Term, parse_reward
 
-_RESERVED_COLUMNS = ("prompts", "completions")
+_WINDOW = 256
+"""Completions over which the share without a verdict is taken, or one call's where that has more."""
 
 
 class Scorer:
     """Judges completions: each reward function is loaded once and called once for all of its rows.
 
+    A row's reward is a name or a sum of them, `0.7*math+0.3*exact`; the weights are scaled to add up to 1. A completion
+    that one of the parts has no verdict on has none.
+
     Example: `Scorer(row.reward for row in table.rows)` loads what the rows name, so that a wrong name fails early.
 
     Raises:
-        InputError: a name that `load_reward` does not know.
+        InputError: a name that `load_reward` does not know, or a sum that `parse_reward` cannot read.
     """
 
     def __init__(self, names: Iterable[str] = (), settings: RewardConfig | None = None) -> None:
         self.settings = settings or RewardConfig()
         self._functions: dict[str, RewardFunction] = {}
+        self._sums: dict[str, tuple[Term, ...]] = {}
+        self._unscored: Counter[str] = Counter()
+        self._recent: dict[str, deque[tuple[int, int]]] = {}
         for name in names:
-            self._function(name)
+            self._terms(name)
 
     def problem(self, name: str, columns: Mapping[str, Any]) -> str | None:
-        """What keeps the reward function `name` from ever judging a row of these columns, None when nothing does."""
-        asked = getattr(self._function(name), "problem", None)
-        return None if asked is None else asked(columns)
+        """What keeps the reward `name` from ever judging a row of these columns, None when nothing does."""
+        for term in self._terms(name):
+            asked = getattr(self._functions[term.name], "problem", None)
+            found = None if asked is None else asked(columns)
+            if found is not None:
+                return found
+        return None
 
     def take_counts(self) -> dict[str, dict[str, int]]:
-        """Verdicts by kind (right, wrong, timeout ...) of each reward function that counts them, since last asked."""
+        """Verdicts by kind (right, wrong, timeout ...) of each reward function that counts them, since last asked.
+
+        Of the others only the `unscored` are counted.
+        """
         taken: dict[str, dict[str, int]] = {}
         for name, function in self._functions.items():
             counts = getattr(function, "counts", None)
-            if counts:
-                taken[name] = dict(counts)
-                counts.clear()
+            if counts is None:
+                counts = Counter({"unscored": self._unscored[name]})
+            if +counts:
+                taken[name] = dict(+counts)
+            counts.clear()
+        self._unscored.clear()
         return taken
 
     def close(self) -> None:
@@ -59,6 +74,7 @@ class Scorer:
         """One reward in [0, 1] for each completion, in order; `rows[i]` is the prompt of `completions[i]`.
 
         None means unscored: no verdict could be had, and the completion must count neither as right nor as wrong.
+        Async functions wait together, while the others run.
 
         Raises:
             InputError: a reward function failed or returned something other than one number in [0, 1] a completion.
@@ -67,52 +83,63 @@ class Scorer:
             raise InputError(
                 f"got {len(rows)} rows and {len(completions)} completions: one row a completion is expected"
             )
-        groups: dict[str, list[int]] = {}
+        members: dict[str, list[int]] = {}
         for i, row in enumerate(rows):
-            groups.setdefault(row.reward, []).append(i)
-        rewards: list[float | None] = [None] * len(rows)
-        for name, members in groups.items():
-            returned = _call(name, self._function(name), [rows[i] for i in members], [completions[i] for i in members])
-            for i, value in zip(members, returned, strict=True):
-                rewards[i] = _checked(name, value, i)
-        return rewards
+            for term in self._terms(row.reward):
+                members.setdefault(term.name, []).append(i)
+        calls = [
+            Call(
+                name=name,
+                function=self._functions[name],
+                rows=[rows[i] for i in chosen],
+                completions=[completions[i] for i in chosen],
+                places=chosen,
+            )
+            for name, chosen in members.items()
+        ]
+        verdicts: dict[str, dict[int, float | None]] = {}
+        for name, found in zip(members, run_all(calls, self.settings.async_seconds), strict=True):
+            verdicts[name] = dict(zip(members[name], found, strict=True))
+            missing = sum(value is None for value in found)
+            self._unscored[name] += missing
+            self._recent.setdefault(name, deque()).append((missing, len(found)))
+        return [_weighted(self._terms(row.reward), verdicts, i) for i, row in enumerate(rows)]
 
-    def _function(self, name: str) -> RewardFunction:
-        if name not in self._functions:
-            self._functions[name] = load_reward(name, self.settings)
-        return self._functions[name]
+    def check_failures(self) -> None:
+        """Raises TrainingError naming a reward function that gave no verdict on too many of the last completions.
+
+        The share is taken over the last 256, or the last call where that judged more; before there were so many, the
+        rest counts as judged, so that one miss in a small first batch does not stop a run.
+        """
+        limit = self.settings.max_unscored_share
+        for name, recent in self._recent.items():
+            while len(recent) > 1 and sum(count for _, count in recent) - recent[0][1] >= _WINDOW:
+                recent.popleft()
+            missing, total = (sum(column) for column in zip(*recent, strict=True))
+            if missing > limit * max(total, _WINDOW):
+                kinds = getattr(self._functions[name], "counts", None) or {}
+                verdicts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+                raise TrainingError(
+                    f"reward {name!r} gave no verdict on {missing} of the last {total} completions, more than "
+                    f"--reward.max-unscored-share {limit:g} allows{f' ({verdicts})' if verdicts else ''}: look at its "
+                    "warnings above, give it more time, or raise the share"
+                )
+
+    def _terms(self, name: str) -> tuple[Term, ...]:
+        if name not in self._sums:
+            terms = parse_reward(name)
+            for term in terms:
+                if term.name not in self._functions:
+                    self._functions[term.name] = load_reward(term.name, self.settings)
+            self._sums[name] = terms
+        return self._sums[name]
 
 
-def _call(name: str, function: RewardFunction, rows: Sequence[PromptRow], completions: list[str]) -> list[Any]:
-    keys = dict.fromkeys(key for row in rows for key in row.columns if key not in _RESERVED_COLUMNS)
-    columns = {key: [row.columns.get(key) for row in rows] for key in keys}
-    given = {"prompts": [row.prompt for row in rows], "completions": completions, **columns}
-    try:
-        parameters = inspect.signature(function).parameters.values()
-        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-            given = {key: given[key] for key in (parameter.name for parameter in parameters) if key in given}
-        returned: Any = function(**given)
-    except InputError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"the reward function {name!r} failed: {reason}") from error
-    if hasattr(returned, "tolist"):
-        returned = returned.tolist()
-    if not isinstance(returned, list | tuple):
-        kind = type(returned).__name__
-        raise InputError(f"the reward function {name!r} returned a {kind}: a list of {len(rows)} numbers is expected")
-    if len(returned) != len(rows):
-        raise InputError(f"the reward function {name!r} returned {len(returned)} rewards for {len(rows)} completions")
-    return list(returned)
-
-
-def _checked(name: str, value: Any, index: int) -> float | None:
-    if value is None:
-        return None
-    is_number = isinstance(value, numbers.Real | np.bool_)
-    if not is_number or not math.isfinite(float(value)) or not 0.0 <= float(value) <= 1.0:
-        raise InputError(
-            f"the reward function {name!r} returned {value!r} for completion {index}: a number in [0, 1] is expected"
-        )
-    return float(value)
+def _weighted(terms: Sequence[Term], verdicts: Mapping[str, Mapping[int, float | None]], index: int) -> float | None:
+    total = 0.0
+    for term in terms:
+        value = verdicts[term.name][index]
+        if value is None:
+            return None
+        total += term.weight * value
+    return min(total, 1.0)  # weights add up to 1 but for rounding

@@ -1,0 +1,88 @@
+"""Reward functions written for other trainers, in the shape of ours.
+
+    verl:MODULE:FUNCTION   compute_score(data_source, solution_str, ground_truth, extra_info) of verl, once a completion
+    trl:MODULE:FUNCTION    a function of TRL that expects chats: lists of messages as prompts and completions
+
+A plain `MODULE:FUNCTION` has TRL's signature with text, and needs no adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from paced_fast.errors import InputError
+
+
+class VerlReward:
+    """verl's `compute_score` over a batch. It may return a number or a dict with `score`; None is no verdict.
+
+    The ground truth is `reward_model["ground_truth"]` as verl's data sets have it, else the column `ground_truth`, else
+    `answer`. Columns `data_source` and `extra_info` are handed on, None where a row has none.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self._name, self._function = name, function
+        parameters = inspect.signature(function).parameters.values()
+        takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        names = {parameter.name for parameter in parameters}
+        missing = {"solution_str", "ground_truth"} - names
+        if missing and not takes_all:
+            raise InputError(
+                f"reward {name!r}: a function of verl has the parameters data_source, solution_str, ground_truth and "
+                f"extra_info, and this one has no {sorted(missing)[0]!r}"
+            )
+        self._names = None if takes_all else names
+
+    def problem(self, columns: Mapping[str, Any]) -> str | None:
+        """That a row has no ground truth."""
+        if _ground_truth(columns) is None:
+            return f"reward {self._name!r} needs reward_model.ground_truth, ground_truth or answer: the row has none"
+        return None
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[Any]:
+        rows = [{key: values[i] for key, values in columns.items()} for i in range(len(completions))]
+        return [self._score(row, text) for row, text in zip(rows, completions, strict=True)]
+
+    def _score(self, row: Mapping[str, Any], text: str) -> Any:
+        given = {
+            "data_source": row.get("data_source"),
+            "solution_str": text,
+            "ground_truth": _ground_truth(row),
+            "extra_info": row.get("extra_info"),
+        }
+        wanted = given if self._names is None else {key: value for key, value in given.items() if key in self._names}
+        returned = self._function(**wanted)
+        if isinstance(returned, Mapping):
+            if "score" not in returned:
+                raise InputError(f"reward {self._name!r} returned a dict without 'score': {sorted(returned)}")
+            return returned["score"]
+        return returned
+
+
+class TRLChatReward:
+    """A reward function of TRL that reads chats: text becomes one message, of the user or of the assistant."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self._name, self._function = name, function
+        self.is_async = inspect.iscoroutinefunction(function)
+        parameters = inspect.signature(function).parameters.values()
+        takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        self._names = None if takes_all else {parameter.name for parameter in parameters}
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> Any:
+        given = {
+            "prompts": [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts],
+            "completions": [[{"role": "assistant", "content": text}] for text in completions],
+            **columns,
+        }
+        return self._function(**{k: v for k, v in given.items() if self._names is None or k in self._names})
+
+
+def _ground_truth(row: Mapping[str, Any]) -> Any:
+    model = row.get("reward_model")
+    if isinstance(model, Mapping) and model.get("ground_truth") is not None:
+        return model["ground_truth"]
+    found = row.get("ground_truth")
+    return row.get("answer") if found is None else found

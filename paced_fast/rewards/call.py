@@ -1,0 +1,149 @@
+"""One call of a reward or shaping function: the columns it asks for, plain or async, and a check of what it returns."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import numbers
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paced_fast.batch import PromptRow
+from paced_fast.errors import InputError
+
+_RESERVED_COLUMNS = ("prompts", "completions")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """A function by its name, the completions it is to judge, and the range its numbers must lie in."""
+
+    name: str
+    function: Callable[..., Any]
+    rows: Sequence[PromptRow]
+    completions: Sequence[str]
+    places: Sequence[int] = ()
+    """What the completions are numbered in messages; from 0 unless given."""
+    low: float = 0.0
+    high: float = 1.0
+    more_columns: Mapping[str, Sequence[Any]] | None = None
+    """Columns beside those of the rows, one entry a completion; they win over a row's own."""
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the function is a coroutine function, or an object whose call is one or that says so."""
+        if getattr(self.function, "is_async", False):
+            return True
+        called = getattr(self.function, "__call__", None)  # noqa: B004
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(called)
+
+    def run(self) -> list[float | None]:
+        """The function's numbers, one a completion.
+
+        Raises:
+            InputError: it failed, or returned something other than a number in range, or None, for each completion.
+        """
+        try:
+            return self._checked(self.function(**self._arguments()))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"the reward function {self.name!r} failed: {_reason(error)}") from error
+
+    async def run_async(self, seconds: float) -> list[float | None]:
+        """The same for an async function; after `seconds` without an answer all its completions are unscored."""
+        try:
+            return self._checked(await asyncio.wait_for(self.function(**self._arguments()), seconds))
+        except TimeoutError:
+            return [None] * len(self.completions)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"the reward function {self.name!r} failed: {_reason(error)}") from error
+
+    def _arguments(self) -> dict[str, Any]:
+        """All columns for a function with `**columns`, else those it names."""
+        keys = dict.fromkeys(key for row in self.rows for key in row.columns if key not in _RESERVED_COLUMNS)
+        columns = {key: [row.columns.get(key) for row in self.rows] for key in keys}
+        prompts, completions = [row.prompt for row in self.rows], list(self.completions)
+        given = {"prompts": prompts, "completions": completions, **columns, **(self.more_columns or {})}
+        parameters = inspect.signature(self.function).parameters.values()
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            return given
+        return {key: given[key] for key in (parameter.name for parameter in parameters) if key in given}
+
+    def _checked(self, returned: Any) -> list[float | None]:
+        if hasattr(returned, "tolist"):
+            returned = returned.tolist()
+        count = len(self.completions)
+        if not isinstance(returned, list | tuple):
+            kind = type(returned).__name__
+            raise InputError(f"the reward function {self.name!r} returned a {kind}, not a list of {count} numbers")
+        if len(returned) != count:
+            raise InputError(
+                f"the reward function {self.name!r} returned {len(returned)} rewards for {count} completions"
+            )
+        return [self._number(value, i) for i, value in zip(self.places or range(count), returned, strict=True)]
+
+    def _number(self, value: Any, index: int) -> float | None:
+        if value is None:
+            return None
+        is_number = isinstance(value, numbers.Real | np.bool_)
+        if not is_number or not math.isfinite(float(value)) or not self.low <= float(value) <= self.high:
+            raise InputError(
+                f"the reward function {self.name!r} returned {value!r} for completion {index}: "
+                f"a number in [{self.low:g}, {self.high:g}] is expected, or None for no verdict"
+            )
+        return float(value)
+
+
+def run_all(calls: Sequence[Call], seconds: float) -> list[list[float | None]]:
+    """The numbers of every call, in order; async ones wait together, beside the plain ones, for at most `seconds`."""
+    waiting = [i for i, call in enumerate(calls) if call.is_async]
+    results: list[list[float | None]] = [[] for _ in calls]
+
+    async def gather() -> None:
+        found = await asyncio.gather(*(calls[i].run_async(seconds) for i in waiting))
+        for i, numbers_ in zip(waiting, found, strict=True):
+            results[i] = numbers_
+
+    with _Background(gather() if waiting else None):
+        for i, call in enumerate(calls):
+            if i not in waiting:
+                results[i] = call.run()
+    return results
+
+
+class _Background:
+    """Runs a coroutine in a thread of its own, since the caller's may have an event loop already; joined at the end."""
+
+    def __init__(self, work: Coroutine[Any, Any, None] | None) -> None:
+        self._work = work
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="async rewards", daemon=True)
+
+    def __enter__(self) -> None:
+        if self._work is not None:
+            self._thread.start()
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if self._work is not None:
+            self._thread.join()
+            if self._error is not None and error is None:
+                raise self._error
+
+    def _run(self) -> None:
+        assert self._work is not None
+        try:
+            asyncio.run(self._work)
+        except BaseException as error:  # raised again by the thread that waits
+            self._error = error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

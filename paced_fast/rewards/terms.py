@@ -1,0 +1,54 @@
+"""Sums of named functions: `0.7*math+0.3*exact`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from paced_fast.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand."""
+
+    weight: float
+    name: str
+
+
+def parse_terms(text: str) -> tuple[Term, ...]:
+    """The summands of `[weight*]name+[weight*]name+...`; a path that exists is one name, whatever is in it.
+
+    Raises:
+        InputError: a summand without a name, a weight that is no finite number other than 0, or a name given twice.
+    """
+    if Path(text.rpartition(":")[0]).expanduser().is_file():
+        return (Term(1.0, text),)
+    terms = []
+    for part in text.split("+"):
+        factor, star, name = part.strip().rpartition("*")
+        try:
+            weight = float(factor) if star else 1.0
+        except ValueError:
+            weight = math.nan
+        if not name.strip() or not math.isfinite(weight) or weight == 0.0:
+            raise InputError(
+                f"{text!r}: {part.strip()!r} is not a name or weight*name with a finite weight other than 0"
+            )
+        terms.append(Term(weight, name.strip()))
+    names = [term.name for term in terms]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InputError(f"{text!r} names {name!r} twice: add its weights up")
+    return tuple(terms)
+
+
+def parse_reward(text: str) -> tuple[Term, ...]:
+    """The parts of a row's reward with weights that add up to 1. Raises InputError also for a weight below 0."""
+    terms = parse_terms(text)
+    for term in terms:
+        if term.weight < 0:
+            raise InputError(f"reward {text!r}: the weight of {term.name!r} is negative, and correctness is in [0, 1]")
+    total = sum(term.weight for term in terms)
+    return tuple(Term(term.weight / total, term.name) for term in terms)
