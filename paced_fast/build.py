@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
-from paced_fast.batch import PromptRow, PromptTable
+from paced_fast.batch import Completion, PromptRow, PromptTable
 from paced_fast.config import Config, flatten, stream_seed
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
@@ -27,7 +27,7 @@ from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
 from paced_fast.resolve import resolve
-from paced_fast.rewards import Scorer
+from paced_fast.rewards import Scorer, Shaper
 from paced_fast.sources import drop_missing
 from paced_fast.trainer import Counters, Trainer
 from paced_fast.warm_start import warm_start
@@ -72,7 +72,8 @@ def build(config: Config, console: Console) -> Run:
             "some repeat: lower --generation.prompts-per-step, or leave the limit out"
         )
     scorer = Scorer((row.reward for row in (*table.rows, *eval_table.rows)), config.reward)
-    _try_rewards(scorer, (*table.rows, *eval_table.rows))
+    shaper = Shaper(config.reward)
+    _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
     check_headline(config.data.headline, eval_table)
     stop_ids = prompts.stop_token_ids(tokenizer)
     if newest is None:
@@ -115,6 +116,7 @@ def build(config: Config, console: Console) -> Run:
         initial=initial,
         generator=generator,
         scorer=scorer,
+        shaper=shaper,
         tokenizer=tokenizer,
         table=table,
         embeddings=embeddings,
@@ -250,10 +252,12 @@ def _run_folder(config: Config) -> Path:
     return folder
 
 
-def _try_rewards(scorer: Scorer, rows: Sequence[PromptRow]) -> None:
+def _try_rewards(scorer: Scorer, shaper: Shaper, rows: Sequence[PromptRow]) -> None:
     """Judge an empty completion of one row for each reward, so that one that cannot be used fails before any work."""
-    first = {row.reward: row for row in reversed(rows)}
-    scorer.score(list(first.values()), [""] * len(first))
+    first = list({row.reward: row for row in reversed(rows)}.values())
+    scorer.score(first, [""] * len(first))
+    empty = Completion(token_ids=[], logprobs=[], stopped=True)
+    shaper.shape(first, [""] * len(first), [empty] * len(first), 1)
 
 
 def _claim(folder: Path, config: Config) -> None:

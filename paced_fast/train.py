@@ -173,7 +173,10 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     config = without_missing(resolve(config))
     console.print(metrics.config_table(flatten(config)))
     prepared = build(config, console)
-    summary = train(prepared, console)
+    try:
+        summary = train(prepared, console)
+    finally:
+        prepared.scorer.close()
     if config.run.report:
         report.make_report(prepared.folder)
     return summary

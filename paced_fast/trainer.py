@@ -58,6 +58,7 @@ class Trainer:
         initial: Policy | None,
         generator: Generator,
         scorer: Scorer,
+        shaper: Shaper,
         tokenizer: PreTrainedTokenizerBase,
         table: PromptTable,
         embeddings: Tensor | None,
@@ -69,8 +70,8 @@ class Trainer:
         """
         self.guard = guard
         self.config, self.policy, self.initial = config, policy, initial
-        self.generator, self.scorer, self.tokenizer, self.table = generator, scorer, tokenizer, table
-        self.shaper = Shaper(config.reward)
+        self.generator, self.scorer, self.shaper = generator, scorer, shaper
+        self.tokenizer, self.table = tokenizer, table
         self.optimizer = make_optimizer(policy, config.optimizer)
         self.counters = Counters()
         device = policy.device

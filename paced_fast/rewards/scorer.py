@@ -109,14 +109,15 @@ class Scorer:
         """Raises TrainingError naming a reward function that gave no verdict on too many of the last completions.
 
         The share is taken over the last 256, or the last call where that judged more; before there were so many, the
-        rest counts as judged, so that one miss in a small first batch does not stop a run.
+        rest counts as judged, so that one miss in a small first batch does not stop a run. A function that never gave
+        one does.
         """
         limit = self.settings.max_unscored_share
         for name, recent in self._recent.items():
             while len(recent) > 1 and sum(count for _, count in recent) - recent[0][1] >= _WINDOW:
                 recent.popleft()
             missing, total = (sum(column) for column in zip(*recent, strict=True))
-            if missing > limit * max(total, _WINDOW):
+            if missing > limit * max(total, _WINDOW) or (limit < 1.0 and missing == total > 0):
                 kinds = getattr(self._functions[name], "counts", None) or {}
                 verdicts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
                 raise TrainingError(
