@@ -1,0 +1,185 @@
+"""What the workers of the math rewards run: math-verify, and the exact comparison of `math_strict`.
+
+A program for `fork_server`, in processes of its own: math-verify's time limit is an alarm signal, which works in the main
+thread only and does not stop every computation, so it is off here and the pool kills what takes too long.
+
+A request is `["lenient", gold, answer]` with LaTeX texts, or `["strict", gold, answer]` with the trees that `forms`
+makes of them; the reply is `right`, `wrong`, or `unreadable` when the gold is no mathematics to the parser.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+
+_DIGITS = 100
+_ZERO = sympy.Float("1e-80")
+_CLEARLY_DIFFERENT = 1e-3
+_STRICT = (LatexExtractionConfig(normalization_config=NormalizationConfig(True, False, True, True, "all", False)),)
+# Where expressions with variables are compared; nobody who writes an answer knows them.
+_SOURCE = random.SystemRandom()
+
+
+def prepare() -> None:
+    """Fills the parser's caches, before the first fork."""
+    logging.disable(logging.CRITICAL)
+    for gold, answer in ((r"2\sqrt{2}", r"\sqrt{8}"), ("x^2+1", "1+y^2"), (r"\frac{1}{2}", "1/2"), ("(1,2]", r"\{1\}")):
+        judge(["lenient", gold, answer])
+        judge(["strict", ["expression", gold], ["expression", answer]])
+
+
+def judge(request: Sequence[Any]) -> str:
+    """The verdict on a pair."""
+    mode, gold, answer = request
+    try:
+        return _lenient(gold, answer) if mode == "lenient" else _strict(gold, answer)
+    except UnreadableError:
+        return "unreadable"
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RecursionError, TypeError, ValueError):
+        return "wrong"  # sympy cannot compute with it
+
+
+class UnreadableError(Exception):
+    """The gold is no mathematics to the parser."""
+
+
+def _lenient(gold_text: str, answer_text: str) -> str:
+    gold = _parsed(gold_text)
+    if not gold:
+        raise UnreadableError
+    answer = parse(f"\\boxed{{{answer_text}}}", parsing_timeout=None, fallback_mode="no_fallback")
+    if not answer or is_clearly_different(gold[0], answer[0]):
+        return "wrong"
+    return "right" if verify(list(gold), answer, timeout_seconds=None) else "wrong"
+
+
+@functools.lru_cache(4096)
+def _parsed(gold: str) -> tuple[Any, ...]:
+    return tuple(parse(f"\\boxed{{{gold}}}", parsing_timeout=None, fallback_mode="no_fallback"))
+
+
+def is_clearly_different(gold: Any, answer: Any) -> bool:
+    """Whether two expressions differ at some point by more than any rounding of math-verify forgives.
+
+    Its proof that they differ, `simplify`, takes ten times as long. Percentages and single symbols have rules of their
+    own there.
+    """
+    for one in (gold, answer):
+        if not isinstance(one, sympy.Expr) or isinstance(one, sympy.Symbol) or one.has(sympy.UnevaluatedExpr):
+            return False
+    if gold.has(sympy.core.function.AppliedUndef) or answer.has(sympy.core.function.AppliedUndef):
+        return False
+    try:
+        symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+        points = {symbol: sympy.Rational(_SOURCE.randint(10**5, 10**6), 250007) for symbol in symbols}
+        values = [complex(one.subs(points).evalf(20)) for one in (gold, answer)]
+    except (ArithmeticError, TypeError, ValueError, AttributeError):
+        return False
+    return abs(values[0] - values[1]) > _CLEARLY_DIFFERENT * (1 + max(map(abs, values)))
+
+
+def _strict(gold: Sequence[Any], answer: Sequence[Any]) -> str:
+    return "right" if _same(gold, answer) else "wrong"
+
+
+def _same(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
+    """Equality of two trees: `[kind, part, ...]`, where a part is a tree, or the text of a leaf."""
+    kind, other = gold[0], answer[0]
+    if kind == "number" and other == "number":
+        return gold[1] == answer[1]
+    if kind in ("number", "expression") and other in ("number", "expression"):
+        return _equal(_read(gold[1], is_gold=True), _read(answer[1]))
+    if kind == "relation" and other == "relation":
+        return _same_relation(gold[1:], answer[1:])
+    if kind != other or len(gold) != len(answer):
+        return False
+    if kind == "text":
+        return gold[1] == answer[1]
+    if kind not in ("set", "union"):
+        return all(map(_same, gold[1:], answer[1:]))
+    left = list(answer[1:])
+    for part in gold[1:]:
+        found = next((i for i, candidate in enumerate(left) if _same(part, candidate)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _same_relation(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
+    """`[left, operator, right, operator, ...]`: the same sides, or for one operator a multiple of the same difference."""
+    if gold[1::2] == answer[1::2] and len(gold) == len(answer) and all(map(_same, gold[::2], answer[::2])):
+        return True
+    if len(gold) != 3 or len(answer) != 3 or gold[1] != answer[1]:
+        return False
+    golds = [_read(side[1], is_gold=True) for side in gold[::2]]
+    answers = [_read(side[1]) for side in answer[::2]]
+    if any(not isinstance(side, sympy.Expr) for side in (*golds, *answers)):
+        return False
+    difference, other = golds[0] - golds[1], answers[0] - answers[1]
+    if not difference.free_symbols or difference.free_symbols != other.free_symbols:
+        return False
+    ratio = sympy.simplify(difference / other)
+    if not ratio.is_number or not ratio.is_finite or ratio.is_zero:
+        return False
+    return gold[1] in ("=", "!=") or bool(ratio.is_positive)
+
+
+@functools.lru_cache(4096)
+def _read_gold(text: str) -> Any:
+    found = parse(f"\\boxed{{{text}}}", _STRICT, parsing_timeout=None, fallback_mode="no_fallback")
+    if not found:
+        raise UnreadableError
+    return _exact(found[0])
+
+
+def _read(text: str, *, is_gold: bool = False) -> Any:
+    if is_gold:
+        return _read_gold(text)
+    found = parse(f"\\boxed{{{text}}}", _STRICT, parsing_timeout=None, fallback_mode="no_fallback")
+    return _exact(found[0]) if found else None
+
+
+def _exact(value: Any) -> Any:
+    """Decimals as the fractions they are."""
+    if isinstance(value, sympy.MatrixBase):
+        return value.applyfunc(_exact)
+    if not isinstance(value, sympy.Basic):
+        return value
+    floats = {number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)}
+    return value.xreplace(floats) if floats else value
+
+
+def _equal(gold: Any, answer: Any) -> bool:
+    if isinstance(gold, sympy.MatrixBase) and isinstance(answer, sympy.MatrixBase):
+        return gold.shape == answer.shape and all(map(_equal, gold.flat(), answer.flat()))
+    if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
+        return gold == answer or _is_zero(gold, answer)
+    # Something else the parser knows, a logical formula for example.
+    return answer is not None and bool(verify(gold, answer, timeout_seconds=None))
+
+
+def _is_zero(gold: sympy.Expr, answer: sympy.Expr) -> bool:
+    """Whether the difference vanishes: to 80 digits, with variables at random points, negative ones included."""
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    if gold.free_symbols != answer.free_symbols and isinstance(answer, sympy.Symbol):
+        return False
+    for sign in (1, 1, -1) if symbols else (1,):
+        points = {symbol: sign * sympy.Rational(_SOURCE.randint(10**8, 10**9), 250000001) for symbol in symbols}
+        values = [value.subs(points).doit().evalf(_DIGITS, maxn=2 * _DIGITS) for value in (gold, answer)]
+        if sign < 0 and not all(value.is_real for value in values):
+            continue
+        if any(not value.is_number or value.has(sympy.nan, sympy.zoo) for value in values):
+            return bool(sympy.simplify(gold - answer) == 0)
+        if values[0] == values[1]:
+            continue
+        if not abs(values[0] - values[1]) < _ZERO * (1 + abs(values[0])):
+            return False
+    return True
