@@ -94,7 +94,7 @@ def _same(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
     kind, other = gold[0], answer[0]
     if kind == "number" and other == "number":
         return gold[1] == answer[1]
-    if kind in ("number", "expression") and other in ("number", "expression"):
+    if kind == "expression" and other in ("number", "expression"):
         return _equal(_read(gold[1], is_gold=True), _read(answer[1]))
     if kind == "relation" and other == "relation":
         return _same_relation(gold[1:], answer[1:])
