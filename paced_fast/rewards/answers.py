@@ -32,6 +32,9 @@ _ABSURD = re.compile(
         )
     )
 )
+# What follows a number and may be left out: not the words that change it.
+_CHANGES = r"(?!\s*(?:pi|hundred|thousand|[mbtr]+illion|dozen|half|squared|cubed|to|or|and)\b)"
+_UNIT = re.compile(rf"(?<=[0-9])(?:\s*\\text\{{{_CHANGES}[A-Za-z ]+\}}|\s+{_CHANGES}[A-Za-z]{{3,}}[A-Za-z ]*)$")
 _OPENING = re.compile(r"(\\[{}]|[][(){}])")
 
 
@@ -91,7 +94,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\(?:left|right|displaystyle)\b|\\[!,;: ]|\\?\$", "", text[: 10 * MAX_CHARACTERS]).strip()
     text = text.replace("\N{MINUS SIGN}", "-").removesuffix(".").strip()
     text = re.sub(r"^[A-Za-z]\s*=\s*", "", text)
-    text = re.sub(r"(?<=[0-9])(?:\s*\\text\{[A-Za-z ]+\}|\s+[A-Za-z]{3,}[A-Za-z ]*)$", "", text)
+    text = _UNIT.sub("", text)
     text = re.sub(r"(?<=[0-9}])\s*\\?%$", "", text)
     if re.fullmatch(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", text):
         text = text.replace(",", "")

@@ -31,7 +31,8 @@ def main() -> None:
     with socket.socket(fileno=0) as control:
         try:
             spec = importlib.util.spec_from_file_location("judge", path)
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             getattr(module, "prepare", lambda: None)()

@@ -46,7 +46,8 @@ _UNICODE = {
     "\N{POUND SIGN}": r"\$",
 }
 _DRESS = re.compile(
-    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?|(?<!\\)\\(?:[!,;:> ]|q?quad(?![A-Za-z]))|\\?\$|~"
+    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?"
+    r"|(?<!\\)\\(?:[!,;:> ]|q?quad(?![A-Za-z]))|\\?\$|~"
 )
 _REWRITES = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
@@ -55,6 +56,8 @@ _REWRITES = (
     (re.compile(r"\\rbrace(?![A-Za-z])"), r"\\}"),
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
     (re.compile(r"\{\}(?=\^)"), ""),
+    (re.compile(r"\\log_\s*(\w)"), r"\\log_{\1}"),
+    (re.compile(r"(?<![A-Za-z\\])\s*i(?![A-Za-z])"), " i "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*(\d)\s*\{"), r"\\frac{\1}{"),
@@ -72,7 +75,7 @@ _OPENING = {"(", "[", "{", r"\{", r"\langle"}
 _CLOSING = {")", "]", "}", r"\}", r"\rangle"}
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[<>!]=|.", re.DOTALL)
 _NOT_A_VALUE = re.compile(
-    r"\\(?:boxed|approx|sim|Rightarrow|implies|to|rightarrow|dots|ldots|cdots|quad)(?![A-Za-z])|[0-9]\s+[0-9]|[=?@#&`\"]"
+    r"\\(?:boxed|approx|sim|Rightarrow|implies|to|rightarrow|dots|ldots|cdots|quad)(?![A-Za-z])|[0-9]\s+[0-9]|[=?@#`\"]"
 )
 _OPERATORS = {"=": "=", "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", "<=": "<=", ">=": ">=", "!=": "!="} | {
     rf"\{name}": sign
@@ -83,7 +86,7 @@ _TURNED = {">": "<", ">=": "<="}
 
 _NUMERAL = r"(?:[0-9]{1,3}(?:[, ][0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)(?:"
+    rf"(?P<sign>[-+]?)\s*(?:"
     rf"(?P<mantissa>{_NUMERAL})\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?P<tens>[-+]?[0-9]{{1,3}}|\{{\s*[-+]?[0-9]{{1,3}}\s*\}})"
     rf"|(?P<power>[0-9]{{1,6}})\s*\^\s*(?P<exponent>[0-9]|\{{\s*[-+]?[0-9]{{1,4}}\s*\}})"
     rf"|(?P<factorial>[0-9]{{1,3}})!"
@@ -94,16 +97,27 @@ _NUMBER = re.compile(
 )
 _MAX_POWER_DIGITS = 4000
 _BASE = re.compile(r"([0-9A-F]+)_\{?\s*(?:\\text\{)?\s*([0-9]{1,2}|two|three|four|five|six|seven|eight|nine)\s*\}*")
+_DIGITS = {
+    name: value for value, name in enumerate(("two", "three", "four", "five", "six", "seven", "eight", "nine"), start=2)
+}
 _CALCULATION = re.compile(
-    r"(?<![\w^_}\\.])[0-9]+(?:\.[0-9]+)?\s*(?:[-+*/]|\\times|\\cdot|\\div)\s*[0-9]+(?:\.[0-9]+)?(?![\w.(^{\\!]|\s*[A-Za-z\\(])"
+    r"(?<![\w^_}\\.])[0-9]+(?:\.[0-9]+)?\s*(?:[-+*]|\\times|\\cdot)\s*[0-9]+(?:\.[0-9]+)?(?![\w.(^{\\!]|\s*[A-Za-z\\(])"
 )
+_NAME = re.compile(r"[A-Za-z](?:_\{?\w\}?)?(?:\([a-z]\))?")
+_CHOICE = re.compile(r"\\text\s*\{\s*\(([A-J])\)\s*\}[^A-Z,;]+")
 _UNIT = re.compile(
-    r"(?<=[0-9)}!])\s*(?:\\text\s*\{\s*(?P<wrapped>[A-Za-z][A-Za-z. /]*?)\s*\}|(?P<bare>\s[A-Za-z]{3,}(?: [A-Za-z]+){0,2}|(?:cm|km|mm|ft|in|kg|lb|hr|mi|oz)(?![A-Za-z])))"
+    r"(?:(?<=[0-9)}!])|(?<=\\pi)|(?<=\\pi ))\s*(?:\\text\s*\{\s*(?P<wrapped>[A-Za-z][A-Za-z. /]*?)\s*\}"
+    r"|(?P<bare>\s[A-Za-z]{3,}(?: [A-Za-z]+){0,2}|(?:cm|km|mm|ft|in|kg|lb|hr|mi|oz)(?![A-Za-z])))"
     r"(?P<power>\s*\^\s*\{?[23]\}?)?\s*$"
 )
-_MULTIPLIERS = set(
-    "hundred thousand million billion trillion dozen half quarter third twice pi e i k squared cubed square root "
-    "base mod plus minus times over to by not no factorial percent ten one two three four five six seven eight nine".split()
+# No units: they change the number they follow.
+_MULTIPLIERS = frozenset(
+    (
+        *("hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "quarter", "third", "twice"),
+        *("pi", "e", "i", "k", "squared", "cubed", "square", "root", "base", "mod", "plus", "minus", "times", "over"),
+        *("to", "by", "not", "no", "factorial", "percent", "ten", "one", "two", "three", "four", "five", "six"),
+        *("seven", "eight", "nine"),
+    )
 )
 _UNIT_NAMES = {
     "cm": "centimeter",
@@ -158,7 +172,8 @@ def value_of_assignment(tree: Tree) -> Tree | None:
     """The right side of `x = value`, None for another tree."""
     if tree[0] == "relation" and tree[2:3] == ["="] and len(tree) == 4:
         left = tree[1]
-        if left[0] == "expression" and re.fullmatch(r"[A-Za-z](?:_\{?\w\}?)?(?:\([a-z]\))?", left[1]):
+        names = left[1:] if left[0] == "()" else [left]
+        if all(name[0] == "expression" and _NAME.fullmatch(name[1]) for name in names):
             return tree[3]
     return None
 
@@ -167,10 +182,12 @@ def _tree(text: str, depth: int) -> Tree | None:
     text = text.strip()
     if depth > 4:
         return None
+    if match := re.fullmatch(r"\\text\s*\{([^{}]*)\}", text):
+        return _tree(match[1], depth + 1) if "," in match[1] or number_of(match[1]) else _leaf(text)
     if (number := number_of(text)) is not None:
         return ["number", number]
     if match := _BASE.fullmatch(text):
-        return ["base", match[1], match[2]]
+        return ["base", match[1], str(_DIGITS.get(match[2], match[2]))]
     pieces, found = _split(text, {r"\cup"})
     if found:
         return _parts("union", pieces, depth)
@@ -200,12 +217,17 @@ def _leaf(text: str) -> Tree | None:
     plain = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).strip()
     if re.fullmatch(r"\(?[A-Za-z]\)?", plain):  # the letter of a choice, or a variable
         return ["expression", plain.strip("()")]
+    if match := _CHOICE.fullmatch(text):  # \textbf{(D)}\ 12
+        return ["expression", match[1]]
     if re.search(r"(?<!\\)\b[^\W\d_]{2,}", plain) and re.fullmatch(r"[\w .,'()/-]+", plain) and _is_prose(plain):
-        return ["text", " ".join(re.sub(r"[.,'()-]", " ", plain.casefold()).split())]
+        words = re.sub(r"[.,'()-]", " ", plain.casefold()).split()
+        return ["text", " ".join(words[1:] if words[0] in ("a", "an", "the") else words)]
     if not text.isascii() or not text or _NOT_A_VALUE.search(text) or _is_prose(text):
         return None
     if text == r"\emptyset":
         return ["set"]
+    if "&" in text and r"\begin" not in text:
+        return None
     return ["expression", text.removeprefix("+").strip()]
 
 
@@ -259,9 +281,9 @@ def _unwrap(text: str) -> tuple[str, str, str] | None:
 
 
 def number_of(text: str) -> str | None:
-    """The exact value of a numeral as `p` or `p/q`, None for another text.
+    r"""The exact value of a numeral as `p` or `p/q`, None for another text.
 
-    A fraction whose value is whole stays as it is written: `10/2` is a calculation, and equals no `5`.
+    A fraction or percentage whose value is whole stays as it is written: neither `10/2` nor `500\%` equals `5`.
     """
     match = _NUMBER.fullmatch(text.strip())
     if match is None or len(text) > 200:
@@ -291,4 +313,6 @@ def number_of(text: str) -> str | None:
     else:
         value = Fraction(part["numeral"]) * Fraction(10) ** int(part["tens_plain"] or 0)
     value = -value if part["sign"] == "-" else value
-    return str(value / 100 if part["percent"] else value)
+    if not part["percent"]:
+        return str(value)
+    return str(value / 100) if (value / 100).denominator > 1 else f"{value}%"

@@ -40,13 +40,14 @@ _MAX_VERDICTS = 1 << 15
 _REWARDS = {"right": 1.0, "timeout": None, "died": None}
 
 Request = list[Any]
+"""Two trees to compare exactly, two texts for math-verify; None for either not to."""
 
 
 class MathReward:
     """The reward `math`, or `math_strict`. Its workers start with the first call and end with `close`.
 
-    `counts`, verdicts by kind: right, wrong; no_answer (nothing boxed, several different boxes); absurd; unreadable (the
-    gold is no mathematics to the parser, and the answer not the same text: counts as wrong); unscored: timeout, died.
+    `counts` has verdicts by kind: right; wrong, no_answer (nothing boxed, or several different boxes), absurd, unreadable
+    (the gold is no mathematics to the parser, and the answer another text), which count as 0; timeout and died, unscored.
     """
 
     def __init__(self, settings: RewardConfig | None = None, *, strict: bool = False) -> None:
@@ -150,33 +151,29 @@ def _gold(answer: Any) -> str:
 
 
 def _decide(gold: str, answer: str) -> str | Request:
-    """The verdict of `math`, or what to ask a worker."""
+    """The verdict of `math`, or what to ask a worker: whether either way to compare finds the two equal."""
+    strictly = _decide_strictly(gold, answer)
+    if strictly in ("right", "absurd", "no_answer"):
+        return strictly
+    trees = None if isinstance(strictly, str) else strictly[0]
     gold, answer = tidy(gold), tidy(answer)
-    if not gold or answer.casefold() == gold.casefold():
-        return "right" if gold else "wrong"
-    if not answer:
-        return "no_answer"
-    # A gold of words is not mathematics: math-verify would read it as a product of letters.
-    if has_words(gold):
-        return "wrong"
-    if is_absurd(answer, gold):
-        return "absurd"
-    if not is_one_value(answer, gold):
-        return "wrong"
+    if answer.casefold() == gold.casefold():
+        return "right"
     numbers = [whole_number(text) for text in (gold, answer)]
     if all(number is not None and number.denominator == 1 for number in numbers):
         return "right" if numbers[0] == numbers[1] else "wrong"
-    return ["lenient", gold, answer]
+    # A gold of words is not mathematics: math-verify would read it as a product of letters.
+    texts = None if has_words(gold) or not is_one_value(answer, gold) else [gold, answer]
+    return [trees, texts] if trees or texts else "wrong"
 
 
 def _decide_strictly(gold: str, answer: str) -> str | Request:
     """The verdict of `math_strict`, or what to ask a worker."""
     if not answer.strip():
         return "no_answer"
-    read = forms.tree_of(gold)
     if is_absurd(answer, gold):
         return "absurd"
-    other = forms.tree_of(answer)
+    read, other = forms.tree_of(gold), forms.tree_of(answer)
     if other is None:
         return "wrong"
     (tree, unit), (answered, answered_unit) = read or (["text", gold.casefold()], ""), other
@@ -190,7 +187,7 @@ def _decide_strictly(gold: str, answer: str) -> str | Request:
         return "wrong"
     if tree[0] == "number" or "text" in (tree[0], answered[0]) or not _may_equal(tree[0], answered[0]):
         return "wrong"
-    return ["strict", tree, answered]
+    return [[tree, answered], None]
 
 
 def _may_equal(kind: str, other: str) -> bool:

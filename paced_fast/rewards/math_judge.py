@@ -1,10 +1,11 @@
 """What the workers of the math rewards run: math-verify, and the exact comparison of `math_strict`.
 
-A program for `fork_server`, in processes of its own: math-verify's time limit is an alarm signal, which works in the main
-thread only and does not stop every computation, so it is off here and the pool kills what takes too long.
+A program for `fork_server`, in processes of its own: math-verify's time limit is an alarm signal, which works in the
+main thread only and does not stop every computation, so it is off here and the pool kills what takes too long.
 
-A request is `["lenient", gold, answer]` with LaTeX texts, or `["strict", gold, answer]` with the trees that `forms`
-makes of them; the reply is `right`, `wrong`, or `unreadable` when the gold is no mathematics to the parser.
+A request is `[trees, texts]`: gold and answer as the trees that `forms` makes, to compare exactly, and as LaTeX, to ask
+math-verify; either may be None. The reply is `right` when one comparison says so, else `wrong`, or `unreadable` when
+the gold is no mathematics to the parser.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -23,23 +24,54 @@ _DIGITS = 100
 _ZERO = sympy.Float("1e-80")
 _CLEARLY_DIFFERENT = 1e-3
 _STRICT = (LatexExtractionConfig(normalization_config=NormalizationConfig(True, False, True, True, "all", False)),)
+_WARMING = (
+    (r"2\sqrt{2}", r"\sqrt{8}"),
+    (r"\frac{-1+\sqrt{5}}{2}", r"\frac{\sqrt[3]{5}-1}{2}"),
+    ("x^2+1", "1+y^2"),
+    ("(x-2)(x+3)", "x^2+x-6"),
+    (r"\frac{n(n+1)}{2}", r"\frac{1}{2}n^{2}+n/2"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\frac{\pi}{3}", r"100-25\pi"),
+    ("3.14", r"\pi"),
+    (r"\ln 2", r"\log_{2}(3)"),
+    (r"\sin^2 x", r"1-\cos^2(x)"),
+    ("2^{n+1}-1", r"2\cdot 2^n - e^{2}"),
+    ("3+4i", "4i+3"),
+    ("(1,2)", r"\left(1, \frac{1}{2}\right]"),
+    (r"\{1,5\}", r"\{5,1\}"),
+    ("1,2", "2,1"),
+    (r"(-\infty,-2)\cup(2,\infty)", r"[0,\infty)"),
+    ("y=2x+3", "y=3-2x"),
+    ("x > 3", r"3 \le x"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}"),
+    (r"|x|", r"5\%"),
+    (r"3\times 10^4", r"60^\circ"),
+)
 # Where expressions with variables are compared; nobody who writes an answer knows them.
 _SOURCE = random.SystemRandom()
 
 
 def prepare() -> None:
-    """Fills the parser's caches, before the first fork."""
+    """Fills the caches of the parser and of sympy, before the first fork: a cold pair takes ten times as long."""
     logging.disable(logging.CRITICAL)
-    for gold, answer in ((r"2\sqrt{2}", r"\sqrt{8}"), ("x^2+1", "1+y^2"), (r"\frac{1}{2}", "1/2"), ("(1,2]", r"\{1\}")):
-        judge(["lenient", gold, answer])
-        judge(["strict", ["expression", gold], ["expression", answer]])
+    for gold, answer in _WARMING:
+        judge([[["expression", gold], ["expression", answer]], [gold, answer]])
+    for left, right in (("y", "2x+3"), ("x^2+y^2", "25")):
+        sides = ["expression", left], "=", ["expression", right]
+        other = ["expression", f"{left}-({right})"], "=", ["number", "0"]
+        judge([[["relation", *sides], ["relation", *other]], None])
 
 
 def judge(request: Sequence[Any]) -> str:
     """The verdict on a pair."""
-    mode, gold, answer = request
+    trees, texts = request
+    verdicts = [_verdict(compare, pair) for compare, pair in ((_same, trees), (_verified, texts)) if pair is not None]
+    return next((verdict for verdict in ("right", "wrong") if verdict in verdicts), "unreadable")
+
+
+def _verdict(compare: Callable[[Any, Any], bool], pair: Sequence[Any]) -> str:
     try:
-        return _lenient(gold, answer) if mode == "lenient" else _strict(gold, answer)
+        return "right" if compare(*pair) else "wrong"
     except UnreadableError:
         return "unreadable"
     except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RecursionError, TypeError, ValueError):
@@ -50,14 +82,14 @@ class UnreadableError(Exception):
     """The gold is no mathematics to the parser."""
 
 
-def _lenient(gold_text: str, answer_text: str) -> str:
+def _verified(gold_text: str, answer_text: str) -> bool:
     gold = _parsed(gold_text)
     if not gold:
         raise UnreadableError
     answer = parse(f"\\boxed{{{answer_text}}}", parsing_timeout=None, fallback_mode="no_fallback")
     if not answer or is_clearly_different(gold[0], answer[0]):
-        return "wrong"
-    return "right" if verify(list(gold), answer, timeout_seconds=None) else "wrong"
+        return False
+    return bool(verify(list(gold), answer, timeout_seconds=None))
 
 
 @functools.lru_cache(4096)
@@ -85,10 +117,6 @@ def is_clearly_different(gold: Any, answer: Any) -> bool:
     return abs(values[0] - values[1]) > _CLEARLY_DIFFERENT * (1 + max(map(abs, values)))
 
 
-def _strict(gold: Sequence[Any], answer: Sequence[Any]) -> str:
-    return "right" if _same(gold, answer) else "wrong"
-
-
 def _same(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
     """Equality of two trees: `[kind, part, ...]`, where a part is a tree, or the text of a leaf."""
     kind, other = gold[0], answer[0]
@@ -114,7 +142,7 @@ def _same(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
 
 
 def _same_relation(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
-    """`[left, operator, right, operator, ...]`: the same sides, or for one operator a multiple of the same difference."""
+    """`[left, operator, right, operator, ...]`: the same sides, or, with one operator, a multiple of the difference."""
     if gold[1::2] == answer[1::2] and len(gold) == len(answer) and all(map(_same, gold[::2], answer[::2])):
         return True
     if len(gold) != 3 or len(answer) != 3 or gold[1] != answer[1]:
