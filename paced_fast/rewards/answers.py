@@ -26,7 +26,12 @@ _ABSURD = re.compile(
             r"\^\s*[{(\s]*[-+0-9.]+[})\s]*\^",  # a tower of numbers
             r"\^[^^]*\{[^{}^]*\^[^{}^]*\{[^{}^]*\^",  # a tower of anything, three high
             r"[0-9]{4}\s*!|[!)}\]]\s*!|\^\s*[{(\s]*[0-9]+[})\s]*!",  # factorials of large or compound numbers
-            r"\*\*.*\*\*|(?:\\(?:exp|Gamma|zeta)\b.*){3}",
+            r"[])}]\s*\^\s*\{?\s*(?:[2-9][0-9]|[0-9]{3})",  # a high power of a sum
+            r"[])}]\s*\^.*[])}]\s*\^.*[])}]\s*\^",
+            r"\\(?:sin|cos|tan|cot|sec|csc|log|ln|exp)(?![A-Za-z]).*\^\s*\{?\s*-?[0-9]{3}",
+            r"\*\*.*\*\*|(?:\\(?:exp|sin|cos|tan|log|ln)(?![A-Za-z]).*){9}",
+            r"([-+*/|^=<>!])(?:\s*\1){3}|(?:\|.*){9}",
+            r"[\x00-\x08\x0e-\x1f]|(?:[^\x00-\x7f].*){9}",
             r"[0-9][eE][-+]?[0-9]{3}",
             r"__|\\(?:input|write|def|let|csname|catcode)\b",
         )

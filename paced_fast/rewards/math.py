@@ -46,8 +46,8 @@ Request = list[Any]
 class MathReward:
     """The reward `math`, or `math_strict`. Its workers start with the first call and end with `close`.
 
-    `counts` has verdicts by kind: right; wrong, no_answer (nothing boxed, or several different boxes), absurd, unreadable
-    (the gold is no mathematics to the parser, and the answer another text), which count as 0; timeout and died, unscored.
+    `counts` has verdicts by kind: right; the zeros wrong, no_answer (nothing boxed, or several different boxes), absurd
+    and unreadable (the gold is no mathematics to the parser, and the answer another text); unscored, timeout and died.
     """
 
     def __init__(self, settings: RewardConfig | None = None, *, strict: bool = False) -> None:

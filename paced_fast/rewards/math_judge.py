@@ -47,8 +47,6 @@ _WARMING = (
     (r"|x|", r"5\%"),
     (r"3\times 10^4", r"60^\circ"),
 )
-# Where expressions with variables are compared; nobody who writes an answer knows them.
-_SOURCE = random.SystemRandom()
 
 
 def prepare() -> None:
@@ -86,7 +84,7 @@ def _verified(gold_text: str, answer_text: str) -> bool:
     gold = _parsed(gold_text)
     if not gold:
         raise UnreadableError
-    answer = parse(f"\\boxed{{{answer_text}}}", parsing_timeout=None, fallback_mode="no_fallback")
+    answer = parse(f"\\boxed{{{answer_text}}}", parsing_timeout=0, fallback_mode="no_fallback")
     if not answer or is_clearly_different(gold[0], answer[0]):
         return False
     return bool(verify(list(gold), answer, timeout_seconds=None))
@@ -94,7 +92,7 @@ def _verified(gold_text: str, answer_text: str) -> bool:
 
 @functools.lru_cache(4096)
 def _parsed(gold: str) -> tuple[Any, ...]:
-    return tuple(parse(f"\\boxed{{{gold}}}", parsing_timeout=None, fallback_mode="no_fallback"))
+    return tuple(parse(f"\\boxed{{{gold}}}", parsing_timeout=0, fallback_mode="no_fallback"))
 
 
 def is_clearly_different(gold: Any, answer: Any) -> bool:
@@ -109,8 +107,7 @@ def is_clearly_different(gold: Any, answer: Any) -> bool:
     if gold.has(sympy.core.function.AppliedUndef) or answer.has(sympy.core.function.AppliedUndef):
         return False
     try:
-        symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
-        points = {symbol: sympy.Rational(_SOURCE.randint(10**5, 10**6), 250007) for symbol in symbols}
+        points = _points(gold, answer, 1)
         values = [complex(one.subs(points).evalf(20)) for one in (gold, answer)]
     except (ArithmeticError, TypeError, ValueError, AttributeError):
         return False
@@ -162,7 +159,7 @@ def _same_relation(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
 
 @functools.lru_cache(4096)
 def _read_gold(text: str) -> Any:
-    found = parse(f"\\boxed{{{text}}}", _STRICT, parsing_timeout=None, fallback_mode="no_fallback")
+    found = parse(f"\\boxed{{{text}}}", _STRICT, parsing_timeout=0, fallback_mode="no_fallback")
     if not found:
         raise UnreadableError
     return _exact(found[0])
@@ -171,7 +168,7 @@ def _read_gold(text: str) -> Any:
 def _read(text: str, *, is_gold: bool = False) -> Any:
     if is_gold:
         return _read_gold(text)
-    found = parse(f"\\boxed{{{text}}}", _STRICT, parsing_timeout=None, fallback_mode="no_fallback")
+    found = parse(f"\\boxed{{{text}}}", _STRICT, parsing_timeout=0, fallback_mode="no_fallback")
     return _exact(found[0]) if found else None
 
 
@@ -196,11 +193,8 @@ def _equal(gold: Any, answer: Any) -> bool:
 
 def _is_zero(gold: sympy.Expr, answer: sympy.Expr) -> bool:
     """Whether the difference vanishes: to 80 digits, with variables at random points, negative ones included."""
-    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
-    if gold.free_symbols != answer.free_symbols and isinstance(answer, sympy.Symbol):
-        return False
-    for sign in (1, 1, -1) if symbols else (1,):
-        points = {symbol: sign * sympy.Rational(_SOURCE.randint(10**8, 10**9), 250000001) for symbol in symbols}
+    for sign in (1, 2, -1) if gold.free_symbols | answer.free_symbols else (1,):
+        points = _points(gold, answer, sign)
         values = [value.subs(points).doit().evalf(_DIGITS, maxn=2 * _DIGITS) for value in (gold, answer)]
         if sign < 0 and not all(value.is_real for value in values):
             continue
@@ -211,3 +205,12 @@ def _is_zero(gold: sympy.Expr, answer: sympy.Expr) -> bool:
         if not abs(values[0] - values[1]) < _ZERO * (1 + abs(values[0])):
             return False
     return True
+
+
+def _points(gold: sympy.Expr, answer: sympy.Expr, draw: int) -> list[tuple[sympy.Basic, sympy.Rational]]:
+    """A value between 0.4 and 4 for every variable, the same at any time; all negative for a negative `draw`."""
+    points = []
+    for symbol in gold.free_symbols | answer.free_symbols:
+        numerator = random.Random(f"{symbol} {draw}").randint(10**8, 10**9)
+        points.append((symbol, sympy.Rational(numerator if draw > 0 else -numerator, 250_000_001)))
+    return points

@@ -130,7 +130,7 @@ class PoolLoop:
         null = subprocess.DEVNULL
         with theirs:
             self._server = subprocess.Popen(
-                self._command, stdin=theirs, stdout=null, stderr=null, start_new_session=True
+                self._command, stdin=theirs.fileno(), stdout=null, stderr=null, start_new_session=True
             )
         self._selector.register(self._control, selectors.EVENT_READ)
         self._is_ready, self._started, self._heard = False, time.monotonic(), b""
