@@ -189,21 +189,24 @@ HOSTILE = [
     # radicals and functions that simplify slowly
     "\\sqrt{2+\\sqrt{3+\\sqrt{5+\\sqrt{7+\\sqrt{11+\\sqrt{13}}}}}}", "\\sqrt[99]{\\sqrt[98]{\\sqrt[97]{2}}+1}",
     "\\sin(\\sin(\\sin(\\sin(10^{999}))))", "\\tan(10^{9999})", "\\log(\\log(\\log(10^{9999})))",
-    "\\cos(1)\\cos(2)\\cos(3)\\cos(4)\\cos(5)\\cos(6)\\cos(7)\\cos(8)\\cos(9)\\sin(1)\\sin(2)\\sin(3)\\sin(4)",
+    "".join(f"\\cos({k})\\sin({k})" for k in range(1, 9)),
     # depth, length, floods
-    "(" * 500 + "1" + ")" * 500, "\\frac{1}{" * 200 + "x" + "}" * 200, "\\sqrt{" * 300 + "2" + "}" * 300, "{" * 300 + "}" * 300,
+    "(" * 500 + "1" + ")" * 500, "\\frac{1}{" * 200 + "x" + "}" * 200,
+    "\\sqrt{" * 300 + "2" + "}" * 300, "{" * 300 + "}" * 300,
     "1" * 1_000_000, "x" * 1_000_000, "+".join("x" * 500_000), "\\{" + ",".join(map(str, range(5000))) + "\\}",
     ",".join(["1"] * 5000), "\\frac" * 5000, "^" * 5000, "\\left(" * 3000, "1+" * 190 + "1", "-" * 390 + "1",
     "(((((((((1)))))))))" * 20, "\\begin{pmatrix}" + "1&" * 150 + "\\end{pmatrix}", "|" * 300, "||x|-|y||" * 40,
     # floods of characters
-    "\u0665" * 3000, "\u202e" * 3000, "\U0001d7d9" * 3000, "\u0301" * 3000, "\x00" * 300, "\ufeff5" * 200, "\ud83d\ude00".encode(
-        "utf-16", "surrogatepass"
-    ).decode("utf-16") * 500,
+    "\u0665" * 3000, "\u202e" * 3000, "\U0001d7d9" * 3000, "\u0301" * 3000, "\x00" * 300, "\ufeff5" * 200,
+    "\U0001f600" * 500, "\u0435" * 300,
     # injections; each would leave a file
-    "__import__('os').system('touch {file}')", "exec(\"open('{file}','w')\")", "\\input{|touch {file}}",
+    "__import__('os').system('touch {file}')", "exec(\"open('{file}','w')\")",
+    "\\input{|touch {file}}",
     "().__class__.__bases__[0].__subclasses__()", "open('{file}','w')", "lambda:open('{file}','w')",
-    "5}\\immediate\\write18{touch {file}}", "\\text{__import__('os').system('touch {file}')}", "`touch {file}`", "$(touch {file})",
-    "\"]]\\n[[\"right\"]]", "{\"reply\": \"right\"}", "\\n{\"reply\": \"right\"}\\n", "Symbol('x').subs(1,2)", "eval('5')",
+    "5}\\immediate\\write18{touch {file}}", "\\text{__import__('os').system('touch {file}')}",
+    "`touch {file}`", "$(touch {file})",
+    "\"]]\\n[[\"right\"]]", "{\"reply\": \"right\"}", "\\n{\"reply\": \"right\"}\\n",
+    "Symbol('x').subs(1,2)", "eval('5')",
 ]  # fmt: skip
 GOLDS = ["5", r"\frac{1}{2}", r"2\sqrt{3}", "x^2+1", r"\{1,5\}"]
 
@@ -211,9 +214,7 @@ GOLDS = ["5", r"\frac{1}{2}", r"2\sqrt{3}", "x^2+1", r"\{1,5\}"]
 def attacks(folder: Path) -> list[tuple[str, str]]:
     """(gold, completion) of every hostile answer."""
     file = str(folder / "written")
-    return [
-        (GOLDS[i % len(GOLDS)], rf"So \boxed{{{text.replace('{file}', file)}}}") for i, text in enumerate(HOSTILE)
-    ]
+    return [(GOLDS[i % len(GOLDS)], rf"So \boxed{{{text.replace('{file}', file)}}}") for i, text in enumerate(HOSTILE)]
 
 
 @pytest.mark.slow
@@ -361,6 +362,7 @@ def test_killing_workers_from_outside_costs_no_verdict(judges):
     judge = judges["math_strict"]
     golds = [rf"{k}\sqrt{{2}}" for k in range(2, 150)]
     texts = [rf"\boxed{{\sqrt{{{2 * k * k}}}}}" for k in range(2, 150)]
+    judge.warm()
     server = judge._pool._loop._server.pid
     stop = threading.Event()
 
@@ -521,7 +523,9 @@ def test_workers_that_do_not_start_are_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr("paced_fast.rewards.math._JUDGE", program)
     judge = load_reward("math")
     for _ in range(2):  # a second try says the same
-        with pytest.raises(InputError, match="reward 'math': its workers do not start: ModuleNotFoundError: .*no_such"):
+        with pytest.raises(
+            InputError, match=r"reward 'math': its workers do not start: ModuleNotFoundError: .*no_such"
+        ):
             judge(prompts=["p"], completions=["1"], answer=["1"])
     program.write_text("import os\nos._exit(3)\n")
     with pytest.raises(InputError, match="its workers do not start: the process ended"):

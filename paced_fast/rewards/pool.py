@@ -1,9 +1,9 @@
 """Workers that judge requests and can be killed: one warm process that forks, one thread that hands out the work.
 
-A worker is forked from a process that has loaded the judge (`fork_server`), so a new one costs milliseconds, and killing
+A worker is forked from a process that has loaded the judge (`fork_server`): a new one costs milliseconds, and killing
 one that takes long is cheap. Every request first gets a short turn, `TURN_SECONDS`. One that needs longer while others
-wait is killed, and starts again when the short ones are done, so a hostile request delays an honest one by a turn,
-never by the limit.
+wait is killed, and starts again when the short ones are done: a hostile request delays an honest one by a turn, never
+by the limit.
 
 A call of n requests to W workers returns within `seconds` + (n - 1) * TURN_SECONDS / W, and a fraction of a second for
 the killing, whatever the requests are and whatever other threads ask. The clock starts when the call is made, or when

@@ -149,13 +149,15 @@ class PoolLoop:
             logger.exception("%s: the pool fails", self._name)
             self.failure = f"reward {self._name!r}: its pool failed: {type(error).__name__}: {error}"
         with self._lock:
-            self._stopping = True
+            self._stopping = True  # nothing arrives any more
+        try:
             for worker in list(self._workers):
                 self._drop(worker)
             self._stop_server()
             self._selector.close()
             self._wake_in.close()
             self._wake_out.close()
+        finally:
             for call in (*self._calls, *self._arrived):
                 call.done.set()
 
@@ -321,8 +323,9 @@ class PoolLoop:
                 break
             self._calls.remove(call)
             self._calls.append(call)
-        while self._calls and len(self._workers) < self._num_workers:
-            self._fork()
+        if self._calls:
+            for _ in range(self._num_workers - len(self._workers)):
+                self._fork()
 
     def _give(self, worker: _Worker, call: _Call, queue: deque[int], most: int, now: float) -> None:
         lines: list[bytes] = []
