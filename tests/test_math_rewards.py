@@ -32,7 +32,8 @@ PUBLISHED = ROOT / "benchmarks" / "results" / "math_rewards.json"
 @pytest.fixture(scope="module")
 def judges():
     """One of each reward, hence one pool, for all the verdicts."""
-    made = {name: load_reward(name) for name in ("math", "math_strict")}
+    settings = RewardConfig(workers=2, math_seconds=10.0)  # as the benchmark
+    made = {name: load_reward(name, settings) for name in ("math", "math_strict")}
     yield made
     for judge in made.values():
         judge.close()

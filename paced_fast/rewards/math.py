@@ -23,6 +23,7 @@ import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from paced_fast.errors import InputError
 from paced_fast.rewards import forms
 from paced_fast.rewards.answers import boxes, final_answer, has_words, is_absurd, is_one_value, tidy
 from paced_fast.rewards.pool import WorkerPool
-from paced_fast.rewards.text import answers_of, whole_number
+from paced_fast.rewards.text import answers_of
 
 logger = logging.getLogger(__name__)
 
 _JUDGE = Path(__file__).with_name("math_judge.py")
 _MAX_VERDICTS = 1 << 15
+# math-verify compares decimals by their first six digits after the point.
+_ROUNDING = Fraction(1, 10**5)
 _REWARDS = {"right": 1.0, "timeout": None, "died": None}
 
 Request = list[Any]
@@ -159,9 +162,13 @@ def _decide(gold: str, answer: str) -> str | Request:
     gold, answer = tidy(gold), tidy(answer)
     if answer.casefold() == gold.casefold():
         return "right"
-    numbers = [whole_number(text) for text in (gold, answer)]
-    if all(number is not None and number.denominator == 1 for number in numbers):
-        return "right" if numbers[0] == numbers[1] else "wrong"
+    numbers = [forms.number_of(text) for text in (gold, answer)]
+    if None not in numbers and "%" not in f"{numbers}":
+        values = [Fraction(str(number)) for number in numbers]
+        if values[0] == values[1]:
+            return "right"
+        if abs(values[0] - values[1]) > _ROUNDING or values[0].denominator == values[1].denominator == 1:
+            return "wrong"
     # A gold of words is not mathematics: math-verify would read it as a product of letters.
     texts = None if has_words(gold) or not is_one_value(answer, gold) else [gold, answer]
     return [trees, texts] if trees or texts else "wrong"

@@ -63,11 +63,16 @@ def prepare() -> None:
 def judge(request: Sequence[Any]) -> str:
     """The verdict on a pair."""
     trees, texts = request
-    verdicts = [_verdict(compare, pair) for compare, pair in ((_same, trees), (_verified, texts)) if pair is not None]
-    return next((verdict for verdict in ("right", "wrong") if verdict in verdicts), "unreadable")
+    exactly = _verdict(_same, trees) if trees else ""
+    if exactly == "right" or not texts:
+        return exactly
+    if trees and _verdict(_differ, trees) == "right":
+        return "wrong"
+    return _verdict(_verified, texts)
 
 
 def _verdict(compare: Callable[[Any, Any], bool], pair: Sequence[Any]) -> str:
+    """`right` when the comparison holds."""
     try:
         return "right" if compare(*pair) else "wrong"
     except UnreadableError:
@@ -93,6 +98,16 @@ def _verified(gold_text: str, answer_text: str) -> bool:
 @functools.lru_cache(4096)
 def _parsed(gold: str) -> tuple[Any, ...]:
     return tuple(parse(f"\\boxed{{{gold}}}", parsing_timeout=0, fallback_mode="no_fallback"))
+
+
+def _differ(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
+    """Whether two trees of one form have parts in the same place that no rounding makes equal."""
+    kind, other = gold[0], answer[0]
+    if {kind, other} <= {"number", "expression"}:
+        return is_clearly_different(_read(gold[1], is_gold=True), _read(answer[1]))
+    if kind != other or len(gold) != len(answer) or kind not in ("()", "[]", "(]", "[)"):
+        return False
+    return any(map(_differ, gold[1:], answer[1:]))
 
 
 def is_clearly_different(gold: Any, answer: Any) -> bool:
@@ -158,18 +173,17 @@ def _same_relation(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
 
 
 @functools.lru_cache(4096)
-def _read_gold(text: str) -> Any:
+def _parsed_exactly(text: str) -> Any:
     found = parse(f"\\boxed{{{text}}}", _STRICT, parsing_timeout=0, fallback_mode="no_fallback")
-    if not found:
-        raise UnreadableError
-    return _exact(found[0])
+    return _exact(found[0]) if found else None
 
 
 def _read(text: str, *, is_gold: bool = False) -> Any:
-    if is_gold:
-        return _read_gold(text)
-    found = parse(f"\\boxed{{{text}}}", _STRICT, parsing_timeout=0, fallback_mode="no_fallback")
-    return _exact(found[0]) if found else None
+    """The value of a leaf, None for an answer that cannot be read."""
+    value = _parsed_exactly(text)
+    if value is None and is_gold:
+        raise UnreadableError
+    return value
 
 
 def _exact(value: Any) -> Any:
