@@ -119,9 +119,11 @@ def test_amc_answers_are_right_by_math_and_by_number():
     rows = [json.loads(line) for line in data_file("amc23.jsonl").read_text().splitlines()]
     golds = [r["answer"] for r in rows]
     texts = [rf"thus \boxed{{{int(gold)}}}" for gold in golds]
+    scorer = Scorer()
     for name in ("math", "math_strict", "number"):
-        assert Scorer().score([row(name, answer=gold) for gold in golds], texts) == [1.0] * 40
-        assert sum(Scorer().score([row(name, answer=gold + 1) for gold in golds], texts)) == 0.0
+        assert scorer.score([row(name, answer=gold) for gold in golds], texts) == [1.0] * 40
+        assert sum(scorer.score([row(name, answer=gold + 1) for gold in golds], texts)) == 0.0
+    scorer.close()
 
 
 def test_exact_reads_numpy_answers():

@@ -67,11 +67,11 @@ class MathReward:
         self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float | None]:
         """1 for a right completion, 0 for a wrong one, None where there is no verdict."""
-        self.warm()
         pairs = [
             self._pair(answer, text)
             for answer, text in zip(answers_of(self.name, columns, completions), completions, strict=True)
         ]
+        self.warm()  # now, not with the first hard answer: whoever tries a reward before the run learns if they start
         known = self._known(pairs)
         asked: dict[tuple[str, str], Request] = {}
         for pair in pairs:
