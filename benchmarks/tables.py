@@ -23,6 +23,7 @@ FILES = {
     "kernels": "trajectory_balance.json",
     "compile": "compile.json",
     "weight_sync": "weight_sync.json",
+    "math_rewards": "math_rewards.json",
 }
 
 
@@ -159,6 +160,36 @@ def weight_sync() -> str:
     return "\n".join([*lines, "", _wrapped(note), "", *runs])
 
 
+def math_rewards() -> str:
+    """Errors of the math rewards on the labelled table and their speed, as Markdown."""
+    result = json.loads(_path("math_rewards").read_text())
+    table, speeds = result["table"], result["throughput"]
+    columns = ["judged by", "wrong answers passed", "right answers failed", "the same, held-out rows only"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for method, counts in result["summary"].items():
+        cells = [
+            [f"{part['false_positives']} of {part['wrong']}", f"{part['failed']} of {part['right']}"]
+            for part in (counts["all"], counts["held_out"])
+        ]
+        lines.append(f"| {method} | {' | '.join(cells[0])} | {', '.join(cells[1])} |")
+    cases = list(speeds["cases"])
+    rates = [f"| answers a second | {' | '.join(cases)} |", "|" + "---|" * (1 + len(cases))]
+    for method in speeds["cases"][cases[0]]:
+        cells = (speeds["cases"][case][method] for case in cases)
+        rates.append(
+            f"| {method} | "
+            + " | ".join("{median:,.0f} ({least:,.0f} to {largest:,.0f})".format(**c) for c in cells)
+            + " |"
+        )
+    note = f"""
+        {table["rows"]} pairs of {len(table["kinds"])} kinds, labelled by hand once for each mode
+        (`tests/verdicts/math.jsonl`); {table["held_out"]} of them were written after the rules were fixed. math-verify
+        {result["math_verify"]} reads the raw completion; it is held to the labels of `math` and to those of
+        `math_strict`. Speed: batches of {speeds["answers"]}, half of them right, medians (least to largest) of
+        {speeds["repeats"]} interleaved batches; math-verify in one process. {_environment(result)}."""
+    return "\n".join([*lines, "", *rates, "", _wrapped(note)])
+
+
 def compiled() -> str:
     """What the compiler says of every kernel, as Markdown."""
     result = json.loads(_path("compile").read_text())
@@ -180,6 +211,7 @@ def render(text: str) -> str:
         "kernels": kernels,
         "compile": compiled,
         "weight_sync": weight_sync,
+        "math_rewards": math_rewards,
     }
     for name, make in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

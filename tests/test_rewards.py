@@ -1,11 +1,9 @@
-"""Verifiers: tables of verdicts, hostile answers from any thread, and one error line for each wrong return value."""
+"""Verifiers: tables of verdicts, and one error line for each wrong return value; those of math are tested apart."""
 
 from __future__ import annotations
 
 import json
 import os
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 from paced_fast.batch import PromptRow
 from paced_fast.errors import InputError
 from paced_fast.rewards import Scorer, last_number, load_reward
-from paced_fast.rewards.math import MathReward
 from paced_fast.tasks import reasoning_gym_rows
 
 
@@ -24,12 +21,6 @@ def row(reward: str, prompt: str = "p", **columns) -> PromptRow:
 
 def one(name: str, completion: str, answer: object) -> float:
     return Scorer().score([row(name, answer=answer)], [completion])[0]
-
-
-@pytest.fixture(scope="module")
-def judge_math():
-    """One reward, hence one worker, for all the verdicts."""
-    return load_reward("math")
 
 
 def data_file(name: str) -> Path:
@@ -124,99 +115,15 @@ def test_number(completion, answer, reward):
     assert one("number", completion, answer) == reward
 
 
-@pytest.mark.parametrize(
-    ("answer", "completion", "reward"),
-    [
-        ("5", "5", 1.0),
-        ("43.0", r"so \boxed{43}", 1.0),
-        (27.0, r"\boxed{27}", 1.0),
-        (r"\frac{1}{2}", r"\boxed{0.5}", 1.0),
-        ("1/2", r"\boxed{\frac12}", 1.0),
-        (r"\sqrt{8}", r"\boxed{2\sqrt{2}}", 1.0),
-        ("x^2+1", r"\boxed{1+x^2}", 1.0),
-        ("x^2+1", r"\boxed{1+y^2}", 0.0),
-        ("1,234", "1234", 1.0),
-        ("72", "She earns $72.", 0.0),  # commits to nothing
-        ("72", "The answer is $72.", 1.0),
-        ("72", "so\n#### 72", 1.0),
-        ("so\n#### 72", r"\boxed{72}", 1.0),
-        ("72", r"#### 71 \boxed{72}", 1.0),
-        ("72", r"\boxed{72 \text{ dollars}}", 1.0),
-        ("5", r"\boxed{x = 5}", 1.0),
-        ("5", r"\boxed{6}, no, \boxed{5}", 1.0),
-        ("5", r"\boxed{5}, no, \boxed{6}", 0.0),  # the last box counts
-        ("5", r"\boxed{5", 0.0),
-        (r"\frac{1}{2}", r"\boxed{\frac{1}{2}}", 1.0),
-        ("(1,2)", r"\boxed{(1,2)}", 1.0),
-        ("(1,2)", r"\boxed{(2,1)}", 0.0),
-        ("(1,2)", r"\boxed{\{1,2\}}", 0.0),
-        ("1,2", r"\boxed{2, 1}", 1.0),
-        ("3\\times 10^4", r"\boxed{30000}", 1.0),
-        ("30000", r"\boxed{3\times 10^4}", 1.0),
-        ("Tuesday", r"\boxed{\text{tuesday}}", 1.0),
-        ("Tuesday", r"\boxed{ysadTue}", 0.0),  # not a product of letters
-        ("A", r"\boxed{B}", 0.0),
-        # guesses, restatements and tautologies
-        ("5", "1 2 3 4 5", 0.0),
-        ("15", "1 2 3 4 5", 0.0),
-        ("5", "might be 4, or 5, or 6, it is 5", 0.0),
-        ("5", r"\boxed{4, 5}", 0.0),
-        ("5", r"\boxed{4 \text{ or } 5}", 0.0),
-        ("5", r"\boxed{5=5}", 0.0),
-        ("5", r"\boxed{2+3}", 0.0),
-        ("5", r"\boxed{5 \pm 0}", 0.0),
-        ("5", r"\boxed{500\%}", 0.0),
-        ("5", r"\boxed{\infty}", 0.0),
-        ("5", r"\boxed{}", 0.0),
-        ("5", "", 0.0),
-        ("5", r"\boxed{" + "5" * 500 + "}", 0.0),
-        ("5", r"\boxed{" + "x" * 5000 + "}", 0.0),
-        ("5", r"\boxed{__import__('os').system('false')}", 0.0),
-    ],
-)
-def test_math(judge_math, answer, completion, reward):
-    assert judge_math(prompts=["p"], completions=[completion], answer=[answer]) == [reward]
-
-
-def test_math_is_the_same_in_any_thread_and_survives_hostile_answers(caplog):
-    judge = MathReward(seconds=1.0)
-    assert judge(prompts=["p"], completions=[r"\boxed{\frac{2}{4}}"], answer=["1/2"]) == [1.0]
-    first = judge._worker
-    found: list[list[float]] = []
-    took: list[float] = []
-
-    def work(reward: MathReward) -> None:
-        start = time.perf_counter()
-        texts = [r"\boxed{10^{10^9}}", r"\boxed{\frac{2}{4}}"]
-        found.append(reward(prompts=["p"] * 2, completions=texts, answer=["1/2", "1/2"]))
-        took.append(time.perf_counter() - start)
-
-    thread = threading.Thread(target=work, args=(judge,))
-    thread.start()
-    thread.join(30)
-    assert found == [[0.0, 1.0]]
-    assert took[0] < 1.0 + 10  # the limit, and a new worker
-    assert first is not None
-    assert first.returncode is not None, "the hung worker is gone"
-    assert "no verdict on '10^{10^9}' for '1/2' in 1 s" in caplog.text
-    second = judge._worker
-    del judge
-    assert second is not None
-    assert second.wait(5) is not None, "the worker ends with its reward"
-
-
-def test_math_names_an_empty_answer(judge_math):
-    with pytest.raises(InputError, match="'math': a row has an empty answer"):
-        judge_math(prompts=["p"], completions=["5"], answer=[""])
-
-
 def test_amc_answers_are_right_by_math_and_by_number():
     rows = [json.loads(line) for line in data_file("amc23.jsonl").read_text().splitlines()]
     golds = [r["answer"] for r in rows]
     texts = [rf"thus \boxed{{{int(gold)}}}" for gold in golds]
-    for name in ("math", "number"):
-        assert Scorer().score([row(name, answer=gold) for gold in golds], texts) == [1.0] * 40
-        assert sum(Scorer().score([row(name, answer=gold + 1) for gold in golds], texts)) == 0.0
+    scorer = Scorer()
+    for name in ("math", "math_strict", "number"):
+        assert scorer.score([row(name, answer=gold) for gold in golds], texts) == [1.0] * 40
+        assert sum(scorer.score([row(name, answer=gold + 1) for gold in golds], texts)) == 0.0
+    scorer.close()
 
 
 def test_exact_reads_numpy_answers():
@@ -325,7 +232,7 @@ class TestScorer:
         with pytest.raises(InputError, match="got 1 rows and 2 completions"):
             Scorer().score([row("exact", answer=1)], ["a", "b"])
 
-    @pytest.mark.parametrize("name", ["exact", "number", "math"])
+    @pytest.mark.parametrize("name", ["exact", "number", "math", "math_strict"])
     def test_missing_answer(self, name):
         with pytest.raises(InputError, match=f"reward '{name}' needs a column 'answer', .* completion 1 has none"):
             Scorer().score([row(name, answer=1), row(name, x=1)], ["1", "1"])

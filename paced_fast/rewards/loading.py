@@ -18,7 +18,7 @@ from paced_fast.tasks import nearest
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
-_NAMES = ("exact", "number", "math", "reasoning_gym", "signed_sums")
+_NAMES = ("exact", "number", "math", "math_strict", "reasoning_gym", "signed_sums")
 
 
 def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFunction:
@@ -28,8 +28,8 @@ def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFuncti
         InputError: no such name (with the nearest match), module, file or function.
     """
     settings = settings or RewardConfig()
-    if name == "math":
-        return MathReward(settings.math_seconds)
+    if name in ("math", "math_strict"):
+        return MathReward(settings, strict=name == "math_strict")
     if name == "reasoning_gym":
         return ReasoningGymReward()
     if plain := {"exact": exact, "number": number, "signed_sums": signed_sums}.get(name):

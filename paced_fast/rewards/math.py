@@ -1,170 +1,201 @@
-"""math-verify with bounded inputs, in a worker process that can be killed."""
+r"""Mathematics judged by math-verify in killable workers: the lenient `math` and the strict `math_strict`.
+
+`math` reads what a completion commits to (`answers.final_answer`) and asks math-verify, dress and units aside.
+
+`math_strict` wants the last \boxed{} (after the last </think>, where there is one) to hold one value, written out:
+
+* every box holds the same, none is nested or left open; nothing but the box counts
+* as many values as the gold: no "A or B", no list of guesses; a tuple is no set, and no interval with other brackets
+* a numeral where the gold is a rational number: no sum, product, root, binomial left to the verifier, no `10/2` for 5
+* the value, not an equation: no `x = 5` for 5 (5 for `x = 5` is right)
+* exact: 0.333 is not 1/3, 3.141593 is not \pi; 5\% is 5/100
+* units may be left out or added, but two different ones differ
+
+An answer that is long, deep or large beyond reason (`answers.is_absurd`) is wrong before anything computes with it, so
+that asking for the impossible earns no more than a wrong answer. One that passes and still cannot be verified within
+the limit may be right, and is unscored.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
-import select
-import subprocess
-import sys
 import threading
-import weakref
-from collections.abc import Sequence
-from typing import IO, Any, cast
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
+from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
-from paced_fast.rewards.text import answers_of, whole_number
+from paced_fast.rewards import forms
+from paced_fast.rewards.answers import boxes, final_answer, has_words, is_absurd, is_one_value, tidy
+from paced_fast.rewards.pool import WorkerPool
+from paced_fast.rewards.text import answers_of
 
 logger = logging.getLogger(__name__)
 
-# A sum or product left to the verifier is the problem restated, not its answer; 3 \times 10^4 is a number.
-_ARITHMETIC = re.compile(r"[0-9)}!]\s*(?:[-+*]|\\pm|\\(?:times|cdot)(?!\s*10\^))")
-_MAX_MATH_CHARACTERS = 1000
-_MATH_SECONDS = 3.0
-_MATH_START_SECONDS = 60.0
-# The worker compares one pair of expressions a line. It is a process of its own because math-verify's own time limit is
-# an alarm signal, which works in the main thread only and does not stop every computation; this one can be killed.
-_MATH_WORKER = r"""
-import json, os, resource, sys, time
-hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30 if hard == resource.RLIM_INFINITY else min(8 << 30, hard), hard))
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-from math_verify import parse, verify
-print("ready", file=answers, flush=True)
-for line in sys.stdin:
-    # Outlives its parent by no more than this many seconds.
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 20, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    verdict = "wrong"
-    try:
-        pair = ["\\boxed{" + text + "}" for text in json.loads(line)]
-        gold, answer = (parse(text, parsing_timeout=None, fallback_mode="no_fallback") for text in pair)
-        if not gold:
-            verdict = "unreadable"
-        elif verify(gold, answer, timeout_seconds=None):
-            verdict = "right"
-    except (Exception, MemoryError, RecursionError):
-        pass
-    print(verdict, file=answers, flush=True)
-"""
+_JUDGE = Path(__file__).with_name("math_judge.py")
+_MAX_VERDICTS = 1 << 15
+# math-verify compares decimals by their first six digits after the point.
+_ROUNDING = Fraction(1, 10**5)
+_REWARDS = {"right": 1.0, "timeout": None, "died": None}
+
+Request = list[Any]
+"""Two trees to compare exactly, two texts for math-verify; None for either not to."""
 
 
 class MathReward:
-    """math-verify with bounded inputs, in a worker process that is killed when an expression takes too long."""
+    """The reward `math`, or `math_strict`. Its workers start with the first call and end with `close`.
 
-    def __init__(self, seconds: float = _MATH_SECONDS) -> None:
-        self._seconds = seconds
+    `counts` has verdicts by kind: right; the zeros wrong, no_answer (nothing boxed, or several different boxes), absurd
+    and unreadable (the gold is no mathematics to the parser, and the answer another text); unscored, timeout and died.
+    """
+
+    def __init__(self, settings: RewardConfig | None = None, *, strict: bool = False) -> None:
+        settings = settings or RewardConfig()
+        self.name = "math_strict" if strict else "math"
+        self.counts: Counter[str] = Counter()
+        self._decide = _decide_strictly if strict else _decide
         self._lock = threading.Lock()
-        self._worker: subprocess.Popen[bytes] | None = None
+        self._verdicts: OrderedDict[tuple[str, str], str] = OrderedDict()
+        num_workers = settings.workers or len(os.sched_getaffinity(0))
+        self._pool = WorkerPool(_JUDGE, name=self.name, num_workers=num_workers, seconds=settings.math_seconds)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-        answers = answers_of("math", columns, completions)
-        return [float(self._equal(str(answer), text)) for answer, text in zip(answers, completions, strict=True)]
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> list[float | None]:
+        """1 for a right completion, 0 for a wrong one, None where there is no verdict."""
+        pairs = [
+            self._pair(answer, text)
+            for answer, text in zip(answers_of(self.name, columns, completions), completions, strict=True)
+        ]
+        self.warm()  # now, not with the first hard answer: whoever tries a reward before the run learns if they start
+        known = self._known(pairs)
+        asked: dict[tuple[str, str], Request] = {}
+        for pair in pairs:
+            if pair not in known and pair not in asked:
+                decided = self._decide(*pair)
+                if isinstance(decided, str):
+                    known[pair] = decided
+                else:
+                    asked[pair] = decided
+        replies = self._pool.run(list(asked.values()))
+        for pair, reply in zip(asked, replies, strict=True):
+            known[pair] = reply.value if reply.kind == "answered" else reply.kind
+        verdicts = [known[pair] for pair in pairs]
+        self._note(pairs, known, verdicts)
+        return [_REWARDS.get(verdict, 0.0) for verdict in verdicts]
 
-    def _equal(self, gold: str, completion: str) -> bool:
-        gold, answer = _tidy(_final_answer(gold)), _tidy(_final_answer(completion))
-        if not gold:
-            raise InputError("reward 'math': a row has an empty answer: drop the row, or name the field by answer=")
-        if answer.casefold() == gold.casefold():
-            return True
-        # A gold of words is not mathematics: math-verify would read it as a product of letters.
-        if _has_words(gold) or not _is_one_value(answer, gold):
-            return False
-        gold_number, number = whole_number(gold), whole_number(answer)
-        if gold_number is not None and number is not None and gold_number.denominator == number.denominator == 1:
-            return gold_number == number
+    def problem(self, columns: Mapping[str, Any]) -> str | None:
+        """Why a row can never be judged: its answer is missing or empty."""
+        answer = columns.get("answer")
+        if answer is None:
+            return "it has no answer"
+        return None if tidy(_gold(answer)) else "its answer is empty"
+
+    def warm(self) -> None:
+        """Starts the workers, so that the first answer does not wait for them.
+
+        Raises:
+            InputError: they do not start.
+        """
+        self._pool.warm()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._pool.close()
+
+    def _pair(self, answer: Any, completion: str) -> tuple[str, str]:
+        gold = _gold(answer)
+        if not gold.strip():
+            raise InputError(
+                f"reward {self.name!r}: a row has an empty answer: drop the row, or name the field by answer="
+            )
+        if self.name == "math":
+            return gold, final_answer(completion)
+        found = boxes(completion)
+        return gold, found[-1] if found and len({"".join(box.split()) for box in found}) == 1 else ""
+
+    def _known(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
         with self._lock:
-            verdict = self._ask(gold, answer)
-        if verdict == "unreadable":
-            logger.warning("math: the answer %.80r cannot be read as mathematics; only the same text is right", gold)
-        return verdict == "right"
+            known = {pair: self._verdicts[pair] for pair in set(pairs) if pair in self._verdicts}
+            for pair in known:
+                self._verdicts.move_to_end(pair)
+        return known
 
-    def _ask(self, gold: str, answer: str) -> str:
-        """`right`, `wrong` or `unreadable`; empty when the worker had to be killed."""
-        if self._worker is None or self._worker.poll() is not None:
-            self._worker = _start_worker()
-            weakref.finalize(self, _stop_worker, self._worker)
-        try:
-            os.write(cast(IO[bytes], self._worker.stdin).fileno(), json.dumps([gold, answer]).encode() + b"\n")
-            verdict = _read_line(self._worker, self._seconds)
-        except BrokenPipeError:
-            verdict = ""
-        if not verdict:
-            _stop_worker(self._worker)
-            self._worker = None
-            logger.warning("math: no verdict on %.80r for %.80r in %g s: 0", answer, gold, self._seconds)
-        return verdict
-
-
-def _start_worker() -> subprocess.Popen[bytes]:
-    command, pipe, null = [sys.executable, "-P", "-c", _MATH_WORKER], subprocess.PIPE, subprocess.DEVNULL
-    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, bufsize=0, start_new_session=True)
-    if _read_line(worker, _MATH_START_SECONDS) != "ready":
-        _stop_worker(worker)
-        raise InputError("reward 'math': its worker does not start: check python -c 'import math_verify'")
-    return worker
+    def _note(
+        self, pairs: Sequence[tuple[str, str]], known: Mapping[tuple[str, str], str], verdicts: Sequence[str]
+    ) -> None:
+        with self._lock:
+            self.counts.update(verdicts)
+            for pair, verdict in known.items():
+                if _REWARDS.get(verdict, 0.0) is not None:
+                    self._verdicts[pair] = verdict
+            while len(self._verdicts) > _MAX_VERDICTS:
+                self._verdicts.popitem(last=False)
+        for kind, what in (
+            ("timeout", "could not be verified in time and are unscored"),
+            ("died", "lost their worker twice and are unscored"),
+            ("unreadable", "have an answer key that cannot be read as mathematics: only the same text is right"),
+        ):
+            found = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict == kind]
+            if found:
+                gold, answer = found[0]
+                logger.warning(
+                    "%s: %d of %d completions %s, %.80r for %.80r first",
+                    self.name, len(found), len(pairs), what, answer, gold,
+                )  # fmt: skip
 
 
-def _stop_worker(worker: subprocess.Popen[bytes]) -> None:
-    worker.kill()
-    worker.wait()
-    for pipe in filter(None, (worker.stdin, worker.stdout)):
-        pipe.close()
+def _gold(answer: Any) -> str:
+    return final_answer(str(answer))
 
 
-def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> str:
-    """The worker's next line, empty when it ends or says nothing for so long. It never writes more than it is asked."""
-    descriptor = cast(IO[bytes], worker.stdout).fileno()
-    if not select.select([descriptor], [], [], seconds)[0]:
-        return ""
-    return os.read(descriptor, 100).decode().strip()
+def _decide(gold: str, answer: str) -> str | Request:
+    """The verdict of `math`, or what to ask a worker: whether either way to compare finds the two equal."""
+    strictly = _decide_strictly(gold, answer)
+    if strictly in ("right", "absurd", "no_answer"):
+        return strictly
+    trees = None if isinstance(strictly, str) else strictly[0]
+    gold, answer = tidy(gold), tidy(answer)
+    if answer.casefold() == gold.casefold():
+        return "right"
+    numbers = [forms.number_of(text) for text in (gold, answer)]
+    if None not in numbers and "%" not in f"{numbers}":
+        values = [Fraction(str(number)) for number in numbers]
+        if values[0] == values[1]:
+            return "right"
+        if abs(values[0] - values[1]) > _ROUNDING or values[0].denominator == values[1].denominator == 1:
+            return "wrong"
+    # A gold of words is not mathematics: math-verify would read it as a product of letters.
+    texts = None if has_words(gold) or not is_one_value(answer, gold) else [gold, answer]
+    return [trees, texts] if trees or texts else "wrong"
 
 
-def _final_answer(text: str) -> str:
-    r"""What a text commits to: its last \boxed{}, else the line after ####, else after "answer is", else all."""
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth, begin = 0, start + len("\\boxed{")
-        for end in range(begin, len(text)):
-            if text[end] == "}" and depth == 0:
-                return text[begin:end]
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-        return ""
-    for pattern in (r"####", r"(?i:\banswer(?: is|:))"):
-        pieces = re.split(pattern, text)
-        if len(pieces) > 1:
-            return (pieces[-1].strip().splitlines() or [""])[0]
-    return text
+def _decide_strictly(gold: str, answer: str) -> str | Request:
+    """The verdict of `math_strict`, or what to ask a worker."""
+    if not answer.strip():
+        return "no_answer"
+    if is_absurd(answer, gold):
+        return "absurd"
+    read, other = forms.tree_of(gold), forms.tree_of(answer)
+    if other is None:
+        return "wrong"
+    (tree, unit), (answered, answered_unit) = read or (["text", gold.casefold()], ""), other
+    if unit and answered_unit and unit != answered_unit:
+        return "wrong"
+    if answered[0] != "relation" and (value := forms.value_of_assignment(tree)):
+        tree = value
+    if tree == answered:
+        return "right"
+    if forms.is_calculation(answer) and not forms.is_calculation(gold):
+        return "wrong"
+    if tree[0] == "number" or "text" in (tree[0], answered[0]) or not _may_equal(tree[0], answered[0]):
+        return "wrong"
+    return [[tree, answered], None]
 
 
-def _tidy(text: str) -> str:
-    """The same answer without dress: dollar signs, spacing commands, `x =`, units, per cent, thousands commas."""
-    text = re.sub(r"\\(?:left|right|displaystyle)\b|\\[!,;: ]|\\?\$", "", text[: 4 * _MAX_MATH_CHARACTERS]).strip()
-    text = text.replace("\N{MINUS SIGN}", "-").removesuffix(".").strip()
-    text = re.sub(r"^[A-Za-z]\s*=\s*", "", text)
-    text = re.sub(r"(?<=[0-9])(?:\s*\\text\{[A-Za-z ]+\}|\s+[A-Za-z]{3,}[A-Za-z ]*)$", "", text)
-    text = re.sub(r"(?<=[0-9}])\s*\\?%$", "", text)
-    if re.fullmatch(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", text):
-        text = text.replace(",", "")
-    wrapped = re.fullmatch(r"\\text\{([^{}]*)\}", text)
-    return wrapped[1].strip() if wrapped else text
-
-
-def _has_words(text: str) -> bool:
-    return re.search(r"[A-Za-z]{3,}", re.sub(r"\\[A-Za-z]+", " ", text)) is not None
-
-
-def _is_one_value(answer: str, gold: str) -> bool:
-    """Whether an answer is short and as many values as the gold, so that no list of guesses reaches math-verify."""
-    if not answer or len(answer) > _MAX_MATH_CHARACTERS or re.search(r"[0-9]{60}|[0-9]\s+[0-9]", answer):
-        return False
-    if _has_words(answer) or re.search(r"\b(?:or|and)\b", answer):
-        return False
-    if whole_number(gold) is not None and _ARITHMETIC.search(answer):
-        return False
-    brackets = [re.match(r"\\?[(\[{]", text) for text in (answer, gold)]
-    if all(brackets) and len({match[0] for match in brackets if match}) > 1:
-        return False
-    return all(answer.count(symbol) == gold.count(symbol) for symbol in "=,;")
+def _may_equal(kind: str, other: str) -> bool:
+    return kind == other or {kind, other} <= {"number", "expression"}

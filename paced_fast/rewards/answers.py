@@ -1,0 +1,126 @@
+"""From a completion to the text of its answer, and what no verifier should be asked to compute."""
+
+from __future__ import annotations
+
+import re
+
+from paced_fast.rewards.text import whole_number
+
+MAX_CHARACTERS = 400
+"""An answer may be this long, or twice as long as the gold."""
+_MAX_DEPTH = 10
+_MAX_BOXES = 20
+_BOX = re.compile(r"\\boxed\s*\{")
+
+# A sum or product left to the verifier is the problem restated, not its answer; 3 \times 10^4 is a number.
+_ARITHMETIC = re.compile(r"[0-9)}!]\s*(?:[-+*]|\\pm|\\(?:times|cdot)(?!\s*10\^))")
+# As above, for what a verifier would have to work out; an answer may have it where the gold has it.
+_COMPUTATION = re.compile(
+    r"\\(?:sum|prod|i*int|oint|lim|limsup|liminf|frac\s*\{?\s*d|binom|[dt]binom|choose|bmod|pmod)"
+)
+_ABSURD = re.compile(
+    "|".join(
+        (
+            r"[0-9]{60}",
+            r"\^\s*[{(\s]*[-+]?[0-9]{5}",  # an exponent of five digits
+            r"\^\s*[{(\s]*[-+0-9.]+[})\s]*\^",  # a tower of numbers
+            r"\^[^^]*\{[^{}^]*\^[^{}^]*\{[^{}^]*\^",  # a tower of anything, three high
+            r"[0-9]{4}\s*!|[!)}\]]\s*!|\^\s*[{(\s]*[0-9]+[})\s]*!",  # factorials of large or compound numbers
+            r"[])}]\s*\^\s*\{?\s*(?:[2-9][0-9]|[0-9]{3})",  # a high power of a sum
+            r"[])}]\s*\^.*[])}]\s*\^.*[])}]\s*\^",
+            r"\\(?:sin|cos|tan|cot|sec|csc|log|ln|exp)(?![A-Za-z]).*\^\s*\{?\s*-?[0-9]{3}",
+            r"\*\*.*\*\*|(?:\\(?:exp|sin|cos|tan|log|ln)(?![A-Za-z]).*){9}",
+            r"([-+*/|^=<>!])(?:\s*\1){3}|(?:\|.*){9}",
+            r"[\x00-\x08\x0e-\x1f]|(?:[^\x00-\x7f].*){9}",
+            r"[0-9][eE][-+]?[0-9]{3}",
+            r"__|\\(?:input|write|def|let|csname|catcode)\b",
+        )
+    )
+)
+# What follows a number and may be left out: not the words that change it.
+_CHANGES = r"(?!\s*(?:pi|hundred|thousand|[mbtr]+illion|dozen|half|squared|cubed|to|or|and)\b)"
+_UNIT = re.compile(rf"(?<=[0-9])(?:\s*\\text\{{{_CHANGES}[A-Za-z ]+\}}|\s+{_CHANGES}[A-Za-z]{{3,}}[A-Za-z ]*)$")
+_OPENING = re.compile(r"(\\[{}]|[][(){}])")
+
+
+def final_answer(text: str) -> str:
+    r"""What a text commits to: its last \boxed{}, else the line after ####, else after "answer is", else all."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        return _braced(text, start + len("\\boxed{")) or ""
+    for pattern in (r"####", r"(?i:\banswer(?: is|:))"):
+        pieces = re.split(pattern, text)
+        if len(pieces) > 1:
+            return (pieces[-1].strip().splitlines() or [""])[0]
+    return text
+
+
+def boxes(text: str) -> list[str]:
+    r"""What stands in each \boxed{} after the last </think>; empty where one is not closed, or there are too many."""
+    text = text[text.rfind("</think>") + 1 :]
+    found: list[str] = []
+    for match in _BOX.finditer(text):
+        inside = _braced(text, match.end())
+        if inside is None or len(found) == _MAX_BOXES:
+            return []
+        found.append(inside)
+    return found
+
+
+def _braced(text: str, begin: int) -> str | None:
+    """From `begin`, which follows a brace, to the one that closes it; None where that is far away or missing."""
+    depth = 0
+    for end in range(begin, min(len(text), begin + 4 * MAX_CHARACTERS)):
+        if text[end] == "}" and depth == 0:
+            return text[begin:end]
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    return None
+
+
+def is_absurd(answer: str, gold: str) -> bool:
+    """Whether an answer is long, deep, large or unfinished enough that nobody would give it for this gold."""
+    if len(answer) > max(MAX_CHARACTERS, 2 * len(gold)) or _depth(answer) > max(_MAX_DEPTH, _depth(gold)):
+        return True
+    if _ABSURD.search(answer) and not _ABSURD.search(gold):
+        return True
+    return not set(_COMPUTATION.findall(answer)) <= set(_COMPUTATION.findall(gold))
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for bracket in _OPENING.findall(text):
+        depth += 1 if bracket[-1] in "([{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def tidy(text: str) -> str:
+    """The same answer without dress: dollar signs, spacing commands, `x =`, units, per cent, thousands commas."""
+    text = re.sub(r"\\(?:left|right|displaystyle)\b|\\[!,;: ]|\\?\$", "", text[: 10 * MAX_CHARACTERS]).strip()
+    text = text.replace("\N{MINUS SIGN}", "-").removesuffix(".").strip()
+    text = re.sub(r"^[A-Za-z]\s*=\s*", "", text)
+    text = _UNIT.sub("", text)
+    text = re.sub(r"(?<=[0-9}])\s*\\?%$", "", text)
+    if re.fullmatch(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", text):
+        text = text.replace(",", "")
+    wrapped = re.fullmatch(r"\\text\{([^{}]*)\}", text)
+    return wrapped[1].strip() if wrapped else text
+
+
+def has_words(text: str) -> bool:
+    """Whether something other than a LaTeX command has three letters in a row."""
+    return re.search(r"[A-Za-z]{3,}", re.sub(r"\\[A-Za-z]+", " ", text)) is not None
+
+
+def is_one_value(answer: str, gold: str) -> bool:
+    """Whether an answer is as many values as the gold, so that no list of guesses reaches math-verify."""
+    if not answer or re.search(r"[0-9]\s+[0-9]", answer):
+        return False
+    if has_words(answer) or re.search(r"\b(?:or|and)\b", answer):
+        return False
+    if whole_number(gold) is not None and _ARITHMETIC.search(answer):
+        return False
+    brackets = [re.match(r"\\?[(\[{]", text) for text in (answer, gold)]
+    if all(brackets) and len({match[0] for match in brackets if match}) > 1:
+        return False
+    return all(answer.count(symbol) == gold.count(symbol) for symbol in "=,;")
