@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "python3", "py")
-_LOOKS_LIKE_CODE = re.compile(r"\s*(?:(?:def|class|import|from|for|while|if|try|with|async) |@|#|[\w, .\[\]]+ *=|print\()")
+_LOOKS_LIKE_CODE = re.compile(
+    r"\s*(?:(?:def|class|import|from|for|while|if|try|with|async) |@|#|[\w, .\[\]]+ *=|print\()"
+)
 
 
 class CodeReward:
@@ -118,7 +120,11 @@ class CodeReward:
     def _call_each(self, program: str, suite: Suite) -> str:
         assert suite.function is not None
         seconds = math.ceil(self._limits.seconds * len(suite.cases))
-        limits = self._limits if seconds < self._limits.cpu_seconds else dataclasses.replace(self._limits, cpu_seconds=seconds)
+        limits = (
+            self._limits
+            if seconds < self._limits.cpu_seconds
+            else dataclasses.replace(self._limits, cpu_seconds=seconds)
+        )
         session, verdict = self._sandbox.session(program, suite.function, limits), "right"
         try:
             for case in suite.cases:

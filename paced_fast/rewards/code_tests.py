@@ -1,9 +1,9 @@
 """Test cases of a row, from the shapes in which data sets keep them. Expected values stay on this side of the sandbox.
 
-    public_test_cases, private_test_cases     LiveCodeBench: lists of {input, output, testtype}, func_name in metadata
-    tests, test_cases, input_output,          {inputs, outputs, fn_name}, or a list of {type, input, output, fn_name},
-    verification_info, ground_truth           or such a list under test_cases; as JSON text or already read
-    test, entry_point                         HumanEval: a function `check` of asserts, read but never run
+public_test_cases, private_test_cases     LiveCodeBench: lists of {input, output, testtype}, func_name in metadata
+tests, test_cases, input_output,          {inputs, outputs, fn_name}, or a list of {type, input, output, fn_name},
+verification_info, ground_truth           or such a list under test_cases; as JSON text or already read
+test, entry_point                         HumanEval: a function `check` of asserts, read but never run
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ def _listed(name: str, tests: Any) -> Suite:
     if isinstance(tests, list):
         return _items(tests, None)
     if not isinstance(tests, dict) or not {"inputs", "outputs"} <= set(tests):
-        raise UnusableTests(f"has a column {name!r} that is neither a list of cases nor an object of inputs and outputs")
+        raise UnusableTests(
+            f"has a column {name!r} that is neither a list of cases nor an object of inputs and outputs"
+        )
     inputs, outputs, function = tests["inputs"], tests["outputs"], tests.get("fn_name")
     if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
         raise UnusableTests(f"has a column {name!r} whose inputs and outputs are not two lists of the same length")
@@ -233,7 +235,7 @@ def _human_eval(columns: Mapping[str, Any]) -> Suite:
     called = {name, *(argument.arg for argument in check.args.args)}
     cases = []
     for node in check.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) or isinstance(node, ast.Pass):
+        if (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) or isinstance(node, ast.Pass):
             continue
         try:
             if not isinstance(node, ast.Assert):
@@ -321,11 +323,9 @@ def _literal(node: ast.expr) -> Any:
         sizes = [abs(value) if isinstance(value, int | float) else len(value) for value in (left, right)]
         if isinstance(node.op, ast.Pow) and not (sizes[0] <= 1000 and sizes[1] <= 100):
             raise ValueError
-        if isinstance(node.op, ast.Mult) and not math.prod(sizes) < 1e15:
+        are_numbers = all(isinstance(value, int | float) for value in (left, right))
+        if isinstance(node.op, ast.Mult) and math.prod(sizes) > (1e15 if are_numbers else 1e6):
             raise ValueError
-        if isinstance(node.op, ast.Mult) and not all(isinstance(value, int | float) for value in (left, right)):
-            if math.prod(sizes) > 1e6:
-                raise ValueError
         return _OPERATORS[type(node.op)](left, right)
     if isinstance(node, ast.List | ast.Tuple):
         items = [_literal(item) for item in node.elts]

@@ -102,8 +102,7 @@ def _try(name: str, limits: Limits, workers: int) -> tuple[Box | None, str]:
     try:
         layers, missing = box.layers()
         box.strength = _describe(name, layers)
-        # Without namespaces Landlock and seccomp still hold the attacks; without one of those, nothing does.
-        weak = name != "unsafe" and not (layers["landlock"] and layers["seccomp"] or name == "bubblewrap")
+        weak = _is_weak(name, layers)
         if not weak and name != "unsafe":
             weak = bool(broken := _self_test(box))
             missing += [f"a hold on {what}" for what in broken]
@@ -115,6 +114,11 @@ def _try(name: str, limits: Limits, workers: int) -> tuple[Box | None, str]:
         return None, reason
     logger.info("programs run in %s", box.strength)
     return box, reason
+
+
+def _is_weak(name: str, layers: dict[str, Any]) -> bool:
+    """Without namespaces Landlock and seccomp still hold; without one of those, no fork server does."""
+    return name == "fork_server" and not (layers["landlock"] and layers["seccomp"])
 
 
 def _self_test(box: Box) -> list[str]:

@@ -74,13 +74,13 @@ def run() -> None:
     try:
         os.write(ANSWERS, b"ready\n")
         os.environ.clear()  # Python itself sets a locale
-        requests = io.open(REQUESTS, "rb", closefd=False)
+        requests = io.BufferedReader(io.FileIO(REQUESTS, closefd=False))
         first = json.loads(requests.readline())
         module = types.ModuleType("__main__")
         module.__dict__["__builtins__"] = __builtins__
         sys.modules["__main__"] = module
         sys.argv[:] = ["program.py"]
-        sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), _writer(1), _writer(2)
+        sys.stdin, sys.stdout, sys.stderr = (_stream(number) for number in range(3))
         exec(_PRELUDE, module.__dict__)
         if first["function"] is None:
             os.close(REQUESTS)
@@ -105,8 +105,9 @@ def run() -> None:
     os._exit(status)
 
 
-def _writer(descriptor: int) -> io.TextIOWrapper:
-    return open(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+def _stream(number: int) -> io.TextIOWrapper:
+    errors = "backslashreplace" if number == 2 else "surrogateescape"
+    return open(number, "w" if number else "r", encoding="utf-8", errors=errors, closefd=False)
 
 
 def _answer_calls(requests: io.BufferedReader, name: str, names: dict[str, Any]) -> None:

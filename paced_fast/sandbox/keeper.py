@@ -23,6 +23,8 @@ from paced_fast.sandbox import harness, kernel, seccomp
 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _NOBODY = 65534
+_SCRATCH_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+_MAX_FILES = 1000
 _PRELOADED = (
     *("array", "ast", "base64", "bisect", "calendar", "cmath", "collections", "contextlib", "copy", "dataclasses"),
     *("datetime", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "io", "itertools", "json", "math"),
@@ -104,6 +106,7 @@ class Keeper:
             self.channel.close()
             _, status = os.waitpid(first, 0)
             os._exit(os.waitstatus_to_exitcode(status) & 255)
+        kernel.die_with_parent()
         self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY)
         kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
         _new_root(self.settings["binds"], self.settings["links"])
@@ -209,7 +212,14 @@ class Keeper:
 
     def _bubblewrap(self, scratch_mib: int) -> list[str]:
         """Its command line."""
-        words = [self.settings["bwrap"], "--unshare-user", "--unshare-all", "--die-with-parent", "--new-session", "--as-pid-1"]
+        words = [
+            self.settings["bwrap"],
+            "--unshare-user",
+            "--unshare-all",
+            "--die-with-parent",
+            "--new-session",
+            "--as-pid-1",
+        ]
         words += ["--clearenv", "--uid", str(_NOBODY), "--gid", str(_NOBODY), "--hostname", "sandbox"]
         for path in self.settings["binds"]:
             words += ["--ro-bind", path, path]
@@ -218,6 +228,7 @@ class Keeper:
         for path in DEVICES:
             words += ["--dev-bind", path, path]
         words += ["--size", str(scratch_mib << 20), "--tmpfs", harness.SCRATCH, "--remount-ro", "/"]
+        words += ["--cap-add", "CAP_SYS_ADMIN"]  # in its user namespace, until the scratch folder is limited
         words += ["--chdir", harness.SCRATCH]
         if self.layers["seccomp"]:
             words += ["--seccomp", str(self._filter)]
@@ -230,6 +241,8 @@ def inside() -> None:
     try:
         os.closerange(5, 1 << 16)
         kernel.use_one_arena()
+        if settings["restricted"]:
+            kernel.mount("none", harness.SCRATCH, None, kernel.MS_REMOUNT | _SCRATCH_FLAGS, f"nr_inodes={_MAX_FILES}")
         harness.lock(settings)
     except BaseException as error:
         os.write(harness.ANSWERS, f"failed: {type(error).__name__}: {error}\n".encode())
@@ -262,8 +275,8 @@ def _new_root(binds: list[str], links: dict[str, str]) -> None:
 
 
 def _mount_scratch(mib: int) -> None:
-    flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
-    kernel.mount("tmpfs", harness.SCRATCH, "tmpfs", flags, f"mode=1777,size={mib}m,nr_inodes=1000")
+    data = f"mode=1777,size={mib}m,nr_inodes={_MAX_FILES}"
+    kernel.mount("tmpfs", harness.SCRATCH, "tmpfs", _SCRATCH_FLAGS, data)
 
 
 def _named(name: str, function: Any, *arguments: Any) -> None:

@@ -18,7 +18,7 @@ MS_NOATIME, MS_NODIRATIME, MS_BIND, MS_REC, MS_PRIVATE, MS_RELATIME = 1024, 2048
 _MNT_DETACH = 2
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
-_PR_SET_DUMPABLE, _PR_SET_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 4, 36, 38, 22
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 1, 4, 36, 38, 22
 _SECCOMP_MODE_FILTER = 2
 
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same numbers on every architecture
@@ -98,6 +98,11 @@ def become_subreaper() -> None:
     call("prctl", _PR_SET_SUBREAPER, 1, 0, 0, 0)
 
 
+def die_with_parent() -> None:
+    """SIGKILL when the thread that forked this process ends."""
+    call("prctl", _PR_SET_PDEATHSIG, 9, 0, 0, 0)
+
+
 def drop_capabilities() -> None:
     """No capability left, and none to be had again."""
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
@@ -112,11 +117,6 @@ def forbid_new_privileges() -> None:
 def hide_memory() -> None:
     """No core dump, and no process of the same user may look into this one."""
     call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
-
-
-def show_memory() -> None:
-    """Give /proc/self back to the user after its id changed."""
-    call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
 def use_one_arena() -> None:

@@ -153,6 +153,7 @@ _PRLIMIT, _KILL_CALL, _TGKILL = (302, 261), (62, 129), (234, 131)
 # What the harness still needs between the start of an interpreter and its own filter.
 _STARTING: dict[str, tuple[int | None, int | None]] = {
     "execve": (59, 221),
+    "mount": (165, 40),
     "prctl": (157, 167),
     "seccomp": (317, 277),
     "capset": (126, 91),
