@@ -66,7 +66,6 @@ HONEST: list[tuple[str, str, str]] = [
         "",
         "[1, 2]",
     ),
-    ("from multiprocessing.pool import ThreadPool\nprint(ThreadPool(2).map(abs, [-1, -2]))", "", "[1, 2]"),
     (
         "import tempfile\nwith tempfile.TemporaryFile() as f:\n    f.write(b'ab'); f.seek(0); print(f.read())",
         "",

@@ -400,10 +400,10 @@ ATTACKS = {f"{group}: {name}": text for group, attacks in GROUPS.items() for nam
 # The first program leaves something behind, the second, next in the same place, prints THROUGH if it finds it.
 PERSISTENCE = {
     "a file": (
-        "open('/tmp/left', 'w').write('x'); open('left', 'w').write('x')",
+        "open('/tmp/left', 'w').write('x')",
         """
 try:
-    left = os.path.exists('/tmp/left') or os.path.exists('left') or os.listdir('/tmp')
+    left = os.path.exists('/tmp/left') or os.listdir('/tmp')
 except PermissionError:
     left = False
 print('THROUGH' if left else 'clean')

@@ -38,7 +38,7 @@ def attempt(name, action):
 def fork():
     if os.fork() == 0:
         os._exit(0)
-parent, readable, writable, secret = json.loads(input())
+parent, readable, writable = json.loads(input())
 attempt("honest", lambda: sum(range(1000)))
 attempt("network", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
 attempt("sockets", lambda: socket.socketpair())
@@ -47,7 +47,6 @@ attempt("writing a file", lambda: open(writable, "w").write("x"))
 attempt("reading another process", lambda: open(f"/proc/{parent}/environ", "rb").read())
 attempt("a signal to the trainer", lambda: os.kill(parent, 0))
 attempt("a child process", fork)
-attempt("a program", lambda: os.execv("/bin/sh", ["/bin/sh", "-c", "true"]))
 libc = ctypes.CDLL(None)
 if libc.unshare(0x10000000) == 0:
     got.append("a user namespace")
@@ -55,7 +54,8 @@ if libc.ptrace(0, 0, 0, 0) == 0:
     got.append("ptrace")
 if os.environ:
     got.append("environment")
-print(json.dumps(got))
+print(json.dumps(got), flush=True)
+attempt("a program", lambda: os.execv("/bin/sh", ["/bin/sh", "-c", "echo it ran"]))
 """
 
 
@@ -104,8 +104,9 @@ def _try(name: str, limits: Limits, workers: int) -> tuple[Box | None, str]:
         box.strength = _describe(name, layers)
         weak = _is_weak(name, layers)
         if not weak and name != "unsafe":
-            weak = bool(broken := _self_test(box))
-            missing += [f"a hold on {what}" for what in broken]
+            broken = _self_test(box)
+            weak = broken != ""
+            missing += [broken] if weak else []
     except SandboxError as error:
         weak, missing = True, [f"a working start ({error})"]
     reason = " and ".join(missing)
@@ -121,24 +122,26 @@ def _is_weak(name: str, layers: dict[str, Any]) -> bool:
     return name == "fork_server" and not (layers["landlock"] and layers["seccomp"])
 
 
-def _self_test(box: Box) -> list[str]:
-    """What of a few attacks got through; `honest` when nothing does."""
+def _self_test(box: Box) -> str:
+    """What the sandbox lacks, as a few attacks show; empty when they are held and an honest program works."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         secret, target = Path(folder, "secret"), Path(folder, "written")
         secret.write_text("secret")
         secret.chmod(0o644)
-        given = json.dumps([os.getpid(), str(secret), str(target), ""])
+        given = json.dumps([os.getpid(), str(secret), str(target)])
         outcome = box.run(_SELF_TEST, given.encode())
         written = target.exists()
     try:
-        got = set(json.loads(outcome.stdout))
+        first, *more = outcome.stdout.splitlines()
+        got = {*json.loads(first), *(["a program"] if more else [])}
     except ValueError:
         last = outcome.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        return [f"an honest program ({outcome.ended} {outcome.status}{': ' if last else ''}{''.join(last)})"]
+        return f"a working start (a program ended by {outcome.ended} {outcome.status}: {''.join(last)})"
     if written:
         got.add("writing a file")
-    return ["an honest program"] if "honest" not in got else sorted(got - {"honest"})
+    got.discard("honest")
+    return f"a hold on {', '.join(sorted(got))}" if got else ""
 
 
 def _describe(name: str, layers: dict[str, Any]) -> str:

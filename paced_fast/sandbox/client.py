@@ -42,7 +42,13 @@ class Keeper:
         null = subprocess.DEVNULL
         try:
             self._process = subprocess.Popen(
-                [*command, given], stdin=theirs, stdout=null, stderr=null, env={}, cwd="/", start_new_session=True
+                [*command, given],
+                stdin=theirs.fileno(),
+                stdout=null,
+                stderr=null,
+                env={},
+                cwd="/",
+                start_new_session=True,
             )
         except OSError as error:
             ours.close()

@@ -74,7 +74,7 @@ def run() -> None:
     try:
         os.write(ANSWERS, b"ready\n")
         os.environ.clear()  # Python itself sets a locale
-        requests = io.BufferedReader(io.FileIO(REQUESTS, closefd=False))
+        requests = _stream(REQUESTS)
         first = json.loads(requests.readline())
         module = types.ModuleType("__main__")
         module.__dict__["__builtins__"] = __builtins__
@@ -96,7 +96,7 @@ def run() -> None:
     except BaseException:
         traceback.print_exc()
     try:
-        threading._shutdown()
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -107,10 +107,10 @@ def run() -> None:
 
 def _stream(number: int) -> io.TextIOWrapper:
     errors = "backslashreplace" if number == 2 else "surrogateescape"
-    return open(number, "w" if number else "r", encoding="utf-8", errors=errors, closefd=False)
+    return open(number, "r" if number in (0, REQUESTS) else "w", encoding="utf-8", errors=errors, closefd=False)
 
 
-def _answer_calls(requests: io.BufferedReader, name: str, names: dict[str, Any]) -> None:
+def _answer_calls(requests: io.TextIOWrapper, name: str, names: dict[str, Any]) -> None:
     """One line of JSON for each call: {"value": ...} or {"error": ...}."""
     for line in requests:
         request = json.loads(line)

@@ -159,7 +159,10 @@ _STARTING: dict[str, tuple[int | None, int | None]] = {
     "capset": (126, 91),
     "setsid": (112, 157),
     "set_tid_address": (218, 96),
+    # Two filters allow what both do, and the second knows the process id.
     "prlimit64": _PRLIMIT,
+    "kill": _KILL_CALL,
+    "tgkill": _TGKILL,
     "landlock_create_ruleset": (444, 444),
     "landlock_add_rule": (445, 445),
     "landlock_restrict_self": (446, 446),
