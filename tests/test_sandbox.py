@@ -302,7 +302,9 @@ def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch
     opened("fork_server", workers=1).close()
     monkeypatch.setattr("paced_fast.sandbox.choice._KINDS", {"fork_server": "plain", "bubblewrap": "plain"})
     monkeypatch.setattr("paced_fast.sandbox.choice._is_weak", lambda name, layers: False)
-    with pytest.raises(InputError, match="lacks a hold on a child process, a signal to the trainer, a user namespace, net"):
+    with pytest.raises(
+        InputError, match="lacks a hold on a child process, a signal to the trainer, a user namespace, net"
+    ):
         open_sandbox("fork_server")
 
 
