@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sample_efficiency": ("sample_efficiency", ()),
     "step": ("step", ()),
     "weight_sync": ("weight_sync", ()),
+    "sandbox": ("sandbox", ()),
     "train_tiny": ("train_run", ("tiny",)),
     "train_smollm2": ("train_run", ("smollm2",)),
 }

@@ -15,7 +15,6 @@ Algorithm = Literal["paced", "tb", "tb_group", "flowrl", "grpo"]
 Rule = Literal["auto", "tree", "greedy", "history", "uniform", "dynamic"]
 GeneratorName = Literal["auto", "vllm", "transformers"]
 SyncMode = Literal["auto", "shared", "push"]
-SandboxName = Literal["auto", "fork_server", "bubblewrap", "unsafe"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,9 +103,8 @@ class RewardConfig:
     """Longest time for one answer of the `math` rewards, in seconds."""
     max_unscored_share: float = 0.1
     """Share of a step's completions without a verdict above which the run stops."""
-    sandbox: SandboxName = "auto"
-    """Isolation of the programs that `code` runs: `fork_server`, `bubblewrap`, `auto` (the first of these that is
-    complete here, else an error), or `unsafe`: resource limits only, so that a program can do whatever you can."""
+    sandbox: Literal["auto", "fork_server", "bubblewrap", "unsafe"] = "auto"
+    """Isolation of programs: `fork_server`, `bubblewrap`, `auto` (one of them or an error), `unsafe` (limits only)."""
     code_seconds: float = 5.0
     """Longest time for one test case of `code`, in seconds of wall time."""
     code_memory_mib: int = 512

@@ -13,7 +13,7 @@ from paced_fast.errors import InputError
 def resolve(config: Config) -> Config:
     """Replace every `auto` by what the algorithm's name says, and check the settings against each other.
 
-    `weight_sync.mode` alone stays `auto`: the engine's layout decides, and it is not known yet.
+    `weight_sync.mode` and `reward.sandbox` stay `auto`: the engine's layout and the machine decide, not known yet.
 
     Raises InputError naming the first field that is out of range or in conflict with another.
     """

@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from paced_fast.config import SandboxName
 from paced_fast.errors import InputError
 from paced_fast.sandbox.client import Box
 from paced_fast.sandbox.limits import Limits, Sandbox, SandboxError
@@ -59,7 +58,7 @@ attempt("a program", lambda: os.execv("/bin/sh", ["/bin/sh", "-c", "echo it ran"
 """
 
 
-def open_sandbox(name: SandboxName = "auto", limits: Limits | None = None, workers: int = 0) -> Sandbox:
+def open_sandbox(name: str = "auto", limits: Limits | None = None, workers: int = 0) -> Sandbox:
     """The sandbox of that name for `workers` programs at a time (0: one a core), its strength tried and logged.
 
     `auto` is fork_server with all of its layers, else bubblewrap with all of its own, and never less: weaker isolation
@@ -83,6 +82,8 @@ def open_sandbox(name: SandboxName = "auto", limits: Limits | None = None, worke
             f"no full isolation for programs on this machine: {'; '.join(reasons)}. Install bubblewrap or allow user "
             f"namespaces; --reward.sandbox fork_server makes do with Landlock and seccomp where they work, {_ANYWAY}"
         )
+    if name not in _KINDS:
+        raise InputError(f"--reward.sandbox {name} is unknown: use auto, {', '.join(_KINDS)}")
     box, reason = _try(name, limits, workers)
     if box is None:
         raise InputError(f"--reward.sandbox {name} does not work on this machine: it lacks {reason}. {_ANYWAY}")
