@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "step": ("step", ()),
     "weight_sync": ("weight_sync", ()),
     "math_rewards": ("math_rewards", ()),
+    "sandbox": ("sandbox", ()),
     "train_tiny": ("train_run", ("tiny",)),
     "train_smollm2": ("train_run", ("smollm2",)),
 }

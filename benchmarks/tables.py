@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compile_kernels, curves, kernel_report
+from benchmarks import sandbox as sandbox_case
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,6 +25,7 @@ FILES = {
     "compile": "compile.json",
     "weight_sync": "weight_sync.json",
     "math_rewards": "math_rewards.json",
+    "sandbox": "sandbox.json",
 }
 
 
@@ -198,6 +200,17 @@ def compiled() -> str:
     return "\n".join([*compile_kernels.table(result["rows"]), "", note])
 
 
+def sandbox() -> str:
+    """What each way to run programs holds and costs, as Markdown."""
+    result = json.loads(_path("sandbox").read_text())
+    rows = result["rows"]
+    ways = "; ".join(row["strength"] for row in rows.values() if row["strength"])
+    note = f"""
+        A program that prints its input, started to ended: {result["runs"]} of each in turn, one at a time, and then as
+        many at once as there are cores. Ways: {ways}. {_environment(result)}."""
+    return "\n".join([*sandbox_case.table(rows), "", _wrapped(note)])
+
+
 def _wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), width=120, break_long_words=False, break_on_hyphens=False)
 
@@ -212,6 +225,7 @@ def render(text: str) -> str:
         "compile": compiled,
         "weight_sync": weight_sync,
         "math_rewards": math_rewards,
+        "sandbox": sandbox,
     }
     for name, make in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

@@ -110,6 +110,16 @@ class RewardConfig:
     function of your own; the policy's loss sees it, log Z does not."""
     overlong_share: float = 0.2
     """`overlong`: last share of the completion limit over which the penalty grows from 0 to 1."""
+    sandbox: Literal["auto", "fork_server", "bubblewrap", "unsafe"] = "auto"
+    """Isolation of programs: `fork_server`, `bubblewrap`, `auto` (one of them or an error), `unsafe` (limits only)."""
+    code_seconds: float = 5.0
+    """Longest time for one test case of `code`, in seconds of wall time."""
+    code_memory_mib: int = 512
+    """Address space of a program, in MiB."""
+    code_output_kib: int = 1024
+    """What a program may write to its output, errors and answers together, in KiB."""
+    code_threads: int = 32
+    """Threads of a program; it can have no child processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

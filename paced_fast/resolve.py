@@ -13,7 +13,7 @@ from paced_fast.errors import InputError
 def resolve(config: Config) -> Config:
     """Replace every `auto` by what the algorithm's name says, and check the settings against each other.
 
-    `weight_sync.mode` alone stays `auto`: the engine's layout decides, and it is not known yet.
+    `weight_sync.mode` and `reward.sandbox` stay `auto`: the engine's layout and the machine decide, not known yet.
 
     Raises InputError naming the first field that is out of range or in conflict with another.
     """
@@ -65,6 +65,10 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "reward.async_seconds": (0.01, 86400.0),
     "reward.max_unscored_share": (0.0, 1.0),
     "reward.overlong_share": (1e-6, 1.0),
+    "reward.code_seconds": (0.1, 3600.0),
+    "reward.code_memory_mib": (128, 1 << 20),
+    "reward.code_output_kib": (1, 1 << 20),
+    "reward.code_threads": (1, 1024),
     "generation.prompts_per_step": (1, math.inf),
     "generation.group_size": (1, math.inf),
     "generation.max_completion_tokens": (1, math.inf),

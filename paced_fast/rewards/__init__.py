@@ -11,6 +11,7 @@ when the data are read; `counts`, a Counter of verdicts by kind; `close()`.
     number           the last number of the text is the answer
     math             math-verify on the last \boxed{}, else on what follows the last ####, else "answer is", else on all
     math_strict      one value in the last \boxed{}, written out and exactly the answer; the rules are in `math`
+    code             a program that passes all tests of its row, run in a sandbox
     reasoning_gym    the score of the data set's own scorer
     signed_sums      the exact checker of that task
     package.module:function, path/to/file.py:function

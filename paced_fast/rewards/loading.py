@@ -11,6 +11,7 @@ from typing import Any, cast
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
 from paced_fast.rewards.adapters import TRLChatReward, VerlReward
+from paced_fast.rewards.code import CodeReward
 from paced_fast.rewards.math import MathReward
 from paced_fast.rewards.tasks import ReasoningGymReward, signed_sums
 from paced_fast.rewards.text import exact, number
@@ -18,7 +19,7 @@ from paced_fast.tasks import nearest
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
-_NAMES = ("exact", "number", "math", "math_strict", "reasoning_gym", "signed_sums")
+_NAMES = ("exact", "number", "math", "math_strict", "code", "reasoning_gym", "signed_sums")
 
 
 def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFunction:
@@ -30,6 +31,10 @@ def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFuncti
     settings = settings or RewardConfig()
     if name in ("math", "math_strict"):
         return MathReward(settings, strict=name == "math_strict")
+    if name == "math":
+        return MathReward(settings.math_seconds)
+    if name == "code":
+        return CodeReward(settings)
     if name == "reasoning_gym":
         return ReasoningGymReward()
     if plain := {"exact": exact, "number": number, "signed_sums": signed_sums}.get(name):

@@ -1,0 +1,17 @@
+"""Isolated execution of programs that a model wrote.
+
+    sandbox = open_sandbox("auto", Limits(seconds=5))
+    outcome = sandbox.run("print(input()[::-1])", b"abc")
+
+A program gets no expected output, no environment, no file system but Python's library and a scratch folder of its own,
+no network, no sockets, no child processes; it may start threads. A fault in the kernel is outside of what this holds.
+
+    fork_server   a fork of a warm interpreter in namespaces of its own, another user, Landlock, seccomp, limits
+    bubblewrap    a new interpreter in bwrap with the same filter, Landlock and limits
+    unsafe        a plain process with limits; must be asked for by name
+"""
+
+from paced_fast.sandbox.choice import open_sandbox
+from paced_fast.sandbox.limits import Limits, Outcome, Sandbox, SandboxError, Session
+
+__all__ = ["Limits", "Outcome", "Sandbox", "SandboxError", "Session", "open_sandbox"]

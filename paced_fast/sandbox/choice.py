@@ -1,0 +1,189 @@
+"""Which sandbox there is on this machine, how strong it is, and proof of that before it is used."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from paced_fast.errors import InputError
+from paced_fast.sandbox.client import Box
+from paced_fast.sandbox.limits import Limits, Sandbox, SandboxError
+
+logger = logging.getLogger(__name__)
+
+_KINDS = {"fork_server": "fork", "bubblewrap": "bwrap", "unsafe": "plain"}
+_NAMESPACES = "namespaces (pid, net, ipc, uts, mount)"
+_ANYWAY = "--reward.sandbox unsafe runs programs without isolation, as yourself"
+
+# Tries what must not work and prints the names of what did; `honest` must.
+_SELF_TEST = """
+import os, socket, ctypes, json
+got = []
+def attempt(name, action):
+    try:
+        action()
+    except (OSError, ImportError):
+        return
+    got.append(name)
+def fork():
+    if os.fork() == 0:
+        os._exit(0)
+parent, readable, writable = json.loads(input())
+attempt("honest", lambda: sum(range(1000)))
+attempt("network", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+attempt("sockets", lambda: socket.socketpair())
+attempt("reading a file", lambda: open(readable).read())
+attempt("writing a file", lambda: open(writable, "w").write("x"))
+attempt("reading another process", lambda: open(f"/proc/{parent}/environ", "rb").read())
+attempt("a signal to the trainer", lambda: os.kill(parent, 0))
+attempt("a child process", fork)
+libc = ctypes.CDLL(None)
+if libc.unshare(0x10000000) == 0:
+    got.append("a user namespace")
+if libc.ptrace(0, 0, 0, 0) == 0:
+    got.append("ptrace")
+if os.environ:
+    got.append("environment")
+print(json.dumps(got), flush=True)
+attempt("a program", lambda: os.execv("/bin/sh", ["/bin/sh", "-c", "echo it ran"]))
+"""
+
+
+def open_sandbox(name: str = "auto", limits: Limits | None = None, workers: int = 0) -> Sandbox:
+    """The sandbox of that name for `workers` programs at a time (0: one a core), its strength tried and logged.
+
+    `auto` is fork_server with all of its layers, else bubblewrap with all of its own, and never less: weaker isolation
+    must be asked for by name.
+
+    Raises:
+        InputError: this machine cannot isolate as asked; says what is missing.
+    """
+    limits = limits or Limits()
+    workers = workers or os.cpu_count() or 1
+    if name == "auto":
+        reasons = []
+        for choice in ("fork_server", "bubblewrap"):
+            box, reason = _try(choice, limits, workers)
+            if box is not None and not reason:
+                return box
+            if box is not None:
+                box.close()
+            reasons.append(f"{choice} lacks {reason}")
+        raise InputError(
+            f"no full isolation for programs on this machine: {'; '.join(reasons)}. Install bubblewrap or allow user "
+            f"namespaces; --reward.sandbox fork_server makes do with Landlock and seccomp where they work, {_ANYWAY}"
+        )
+    if name not in _KINDS:
+        raise InputError(f"--reward.sandbox {name} is unknown: use auto, {', '.join(_KINDS)}")
+    box, reason = _try(name, limits, workers)
+    if box is None:
+        raise InputError(f"--reward.sandbox {name} does not work on this machine: it lacks {reason}. {_ANYWAY}")
+    if reason:
+        logger.warning("%s is weaker than it could be: it lacks %s", name, reason)
+    return box
+
+
+def _try(name: str, limits: Limits, workers: int) -> tuple[Box | None, str]:
+    """The sandbox, None when it is not to be trusted, and what it lacks."""
+    settings: dict[str, Any] = {"kind": _KINDS[name], "uid": _free_uid(), **_paths(name)}
+    if name == "bubblewrap":
+        settings["bwrap"] = shutil.which("bwrap")
+        if settings["bwrap"] is None:
+            return None, "the program bwrap (package bubblewrap)"
+    box = Box(name, settings, os.path.realpath(sys.executable), limits, workers)
+    try:
+        layers, missing = box.layers()
+        box.strength = _describe(name, layers)
+        weak = _is_weak(name, layers)
+        if not weak and name != "unsafe":
+            broken = _self_test(box)
+            weak = broken != ""
+            missing += [broken] if weak else []
+    except SandboxError as error:
+        weak, missing = True, [f"a working start ({error})"]
+    reason = " and ".join(missing)
+    if weak:
+        box.close()
+        return None, reason
+    logger.info("programs run in %s", box.strength)
+    return box, reason
+
+
+def _is_weak(name: str, layers: dict[str, Any]) -> bool:
+    """Without namespaces Landlock and seccomp still hold; without one of those, no fork server does."""
+    return name == "fork_server" and not (layers["landlock"] and layers["seccomp"])
+
+
+def _self_test(box: Box) -> str:
+    """What the sandbox lacks, as a few attacks show; empty when they are held and an honest program works."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        secret, target = Path(folder, "secret"), Path(folder, "written")
+        secret.write_text("secret")
+        secret.chmod(0o644)
+        given = json.dumps([os.getpid(), str(secret), str(target)])
+        outcome = box.run(_SELF_TEST, given.encode())
+        written = target.exists()
+    try:
+        first, *more = outcome.stdout.splitlines()
+        got = {*json.loads(first), *(["a program"] if more else [])}
+    except ValueError:
+        last = outcome.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        return f"a working start (a program ended by {outcome.ended} {outcome.status}: {''.join(last)})"
+    if written:
+        got.add("writing a file")
+    got.discard("honest")
+    return f"a hold on {', '.join(sorted(got))}" if got else ""
+
+
+def _describe(name: str, layers: dict[str, Any]) -> str:
+    if name == "unsafe":
+        return "unsafe: resource limits only, no isolation"
+    parts = [_NAMESPACES] if layers["namespaces"] else []
+    if layers["uid"] is not None:
+        parts.append(f"uid {layers['uid']}")
+    if name == "bubblewrap" or (layers["namespaces"] and layers["uid"] is None):
+        parts.append("a user namespace")
+    if layers["landlock"]:
+        parts.append(f"Landlock {layers['landlock']}")
+    if layers["seccomp"]:
+        parts.append("seccomp")
+    return f"{name}: {', '.join([*parts, 'resource limits'])}"
+
+
+def _free_uid() -> int:
+    """A user id that nobody has: the limit of threads counts per user, so two keepers must not share one.
+
+    Only root can change to it; a container may know few ids.
+    """
+    ranges = []
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        inside, _, count = map(int, line.split())
+        ranges.append((inside, inside + count))
+    low, high = max(ranges, key=lambda ends: ends[1] - ends[0])
+    first = 1 << 30 if high > 1 << 31 else max(low, high - 5000)
+    return random.SystemRandom().randrange(first, min(high, (1 << 31) - 2)) if high - first > 1 else low
+
+
+@functools.cache
+def _paths(name: str) -> dict[str, Any]:
+    """What a Python interpreter reads, as `binds` in an order that works, and `links` between them."""
+    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib"]
+    standard = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib")]
+    files = ["/etc/ld.so.cache"]
+    if name == "bubblewrap":
+        files += [os.path.realpath(sys.executable), str(Path(__file__).parent)]
+    links = {path: os.readlink(path) for path in libraries if os.path.islink(path)}
+    wanted = {os.path.realpath(path) for path in [*libraries, *standard] if os.path.isdir(path)}
+    wanted |= {path for path in files if os.path.exists(path)}
+    binds = [path for path in sorted(wanted) if not any(path.startswith(f"{other}/") for other in wanted - {path})]
+    return {"binds": binds, "links": links}
