@@ -49,6 +49,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "model.num_layers": (1, math.inf),
     "model.num_heads": (1, math.inf),
     "data.max_prompt_tokens": (1, math.inf),
+    "data.max_bad_share": (0.0, 1.0),
     "warm_start.first.steps": (0, math.inf),
     "warm_start.first.batch_size": (1, math.inf),
     "warm_start.first.learning_rate": (0.0, 1.0),
