@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import itertools
 import re
@@ -80,12 +81,13 @@ def _check_values(option: str, field: str, kind: Any, values: Sequence[str]) -> 
 def _value(option: str, kind: Any, text: str) -> Any:
     """The value that a text stands for. Raises InputError when it is none of that kind."""
     if typing.get_origin(kind) is Literal:
-        choices = [str(choice) for choice in typing.get_args(kind)]
+        choices = {str(choice): choice for choice in typing.get_args(kind)}
         if text not in choices:
             near = difflib.get_close_matches(text, choices, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise InputError(f"{option} {text[:80]!r}: {hint}the choices are {', '.join(choices)}")
-    elif kind in (int, float):
+        return choices[text]
+    if kind in (int, float):
         try:
             return kind(text)
         except (ValueError, OverflowError):
@@ -94,6 +96,7 @@ def _value(option: str, kind: Any, text: str) -> Any:
     return text
 
 
+@functools.cache
 def _types(kind: Any, prefix: str = "") -> dict[str, Any]:
     """Types of all settings by dotted name."""
     found: dict[str, Any] = {}
