@@ -1,4 +1,4 @@
-"""Malformed settings by the thousand: each is one InputError that names the setting, and none is accepted in silence."""
+"""Malformed settings by the thousand: each is one InputError that names the setting, none is taken in silence."""
 
 from __future__ import annotations
 
