@@ -279,7 +279,7 @@ class TestSkip:
             load(spec, tokenizer, tmp_path, bad_rows="skip", share=0.049)
 
     def test_a_source_of_bad_rows_only_is_refused(self, tokenizer, tmp_path):
-        with pytest.raises(InputError, match="every row of 'jsonl:a.jsonl' is bad"):
+        with pytest.raises(InputError, match=r"every row of 'jsonl:a\.jsonl' is bad"):
             load(self.write(tmp_path, bad=4, of=4), tokenizer, tmp_path, bad_rows="skip", share=1.0)
 
     def test_each_source_has_its_own_share(self, tokenizer, tmp_path):
@@ -341,9 +341,8 @@ def test_ids_that_repeat_are_said(tokenizer, tmp_path, caplog) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert len(load("jsonl:a.jsonl", tokenizer, tmp_path)) == 6
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == (
-        f"jsonl:a.jsonl: 2 rows have the id of an earlier row ({tmp_path}/a.jsonl:5 has the id 0 of {tmp_path}/a.jsonl:1)"
-    )
+    path = f"{tmp_path}/a.jsonl"
+    assert line == f"jsonl:a.jsonl: 2 rows have the id of an earlier row ({path}:5 has the id 0 of {path}:1)"
 
 
 def test_a_reward_of_the_user_may_say_what_it_cannot_judge(tokenizer, tmp_path) -> None:

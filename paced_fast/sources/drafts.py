@@ -49,8 +49,13 @@ def read_drafts(
     source = parse_source(spec)
     bad_rows = bad_rows or BadRows()
     reader = open_source(source, data_dir)
-    layout = _layout(source, reader)
-    order = _selected(source, reader, layout, bad_rows)
+    start, stop = source.rows[0] or 0, source.rows[1]
+    total = reader.count(stop)
+    if stop is not None and total < stop:
+        raise InputError(f"source {spec!r} asks for rows up to {stop} and has {total}: lower rows=")
+    candidates = range(start, max(start, total))
+    layout = _layout(source, reader, candidates[:_FIRST_ROWS])
+    order = _selected(source, reader, layout, bad_rows, candidates)
     drafts: list[Draft | None] = [None] * len(order)
     # A file is read in its own order, whatever the order of the rows drawn from it.
     places = sorted(range(len(order)), key=order.__getitem__)
@@ -75,10 +80,9 @@ def read_drafts(
     return source, kept
 
 
-def _layout(source: Source, reader: Reader) -> Layout:
+def _layout(source: Source, reader: Reader, first: range) -> Layout:
     """The layout of the first row that can be read."""
-    start = source.rows[0] or 0
-    for where, raw in reader.stream(range(start, reader.count(start + _FIRST_ROWS))):
+    for where, raw in reader.stream(first):
         try:
             row = reader.decode(where, raw)
         except BadRow:
@@ -92,15 +96,13 @@ def _layout(source: Source, reader: Reader) -> Layout:
     return Layout(name="plain", prompt=source.prompt or "prompt", answers=("answer",))
 
 
-def _selected(source: Source, reader: Reader, layout: Layout, bad_rows: BadRows) -> Sequence[int]:
-    """The numbers of the rows that the source selects, in their order."""
-    start, stop = source.rows[0] or 0, source.rows[1]
-    total = reader.count(stop)
-    if stop is not None and total < stop:
-        raise InputError(f"source {source.spec!r} asks for rows up to {stop} and has {total}: lower rows=")
-    order: Sequence[int] = range(start, total)
+def _selected(
+    source: Source, reader: Reader, layout: Layout, bad_rows: BadRows, candidates: Sequence[int]
+) -> Sequence[int]:
+    """The numbers of the rows that the source selects among the candidates, in their order."""
+    order = candidates
     if source.share != (0.0, 1.0):
-        order = array("q", _share(source, reader, layout, bad_rows, range(start, total)))
+        order = array("q", _share(source, reader, layout, bad_rows, candidates))
     if source.kind in ("task", "rg"):
         return order  # seed and size went into making them
     if source.seed is not None:
