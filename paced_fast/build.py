@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
 from paced_fast.batch import PromptRow, PromptTable
-from paced_fast.config import Config, flatten, stream_seed
+from paced_fast.config import Config, DataConfig, flatten, stream_seed
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import check_headline, load_config
@@ -69,7 +69,7 @@ def build(config: Config, console: Console) -> Run:
     table, eval_table = (
         _table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
     )
-    table = _apart(table, eval_table, config.data.overlap)
+    table = _apart(table, eval_table, config.data)
     if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
         raise InputError(
             f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
@@ -214,13 +214,15 @@ def _table(
     )
 
 
-def _apart(train: PromptTable, held_out: PromptTable, policy: str) -> PromptTable:
-    """The training rows, without those that are held-out prompts where `policy` drops them; repeats are counted."""
-    same = prompts.overlap(train, held_out)
+def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> PromptTable:
+    """The training rows, without those that are held-out prompts where the settings drop them; repeats are counted."""
+    same, policy = prompts.overlap(train, held_out), data.overlap
     if same.train and policy == "error":
         raise InputError(f"{same}: remove them, or set --data.overlap drop")
     if same.train and policy == "warn":
-        logger.warning("%s: --data.overlap drop leaves them out of training", same)
+        counts = not data.headline or not same.slices.isdisjoint(data.headline)
+        level = logging.WARNING if counts else logging.INFO  # slices beside the headline may share small problems
+        logger.log(level, "%s: --data.overlap drop leaves them out of training", same)
     if same.train and policy == "drop":
         if len(same.train) == len(train):
             raise InputError("--data.overlap drop leaves nothing to train on: every training prompt is a held-out one")

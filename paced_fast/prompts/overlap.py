@@ -26,6 +26,8 @@ class Overlap:
     """Held-out rows that have such a training row."""
     pairs: tuple[tuple[str, str], ...]
     """What names the first few training rows, each with its held-out row."""
+    slices: frozenset[str]
+    """Slices of those held-out rows."""
 
     def __str__(self) -> str:
         """In words, such as `2 training prompts are held-out prompts (a.jsonl:1 is b.jsonl:7; ...)`."""
@@ -41,9 +43,11 @@ def overlap(train: PromptTable, held_out: PromptTable) -> Overlap:
     for i, row in enumerate(held_out.rows):
         places.setdefault(_key(row), []).append(i)
     found = [(i, places[key]) for i, key in enumerate(map(_key, train.rows)) if key in places]
+    places_found = {place for _, others in found for place in others}
     return Overlap(
         train=tuple(i for i, _ in found),
-        eval_rows=len({place for _, others in found for place in others}),
+        eval_rows=len(places_found),
+        slices=frozenset(held_out.rows[place].slice for place in places_found),
         pairs=tuple((train.rows[i].where, held_out.rows[others[0]].where) for i, others in found[:_SHOWN]),
     )
 
