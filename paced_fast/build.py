@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
 from paced_fast.batch import Completion, PromptRow, PromptTable
-from paced_fast.config import Config, flatten, stream_seed
+from paced_fast.config import Config, DataConfig, flatten, stream_seed
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import check_headline, load_config
@@ -65,13 +65,16 @@ def build(config: Config, console: Console) -> Run:
     cache = Path(config.warm_start.cache_dir).expanduser()
     path = str(smollm2_folder(cache)) if config.model.name == "smollm2" else config.model.name
     tokenizer = _tokenizer(path)
-    table, eval_table = (_table(sources, tokenizer, config) for sources in (config.data.train, config.data.eval))
+    scorer = Scorer(settings=config.reward)
+    table, eval_table = (
+        _table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
+    )
+    table = _apart(table, eval_table, config.data)
     if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
         raise InputError(
             f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
             "some repeat: lower --generation.prompts-per-step, or leave the limit out"
         )
-    scorer = Scorer((row.reward for row in (*table.rows, *eval_table.rows)), config.reward)
     shaper = Shaper(config.reward)
     _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
     check_headline(config.data.headline, eval_table)
@@ -195,7 +198,9 @@ def without_missing(config: Config) -> Config:
     )
 
 
-def _table(sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, config: Config) -> PromptTable:
+def _table(
+    sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, config: Config, scorer: Scorer | None = None
+) -> PromptTable:
     if not sources:
         return PromptTable(rows=())
     return prompts.load_table(
@@ -205,7 +210,31 @@ def _table(sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, config:
         max_prompt_tokens=config.data.max_prompt_tokens,
         data_dir=config.data.dir,
         too_long=config.data.too_long,
+        bad_rows=config.data.bad_rows,
+        max_bad_share=config.data.max_bad_share,
+        check=None if scorer is None else scorer.problem,
     )
+
+
+def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> PromptTable:
+    """The training rows, without those that are held-out prompts where the settings drop them; repeats are counted."""
+    same, policy = prompts.overlap(train, held_out), data.overlap
+    if same.train and policy == "error":
+        raise InputError(f"{same}: remove them, or set --data.overlap drop")
+    if same.train and policy == "warn":
+        counts = not data.headline or not same.slices.isdisjoint(data.headline)
+        level = logging.WARNING if counts else logging.INFO  # slices beside the headline may share small problems
+        logger.log(level, "%s: --data.overlap drop leaves them out of training", same)
+    if same.train and policy == "drop":
+        if len(same.train) == len(train):
+            raise InputError("--data.overlap drop leaves nothing to train on: every training prompt is a held-out one")
+        logger.warning("%s: left out of training", same)
+        dropped = set(same.train)
+        train = PromptTable(rows=tuple(row for i, row in enumerate(train.rows) if i not in dropped))
+    if repeats := prompts.duplicates(train):
+        one, first = (train.rows[i].where for i in repeats[0])
+        logger.info("%d of %d training prompts repeat an earlier one (%s is %s)", len(repeats), len(train), one, first)
+    return train
 
 
 def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stop_id: int) -> Any:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
+import functools
 import io
+import itertools
 import re
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import tyro
 
 from paced_fast.config import Config, flatten
 from paced_fast.errors import InputError
 from paced_fast.presets import PRESETS, preset
+from paced_fast.resolve import check_value
 
 T = TypeVar("T")
 
@@ -26,19 +31,81 @@ def parse(arguments: Sequence[str]) -> Config:
     words = list(arguments)
     name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
     default = preset(name)
-    known = {f"--{field.replace('_', '-')}" for field in flatten(default)}
-    for word in words:
-        option = word.partition("=")[0].replace("_", "-")
-        plain = re.sub(r"(^--|\.)no-", r"\1", option)  # --run.no-report switches off --run.report
-        if option.startswith("--") and option != "--help" and option not in known and plain not in known:
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-            raise InputError(f"unknown option {word.partition('=')[0]}: {hint}")
+    _check_words(words, {f"--{field.replace('_', '-')}": field for field in flatten(default)})
     description = "Post-train a language model by PACED-RL. Presets: " + "; ".join(
         f"{key}: {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in PRESETS.items()
     )
     prog = f"python -m paced_fast.train {name}"
-    return read(words, lambda: tyro.cli(Config, args=words, default=default, prog=prog, description=description))
+    config = read(words, lambda: tyro.cli(Config, args=words, default=default, prog=prog, description=description))
+    if config.preset != name:
+        raise InputError(f"--preset {config.preset}: a preset is the first word, before every option")
+    return config
+
+
+def _check_words(words: Sequence[str], known: Mapping[str, str]) -> None:
+    """Raises InputError for the first option that is unknown, and for the first value that does not fit its own.
+
+    Tyro would refuse both, but it says less: not which flag was handed a value, nor what was expected.
+    """
+    types = _types(Config)
+    for i, word in enumerate(words):
+        if not word.startswith("--") or word == "--help":
+            continue
+        given, equals, value = word.partition("=")
+        option = given.replace("_", "-")
+        positive = re.sub(r"(^--|\.)no-", r"\1", option)  # --run.no-report switches off --run.report
+        if option not in known and (positive not in known or types[known[positive]] is not bool):
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+            raise InputError(f"unknown option {given}: {hint}")
+        field = known.get(option) or known[positive]
+        values = (
+            [value] if equals else list(itertools.takewhile(lambda word: not word.startswith("--"), words[i + 1 :]))
+        )
+        _check_values(option, field, types[field], values)
+
+
+def _check_values(option: str, field: str, kind: Any, values: Sequence[str]) -> None:
+    if kind is bool:
+        if values:
+            off = "".join(option.rpartition(".")[:2]) + f"no-{option.rpartition('.')[2]}"
+            raise InputError(f"{option} {values[0]!r}: a switch takes no value, give {option} or {off}")
+        return
+    is_many = typing.get_origin(kind) is tuple
+    if not values and not is_many:
+        raise InputError(f"{option} needs a value")
+    for text in values if is_many else values[:1]:
+        check_value(field, _value(option, typing.get_args(kind)[0] if is_many else kind, text))
+
+
+def _value(option: str, kind: Any, text: str) -> Any:
+    """The value that a text stands for. Raises InputError when it is none of that kind."""
+    if typing.get_origin(kind) is Literal:
+        choices = {str(choice): choice for choice in typing.get_args(kind)}
+        if text not in choices:
+            near = difflib.get_close_matches(text, choices, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"{option} {text[:80]!r}: {hint}the choices are {', '.join(choices)}")
+        return choices[text]
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except (ValueError, OverflowError):
+            wanted = "a whole number" if kind is int else "a number"
+            raise InputError(f"{option} {text[:80]!r} is not {wanted}") from None
+    return text
+
+
+@functools.cache
+def _types(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """Types of all settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            found.update(_types(hint, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = hint
+    return found
 
 
 def read(words: Sequence[str], parse_words: Callable[[], T]) -> T:

@@ -57,8 +57,16 @@ class DataConfig:
     one, the working directory, then `data` and `../shared/data` below it."""
     max_prompt_tokens: int = 1024
     """Longest prompt, in tokens."""
-    too_long: Literal["error", "skip"] = "error"
-    """What to do with a longer prompt."""
+    too_long: Literal["error", "skip", "keep_start", "keep_end"] = "error"
+    """What to do with a longer prompt: stop, leave it out, or cut the end (`keep_start`) or the beginning (`keep_end`)
+    of its text, in a chat of the longest user message; the template stays whole."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with a row that cannot be read or never be judged: stop, or leave it out and count it."""
+    max_bad_share: float = 0.01
+    """`skip`: share of a source's rows that may be bad; above it the run does not start."""
+    overlap: Literal["warn", "error", "drop"] = "warn"
+    """What to do with training prompts that are held-out prompts, by their text without case, white space and
+    punctuation: say so, stop, or leave them out of training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -178,6 +178,7 @@ def evaluate_run(arguments: EvaluateArguments) -> Evaluation:
         model_config = dataclasses.replace(model_config, device="cpu")
     model = load_model(model_config, path)
     data: DataConfig = config.data
+    scorer = Scorer(settings=config.reward)
     table = prompts.load_table(
         arguments.sources or data.eval,
         tokenizer=tokenizer,
@@ -185,6 +186,9 @@ def evaluate_run(arguments: EvaluateArguments) -> Evaluation:
         max_prompt_tokens=data.max_prompt_tokens,
         data_dir=data.dir,
         too_long=data.too_long,
+        bad_rows=data.bad_rows,
+        max_bad_share=data.max_bad_share,
+        check=scorer.problem,
     )
     generator = TransformersGenerator(
         model,
@@ -194,7 +198,7 @@ def evaluate_run(arguments: EvaluateArguments) -> Evaluation:
     return evaluate(
         generator,
         table,
-        score=Scorer((row.reward for row in table.rows), config.reward).score,
+        score=scorer.score,
         decode=lambda ids: prompts.decode(tokenizer, ids),
         samples=arguments.samples,
         max_completion_tokens=config.generation.max_completion_tokens,

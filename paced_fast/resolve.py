@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from importlib import util
+from typing import Any
 
 from paced_fast.config import Config, flatten
 from paced_fast.errors import InputError
+from paced_fast.sources import is_template, parse_source
 
 
 def resolve(config: Config) -> Config:
@@ -41,23 +43,25 @@ def resolve(config: Config) -> Config:
     return resolved
 
 
+# What is counted is bounded far above any use, so that a slip of the keyboard is not taken for a wish.
 _BOUNDS: dict[str, tuple[float, float]] = {
-    "steps": (0, math.inf),
+    "steps": (0, 10**9),
     "seed": (0, 2**63 - 1),
-    "model.hidden_size": (1, math.inf),
-    "model.intermediate_size": (1, math.inf),
-    "model.num_layers": (1, math.inf),
-    "model.num_heads": (1, math.inf),
-    "data.max_prompt_tokens": (1, math.inf),
-    "warm_start.first.steps": (0, math.inf),
-    "warm_start.first.batch_size": (1, math.inf),
+    "model.hidden_size": (1, 10**6),
+    "model.intermediate_size": (1, 10**6),
+    "model.num_layers": (1, 10**4),
+    "model.num_heads": (1, 10**4),
+    "data.max_prompt_tokens": (1, 10**7),
+    "data.max_bad_share": (0.0, 1.0),
+    "warm_start.first.steps": (0, 10**9),
+    "warm_start.first.batch_size": (1, 10**6),
     "warm_start.first.learning_rate": (0.0, 1.0),
-    "warm_start.first.warmup_steps": (0, math.inf),
+    "warm_start.first.warmup_steps": (0, 10**9),
     "warm_start.first.beta2": (0.0, 0.9999999),
-    "warm_start.second.steps": (0, math.inf),
-    "warm_start.second.batch_size": (1, math.inf),
+    "warm_start.second.steps": (0, 10**9),
+    "warm_start.second.batch_size": (1, 10**6),
     "warm_start.second.learning_rate": (0.0, 1.0),
-    "warm_start.second.warmup_steps": (0, math.inf),
+    "warm_start.second.warmup_steps": (0, 10**9),
     "warm_start.second.beta2": (0.0, 0.9999999),
     "warm_start.seed": (0, 2**63 - 1),
     "reward.workers": (0, 1024),
@@ -69,15 +73,15 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "reward.code_memory_mib": (128, 1 << 20),
     "reward.code_output_kib": (1, 1 << 20),
     "reward.code_threads": (1, 1024),
-    "generation.prompts_per_step": (1, math.inf),
-    "generation.group_size": (1, math.inf),
-    "generation.max_completion_tokens": (1, math.inf),
+    "generation.prompts_per_step": (1, 10**6),
+    "generation.group_size": (1, 10**5),
+    "generation.max_completion_tokens": (1, 10**7),
     "generation.temperature": (1e-3, 100.0),
-    "generation.max_batch_sequences": (1, math.inf),
+    "generation.max_batch_sequences": (1, 10**6),
     "weight_sync.bucket_mib": (1, 1 << 20),
     "weight_sync.sleep_level": (0, 2),
     "weight_sync.kv_cache_gib": (0.0, 1e6),
-    "weight_sync.check_every": (0, math.inf),
+    "weight_sync.check_every": (0, 10**9),
     "weight_sync.check_prompts": (1, 64),
     "weight_sync.max_mean_difference": (0.0, math.inf),
     "mismatch.cap": (1.0 + 1e-6, 1e6),
@@ -87,49 +91,73 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "loss.flowrl_reward_scale": (0.0, 1e6),
     "loss.flowrl_importance_cap": (1e-6, math.inf),
     "optimizer.learning_rate": (0.0, 1.0),
-    "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.warmup_steps": (0, 10**9),
     "optimizer.weight_decay": (0.0, 1.0),
     "optimizer.beta1": (0.0, 0.9999999),
     "optimizer.beta2": (0.0, 0.9999999),
     "optimizer.max_grad_norm": (1e-12, math.inf),
-    "optimizer.minibatches": (1, math.inf),
-    "optimizer.epochs": (1, math.inf),
-    "optimizer.micro_batch_tokens": (1, math.inf),
-    "optimizer.max_consecutive_skips": (1, math.inf),
+    "optimizer.minibatches": (1, 10**6),
+    "optimizer.epochs": (1, 10**4),
+    "optimizer.micro_batch_tokens": (1, 10**9),
+    "optimizer.max_consecutive_skips": (1, 10**6),
     "log_z.learning_rate": (0.0, 1.0),
-    "log_z.hidden_size": (1, math.inf),
+    "log_z.hidden_size": (1, 10**6),
     "log_z.max_grad_norm": (1e-12, math.inf),
-    "log_z.updates_per_step": (1, math.inf),
-    "log_z.scored_per_step": (0, math.inf),
+    "log_z.updates_per_step": (1, 10**6),
+    "log_z.scored_per_step": (0, 10**9),
     "scheduler.tau": (0.0, 1.0),
     "scheduler.bandwidth": (1e-3, 1e6),
     "scheduler.exploration": (0.0, 1.0),
-    "scheduler.warmup_steps": (0, math.inf),
-    "scheduler.max_visits": (0, math.inf),
-    "scheduler.pool_factor": (1, math.inf),
-    "scheduler.max_resamples": (1, math.inf),
-    "replay.capacity": (1, math.inf),
-    "replay.insert_per_step": (1, math.inf),
-    "replay.draw_per_step": (1, math.inf),
-    "replay.max_age": (1, math.inf),
+    "scheduler.warmup_steps": (0, 10**9),
+    "scheduler.max_visits": (0, 10**9),
+    "scheduler.pool_factor": (1, 10**6),
+    "scheduler.max_resamples": (1, 10**6),
+    "replay.capacity": (1, 10**9),
+    "replay.insert_per_step": (1, 10**9),
+    "replay.draw_per_step": (1, 10**9),
+    "replay.max_age": (1, 10**9),
     "replay.half_life": (0.0, math.inf),
-    "evaluation.every": (0, math.inf),
-    "evaluation.samples": (1, math.inf),
-    "evaluation.final_samples": (1, math.inf),
+    "evaluation.every": (0, 10**9),
+    "evaluation.samples": (1, 10**5),
+    "evaluation.final_samples": (1, 10**5),
     "evaluation.temperature": (1e-3, 100.0),
-    "run.checkpoint_every": (0, math.inf),
-    "run.keep_checkpoints": (1, math.inf),
-    "run.rollouts_per_step": (0, math.inf),
-    "run.threads": (0, math.inf),
+    "run.checkpoint_every": (0, 10**9),
+    "run.keep_checkpoints": (1, 10**9),
+    "run.rollouts_per_step": (0, 10**9),
+    "run.threads": (0, 10**4),
 }
 
 
-def _check(config: Config) -> None:
-    flat = flatten(config)
-    for name, (low, high) in _BOUNDS.items():
-        value = flat[name]
+def check_value(name: str, value: Any) -> None:
+    """Raises InputError when the value of the setting `name` is out of range, or an empty text."""
+    if name in _BOUNDS:
+        low, high = _BOUNDS[name]
         if not low <= value <= high:  # a NaN fails every comparison, so it ends here too
-            raise InputError(f"--{name.replace('_', '-')} is {value}: give a value from {low:g} to {high:g}")
+            raise InputError(f"{_option(name)} is {value}: give a value from {low:g} to {high:g}")
+    if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, tuple) else [value])):
+        raise InputError(f"{_option(name)} is empty: give a value, or leave it out")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check(config: Config) -> None:
+    for name, value in flatten(config).items():
+        check_value(name, value)
+    for name in ("data.train", "data.eval", "warm_start.first.sources", "warm_start.second.sources"):
+        for spec in flatten(config)[name]:
+            try:
+                parse_source(spec)
+            except InputError as error:
+                raise InputError(f"{_option(name)}: {error}") from None
+    if not is_template(config.data.template):
+        raise InputError(f"--data.template {config.data.template!r} must be chat, plain or text with {{prompt}} in it")
+    if config.model.name == "tiny" and config.model.hidden_size % config.model.num_heads:
+        raise InputError(
+            f"--model.hidden-size {config.model.hidden_size} is no multiple of --model.num-heads "
+            f"{config.model.num_heads}: each head has the same width"
+        )
     for name, phase in (("first", config.warm_start.first), ("second", config.warm_start.second)):
         if phase.steps > 0 and not phase.sources:
             raise InputError(f"--warm-start.{name}.steps is {phase.steps}, but --warm-start.{name}.sources names none")

@@ -24,19 +24,19 @@ from paced_kernels import linear_logprobs
 logger = logging.getLogger(__name__)
 
 # A cached result is only as good as the code that made it: these modules are part of its key.
-_SOURCES = ("tasks.py", "sources.py", "prompts.py", "pack.py", "policy.py", "warm_start.py")
+_CODE = ("tasks.py", "sources/*.py", "prompts/*.py", "pack.py", "policy.py", "warm_start.py")
 
 
 def cache_folder(config: Config) -> Path:
     """Where the warm start of `config` is kept: its name is a digest of settings, data and code."""
     package = Path(paced_fast.__file__).parent
-    code = [(package / name).read_text() for name in _SOURCES]
+    code = [path.read_text() for pattern in _CODE for path in sorted(package.glob(pattern))]
     phases = (config.warm_start.first, config.warm_start.second)
     sources = [parse_source(spec) for phase in phases for spec in phase.sources]
     files = [find_file(source, config.data.dir) for source in sources if source.kind in ("jsonl", "parquet")]
     data = ["absent" if path is None else digest(path.read_bytes().hex()) for path in files]
     settings = (config.model, config.warm_start.first, config.warm_start.second, config.warm_start.seed)
-    rows = (config.data.template, config.data.max_prompt_tokens, config.data.too_long)
+    rows = (config.data.template, config.data.max_prompt_tokens, config.data.too_long, config.data.bad_rows)
     key = digest(*settings, *rows, code, data, torch.__version__)
     return Path(config.warm_start.cache_dir).expanduser() / f"warm-start-{key}"
 

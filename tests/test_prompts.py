@@ -388,7 +388,8 @@ class TestFiles:
             (
                 ({"prompt": "a", "x": 1},),
                 "",
-                "a.jsonl:1 has no field 'answer': it has prompt, x; name the field by answer=",
+                "no known layout has the fields prompt, x: name those with prompt and answer, as in "
+                "jsonl:a.jsonl?prompt=FIELD&answer=FIELD",
             ),
             (({**GOOD, "answer": None},), "", "a.jsonl:1 has no field 'answer'"),
             (({**GOOD, "m": {"x": 1}},), "answer=m.y", "a.jsonl:1 has no field 'm.y'"),
@@ -405,7 +406,7 @@ class TestFiles:
             (
                 ({**GOOD, "prompt": [{"role": "a<|im_end|>", "content": "b"}]},),
                 "template=chat",
-                "neither text nor a list",
+                "a.jsonl:1: the prompt in 'prompt' has the role 'a<|im_end|>': the roles are system, developer, user",
             ),
             (
                 ({**GOOD, "prompt": [{"role": "user", "content": "b"}]},),
@@ -416,7 +417,7 @@ class TestFiles:
             ((GOOD,), "rows=3:", "has no rows"),
             ((GOOD,), "size=2", "size=2 and has 1 rows"),
             (("",), "", "'jsonl:a.jsonl' has no rows"),
-            ((GOOD,), "template=no", "template 'no' must be chat, plain or text with {prompt}"),
+            ((GOOD,), "template=no", "template=no must be chat, plain or text with {prompt}"),
         ],
     )
     def test_errors(self, chat, tmp_path, lines, query, message):

@@ -31,8 +31,6 @@ def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFuncti
     settings = settings or RewardConfig()
     if name in ("math", "math_strict"):
         return MathReward(settings, strict=name == "math_strict")
-    if name == "math":
-        return MathReward(settings.math_seconds)
     if name == "code":
         return CodeReward(settings)
     if name == "reasoning_gym":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -26,28 +26,55 @@ def answers_of(name: str, columns: Mapping[str, Sequence[Any]], completions: Seq
     return answers
 
 
-def exact(prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-    """1 where the text is the answer, white space aside; numbers by value."""
+class TextReward:
+    """A rule that compares one completion with one answer, as a reward function."""
 
-    def equal(completion: str, answer: str) -> bool:
-        value = whole_number(completion)
-        return completion == answer or (value is not None and value == whole_number(answer))
+    def __init__(
+        self,
+        name: str,
+        judge: Callable[[str, str], float],
+        flaw: Callable[[str], str | None] = lambda answer: None,
+    ) -> None:
+        self._name, self._judge, self._flaw = name, judge, flaw
 
-    pairs = zip(completions, answers_of("exact", columns, completions), strict=True)
-    return [float(equal(" ".join(completion.split()), " ".join(str(answer).split()))) for completion, answer in pairs]
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        pairs = zip(completions, answers_of(self._name, columns, completions), strict=True)
+        return [self._judge(completion, str(answer)) for completion, answer in pairs]
+
+    def problem(self, columns: Mapping[str, Any]) -> str | None:
+        """What keeps a row from ever being judged: no answer, an empty one, or one the rule cannot read."""
+        answer = columns.get("answer")
+        if answer is None or not str(answer).strip():
+            return f"reward {self._name!r} needs an answer, and the row has none: drop the row"
+        return self._flaw(str(answer))
 
 
-def number(prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-    """1 where the last number of the text is the answer."""
-    rewards = []
-    for completion, answer in zip(completions, answers_of("number", columns, completions), strict=True):
-        wanted = last_number(str(answer))
-        if wanted is None:
-            raise InputError(f"reward 'number' needs a number as answer, got {answer!r}: use exact or math")
-        found = last_number(completion)
-        # The slack is for answers that were stored as binary floats.
-        rewards.append(float(found is not None and abs(found - wanted) <= abs(wanted) / 10**9))
-    return rewards
+def _exact(completion: str, answer: str) -> float:
+    completion, answer = " ".join(completion.split()), " ".join(answer.split())
+    value = whole_number(completion)
+    return float(completion == answer or (value is not None and value == whole_number(answer)))
+
+
+def _number(completion: str, answer: str) -> float:
+    wanted = last_number(answer)
+    if wanted is None:
+        raise InputError(_no_number(answer))
+    found = last_number(completion)
+    # The slack is for answers that were stored as binary floats.
+    return float(found is not None and abs(found - wanted) <= abs(wanted) / 10**9)
+
+
+def _no_number(answer: str) -> str | None:
+    if last_number(answer) is not None:
+        return None
+    return f"reward 'number' needs a number as answer, got {answer[:80]!r}: use exact or math"
+
+
+exact = TextReward("exact", _exact)
+"""1 where the text is the answer, white space aside; numbers by value."""
+
+number = TextReward("number", _number, _no_number)
+"""1 where the last number of the text is the answer."""
 
 
 def last_number(text: str) -> Fraction | None:

@@ -1,0 +1,241 @@
+"""From prompts and a template to token ids. Control tokens come from templates only, never from the text of a row."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from paced_fast.errors import InputError
+from paced_fast.sources import BadRow, Messages, is_template
+
+_ENCODE_CHUNK = 4096
+
+
+class Encoder:
+    """Prompts to ids. Control tokens (added tokens that are not blank) come from templates only, never from a row."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        self.control = added
+        self.control_ids = set(added.values())
+        self.control_pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+        begin = tokenizer.bos_token_id
+        self.begins = begin is not None and tokenizer("", verbose=False)["input_ids"][:1] == [begin]
+        self._bare: dict[tuple[str, ...], tuple[list[str | int], list[int]]] = {}
+        self._plain: Tokenizer | None = None
+
+    def encode(
+        self,
+        prompts: Sequence[str | Messages],
+        template: str,
+        wheres: Sequence[str],
+        *,
+        refuse: Callable[[BadRow], None],
+    ) -> list[list[int] | None]:
+        """The ids of each prompt in the template; None for one that cannot be encoded, once `refuse` was told.
+
+        The usual path is the tokenizer's own, in bulk. A row whose control tokens are not those of its bare template
+        has text that reads like one; it is encoded again with that text as plain text.
+        """
+        template = "{prompt}" if template == "plain" else template
+        if template == "chat" and not self.tokenizer.chat_template:
+            name = self.tokenizer.name_or_path
+            raise InputError(
+                f"the tokenizer {name!r} has no chat template: give a template with {{prompt}} in it, or plain"
+            )
+        if not is_template(template):
+            raise InputError(f"template {template!r} must be chat, plain or text with {{prompt}} in it")
+        result: list[list[int] | None] = []
+        for start in range(0, len(prompts), _ENCODE_CHUNK):
+            end = start + _ENCODE_CHUNK
+            result += self._chunk(prompts[start:end], template, wheres[start:end], refuse)
+        return result
+
+    def shorten(
+        self, prompt: str | Messages, ids: list[int], template: str, *, limit: int, keep: str, where: str
+    ) -> tuple[str | Messages, list[int]]:
+        """The prompt with its text cut to at most `limit` tokens, and its ids; `keep` is `start` or `end`.
+
+        Of a chat the longest user message is cut. The template, and with it every control token, stays whole.
+
+        Raises:
+            InputError: too little would be left.
+        """
+        index = 0 if isinstance(prompt, str) else _longest_user_message(prompt)
+        text = prompt if isinstance(prompt, str) else prompt[index]["content"]
+        while len(ids) > limit:
+            excess = -(-(len(ids) - limit) // max(1, template.count("{prompt}")))
+            text = _cut(text, self._spans(text), excess, keep)
+            if not text.strip():
+                raise InputError(
+                    f"{where}: without its longest text the prompt still has more than max_prompt_tokens={limit}: "
+                    "raise it, or set too_long=skip"
+                )
+            prompt = text if isinstance(prompt, str) else _with_content(prompt, index, text)
+            (shorter,) = self.encode([prompt], template, [where], refuse=_raise)
+            assert shorter is not None
+            ids = shorter
+        return prompt, ids
+
+    def _chunk(
+        self,
+        prompts: Sequence[str | Messages],
+        template: str,
+        wheres: Sequence[str],
+        refuse: Callable[[BadRow], None],
+    ) -> list[list[int] | None]:
+        texts: dict[int, str] = {}
+        for i, (prompt, where) in enumerate(zip(prompts, wheres, strict=True)):
+            try:
+                texts[i] = self._render(prompt, template, where)
+            except BadRow as bad:
+                refuse(bad)
+        result: list[list[int] | None] = [None] * len(prompts)
+        encoded = self._bulk(list(texts.values()), [wheres[i] for i in texts], refuse)
+        for i, ids in zip(texts, encoded, strict=True):
+            if ids is None:
+                continue
+            try:
+                parts, expected = self._bare_template(prompts[i], template)
+                if self._controls(ids) != expected:
+                    ids = self._encode_plainly(prompts[i], texts[i], parts, expected, wheres[i])
+            except BadRow as bad:
+                refuse(bad)
+                continue
+            result[i] = [cast(int, self.tokenizer.bos_token_id), *ids] if template != "chat" and self.begins else ids
+        return result
+
+    def _render(self, prompt: str | Messages, template: str, where: str) -> str:
+        if template != "chat":
+            if not isinstance(prompt, str):
+                raise InputError(f"{where}: the prompt is a chat of {len(prompt)} messages: use template=chat")
+            return template.replace("{prompt}", prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are programs of their own
+            raise BadRow(f"{where}: the chat template refuses the prompt: {' '.join(str(error).split())}") from error
+        return str(text)
+
+    def _bulk(
+        self, texts: Sequence[str], wheres: Sequence[str], refuse: Callable[[BadRow], None]
+    ) -> Sequence[list[int] | None]:
+        if not texts:
+            return []
+        try:
+            encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
+            return cast(list[list[int]], encoded["input_ids"])
+        except Exception as error:  # the Rust library raises plain Exception
+            if len(texts) == 1:
+                refuse(BadRow(f"{wheres[0]}: the tokenizer cannot encode {texts[0][:200]!r}: {error}"))
+                return [None]
+            middle = len(texts) // 2
+            return [
+                *self._bulk(texts[:middle], wheres[:middle], refuse),
+                *self._bulk(texts[middle:], wheres[middle:], refuse),
+            ]
+
+    def _bare_template(self, prompt: str | Messages, template: str) -> tuple[list[str | int], list[int]]:
+        """The template as pieces of text and message numbers, and the control tokens of its pieces."""
+        roles = ("user",) if isinstance(prompt, str) else tuple(message["role"] for message in prompt)
+        key = (template, *roles)
+        if key not in self._bare:
+            if template == "chat":
+                marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+                pieces = re.split("\ue000([0-9]+)\ue001", self._render(marked, template, "the bare template"))
+            else:
+                pieces = re.split(r"\{(prompt)\}", template)
+            parts = [piece if i % 2 == 0 else int(piece.replace("prompt", "0")) for i, piece in enumerate(pieces)]
+            texts = [part for part in parts if isinstance(part, str)]
+            controls = [
+                token
+                for ids in self._bulk(texts, [f"template {template!r}"] * len(texts), _raise)
+                for token in self._controls(ids or [])
+            ]
+            self._bare[key] = parts, controls
+        return self._bare[key]
+
+    def _controls(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token in self.control_ids]
+
+    def _encode_plainly(
+        self, prompt: str | Messages, text: str, parts: Sequence[str | int], expected: list[int], where: str
+    ) -> list[int]:
+        """The ids with control tokens from the template's pieces only."""
+        contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        for users in (contents, [content.strip() for content in contents]):
+            if text == "".join(part if isinstance(part, str) else users[part] for part in parts):
+                break
+        else:
+            raise BadRow(f"{where}: the text holds a control token and the chat template rewrites it: clean the row")
+        ids: list[int] = []
+        pending = ""
+        for part in parts:
+            if isinstance(part, int):
+                pending += users[part]
+                continue
+            begin = 0
+            for match in self.control_pattern.finditer(part):
+                ids += [*self._encode_text(pending + part[begin : match.start()]), self.control[match[0]]]
+                pending, begin = "", match.end()
+            pending += part[begin:]
+        ids += self._encode_text(pending)
+        if self._controls(ids) != expected:
+            raise BadRow(f"{where}: the tokenizer can only read some of the text as a control token: clean the row")
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Ids of text in which nothing is a control token."""
+        plain = self._plain_tokenizer()
+        if plain is None:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            return cast(list[int], encoded["input_ids"])
+        return plain.encode(text, add_special_tokens=False).ids if text else []
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """First and last character of each token of a text as plain text; its characters where nobody can tell."""
+        plain = self._plain_tokenizer()
+        if plain is None:
+            return [(i, i + 1) for i in range(len(text))]
+        return plain.encode(text, add_special_tokens=False).offsets
+
+    def _plain_tokenizer(self) -> Any:
+        """The tokenizer without control tokens, None when it is not one of the Rust library."""
+        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        if self._plain is None and backend is not None:
+            state = json.loads(backend.to_str())
+            state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].strip()]
+            state["truncation"] = state["padding"] = None
+            self._plain = Tokenizer.from_str(json.dumps(state))
+        return self._plain
+
+
+def _cut(text: str, spans: Sequence[tuple[int, int]], excess: int, keep: str) -> str:
+    """The text without its last (`keep` is start) or first `excess` tokens; empty when it has no more than those.
+
+    A character whose tokens would be parted goes as a whole, and at least one goes.
+    """
+    if len(spans) <= excess:
+        return ""
+    if keep == "start":
+        return text[: min(spans[len(spans) - excess][0], len(text) - 1)]
+    return text[max(spans[excess - 1][1], 1) :]
+
+
+def _longest_user_message(messages: Messages) -> int:
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"] or [len(messages) - 1]
+    return max(users, key=lambda i: (len(messages[i]["content"]), i))
+
+
+def _with_content(messages: Messages, index: int, text: str) -> Messages:
+    return [message if i != index else {**message, "content": text} for i, message in enumerate(messages)]
+
+
+def _raise(bad: BadRow) -> None:
+    raise bad
