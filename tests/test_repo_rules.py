@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {
         *("errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "plots", "sources"),
-        "sandbox",
+        *("sandbox", "estimates"),
     },
     {"prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "report", "memory", "mismatch", "resolve"},
     {"policy", "scheduler", "replay", "generate", "cli"},
