@@ -36,7 +36,8 @@ def pass_at_each(num_samples: ArrayLike, num_correct: ArrayLike, max_k: int) -> 
         raise ValueError("pass@k needs 0 <= num_correct <= num_samples")
     # One factor at a time, as the binomials overflow; k > n - c meets the factor 0.
     drawn = np.arange(max_k)
-    return 1.0 - np.cumprod((n[..., None] - c[..., None] - drawn) / (n[..., None] - drawn), axis=-1)
+    all_wrong = np.cumprod((n[..., None] - c[..., None] - drawn) / (n[..., None] - drawn), axis=-1)
+    return np.asarray(1.0 - all_wrong, dtype=np.float64)
 
 
 def majority_at_k(votes: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
@@ -118,13 +119,11 @@ def mean_intervals(figures: Floats, *, level: float = 0.95, seed: int) -> tuple[
     mean = figures.mean(0)
     centre = (mean + z * z / (2 * num_prompts)) / (1 + z * z / num_prompts)
     half = np.sqrt(mean * (1 - mean) / num_prompts + (z / (2 * num_prompts)) ** 2) * z / (1 + z * z / num_prompts)
-    widest = np.clip(centre - half, 0.0, mean), np.clip(centre + half, mean, 1.0)
+    widest: tuple[Floats, Floats] = (np.clip(centre - half, 0.0, mean), np.clip(centre + half, mean, 1.0))
     if num_prompts < _FEW:
         return widest
-    draws = np.random.default_rng(seed).integers(0, num_prompts, (_RESAMPLES, num_prompts))
-    draws += np.arange(_RESAMPLES)[:, None] * num_prompts
-    times = np.bincount(draws.ravel(), minlength=_RESAMPLES * num_prompts).reshape(_RESAMPLES, num_prompts)
     centred = figures - mean  # the mean of squares loses no digits then
+    times = _resampled(num_prompts, seed)
     shift = times @ centred / num_prompts  # [R, K]
     spread = np.sqrt(np.maximum(times @ centred**2 / num_prompts - shift**2, 0.0))
     spread[spread < 1e-9] = 0.0  # a resample of equal figures, up to rounding
@@ -140,3 +139,12 @@ def mean_intervals(figures: Floats, *, level: float = 0.95, seed: int) -> tuple[
     low = np.where((figures < 1.0).sum(0) < _FEW, widest[0], np.clip(low, widest[0], mean))
     high = np.where((figures > 0.0).sum(0) < _FEW, widest[1], np.clip(high, mean, widest[1]))
     return low, high
+
+
+def _resampled(num_prompts: int, seed: int) -> Floats:
+    """How often each prompt is drawn in each resample, [R, P]."""
+    source = np.random.default_rng(seed)
+    times = np.empty((_RESAMPLES, num_prompts))
+    for row in times:  # one by one: the draws of all would take as much memory again
+        row[:] = np.bincount(source.integers(0, num_prompts, num_prompts), minlength=num_prompts)
+    return times

@@ -150,7 +150,7 @@ def test_intervals_are_the_same_for_the_same_seed_and_lie_around_the_mean() -> N
 
 
 def test_what_no_prompt_shows_is_allowed_for() -> None:
-    """All of 50 prompts solved leaves room for unsolvable ones, by Wilson's score 50 / (50 + 1.96^2); none is [0, 1]."""
+    """All of 50 prompts solved leaves room for others: Wilson's score has its lower end at 50 / (50 + 1.96^2)."""
     low, high = mean_intervals(np.array([[1.0, 0.0]] * 50), seed=0)
     assert low.tolist() == pytest.approx([0.92865, 0.0], abs=1e-4)
     assert high.tolist() == pytest.approx([1.0, 0.07135], abs=1e-4)
