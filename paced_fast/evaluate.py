@@ -159,6 +159,7 @@ def evaluate_target(arguments: EvaluateArguments) -> dict[str, Any]:
             generator,
             table,
             score=scorer.score,
+            take_counts=scorer.take_counts,
             decode=lambda ids: prompts.decode(tokenizer, ids),
             sampling=sampling,
             headline=() if given else config.data.headline,

@@ -108,6 +108,8 @@ class Evaluation:
     """Completion tokens sampled."""
     seconds: float
     """Spent sampling them."""
+    verdicts: dict[str, dict[str, int]]
+    """Verdicts by kind of each reward that counts them, as `Scorer.take_counts` has them."""
     prompt_accuracy: list[float | None]
     """Share of correct samples of every prompt of the table; None where none was scored."""
 
@@ -119,6 +121,7 @@ class Evaluation:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens / self.seconds if self.seconds > 0 else None,
+            "verdicts": self.verdicts,
             "slices": {name: dataclasses.asdict(figures) for name, figures in self.slices.items()},
         }
 
@@ -128,18 +131,25 @@ def evaluate(
     table: PromptTable,
     *,
     score: Callable[[Sequence[PromptRow], Sequence[str]], list[float | None]],
+    take_counts: Callable[[], dict[str, dict[str, int]]] = dict,
     decode: Callable[[list[int]], str],
     sampling: Sampling,
     headline: Sequence[str] = (),
     keep: Callable[[Sequence[Sample]], None] | None = None,
 ) -> Evaluation:
-    """Sample every prompt of `table`, score the completions and take their figures; `keep` is shown every sample."""
+    """Sample every prompt of `table`, score the completions and take their figures; `keep` is shown every sample.
+
+    `take_counts` is asked before and after scoring, so that neither side counts the other's verdicts.
+    """
     check_headline(headline, table)
     started = time.perf_counter()
     completions = _sample(generator, table, sampling)
     seconds = time.perf_counter() - started
     rows = [row for row in table.rows for _ in range(sampling.samples)]
     texts = [decode(completion.token_ids) for completion in completions]
+    take_counts()
+    rewards = score(rows, texts)
+    verdicts = take_counts()
     samples = [
         Sample(
             row=row,
@@ -149,7 +159,7 @@ def evaluate(
             tokens=len(completion.token_ids),
             stopped=completion.stopped,
         )
-        for row, text, reward, completion in zip(rows, texts, score(rows, texts), completions, strict=True)
+        for row, text, reward, completion in zip(rows, texts, rewards, completions, strict=True)
     ]
     if keep is not None:
         keep(samples)
@@ -161,6 +171,7 @@ def evaluate(
         sampling=sampling,
         tokens=sum(sample.tokens for sample in samples),
         seconds=seconds,
+        verdicts=verdicts,
         prompt_accuracy=[_accuracy(group) for group in groups],
     )
 

@@ -80,6 +80,7 @@ def evaluate_now(run: Run, samples: int) -> Evaluation | None:
         run.generator,
         run.eval_table,
         score=run.scorer.score,
+        take_counts=run.scorer.take_counts,
         decode=lambda ids: prompts.decode(run.tokenizer, ids),
         sampling=Sampling(
             samples=samples,

@@ -144,6 +144,23 @@ def test_unscored_samples_count_neither_as_right_nor_as_wrong() -> None:
     json.dumps(result.record(), allow_nan=False)
 
 
+def test_verdicts_of_an_evaluation_are_its_own() -> None:
+    """Two were counted before it began; what comes after it starts from nothing."""
+    counts = {"number": {"right": 2}}
+
+    def counting(rows: Any, texts: Any) -> list[float | None]:
+        counts.setdefault("number", {})["wrong"] = len(texts)
+        return judged(rows, texts)
+
+    def take() -> dict[str, dict[str, int]]:
+        taken = dict(counts)
+        counts.clear()
+        return taken
+
+    assert run(score=counting, take_counts=take).record()["verdicts"] == {"number": {"wrong": 36}}
+    assert counts == {}
+
+
 def test_intervals_lie_around_their_figures_and_repeat() -> None:
     result = run()
     for figures in (result.overall, *result.slices.values()):

@@ -35,5 +35,5 @@ def _tagged(completion: str) -> str:
     return tagged[-1] if tagged else completion
 
 
-_RULES = {"number": _number, "math": _math, "exact": str, "reasoning_gym": _tagged}
-_READ_AS_NUMBERS = ("math", "exact")
+_RULES = {"number": _number, "math": _math, "math_strict": _math, "exact": str, "reasoning_gym": _tagged}
+_READ_AS_NUMBERS = ("math", "math_strict", "exact")
