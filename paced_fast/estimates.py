@@ -144,7 +144,11 @@ def mean_intervals(figures: Floats, *, level: float = 0.95, seed: int) -> tuple[
 def _resampled(num_prompts: int, seed: int) -> Floats:
     """How often each prompt is drawn in each resample, [R, P]."""
     source = np.random.default_rng(seed)
-    times = np.empty((_RESAMPLES, num_prompts))
-    for row in times:  # one by one: the draws of all would take as much memory again
-        row[:] = np.bincount(source.integers(0, num_prompts, num_prompts), minlength=num_prompts)
-    return times
+    blocks: list[Floats] = []
+    per_block = max(1, (1 << 20) // num_prompts)  # the draws of all would take as much memory again
+    for start in range(0, _RESAMPLES, per_block):
+        count = min(per_block, _RESAMPLES - start)
+        drawn = source.integers(0, num_prompts, (count, num_prompts)) + np.arange(count)[:, None] * num_prompts
+        times = np.bincount(drawn.ravel(), minlength=count * num_prompts)
+        blocks.append(times.reshape(count, num_prompts).astype(np.float64))
+    return np.concatenate(blocks)

@@ -305,6 +305,7 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder: Path, capsys: Any
     own = [record["eval"] for record in records if "eval" in record]
     assert len(own) == 2
     assert found.keys() - own[0].keys() == {"model", "sources", "template"}
+    assert all(evaluated[k] == found[k] for evaluated in own for k in ("temperature", "top_p"))
     assert all(evaluated["max_completion_tokens"] == 4 and evaluated["tokens_mean"] <= 4 for evaluated in own)
     summary = json.loads((run / "summary.json").read_text())
     for name in ("accuracy", "pass_at_k", "accuracy_interval", "maj_at_k", "truncated_share"):
