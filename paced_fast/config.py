@@ -312,7 +312,11 @@ class EvaluationConfig:
     final_samples: int = 16
     """Completions for each prompt before and after training."""
     temperature: float = 1.0
-    """Sampling temperature."""
+    """Sampling temperature, apart from training's; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this share of the mass; training always samples from all."""
+    max_completion_tokens: int = 0
+    """Completions are cut here; 0 for generation.max-completion-tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.logging import RichHandler
@@ -19,7 +20,7 @@ from rich.text import Text
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Progress", "config_table", "configure_logging", "final_table", "memory_plan_table"]
+__all__ = ["Progress", "config_table", "configure_logging", "evaluation_tables", "final_table", "memory_plan_table"]
 
 
 def configure_logging(*, rank: int = 0, console: Console | None = None) -> Console:
@@ -168,6 +169,70 @@ def final_table(summary: Mapping[str, object], *, run_dir: str) -> Table:
             "run folder": run_dir,
         },
     )
+
+
+def evaluation_tables(record: Mapping[str, object], *, max_columns: int = 8) -> list[Table]:
+    """What an evaluation found, from its record: a line for each slice, then pass@k and maj@k with their intervals.
+
+    Of more than `max_columns` numbers of samples k the first and the last are shown.
+    """
+    slices = record.get("slices")
+    rows: dict[str, Mapping[str, object]] = {"overall": record, **(slices if isinstance(slices, Mapping) else {})}
+    if len(rows) == 2:  # of one slice only
+        del rows["overall"]
+    head = Table(title="held-out accuracy, 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("slice", "prompts", f"mean@{record.get('samples')}", "distinct", "cut", "tokens", "unscored"):
+        head.add_column(name, justify="left" if name == "slice" else "right", overflow="fold")
+    for name, row in rows.items():
+        distinct, share, tokens = (_number(row, key) for key in ("distinct_correct", "truncated_share", "tokens_mean"))
+        head.add_row(
+            Text(name),
+            str(row.get("prompts")),
+            _with_interval(row.get("accuracy"), row.get("accuracy_interval")),
+            "-" if distinct is None else f"{distinct:.2f}",
+            "-" if share is None else f"{share:.1%}",
+            "-" if tokens is None else f"{tokens:,.1f}",
+            str(row.get("unscored")),
+        )
+    return [head, *(_curve_table(rows, key, title, max_columns) for key, title in _CURVES.items())]
+
+
+_CURVES = {
+    "pass_at_k": "pass@k: one of k samples is correct",
+    "maj_at_k": "maj@k: the commonest of k answers is correct",
+}
+
+
+def _curve_table(rows: Mapping[str, Mapping[str, object]], key: str, title: str, max_columns: int) -> Table:
+    curves = {name: curve for name, row in rows.items() if isinstance(curve := row.get(key), Mapping) and curve}
+    ks = sorted({int(k) for curve in curves.values() for k in curve})
+    ks = [k for k in ks if k & (k - 1) == 0 or k == ks[-1]]
+    ks = ks if len(ks) <= max_columns else [*ks[: max_columns - 1], ks[-1]]
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("slice, k =", overflow="fold", min_width=10, max_width=18)
+    for k in ks:
+        table.add_column(str(k), justify="right", no_wrap=True)
+    for name, curve in curves.items():
+        intervals = rows[name].get(f"{key}_interval")
+        limits = intervals if isinstance(intervals, Mapping) else {}
+        table.add_row(Text(name), *(_interval_below(curve.get(str(k)), limits.get(str(k))) for k in ks))
+    return table
+
+
+def _with_interval(value: object, interval: object) -> str:
+    """`0.456 (0.401-0.512)`, or `-` where there is no value."""
+    if not isinstance(value, float):
+        return "-"
+    limits = f" ({interval[0]:.3f}-{interval[1]:.3f})" if isinstance(interval, list | tuple) else ""
+    return f"{value:.3f}{limits}"
+
+
+def _interval_below(value: object, interval: object) -> str:
+    """`0.456` and in a second line `.40-.51`, narrow enough for eight columns."""
+    if not isinstance(value, float):
+        return "-"
+    limits = [f"{limit:.2f}".removeprefix("0") for limit in interval] if isinstance(interval, list | tuple) else []
+    return "\n".join([f"{value:.3f}", *(["-".join(limits)] if limits else [])])
 
 
 def _two_columns(title: str, rows: Mapping[str, str], *, justify_right: bool = False) -> Table:

@@ -208,13 +208,14 @@ def _plain_loader() -> str:
     return name
 
 
-def sampling(stop_ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int) -> Any:
-    """Parameters of one sample: no filter, the sampled token's log-prob at `temperature`, `stop_ids` end it."""
+def sampling(stop_ids: Sequence[int], *, max_tokens: int, temperature: float, top_p: float, seed: int) -> Any:
+    """Parameters of one sample: no filter but `top_p`, the sampled token's log-prob under both, `stop_ids` end it."""
     from vllm import SamplingParams
 
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
+        top_p=top_p,
         seed=seed,
         logprobs=0,  # of the sampled token only
         flat_logprobs=True,

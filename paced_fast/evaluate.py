@@ -1,143 +1,97 @@
-"""Held-out evaluation: mean@k, unbiased pass@k and the number of distinct correct answers, by slice.
+"""Evaluate a run's checkpoint, or any model, on benchmarks or other sources of prompts.
 
-python -m paced_fast.evaluate RUN_DIR [--samples 16] [--step 100] [--sources SOURCE ...]
+python -m paced_fast.evaluate RUN_OR_MODEL [--benchmarks gsm8k,aime24] [--sources SOURCE ...] [--samples 32]
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import logging
+import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
-from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paced_fast import checkpoint, cli, metrics, prompts
 from paced_fast.batch import PromptTable
-from paced_fast.config import Config, DataConfig, ModelConfig, stream_seed
-from paced_fast.errors import InputError
-from paced_fast.generate import Generator, TransformersGenerator
-from paced_fast.policy import load_model
+from paced_fast.benchmark_sources import BENCHMARKS, benchmark_sources
+from paced_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, stream_seed
+from paced_fast.display import evaluation_tables
+from paced_fast.errors import InputError, TrainingError
+from paced_fast.evaluation import Sample, Sampling, check_headline, evaluate
+from paced_fast.generate import TransformersGenerator
+from paced_fast.policy import load_model, quiet, smollm2_folder
 from paced_fast.rewards import Scorer
 
-logger = logging.getLogger(__name__)
+__all__ = ["EvaluateArguments", "check_headline", "config_from_dict", "evaluate_target", "load_config", "main"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """Scores of one policy on a table of held-out prompts."""
-
-    accuracy: float
-    """mean@k over the prompts of the headline slices."""
-    pass_at_8: float | None
-    """Unbiased pass@8 over the same prompts; None with fewer than 8 samples."""
-    distinct_correct: float
-    """Distinct correct completions among the samples of a prompt, mean over the same prompts."""
-    samples: int
-    """Completions of each prompt."""
-    slices: dict[str, dict[str, float | None]]
-    """accuracy, pass_at_8 and prompts of each slice."""
-    prompt_accuracy: list[float]
-    """Share of correct samples of every prompt of the table."""
-
-    def record(self) -> dict[str, Any]:
-        """What goes into metrics.jsonl: everything but the figures of single prompts."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "prompt_accuracy"}
-
-
-def evaluate(
-    generator: Generator,
-    table: PromptTable,
-    *,
-    score: Callable[[Sequence[Any], Sequence[str]], list[float | None]],
-    decode: Callable[[list[int]], str],
-    samples: int,
-    max_completion_tokens: int,
-    temperature: float,
-    seed: int,
-    headline: Sequence[str],
-) -> Evaluation:
-    """Sample every prompt of `table` `samples` times and score the completions.
-
-    A completion counts as correct when its reward is above one half.
-    """
-    check_headline(headline, table)
-    completions = generator.generate(
-        [row.token_ids for row in table.rows],
-        group_size=samples,
-        max_completion_tokens=max_completion_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
-    texts = [decode(completion.token_ids) for completion in completions]
-    rows = [row for row in table.rows for _ in range(samples)]
-    correct = [reward is not None and reward > 0.5 for reward in score(rows, texts)]
-    counts = [sum(correct[i * samples : (i + 1) * samples]) for i in range(len(table))]
-    distinct = [len({texts[j] for j in range(i * samples, (i + 1) * samples) if correct[j]}) for i in range(len(table))]
-    names = [row.slice for row in table.rows]
-
-    def scores(members: list[int]) -> tuple[float, float | None]:
-        chosen = [counts[i] for i in members]
-        passed = float(metrics.pass_at_k(samples, chosen, 8).mean()) if samples >= 8 else None
-        return metrics.mean_at_k(samples, chosen), passed
-
-    main = [i for i, name in enumerate(names) if not headline or name in headline]
-    slices: dict[str, dict[str, float | None]] = {}
-    for name in dict.fromkeys(names):
-        members = [i for i, other in enumerate(names) if other == name]
-        accuracy, passed = scores(members)
-        slices[name] = {"accuracy": accuracy, "pass_at_8": passed, "prompts": float(len(members))}
-    accuracy, passed = scores(main)
-    return Evaluation(
-        accuracy=accuracy,
-        pass_at_8=passed,
-        distinct_correct=sum(distinct[i] for i in main) / len(main),
-        samples=samples,
-        slices=slices,
-        prompt_accuracy=[count / samples for count in counts],
-    )
-
-
-def check_headline(headline: Sequence[str], table: PromptTable) -> None:
-    """Raises InputError when `headline` names a slice that the held-out prompts do not have."""
-    names = {row.slice for row in table.rows}
-    missing = set(headline) - names
-    if missing and names:
-        raise InputError(f"--data.headline names {min(missing)!r}, but the held-out slices are {sorted(names)}")
+logger = logging.getLogger("paced_fast.evaluate")  # __name__ is __main__ under python -m
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateArguments:
-    """Evaluate a checkpoint of a run."""
+    """Evaluate a run's checkpoint, or any model, on benchmarks or other sources of prompts."""
 
-    run_dir: tyro.conf.Positional[str]
-    """Run folder, as written by `python -m paced_fast.train`."""
-    step: int | None = None
-    """Step of the checkpoint; without one, the newest."""
+    run_or_model: tyro.conf.Positional[str]
+    """Run folder, as written by `python -m paced_fast.train`, or a model: a Hugging Face folder or id, or `smollm2`."""
+    benchmarks: tuple[str, ...] = ()
+    """Benchmarks by name, apart by commas or spaces: gsm8k, math500, aime24, aime25, amc23."""
+    sources: tuple[str, ...] = ()
+    """Sources of prompts as in `--data.eval`; with neither these nor benchmarks, the held-out prompts of the run."""
     samples: int = 16
     """Completions for each prompt."""
-    sources: tuple[str, ...] = ()
-    """Sources of prompts; without any, the held-out prompts of the run."""
+    temperature: float | None = None
+    """Sampling temperature, 0 for the likeliest token; without one the run's for evaluations, else 1."""
+    top_p: float | None = None
+    """Share of the mass that the tokens sampled from hold; without one the run's for evaluations, else 1."""
+    max_completion_tokens: int | None = None
+    """Completions are cut here; without one where the run's evaluations cut them, else at 1024."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt; without one the run's limit for its own prompts, else all that the model has room for."""
+    template: str | None = None
+    """How a prompt is written: text with {prompt} in it, or `chat`; without one the run's, else `chat` for a model with
+    a chat template."""
+    limit: int | None = None
+    """Evaluate on so many prompts of each slice, chosen by the seed."""
     seed: int = 0
-    """Seed of the samples."""
+    """Seed of the samples and of the choice of prompts."""
+    step: int | None = None
+    """Step of the checkpoint of a run, 0 for the policy before training; without one, the newest."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Where the model runs; without one where the run trained, else a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the weights; without one the run's, else bfloat16 on a GPU and float32 on a CPU."""
+    max_batch_sequences: int | None = None
+    """Sequences decoded at once; without one the run's number, else 256."""
+    data_dir: str | None = None
+    """Folder in which files are looked up first; without one the run's, then the working directory, `data` and
+    `../shared/data`."""
+    json: str | None = None
+    """File for the figures."""
+    save_samples: str | None = None
+    """File for every completion with its reward, one JSON object a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What is evaluated: a model's folder or id, and the settings it was trained with, or the defaults of a model."""
+
+    path: str
+    config: Config
+    is_run: bool
 
 
 def load_config(run_dir: Path) -> Config:
     """The resolved settings of a run. Raises InputError when the folder holds none."""
-    path = run_dir / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{run_dir} is not a run folder: {path} cannot be read") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    return config_from_dict(Config, raw)
+    return config_from_dict(Config, _read_config(run_dir))
 
 
 def config_from_dict(kind: Any, raw: dict[str, Any]) -> Any:
@@ -156,86 +110,233 @@ def config_from_dict(kind: Any, raw: dict[str, Any]) -> Any:
     return kind(**values)
 
 
-def evaluate_run(arguments: EvaluateArguments) -> Evaluation:
-    """Load the run's checkpoint and evaluate it. Raises InputError for a folder without one."""
-    run_dir = Path(arguments.run_dir)
-    if arguments.samples < 1:
-        raise InputError(f"--samples is {arguments.samples}: give 1 or more")
-    config = load_config(run_dir)
+def evaluate_target(arguments: EvaluateArguments) -> dict[str, Any]:
+    """Load the run's checkpoint or the model and evaluate it: `Evaluation.record` with what was evaluated and on what.
+
+    Raises InputError for what cannot be loaded, found or combined, before anything is sampled.
+    """
+    _check(arguments)
+    target = _target(arguments)
+    config = target.config
+    data_dir = arguments.data_dir or config.data.dir
+    names = [name for word in arguments.benchmarks for name in word.split(",") if name]
+    given = (*benchmark_sources(names, data_dir), *arguments.sources)
+    if not given and not config.data.eval:
+        kind = "the run has no held-out prompts" if target.is_run else "a model has no held-out prompts of its own"
+        raise InputError(
+            f"nothing to evaluate {arguments.run_or_model} on, as {kind}: give --benchmarks "
+            f"{','.join(BENCHMARKS)}, or --sources"
+        )
+    tokenizer = prompts.load_tokenizer(target.path)
+    model = load_model(config.model, target.path)
+    sampling = _sampling(arguments, config)
+    template = arguments.template or (config.data.template if target.is_run else _own_template(tokenizer))
+    own = not given and arguments.max_prompt_tokens is None
+    scorer = Scorer(settings=config.reward)
+    table = prompts.load_table(
+        given or config.data.eval,
+        tokenizer=tokenizer,
+        template=template,
+        max_prompt_tokens=config.data.max_prompt_tokens if own else _room(arguments, model, sampling),
+        data_dir=data_dir,
+        too_long=config.data.too_long if own else "error",
+        bad_rows=config.data.bad_rows,
+        max_bad_share=config.data.max_bad_share,
+        check=scorer.problem,
+    )
+    if arguments.limit is not None:
+        table = _limited(table, arguments.limit, arguments.seed)
+    generator = TransformersGenerator(
+        model,
+        stop_ids=prompts.stop_token_ids(tokenizer),
+        max_batch_sequences=arguments.max_batch_sequences or config.generation.max_batch_sequences,
+    )
+    logger.info(
+        "%s: %d prompts, %d samples each, temperature %g, top-p %g, up to %d tokens",
+        *(target.path, len(table), sampling.samples, sampling.temperature, sampling.top_p),
+        sampling.max_completion_tokens,
+    )
+    try:
+        evaluation = evaluate(
+            generator,
+            table,
+            score=scorer.score,
+            take_counts=scorer.take_counts,
+            decode=lambda ids: prompts.decode(tokenizer, ids),
+            sampling=sampling,
+            headline=() if given else config.data.headline,
+            keep=None if arguments.save_samples is None else lambda samples: _save(samples, arguments.save_samples),
+        )
+    finally:
+        scorer.close()
+    about = {"model": target.path, "sources": list(given or config.data.eval), "template": template}
+    return about | evaluation.record()
+
+
+def _check(arguments: EvaluateArguments) -> None:
+    """Raises InputError for the first number that is out of range, and for a file that has no folder to be in."""
+    for name, low, high in (
+        *(("samples", 1, None), ("temperature", 0.0, 100.0), ("top_p", 1e-6, 1.0), ("max_completion_tokens", 1, None)),
+        *(("max_prompt_tokens", 1, None), ("limit", 1, None), ("seed", 0, None), ("step", 0, None)),
+        ("max_batch_sequences", 1, None),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and not low <= value <= (value if high is None else high):
+            bounds = f"{low:g} or more" if high is None else f"a value from {low:g} to {high:g}"
+            raise InputError(f"--{name.replace('_', '-')} is {value}: give {bounds}")
+    for name in ("json", "save_samples"):
+        path = getattr(arguments, name)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise InputError(f"--{name.replace('_', '-')} {path}: there is no folder {Path(path).absolute().parent}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{folder} is not a run folder: {path} cannot be read") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} is a JSON {type(raw).__name__}, not an object of settings")
+    return raw
+
+
+def _target(arguments: EvaluateArguments) -> _Target:
+    """A folder with a model's configuration is a model, any other folder a run; what is no folder is a hub's id."""
+    name = arguments.run_or_model
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        raw = _read_config(folder)
+        if not raw.keys() & {"model_type", "architectures"}:
+            config = config_from_dict(Config, raw)
+            return _Target(_checkpoint(folder, arguments.step), _placed(arguments, config), True)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
+        here = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(str(folder), here, n=1)
+        raise InputError(f"there is no run or model folder {name}" + (f": did you mean {near[0]}?" if near else ""))
+    if arguments.step is not None:
+        raise InputError(f"--step {arguments.step}: {name} is a model, only runs have steps")
+    cuda = (arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+    settings = ModelConfig(device="cuda" if cuda else "cpu", dtype="bfloat16" if cuda else "float32")
+    config = Config(model=settings, data=DataConfig(), evaluation=EvaluationConfig())
+    path = str(folder) if folder.is_dir() else name
+    if name == "smollm2" and not folder.is_dir():
+        path = str(smollm2_folder(Path(config.warm_start.cache_dir).expanduser()))
+    return _Target(path, _placed(arguments, config), False)
+
+
+def _checkpoint(run_dir: Path, step: int | None) -> str:
+    """The policy's folder in a run. Raises InputError for a step that is not there, or damaged."""
+    if step == 0:
+        if not (run_dir / "initial").is_dir():
+            raise InputError(f"{run_dir} holds no policy from before training: there is no {run_dir / 'initial'}")
+        return str(run_dir / "initial")
     root = run_dir / "checkpoints"
-    folder = checkpoint.newest(root) if arguments.step is None else root / f"step_{arguments.step:06d}"
+    folder = checkpoint.newest(root) if step is None else root / f"step_{step:06d}"
     if folder is None or not folder.is_dir():
-        wanted = "a checkpoint" if arguments.step is None else f"a checkpoint of step {arguments.step}"
+        wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
         raise InputError(f"{run_dir} holds no such thing as {wanted}: look in {root}")
     problem = checkpoint.verify(folder)
     if problem is not None:
         raise InputError(f"checkpoint {folder} is damaged: {problem}")
-    path = str(folder / "policy")
-    tokenizer = prompts.load_tokenizer(path)
-    model_config: ModelConfig = config.model
-    if model_config.device == "cuda" and not torch.cuda.is_available():
+    return str(folder / "policy")
+
+
+def _placed(arguments: EvaluateArguments, config: Config) -> Config:
+    """The settings with the device and type of weights that were asked for, on a device that is there."""
+    settings = config.model
+    if arguments.device is not None:
+        settings = dataclasses.replace(settings, device=arguments.device)
+    if arguments.dtype is not None:
+        settings = dataclasses.replace(settings, dtype=arguments.dtype)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        if arguments.device == "cuda":
+            raise InputError("--device cuda: torch sees no GPU here: give --device cpu")
         logger.warning("the run used a GPU and torch sees none here: evaluating on the CPU")
-        model_config = dataclasses.replace(model_config, device="cpu")
-    model = load_model(model_config, path)
-    data: DataConfig = config.data
-    scorer = Scorer(settings=config.reward)
-    table = prompts.load_table(
-        arguments.sources or data.eval,
-        tokenizer=tokenizer,
-        template=data.template,
-        max_prompt_tokens=data.max_prompt_tokens,
-        data_dir=data.dir,
-        too_long=data.too_long,
-        bad_rows=data.bad_rows,
-        max_bad_share=data.max_bad_share,
-        check=scorer.problem,
-    )
-    generator = TransformersGenerator(
-        model,
-        stop_ids=prompts.stop_token_ids(tokenizer),
-        max_batch_sequences=config.generation.max_batch_sequences,
-    )
-    return evaluate(
-        generator,
-        table,
-        score=scorer.score,
-        decode=lambda ids: prompts.decode(tokenizer, ids),
+        settings = dataclasses.replace(settings, device="cpu")
+    return dataclasses.replace(config, model=settings)
+
+
+def _sampling(arguments: EvaluateArguments, config: Config) -> Sampling:
+    own = config.evaluation
+    cut = own.max_completion_tokens or config.generation.max_completion_tokens
+    return Sampling(
         samples=arguments.samples,
-        max_completion_tokens=config.generation.max_completion_tokens,
-        temperature=config.evaluation.temperature,
+        max_completion_tokens=arguments.max_completion_tokens or cut,
+        temperature=own.temperature if arguments.temperature is None else arguments.temperature,
+        top_p=own.top_p if arguments.top_p is None else arguments.top_p,
         seed=stream_seed(arguments.seed, 0, "evaluate run"),
-        headline=() if arguments.sources else data.headline,
     )
 
 
-def _result_table(result: Evaluation) -> Table:
-    table = Table(
-        "slice", "prompts", f"mean@{result.samples}", "pass@8", title="held-out accuracy", title_justify="left"
-    )
-    rows = {"headline": {"accuracy": result.accuracy, "pass_at_8": result.pass_at_8}, **result.slices}
-    for name, scores in rows.items():
-        shown = [scores.get("prompts"), scores["accuracy"], scores["pass_at_8"]]
-        texts = [
-            "" if value is None else format(value, spec)
-            for value, spec in zip(shown, (".0f", ".3f", ".3f"), strict=True)
-        ]
-        table.add_row(name, *texts)
-    return table
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    return "chat" if tokenizer.chat_template else "{prompt}"
+
+
+def _room(arguments: EvaluateArguments, model: PreTrainedModel, sampling: Sampling) -> int:
+    """Longest prompt that leaves room for a completion; what was asked for comes first."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    room = positions - sampling.max_completion_tokens
+    if room < 1:
+        raise InputError(
+            f"--max-completion-tokens is {sampling.max_completion_tokens} and the model has {positions} positions: "
+            "give fewer, so that a prompt has room too"
+        )
+    return arguments.max_prompt_tokens or room
+
+
+def _limited(table: PromptTable, limit: int, seed: int) -> PromptTable:
+    """At most `limit` rows of each slice, in their old order."""
+    kept: list[int] = []
+    for name in dict.fromkeys(row.slice for row in table.rows):
+        members = [i for i, row in enumerate(table.rows) if row.slice == name]
+        source = random.Random(stream_seed(seed, 0, f"limit {name}"))
+        kept += source.sample(members, min(limit, len(members)))
+    return PromptTable(rows=tuple(table.select(sorted(kept))))
+
+
+def _save(samples: Sequence[Sample], path: str | None) -> None:
+    if path is None:
+        return
+    with Path(path).open("w", encoding="utf-8") as file:
+        for sample in samples:
+            line = {
+                "slice": sample.row.slice,
+                "where": sample.row.where,
+                "prompt": sample.row.prompt,
+                "completion": sample.text,
+                "reward": sample.reward,
+                "answer": sample.vote,
+                "tokens": sample.tokens,
+                "stopped": sample.stopped,
+            }
+            file.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
-    """Entry point: a table for people, and one line of JSON as the last line for programs."""
+    """Entry point: tables for people, and one line of JSON as the last line for programs."""
     console = metrics.configure_logging()
+    quiet()
     words = sys.argv[1:]
     try:
         prog = "python -m paced_fast.evaluate"
         arguments = cli.read(words, lambda: tyro.cli(EvaluateArguments, args=words, prog=prog))
-        result = evaluate_run(arguments)
+        record = evaluate_target(arguments)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
-    console.print(_result_table(result))
-    sys.stdout.write(json.dumps(result.record()) + "\n")
+    except TrainingError as error:
+        sys.stderr.write(f"stopped: {error}\n")
+        raise SystemExit(3) from None
+    if arguments.json is not None:
+        metrics.write_json_atomic(arguments.json, record)
+    if not console.is_terminal:
+        console.width = 100  # a file has no width of its own, and 80 columns would break figures in two
+    for table in evaluation_tables(record):
+        console.print(table)
+    sys.stdout.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,14 @@ class Generator(Protocol):
         group_size: int,
         max_completion_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         seed: int,
     ) -> list[Completion]:
-        """Sample `group_size` completions of each prompt; the same seed and weights give the same tokens."""
+        """Sample `group_size` completions of each prompt; the same seed and weights give the same tokens.
+
+        Temperature 0 takes the likeliest token. `top_p` keeps the likeliest tokens that hold so much of the mass;
+        log-probs are of what is left.
+        """
         ...
 
     def before_training(self) -> None:
@@ -70,6 +75,7 @@ class TransformersGenerator:
         group_size: int,
         max_completion_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         seed: int,
     ) -> list[Completion]:
         """See `Generator.generate`."""
@@ -77,15 +83,17 @@ class TransformersGenerator:
         shape = (len(prompts), group_size, max_completion_tokens)
         uniforms = torch.rand(shape, generator=source, dtype=torch.float64).to(self.model.device)
         per_call = max(1, self.max_batch_sequences // group_size)
+        part = min(group_size, self.max_batch_sequences)
         # Prompts of similar length go together: less padding. The order of the result is the caller's.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         result: list[list[Completion]] = [[] for _ in prompts]
         for start in range(0, len(order), per_call):
             chosen = order[start : start + per_call]
-            batch = _Batch(self.model, [prompts[i] for i in chosen], uniforms[chosen], temperature, self.stop_ids)
-            completions = batch.run()
-            for k, i in enumerate(chosen):
-                result[i] = completions[k * group_size : (k + 1) * group_size]
+            for numbers in uniforms[chosen].split(part, dim=1):
+                options = (numbers, temperature, top_p, self.stop_ids)
+                completions = _Batch(self.model, [prompts[i] for i in chosen], *options).run()
+                for k, i in enumerate(chosen):
+                    result[i] += completions[k * numbers.shape[1] : (k + 1) * numbers.shape[1]]
         return [completion for group in result for completion in group]
 
     def before_training(self) -> None:
@@ -105,9 +113,10 @@ class _Batch:
         prompts: Sequence[tuple[int, ...]],
         uniforms: Tensor,  # f64[P, G, max_completion_tokens]
         temperature: float,
+        top_p: float,
         stop_ids: Tensor,
     ) -> None:
-        self.model, self.temperature, self.stop_ids = model, temperature, stop_ids
+        self.model, self.temperature, self.top_p, self.stop_ids = model, temperature, top_p, stop_ids
         self.group_size = uniforms.shape[1]
         self.uniforms = uniforms.flatten(0, 1)
         longest = max(len(prompt) for prompt in prompts)
@@ -130,7 +139,7 @@ class _Batch:
         logits, cache, mask, positions = self._read_prompts()
         live = torch.arange(num_sequences, device=device)  # sequence of each row of the batch
         for t in range(max_tokens):
-            token, logprob = _sample(logits, self.uniforms[live, t], self.temperature)
+            token, logprob = _sample(logits, self.uniforms[live, t], self.temperature, self.top_p)
             running = ~stopped[live]
             tokens[live, t] = token
             logprobs[live, t] = logprob
@@ -175,14 +184,27 @@ class _Batch:
         return output.logits[:, -1].float()
 
 
-def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """Token i64[S] by inversion of the cumulative distribution at `uniform` f64[S], and its log-prob f32[S]."""
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
-    # In float64 the cumulative sum resolves every token that float32 log-probs can tell from zero.
-    cdf = logprobs.double().exp().cumsum(-1)
-    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
-    token = token.clamp(max=logits.shape[-1] - 1)
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if top_p < 1.0:
+        logprobs = _nucleus(logprobs, top_p)
+    if temperature == 0.0:
+        token = logprobs.argmax(-1)
+    else:
+        # In float64 the cumulative sum resolves every token that float32 log-probs can tell from zero.
+        cdf = logprobs.double().exp().cumsum(-1)
+        token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+        token = token.clamp(max=logits.shape[-1] - 1)
     return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
+    """Log-probs [S, V] of the likeliest tokens that hold `top_p` of the mass, the one that reaches it included."""
+    ranked, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    mass = ranked.double().exp()
+    dropped = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, mass.cumsum(-1) - mass >= top_p)
+    return torch.log_softmax(logprobs.masked_fill(dropped, -torch.inf), dim=-1)
 
 
 def _completions(tokens: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor) -> list[Completion]:
@@ -238,13 +260,13 @@ class VLLMGenerator:
         group_size: int,
         max_completion_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         seed: int,
         keep_cache: bool = False,
     ) -> list[Completion]:
-        """See `Generator.generate`; temperature 0 takes the likeliest token.
+        """See `Generator.generate`. With `keep_cache` the prefix cache is read as earlier calls left it: for a check.
 
-        With `keep_cache` the prefix cache is read as earlier calls left it: for a check that wants to see that. Raises
-        InputError for a prompt that does not fit, TrainingError when the engine fails midway.
+        Raises InputError for a prompt that does not fit, TrainingError when the engine fails midway.
         """
         for prompt in prompts:
             if len(prompt) + max_completion_tokens > self.settings.max_tokens:
@@ -257,7 +279,7 @@ class VLLMGenerator:
             # What earlier calls left in the prefix cache would make a call depend on them, after a resume above all.
             self.reset_prefix_cache()
         seeds = [stream_seed(seed, i, f"sample/{j}") for i in range(len(prompts)) for j in range(group_size)]
-        sampling = [self._sampling(max_completion_tokens, temperature, each) for each in seeds]
+        sampling = [self._sampling(max_completion_tokens, temperature, each, top_p) for each in seeds]
         outputs = self._answer([prompt for prompt in prompts for _ in range(group_size)], sampling)
         return [_completion(output.outputs[0]) for output in outputs]
 
@@ -334,8 +356,8 @@ class VLLMGenerator:
             if name in self._buffers:
                 buffer.data.copy_(self._buffers[name])
 
-    def _sampling(self, max_tokens: int, temperature: float, seed: int) -> Any:
-        return engine.sampling(self.stop_ids, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    def _sampling(self, max_tokens: int, temperature: float, seed: int, top_p: float = 1.0) -> Any:
+        return engine.sampling(self.stop_ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
 
     def _answer(self, prompts: Sequence[tuple[int, ...]], sampling: Sequence[Any]) -> list[Any]:
         """As `_run`; a failure becomes one line, and what was under way is dropped."""

@@ -97,12 +97,15 @@ def engine_tokens(model: PreTrainedModel, config: Config) -> int:
 
     Raises InputError when that is more than the model has positions for.
     """
-    longest = config.data.max_prompt_tokens + config.generation.max_completion_tokens
+    cut, owner = config.generation.max_completion_tokens, "generation"
+    if config.evaluation.max_completion_tokens > cut:
+        cut, owner = config.evaluation.max_completion_tokens, "evaluation"
+    longest = config.data.max_prompt_tokens + cut
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     if longest > positions:
         raise InputError(
             f"--generator vllm: prompt and completion may be {longest} tokens together and the model has {positions} "
-            "positions: lower --data.max-prompt-tokens or --generation.max-completion-tokens"
+            f"positions: lower --data.max-prompt-tokens or --{owner}.max-completion-tokens"
         )
     return max(longest, min(CHECK_TOKENS, positions))
 

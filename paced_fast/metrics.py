@@ -3,7 +3,7 @@
 Pure functions turn counts into numbers, `MetricsWriter` appends them to `metrics.jsonl`, `Phases` measures where a
 step's time goes. Nothing here needs a tensor library, so neither does a reader of run folders.
 
-P = prompts, k = samples a prompt.
+P = prompts.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ __all__ = [
     "drop_steps",
     "expected_calibration_error",
     "final_table",
-    "mean_at_k",
     "memory_plan_table",
     "mixed_group_share",
-    "pass_at_k",
     "rank_correlation",
     "require_sinks",
     "write_json_atomic",
@@ -49,33 +47,6 @@ __all__ = [
 
 
 # Numbers
-
-
-def pass_at_k(num_samples: ArrayLike, num_correct: ArrayLike, k: int) -> NDArray[np.float64]:
-    """Unbiased chance that at least one of k samples is correct: 1 - C(n - c, k) / C(n, k), arXiv:2107.03374 eq. 1.
-
-    `num_samples` (n) and `num_correct` (c) broadcast against each other, [P] or a scalar; the result has their shape.
-    Raises ValueError when k < 1, n < k, or c lies outside 0..n.
-    """
-    n = np.asarray(num_samples, dtype=np.float64)
-    c = np.asarray(num_correct, dtype=np.float64)
-    if k < 1 or np.any(n < k):
-        raise ValueError(f"pass_at_k needs 1 <= k <= num_samples, got k={k} and num_samples down to {n.min():g}")
-    if np.any(c < 0) or np.any(c > n):
-        raise ValueError("pass_at_k needs 0 <= num_correct <= num_samples")
-    all_wrong = np.ones(np.broadcast(n, c).shape)
-    for j in range(k):  # one factor at a time, as the binomials overflow; k > n - c meets the factor 0
-        all_wrong *= (n - c - j) / (n - j)
-    return np.asarray(1.0 - all_wrong)
-
-
-def mean_at_k(num_samples: ArrayLike, num_correct: ArrayLike) -> float:
-    """Mean over prompts of the share of correct samples, [P] each; every prompt counts the same. nan when P = 0."""
-    n = np.asarray(num_samples, dtype=np.float64)
-    c = np.asarray(num_correct, dtype=np.float64)
-    if np.any(n < 1) or np.any(c < 0) or np.any(c > n):
-        raise ValueError("mean_at_k needs num_samples >= 1 and 0 <= num_correct <= num_samples")
-    return _mean(c / n)
 
 
 def brier_score(values: ArrayLike, accuracies: ArrayLike, group_size: ArrayLike = 1) -> float:

@@ -120,7 +120,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "evaluation.every": (0, 10**9),
     "evaluation.samples": (1, 10**5),
     "evaluation.final_samples": (1, 10**5),
-    "evaluation.temperature": (1e-3, 100.0),
+    "evaluation.temperature": (0.0, 100.0),
+    "evaluation.top_p": (1e-6, 1.0),
+    "evaluation.max_completion_tokens": (0, 10**7),
     "run.checkpoint_every": (0, 10**9),
     "run.keep_checkpoints": (1, 10**9),
     "run.rollouts_per_step": (0, 10**9),
@@ -179,7 +181,7 @@ def _check(config: Config) -> None:
             "sharing forbids: give --weight-sync.mode push, or level 0"
         )
     hottest = max(config.generation.temperature, config.evaluation.temperature)
-    coldest = min(config.generation.temperature, config.evaluation.temperature)
+    coldest = min(config.generation.temperature, config.evaluation.temperature or 1.0)  # 0 is no sampling
     if config.generator == "vllm" and hottest > 2.0:
         raise InputError(f"--generator vllm samples at temperatures up to 2, not {hottest:g}: lower it")
     if config.generator == "vllm" and coldest < 0.01:

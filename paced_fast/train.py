@@ -23,7 +23,7 @@ from paced_fast import checkpoint, cli, metrics, prompts, report
 from paced_fast.build import Run, build, without_missing
 from paced_fast.config import Config, flatten, stream_seed
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.evaluate import Evaluation, evaluate
+from paced_fast.evaluation import Evaluation, Sampling, evaluate
 from paced_fast.policy import quiet
 from paced_fast.resolve import resolve
 
@@ -80,11 +80,15 @@ def evaluate_now(run: Run, samples: int) -> Evaluation | None:
         run.generator,
         run.eval_table,
         score=run.scorer.score,
+        take_counts=run.scorer.take_counts,
         decode=lambda ids: prompts.decode(run.tokenizer, ids),
-        samples=samples,
-        max_completion_tokens=config.generation.max_completion_tokens,
-        temperature=config.evaluation.temperature,
-        seed=stream_seed(config.seed, run.trainer.counters.step, "evaluate"),
+        sampling=Sampling(
+            samples=samples,
+            max_completion_tokens=config.evaluation.max_completion_tokens or config.generation.max_completion_tokens,
+            temperature=config.evaluation.temperature,
+            top_p=config.evaluation.top_p,
+            seed=stream_seed(config.seed, run.trainer.counters.step, "evaluate"),
+        ),
         headline=config.data.headline,
     )
 
@@ -96,8 +100,11 @@ def _final_evaluation(run: Run) -> dict[str, Any]:
         return {}
     record: dict[str, Any] = {"eval": evaluation.record()}
     if run.trainer.log_z is not None and run.config.value_is_accuracy and run.eval_embeddings is not None:
-        values = run.trainer.log_z.value_of(run.eval_embeddings).tolist()
-        accuracy = evaluation.prompt_accuracy
+        predicted = zip(
+            run.trainer.log_z.value_of(run.eval_embeddings).tolist(), evaluation.prompt_accuracy, strict=True
+        )
+        scored = [(value, accuracy) for value, accuracy in predicted if accuracy is not None]
+        values, accuracy = [value for value, _ in scored], [accuracy for _, accuracy in scored]
         record["eval_value"] = {
             "brier": metrics.brier_score(values, accuracy),
             "ece": metrics.expected_calibration_error(values, accuracy),
@@ -106,6 +113,13 @@ def _final_evaluation(run: Run) -> dict[str, Any]:
             "accuracies": accuracy,
         }
     return record
+
+
+_COMPARED = (
+    *("accuracy", "accuracy_interval", "pass_at_8", "pass_at_k", "pass_at_k_interval", "maj_at_k"),
+    *("distinct_correct", "truncated_share", "tokens_mean", "unscored"),
+)
+"""Figures of the evaluations before and after training that the summary sets side by side."""
 
 
 def summarise(folder: Path, config: Config) -> dict[str, Any]:
@@ -124,12 +138,8 @@ def summarise(folder: Path, config: Config) -> dict[str, Any]:
         "steps": last["step"],
         "rollouts": last.get("rollouts", 0),
         "train_seconds": last.get("train_seconds", 0.0),
-        "accuracy_before": before.get("accuracy"),
-        "accuracy_after": after.get("accuracy"),
-        "pass_at_8_before": before.get("pass_at_8"),
-        "pass_at_8_after": after.get("pass_at_8"),
-        "distinct_correct_before": before.get("distinct_correct"),
-        "distinct_correct_after": after.get("distinct_correct"),
+        **{f"{name}_before": before.get(name) for name in _COMPARED},
+        **{f"{name}_after": after.get(name) for name in _COMPARED},
         "value_brier": value.get("brier"),
         "value_ece": value.get("ece"),
         "value_rank_correlation": value.get("rank_correlation"),

@@ -69,6 +69,7 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(InputError, match=r"--generator vllm samples at temperatures from 0\.01, not 0\.005"):
         tiny_policy.settings(generator="vllm", generation__temperature=0.005)
     assert tiny_policy.settings(evaluation__temperature=3.0).generator == "transformers"
+    assert tiny_policy.settings(generator="vllm", evaluation__temperature=0.0).evaluation.temperature == 0.0
 
 
 def test_the_engine_is_given_room_for_a_step_and_a_check() -> None:
@@ -84,6 +85,10 @@ def test_the_engine_is_given_room_for_a_step_and_a_check() -> None:
     long = tiny_policy.replaced(config, generation__max_completion_tokens=600)
     with pytest.raises(InputError, match="612 tokens together and the model has 512 positions"):
         memory.engine_tokens(made, long)
+    longer = tiny_policy.replaced(config, evaluation__max_completion_tokens=300)
+    assert memory.engine_tokens(made, longer) == 312, "an evaluation's completions must fit as well"
+    with pytest.raises(InputError, match=r"lower --data.max-prompt-tokens or --evaluation.max-completion-tokens"):
+        memory.engine_tokens(made, tiny_policy.replaced(config, evaluation__max_completion_tokens=600))
 
 
 class _Queue:

@@ -62,12 +62,12 @@ def test_a_stop_in_the_last_place_counts_as_stopped() -> None:
 def test_padding_changes_nothing() -> None:
     made, stop = tiny_policy.model(), torch.tensor([tiny_policy.STOP])
     uniforms = torch.rand(len(PROMPTS), 3, 10, dtype=torch.float64)
-    together = _Batch(made, PROMPTS, uniforms, 1.0, stop)
+    together = _Batch(made, PROMPTS, uniforms, 1.0, 1.0, stop)
     assert together.padded
     with torch.inference_mode():
         batched = together.run()
         for i, prompt in enumerate(PROMPTS):
-            alone = _Batch(made, [prompt], uniforms[i : i + 1], 1.0, stop).run()
+            alone = _Batch(made, [prompt], uniforms[i : i + 1], 1.0, 1.0, stop).run()
             group = batched[3 * i : 3 * i + 3]
             assert as_lists(alone) == as_lists(group)
             for one, other in zip(alone, group, strict=True):
@@ -88,7 +88,7 @@ def test_leaving_the_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(compactions) > 1
     compacted, one_by_one = (
         len(compactions),
-        sample(made, PROMPTS, group_size=6, max_completion_tokens=30, stop_ids=[1, 4], max_batch_sequences=1),
+        sample(made, PROMPTS, group_size=6, max_completion_tokens=30, stop_ids=[1, 4], max_batch_sequences=6),
     )
     assert len(compactions) > compacted
     uniforms = torch.rand((5, 6, 30), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -167,3 +167,39 @@ def test_the_order_of_the_result_is_the_callers() -> None:
             while len(greedy) < 12 and greedy[-1:] != [tiny_policy.STOP]:
                 greedy.append(int(made(input_ids=torch.tensor([[*prompt, *greedy]])).logits[0, -1].argmax()))
         assert completions[2 * i].token_ids == completions[2 * i + 1].token_ids == greedy
+
+
+def test_a_group_larger_than_the_batch_is_sampled_in_parts() -> None:
+    made = tiny_policy.model()
+    whole = sample(made, PROMPTS, group_size=7, max_batch_sequences=64)
+    for most in (1, 3, 7, 8):
+        assert as_lists(sample(made, PROMPTS, group_size=7, max_batch_sequences=most)) == as_lists(whole)
+
+
+def test_a_nucleus_holds_the_likeliest_tokens_and_no_others() -> None:
+    """Masses 0.4, 0.3, 0.2, 0.1, not in order of id: 0.65 of them needs two tokens, 0.7 + a little three."""
+    mass = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    for top_p, kept in ((0.05, [1]), (0.65, [1, 3]), (0.71, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
+        token, logprob = _sample(mass.log().repeat(1000, 1), uniforms, 1.0, top_p)
+        wanted = torch.zeros(4)
+        wanted[kept] = mass[kept] / mass[kept].sum()
+        torch.testing.assert_close(token.bincount(minlength=4) / 1000, wanted, atol=2e-3, rtol=0)
+        torch.testing.assert_close(logprob.exp(), wanted[token])
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_temperature_zero_takes_the_likeliest_token(top_p: float) -> None:
+    made = tiny_policy.model()
+    cold = sample(made, PROMPTS, temperature=1e-3, group_size=2)
+    found = sample(made, PROMPTS, temperature=0.0, top_p=top_p, group_size=2)
+    assert as_lists(found) == as_lists(cold)
+    assert all(math.isfinite(value) for c in found for value in c.logprobs)
+
+
+def test_the_nucleus_is_that_of_the_tempered_distribution() -> None:
+    """At temperature 1 the first of two tokens holds 0.6, at a half 0.36 / (0.36 + 0.16) = 0.69: enough for 0.65."""
+    logits = torch.tensor([[0.6, 0.4]]).log().repeat(2, 1)
+    late = torch.tensor([0.5, 0.99], dtype=torch.float64)
+    assert _sample(logits, late, 1.0, 0.65)[0].tolist() == [0, 1]
+    assert _sample(logits, late, 0.5, 0.65)[0].tolist() == [0, 0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import logging
 import math
@@ -22,36 +21,6 @@ from rich.console import Console, RenderableType
 
 from paced_fast import metrics
 from paced_fast.errors import InputError
-
-
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (6, 1), (6, 3), (6, 6), (8, 5)])
-def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n: int, k: int) -> None:
-    for c in range(n + 1):
-        outcomes = [1] * c + [0] * (n - c)
-        subsets = list(itertools.combinations(outcomes, k))
-        expected = sum(any(s) for s in subsets) / len(subsets)
-        assert metrics.pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
-
-
-def test_pass_at_k_broadcasts_and_stays_exact_where_binomials_overflow() -> None:
-    exact = 1 - math.comb(99_990, 500) / math.comb(100_000, 500)
-    got = metrics.pass_at_k([4, 100_000, 100_000], [1, 10, 0], 1)
-    assert got.tolist() == pytest.approx([0.25, 1e-4, 0.0])
-    assert metrics.pass_at_k(100_000, [0, 10, 99_600], 500).tolist() == pytest.approx([0.0, exact, 1.0], rel=1e-9)
-    assert metrics.pass_at_k([16, 4], [0, 4], 4).tolist() == [0.0, 1.0]
-
-
-@pytest.mark.parametrize(("n", "c", "k"), [(4, 1, 5), (4, 1, 0), (4, 5, 2), (4, -1, 2), ([8, 4], [1, 1], 5)])
-def test_pass_at_k_refuses_impossible_counts(n: object, c: object, k: int) -> None:
-    with pytest.raises(ValueError, match="pass_at_k needs"):
-        metrics.pass_at_k(n, c, k)  # type: ignore[arg-type]
-
-
-def test_mean_at_k_counts_every_prompt_the_same() -> None:
-    assert metrics.mean_at_k([10, 2], [1, 2]) == pytest.approx(0.55)
-    assert math.isnan(metrics.mean_at_k([], []))
-    with pytest.raises(ValueError, match="mean_at_k needs"):
-        metrics.mean_at_k([4], [5])
 
 
 def test_brier_score_is_the_mean_over_single_outcomes() -> None:

@@ -30,12 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {
         *("errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "plots", "sources"),
-        "sandbox",
+        *("sandbox", "estimates"),
     },
-    {"prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "report", "memory", "mismatch", "resolve"},
+    {
+        *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "report", "memory", "mismatch"),
+        *("resolve", "benchmark_sources"),
+    },
     {"policy", "scheduler", "replay", "generate", "cli"},
-    {"update", "weight_sync", "parity", "evaluate", "checkpoint", "warm_start"},
-    {"record"},
+    {"update", "weight_sync", "parity", "evaluation", "checkpoint", "warm_start"},
+    {"record", "evaluate"},
     {"trainer"},
     {"build"},
     {"train"},
@@ -48,7 +51,6 @@ SAME_OR_HIGHER_LAYER = {
     ("sources", "tasks"): "procedural tasks are one kind of source",
     ("sandbox", "errors"): "weak isolation that nobody asked for is an input error",
     ("distributed", "errors"): "a launch that cannot work is an input error",
-    ("evaluate", "checkpoint"): "its command line opens a checkpoint",
 }
 """Exceptions by name, (importer, imported), with their reason."""
 

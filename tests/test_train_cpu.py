@@ -20,7 +20,7 @@ from torch import Tensor
 from paced_fast import checkpoint, train, warm_start
 from paced_fast.config import Config
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.evaluate import EvaluateArguments, evaluate_run
+from paced_fast.evaluate import EvaluateArguments, evaluate_target
 from paced_fast.presets import preset
 from paced_fast.trainer import Trainer
 
@@ -39,7 +39,8 @@ def records(folder: Path, name: str = "metrics") -> list[dict[str, Any]]:
 
 
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in record.items() if k not in ("seconds", "train_seconds", "tokens_per_second")}
+    kept = {k: v for k, v in record.items() if k not in ("seconds", "train_seconds", "tokens_per_second")}
+    return kept | ({"eval": timeless(kept["eval"])} if kept.get("eval") else {})
 
 
 def everything(folder: Path, step: int) -> dict[str, Tensor]:
@@ -109,9 +110,9 @@ def test_a_run_leaves_a_complete_folder(rewards: Path, tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [kept[0].name]
     assert again["accuracy_after"] == summary["accuracy_after"]
     assert_same_run(folder, tmp_path / "again", 5)
-    result = evaluate_run(EvaluateArguments(run_dir=str(folder), samples=3))
-    assert result.samples == 3
-    assert 0 <= result.accuracy <= 1
+    result = evaluate_target(EvaluateArguments(run_or_model=str(folder), samples=3))
+    assert result["samples"] == 3
+    assert 0 <= result["accuracy"] <= 1
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
