@@ -148,8 +148,8 @@ _FORMS: tuple[tuple[int, str, str, str], ...] = (
     (1, r"\left({a}, {b}\right)", "({a},{b})", "({b},{a})"),
     (1, r"[{a}, \infty)", r"[{a},\infty)", r"({a}, \infty)"),
 )
-FOR_THE_VERIFIER = range(6, 11)
-"""Indices of the forms that neither reward decides without a worker."""
+NO_NUMBERS = range(6, 11)
+"""Indices of the forms that are no plain numbers: nearly all of them need a worker."""
 
 
 def batch(source: random.Random, num_answers: int, *, group: int = 1, forms: Sequence[int] | None = None) -> Batch:
@@ -187,7 +187,7 @@ def throughput(arguments: Arguments) -> dict[str, Any]:
     cases: dict[str, dict[str, Any]] = {
         "ordinary answers": {},
         "groups of 8 completions": {"group": 8},
-        "only answers that need the verifier": {"forms": FOR_THE_VERIFIER},
+        "answers that are no plain numbers": {"forms": NO_NUMBERS},
     }
     found: dict[str, Any] = {}
     for judge in judges.values():

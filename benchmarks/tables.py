@@ -188,7 +188,8 @@ def math_rewards() -> str:
         (`tests/verdicts/math.jsonl`); {table["held_out"]} of them were written after the rules were fixed. math-verify
         {result["math_verify"]} reads the raw completion; it is held to the labels of `math` and to those of
         `math_strict`. Speed: batches of {speeds["answers"]}, half of them right, medians (least to largest) of
-        {speeds["repeats"]} interleaved batches; math-verify in one process. {_environment(result)}."""
+        {speeds["repeats"]} interleaved batches; math-verify in one process; load
+        average {result["load"]:.1f} on {speeds["cores"]} cores. {_environment(result)}."""
     return "\n".join([*lines, "", *rates, "", _wrapped(note)])
 
 
