@@ -29,11 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     {
-        *("errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "plots", "sources"),
+        *("errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "sources"),
         "sandbox",
     },
-    {"prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "report", "memory", "mismatch", "resolve"},
-    {"policy", "scheduler", "replay", "generate", "cli"},
+    {"prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch", "resolve"},
+    {"policy", "scheduler", "replay", "generate", "cli", "report"},
     {"update", "weight_sync", "parity", "evaluate", "checkpoint", "warm_start"},
     {"record"},
     {"trainer"},

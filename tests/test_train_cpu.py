@@ -39,7 +39,7 @@ def records(folder: Path, name: str = "metrics") -> list[dict[str, Any]]:
 
 
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in record.items() if k not in ("seconds", "train_seconds", "tokens_per_second")}
+    return {k: v for k, v in record.items() if k not in ("seconds", "train_seconds", "tokens_per_second", "memory")}
 
 
 def everything(folder: Path, step: int) -> dict[str, Tensor]:
