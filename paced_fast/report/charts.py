@@ -10,7 +10,18 @@ import numpy as np
 from paced_fast.report.records import Floats, Record, Run, mapping, number, series
 from paced_fast.report.svg import Axis, Line, Size, compact, line_chart, percent, stack_chart
 
-__all__ = ["THIRD", "Chart", "curve_table", "generator_charts", "health_charts", "reward_charts", "seconds", "single"]
+__all__ = [
+    "THIRD",
+    "Chart",
+    "curve_table",
+    "generator_charts",
+    "health_charts",
+    "reward_charts",
+    "seconds",
+    "share",
+    "single",
+    "time_charts",
+]
 
 THIRD = Size(width=360, height=200, left=44, right=10, top=8, bottom=38)
 
@@ -77,6 +88,7 @@ def single(
     caption: str = "",
     text: Callable[[float], str] | None = None,
     ends: tuple[float | None, float | None] = (None, None),
+    size: Size = THIRD,
 ) -> list[Chart]:
     """A chart of one figure over the steps; none where the run does not have it."""
     x, y = series(records, *keys)
@@ -85,12 +97,13 @@ def single(
     lines = smoothed(x, y, title)
     ax, ay = Axis(label="step"), Axis(low=ends[0], high=ends[1], text=text)
     label = f"{title} over the steps: {ay.write(float(y[0]))} first, {ay.write(float(y[-1]))} last"
-    svg = line_chart(lines, ax, ay, label, size=THIRD)
+    svg = line_chart(lines, ax, ay, label, size=size)
     table = curve_table(lines, ax, ay)
     return [Chart(name=name, title=title, svg=svg, caption=caption, table=table, third=True)]
 
 
-def _share(records: Sequence[Record], *keys: str, name: str, title: str, caption: str = "") -> list[Chart]:
+def share(records: Sequence[Record], *keys: str, name: str, title: str, caption: str = "") -> list[Chart]:
+    """A chart of one share over the steps, from 0."""
     return single(records, *keys, name=name, title=title, caption=caption, text=percent, ends=(0.0, None))
 
 
@@ -102,14 +115,14 @@ def health_charts(run: Run) -> list[Chart]:
         *single(r, "grad_norm", name="grad_norm", title="Gradient norm", ends=(0.0, None)),
         *single(r, "entropy", name="entropy", title="Entropy (nats a token)", ends=(0.0, None)),
         *single(r, "mean_length", name="mean_length", title="Tokens a completion", ends=(0.0, None)),
-        *_share(r, "truncated_share", name="truncated_share", title="Cut completions"),
+        *share(r, "truncated_share", name="truncated_share", title="Cut completions"),
         *single(r, "kl", name="kl", title="KL to the old policy (nats)"),
         *single(r, "log_ratio_mean", name="log_ratio_mean", title="Mean log-ratio of a completion"),
-        *_share(r, "effective_sample_share", name="effective_sample_share", title="Effective sample share"),
+        *share(r, "effective_sample_share", name="effective_sample_share", title="Effective sample share"),
         *single(r, "learning_rate", name="learning_rate", title="Learning rate", ends=(0.0, None)),
         *single(r, "head_loss", name="head_loss", title="Loss of the log Z head"),
         *single(r, "head_grad_norm", name="head_grad_norm", title="Gradient norm of the head", ends=(0.0, None)),
-        *_share(r, "prompts_visited_share", name="prompts_visited_share", title="Prompts drawn at least once"),
+        *single(r, "tokens_per_second", name="tokens_per_second", title="Tokens sampled a second", ends=(0.0, None)),
     ]
 
 
@@ -136,7 +149,7 @@ def generator_charts(run: Run) -> list[Chart]:
             caption="1 in expectation; well below 1 when a sampling filter is at work.",
             text=lambda x: f"{x:.7g}",
         ),
-        *_share(r, f"{prefix}_outside_share", name=f"{prefix}_outside_share", title="Tokens outside the band"),
+        *share(r, f"{prefix}_outside_share", name=f"{prefix}_outside_share", title="Tokens outside the band"),
     ]
     for side in ("scored", "sampled"):
         title = f"Parity check, {side} tokens (nats)"
@@ -153,7 +166,7 @@ def reward_charts(run: Run) -> list[Chart]:
         title="Mean reward of fresh rollouts",
         caption="On the prompts the schedule drew, hence no measure of progress: a schedule holds it near its target.",
     )
-    charts += _share(run.records, "unscored_share", name="unscored_share", title="Completions without a verdict")
+    charts += share(run.records, "unscored_share", name="unscored_share", title="Completions without a verdict")
     counted = [(number(r.get("step")), mapping(r.get("verdicts"))) for r in run.records]
     for reward in dict.fromkeys(name for _, verdicts in counted for name in verdicts):
         steps = [(s, kinds) for s, v in counted if s and (kinds := mapping(v.get(reward)))]
@@ -181,10 +194,7 @@ def time_charts(run: Run) -> list[Chart]:
     )
     charts = [] if chart is None else [chart]
     memory = [(s, mapping(r.get("memory"))) for r in run.records if (s := number(r.get("step")))]
-    charts += _memory(memory, on_gpu=run.config.get("model.device") == "cuda")
-    return charts + single(
-        run.records, "tokens_per_second", name="tokens_per_second", title="Tokens sampled a second", ends=(0.0, None)
-    )
+    return charts + _memory(memory, on_gpu=run.config.get("model.device") == "cuda")
 
 
 def _stack(
@@ -220,20 +230,22 @@ def _memory(steps: Sequence[tuple[float, Record]], *, on_gpu: bool) -> list[Char
     layers = _layers(steps)
     if not layers:
         return []
-    peaks = dict(sorted(((n, float(v.max())) for n, v in layers.items()), key=lambda item: -item[1])[:7])
     x = np.array([s for s, _ in steps], np.float64)
+    if not on_gpu:  # a process gives nothing back, so its phases differ by nothing that could be seen
+        layers = {"process": np.stack(list(layers.values())).max(axis=0)}
+    peaks = dict(sorted(((n, float(v.max())) for n, v in layers.items()), key=lambda item: -item[1]))
     known = {n: np.flatnonzero(layers[n] > 0) for n in peaks}
-    lines = [Line(name=n, x=x[known[n]], y=layers[n][known[n]], color=i) for i, n in enumerate(peaks)]
+    lines = [Line(name=n, x=x[known[n]], y=layers[n][known[n]], color=i) for i, n in enumerate(list(peaks)[:8])]
     ax, ay = Axis(label="step"), Axis(low=0.0, text=gibibytes)
-    label = "Peak memory by phase: " + ", ".join(f"{n} {gibibytes(v)}" for n, v in peaks.items())
-    what = "Most that torch held on the GPU within a phase." if on_gpu else "Resident memory of the process."
+    label = "Peak memory: " + ", ".join(f"{n} {gibibytes(v)}" for n, v in peaks.items())
+    what = "Most that torch held on the GPU within a phase, and its peak over the run." if on_gpu else ""
     return [
         Chart(
             name="memory_by_phase",
-            title="Memory by phase",
-            caption=f"{what} The seven phases that need most, with their peak over the run.",
+            title="Memory by phase" if on_gpu else "Resident memory of the process",
+            caption=what or "By phase it hardly differs on a CPU; metrics.jsonl has every phase.",
             svg=line_chart(lines, ax, ay, label, size=Size(left=64)),
-            legend=[(f"{n} {gibibytes(v)}", i) for i, (n, v) in enumerate(peaks.items())],
+            legend=[(f"{line.name} {gibibytes(peaks[line.name])}", line.color) for line in lines],
             table=(["phase", "peak"], [[n, gibibytes(v)] for n, v in peaks.items()]),
         )
     ]

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from paced_fast.metrics import brier_score, expected_calibration_error
-from paced_fast.report.charts import Chart, curve_table, seconds, single
+from paced_fast.report.charts import Chart, curve_table, seconds, share, single
 from paced_fast.report.records import Evaluated, Floats, Record, Run, mapping, number, numbers, series
-from paced_fast.report.svg import Axis, Line, Size, compact, heat_map, line_chart, percent, reliability
+from paced_fast.report.svg import Axis, Line, Size, heat_map, line_chart, percent, reliability
 
 __all__ = ["interval", "learning_charts", "pass_curve", "replay_charts", "schedule_charts", "value_charts"]
 
 SQUARE = Size(width=360, height=372, left=46, right=12, top=10, bottom=40)
+HEAT = Size(width=360, height=250, left=44, right=10, top=8, bottom=38)
 ROLLOUTS = Axis(label="rollouts", low=0.0)
 SECONDS = Axis(label="training time", low=0.0, text=seconds)
 SHARE = Axis(text=percent)
@@ -242,102 +243,117 @@ def _histograms(records: Sequence[Record]) -> list[tuple[float, Floats, Floats]]
 
 def schedule_charts(run: Run) -> list[Chart]:
     """Which difficulties there were and which were drawn, and how many groups could teach."""
-    charts: list[Chart] = []
-    rows = _histograms(run.records)
-    if rows:
-        x = np.array([step for step, *_ in rows])
-        there, drawn = (np.stack([row[i] for row in rows]) for i in (1, 2))
-        axes = Axis(label="step"), Axis(label="value", low=0.0, high=1.0, text=percent)
-        centers = (np.arange(there.shape[1]) + 0.5) / there.shape[1]
-        half = len(rows) // 2
-        late = [there[half:].mean(axis=0), drawn[half:].mean(axis=0)]
-        lines = [
-            Line(name=name, x=centers, y=y, color=color, style="thick")
-            for color, (name, y) in enumerate(zip(("all prompts", "drawn prompts"), late, strict=True))
-        ]
-        ax, ay = Axis(label="value (predicted accuracy)", low=0.0, high=1.0, text=percent), Axis(low=0.0, text=percent)
-        for name, title, columns, caption in (
-            ("value_histogram", "Difficulty of all training prompts", there, "Where the head places the prompts."),
-            ("selection", "Difficulty of the prompts drawn", drawn, "What the schedule takes of them."),
-        ):
-            table = [
-                [f"{float(c):.3f}", *(percent(float(columns[i, j])) for i in (0, -1))] for j, c in enumerate(centers)
-            ]
-            mean = Line(name="mean", x=x, y=columns @ centers, color=1, style="plain")
-            label = f"{title}: mean value {percent(float(mean.y[0]))} first, {percent(float(mean.y[-1]))} last"
-            svg = heat_map(x, columns, axes, label, line=mean if name == "value_histogram" else None)
-            caption += " One column a step, from value 0 (never solved) at the bottom to 1 at the top"
-            caption += "; the line is their mean." if name == "value_histogram" else "."
-            charts.append(
-                Chart(name=name, title=title, caption=caption, svg=svg, table=(["value", "first", "last"], table))
-            )
+    return [
+        *_difficulties(_histograms(run.records)),
+        *_mixed(run.records),
+        *share(run.records, "prompts_visited_share", name="prompts_visited_share", title="Prompts drawn at least once"),
+    ]
+
+
+def _difficulties(rows: Sequence[tuple[float, Floats, Floats]]) -> list[Chart]:
+    if not rows:
+        return []
+    x = np.array([step for step, *_ in rows])
+    there, drawn = (np.stack([row[i] for row in rows]) for i in (1, 2))
+    axes = Axis(label="step"), Axis(label="value", low=0.0, high=1.0, text=percent)
+    centers = (np.arange(there.shape[1]) + 0.5) / there.shape[1]
+    charts = []
+    for name, title, columns, caption in (
+        ("value_histogram", "Difficulty of all training prompts", there, "Where the head places the prompts"),
+        ("selection", "Difficulty of the prompts drawn", drawn, "What the schedule takes of them"),
+    ):
+        mean = Line(name="mean", x=x, y=columns @ centers, color=1)
+        label = f"{title}: mean value {percent(float(mean.y[0]))} first, {percent(float(mean.y[-1]))} last"
+        ends = [[percent(float(columns[i, j])) for i in (0, -1)] for j in range(centers.size)]
         charts.append(
             Chart(
-                name="selection_share",
-                title="Drawn against available",
-                caption="Mean over the second half of the run. Prompts near the target accuracy should be drawn more "
-                "often than they occur.",
-                svg=line_chart(lines, ax, ay, "Share of all prompts and of the drawn prompts by value"),
-                legend=[(line.name, line.color) for line in lines],
-                table=curve_table(lines, ax, ay),
+                name=name,
+                title=title,
+                caption=f"{caption}, from value 0 (never solved) at the bottom to 1 at the top. The line is the mean.",
+                svg=heat_map(x, columns, axes, label, size=HEAT, line=mean),
+                table=(
+                    ["value", f"step {x[0]:.0f}", f"step {x[-1]:.0f}"],
+                    [[f"{center:.3f}", *pair] for center, pair in zip(centers.tolist(), ends, strict=True)],
+                ),
+                third=True,
             )
         )
-    return charts + _mixed(run.records)
+    half = len(rows) // 2
+    lines = [
+        Line(name="all prompts", x=centers, y=there[half:].mean(axis=0), color=0, style="thick"),
+        Line(name="drawn prompts", x=centers, y=drawn[half:].mean(axis=0), color=1, style="thick"),
+    ]
+    ax, ay = Axis(label="value (predicted accuracy)", low=0.0, high=1.0, text=percent), Axis(low=0.0, text=percent)
+    drawn_against = Chart(
+        name="selection_share",
+        title="Drawn against available",
+        caption="Second half of the run. Prompts near the target accuracy should be drawn more often than they occur.",
+        svg=line_chart(lines, ax, ay, "Share of all prompts and of the drawn prompts by value", size=HEAT),
+        legend=[(line.name, line.color) for line in lines],
+        table=curve_table(lines, ax, ay),
+        third=True,
+    )
+    return [*charts, drawn_against]
 
 
 def _mixed(records: Sequence[Record]) -> list[Chart]:
-    found = single(
+    _, uniform = series(records, "mixed_group_share_uniform")
+    more = f" Uniform prompts would give {percent(float(uniform[0]))}." if uniform.size else ""
+    return single(
         records,
         "mixed_group_share",
         name="mixed_groups",
         title="Mixed groups",
-        caption="Share of groups with right and wrong completions. Only those teach.",
+        caption=f"Share of groups with right and wrong completions. Only those teach.{more}",
         text=percent,
         ends=(0.0, 1.0),
     )
-    x, y = series(records, "mixed_group_share_uniform")
-    if not found or not x.size:
-        return found
-    caption = f"{found[0].caption} Uniform prompts would give {percent(float(y[0]))}."
-    return [Chart(name=c.name, title=c.title, svg=c.svg, caption=caption, table=c.table, third=c.third) for c in found]
 
 
 def replay_charts(run: Run) -> list[Chart]:
-    """What replay holds: its error and age as heat maps, and its size."""
-    charts: list[Chart] = []
-    for key, name, title, caption in (
-        (
-            "replay_priorities",
-            "replay_priorities",
-            "Error of what replay holds",
-            "Priority of each completion: |group accuracy - value| unless set otherwise.",
-        ),
-        ("replay_ages", "replay_ages", "Age of what replay holds", "Steps since a completion was sampled."),
-    ):
-        steps = [
-            (s, v[np.isfinite(v)])
-            for r in run.records
-            if (s := number(r.get("step"))) and (v := numbers(r.get(key))).size
-        ]
-        steps = [(s, v) for s, v in steps if v.size]
-        if not steps:
-            continue
-        ages = key == "replay_ages"
-        most = max(float(v.max()) for _, v in steps)
-        top, bins = (most + 1, int(min(24, most + 1))) if ages else (max(1.0, most), 20)
-        columns = np.stack([np.histogram(v, bins=bins, range=(0, top))[0] / v.size for _, v in steps])
-        x, mean = np.array([s for s, _ in steps]), np.array([v.mean() for _, v in steps])
-        write = compact if ages else (lambda x: f"{x:.2g}")
-        axes = Axis(label="step"), Axis(low=0.0, high=float(top), text=write)
-        line = Line(name="mean", x=x, y=mean + 0.5 if ages else mean, color=1)
-        label = f"{title}: mean {mean[0]:.3g} first, {mean[-1]:.3g} last"
-        table = curve_table([Line(name="mean", x=x, y=mean)], axes[0], Axis())
-        svg = heat_map(x, columns, axes, label, line=line)
-        charts.append(Chart(name=name, title=title, caption=f"{caption} The line is the mean.", svg=svg, table=table))
+    """What replay holds: its error and age as heat maps, and how much of it there is."""
     r = run.records
+    charts = [
+        *_held(
+            r,
+            "replay_priorities",
+            title="Error of what replay holds",
+            caption="Priority of each completion: |group accuracy - value| unless set otherwise.",
+        ),
+        *_held(r, "replay_ages", title="Age of what replay holds", caption="Steps since each was sampled.", whole=True),
+    ]
+    if not any(chart.name == "replay_ages" for chart in charts):
+        title = "Mean age in replay (steps)"
+        charts += single(r, "replay_age_mean", name="replay_age_mean", title=title, ends=(0.0, None), size=HEAT)
+    if charts:
+        title = "Sequences trained on, replayed ones included"
+        charts += single(r, "trained_sequences", name="trained_sequences", title=title, ends=(0.0, None), size=HEAT)
+    return charts
+
+
+def _held(records: Sequence[Record], key: str, *, title: str, caption: str, whole: bool = False) -> list[Chart]:
+    """A heat map of the numbers recorded in each step; `whole` numbers have a row each."""
+    steps = [
+        (step, known)
+        for r in records
+        if (step := number(r.get("step"))) and (known := (v := numbers(r.get(key)))[np.isfinite(v)]).size
+    ]
+    if not steps:
+        return []
+    most = max(float(v.max()) for _, v in steps)
+    top, bins = (most + 1, int(min(24, most + 1))) if whole else (max(1.0, most), 20)
+    columns = np.stack([np.histogram(v, bins=bins, range=(0, top))[0] / v.size for _, v in steps])
+    x, mean = np.array([s for s, _ in steps]), np.array([v.mean() for _, v in steps])
+    axes = Axis(label="step"), Axis(label=key, low=0.0, high=float(top))
+    line = Line(name="mean", x=x, y=mean + 0.5 if whole else mean, color=1)
+    label = f"{title}: mean {mean[0]:.3g} first, {mean[-1]:.3g} last"
     return [
-        *charts,
-        *single(r, "replay_age_mean", name="replay_age_mean", title="Mean age in replay (steps)", ends=(0.0, None)),
-        *single(r, "replay_size", name="replay_size", title="Completions in replay", ends=(0.0, None)),
-        *single(r, "trained_sequences", name="trained_sequences", title="Sequences trained on", ends=(0.0, None)),
+        Chart(
+            name=key,
+            title=title,
+            caption=f"{caption} The line is the mean.",
+            svg=heat_map(x, columns, axes, label, size=HEAT, line=line),
+            table=curve_table([Line(name="mean", x=x, y=mean)], axes[0], Axis()),
+            third=True,
+        )
     ]

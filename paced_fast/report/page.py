@@ -73,6 +73,7 @@ def notes(lines: Sequence[str]) -> str:
 
 def figures(charts: Sequence[Chart]) -> str:
     """Charts side by side, large ones first, each with its numbers as a table."""
+    charts = sorted(charts, key=lambda chart: chart.third)
     return f'<div class="grid">{"".join(_figure(chart) for chart in charts)}</div>' if charts else ""
 
 

@@ -58,7 +58,12 @@ class Run:
     def evaluations(self) -> list[Evaluated]:
         """Every evaluation, in order of step."""
         return [
-            Evaluated(*(number(r.get(key)) or 0.0 for key in ("step", "rollouts", "train_seconds")), figures)
+            Evaluated(
+                step=number(r.get("step")) or 0.0,
+                rollouts=number(r.get("rollouts")) or 0.0,
+                seconds=number(r.get("train_seconds")) or 0.0,
+                figures=figures,
+            )
             for r in self.records
             if (figures := mapping(r.get("eval")))
         ]

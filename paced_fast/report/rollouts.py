@@ -97,7 +97,8 @@ def _rollout(row: Record, *, is_open: bool) -> str:
         f'<details class="card r {kind}{" replayed" if replayed else ""}"{" open" if is_open else ""}>'
         f'<summary><b class="badge {kind}">{badge}</b><span class="facts">'
         f'{" &middot; ".join(fact for fact in facts if fact)}</span><bdi class="short">{short}</bdi></summary>'
-        f'<pre class="prompt" dir="auto">{visible(_cut(prompt))}</pre><pre dir="auto">{_completion(row)}</pre></details>'
+        f'<pre class="prompt" dir="auto">{visible(_cut(prompt))}</pre>'
+        f'<pre dir="auto">{_completion(row)}</pre></details>'
     )
 
 

@@ -147,8 +147,8 @@ def _tiles(run: Run) -> list[Tile]:
 def _change(run: Run, key: str, name: str) -> list[Tile]:
     evaluations = [e.figures for e in run.evaluations]
     found = [number(run.summary.get(f"{key}_{end}")) for end in ("before", "after")]
-    for i, figures in enumerate((evaluations[0], evaluations[-1]) if evaluations else ()):
-        found[i] = number(figures.get(key)) if found[i] is None else found[i]
+    for i, evaluated in enumerate((evaluations[0], evaluations[-1]) if evaluations else ()):
+        found[i] = number(evaluated.get(key)) if found[i] is None else found[i]
     before, after = found
     if after is None:
         return []

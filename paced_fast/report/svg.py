@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 MAX_POINTS = 240
-"""Points of a curve, and columns of a heat map or a stack, that are drawn; more are averaged."""
+"""Points of a curve, and columns of a stack, that are drawn; more are averaged."""
 _LEVELS = 9
 """Shades of a heat map."""
 
@@ -51,6 +51,8 @@ class Size:
 
 
 WIDE = Size()
+_COLUMNS = 48
+"""Columns of a heat map, so that each is an average of enough."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,7 +201,7 @@ def heat_map(
     x: Floats, columns: Floats, axes: tuple[Axis, Axis], label: str, *, size: Size = WIDE, line: Line | None = None
 ) -> str:
     """Shares as shades, `columns[i]` over `x[i]` from the bottom up; the darkest is the share that 1 in 100 exceed."""
-    x, columns = _merged(x, columns)
+    x, columns = _merged(x, columns, _COLUMNS)
     width = float(np.min(np.diff(x))) if x.size > 1 else 1.0
     low, high = axes[1].low or 0.0, axes[1].high if axes[1].high is not None else 1.0
     frame = _Frame(size, (float(x[0]) - width / 2, float(x[-1]) + width / 2), (low, high))
