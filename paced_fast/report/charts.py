@@ -158,15 +158,8 @@ def generator_charts(run: Run) -> list[Chart]:
 
 
 def reward_charts(run: Run) -> list[Chart]:
-    """Reward, and what the reward functions said: verdicts by kind, and completions without one."""
-    charts = single(
-        run.records,
-        "reward_mean",
-        name="train_reward",
-        title="Mean reward of fresh rollouts",
-        caption="On the prompts the schedule drew, hence no measure of progress: a schedule holds it near its target.",
-    )
-    charts += share(run.records, "unscored_share", name="unscored_share", title="Completions without a verdict")
+    """What the reward functions said: completions by verdict, and those without one."""
+    charts = share(run.records, "unscored_share", name="unscored_share", title="Completions without a verdict")
     counted = [(number(r.get("step")), mapping(r.get("verdicts"))) for r in run.records]
     for reward in dict.fromkeys(name for _, verdicts in counted for name in verdicts):
         steps = [(s, kinds) for s, v in counted if s and (kinds := mapping(v.get(reward)))]

@@ -13,7 +13,7 @@ from paced_fast.report.svg import Axis, Line, Size, heat_map, line_chart, percen
 
 __all__ = ["interval", "learning_charts", "pass_curve", "replay_charts", "schedule_charts", "value_charts"]
 
-SQUARE = Size(width=360, height=372, left=46, right=12, top=10, bottom=40)
+SQUARE = Size(width=360, height=372, left=46, right=18, top=10, bottom=40)
 HEAT = Size(width=360, height=250, left=44, right=10, top=8, bottom=38)
 ROLLOUTS = Axis(label="rollouts", low=0.0)
 SECONDS = Axis(label="training time", low=0.0, text=seconds)
@@ -55,7 +55,7 @@ def learning_charts(run: Run) -> list[Chart]:
     """Held-out accuracy against rollouts and against time, by slice, and pass@k before and after."""
     charts: list[Chart] = []
     evaluations = run.evaluations
-    names = list(dict.fromkeys(name for e in evaluations for name in mapping(e.figures.get("slices"))))
+    names = sorted({name for e in evaluations for name in mapping(e.figures.get("slices"))})
     names = names if len(names) > 1 else []
     for clock, axis in ((False, ROLLOUTS), (True, SECONDS)):
         lines = [evaluation_line(evaluations, "accuracy", clock=clock, name="headline", color=0)]
@@ -246,6 +246,13 @@ def schedule_charts(run: Run) -> list[Chart]:
     return [
         *_difficulties(_histograms(run.records)),
         *_mixed(run.records),
+        *single(
+            run.records,
+            "reward_mean",
+            name="train_reward",
+            title="Mean reward of fresh rollouts",
+            caption="On the prompts drawn, hence no measure of progress: a schedule holds it near its target.",
+        ),
         *share(run.records, "prompts_visited_share", name="prompts_visited_share", title="Prompts drawn at least once"),
     ]
 
@@ -326,7 +333,7 @@ def replay_charts(run: Run) -> list[Chart]:
         title = "Mean age in replay (steps)"
         charts += single(r, "replay_age_mean", name="replay_age_mean", title=title, ends=(0.0, None), size=HEAT)
     if charts:
-        title = "Sequences trained on, replayed ones included"
+        title = "Sequences trained on in a step"
         charts += single(r, "trained_sequences", name="trained_sequences", title=title, ends=(0.0, None), size=HEAT)
     return charts
 

@@ -74,7 +74,7 @@ nav a:hover {{ color: var(--c0); }}
   margin: 20px 0 12px; }}
 .tile {{ display: flex; flex-direction: column; padding: 13px 16px 12px; }}
 .tile .name {{ color: var(--soft); font-size: 13px; }}
-.tile b {{ font-size: 21px; line-height: 1.4; font-weight: 650; white-space: nowrap; letter-spacing: -.02em;
+.tile b {{ font-size: 19px; line-height: 1.5; font-weight: 650; white-space: nowrap; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums; }}
 .tile .sub {{ font-size: 12.5px; margin-top: auto; }}
 .up {{ color: var(--good); }} .down {{ color: var(--bad); }}

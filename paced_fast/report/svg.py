@@ -105,15 +105,21 @@ def compact(x: float) -> str:
     """Three digits, with k, M or G for large numbers."""
     if x == 0 or not math.isfinite(x):
         return "0" if x == 0 else "-"
-    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(x) >= scale:
-            return f"{x / (1e3 if suffix == 'k' else scale):.3g}{suffix}"
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+    for scale, least, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e3, 1e5, "k")):
+        if abs(x) >= least:
+            return f"{x / scale:.3g}{suffix}"
+    if abs(x) >= 1000:
+        return f"{x:,.0f}"
+    return f"{x:.3g}" if abs(x) >= 1e-3 else f"{x:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
 def percent(x: float) -> str:
-    """A share in per cent, with a digit behind the point where it tells."""
-    return f"{100 * x:.1f}".removesuffix(".0") + "%"
+    """A share in per cent, with digits behind the point where they tell."""
+    if not math.isfinite(x):
+        return "-"
+    digits = 1 if abs(x) >= 0.01 or x == 0 else 2
+    text = f"{100 * x:.{digits}f}"
+    return f"{text.rstrip('0').rstrip('.')}%"
 
 
 def line_chart(lines: Sequence[Line], x: Axis, y: Axis, label: str, *, size: Size = WIDE, marks: str = "") -> str:
