@@ -137,17 +137,17 @@ def generator_charts(run: Run) -> list[Chart]:
             r,
             f"{prefix}_token_ratio",
             name=f"{prefix}_token_ratio",
-            title="Token ratio",
-            caption="Mean of exp |difference|: 1 when both agree, above 1.05 something is wrong.",
-            text=lambda x: f"{x:.7g}",
+            title="Token ratio, minus 1",
+            caption="Mean of exp |difference| - 1: 0 when both agree, above 0.05 something is wrong.",
+            text=lambda x: compact(x - 1.0),
         ),
         *single(
             r,
             f"{prefix}_sequence_ratio",
             name=f"{prefix}_sequence_ratio",
-            title="Sequence ratio",
-            caption="1 in expectation; well below 1 when a sampling filter is at work.",
-            text=lambda x: f"{x:.7g}",
+            title="Sequence ratio, minus 1",
+            caption="0 in expectation; well below 0 when a sampling filter is at work.",
+            text=lambda x: compact(x - 1.0),
         ),
         *share(r, f"{prefix}_outside_share", name=f"{prefix}_outside_share", title="Tokens outside the band"),
     ]
@@ -228,8 +228,9 @@ def _memory(steps: Sequence[tuple[float, Record]], *, on_gpu: bool) -> list[Char
         layers = {"process": np.stack(list(layers.values())).max(axis=0)}
     peaks = dict(sorted(((n, float(v.max())) for n, v in layers.items()), key=lambda item: -item[1]))
     known = {n: np.flatnonzero(layers[n] > 0) for n in peaks}
-    lines = [Line(name=n, x=x[known[n]], y=layers[n][known[n]], color=i) for i, n in enumerate(list(peaks)[:8])]
-    ax, ay = Axis(label="step"), Axis(low=0.0, text=gibibytes)
+    unit, name = (2**30, "GiB") if max(peaks.values()) >= 2**31 else (2**20, "MiB")
+    lines = [Line(name=n, x=x[known[n]], y=layers[n][known[n]] / unit, color=i) for i, n in enumerate(list(peaks)[:8])]
+    ax, ay = Axis(label="step"), Axis(low=0.0, text=lambda y: f"{compact(y)} {name}")
     label = "Peak memory: " + ", ".join(f"{n} {gibibytes(v)}" for n, v in peaks.items())
     what = "Most that torch held on the GPU within a phase, and its peak over the run." if on_gpu else ""
     return [

@@ -16,7 +16,9 @@ _MAX_TEXT = 2000
 _MAX_SHORT = 90
 """Characters of a prompt in the line that stands for a closed rollout."""
 _OPEN = 3
-"""Rollouts of each outcome that are open at first."""
+"""Rollouts of each outcome that are open at first, and all short ones."""
+_SHORT = 300
+"""Characters of prompt and completion together."""
 
 
 def outcome(row: Record) -> str:
@@ -63,7 +65,8 @@ def rollouts_section(rows: Sequence[Record]) -> str:
     items = []
     for row in shown:
         seen[outcome(row)] = seen.get(outcome(row), 0) + 1
-        items.append(_rollout(row, is_open=seen[outcome(row)] <= _OPEN))
+        length = len(_plain(row.get("prompt"))) + len(_plain(row.get("completion")))
+        items.append(_rollout(row, is_open=seen[outcome(row)] <= _OPEN or length <= _SHORT))
     scale = "".join(f'<span class="p{level}">{text}</span>' for level, text in enumerate(_SCALE))
     legend = f'<p class="scale">probability of a token when it was sampled: {scale}</p>' if _any_tokens(shown) else ""
     return f'<div class="rollouts">{choices}{legend}<div class="list">{"".join(items)}</div></div>'
@@ -88,7 +91,7 @@ def _rollout(row: Record, *, is_open: bool) -> str:
     facts = [f"step {step:.0f}" if step is not None else ""]
     facts.append(visible(str(row["slice"])) if row.get("slice") else "")
     facts.append(f"value {value:.2f}" if value is not None else "")
-    facts.append(f"replayed, sampled {age:.0f} steps before" if replayed and age is not None else "replayed" * replayed)
+    facts.append(f"replayed, {age:.0f} steps old" if replayed and age is not None else "replayed" * replayed)
     badge = "unscored" if reward is None else f"{kind} {reward:g}"
     prompt = _plain(row.get("prompt"))
     short = prompt.strip().replace("\n", " ")

@@ -93,7 +93,7 @@ figure {{ display: flex; flex-direction: column; }}
 figcaption {{ margin-top: 8px; font-size: 13px; line-height: 1.45; }}
 .legend {{ display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 5px 0 2px; font-size: 12.5px;
   color: var(--soft); }}
-.legend i {{ display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px;
+.legend i, .key {{ display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px;
   vertical-align: -1px; }}
 svg.chart {{ display: block; width: 100%; height: auto; margin-top: 6px; touch-action: pan-y; }}
 svg text {{ font: 11px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
