@@ -26,6 +26,10 @@ __all__ = [
 THIRD = Size(width=360, height=200, left=44, right=10, top=8, bottom=38)
 
 
+_COLORS = 8
+"""Of the style sheet; a stack has no more layers."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
     """A titled picture with its legend, what to see in it, and its numbers as a table."""
@@ -196,6 +200,10 @@ def _stack(
     layers = _layers(steps)
     if not layers:
         return None
+    if len(layers) > _COLORS:
+        small = list(layers)[_COLORS - 1 :]
+        rest = np.sum([layers.pop(key) for key in small], axis=0)
+        layers["others"] = rest
     x = np.array([s for s, _ in steps], np.float64)
     ax, ay = Axis(label="step"), Axis(text=text)
     total = float(sum(layer.sum() for layer in layers.values()))
@@ -207,7 +215,7 @@ def _stack(
         title=title,
         caption=caption,
         svg=stack_chart(x, list(layers.items()), (ax, ay), label),
-        legend=[(f"{key} {percent(shares[key])}", i % 8) for i, key in enumerate(layers)],
+        legend=[(f"{key} {percent(shares[key])}", i) for i, key in enumerate(layers)],
         table=(["", "share of the whole", "median step"], rows),
     )
 

@@ -84,8 +84,8 @@ def _titled(group: Group) -> str:
 
 
 _FIGURES_LEAD = (
-    "Differences are to the first. An interval is the one the evaluation records, for several seeds two standard errors "
-    "of their mean either way."
+    "Differences are to the first. An interval is the one the evaluation records; for several seeds, two standard "
+    "errors of their mean either way."
 )
 
 

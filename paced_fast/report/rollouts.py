@@ -91,7 +91,11 @@ def _rollout(row: Record, *, is_open: bool) -> str:
     facts = [f"step {step:.0f}" if step is not None else ""]
     facts.append(visible(str(row["slice"])) if row.get("slice") else "")
     facts.append(f"value {value:.2f}" if value is not None else "")
-    facts.append(f"replayed, {age:.0f} steps old" if replayed and age is not None else "replayed" * replayed)
+    facts.append(
+        f"replayed, {age:.0f} step{'' if age == 1 else 's'} old"
+        if replayed and age is not None
+        else "replayed" * replayed
+    )
     badge = "unscored" if reward is None else f"{kind} {reward:g}"
     prompt = _plain(row.get("prompt"))
     short = prompt.strip().replace("\n", " ")

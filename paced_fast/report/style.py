@@ -95,7 +95,7 @@ figcaption {{ margin-top: 8px; font-size: 13px; line-height: 1.45; }}
   color: var(--soft); }}
 .legend i, .key {{ display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px;
   vertical-align: -1px; }}
-svg.chart {{ display: block; width: 100%; height: auto; margin-top: 6px; touch-action: pan-y; }}
+svg.chart {{ display: block; overflow: visible; width: 100%; height: auto; margin-top: 6px; touch-action: pan-y; }}
 svg text {{ font: 11px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
   fill: var(--soft); font-variant-numeric: tabular-nums; }}
 .m {{ text-anchor: middle; }} .e {{ text-anchor: end; }}
