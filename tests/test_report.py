@@ -190,6 +190,12 @@ def _drawn(run_dir: Path) -> set[str]:
     return {path.stem for path in (run_dir / "plots").glob("*.png")}
 
 
+@pytest.fixture
+def _quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn and not rendered, which takes most of a report's time."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, buffer, **_: buffer.write(b"drawn"))
+
+
 def test_report_of_a_finished_run_holds_everything_and_fetches_nothing(tmp_path: Path) -> None:
     path = report.make_report(_write_run(tmp_path / "my-run", _records()))
     page = Page(path)
@@ -221,6 +227,7 @@ def test_rollouts_shown_are_the_newest_of_each_outcome_newest_first() -> None:
     assert shown == sorted([*range(98, 78, -2), *fresh_right, *range(91, 0, -10), 50], reverse=True)
 
 
+@pytest.mark.usefixtures("_quick_pictures")
 def test_report_without_a_learned_value_leaves_those_figures_out(tmp_path: Path) -> None:
     run_dir = _write_run(tmp_path, _records())
     report.make_report(run_dir)
@@ -229,6 +236,7 @@ def test_report_without_a_learned_value_leaves_those_figures_out(tmp_path: Path)
     assert _drawn(run_dir) == EVERY_PLOT - NEEDS_VALUE, "figures of the earlier report are gone too"
 
 
+@pytest.mark.usefixtures("_quick_pictures")
 def test_report_of_a_running_run_without_evaluation(tmp_path: Path) -> None:
     records = [{key: r[key] for key in ("step", "reward_mean", "seconds")} for r in _records(num_steps=4)[1:]]
     run_dir = _write_run(tmp_path, records, finished=False)
@@ -240,6 +248,7 @@ def test_report_of_a_running_run_without_evaluation(tmp_path: Path) -> None:
     assert "step 4" in page.text
 
 
+@pytest.mark.usefixtures("_quick_pictures")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_report_after_the_first_steps(tmp_path: Path, count: int) -> None:
     run_dir = _write_run(tmp_path, _records(num_steps=3)[:count], finished=False)

@@ -151,8 +151,8 @@ def mapping(x: object) -> Record:
 
 
 def number(x: object) -> float | None:
-    """`x` as a float; None for what is no finite number."""
-    if isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < float("inf"):
+    """`x` as a float; None for what is no number, not finite, or too large to be drawn."""
+    if isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < 1e30:
         return None
     return float(x)
 
