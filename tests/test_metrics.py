@@ -196,10 +196,8 @@ class Clock:
 def test_phases_keep_the_most_memory_of_each() -> None:
     held = iter([5, 10, 90, 20, 7, 1, 2])
     phases = metrics.Phases(memory=lambda: next(held))
-    with phases.phase("update"):  # 5 before it
-        with phases.phase("head"):  # update 10
-            pass  # head 90
-        # update 20
+    with phases.phase("update"), phases.phase("head"):  # 5 before it, 10 for update before head
+        pass  # 90 for head, then 20 for update
     assert phases.peak_bytes == {}
     phases.take()  # other 7
     assert phases.peak_bytes == {"other": 7, "update": 20, "head": 90}
