@@ -206,7 +206,7 @@ def _configuration(run: Run) -> str:
     changed, decided = changed_settings(run.config)
     head = ("setting", "preset", "this run")
     parts = [f"<h3>Changed from the preset</h3>{table(head, changed, changed=True)}"] if changed else []
-    if not changed and run.config.get("preset") in PRESETS:
+    if not changed and str(run.config.get("preset")) in PRESETS:
         parts.append('<p class="none">nothing was changed from the preset</p>')
     if decided:
         parts.append(
