@@ -335,7 +335,7 @@ def _range(axis: Axis, values: Sequence[Floats], *, pad: float) -> tuple[float, 
     high = axis.high if axis.high is not None else high + room
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):  # a point, or a constant
         room = 0.1 * abs(low) or 1.0
-        low, high = (low if axis.low is not None else low - room), high + room
+        low, high = (low if axis.low is not None else low - room), max(low, high) + room
     return low, high
 
 
