@@ -1,8 +1,10 @@
-"""What a run will hold in memory, reckoned before the first step."""
+"""What a run will hold in memory, reckoned before the first step, and what it holds while it trains."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,3 +117,26 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+_STATM = Path("/proc/self/statm")
+
+
+def probe(device: torch.device) -> Callable[[], int] | None:
+    """A function that gives the most bytes held since its last call; None where nothing tells.
+
+    On a GPU what torch has allocated there, as the host's books have it: nobody waits for the device. On a CPU the
+    resident memory of the process at the time of the call.
+    """
+    if device.type == "cuda":
+
+        def peak() -> int:
+            found = torch.cuda.max_memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            return found
+
+        return peak
+    if not _STATM.exists():
+        return None
+    page = os.sysconf("SC_PAGE_SIZE")
+    return lambda: int(_STATM.read_bytes().split()[1]) * page

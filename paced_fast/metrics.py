@@ -281,7 +281,7 @@ def _open_sink(name: str, run_dir: Path, config: Mapping[str, object]) -> Sink:
 
 
 class Phases:
-    """Seconds by phase of a step; each phase is an NVTX range of the same name as well.
+    """Seconds and peak memory by phase of a step; each phase is an NVTX range of the same name as well.
 
     A phase opened inside another stops the outer clock, so the phases of a step add up to the step. With the clock of
     the host, work a phase only launches is charged to the phase that waits for it; marks made on a device (see
@@ -292,9 +292,16 @@ class Phases:
         self,
         clock: Callable[[], Any] = time.perf_counter,
         elapsed: Callable[[Any, Any], float] = lambda start, end: end - start,
+        memory: Callable[[], int] | None = None,
     ) -> None:
-        """`clock` makes a mark and `elapsed` gives the seconds between two; none is asked for before `take`."""
-        self._clock, self._elapsed = clock, elapsed
+        """`clock` makes a mark and `elapsed` gives the seconds between two; none is asked for before `take`.
+
+        `memory` is called at the end of every stretch and gives the bytes held in it.
+        """
+        self._clock, self._elapsed, self._memory = clock, elapsed, memory
+        self.peak_bytes: dict[str, int] = {}
+        """Most bytes held in each phase of the step that `take` closed last; empty when nobody measures them."""
+        self._peaks: dict[str, int] = {}
         self._open: list[str] = []
         self._marks: list[tuple[Any, str]] = []  # a mark, and what began at it
         self._charge("other")
@@ -321,7 +328,11 @@ class Phases:
         seconds.setdefault("other", 0.0)
         seconds["other"] = seconds.pop("other")  # last, as it is no phase
         self._marks = self._marks[-1:]
+        self.peak_bytes, self._peaks = self._peaks, {}
         return seconds
 
     def _charge(self, name: str) -> None:
+        if self._memory is not None and self._marks:
+            ended = self._marks[-1][1]
+            self._peaks[ended] = max(self._peaks.get(ended, 0), self._memory())
         self._marks.append((self._clock(), name))

@@ -5,6 +5,7 @@ P = prompts drawn, B = sequences trained on, N = prompts in the table, C = slots
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ from paced_fast.replay import ReplayBuffer
 from paced_fast.update import Targets, UpdateResult
 
 _BINS = 20
+_SHOWN_TOKENS = 512
+"""Of a completion shown, so many first tokens are kept one by one."""
+_WINDOW = 8
+"""Tokens decoded together to see what the last of them adds: enough for any character and for spaces between words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,8 @@ def fetch(result: StepResult, replay: ReplayBuffer | None, *, mismatch_cap: floa
     if result.replayed is not None:
         replayed = result.replayed
         tensors["replayed_ids"] = replayed.token_ids[: replayed.lengths[0]]
+        tensors["replayed_logprobs"] = replayed.generator_logprobs[: replayed.lengths[0]]
+        tensors["replayed_version"] = replayed.policy_version[0]
         tensors["replayed_reward"] = replayed.rewards[0]
         tensors["replayed_prompt"] = replayed.prompt_index[0]
         if result.values is not None:
@@ -178,6 +185,37 @@ def value_record(result: StepResult, host: dict[str, Any], step: int) -> dict[st
         ages = [step - version for version in host["replay_version"] if version >= 0]
         record["replay_size"] = len(ages)
         record["replay_age_mean"] = sum(ages) / len(ages) if ages else None
+        record["replay_ages"] = ages
         held = zip(host["replay_version"], host["replay_priority"], strict=True)
         record["replay_priorities"] = [priority for version, priority in held if version >= 0]
     return record
+
+
+def shown_tokens(
+    token_ids: Sequence[int], logprobs: Sequence[float], decode: Callable[[Sequence[int]], str]
+) -> dict[str, list[Any]]:
+    """The first tokens of a completion as `tokens`, pieces of its text, and their `logprobs` in nats, to four digits.
+
+    A piece is what its token adds to the text: "" for a stop token, and for one that ends within a character.
+    """
+    count = min(len(token_ids), len(logprobs), _SHOWN_TOKENS)
+    return {
+        "tokens": _pieces(token_ids[:count], decode),
+        "logprobs": [round(float(logprob), 4) for logprob in logprobs[:count]],
+    }
+
+
+def _pieces(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    pieces: list[str] = []
+    start, known = 0, ""  # the text of token_ids[start:i] that pieces hold already
+    for i in range(len(token_ids)):
+        text = decode(token_ids[start : i + 1])
+        cut = text.endswith("\ufffd") and i + 1 < len(token_ids)  # the next token may complete the character
+        if cut and i + 1 - start < 2 * _WINDOW:
+            pieces.append("")
+            continue
+        pieces.append(text[len(known) :] if text.startswith(known) else decode(token_ids[i : i + 1]))
+        known = text
+        if i + 1 - start >= _WINDOW:
+            start, known = i, decode(token_ids[i : i + 1])
+    return pieces

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from paced_fast import metrics, pack, prompts
+from paced_fast import memory, metrics, pack, prompts
 from paced_fast.batch import PromptTable, Rollouts
 from paced_fast.checkpoint import below, load_optimizer_tensors, optimizer_tensors, prefixed
 from paced_fast.config import Config, stream_seed
@@ -26,7 +26,7 @@ from paced_fast.log_z import LogZ, group_accuracy, group_advantage
 from paced_fast.mismatch import sequence_weights
 from paced_fast.parity import ParityGuard
 from paced_fast.policy import Policy
-from paced_fast.record import Fresh, Group, StepResult, fetch, step_record, value_record
+from paced_fast.record import Fresh, Group, StepResult, fetch, shown_tokens, step_record, value_record
 from paced_fast.replay import ReplayBuffer, importance_weights
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.rewards.shaping import centred
@@ -75,7 +75,7 @@ class Trainer:
         self.optimizer = make_optimizer(policy, config.optimizer)
         self.counters = Counters()
         device = policy.device
-        self.phases = metrics.Phases(*clock_of(device))
+        self.phases = metrics.Phases(*clock_of(device), memory.probe(device))
         self.now = torch.zeros((), dtype=torch.int64, device=device)  # the step, for everything on the device
         self.scheduler = PromptScheduler(len(table), config.scheduler, seed=config.seed, device=device)
         self.log_z: LogZ | None = None
@@ -138,6 +138,7 @@ class Trainer:
             "skipped_steps": counters.skipped_steps,
             "verdicts": self.scorer.take_counts(),
             "seconds": seconds,
+            "memory": self.phases.peak_bytes,
             "tokens_per_second": fresh.num_tokens / total,
         }
         if self.config.value_is_accuracy and values is not None:
@@ -342,12 +343,15 @@ class Trainer:
         number = min(limit, len(groups) * size)
         for k in range(number):
             g, j = divmod(k * len(groups) * size // number, size)
-            value = None if values is None else values[g]
-            shown.append((groups[g].prompt_index, groups[g].texts[j], groups[g].rewards[j], value, False))
+            group, value = groups[g], None if values is None else values[g]
+            ids, logprobs = group.completions[j].token_ids, group.completions[j].logprobs
+            shown.append((group.prompt_index, ids, logprobs, group.texts[j], group.rewards[j], value, None))
         if "replayed_ids" in host and limit > 0:
-            text = prompts.decode(self.tokenizer, host["replayed_ids"])
+            ids, logprobs = host["replayed_ids"], host["replayed_logprobs"]
             value = host["replayed_value"] if values is not None else None
-            shown.append((host["replayed_prompt"], text, host["replayed_reward"], value, True))
+            age = self.counters.step - host["replayed_version"]
+            text = prompts.decode(self.tokenizer, ids)
+            shown.append((host["replayed_prompt"], ids, logprobs, text, host["replayed_reward"], value, age))
         return [
             {
                 "step": self.counters.step,
@@ -356,9 +360,11 @@ class Trainer:
                 "reward": reward,
                 "value": value,
                 "slice": self.table.rows[i].slice,
-                "replayed": is_replayed,
+                "replayed": age is not None,
+                "age": age,
+                **shown_tokens(ids, logprobs, lambda part: prompts.decode(self.tokenizer, part)),
             }
-            for i, text, reward, value, is_replayed in shown
+            for i, ids, logprobs, text, reward, value, age in shown
         ]
 
     def state_tensors(self) -> dict[str, Tensor]:

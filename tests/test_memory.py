@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import tiny_policy
 import torch
 
@@ -34,3 +35,14 @@ def test_flowrl_holds_a_second_copy_of_the_weights() -> None:
     config = resolve(dataclasses.replace(preset("tiny"), algorithm="flowrl"))
     plan = memory.plan(model, config, num_prompts=1)
     assert plan["reference policy"] == plan["weights"]
+
+
+def test_memory_held_is_told_while_it_is_held() -> None:
+    held = memory.probe(torch.device("cpu"))
+    if held is None:
+        pytest.skip("needs /proc/self/statm")
+    before = held()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert held() - before > 60 << 20
+    del block
+    assert held() - before < 30 << 20

@@ -162,6 +162,18 @@ class Clock:
         return self.now
 
 
+def test_phases_keep_the_most_memory_of_each() -> None:
+    held = iter([5, 10, 90, 20, 7, 1, 2])
+    phases = metrics.Phases(memory=lambda: next(held))
+    with phases.phase("update"), phases.phase("head"):  # 5 before it, 10 for update before head
+        pass  # 90 for head, then 20 for update
+    assert phases.peak_bytes == {}
+    phases.take()  # other 7
+    assert phases.peak_bytes == {"other": 7, "update": 20, "head": 90}
+    phases.take()
+    assert phases.peak_bytes == {"other": 1}, "a step starts from nothing"
+
+
 def test_phases_add_up_to_the_step_and_nest_without_counting_twice() -> None:
     clock = Clock()
     phases = metrics.Phases(clock=clock)

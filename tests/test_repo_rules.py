@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     {
-        *("errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "plots", "sources"),
+        *("errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "sources"),
         *("sandbox", "estimates"),
     },
     {
-        *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "report", "memory", "mismatch"),
+        *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
         *("resolve", "benchmark_sources"),
     },
-    {"policy", "scheduler", "replay", "generate", "cli"},
+    {"policy", "scheduler", "replay", "generate", "cli", "report"},
     {"update", "weight_sync", "parity", "evaluation", "checkpoint", "warm_start"},
     {"record", "evaluate"},
     {"trainer"},

@@ -39,7 +39,8 @@ def records(folder: Path, name: str = "metrics") -> list[dict[str, Any]]:
 
 
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in record.items() if k not in ("seconds", "train_seconds", "tokens_per_second")}
+    times = ("seconds", "train_seconds", "tokens_per_second", "memory")
+    kept = {k: v for k, v in record.items() if k not in times}
     return kept | ({"eval": timeless(kept["eval"])} if kept.get("eval") else {})
 
 

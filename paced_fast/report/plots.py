@@ -1,4 +1,4 @@
-"""The figures of a run, drawn from its metrics records; `report` puts them on a page.
+"""The figures of a run as pictures for a slide or a paper, drawn from its metrics records.
 
 Each function takes the records (dicts, in order of step) and returns a figure, or None when the run has nothing to
 show: no learned value, no replay, no evaluation yet.
@@ -7,7 +7,6 @@ show: no learned value, no replay, no evaluation yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-__all__ = ["PLOTS", "Plot", "Record"]
+from paced_fast.report.records import Record, mapping, number, numbers, series
 
-Record = Mapping[str, object]
+__all__ = ["PLOTS"]
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLORS = ("#0b6e99", "#d9730d", "#4d8f3a", "#ad1a72", "#6940a5", "#b8860b", "#9f5b3f", "#5f6b7a")
@@ -26,12 +25,12 @@ COLORS = ("#0b6e99", "#d9730d", "#4d8f3a", "#ad1a72", "#6940a5", "#b8860b", "#9f
 
 def learning_curve(records: Sequence[Record]) -> Figure | None:
     """Held-out accuracy (headline and slices) and pass@8 against rollouts."""
-    rows = [(_number(r.get("rollouts")) or 0.0, r["eval"]) for r in records if isinstance(r.get("eval"), Mapping)]
+    rows = [(number(r.get("rollouts")) or 0.0, r["eval"]) for r in records if isinstance(r.get("eval"), Mapping)]
     evals = [(x, e) for x, e in rows if isinstance(e, Mapping)]
     if not evals:
         return None
     end = max(1.0, *(x for x, _ in evals))
-    slices = sorted({name for _, e in evals for name in _mapping(e.get("slices"))})
+    slices = sorted({name for _, e in evals for name in mapping(e.get("slices"))})
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
     for axes, key, title in zip(
@@ -39,9 +38,9 @@ def learning_curve(records: Sequence[Record]) -> Figure | None:
     ):
         _dress(axes, title, "rollouts")
         for color, name in zip(_cycle(len(slices), start=1), slices, strict=True):
-            points = [(x, _number(_mapping(_mapping(e.get("slices")).get(name)).get(key))) for x, e in evals]
+            points = [(x, number(mapping(mapping(e.get("slices")).get(name)).get(key))) for x, e in evals]
             _line(axes, points, color=color, linewidth=1.2, marker=".", markersize=4, alpha=0.85, label=name)
-        points = [(x, _number(e.get(key))) for x, e in evals]
+        points = [(x, number(e.get(key))) for x, e in evals]
         _line(axes, points, color=COLORS[0], linewidth=2.6, marker="o", markersize=5, label="headline")
         _share_axis(axes)
         axes.set_xlim(-0.03 * end, 1.03 * end)
@@ -58,7 +57,7 @@ def train_reward(records: Sequence[Record]) -> Figure | None:
 def mixed_groups(records: Sequence[Record]) -> Figure | None:
     """Share of groups neither all right nor all wrong, with the share under uniform prompts where a run knows it."""
     figure = _noisy_line(records, "mixed_group_share", "Share of mixed groups", share=True)
-    baseline = next((b for r in records if (b := _number(r.get("mixed_group_share_uniform"))) is not None), None)
+    baseline = next((b for r in records if (b := number(r.get("mixed_group_share_uniform"))) is not None), None)
     if figure is not None and baseline is not None:
         axes = figure.axes[0]
         axes.axhline(baseline, color=MUTED, linestyle="--", linewidth=1)
@@ -80,8 +79,8 @@ def calibration(records: Sequence[Record]) -> Figure | None:
     steps = [
         (values, accuracies)
         for r in records
-        if (values := _numbers(r.get("value_fresh"))).size
-        and (accuracies := _numbers(r.get("accuracy_fresh"))).size == values.size
+        if (values := numbers(r.get("value_fresh"))).size
+        and (accuracies := numbers(r.get("accuracy_fresh"))).size == values.size
     ]
     if not steps:
         return None
@@ -129,9 +128,7 @@ def value_quality(records: Sequence[Record]) -> Figure | None:
 
 def value_histogram(records: Sequence[Record]) -> Figure | None:
     """Distribution of the value over all training prompts, one column a step."""
-    steps = [
-        (s, h) for r in records if (s := _number(r.get("step"))) and (h := _numbers(r.get("value_histogram"))).sum()
-    ]
+    steps = [(s, h) for r in records if (s := number(r.get("step"))) and (h := numbers(r.get("value_histogram"))).sum()]
     columns = [h / h.sum() for _, h in steps if h.size == steps[0][1].size]
     return _heat_map([s for s, _ in steps], columns, "Value of all training prompts", "value", top=1.0)
 
@@ -141,7 +138,7 @@ def replay_priorities(records: Sequence[Record]) -> Figure | None:
     steps = [
         (s, p[np.isfinite(p)])
         for r in records
-        if (s := _number(r.get("step"))) and np.isfinite(p := _numbers(r.get("replay_priorities"))).any()
+        if (s := number(r.get("step"))) and np.isfinite(p := numbers(r.get("replay_priorities"))).any()
     ]
     top = max([1.0, *(float(p.max()) for _, p in steps)])
     columns = [np.histogram(p, bins=20, range=(0.0, top))[0] / p.size for _, p in steps]
@@ -150,9 +147,9 @@ def replay_priorities(records: Sequence[Record]) -> Figure | None:
 
 def seconds_by_phase(records: Sequence[Record]) -> Figure | None:
     """Seconds of each step by phase, stacked."""
-    steps = [(s, _mapping(r["seconds"])) for r in records if (s := _number(r.get("step"))) and "seconds" in r]
+    steps = [(s, mapping(r["seconds"])) for r in records if (s := number(r.get("step"))) and "seconds" in r]
     names = list(dict.fromkeys(name for _, seconds in steps for name in seconds))
-    layers = {name: np.array([_number(seconds.get(name)) or 0.0 for _, seconds in steps]) for name in names}
+    layers = {name: np.array([number(seconds.get(name)) or 0.0 for _, seconds in steps]) for name in names}
     layers = {name: layer for name, layer in layers.items() if layer.sum() > 0}
     if not layers:
         return None
@@ -189,65 +186,25 @@ def health(records: Sequence[Record]) -> Figure | None:
     return _small_multiples(records, names, columns=3)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plot:
-    """One figure of the report."""
-
-    name: str
-    """File name without its ending."""
-    draw: Callable[[Sequence[Record]], Figure | None]
-    """From metrics records to the figure."""
-    caption: str
-    """What to see in it."""
-
-
-PLOTS = (
-    Plot(
-        name="learning_curve",
-        draw=learning_curve,
-        caption="Evaluation on held-out prompts. The thick line is the headline, thin lines are slices of the data.",
-    ),
-    Plot(
-        name="calibration",
-        draw=calibration,
-        caption="A large dot is a tenth of the value's range, its area the groups in it, its bar one standard error; "
-        "a small dot is one group. On the dashed line the value predicts accuracy exactly.",
-    ),
-    Plot(
-        name="value_histogram",
-        draw=value_histogram,
-        caption="Where the head places the training prompts. Prompts near the target value are drawn most.",
-    ),
-    Plot(
-        name="mixed_groups",
-        draw=mixed_groups,
-        caption="Only groups with right and wrong completions teach; a schedule is worth what it adds here.",
-    ),
-    Plot(
-        name="train_reward",
-        draw=train_reward,
-        caption="On the prompts the schedule drew, hence no measure of progress: a schedule holds it near its target.",
-    ),
-    Plot(
-        name="value_quality",
-        draw=value_quality,
-        caption="The value on fresh groups, before the head saw them. The Brier score counts single outcomes, so even "
-        "a perfect value does not reach 0.",
-    ),
-    Plot(name="replay_priorities", draw=replay_priorities, caption="|group accuracy - value| of what replay holds."),
-    Plot(
-        name="seconds_by_phase",
-        draw=seconds_by_phase,
-        caption="Host time; the slowest steps, the first as a rule, are cut off. What a phase launches on a GPU counts "
-        "where the host waits for it. Shares in the legend are of the whole run.",
-    ),
-    Plot(name="health", draw=health, caption="Light: every step. Dark: running mean."),
-)
-"""In the order of the page."""
+PLOTS: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
+    draw.__name__: draw
+    for draw in (
+        learning_curve,
+        calibration,
+        value_histogram,
+        mixed_groups,
+        train_reward,
+        value_quality,
+        replay_priorities,
+        seconds_by_phase,
+        health,
+    )
+}
+"""By the name of the file without its ending."""
 
 
 def _noisy_line(records: Sequence[Record], key: str, title: str, *, share: bool) -> Figure | None:
-    x, y = _series(records, key)
+    x, y = series(records, key)
     if not x.size:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -260,16 +217,16 @@ def _noisy_line(records: Sequence[Record], key: str, title: str, *, share: bool)
 
 
 def _small_multiples(records: Sequence[Record], names: Mapping[str, str], *, columns: int) -> Figure | None:
-    series = {title: xy for key, title in names.items() if (xy := _series(records, key))[0].size}
-    if not series:
+    found = {title: xy for key, title in names.items() if (xy := series(records, key))[0].size}
+    if not found:
         return None
-    rows = -(-len(series) // columns)
+    rows = -(-len(found) // columns)
     figure = Figure(figsize=(10, 2.7 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for i, (axes, (title, (x, y))) in enumerate(zip(panels, series.items(), strict=False)):
-        _dress(axes, title, "step" if i + columns >= len(series) else "")
+    for i, (axes, (title, (x, y))) in enumerate(zip(panels, found.items(), strict=False)):
+        _dress(axes, title, "step" if i + columns >= len(found) else "")
         _draw_smoothed(axes, x, y)
-    for axes in list(figure.axes)[len(series) :]:
+    for axes in list(figure.axes)[len(found) :]:
         axes.set_axis_off()
     return figure
 
@@ -327,21 +284,3 @@ def _line(axes: Axes, points: Sequence[tuple[float, float | None]], **style: obj
 
 def _cycle(count: int, *, start: int = 0) -> list[str]:
     return [COLORS[(start + i) % len(COLORS)] for i in range(count)]
-
-
-def _series(records: Sequence[Record], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    known = [(x, y) for r in records if (x := _number(r.get("step"))) and (y := _number(r.get(key))) is not None]
-    return np.array([x for x, _ in known]), np.array([y for _, y in known])
-
-
-def _mapping(x: object) -> Mapping[str, object]:
-    return x if isinstance(x, Mapping) else {}
-
-
-def _number(x: object) -> float | None:
-    return float(x) if isinstance(x, int | float) else None
-
-
-def _numbers(x: object) -> NDArray[np.float64]:
-    """Null becomes nan, so that two lists of the same groups stay aligned."""
-    return np.array([y if isinstance(y, int | float) else np.nan for y in x] if isinstance(x, list) else [], np.float64)

@@ -1,0 +1,38 @@
+"""Command line of the report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from paced_fast.errors import InputError
+from paced_fast.report import compare, make_report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the report of a run folder, or a comparison of several, and names it on standard output.
+
+    Exit status 2 and one line on InputError.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m paced_fast.report",
+        description="Draw the report of a run: report.html and plots/ in its folder; of several runs, a comparison.",
+    )
+    parser.add_argument("run_dir", nargs="+", help="folder with metrics.jsonl")
+    parser.add_argument("--out", help="file of a comparison; without it, compare.html beside the first run")
+    options = parser.parse_args(arguments)
+    try:
+        if len(options.run_dir) > 1:
+            path = compare(options.run_dir, options.out)
+        elif options.out is not None:
+            raise InputError("--out is for a comparison: give two run folders or more, or leave it out")
+        else:
+            path = make_report(options.run_dir[0])
+    except InputError as error:
+        parser.exit(2, f"report: {error}\n")
+    sys.stdout.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The parts a page is put together from: document, tiles, figures, tables."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from paced_fast.report.charts import Chart
+from paced_fast.report.style import POLICY, SCRIPT, STYLE
+
+__all__ = ["Section", "Tile", "document", "figures", "notes", "pairs_table", "shown", "table", "tiles"]
+
+ARROW = "\u2192"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """A headline figure: HTML of the number, of the line below, and of a picture."""
+
+    name: str
+    text: str
+    sub: str = ""
+    picture: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A part of the page with an entry in its navigation."""
+
+    name: str
+    title: str
+    body: str
+    lead: str = ""
+
+
+def document(*, title: str, state: str, top: str, sections: Sequence[Section]) -> str:
+    """The whole page as HTML that needs nothing beside it and asks nobody for anything."""
+    links = "".join(f'<a href="#{part.name}">{html.escape(part.title)}</a>' for part in sections)
+    parts = "".join(
+        f'<section id="{part.name}"><h2>{html.escape(part.title)}</h2>'
+        + (f'<p class="lead">{html.escape(part.lead)}</p>' if part.lead else "")
+        + f"{part.body}</section>"
+        for part in sections
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>"
+        f'<header><h1>{html.escape(title)}</h1><div class="state">{state}</div></header>'
+        f'<nav aria-label="Parts of the page">{links}</nav>{top}{parts}'
+        f'</main><div id="tip" aria-hidden="true"></div><script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def tiles(items: Sequence[Tile]) -> str:
+    """The headline figures."""
+    cards = "".join(
+        f'<div class="card tile"><span class="name">{html.escape(item.name)}</span><b>{item.text}</b>'
+        f'{item.picture}<span class="sub">{item.sub}</span></div>'
+        for item in items
+    )
+    return f'<div class="tiles">{cards}</div>' if items else ""
+
+
+def notes(lines: Sequence[str]) -> str:
+    """What a reader must not miss."""
+    return f'<ul class="notes">{"".join(f"<li>{html.escape(line)}</li>" for line in lines)}</ul>' if lines else ""
+
+
+def figures(charts: Sequence[Chart]) -> str:
+    """Charts side by side, large ones first, each with its numbers as a table."""
+    charts = sorted(charts, key=lambda chart: chart.third)
+    return f'<div class="grid">{"".join(_figure(chart) for chart in charts)}</div>' if charts else ""
+
+
+def _figure(chart: Chart) -> str:
+    keys = "".join(f'<span><i class="k{color}"></i>{html.escape(name)}</span>' for name, color in chart.legend)
+    head, rows = chart.table
+    data = f'<details class="data"><summary>numbers</summary><div>{table(head, rows)}</div></details>' if rows else ""
+    caption = f"<figcaption>{html.escape(chart.caption)}</figcaption>" if chart.caption else ""
+    return (
+        f'<figure class="card {"third" if chart.third else "wide"}" id="chart-{html.escape(chart.name)}">'
+        f"<h3>{html.escape(chart.title)}</h3>"
+        + (f'<div class="legend">{keys}</div>' if len(chart.legend) > 1 else "")
+        + f"{chart.svg}{caption}{data}</figure>"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, changed: bool = False) -> str:
+    """A table of plain texts; with `changed` the last column stands out."""
+    top = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<th scope="row">{html.escape(cell)}</th>'
+            if i == 0
+            else f"<td{' class=changed' if changed and i == len(row) - 1 else ''}>{html.escape(cell)}</td>"
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table>{f'<thead><tr>{top}</tr></thead>' if any(head) else ''}<tbody>{body}</tbody></table>"
+
+
+def pairs_table(rows: Mapping[str, object]) -> str:
+    """Names and values."""
+    if not rows:
+        return '<p class="none">not written yet</p>'
+    return table((), [[key, shown(value)] for key, value in rows.items()])
+
+
+def shown(value: object) -> str:
+    """A value as text; long numbers shortened to what a reader compares."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value)

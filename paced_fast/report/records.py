@@ -1,0 +1,176 @@
+"""What a run folder holds, read without trust in it: any number may be missing, null or of another type.
+
+Needs no tensor library. A run that still goes on leaves half a line at the end of a file, and that line is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paced_fast.errors import InputError
+
+__all__ = ["Evaluated", "Floats", "Record", "Run", "flatten", "mapping", "number", "numbers", "read_run", "series"]
+
+Record = Mapping[str, object]
+Floats = NDArray[np.float64]
+
+_NEWEST_ROLLOUTS = 2000
+"""Lines at the end of rollouts.jsonl that are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A held-out evaluation and when it was made."""
+
+    step: float
+    rollouts: float
+    seconds: float
+    figures: Record
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A run folder, read."""
+
+    folder: Path
+    records: list[Record]
+    """metrics.jsonl in order; at least one."""
+    summary: Record = field(default_factory=dict)
+    """summary.json; empty before a run has ended."""
+    config: Record = field(default_factory=dict)
+    """config.json by dotted names; empty when there is none."""
+    rollouts: list[Record] = field(default_factory=list)
+    """The newest of rollouts.jsonl, in order."""
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def evaluations(self) -> list[Evaluated]:
+        """Every evaluation, in order of step."""
+        return [
+            Evaluated(
+                step=number(r.get("step")) or 0.0,
+                rollouts=number(r.get("rollouts")) or 0.0,
+                seconds=number(r.get("train_seconds")) or 0.0,
+                figures=figures,
+            )
+            for r in self.records
+            if (figures := mapping(r.get("eval")))
+        ]
+
+    @property
+    def last_step(self) -> int:
+        """Of the newest record."""
+        return int(number(self.records[-1].get("step")) or 0)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads a run folder. Raises InputError when it, or its `metrics.jsonl`, is missing, empty, or broken inside."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no run folder at {folder}")
+    return Run(
+        folder=folder,
+        records=_metrics(folder / "metrics.jsonl"),
+        summary=_json(folder / "summary.json"),
+        config=flatten(_json(folder / "config.json")),
+        rollouts=list(_rollouts(folder / "rollouts.jsonl")),
+    )
+
+
+def _metrics(path: Path) -> list[Record]:
+    if not path.exists():
+        raise InputError(f"no {path.name} in {path.parent}: it is no run folder, or the run has not started")
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    records: list[Record] = []
+    for index, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if index == len(lines):  # a running or killed writer leaves half a line
+                break
+            raise InputError(f"{path}:{index} is not JSON: {error}") from error
+        if not isinstance(record, dict) or "step" not in record:
+            raise InputError(f"{path}:{index} is not a metrics record: it has no step")
+        records.append(record)
+    if not records:
+        raise InputError(f"{path} holds no record yet: come back after the first step")
+    return records
+
+
+def _json(path: Path) -> dict[str, object]:
+    if not path.exists():
+        return {}
+    try:
+        obj = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    return obj if isinstance(obj, dict) else {path.stem: obj}
+
+
+def _rollouts(path: Path) -> Iterator[Record]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        tail = deque(file, maxlen=_NEWEST_ROLLOUTS)
+    for line in tail:
+        try:
+            row = json.loads(line)
+        except ValueError:  # only the last line can be torn, and a sample can do without it
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, object] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def mapping(x: object) -> Record:
+    """`x` if it is a mapping, else an empty one."""
+    return x if isinstance(x, Mapping) else {}
+
+
+def number(x: object) -> float | None:
+    """`x` as a float; None for what is no number, not finite, or too large to be drawn."""
+    if isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < 1e30:
+        return None
+    return float(x)
+
+
+def numbers(x: object) -> Floats:
+    """A list as floats. Null becomes nan, so that two lists of the same groups stay aligned."""
+    found = [number(y) for y in x] if isinstance(x, list) else []
+    return np.array([np.nan if y is None else y for y in found], np.float64)
+
+
+def series(records: Sequence[Record], *keys: str, x: str = "step") -> tuple[Floats, Floats]:
+    """x and y of the records of a step that have both; several keys lead into nested mappings."""
+    points = []
+    for record in records:
+        inner: object = record
+        for key in keys:
+            inner = mapping(inner).get(key)
+        at, y = number(record.get(x)), number(inner)
+        if at is not None and y is not None and number(record.get("step")):
+            points.append((at, y))
+    return np.array([p[0] for p in points]), np.array([p[1] for p in points])

@@ -1,0 +1,216 @@
+"""The report of one run: `report.html` and, for slides and papers, `plots/*.png`."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from paced_fast.config import flatten
+from paced_fast.presets import PRESETS
+from paced_fast.report.charts import Chart, generator_charts, health_charts, reward_charts, seconds, time_charts
+from paced_fast.report.learning import interval, learning_charts, replay_charts, schedule_charts, value_charts
+from paced_fast.report.page import ARROW, Section, Tile, document, figures, notes, pairs_table, shown, table, tiles
+from paced_fast.report.plots import PLOTS
+from paced_fast.report.records import Run, mapping, number, read_run, series
+from paced_fast.report.rollouts import rollouts_section
+from paced_fast.report.svg import percent, sparkline
+
+__all__ = ["changed_settings", "make_report"]
+
+
+def make_report(run_dir: str | Path) -> Path:
+    """Draws every figure the run has data for, writes `report.html`, and returns its path.
+
+    Raises InputError when the folder or its `metrics.jsonl` is missing, empty, or broken before its last line.
+    """
+    run = read_run(run_dir)
+    (run.folder / "plots").mkdir(exist_ok=True)
+    for name, draw in PLOTS.items():
+        figure = draw(run.records)
+        path = run.folder / "plots" / f"{name}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)  # one of an earlier report would contradict this page
+            continue
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
+        path.write_bytes(buffer.getvalue())
+    path = run.folder / "report.html"
+    path.write_text(page_of(run), encoding="utf-8")
+    return path
+
+
+def page_of(run: Run) -> str:
+    """The page as HTML; one figure for everything the run has data for."""
+    drawn: list[tuple[str, str, str, list[Chart]]] = [
+        ("learning", "Learning", "Measured on prompts that training never sees.", learning_charts(run)),
+        (
+            "value",
+            "Value",
+            "The value predicts a prompt's accuracy; it is compared with the groups sampled next, before either is "
+            "trained on the other. The Brier score counts single outcomes, so even a perfect value does not reach 0.",
+            value_charts(run),
+        ),
+        ("schedule", "Schedule", "Which prompts training spends its rollouts on.", schedule_charts(run)),
+        ("replay", "Replay", "Earlier completions that training sees again.", replay_charts(run)),
+        ("reward", "Reward", "What the reward functions said of the completions sampled.", reward_charts(run)),
+        (
+            "health",
+            "Health",
+            "Where to look first when a run goes wrong. Light: every step; dark: running mean.",
+            health_charts(run),
+        ),
+        (
+            "generator",
+            "Generator",
+            "Trainer and generator hold the same weights; their log-probs of the same tokens differ by rounding only.",
+            generator_charts(run),
+        ),
+        ("cost", "Time and memory", "Where a step's time and memory go.", time_charts(run)),
+    ]
+    sections = [
+        Section(name=name, title=title, lead=lead, body=figures(charts))
+        for name, title, lead, charts in drawn
+        if charts
+    ]
+    sections.append(Section(name="rollouts", title="Rollouts", body=rollouts_section(run.rollouts), lead="The newest."))
+    sections.append(Section(name="configuration", title="Configuration", body=_configuration(run)))
+    versions = next((v for source in (run.summary, run.records[0]) if (v := mapping(source.get("versions")))), {})
+    if versions:
+        sections.append(Section(name="versions", title="Versions", body=_card(pairs_table(versions))))
+    sections.append(Section(name="summary", title="Summary", body=_card(pairs_table(run.summary))))
+    return document(title=run.name, state=_state(run), top=tiles(_tiles(run)) + notes(_notes(run)), sections=sections)
+
+
+def _card(body: str) -> str:
+    return f'<div class="card scroll">{body}</div>'
+
+
+def _state(run: Run) -> str:
+    steps = number(run.config.get("steps"))
+    if run.summary:
+        badge = f'<span class="badge finished">finished</span> after {run.last_step:,} steps'
+    else:
+        of = f" of {steps:,.0f}" if steps else ""
+        badge = f'<span class="badge running">not finished</span> step {run.last_step:,}{of}'
+    facts = [
+        f"{name} {html.escape(str(run.config[key]))}" for key, name in _FACTS.items() if run.config.get(key) is not None
+    ]
+    return badge + "".join(f"<span>{fact}</span>" for fact in facts)
+
+
+_FACTS = {
+    "preset": "preset",
+    "algorithm": "algorithm",
+    "model.name": "model",
+    "scheduler.rule": "schedule",
+    "seed": "seed",
+    "model.device": "on",
+}
+
+
+def _tiles(run: Run) -> list[Tile]:
+    items = [
+        *_change(run, "accuracy", "held-out accuracy"),
+        *_change(run, "pass_at_8", "held-out pass@8"),
+        *_change(run, "maj_at_k", "majority vote"),
+    ]
+    last = run.records[-1]
+
+    def latest(key: str, summary_key: str = "") -> float | None:
+        found = number(run.summary.get(summary_key or key))
+        return found if found is not None else next((y for y in reversed(series(run.records, key)[1].tolist())), None)
+
+    mixed, uniform = latest("mixed_group_share"), latest("mixed_group_share_uniform")
+    if mixed is not None:
+        sub = f"uniform prompts: {percent(uniform)}" if uniform is not None else "groups that teach"
+        picture = sparkline(series(run.records, "mixed_group_share")[1])
+        items.append(Tile(name="mixed groups", text=percent(mixed), sub=sub, picture=picture))
+    rank = latest("value_rank_correlation")
+    if rank is not None:
+        scores = {"Brier": latest("value_brier"), "ECE": latest("value_ece")}
+        sub = ", ".join(f"{name} {score:.3f}" for name, score in scores.items() if score is not None)
+        picture = sparkline(series(run.records, "value_rank_correlation")[1])
+        items.append(Tile(name="value rank correlation", text=f"{rank:.2f}", sub=sub, picture=picture))
+    rollouts, spent = number(last.get("rollouts")), number(last.get("train_seconds"))
+    if rollouts:
+        items.append(Tile(name="rollouts", text=f"{rollouts:,.0f}", sub=f"in {run.last_step:,} steps"))
+    if spent:
+        rate = latest("tokens_per_second")
+        sub = f"{rate:,.0f} tokens a second" if rate is not None else ""
+        items.append(Tile(name="training time", text=seconds(spent), sub=sub))
+    return items
+
+
+def _change(run: Run, key: str, name: str) -> list[Tile]:
+    evaluations = [e.figures for e in run.evaluations]
+    found = [number(run.summary.get(f"{key}_{end}")) for end in ("before", "after")]
+    for i, evaluated in enumerate((evaluations[0], evaluations[-1]) if evaluations else ()):
+        found[i] = number(evaluated.get(key)) if found[i] is None else found[i]
+    before, after = found
+    if after is None:
+        return []
+    text = percent(after) if before is None or len(evaluations) == 1 else f"{percent(before)} {ARROW} {percent(after)}"
+    subs = []
+    if before is not None and len(evaluations) != 1:
+        points = 100 * (after - before)
+        subs.append(f'<span class="{"up" if points >= 0 else "down"}">{points:+.1f} points</span>')
+    low, high = interval(evaluations[-1], key) if evaluations else (math.nan, math.nan)
+    if math.isfinite(low + high):
+        subs.append(f"{percent(low)} to {percent(high)}")
+    return [Tile(name=name, text=text, sub=", ".join(subs))]
+
+
+def _notes(run: Run) -> list[str]:
+    """What stands out; nothing for a run in which all went well."""
+    records, lines = run.records, []
+
+    def last_mean(key: str) -> float:
+        y = series(records, key)[1][-10:]
+        return float(y.mean()) if y.size else 0.0
+
+    skipped = max((number(r.get("skipped_steps")) or 0.0 for r in records), default=0.0)
+    if skipped:
+        lines.append(f"{skipped:.0f} steps were skipped for a loss or gradient that was not finite.")
+    if (share := last_mean("truncated_share")) > 0.2:
+        lines.append(f"{percent(share)} of the completions of the last 10 steps were cut at the limit of tokens.")
+    if (ratio := last_mean("generator_mismatch_token_ratio")) > 1.05:
+        lines.append(f"Generator and trainer disagree: token ratio {ratio:.3f} over the last 10 steps, above 1.05.")
+    if (share := last_mean("unscored_share")) > 0.01:
+        lines.append(f"{percent(share)} of the completions of the last 10 steps got no verdict.")
+    if len(records) > 10 and series(records, "mixed_group_share")[0].size and last_mean("mixed_group_share") < 0.1:
+        lines.append(
+            "Fewer than a tenth of the groups of the last 10 steps could teach: the rest were all right or all wrong."
+        )
+    return lines
+
+
+def changed_settings(config: Mapping[str, object]) -> tuple[list[list[str]], list[list[str]]]:
+    """(name, preset's value, run's value) of what a user changed, and of what the preset had left to `auto`."""
+    preset = config.get("preset")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        return [], []
+    changed, decided = [], []
+    for name, default in flatten(PRESETS[preset]()).items():
+        plain = list(default) if isinstance(default, tuple) else default
+        if name in config and name != "run_dir" and config[name] != plain:
+            (decided if default == "auto" else changed).append([name, shown(plain), shown(config[name])])
+    return changed, decided
+
+
+def _configuration(run: Run) -> str:
+    if not run.config:
+        return '<p class="none">not written yet</p>'
+    changed, decided = changed_settings(run.config)
+    head = ("setting", "preset", "this run")
+    parts = [f"<h3>Changed from the preset</h3>{table(head, changed, changed=True)}"] if changed else []
+    if not changed and str(run.config.get("preset")) in PRESETS:
+        parts.append('<p class="none">nothing was changed from the preset</p>')
+    if decided:
+        parts.append(
+            f"<details><summary>decided by the algorithm or the machine</summary>{table(head, decided)}</details>"
+        )
+    parts.append(f"<details><summary>every setting</summary>{pairs_table(run.config)}</details>")
+    return "".join(_card(part) for part in parts)
