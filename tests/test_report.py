@@ -433,12 +433,13 @@ def test_a_curve_goes_through_its_points() -> None:
 
 
 def test_a_stack_puts_each_layer_on_those_before() -> None:
-    layers = [("a", np.array([1.0, 2.0])), ("b", np.array([1.0, 0.0]))]
+    layers = [("a", np.array([1.0, 2.0])), ("b", np.array([1.0, 0.0])), ("c", np.ones(2))]
     chart = svg.stack_chart(np.array([1.0, 2.0]), layers, (svg.Axis(), svg.Axis(high=4.0)), "", size=BARE)
     # Two columns 50 wide; a quarter of the height for one.
     assert 'd="M0 75L50 75L50 50L100 50L100 100L50 100L50 100L0 100Z"' in chart
     assert 'd="M0 50L50 50L50 50L100 50L100 50L50 50L50 75L0 75Z"' in chart
-    assert [(s["n"], [p[3] for p in s["p"]]) for s in _hover(chart)["s"]] == [("b", ["1", "0"]), ("a", ["1", "2"])]
+    assert 'd="M0 25L50 25L50 25L100 25L100 50L50 50L50 50L0 50Z"' in chart
+    assert [(s["n"], [p[3] for p in s["p"]]) for s in _hover(chart)["s"]][1:] == [("b", ["1", "0"]), ("a", ["1", "2"])]
 
 
 def test_a_heat_map_is_darkest_where_the_share_is_largest() -> None:
