@@ -85,7 +85,7 @@ for name in os.listdir('@HOME@'):
     if os.path.isfile('@HOME@/' + name):
         attempt(lambda: open('@HOME@/' + name).read())
 """,
-    "the trainer's code": "attempt(lambda: open('@PACKAGE@/config.py').read())",
+    "the trainer's code": "attempt(lambda: open('@PACKAGE@/trainer.py').read())",
     "disks and kernel log": """
 for name in os.listdir('/dev'):
     if name not in ('null', 'zero', 'random', 'urandom', 'full', 'tty', 'shm', 'pts', 'mqueue', 'fd'):

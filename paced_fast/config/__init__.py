@@ -1,0 +1,51 @@
+"""Every setting of a run, as frozen dataclasses; the sentence under a field is its `--help` text.
+
+`auto` means "what the algorithm's name says"; `resolve.resolve` replaces it, and the run folder keeps the result.
+"""
+
+from paced_fast.config.engine import MismatchConfig, SyncMode, WeightSyncConfig
+from paced_fast.config.inputs import (
+    DataConfig,
+    GenerationConfig,
+    ModelConfig,
+    RewardConfig,
+    WarmStartConfig,
+    WarmStartPhase,
+)
+from paced_fast.config.learning import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, Rule, SchedulerConfig
+from paced_fast.config.run import (
+    Algorithm,
+    Config,
+    EvaluationConfig,
+    GeneratorName,
+    RunConfig,
+    digest,
+    flatten,
+    stream_seed,
+)
+
+__all__ = [
+    "Algorithm",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "GenerationConfig",
+    "GeneratorName",
+    "LogZConfig",
+    "LossConfig",
+    "MismatchConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ReplayConfig",
+    "RewardConfig",
+    "Rule",
+    "RunConfig",
+    "SchedulerConfig",
+    "SyncMode",
+    "WarmStartConfig",
+    "WarmStartPhase",
+    "WeightSyncConfig",
+    "digest",
+    "flatten",
+    "stream_seed",
+]

@@ -1,0 +1,45 @@
+"""How vLLM gets the weights, and what its rounding is corrected by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SyncMode = Literal["auto", "shared", "push"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightSyncConfig:
+    """How vLLM gets the weights, and how its agreement with the trainer is checked."""
+
+    mode: SyncMode = "auto"
+    """`shared` (the trainer's parameters are slices of the engine's), `push` (copied after every step), or `auto`:
+    shared where the layout allows it, else push with one line that says why."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the engine's weights; `auto` is the policy's, and any other means push."""
+    bucket_mib: int = 256
+    """`push`: weights are handed over in buckets of about this size, in MiB."""
+    sleep_level: Literal[0, 1, 2] = 0
+    """What the engine gives up while the policy trains on a GPU: 0 the key-value cache only; 1 and 2, in push mode
+    only, the weights too (kept in host memory, or dropped)."""
+    kv_cache_gib: float = 0.0
+    """Key-value cache of the engine in GiB; 0 takes the size in the memory plan."""
+    check_every: int = 10
+    """Steps between checks that both sides give the same log-probs; step 0 is always checked; 0 for that one only."""
+    check_prompts: int = 2
+    """Long token sequences scored by both sides in a check."""
+    max_mean_difference: float = 0.0
+    """Largest mean absolute difference of a token's log-prob (nats) that a check lets pass; above it the run stops.
+    0 takes what rounding explains: 0.002 for float32 (0.01 unless `model.matmul_precision` is highest), 0.03 for
+    bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MismatchConfig:
+    """Correction for the gap between the generator's log-probs and the trainer's."""
+
+    mode: Literal["off", "sequence_truncate", "sequence_mask", "token_truncate", "token_mask"] = "off"
+    """Weight of a sequence: the ratio of trainer to generator, cut at the cap or zero outside [1/cap, cap], taken of
+    the whole sequence or token by token."""
+    cap: float = 2.0
+    """Upper end of the band of ratios; its lower end is 1 / cap."""

@@ -1,0 +1,126 @@
+"""How the policy and log Z learn, and what they learn from: loss, optimiser, head, schedule, replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Rule = Literal["auto", "tree", "greedy", "history", "uniform", "dynamic"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """The policy's loss."""
+
+    beta: float = 0.05
+    """Weight of the squared log-ratio against the reward: the residual uses reward / beta."""
+    intercept: Literal["auto", "value", "group_mean"] = "auto"
+    """What stands for beta * log Z in the policy's loss: the learned value (paper) or the group's mean reward."""
+    importance_cap: float = 1.28
+    """Upper bound of the detached weight exp(log pi - log pi_old) of a sequence."""
+    grpo_clip: float = 0.2
+    """Half width of the ratio clip of `grpo`."""
+    flowrl_reward_scale: float = 15.0
+    """`flowrl`: factor of the group-normalised reward (an inverse temperature)."""
+    flowrl_importance_cap: float = 10.0
+    """`flowrl`: upper bound of the sequence weight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW of the policy."""
+
+    learning_rate: float = 1e-6
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises linearly."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """First-moment decay."""
+    beta2: float = 0.999
+    """Second-moment decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    minibatches: int = 2
+    """Optimiser steps made from one batch of rollouts."""
+    epochs: int = 1
+    """Passes over one batch of rollouts."""
+    micro_batch_tokens: int = 32768
+    """Tokens (padding included) in one forward and backward pass."""
+    max_consecutive_skips: int = 3
+    """Steps skipped in a row for a non-finite loss or gradient before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogZConfig:
+    """The head that predicts value = beta * log Z, the policy's accuracy on a prompt."""
+
+    loss: Literal["auto", "tb", "bce"] = "auto"
+    """`tb`: squared trajectory-balance residual in reward units (paper); `bce`: cross-entropy on raw correctness."""
+    learning_rate: float = 1e-3
+    """AdamW learning rate of the head."""
+    hidden_size: int = 128
+    """Width of the head's two hidden layers."""
+    max_grad_norm: float = 1.0
+    """Gradient norm bound of the head, apart from the policy's."""
+    updates_per_step: int = 1
+    """Gradient steps on each batch of fresh groups."""
+    cache_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type in which the prompts' embeddings are kept; the head computes in float32."""
+    scored_per_step: int = 0
+    """Prompts whose value is brought up to date in a step, in turn; 0 for all. The drawn ones always are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """Which prompts come next."""
+
+    rule: Rule = "auto"
+    """`tree` (weights peak at tau), `greedy` (nearest tau in a pool), `history` (past group variance), `uniform`,
+    or `dynamic` (DAPO: draw uniformly, drop groups that are all right or all wrong, draw again)."""
+    tau: float = 0.5
+    """Accuracy that training aims at."""
+    bandwidth: float = 0.1
+    """Width of the bell around tau in the `tree` rule."""
+    exploration: float = 0.1
+    """Share of draws that ignores the estimate."""
+    explore: Literal["uniform", "age"] = "uniform"
+    """Whom that share goes to (`tree` and `history`): every prompt alike, or by the steps since its last visit."""
+    max_visits: int = 0
+    """Most draws of a prompt within an epoch, which is as many whole batches as the prompts make; 0 for no limit."""
+    warmup_steps: int = 5
+    """First steps, drawn uniformly."""
+    pool_factor: int = 8
+    """`greedy`: size of the random pool, in batches."""
+    max_resamples: int = 10
+    """`dynamic`: rounds of drawing for one batch before it is taken as it is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayConfig:
+    """Replay of correct completions, those with the largest error of the estimate first."""
+
+    mode: Literal["auto", "on", "off"] = "auto"
+    """Whether completions are replayed."""
+    keep: Literal["correct", "all"] = "correct"
+    """Which completions may enter: correct ones, or failures too, which `importance` needs."""
+    capacity: int = 128
+    """Completions kept; the oldest leaves first."""
+    insert_per_step: int = 64
+    """At most so many completions enter in a step, those of the largest priority."""
+    priority: Literal["error", "z"] = "error"
+    """`error`: |group accuracy - value| (paper); `z`: that over its standard deviation if the value were right."""
+    draw_per_step: int = 64
+    """Completions added to each step's batch."""
+    max_age: int = 4
+    """Completions sampled more steps ago are not drawn."""
+    half_life: float = 0.0
+    """Steps after which a completion is drawn half as often; 0 for no decay."""
+    prioritized: bool = False
+    """Draw in proportion to the refreshed priority (true) or evenly (false)."""
+    importance: bool = False
+    """Weigh replayed completions by pi_old / pi_sampled, scaled to a mean of 1. Needs `keep all`; what enters and what
+    is drawn is then chosen without regard to rewards, or no weight could make up for the choice."""
+    trains_log_z: bool = False
+    """Whether the head learns from replayed completions too; correct ones alone bias it upwards."""

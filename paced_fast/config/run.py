@@ -1,0 +1,134 @@
+"""One run: everything together, and functions of settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from paced_fast.config.engine import MismatchConfig, WeightSyncConfig
+from paced_fast.config.inputs import DataConfig, GenerationConfig, ModelConfig, RewardConfig, WarmStartConfig
+from paced_fast.config.learning import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, SchedulerConfig
+
+Algorithm = Literal["paced", "tb", "tb_group", "flowrl", "grpo"]
+GeneratorName = Literal["auto", "vllm", "transformers"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Held-out evaluation."""
+
+    every: int = 25
+    """Steps between evaluations during training; 0 for none."""
+    samples: int = 8
+    """Completions for each prompt during training."""
+    final_samples: int = 16
+    """Completions for each prompt before and after training."""
+    temperature: float = 1.0
+    """Sampling temperature, apart from training's; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this share of the mass; training always samples from all."""
+    max_completion_tokens: int = 0
+    """Completions are cut here; 0 for generation.max-completion-tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """What a run keeps."""
+
+    checkpoint_every: int = 50
+    """Steps between checkpoints; the last step always writes one; 0 for the last only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    rollouts_per_step: int = 4
+    """Rollouts written to rollouts.jsonl each step."""
+    overwrite: bool = False
+    """Replace the results of an earlier run in the same folder."""
+    threads: int = 0
+    """CPU threads of torch; 0 for one a core."""
+    report: bool = True
+    """Write the HTML report and its plots at the end."""
+    loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Other places that receive the metrics, besides metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run."""
+
+    preset: str = "tiny"
+    """Name of the preset these settings began from."""
+    algorithm: Algorithm = "paced"
+    """`paced`, `tb` (learned log Z, uniform prompts), `tb_group` (group-mean intercept), `flowrl` or `grpo`."""
+    steps: int = 150
+    """Steps of training."""
+    seed: int = 0
+    """Seed of every draw of the run."""
+    run_dir: str | None = None
+    """Run folder; without one, runs/PRESET-ALGORITHM-SEED (with a number when that is taken)."""
+    resume: Literal["never", "auto"] = "never"
+    """`auto` continues the newest valid checkpoint of the run folder, and starts anew when the folder has none."""
+    generator: GeneratorName = "auto"
+    """Who samples completions: `vllm`, `transformers` (the trainer's own model), or `auto`: vllm on a GPU where it is
+    installed, else transformers."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    reward: RewardConfig = RewardConfig()
+    generation: GenerationConfig = GenerationConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    mismatch: MismatchConfig = MismatchConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    log_z: LogZConfig = LogZConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    replay: ReplayConfig = ReplayConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """B = P * G."""
+        return self.generation.prompts_per_step * self.generation.group_size
+
+    @property
+    def uses_head(self) -> bool:
+        """Whether log Z is learned: the intercept, the schedule or replay reads it."""
+        learned_intercept = self.algorithm in ("paced", "tb") and self.loss.intercept == "value"
+        return (
+            learned_intercept
+            or self.algorithm == "flowrl"
+            or self.scheduler.rule in ("tree", "greedy")
+            or self.replay.mode == "on"
+        )
+
+    @property
+    def value_is_accuracy(self) -> bool:
+        """Whether the head predicts accuracy (FlowRL's log Z belongs to normalised rewards and does not)."""
+        return self.uses_head and self.algorithm != "flowrl"
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings as one dict from dotted names to values."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        name = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def digest(*parts: Any) -> str:
+    """Sixteen hexadecimal digits that change when any part does; dataclasses count by their fields."""
+    plain = [flatten(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def stream_seed(seed: int, step: int, stream: str) -> int:
+    """Seed of one independent stream of random numbers: a function of (seed, step, stream) and nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()[:8], "little") >> 1
