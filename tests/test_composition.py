@@ -137,6 +137,9 @@ def test_a_function_is_called_once_for_all_sums_that_name_it(own: Path, monkeypa
         ("0*exact+number", "other than 0"),
         ("-1*exact", "the weight of 'exact' is negative"),
         ("exact+0.2*exact", "names 'exact' twice"),
+        ("1e308*exact+1e308*number", "more than a number holds"),
+        ("1_0*exact", "is not a name"),
+        ("\u0663*exact", "is not a name"),
         ("0.5*exakt", "unknown reward 'exakt' .did you mean 'exact'"),
     ],
 )
@@ -148,6 +151,8 @@ def test_what_is_no_sum(text: str, message: str) -> None:
 def test_terms_and_paths(tmp_path: Path) -> None:
     assert [(t.weight, t.name) for t in parse_terms("0.5*a + -2*b:c")] == [(0.5, "a"), (-2.0, "b:c")]
     assert [t.weight for t in parse_reward("1*a+3*b")] == [0.25, 0.75]
+    (tmp_path / "own.py").write_text("def f(completions): return [1.0] * len(completions)")
+    assert judged(f"{tmp_path}/own.py:f+exact", "x", answer="y") == [0.5]
     odd = tmp_path / "a+b*c.py"
     odd.write_text("def f(completions): return [1.0] * len(completions)")
     assert judged(f"{odd}:f", "x") == [1.0]
@@ -237,6 +242,50 @@ def test_verl(own: Path) -> None:
     problem = Scorer().problem(f"verl:{own}:compute_plain", {"question": "?"})
     assert problem is not None
     assert "needs reward_model.ground_truth, ground_truth or answer" in problem
+
+
+AWKWARD = """
+class Judge:
+    def __call__(self, completions): return [1.0] * len(completions)
+
+class Careless(Judge):
+    def problem(self, columns): return columns["no such column"]
+
+class Odd(Judge):
+    problem = "text"
+
+careless, odd = Careless(), Odd()
+
+def needs(completions, gold): return [1.0] * len(completions)
+"""
+
+
+def test_what_cannot_judge_a_row_is_known_when_rows_are_read(tmp_path: Path) -> None:
+    own = tmp_path / "awkward.py"
+    own.write_text(AWKWARD)
+    scorer = Scorer()
+    assert (
+        scorer.problem(f"{own}:needs", {"answer": 1}) == f"reward '{own}:needs' needs a column 'gold': the row has none"
+    )
+    assert scorer.problem(f"trl:{own}:needs", {}) == f"reward 'trl:{own}:needs' needs a column 'gold': the row has none"
+    assert scorer.problem(f"{own}:needs", {"gold": 1}) is None
+    assert scorer.problem(f"{own}:odd", {}) is None
+    with pytest.raises(InputError, match=r"careless' failed when asked about a row: KeyError"):
+        scorer.problem(f"{own}:careless", {})
+    with pytest.raises(InputError, match=r"awkward.py:Judge' is a class: name an object of it"):
+        scorer.problem(f"{own}:Judge", {})
+    for name in ("verl:", "trl:"):
+        with pytest.raises(InputError, match=rf"reward '{name}' names no function"):
+            Scorer([name])
+    leaving = tmp_path / "leaving.py"
+    leaving.write_text("raise SystemExit(3)")
+    with pytest.raises(InputError, match=r"cannot import .*leaving.py': SystemExit: 3"):
+        Scorer([f"{leaving}:f"])
+
+
+@pytest.mark.parametrize("reward", ["exact", "number", "verl:{own}:compute_plain", "trl:{own}:chat"])
+def test_a_field_called_self_is_no_argument(own: Path, reward: str) -> None:
+    assert judged(reward.format(own=own), "4", answer="4", self=3) == [1.0]
 
 
 def test_trl_chats(own: Path) -> None:

@@ -519,8 +519,16 @@ def jsonl(path: Path, *rows: dict[str, Any]) -> str:
 FAILURES: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
     "missing file": (lambda _, tmp: {"data__train": (f"jsonl:{tmp}/absent.jsonl?reward=exact",)}, "no such file"),
     "row without answer": (
-        lambda _, tmp: {"data__train": (jsonl(tmp / "a.jsonl", {"prompt": "1=1:"}) + "?reward=exact",)},
-        "a.jsonl:1 has no field 'answer'",
+        lambda _, tmp: {
+            "data__train": (
+                jsonl(tmp / "a.jsonl", {"prompt": "1=1:", "answer": "1"}, {"prompt": "1=1:"}) + "?reward=exact",
+            )
+        },
+        "a.jsonl:2 has no field 'answer'",
+    ),
+    "rows without answers": (
+        lambda _, tmp: {"data__train": (jsonl(tmp / "c.jsonl", {"prompt": "1=1:"}) + "?reward=exact",)},
+        "no known layout",
     ),
     "no rows": (lambda _, tmp: {"data__train": (jsonl(tmp / "b.jsonl") + "?reward=exact",)}, "has no rows"),
     "too long": (lambda *_: {"data__max_prompt_tokens": 11}, "the prompt has 12 tokens and max_prompt_tokens is 11"),

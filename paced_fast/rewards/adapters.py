@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from paced_fast.errors import InputError
+from paced_fast.rewards.call import missing_column, parameters_of
 
 
 class VerlReward:
@@ -24,16 +25,13 @@ class VerlReward:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self._name, self._function = name, function
-        parameters = inspect.signature(function).parameters.values()
-        takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-        names = {parameter.name for parameter in parameters}
-        missing = {"solution_str", "ground_truth"} - names
-        if missing and not takes_all:
+        self._names = parameters_of(function)
+        missing = set() if self._names is None else {"solution_str", "ground_truth"} - set(self._names)
+        if missing:
             raise InputError(
                 f"reward {name!r}: a function of verl has the parameters data_source, solution_str, ground_truth and "
                 f"extra_info, and this one has no {sorted(missing)[0]!r}"
             )
-        self._names = None if takes_all else names
 
     def problem(self, columns: Mapping[str, Any]) -> str | None:
         """That a row has no ground truth."""
@@ -67,9 +65,12 @@ class TRLChatReward:
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self._name, self._function = name, function
         self.is_async = inspect.iscoroutinefunction(function)
-        parameters = inspect.signature(function).parameters.values()
-        takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-        self._names = None if takes_all else {parameter.name for parameter in parameters}
+        self._names = parameters_of(function)
+
+    def problem(self, columns: Mapping[str, Any]) -> str | None:
+        """That a row lacks a column which the function needs."""
+        name = missing_column(self._function, columns)
+        return None if name is None else f"reward {self._name!r} needs a column {name!r}: the row has none"
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> Any:
         given = {

@@ -16,7 +16,8 @@ import numpy as np
 from paced_fast.batch import PromptRow
 from paced_fast.errors import InputError
 
-_RESERVED_COLUMNS = ("prompts", "completions")
+# A column of the first name would meet the object itself, where the function is a method of one.
+_RESERVED_COLUMNS = ("self", "prompts", "completions")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +54,7 @@ class Call:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"the reward function {self.name!r} failed: {_reason(error)}") from error
+            raise InputError(f"the reward function {self.name!r} failed: {reason(error)}") from error
 
     async def run_async(self, seconds: float) -> list[float | None]:
         """The same for an async function; after `seconds` without an answer all its completions are unscored."""
@@ -64,7 +65,7 @@ class Call:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"the reward function {self.name!r} failed: {_reason(error)}") from error
+            raise InputError(f"the reward function {self.name!r} failed: {reason(error)}") from error
 
     def _arguments(self) -> dict[str, Any]:
         """All columns for a function with `**columns`, else those it names."""
@@ -72,10 +73,8 @@ class Call:
         columns = {key: [row.columns.get(key) for row in self.rows] for key in keys}
         prompts, completions = [row.prompt for row in self.rows], list(self.completions)
         given = {"prompts": prompts, "completions": completions, **columns, **(self.more_columns or {})}
-        parameters = inspect.signature(self.function).parameters.values()
-        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-            return given
-        return {key: given[key] for key in (parameter.name for parameter in parameters) if key in given}
+        names = parameters_of(self.function)
+        return given if names is None else {key: given[key] for key in names if key in given}
 
     def _checked(self, returned: Any) -> list[float | None]:
         if hasattr(returned, "tolist"):
@@ -145,5 +144,28 @@ class _Background:
             self._error = error
 
 
-def _reason(error: Exception) -> str:
+def parameters_of(function: Callable[..., Any]) -> list[str] | None:
+    """The names of what a function takes; None when it takes any. A builtin that does not say takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return [parameter.name for parameter in parameters]
+
+
+def missing_column(function: Callable[..., Any], columns: Mapping[str, Any]) -> str | None:
+    """A parameter without a default that no column of a row fills, None when there is none."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
+    return next((name for name in needed if name not in ("prompts", "completions") and name not in columns), None)
+
+
+def reason(error: BaseException) -> str:
+    """An error of somebody else's code in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

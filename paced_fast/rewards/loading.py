@@ -37,6 +37,8 @@ def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFuncti
         return ReasoningGymReward()
     if plain := {"exact": exact, "number": number, "signed_sums": signed_sums}.get(name):
         return plain
+    if name in ("verl:", "trl:"):
+        raise InputError(f"reward {name!r} names no function: {name}package.module:function or {name}file.py:function")
     for prefix, adapter in (("verl:", VerlReward), ("trl:", TRLChatReward)):
         if name.startswith(prefix):
             return adapter(name, import_function(name.removeprefix(prefix), "reward"))
@@ -60,6 +62,8 @@ def import_function(name: str, kind: str) -> RewardFunction:
     function: Any = getattr(_import(module_name, f"{kind} {name!r}"), function_name, None)
     if not callable(function):
         raise InputError(f"{kind} {name!r}: {module_name} has no function {function_name!r}")
+    if isinstance(function, type):
+        raise InputError(f"{kind} {name!r} is a class: name an object of it, made in {module_name}")
     return cast(RewardFunction, function)
 
 
@@ -76,6 +80,6 @@ def _import(module_name: str, who: str) -> Any:
         return module
     except InputError:
         raise
-    except Exception as error:  # the user's module runs here
+    except (Exception, SystemExit) as error:  # the user's module runs here
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{who}: cannot import {module_name!r}: {reason}") from error

@@ -9,7 +9,7 @@ from typing import Any
 from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.rewards.call import Call, run_all
+from paced_fast.rewards.call import Call, missing_column, reason, run_all
 from paced_fast.rewards.loading import RewardFunction, load_reward
 from paced_fast.rewards.terms import Term, parse_reward
 
@@ -41,10 +41,18 @@ class Scorer:
     def problem(self, name: str, columns: Mapping[str, Any]) -> str | None:
         """What keeps the reward `name` from ever judging a row of these columns, None when nothing does."""
         for term in self._terms(name):
-            asked = getattr(self._functions[term.name], "problem", None)
-            found = None if asked is None else asked(columns)
+            function = self._functions[term.name]
+            asked = getattr(function, "problem", None)
+            if callable(asked):
+                try:
+                    found = asked(columns)
+                except Exception as error:  # a user's own object may answer
+                    raise InputError(f"reward {term.name!r} failed when asked about a row: {reason(error)}") from error
+            else:
+                lacks = missing_column(function, columns)
+                found = None if lacks is None else f"reward {term.name!r} needs a column {lacks!r}: the row has none"
             if found is not None:
-                return found
+                return str(found)
         return None
 
     def take_counts(self) -> dict[str, dict[str, int]]:

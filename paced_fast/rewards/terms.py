@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from paced_fast.errors import InputError
+
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +26,13 @@ def parse_terms(text: str) -> tuple[Term, ...]:
     Raises:
         InputError: a summand without a name, a weight that is no finite number other than 0, or a name given twice.
     """
-    if Path(text.rpartition(":")[0]).expanduser().is_file():
+    path, _, function = text.rpartition(":")
+    if function.isidentifier() and _is_file(path):
         return (Term(1.0, text),)
     terms = []
     for part in text.split("+"):
         factor, star, name = part.strip().rpartition("*")
-        try:
-            weight = float(factor) if star else 1.0
-        except ValueError:
-            weight = math.nan
+        weight = (float(factor) if _NUMBER.fullmatch(factor.strip()) else math.nan) if star else 1.0
         if not name.strip() or not math.isfinite(weight) or weight == 0.0:
             raise InputError(
                 f"{text!r}: {part.strip()!r} is not a name or weight*name with a finite weight other than 0"
@@ -44,6 +45,13 @@ def parse_terms(text: str) -> tuple[Term, ...]:
     return tuple(terms)
 
 
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):  # a name that no file system takes, a home that there is not
+        return False
+
+
 def parse_reward(text: str) -> tuple[Term, ...]:
     """The parts of a row's reward with weights that add up to 1. Raises InputError also for a weight below 0."""
     terms = parse_terms(text)
@@ -51,4 +59,6 @@ def parse_reward(text: str) -> tuple[Term, ...]:
         if term.weight < 0:
             raise InputError(f"reward {text!r}: the weight of {term.name!r} is negative, and correctness is in [0, 1]")
     total = sum(term.weight for term in terms)
+    if not math.isfinite(total):
+        raise InputError(f"reward {text!r}: its weights add up to more than a number holds: scale them down")
     return tuple(Term(term.weight / total, term.name) for term in terms)

@@ -219,8 +219,8 @@ def _demonstration(name: str, data: Row, prompt: str | Messages, answer: Any, wh
         except (ValueError, ZeroDivisionError) as error:
             raise BadRow(f"{where}: the answer {text!r} is no number for demonstration=@equation: drop it") from error
     text = _lookup(data, name, where, "demonstration")
-    if not isinstance(text, str):
-        raise BadRow(f"{where}: the demonstration in {name!r} is not text: {text!r}")
+    if not isinstance(text, str) or not text.strip():
+        raise BadRow(f"{where}: the demonstration in {name!r} is not text, or none: {text!r}")
     return text
 
 

@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ class JsonLines:
         except UnicodeDecodeError as error:
             raise BadRow(f"{where} is not UTF-8 (byte {error.start} of the line): save the file as UTF-8") from error
         try:
-            row = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_field_twice)
+            row = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_no_field_twice)
         except RecursionError as error:
             raise BadRow(f"{where} is nested too deeply: drop the row") from error
         except ValueError as error:
@@ -129,6 +130,13 @@ def _skip_line(file: IO[bytes], line: bytes) -> None:
 
 def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is larger than a number can be")
+    return number
 
 
 def _no_field_twice(pairs: list[tuple[str, Any]]) -> Row:

@@ -33,6 +33,7 @@ _KEYS = {
 _TASK_SPLITS = ("train", "eval", "demonstrations")
 _COMPUTED = ("@answer", "@equation")
 _WANTED = {
+    "slice": "a name that can be printed",
     "rows": "start:stop with 0 <= start < stop",
     "share": "low:high with 0 <= low < high <= 1",
     "optional": "true or false",
@@ -91,8 +92,8 @@ def parse_source(spec: str) -> Source:
         raise InputError(
             f"source {spec!r} must start with one of {', '.join(f'{k}:' for k in _KEYS)}{nearest(kind, list(_KEYS))}"
         )
-    if not name.strip():
-        raise InputError(f"source {spec!r} has no name after {kind}:")
+    if not name.strip() or not name.isprintable():
+        raise InputError(f"source {spec!r} has no name, or none that can be printed, after {kind}:")
     values: dict[str, Any] = {}
     params: dict[str, Any] = {}
     for pair in query.split("&") if query else ():
@@ -107,6 +108,8 @@ def parse_source(spec: str) -> Source:
             raise InputError(f"source {spec!r} gives {key!r} twice")
         if key in _KEYS[kind]:
             values[key] = _value(spec, kind, key, text)
+        elif kind == "rg" and key == "name":
+            raise InputError(f"source {spec!r}: a task of reasoning-gym has no parameter 'name'")
         elif kind == "rg":
             params[key] = _literal(text)
         else:
@@ -147,7 +150,7 @@ def _read(kind: str, key: str, text: str) -> Any:
             raise ValueError
         return start, stop
     if key == "share":
-        low, high = (_bounded(float(part), low=0.0, high=1.0) for part in text.split(":"))
+        low, high = (_bounded(_decimal(part), low=0.0, high=1.0) for part in text.split(":"))
         if not low < high:
             raise ValueError
         return low, high
@@ -156,6 +159,7 @@ def _read(kind: str, key: str, text: str) -> Any:
     allowed = (
         (key != "format" or text in ("auto", *FORMAT_NAMES))
         and (key != "template" or is_template(text))
+        and (key != "slice" or text.isprintable())
         and (key != "demonstration" or text[0] != "@" or text in _COMPUTED)
         and (key != "split" or kind != "task" or text in _TASK_SPLITS)
     )
@@ -175,6 +179,12 @@ def _whole(text: str, *, low: int, digits: int) -> int:
     return int(text)
 
 
+def _decimal(text: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?([eE]-?[0-9]+)?|\.[0-9]+", text):
+        raise ValueError
+    return float(text)
+
+
 def _bounded(number: float, *, low: float, high: float) -> float:
     if not low <= number <= high:  # nor is NaN
         raise ValueError
@@ -185,5 +195,5 @@ def _literal(text: str) -> Any:
     """A JSON value when the text is one (2, 0.5, true, ["+"]), else the text."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, or a number of too many digits
         return text
