@@ -1,0 +1,217 @@
+"""Trajectory balance in TRL: `PacedTrainer` and `PacedConfig` take the places of GRPOTrainer and GRPOConfig.
+
+::
+
+    from paced_fast.integrations.trl import PacedConfig, PacedTrainer
+
+    trainer = PacedTrainer(model=..., reward_funcs=..., args=PacedConfig(...), train_dataset=...)
+    trainer.train()
+
+Generation, rewards, logging, callbacks, PEFT and vLLM are TRL's. What changes is the loss, from raw rewards and log Z
+instead of advantages. log Z is estimated when the rewards arrive, over whole groups of all processes, so TRL may
+shuffle and split the batch as it likes. Written against TRL 1.16.
+
+B = sequences of a micro-batch, C = longest completion, H = hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from paced_fast.errors import InputError
+from paced_fast.integrations.losses import (
+    Balance,
+    group_log_z,
+    loss_from_hidden,
+    loss_from_logprobs,
+    offsets,
+    packed,
+)
+from paced_fast.integrations.trl_config import PacedConfig, check_reward_columns
+
+try:
+    from trl import GRPOTrainer
+except ImportError as error:
+    raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
+
+__all__ = ["PacedConfig", "PacedTrainer"]
+
+# What a policy's own forward would do to its logits, and the fused op does not.
+_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
+
+class PacedTrainer(GRPOTrainer):
+    """GRPOTrainer with the trajectory-balance loss; the same arguments, `args` a `PacedConfig`."""
+
+    _tag_names = ["trl", "paced-rl"]  # noqa: RUF012 (TRL declares it so)
+    _name = "PACED-RL"
+    _paper = {  # noqa: RUF012
+        "title": "PACED-RL",
+        "id": "2602.12642",
+        "citation": "@misc{paced-rl, eprint = {arXiv:2602.12642}, year = 2026}",
+    }
+
+    args: PacedConfig
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, **options: Any) -> None:
+        if not isinstance(args, PacedConfig):
+            raise InputError(f"args is {type(args).__name__}: PacedTrainer takes a PacedConfig, a GRPOConfig with more")
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        for name in ("train_dataset", "eval_dataset"):
+            data = options.get(name)
+            for part, rows in data.items() if isinstance(data, dict) else [("", data)]:
+                label = f"{name}[{part!r}]" if part else name
+                columns = getattr(rows, "column_names", None)
+                check_reward_columns(functions, columns if isinstance(columns, list) else None, label)
+        super().__init__(model, reward_funcs, args, **options)
+        if args.fused:
+            base = self.accelerator.unwrap_model(self.model)
+            base = base.get_base_model() if hasattr(base, "get_base_model") else base
+            self._check_fused(base)
+            add_state_call(base)
+
+    def _check_fused(self, base: Any) -> None:
+        settings = base.config.get_text_config()
+        scaled = [n for n in _SCALED_LOGITS if getattr(settings, n, None) not in (None, 1, 1.0)]
+        for is_wrong, what in (
+            (bool(scaled), f"this model scales its logits ({', '.join(scaled)})"),
+            (getattr(self, "_is_vlm", False), "this model takes images"),
+            (self.aux_loss_enabled, "this model has a router loss"),
+            (self.is_deepspeed_enabled, "DeepSpeed may split the output layer"),
+        ):
+            if is_wrong:
+                raise InputError(f"{what}, which the fused loss does not know: set fused=False")
+
+    # ---- rewards: raw, with log Z beside them -----------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._rewards_per_function = per_function  # [processes * B, functions], NaN for no verdict
+        return per_function
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        per_function = self._rewards_per_function
+        scored = ~per_function.isnan().all(1)
+        rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        groups = torch.arange(len(rewards)).div(group_size, rounding_mode="floor").tolist()
+        log_z = rewards / self.args.tb_beta
+        if group_size > 1:
+            log_z = group_log_z(log_z, groups, group_size=group_size, scored=scored)
+        start = self.accelerator.process_index * len(inputs)
+        here = slice(start, start + len(inputs))
+        has_tokens = output["completion_mask"].bool().any(1)  # TRL empties the mask of a truncated completion
+        output["rewards"], output["log_z"] = rewards[here], log_z[here]
+        output["weights"] = (scored[here] & has_tokens).float()
+        output["num_trained"] = self.accelerator.gather(output["weights"]).sum()
+        return output
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
+        weights = inputs["weights"]
+        if "importance_sampling_ratio" in inputs:  # [B, 1], the trainer's policy against vLLM's
+            weights = weights * inputs["importance_sampling_ratio"][:, 0]
+        # DDP averages over processes, and the accumulated micro-batches are added: together one mean over a window.
+        denominator = inputs["num_trained"].clamp(min=1.0) / self.accelerator.num_processes
+        if mode == "train":
+            denominator = denominator * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        settings = {
+            "rewards": inputs["rewards"],
+            "log_z": inputs["log_z"],
+            "beta": self.args.tb_beta,
+            "denominator": denominator,
+            "weights": weights,
+            "importance_cap": self.args.importance_cap,
+        }
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        old = inputs.get("old_per_token_logps")
+        if self.args.fused:
+
+            def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Balance:
+                width = mask.shape[1]
+                return loss_from_hidden(
+                    packed(hidden[:, -width - 1 : -1], mask).to(weight.dtype),
+                    weight,
+                    packed(inputs["completion_ids"], mask),
+                    offsets(mask),
+                    bias=bias,
+                    temperature=self.temperature,
+                    old_logprobs=None if old is None else packed(old, mask),
+                    **settings,
+                )
+
+            out = model(input_ids=input_ids, attention_mask=attention_mask, state_call=loss_of)
+            loss = out.loss
+        else:
+            names = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes")
+            names += ("num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
+            logprobs, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                mask.shape[1],
+                compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled,
+                **{name: inputs.get(name) for name in names},
+            )
+            out = loss_from_logprobs(logprobs, mask=mask, old_logprobs=old, **settings)
+            out = out._replace(entropy=packed(entropy.detach(), mask))
+            loss = out.loss
+            if self.aux_loss_enabled:
+                micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
+                loss = loss + self.router_aux_loss_coef * aux_loss / micro_batches
+        self._log_balance(out, inputs["weights"] > 0, mode)
+        return loss
+
+    def _log_balance(self, out: Balance, trained: Tensor, mode: str) -> None:
+        assert out.entropy is not None
+        zero = torch.zeros((), device=trained.device)
+        sums = torch.stack(
+            [
+                trained.float().sum(),
+                torch.where(trained, out.residual.float().square(), zero).sum(),
+                torch.where(trained, out.log_ratio, zero).sum(),
+                torch.where(trained, out.weight, zero).sum(),
+                torch.full_like(zero, float(out.entropy.numel())),
+                out.entropy.float().sum(),
+            ]
+        )
+        count, squares, ratios, weights, tokens, entropy = self.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = self._metrics[mode]
+        metrics["tb/residual_rms"].append((squares / max(count, 1)) ** 0.5)
+        metrics["tb/log_ratio"].append(ratios / max(count, 1))
+        metrics["tb/importance_weight"].append(weights / max(count, 1))
+        metrics["entropy"].append(entropy / max(tokens, 1))
+
+
+def add_state_call(model: Any) -> None:
+    """Let `model(..., state_call=f)` return `f(hidden states, head weight, head bias)` instead of logits.
+
+    The loss has to be computed inside the model's forward, because that is where DDP, FSDP and autocast have the
+    weights ready; the model keeps its own forward for every other call. The loss travels as a function, because
+    wrappers round the tensors they are handed (rewards in bfloat16).
+    """
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, state_call: Callable[..., Balance] | None = None, **options: Any) -> Any:
+        if state_call is None:
+            return plain(*args, **options)
+        hidden = self.base_model(*args, use_cache=False, **options).last_hidden_state
+        head = self.get_output_embeddings()
+        weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
+        return state_call(hidden.to(weight.device), weight, bias)
+
+    model.forward = types.MethodType(forward, model)
