@@ -21,6 +21,7 @@ import tiny_trl
 
 from paced_fast import pack
 from paced_fast.batch import Completion, Rollouts
+from paced_fast.errors import InputError
 from paced_fast.log_z import group_accuracy
 from paced_fast.policy import Policy
 from paced_fast.update import Targets, make_optimizer, update_policy
@@ -150,3 +151,155 @@ def test_two_processes_make_the_updates_of_our_trainer(tmp_path: Path) -> None:
     assert len(first["batches"]) == 3
     steps = [list(pair) for pair in zip(first["batches"], second["batches"], strict=True)]
     assert_same(first["state"], our_parameters(steps))
+
+
+def micro_batch(made: Any, *, old_shift: float | None) -> dict[str, Tensor]:
+    """Five sequences of different lengths, one unscored with a NaN reward, old log-probs off by `old_shift`."""
+    source = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([4, 1, 6, 3, 2])
+    completion_mask = (torch.arange(6) < lengths[:, None]).long()
+    prompt_mask = torch.tensor([[0, 1], [1, 1], [1, 1], [0, 1], [1, 1]])
+    inputs = {
+        "prompt_ids": torch.randint(2, 11, (5, 2), generator=source) * prompt_mask,
+        "prompt_mask": prompt_mask,
+        "completion_ids": torch.randint(2, 11, (5, 6), generator=source) * completion_mask,
+        "completion_mask": completion_mask,
+        "rewards": torch.tensor([1.0, 0.0, 0.25, 0.5, torch.nan]),
+        "log_z": torch.tensor([9.0, 9.0, 4.0, 4.0, 4.0]),
+        "weights": torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]),
+        "num_trained": torch.tensor(4.0),
+    }
+    if old_shift is not None:
+        noise = torch.rand(5, 6, generator=source) - 0.5
+        inputs["old_per_token_logps"] = brute_logprobs(made, inputs).detach() + old_shift * noise
+    return inputs
+
+
+def brute_logprobs(made: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """[B, C] from full logits, each row without its padding."""
+    rows = []
+    for i in range(5):
+        prompt = inputs["prompt_ids"][i][inputs["prompt_mask"][i].bool()]
+        completion = inputs["completion_ids"][i][inputs["completion_mask"][i].bool()]
+        ids = torch.cat([prompt, completion])[None]
+        hidden = made.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        table = (made.model.lm_head(hidden) / made.temperature).log_softmax(-1)[0, len(prompt) - 1 : -1]
+        row = table.gather(1, completion[:, None])[:, 0]
+        rows.append(torch.nn.functional.pad(row, (0, 6 - len(row))))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("old_shift", [None, 1.5])
+def test_the_loss_is_the_formula(tmp_path: Path, fused: bool, old_shift: float | None) -> None:
+    made = tiny_trl.trainer(tmp_path, fused=fused, temperature=0.7, gradient_accumulation_steps=2)
+    made.current_gradient_accumulation_steps = 2
+    inputs = micro_batch(made, old_shift=old_shift)
+    loss = made._compute_loss(made.model.train(), inputs)
+    loss.backward()
+    found = tiny_policy.gradients(made.model)
+    made.model.zero_grad()
+    logprobs = brute_logprobs(made, inputs)
+    old = inputs.get("old_per_token_logps", logprobs.detach())
+    log_ratio = ((logprobs - old) * inputs["completion_mask"]).sum(1)[:4]  # the last one is left out
+    cap = made.args.importance_cap
+    weight = log_ratio.detach().exp().clamp(max=cap)
+    if old_shift is not None:
+        assert weight.max() == torch.tensor(cap), "the cap is reached"
+        assert weight.min() < 1.0
+    residual = 0.05 * inputs["log_z"][:4] + 0.05 * log_ratio - inputs["rewards"][:4]
+    # Four sequences are trained on in the generation batch, two micro-batches of it make the step.
+    expected = (weight * residual.square() / (2 * 0.05)).sum() / 4
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    wanted = tiny_policy.gradients(made.model)
+    scale = max(float(g.abs().max()) for g in wanted.values())
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=3e-5 * scale, msg=name)
+
+
+def test_unscored_completions_leave_the_mean_and_the_count(tmp_path: Path) -> None:
+    def some(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        return [None, 1.0, 0.0, 0.5, None, None, None, 1.0]
+
+    made = tiny_trl.trainer(tmp_path, reward_funcs=some, max_steps=1)
+    made.train()
+    batch = made.batches[0]
+    assert batch["weights"].tolist() == [0, 1, 1, 1, 0, 0, 0, 1]
+    assert batch["num_trained"] == 4
+    torch.testing.assert_close(batch["log_z"] * 0.05, torch.tensor([0.5] * 4 + [1.0] * 4))
+    # Residuals 0.5, -0.5, 0 and 0.
+    assert made.state.log_history[0]["loss"] == pytest.approx(0.5 / 4 / (2 * 0.05), rel=1e-4)
+
+
+def test_rewards_are_weighed_and_not_centred(tmp_path: Path) -> None:
+    def length(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(c)) for c in completions]
+
+    def constant(completions: list[str], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    made = tiny_trl.trainer(tmp_path, reward_funcs=[length, constant], reward_weights=[0.25, 2.0], max_steps=1)
+    made.train()
+    texts = list(made._logs["completion"])
+    assert made.batches[0]["rewards"].tolist() == [0.25 * len(text) + 2.0 for text in texts]
+
+
+def needs_a_column(completions: list[str], solution: list[str], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.04}, "beta=0.04 is the weight of GRPO's KL term.*tb_beta"),
+        ({"loss_type": "grpo"}, "loss_type='grpo' names GRPO losses"),
+        ({"scale_rewards": False}, "scale_rewards='none' scales advantages"),
+        ({"epsilon_high": 0.28}, "epsilon_high=0.28 .* importance_cap"),
+        ({"entropy_coef": 0.01}, "entropy_coef=0.01"),
+        ({"log_z": "head"}, "log_z='head': use 'group' or 'learned'"),
+        ({"tb_beta": 0.0}, "tb_beta=0.0 must be above 0"),
+        ({"replay": 8}, "replay .* log_z='learned'"),
+        ({"reward_funcs": needs_a_column}, "needs_a_column needs the column 'solution', and train_dataset has answer"),
+    ],
+)
+def test_wrong_use_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_trl.trainer(tmp_path, **changes)
+
+
+def test_grpo_settings_are_refused_by_name(tmp_path: Path) -> None:
+    from trl import GRPOConfig
+
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=8)
+    with pytest.raises(InputError, match="args is GRPOConfig: PacedTrainer takes a PacedConfig"):
+        tiny_trl.PacedTrainer(tiny_policy.model(), tiny_trl.reward, args, train_dataset=tiny_trl.data())
+
+
+def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
+    model = tiny_policy.model()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(InputError, match=r"scales its logits \(final_logit_softcapping\).*fused=False"):
+        tiny_trl.trainer(tmp_path, model=model)
+
+
+def test_token_weights_of_vllm_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="vllm_importance_sampling_mode='token_mask'"):
+        tiny_trl.settings(tmp_path, use_vllm=True, vllm_importance_sampling_mode="token_mask")
+
+
+def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    made = tiny_trl.Recorder(
+        tiny_policy.model(sharpness=2.0),
+        tiny_trl.reward,
+        tiny_trl.settings(tmp_path, max_steps=2),
+        train_dataset=tiny_trl.data(),
+        processing_class=tiny_trl.tokenizer(),
+        peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    made.train()
+    moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)

@@ -37,7 +37,7 @@ from paced_fast.integrations.losses import (
 from paced_fast.integrations.trl_config import PacedConfig, check_reward_columns
 
 try:
-    from trl import GRPOTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer
 except ImportError as error:
     raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
 
@@ -101,7 +101,7 @@ class PacedTrainer(GRPOTrainer):
         per_function = self._rewards_per_function
         scored = ~per_function.isnan().all(1)
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        group_size = int((self.num_generations if self._mode == "train" else self.num_generations_eval) or 1)
         groups = torch.arange(len(rewards)).div(group_size, rounding_mode="floor").tolist()
         log_z = rewards / self.args.tb_beta
         if group_size > 1:
@@ -111,13 +111,18 @@ class PacedTrainer(GRPOTrainer):
         has_tokens = output["completion_mask"].bool().any(1)  # TRL empties the mask of a truncated completion
         output["rewards"], output["log_z"] = rewards[here], log_z[here]
         output["weights"] = (scored[here] & has_tokens).float()
-        output["num_trained"] = self.accelerator.gather(output["weights"]).sum()
+        output["num_trained"] = self.accelerator.reduce(output["weights"].sum(), reduction="sum")
         return output
+
+    @property
+    def _mode(self) -> str:
+        assert self.model is not None
+        return "train" if self.model.training else "eval"
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode
         mask = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
         weights = inputs["weights"]
         if "importance_sampling_ratio" in inputs:  # [B, 1], the trainer's policy against vLLM's
@@ -188,7 +193,9 @@ class PacedTrainer(GRPOTrainer):
                 out.entropy.float().sum(),
             ]
         )
-        count, squares, ratios, weights, tokens, entropy = self.accelerator.reduce(sums, reduction="sum").tolist()
+        total = self.accelerator.reduce(sums, reduction="sum")
+        assert isinstance(total, Tensor)
+        count, squares, ratios, weights, tokens, entropy = total.tolist()
         metrics = self._metrics[mode]
         metrics["tb/residual_rms"].append((squares / max(count, 1)) ** 0.5)
         metrics["tb/log_ratio"].append(ratios / max(count, 1))

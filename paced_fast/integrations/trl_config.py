@@ -10,7 +10,7 @@ from typing import Any
 from paced_fast.errors import InputError
 
 try:
-    from trl import GRPOConfig
+    from trl.trainer.grpo_config import GRPOConfig
 except ImportError as error:
     raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
 
@@ -86,6 +86,7 @@ class PacedConfig(GRPOConfig):
                 f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} weighs tokens, and trajectory "
                 "balance weighs sequences: use 'sequence_mask' or 'sequence_truncate'"
             )
+        assert self.steps_per_generation is not None
         if self.replay < 0 or self.replay % self.steps_per_generation:
             raise InputError(
                 f"replay={self.replay} must be a multiple of steps_per_generation={self.steps_per_generation}, or 0"
