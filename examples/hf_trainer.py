@@ -7,8 +7,9 @@ transformers wants for its Trainer), and under half a minute on a CPU:
 
     PYTHONPATH=.:kernels python examples/hf_trainer.py
 
-accelerate asks for a batch ahead, so answers come from the model of the step before. With accumulation or several processes every micro-batch here holds whole groups of its own; what the Trainer averages
-is then the mean over all sequences.
+accelerate asks for a batch ahead, so answers come from the model of the step before. With accumulation or several
+processes every micro-batch here holds whole groups of its own; what the Trainer averages is then the mean over all
+sequences.
 
 T = packed completion tokens, B = sequences, H = hidden size.
 """

@@ -13,6 +13,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -58,7 +59,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_class(
-            model=AutoModelForCausalLM.from_pretrained(path),
+            model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
             processing_class=AutoTokenizer.from_pretrained(path),
             reward_funcs=brief_and_right,
             train_dataset=data,
@@ -74,6 +75,7 @@ def main() -> None:
                 report_to=[],
                 use_cpu=True,
                 bf16=False,
+                gradient_checkpointing=False,
             ),
         )
         trainer.train()

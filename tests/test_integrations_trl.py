@@ -303,3 +303,80 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
     moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all("lora_" in name for name in moved)
+
+
+def test_the_learned_log_z_moves_towards_the_rewards_of_its_prompts(tmp_path: Path) -> None:
+    def by_prompt(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        assert "paced_prompt_index" not in columns
+        return [float(int(p[0]) % 2) for p in prompts]
+
+    made = tiny_trl.trainer(tmp_path, reward_funcs=by_prompt, log_z="learned", max_steps=6, log_z_learning_rate=0.2)
+    made.train()
+    values = made._values()
+    assert values is not None
+    seen = torch.cat([batch["prompt_index"] for batch in made.batches])
+    for prompt in set(seen.tolist()):
+        # Half is where every value starts; a prompt's number decides its reward.
+        is_right = int(made.train_dataset[prompt]["prompt"][0]) % 2 == 1
+        assert (values[prompt] > 0.55) == is_right, (prompt, values)
+    unseen = set(range(12)) - set(seen.tolist())
+    own = made.log_z_table.own.detach()
+    assert all(float(own[prompt]) == 0.0 for prompt in unseen)
+
+
+def test_replayed_completions_come_back_as_they_were(tmp_path: Path) -> None:
+    made = tiny_trl.trainer(
+        tmp_path, log_z="learned", replay=4, max_steps=5, gradient_accumulation_steps=2, per_device_train_batch_size=4
+    )
+    made.train()
+    found = 0
+    earlier: set[tuple[tuple[int, ...], tuple[int, ...], float]] = set()
+    for batch in made.batches:
+        assert len(batch["rewards"]) == 12
+        rows = []
+        for i in range(12):
+            prompt = tuple(batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist())
+            completion = tuple(batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist())
+            rows.append((prompt, completion, float(batch["rewards"][i])))
+        assert batch["is_fresh"].tolist() == [True] * 8 + [False] * 4
+        for i in range(8, 12):
+            if batch["weights"][i]:
+                found += 1
+                assert rows[i] in earlier
+                assert rows[i][2] > 0.5
+        assert batch["num_trained"] == batch["weights"].sum()
+        earlier |= set(rows[:8])
+    assert found > 0
+
+
+def test_paced_sampling_draws_what_is_half_solved(tmp_path: Path) -> None:
+    def by_prompt(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [float(i % 2) if p[0] in "012" else 0.0 for i, p in enumerate(prompts)]
+
+    made = tiny_trl.trainer(tmp_path, reward_funcs=by_prompt, prompt_sampling="paced", max_steps=40, learning_rate=1e-6)
+    made.train()
+    late = torch.cat([batch["prompt_index"] for batch in made.batches[20:]])
+    # Prompts 0, 1 and 2 of twelve (and 9 to 11, which begin with 0 and 1) are half solved, the others never.
+    half = [i for i in range(12) if made.train_dataset[i]["prompt"][0] in "012"]
+    share = float(torch.isin(late, torch.tensor(half)).float().mean())
+    assert share > 0.8, (half, share)
+
+
+def test_a_checkpoint_holds_what_was_learned_of_prompts(tmp_path: Path) -> None:
+    options = {"log_z": "learned", "prompt_sampling": "paced", "save_strategy": "steps", "save_steps": 2}
+    made = tiny_trl.trainer(tmp_path, max_steps=2, **options)
+    made.train()
+    other = tiny_trl.trainer(tmp_path, max_steps=3, **options)
+    seen: list[Tensor] = []
+    make = other._generate_and_score_completions
+
+    def first(inputs: Any) -> Any:
+        seen.append(other._values())
+        return make(inputs)
+
+    other._generate_and_score_completions = first
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(seen) == 1
+    assert torch.equal(seen[0], made._values())
+    assert not torch.equal(seen[0], torch.full((12,), 0.5))
+    assert other._scheduler.visits.sum() == made._scheduler.visits.sum() + 2
