@@ -109,7 +109,7 @@ class PacedTrainer(GRPOTrainer):
                 label = f"{name}[{part!r}]" if part else name
                 columns = getattr(rows, "column_names", None)
                 check_reward_columns(functions, columns if isinstance(columns, list) else None, label)
-        rows = options.get("train_dataset")
+        rows: Any = options.get("train_dataset")
         self._remembers = args.log_z == "learned" or args.prompt_sampling == "paced"
         if self._remembers:
             if not hasattr(rows, "add_column") or not hasattr(rows, "__len__"):
@@ -156,13 +156,13 @@ class PacedTrainer(GRPOTrainer):
             self._scheduler,
             self._values,
             group_size=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            batch_size=int(self.args.generation_batch_size or 0) // int(self.num_generations or 1),
+            repeat_count=self.num_iterations * int(self.args.steps_per_generation or 1),
         )
 
-    def create_optimizer(self, *args: Any) -> Any:
+    def create_optimizer(self, model: Any = None) -> Any:
         """TRL's optimizer, with a group for the learned log Z: without momentum, so that unseen prompts stay."""
-        optimizer = super().create_optimizer(*args)
+        optimizer = super().create_optimizer(model)
         if self.log_z_table is not None and not any(group.get("is_log_z") for group in optimizer.param_groups):
             group = {"params": list(self.log_z_table.parameters()), "lr": self.args.log_z_learning_rate}
             betas = {"betas": (0.0, 0.99)} if "betas" in optimizer.param_groups[0] else {}
@@ -237,7 +237,7 @@ class PacedTrainer(GRPOTrainer):
         if self.log_z_table is not None and bool(((rewards < 0) | (rewards > 1)).any()):
             raise InputError("log_z='learned' estimates an accuracy: scale the rewards to [0, 1], or use log_z='group'")
         every = self.accelerator.gather(index)[:: self.num_generations].cpu()
-        known = scored.view(-1, self.num_generations).any(1).cpu()
+        known = scored.view(-1, int(self.num_generations or 1)).any(1).cpu()
         self._observed += 1
         self._scheduler.observe(every, accuracy[:: self.num_generations].cpu(), self._observed, known)
         output["prompt_index"], output["is_fresh"] = index, torch.ones_like(index, dtype=torch.bool)
