@@ -91,6 +91,17 @@ def offsets(mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(mask.bool().sum(1).cumsum(0), (1, 0)).cpu()
 
 
+def one_a_row(name: str, values: Tensor, mask: Tensor, remedy: str) -> Tensor:
+    """The one value [B] of each row of `values` [B, L] where `mask` is not 0; InputError where tokens have their own."""
+    shown = mask.bool()
+    row = torch.where(shown, values, -torch.inf).amax(1)
+    row = torch.where(shown.any(1), row, 0.0)
+    spread = torch.where(shown, (values - row[:, None]).abs(), 0.0)
+    if bool((spread > 1e-5 * (1 + row.abs()[:, None])).any()):
+        raise InputError(f"{name} differ between tokens of a completion: set {remedy}")
+    return row
+
+
 def loss_from_logprobs(
     logprobs: Tensor,  # [T] or [B, L]
     *,

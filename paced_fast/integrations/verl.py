@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from paced_fast.errors import InputError
-from paced_fast.integrations.losses import Balance, group_log_z, loss_from_logprobs
+from paced_fast.integrations.losses import Balance, group_log_z, loss_from_logprobs, one_a_row
 
 try:
     from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
@@ -81,7 +81,7 @@ def policy_loss(
     out = loss_from_logprobs(
         log_prob,
         mask=response_mask,
-        rewards=_of_row("advantages", advantages, response_mask, "adv_estimator=paced_tb"),
+        rewards=one_a_row("advantages", advantages, response_mask, "adv_estimator=paced_tb"),
         log_z=torch.zeros_like(advantages[:, 0]),
         beta=0.05 if beta is None else beta,
         denominator=_denominator(config, response_mask),
@@ -106,7 +106,7 @@ def flowrl_policy_loss(
     """FlowRL's residual and weights with the old policy as reference, where the group's log Z is 0."""
     if loss_agg_mode != "seq-mean-token-mean":
         raise InputError(f"loss_agg_mode={loss_agg_mode}: FlowRL averages over tokens, use seq-mean-token-mean")
-    signal = _of_row("advantages", advantages, response_mask, "adv_estimator=grpo")
+    signal = one_a_row("advantages", advantages, response_mask, "adv_estimator=grpo")
     return _flowrl(
         log_prob, old_log_prob, None, torch.zeros_like(signal), signal, response_mask, rollout_is_weights, config
     )
@@ -135,7 +135,7 @@ def flowrl_loss(
     padded = data.select(*names).to_padded_tensor()
     mask = padded["response_mask"].bool()
     old, ref = padded["old_log_probs"], padded["ref_log_prob"]
-    signal = _of_row("advantages", padded["advantages"], mask, "adv_estimator=grpo")
+    signal = one_a_row("advantages", padded["advantages"], mask, "adv_estimator=grpo")
     drift = ((old - ref) * mask).sum(1) / mask.sum(1).clamp(min=1)
     log_z = group_log_z(_FLOWRL_SCALE * signal - drift, prompts, group_size=group_size)
     return _flowrl(log_prob, old, ref, log_z, signal, mask, padded.get("rollout_is_weights", None), config)
@@ -183,20 +183,9 @@ def _weights(mask: Tensor, rollout_is_weights: Tensor | None) -> Tensor:
     has_tokens = mask.any(1).float()
     if rollout_is_weights is None:
         return has_tokens
-    return has_tokens * _of_row(
+    return has_tokens * one_a_row(
         "rollout_is_weights", rollout_is_weights, mask, "rollout_correction.rollout_is=sequence"
     )
-
-
-def _of_row(name: str, values: Tensor, mask: Tensor, remedy: str) -> Tensor:
-    """[B] the one value of each row; trajectory balance knows no token's own."""
-    shown = mask.bool()
-    row = torch.where(shown, values, -torch.inf).amax(1)
-    row = torch.where(shown.any(1), row, 0.0)
-    spread = torch.where(shown, (values - row[:, None]).abs(), 0.0)
-    if bool((spread > 1e-5 * (1 + row.abs()[:, None])).any()):
-        raise InputError(f"{name} differ between tokens of a response: set {remedy}")
-    return row
 
 
 def _metrics(out: Balance) -> dict[str, Any]:
