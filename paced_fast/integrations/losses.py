@@ -92,7 +92,7 @@ def offsets(mask: Tensor) -> Tensor:
 
 
 def one_a_row(name: str, values: Tensor, mask: Tensor, remedy: str) -> Tensor:
-    """The one value [B] of each row of `values` [B, L] where `mask` is not 0; InputError where tokens have their own."""
+    """The one value [B] of each row of `values` [B, L] under `mask`; InputError where tokens have their own."""
     shown = mask.bool()
     row = torch.where(shown, values, -torch.inf).amax(1)
     row = torch.where(shown.any(1), row, 0.0)
