@@ -218,6 +218,16 @@ def test_the_loss_is_the_formula(tmp_path: Path, fused: bool, old_shift: float |
         torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=3e-5 * scale, msg=name)
 
 
+def test_a_window_counts_its_share_of_the_generation_batch(tmp_path: Path) -> None:
+    made = tiny_trl.trainer(tmp_path, gradient_accumulation_steps=2)
+    made.current_gradient_accumulation_steps = 2
+    inputs = micro_batch(made, old_shift=None)
+    whole = made._compute_loss(made.model.train(), inputs)
+    made.args.steps_per_generation = 4  # two windows share the four sequences
+    half = made._compute_loss(made.model.train(), inputs)
+    assert half.item() == pytest.approx(2 * whole.item(), rel=1e-6)
+
+
 def test_unscored_completions_leave_the_mean_and_the_count(tmp_path: Path) -> None:
     def some(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
         return [None, 1.0, 0.0, 0.5, None, None, None, 1.0]

@@ -76,7 +76,9 @@ class _ReduceTable(TrainerCallback):
         parameters = list(self.trainer.log_z_table.parameters())
         for parameter in parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.trainer.accelerator.reduce(gradient, reduction="mean")
+            reduced = self.trainer.accelerator.reduce(gradient, reduction="mean")
+            assert isinstance(reduced, Tensor)
+            parameter.grad = reduced
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
 
     def on_optimizer_step(self, *args: Any, **options: Any) -> None:
@@ -155,7 +157,7 @@ class PacedTrainer(GRPOTrainer):
         return PacedSampler(
             self._scheduler,
             self._values,
-            group_size=self.num_generations,
+            group_size=int(self.num_generations or 1),
             batch_size=int(self.args.generation_batch_size or 0) // int(self.num_generations or 1),
             repeat_count=self.num_iterations * int(self.args.steps_per_generation or 1),
         )
