@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gemm_sweep": ("gemm_sweep", ()),
     "phases": ("phases", ()),
     "gpu_visit": ("gpu_visit", ()),
+    "integrations": ("integrations", ()),
     "sample_efficiency": ("sample_efficiency", ()),
     "step": ("step", ()),
     "weight_sync": ("weight_sync", ()),

@@ -1,0 +1,227 @@
+"""Trajectory balance in the shapes that prime-rl, SkyRL, NeMo-RL, slime and OpenRLHF accept. Read, not run.
+
+These hosts hand over log-probs and advantages. With the old policy as reference the group's estimate of beta * log Z is
+its mean reward, so an advantage of reward - group mean, *not* divided by a deviation, holds all that the loss needs:
+u = beta * log ratio - advantage, loss w u^2 / (2 beta) a sequence. Each function wants such advantages on every token
+of a completion and refuses others. Signatures: prime-rl 559b447 (0.8), SkyRL a956457 (0.4), NeMo-RL 7ea279a,
+slime 624b824 (0.3.1), OpenRLHF 3c3be62 (0.11.2). B = sequences, L = padded length, T = tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paced_fast.errors import InputError
+from paced_fast.integrations.losses import Balance, loss_from_logprobs, one_a_row
+
+
+def from_advantages(
+    logprobs: Tensor,  # [B, L]
+    old_logprobs: Tensor,  # [B, L]
+    advantages: Tensor,  # [B, L]
+    *,
+    mask: Tensor,  # [B, L]
+    beta: float,
+    importance_cap: float,
+    denominator: float | Tensor,
+) -> Balance:
+    """`loss_from_logprobs` where the advantage of a sequence is its reward minus the mean of its group."""
+    shown = mask.bool()
+    row = one_a_row("advantages", advantages, shown, "reward minus group mean on every token")
+    return loss_from_logprobs(
+        logprobs,
+        mask=shown,
+        rewards=row,
+        log_z=torch.zeros_like(row),
+        beta=beta,
+        denominator=denominator,
+        old_logprobs=old_logprobs.detach(),
+        weights=shown.any(1).float(),
+        importance_cap=importance_cap,
+    )
+
+
+def prime_rl_loss(inputs: Any, beta: float = 0.05, importance_cap: float = 1.28) -> Any:
+    """prime-rl's custom loss, called with one sequence at a time.
+
+    ::
+
+        [trainer.loss]
+        type = "custom"
+        import_path = "paced_fast.integrations.other_hosts.prime_rl_loss"
+        [trainer.loss.kwargs]
+        beta = 0.05
+
+    A call sees one sequence, so log Z can come from nowhere but the advantage: configure it as reward - group mean
+    without division by the deviation. A learned log Z is not possible here. prime-rl divides the sum of the losses by
+    a number of tokens, which scales the step.
+    """
+    from prime_rl.trainer.rl.loss import LossOutputs
+
+    out = from_advantages(
+        inputs.trainer_logprobs[None],
+        inputs.inference_logprobs[None],
+        inputs.advantages[None],
+        mask=inputs.loss_mask[None],
+        beta=beta,
+        importance_cap=importance_cap,
+        denominator=1.0,
+    )
+    return LossOutputs(loss=out.loss, metrics={"tb_residual": out.residual[0], "tb_log_ratio": out.log_ratio[0]})
+
+
+def skyrl_policy_loss(
+    *, scale: float, beta: float = 0.05, importance_cap: float = 1.28
+) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    """A policy loss for SkyRL's registry.
+
+    ::
+
+        from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
+        PolicyLossRegistry.register("paced_tb", skyrl_policy_loss(scale=1 / policy_mini_batch_size))
+        # trainer.algorithm.policy_loss_type=paced_tb trainer.algorithm.grpo_norm_by_std=false
+        # trainer.algorithm.use_kl_loss=false
+
+    SkyRL scales advantages before the loss and then sums. `scale` is that factor of a sequence; it is divided out of
+    the residual and put before the square. Reductions whose factor differs between sequences cannot be used.
+    """
+
+    def paced_tb(
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        config: Any,
+        loss_mask: Tensor | None = None,
+        rollout_logprobs: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        del config, rollout_logprobs
+        mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
+        out = from_advantages(
+            log_probs,
+            old_log_probs,
+            advantages / scale,
+            mask=mask,
+            beta=beta,
+            importance_cap=importance_cap,
+            denominator=1.0 / scale,
+        )
+        return out.loss, {"clip_ratio": 0.0, "tb_residual": out.residual.square().mean().sqrt().item()}
+
+    return paced_tb
+
+
+class NemoRlLoss:
+    """A loss function for NeMo-RL: hand it to the policy's `train` in the place of ClippedPGLossFn.
+
+    ::
+
+        loss_fn = NemoRlLoss(beta=0.05)
+        # grpo.normalize_rewards=false grpo.use_leave_one_out_baseline=false; no KL penalty
+        policy.train(data, loss_fn)
+    """
+
+    def __init__(self, beta: float = 0.05, importance_cap: float = 1.28) -> None:
+        from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
+
+        self.loss_type, self.input_type = LossType.SEQUENCE_LEVEL, LossInputType.LOGPROB
+        self.beta, self.importance_cap = beta, importance_cap
+
+    def __call__(
+        self, next_token_logprobs: Tensor, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Sum over the micro-batch divided by the sequences of the global batch; column t predicts token t + 1."""
+        del global_valid_toks
+        mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
+        out = from_advantages(
+            next_token_logprobs,
+            data["prev_logprobs"][:, 1:],
+            data["advantages"][:, 1:],
+            mask=mask,
+            beta=self.beta,
+            importance_cap=self.importance_cap,
+            denominator=global_valid_seqs,
+        )
+        return out.loss, {"loss": out.loss.item(), "num_valid_samples": data["sample_mask"].sum().item()}
+
+
+def slime_loss(
+    args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """slime's custom loss.
+
+    ::
+
+        --loss-type custom_loss
+        --custom-loss-function-path paced_fast.integrations.other_hosts.slime_loss
+        --advantage-estimator grpo --disable-grpo-std-normalization
+        --kl-coef 0 --entropy-coef 0
+
+    slime divides by the global batch itself, so this is a sum over sequences. beta is 0.05, the cap 1 + eps_clip_high
+    of `args`. Without context parallelism: a rank that holds a part of a sequence cannot sum it.
+    """
+    from slime.backends.megatron_utils.loss import get_log_probs_and_entropy
+
+    del sum_of_sample_mean
+    if getattr(args, "context_parallel_size", 1) > 1:
+        raise InputError("slime_loss needs whole sequences on a rank: set --context-parallel-size 1")
+    _, found = get_log_probs_and_entropy(
+        logits,
+        args=args,
+        unconcat_tokens=batch["unconcat_tokens"],
+        total_lengths=batch["total_lengths"],
+        response_lengths=batch["response_lengths"],
+        with_entropy=False,
+    )
+    pad = nn.utils.rnn.pad_sequence
+    out = from_advantages(
+        pad(list(found["log_probs"]), batch_first=True),
+        pad(list(batch["log_probs"]), batch_first=True),
+        pad(list(batch["advantages"]), batch_first=True),
+        mask=pad(list(batch["loss_masks"]), batch_first=True),
+        beta=0.05,
+        importance_cap=1.0 + args.eps_clip_high,
+        denominator=1.0,
+    )
+    return out.loss, {"tb_residual": out.residual.abs().sum(), "tb_log_ratio": out.log_ratio.sum()}
+
+
+class OpenRlhfLoss(nn.Module):
+    """In the place of OpenRLHF's PolicyLoss, which has no registry.
+
+    ::
+
+        import openrlhf.trainer.ray.ppo_actor as ppo_actor
+        ppo_actor.PolicyLoss = OpenRlhfLoss        # before the trainer is built, in every actor
+        # --advantage_estimator dr_grpo --n_samples_per_prompt 8 --init_kl_coef 0
+
+    OpenRLHF averages the micro-batches of a step, so this is a mean over the micro-batch's sequences.
+    """
+
+    def __init__(self, beta: float = 0.05, importance_cap: float = 1.28, **_: Any) -> None:
+        super().__init__()
+        self.beta, self.importance_cap = beta, importance_cap
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        del rollout_log_probs
+        mask = torch.ones_like(log_probs) if action_mask is None else action_mask
+        out = from_advantages(
+            log_probs,
+            old_log_probs,
+            advantages,
+            mask=mask,
+            beta=self.beta,
+            importance_cap=self.importance_cap,
+            denominator=float(len(log_probs)),
+        )
+        return out.loss, torch.zeros_like(out.loss), -out.log_ratio.mean(), None

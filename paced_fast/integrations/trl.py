@@ -1,0 +1,367 @@
+"""Trajectory balance in TRL: `PacedTrainer` and `PacedConfig` take the places of GRPOTrainer and GRPOConfig.
+
+::
+
+    from paced_fast.integrations.trl import PacedConfig, PacedTrainer
+
+    trainer = PacedTrainer(model=..., reward_funcs=..., args=PacedConfig(...), train_dataset=...)
+    trainer.train()
+
+Generation, rewards, logging, callbacks, PEFT and vLLM are TRL's. What changes is the loss, from raw rewards and log Z
+instead of advantages. log Z is estimated when the rewards arrive, over whole groups of all processes, so TRL may
+shuffle and split the batch as it likes. Written against TRL 1.16.
+
+B = sequences of a micro-batch, C = longest completion, H = hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from paced_fast.config import SchedulerConfig
+from paced_fast.errors import InputError
+from paced_fast.integrations.losses import (
+    Balance,
+    group_log_z,
+    loss_from_hidden,
+    loss_from_logprobs,
+    offsets,
+    packed,
+)
+from paced_fast.integrations.trl_config import PacedConfig, check_reward_columns
+from paced_fast.integrations.trl_memory import LogZTable, PacedSampler, Replay
+from paced_fast.scheduler import PromptScheduler
+
+try:
+    from trl.trainer.grpo_trainer import GRPOTrainer
+except ImportError as error:
+    raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
+
+__all__ = ["PacedConfig", "PacedTrainer"]
+
+# What a policy's own forward would do to its logits, and the fused op does not.
+_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
+
+# The column that numbers the prompts; reward functions do not see it.
+_INDEX = "paced_prompt_index"
+
+# In a checkpoint: the learned log Z and what the scheduler has seen. Completions to replay are not kept.
+_MEMORY = "paced_prompts.pt"
+
+# What a generation batch may hold for rows to be added to it: no old log-probs, which those rows would need too.
+_REPLAYABLE = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"}
+_REPLAYABLE |= {"rewards", "log_z", "weights", "prompt_index", "is_fresh"}
+
+
+class _ReduceTable(TrainerCallback):
+    """The table is not part of the wrapped model: average its gradient over processes, and bound it on its own."""
+
+    def __init__(self, trainer: PacedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **options: Any) -> None:
+        """Before every optimizer step, on every process."""
+        del args, options
+        assert self.trainer.log_z_table is not None
+        parameters = list(self.trainer.log_z_table.parameters())
+        for parameter in parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            reduced = self.trainer.accelerator.reduce(gradient, reduction="mean")
+            assert isinstance(reduced, Tensor)
+            parameter.grad = reduced
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+
+    def on_optimizer_step(self, *args: Any, **options: Any) -> None:
+        """After it: the trainer clears the gradients of its model alone."""
+        del args, options
+        assert self.trainer.log_z_table is not None
+        self.trainer.log_z_table.zero_grad()
+
+
+class PacedTrainer(GRPOTrainer):
+    """GRPOTrainer with the trajectory-balance loss; the same arguments, `args` a `PacedConfig`."""
+
+    _tag_names = ["trl", "paced-rl"]  # noqa: RUF012 (TRL declares it so)
+    _name = "PACED-RL"
+    _paper = {  # noqa: RUF012
+        "title": "PACED-RL",
+        "id": "2602.12642",
+        "citation": "@misc{paced-rl, eprint = {arXiv:2602.12642}, year = 2026}",
+    }
+
+    args: PacedConfig
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, **options: Any) -> None:
+        if not isinstance(args, PacedConfig):
+            raise InputError(f"args is {type(args).__name__}: PacedTrainer takes a PacedConfig, a GRPOConfig with more")
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        for name in ("train_dataset", "eval_dataset"):
+            data = options.get(name)
+            for part, rows in data.items() if isinstance(data, dict) else [("", data)]:
+                label = f"{name}[{part!r}]" if part else name
+                columns = getattr(rows, "column_names", None)
+                check_reward_columns(functions, columns if isinstance(columns, list) else None, label)
+        rows: Any = options.get("train_dataset")
+        self._remembers = args.log_z == "learned" or args.prompt_sampling == "paced"
+        if self._remembers:
+            if not hasattr(rows, "add_column") or not hasattr(rows, "__len__"):
+                raise InputError("log_z='learned' and prompt_sampling='paced' need a train_dataset with a length")
+            options["train_dataset"] = rows.add_column(_INDEX, list(range(len(rows))))
+        super().__init__(model, reward_funcs, args, **options)
+        self._remember(len(rows) if self._remembers else 0)
+        if args.fused:
+            base = self.accelerator.unwrap_model(self.model)
+            base = base.get_base_model() if hasattr(base, "get_base_model") else base
+            self._check_fused(base)
+            add_state_call(base)
+
+    def _remember(self, num_prompts: int) -> None:
+        args, device = self.args, self.accelerator.device
+        self.log_z_table = LogZTable(num_prompts).to(device) if args.log_z == "learned" else None
+        if self.log_z_table is not None:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise InputError(
+                    "log_z='learned' has an optimizer group that DeepSpeed and FSDP do not take: use 'group'"
+                )
+            self.add_callback(_ReduceTable(self))
+        rule = "tree" if self.log_z_table is not None else "history"
+        self._scheduler = PromptScheduler(
+            max(num_prompts, 1), SchedulerConfig(rule=rule), seed=args.seed, device=torch.device("cpu")
+        )
+        self._observed = 0
+        process_seed = args.seed + self.accelerator.process_index
+        self._replay = Replay(
+            args.replay, capacity=args.replay_capacity, max_age=args.replay_max_age, seed=process_seed
+        )
+
+    def _values(self) -> Tensor | None:
+        """Estimated accuracy of every prompt, where it is learned."""
+        if self.log_z_table is None:
+            return None
+        with torch.no_grad():
+            return self.log_z_table(torch.arange(len(self.log_z_table.own), device=self.accelerator.device)).cpu()
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        if self.args.prompt_sampling == "uniform":
+            return super()._get_train_sampler(dataset)
+        return PacedSampler(
+            self._scheduler,
+            self._values,
+            group_size=int(self.num_generations or 1),
+            batch_size=int(self.args.generation_batch_size or 0) // int(self.num_generations or 1),
+            repeat_count=self.num_iterations * int(self.args.steps_per_generation or 1),
+        )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """TRL's optimizer, with a group for the learned log Z: without momentum, so that unseen prompts stay."""
+        optimizer = super().create_optimizer(model)
+        if self.log_z_table is not None and not any(group.get("is_log_z") for group in optimizer.param_groups):
+            group = {"params": list(self.log_z_table.parameters()), "lr": self.args.log_z_learning_rate}
+            betas = {"betas": (0.0, 0.99)} if "betas" in optimizer.param_groups[0] else {}
+            optimizer.add_param_group({**group, **betas, "weight_decay": 0.0, "is_log_z": True})
+        return optimizer
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._remembers and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            table = None if self.log_z_table is None else self.log_z_table.state_dict()
+            state = {"log_z": table, "scheduler": self._scheduler.state_dict(), "observed": self._observed}
+            torch.save(state, folder / _MEMORY)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._remembers and checkpoint is not None:
+            path = Path(checkpoint, _MEMORY)
+            if not path.is_file():
+                raise InputError(f"{path} is missing: this checkpoint was written without log_z='learned' or sampling")
+            state = torch.load(path, map_location=self.accelerator.device)
+            if self.log_z_table is not None:
+                self.log_z_table.load_state_dict(state["log_z"])
+            self._scheduler.load_state_dict(state["scheduler"])
+            self._observed = state["observed"]
+
+    def _check_fused(self, base: Any) -> None:
+        settings = base.config.get_text_config()
+        scaled = [n for n in _SCALED_LOGITS if getattr(settings, n, None) not in (None, 1, 1.0)]
+        for is_wrong, what in (
+            (bool(scaled), f"this model scales its logits ({', '.join(scaled)})"),
+            (getattr(self, "_is_vlm", False), "this model takes images"),
+            (self.aux_loss_enabled, "this model has a router loss"),
+            (self.is_deepspeed_enabled, "DeepSpeed may split the output layer"),
+        ):
+            if is_wrong:
+                raise InputError(f"{what}, which the fused loss does not know: set fused=False")
+
+    # ---- rewards: raw, with log Z beside them -----------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._rewards_per_function = per_function  # [processes * B, functions], NaN for no verdict
+        return per_function
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        index = torch.tensor([row.get(_INDEX, 0) for row in inputs], device=self.accelerator.device)
+        inputs = [{name: value for name, value in row.items() if name != _INDEX} for row in inputs]
+        output = super()._generate_and_score_completions(inputs)
+        per_function = self._rewards_per_function
+        scored = ~per_function.isnan().all(1)
+        rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+        group_size = int((self.num_generations if self._mode == "train" else self.num_generations_eval) or 1)
+        groups = torch.arange(len(rewards)).div(group_size, rounding_mode="floor").tolist()
+        log_z = rewards / self.args.tb_beta
+        if group_size > 1:
+            log_z = group_log_z(log_z, groups, group_size=group_size, scored=scored)
+        start = self.accelerator.process_index * len(inputs)
+        here = slice(start, start + len(inputs))
+        has_tokens = output["completion_mask"].bool().any(1)  # TRL empties the mask of a truncated completion
+        output["rewards"], output["log_z"] = rewards[here], log_z[here]
+        output["weights"] = (scored[here] & has_tokens).float()
+        if self._remembers and self._mode == "train":
+            self._learn_of_groups(output, index, rewards, log_z * self.args.tb_beta, scored, here)
+        output["num_trained"] = self.accelerator.reduce(output["weights"].sum(), reduction="sum")
+        return output
+
+    def _learn_of_groups(
+        self, output: dict[str, Any], index: Tensor, rewards: Tensor, accuracy: Tensor, scored: Tensor, here: slice
+    ) -> None:
+        """Tell the scheduler the measured accuracies, and add what is replayed."""
+        if self.log_z_table is not None and bool(((rewards < 0) | (rewards > 1)).any()):
+            raise InputError("log_z='learned' estimates an accuracy: scale the rewards to [0, 1], or use log_z='group'")
+        every = self.accelerator.gather(index)[:: self.num_generations].cpu()
+        known = scored.view(-1, int(self.num_generations or 1)).any(1).cpu()
+        self._observed += 1
+        self._scheduler.observe(every, accuracy[:: self.num_generations].cpu(), self._observed, known)
+        output["prompt_index"], output["is_fresh"] = index, torch.ones_like(index, dtype=torch.bool)
+        if self.args.replay and self.log_z_table is not None:
+            others = set(output) - _REPLAYABLE
+            if others:
+                raise InputError(f"replay does not know {min(others)} of this batch: set replay=0")
+            with torch.no_grad():
+                values = self.log_z_table(index)
+            found = self._replay.extend(output, accuracy[here], values)
+            self._metrics["train"]["tb/replayed"].append(float(found))
+
+    @property
+    def _mode(self) -> str:
+        assert self.model is not None
+        return "train" if self.model.training else "eval"
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        mode = self._mode
+        mask = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
+        weights = inputs["weights"]
+        if "importance_sampling_ratio" in inputs:  # [B, 1], the trainer's policy against vLLM's
+            weights = weights * inputs["importance_sampling_ratio"][:, 0]
+        # DDP averages over processes, and the accumulated micro-batches are added: together one mean over a window.
+        denominator = inputs["num_trained"].clamp(min=1.0) / self.accelerator.num_processes
+        if mode == "train":
+            denominator = denominator * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        log_z = inputs["log_z"]
+        if self.log_z_table is not None and "prompt_index" in inputs:
+            log_z = self.log_z_table(inputs["prompt_index"]) / self.args.tb_beta
+            # Replayed completions are correct ones: the estimate would learn from them that every prompt is easy.
+            log_z = torch.where(inputs["is_fresh"], log_z, log_z.detach())
+        settings = {
+            "rewards": inputs["rewards"],
+            "log_z": log_z,
+            "beta": self.args.tb_beta,
+            "denominator": denominator,
+            "weights": weights,
+            "importance_cap": self.args.importance_cap,
+        }
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        old = inputs.get("old_per_token_logps")
+        if self.args.fused:
+
+            def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Balance:
+                width = mask.shape[1]
+                return loss_from_hidden(
+                    packed(hidden[:, -width - 1 : -1], mask).to(weight.dtype),
+                    weight,
+                    packed(inputs["completion_ids"], mask),
+                    offsets(mask),
+                    bias=bias,
+                    temperature=self.temperature,
+                    old_logprobs=None if old is None else packed(old, mask),
+                    **settings,
+                )
+
+            out = model(input_ids=input_ids, attention_mask=attention_mask, state_call=loss_of)
+            loss = out.loss
+        else:
+            names = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes")
+            names += ("num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
+            logprobs, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                mask.shape[1],
+                compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled,
+                **{name: inputs.get(name) for name in names},
+            )
+            out = loss_from_logprobs(logprobs, mask=mask, old_logprobs=old, **settings)
+            out = out._replace(entropy=packed(entropy.detach(), mask))
+            loss = out.loss
+            if self.aux_loss_enabled:
+                micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
+                loss = loss + self.router_aux_loss_coef * aux_loss / micro_batches
+        self._log_balance(out, inputs["weights"] > 0, mode)
+        return loss
+
+    def _log_balance(self, out: Balance, trained: Tensor, mode: str) -> None:
+        assert out.entropy is not None
+        zero = torch.zeros((), device=trained.device)
+        sums = torch.stack(
+            [
+                trained.float().sum(),
+                torch.where(trained, out.residual.float().square(), zero).sum(),
+                torch.where(trained, out.log_ratio, zero).sum(),
+                torch.where(trained, out.weight, zero).sum(),
+                torch.full_like(zero, float(out.entropy.numel())),
+                out.entropy.float().sum(),
+            ]
+        )
+        total = self.accelerator.reduce(sums, reduction="sum")
+        assert isinstance(total, Tensor)
+        count, squares, ratios, weights, tokens, entropy = total.tolist()
+        metrics = self._metrics[mode]
+        metrics["tb/residual_rms"].append((squares / max(count, 1)) ** 0.5)
+        metrics["tb/log_ratio"].append(ratios / max(count, 1))
+        metrics["tb/importance_weight"].append(weights / max(count, 1))
+        metrics["entropy"].append(entropy / max(tokens, 1))
+
+
+def add_state_call(model: Any) -> None:
+    """Let `model(..., state_call=f)` return `f(hidden states, head weight, head bias)` instead of logits.
+
+    The loss has to be computed inside the model's forward, because that is where DDP, FSDP and autocast have the
+    weights ready; the model keeps its own forward for every other call. The loss travels as a function, because
+    wrappers round the tensors they are handed (rewards in bfloat16).
+    """
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, state_call: Callable[..., Balance] | None = None, **options: Any) -> Any:
+        if state_call is None:
+            return plain(*args, **options)
+        hidden = self.base_model(*args, use_cache=False, **options).last_hidden_state
+        head = self.get_output_embeddings()
+        weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
+        return state_call(hidden.to(weight.device), weight, bias)
+
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,135 @@
+"""Settings of `PacedTrainer`, and what it refuses: an option without effect would be a silently different loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from paced_fast.errors import InputError
+
+try:
+    from trl.trainer.grpo_config import GRPOConfig
+except ImportError as error:
+    raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
+
+REFUSED = {
+    "beta": "is the weight of GRPO's KL term; trajectory balance has its own in tb_beta",
+    "loss_type": "names GRPO losses",
+    "epsilon": "clips GRPO's ratio; trajectory balance has importance_cap",
+    "epsilon_high": "clips GRPO's ratio; trajectory balance has importance_cap",
+    "delta": "clips GRPO's ratio; trajectory balance has importance_cap",
+    "importance_sampling_level": "trajectory balance weighs whole sequences",
+    "scale_rewards": "scales advantages; trajectory balance takes raw rewards",
+    "multi_objective_aggregation": "normalises rewards; trajectory balance takes their raw weighted sum",
+    "off_policy_mask_threshold": "masks by advantages, which trajectory balance does not have",
+    "top_entropy_quantile": "masks tokens, and the residual needs all of them",
+    "entropy_coef": "adds a term to GRPO's loss",
+    "use_adaptive_entropy": "adds a term to GRPO's loss",
+    "sync_ref_model": "there is no reference model: the old policy is the reference",
+    "use_bias_correction_kl": "belongs to GRPO's KL term",
+}
+"""Options of GRPOConfig that mean nothing here, and why."""
+
+
+@dataclass
+class PacedConfig(GRPOConfig):
+    """GRPOConfig plus what trajectory balance needs; options that only GRPO's loss has are refused."""
+
+    tb_beta: float = field(
+        default=0.05, metadata={"help": "Reward units per nat: the residual is log Z + log ratio - reward / tb_beta."}
+    )
+    importance_cap: float = field(
+        default=1.28, metadata={"help": "Upper bound of the detached weight exp(log pi - log pi_old) of a sequence."}
+    )
+    log_z: str = field(
+        default="group",
+        metadata={"help": "Estimate of log Z: 'group' (mean reward of the prompt's group) or 'learned' (by prompt)."},
+    )
+    log_z_learning_rate: float = field(
+        default=0.05, metadata={"help": "Learning rate of the learned log Z, in an optimizer group of its own."}
+    )
+    prompt_sampling: str = field(
+        default="uniform",
+        metadata={"help": "'uniform' (TRL's order) or 'paced': prompts whose estimated accuracy is near one half."},
+    )
+    replay: int = field(
+        default=0,
+        metadata={
+            "help": "Correct completions replayed with each generation batch, on each process; a multiple of "
+            "steps_per_generation. Needs log_z='learned'."
+        },
+    )
+    replay_capacity: int = field(default=128, metadata={"help": "Completions each process keeps for replay."})
+    replay_max_age: int = field(default=4, metadata={"help": "Generation batches after which one is not replayed."})
+    fused: bool = field(
+        default=True,
+        metadata={"help": "Loss from hidden states by the fused op; False: from the log-probs that TRL computes."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = {f.name: f.default for f in fields(GRPOConfig)}
+        for name, reason in REFUSED.items():
+            if name in defaults and getattr(self, name) != defaults[name]:
+                raise InputError(f"{name}={getattr(self, name)!r} {reason}: leave {name} out of PacedConfig")
+        for name, choices in (("log_z", ("group", "learned")), ("prompt_sampling", ("uniform", "paced"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}={getattr(self, name)!r}: use {choices[0]!r} or {choices[1]!r}")
+        for name, low in (("tb_beta", 0.0), ("importance_cap", 0.0), ("log_z_learning_rate", 0.0)):
+            if not getattr(self, name) > low:
+                raise InputError(f"{name}={getattr(self, name)} must be above {low:g}")
+        correction = self.use_vllm and self.vllm_importance_sampling_correction
+        if correction and not self.vllm_importance_sampling_mode.startswith("sequence"):
+            raise InputError(
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} weighs tokens, and trajectory "
+                "balance weighs sequences: use 'sequence_mask' or 'sequence_truncate'"
+            )
+        assert self.steps_per_generation is not None
+        if self.replay < 0 or self.replay % self.steps_per_generation:
+            raise InputError(
+                f"replay={self.replay} must be a multiple of steps_per_generation={self.steps_per_generation}, or 0"
+            )
+        if self.replay and self.log_z != "learned":
+            raise InputError(
+                "replay keeps what the learned estimate got wrong: set log_z='learned' with it, or replay=0"
+            )
+        if self.replay and self.replay_capacity < self.replay:
+            raise InputError(f"replay_capacity={self.replay_capacity} must be at least replay={self.replay}")
+
+
+HANDED_BY_TRL = frozenset(
+    ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+)
+
+
+def check_reward_columns(functions: Iterable[Any], columns: Iterable[str] | None, data: str) -> None:
+    """Refuse data without a column that a reward function cannot be called without."""
+    if columns is None:
+        return
+    present = set(columns)
+    for function in functions:
+        if not callable(function) or isinstance(function, str) or hasattr(function, "forward"):
+            continue
+        name = getattr(function, "__name__", type(function).__name__)
+        parameters = _parameters(function)
+        missing = [
+            p.name
+            for p in parameters
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            and p.default is p.empty
+            and p.name not in present | HANDED_BY_TRL
+        ]
+        if missing:
+            raise InputError(
+                f"reward function {name} needs the column {missing[0]!r}, and {data} has {', '.join(sorted(present))}: "
+                "add the column, or rename it or the parameter"
+            )
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:  # some builtins have no signature to read
+        return []
