@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -10,10 +11,12 @@ import re
 import sys
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_run
+import torch
 from rich.console import Console
 
 from paced_fast import evaluation
@@ -22,7 +25,7 @@ from paced_fast.benchmark_sources import BENCHMARKS, benchmark_sources
 from paced_fast.display import evaluation_tables
 from paced_fast.errors import InputError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target, main
-from paced_fast.evaluation import Evaluation, Sample, Sampling, evaluate
+from paced_fast.evaluation import Evaluation, Sample, Sampling, evaluate, prompt_columns
 from paced_fast.rewards.votes import answer_key
 from paced_fast.sources import parse_source
 
@@ -104,7 +107,7 @@ def test_figures_are_means_over_prompts() -> None:
     assert (overall.prompts, easy.prompts) == (4, 2)
     assert result.slices["odd"].pass_at_8 == pytest.approx(8 / 9)
     record = result.record()
-    assert "prompt_accuracy" not in record
+    assert record["prompt_accuracy"] == [0.555556, 0.0, 1.0, 0.111111]
     assert record["slices"]["odd"].keys() <= record.keys()
     assert record["samples"] == 9
     json.dumps(record, allow_nan=False)
@@ -141,7 +144,49 @@ def test_unscored_samples_count_neither_as_right_nor_as_wrong() -> None:
         *(None, None, {}, {}, None),
     )
     assert result.overall.truncated_share == run().overall.truncated_share, "how long they are is known"
-    json.dumps(result.record(), allow_nan=False)
+    record = result.record()
+    assert record["prompt_accuracy"] == [0.714286, None, 1.0, 1.0], "in the table's order"
+    json.dumps(record, allow_nan=False)
+
+
+def test_prompts_are_told_by_slice_and_text() -> None:
+    columns = prompt_columns(TABLE)
+    assert columns["prompt_slices"] == ["easy", "hard", "easy", "odd"]
+    assert len(set(columns["prompt_ids"])) == 4
+    assert all(re.fullmatch("[0-9a-f]{12}", name) for name in columns["prompt_ids"])
+    turned = PromptTable(rows=TABLE.rows[::-1])
+    assert prompt_columns(turned)["prompt_ids"] == columns["prompt_ids"][::-1]
+    chat = dataclasses.replace(TABLE.rows[0], prompt=[{"role": "user", "content": "(1,)"}])
+    assert prompt_columns(PromptTable(rows=(chat,)))["prompt_ids"][0] not in columns["prompt_ids"]
+    # Fixed for good: runs of different versions are compared by these.
+    assert columns["prompt_ids"][0] == hashlib.sha256(b'"(1,)"').hexdigest()[:12]
+
+
+def test_the_value_meets_the_accuracy_of_its_own_prompt() -> None:
+    """The second prompt is unscored: its value is left out, and those after it do not move up."""
+
+    def partly(rows: Any, texts: Any) -> list[float | None]:
+        return [None if text == "6" else value for text, value in zip(texts, judged(rows, texts), strict=True)]
+
+    settings = tiny_run.config(Path("rewards.py"))
+    fake = SimpleNamespace(
+        config=tiny_run.train.resolve(settings),
+        eval_table=TABLE,
+        generator=Script(),
+        scorer=SimpleNamespace(score=partly, take_counts=dict),
+        tokenizer=None,
+        trainer=SimpleNamespace(
+            counters=SimpleNamespace(step=3),
+            log_z=SimpleNamespace(value_of=lambda embeddings: torch.tensor([0.25, 0.5, 0.75, 0.125])),
+        ),
+        eval_embeddings=torch.zeros(4, 1),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_run.train.prompts, "decode", lambda tokenizer, ids: str(ids[0]))
+        record = tiny_run.train._final_evaluation(fake)  # pyright: ignore[reportArgumentType]
+    assert record["eval"]["prompt_accuracy"] == [1.0, None, 1.0, 0.5]
+    assert record["eval_value"]["values"] == [0.25, 0.75, 0.125]
+    assert record["eval_value"]["accuracies"] == [1.0, 1.0, 0.5]
 
 
 def test_verdicts_of_an_evaluation_are_its_own() -> None:
@@ -305,9 +350,15 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder: Path, capsys: Any
     own = [record["eval"] for record in records if "eval" in record]
     assert len(own) == 2
     assert found.keys() - own[0].keys() == {"model", "sources", "template"}
+    assert own[0].keys() - own[1].keys() == {"prompt_slices", "prompt_ids"}
+    assert [len(own[0][name]) for name in ("prompt_accuracy", "prompt_slices", "prompt_ids")] == [12] * 3
+    assert len(own[1]["prompt_accuracy"]) == 12
+    assert records[0]["overlap"] == {"repeated": 1, "training_prompts": 40}
+    assert all("overlap" not in record for record in records[1:])
     assert all(evaluated[k] == found[k] for evaluated in own for k in ("temperature", "top_p"))
     assert all(evaluated["max_completion_tokens"] == 4 and evaluated["tokens_mean"] <= 4 for evaluated in own)
     summary = json.loads((run / "summary.json").read_text())
+    assert not any("prompt" in name for name in summary)
     for name in ("accuracy", "pass_at_k", "accuracy_interval", "maj_at_k", "truncated_share"):
         assert (summary[f"{name}_before"], summary[f"{name}_after"]) == (own[0][name], own[1][name])
     before = command(capsys, monkeypatch, run, "--step", 0, "--samples", 2)
