@@ -296,16 +296,21 @@ def write_benchmark(folder: Path) -> None:
     (folder / "aime24.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_benchmark_is_its_file_or_else_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_is_its_file_or_else_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     write_benchmark(tmp_path)
     found = benchmark_sources(["aime24", "gsm8k"], str(tmp_path))
     assert found[0].startswith("jsonl:aime24.jsonl?")
     assert found[1].startswith("hf:openai/gsm8k?")
+    assert f"there is no gsm8k_test.jsonl (looked at {tmp_path / 'gsm8k_test.jsonl'}" in caplog.text
+    assert "--data-dir" in caplog.text
     assert [parse_source(spec).slice for spec in found] == ["aime24", "gsm8k"]
     plain = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name, *more: None if name == "datasets" else plain(name, *more))
     with pytest.raises(
-        InputError, match=r"benchmark gsm8k: there is no gsm8k_test.jsonl in .*: give --data-dir, or pip"
+        InputError,
+        match=rf"benchmark gsm8k: there is no gsm8k_test.jsonl .looked at {tmp_path}.*: give --data-dir, or pip",
     ):
         benchmark_sources(["gsm8k"], str(tmp_path))
 
@@ -396,7 +401,7 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
     [
         (["absent"], "there is no run or model folder"),
         (["rnu"], "there is no run or model folder .*rnu: did you mean .*/run[?]"),
-        (["run", "--step", "7"], "holds no such thing as a checkpoint of step 7"),
+        (["run", "--step", "7"], "run has no checkpoint of step 7: .*checkpoints holds those of step 2$"),
         (["run", "--samples", "0"], "--samples is 0: give 1 or more"),
         (["run", "--temperature", "-1"], "--temperature is -1.0: give a value from 0 to 100"),
         (["run", "--temperature", "nan"], "--temperature is nan: give a value from 0 to 100"),
@@ -409,6 +414,15 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
         (["run/initial"], "nothing to evaluate .* as a model has no held-out prompts of its own: give --benchmarks"),
         (["run/initial", "--step", "2"], "--step 2: .* is a model, only runs have steps"),
         (["run/initial", "--benchmarks", "aime24", "--max-completion-tokens", "512"], "the model has 512 positions"),
+        (
+            ["run", "--max-completion-tokens", "100000"],
+            "--max-completion-tokens is 100000 and the model has 512 positions",
+        ),
+        (["run", "--max-completion-tokens", "510"], "--max-completion-tokens is 510: with the .* the model's 512 pos"),
+        (["run", "--json", "."], "--json . is a folder: give the name of a file in it"),
+        (["run", "--save-samples", "."], "--save-samples . is a folder: give the name of a file in it"),
+        (["run", "--json", "/dev/null"], "--json /dev/null is no ordinary file"),
+        (["run", "--json", "/proc/figures"], "--json /proc/figures cannot be written"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(
@@ -431,7 +445,12 @@ def test_what_cannot_be_evaluated_is_one_line(
         (None, "is not a run folder"),
         ("{", "config.json is not JSON"),
         ("[]", "config.json is a JSON list, not an object"),
-        ("{}", "holds no such thing as a checkpoint"),
+        ('{"model": null}', "config.json: model is null, not an object of settings"),
+        ('{"steps": "many"}', 'config.json: steps is "many", not int'),
+        ('{"seed": true}', "config.json: seed is true, not int"),
+        ('{"data": {"train": "a"}}', 'config.json: data.train is "a", not tuple'),
+        ('{"model": {"device": "tpu"}}', "config.json: model.device is \"tpu\", not Literal\\['cpu', 'cuda'\\]"),
+        ("{}", "has no checkpoint yet: .*checkpoints holds none"),
     ],
 )
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, content: str | None, complaint: str) -> None:
@@ -439,6 +458,51 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, content: str | None, c
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=complaint):
         evaluate_target(EvaluateArguments(run_or_model=str(tmp_path)))
+
+
+def test_what_is_neither_a_run_nor_a_model_here_is_said_first(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"^there is no run or model folder runs/none; if a model of the .* give --ben"
+    ):
+        evaluate_target(EvaluateArguments(run_or_model="runs/none"))
+
+
+def test_a_file_that_cannot_be_written_after_all_costs_no_figures(
+    run_folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def full(path: Any, record: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("paced_fast.metrics.write_json_atomic", full)
+    words = ["evaluate", str(run_folder / "run"), "--samples", "1", "--json", str(run_folder / "full.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    out, told = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["prompts"] == 12
+    assert told.splitlines()[-1] == "error: --json cannot be written (No space left on device): give another place"
+
+
+def printed(record: dict[str, Any], width: int) -> list[str]:
+    text = io.StringIO()
+    for table in evaluation_tables(record):
+        Console(file=text, width=width).print(table)
+    return [line for line in text.getvalue().splitlines() if line.strip(" \u2500")]
+
+
+def test_tables_say_what_the_first_line_covers_and_sort_by_name() -> None:
+    record = run(samples=1).record()
+    lines = printed(record, 100)
+    assert [line.split()[0] for line in lines[2:6]] == ["overall", "easy", "hard", "odd"]
+    assert any("maj@k: the commonest of k answers is correct" in line for line in lines), "not in two lines"
+    record = run(headline=("odd", "hard")).record()
+    record["slices"] = {"k10": record["slices"]["odd"], "k9": record["slices"]["hard"], "a": record["slices"]["easy"]}
+    lines = printed(record | {"headline": ["k10", "k9"]}, 100)
+    assert lines[2].split("  ")[1].strip() == "headline (k9, k10)"
+    assert [line.split()[0] for line in lines[3:6]] == ["a", "k9", "k10"]
+    assert not any("overall" in line for line in lines)
 
 
 def test_tables_fit_a_hundred_columns_and_show_every_slice() -> None:
