@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import util
 
 from paced_fast.errors import InputError
-from paced_fast.sources import find_file, parse_source
+from paced_fast.sources import find_file, looked_at, parse_source
 from paced_fast.tasks import nearest
 
 logger = logging.getLogger(__name__)
@@ -43,11 +43,13 @@ def benchmark_sources(names: Sequence[str], data_dir: str | None) -> tuple[str, 
             chosen.append(f"{file}&slice={name}")
             continue
         if util.find_spec("datasets") is None:
-            place = "data and ../shared/data" if data_dir is None else data_dir
             raise InputError(
-                f"benchmark {name}: there is no {source.name} in the working directory or {place}: give --data-dir, or "
-                "pip install 'paced-fast[data]' to read it from the Hugging Face hub"
+                f"benchmark {name}: there is no {source.name} (looked at {looked_at(source, data_dir)}): give "
+                "--data-dir, or pip install 'paced-fast[data]' to read it from the Hugging Face hub"
             )
-        logger.info("benchmark %s: no file %s, reading %s", name, source.name, hub.partition("?")[0])
+        logger.warning(
+            "benchmark %s: there is no %s (looked at %s; --data-dir names the folder that holds it): reading %s",
+            *(name, source.name, looked_at(source, data_dir), hub.partition("?")[0]),
+        )
         chosen.append(f"{hub}&slice={name}")
     return tuple(chosen)

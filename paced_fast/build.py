@@ -47,6 +47,8 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     eval_table: PromptTable
     eval_embeddings: Tensor | None
+    repeated: int
+    """Training prompts that are held-out prompts."""
     resumed: bool
 
 
@@ -69,7 +71,7 @@ def build(config: Config, console: Console) -> Run:
     table, eval_table = (
         _table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
     )
-    table = _apart(table, eval_table, config.data)
+    table, repeated = _apart(table, eval_table, config.data)
     if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
         raise InputError(
             f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
@@ -132,7 +134,8 @@ def build(config: Config, console: Console) -> Run:
         checkpoint.restore_random_state(state["random"])
         metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
         logger.info("resumed after step %d from %s", trainer.counters.step, newest)
-    return Run(config, folder, trainer, generator, scorer, tokenizer, eval_table, eval_embeddings, newest is not None)
+    resumed = newest is not None
+    return Run(config, folder, trainer, generator, scorer, tokenizer, eval_table, eval_embeddings, repeated, resumed)
 
 
 def _generator(
@@ -216,9 +219,11 @@ def _table(
     )
 
 
-def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> PromptTable:
-    """The training rows, without those that are held-out prompts where the settings drop them; repeats are counted."""
+def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple[PromptTable, int]:
+    """The training rows, without those that are held-out prompts where the settings drop them, and how many are left
+    that are held-out prompts; the log counts repeats among the rows."""
     same, policy = prompts.overlap(train, held_out), data.overlap
+    repeated = len(same.train)
     if same.train and policy == "error":
         raise InputError(f"{same}: remove them, or set --data.overlap drop")
     if same.train and policy == "warn":
@@ -231,10 +236,11 @@ def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> Promp
         logger.warning("%s: left out of training", same)
         dropped = set(same.train)
         train = PromptTable(rows=tuple(row for i, row in enumerate(train.rows) if i not in dropped))
+        repeated = 0
     if repeats := prompts.duplicates(train):
         one, first = (train.rows[i].where for i in repeats[0])
         logger.info("%d of %d training prompts repeat an earlier one (%s is %s)", len(repeats), len(train), one, first)
-    return train
+    return train, repeated
 
 
 def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stop_id: int) -> Any:

@@ -6,6 +6,7 @@ Shows plain records and knows nothing else of the package; `metrics` passes thes
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -176,13 +177,17 @@ def evaluation_tables(record: Mapping[str, object], *, max_columns: int = 8) -> 
 
     Of more than `max_columns` numbers of samples k the first and the last are shown.
     """
-    slices = record.get("slices")
-    rows: dict[str, Mapping[str, object]] = {"overall": record, **(slices if isinstance(slices, Mapping) else {})}
-    if len(rows) == 2:  # of one slice only
-        del rows["overall"]
-    head = Table(title="held-out accuracy, 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD)
+    slices, headline = record.get("slices"), record.get("headline")
+    first = "overall"
+    if isinstance(headline, list | tuple) and headline:
+        first = f"headline ({', '.join(sorted(map(str, headline), key=_natural))})"
+    parts: Mapping[str, Mapping[str, object]] = slices if isinstance(slices, Mapping) else {}
+    rows = {first: record} | {name: parts[name] for name in sorted(parts, key=_natural)}
+    if len(parts) == 1:
+        del rows[first]
+    head = Table(title="held-out accuracy, 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD, min_width=40)
     for name in ("slice", "prompts", f"mean@{record.get('samples')}", "distinct", "cut", "tokens", "unscored"):
-        head.add_column(name, justify="left" if name == "slice" else "right", overflow="fold")
+        head.add_column(name, justify="left" if name == "slice" else "right", overflow="fold", no_wrap=name != "slice")
     for name, row in rows.items():
         distinct, share, tokens = (_number(row, key) for key in ("distinct_correct", "truncated_share", "tokens_mean"))
         head.add_row(
@@ -203,12 +208,25 @@ _CURVES = {
 }
 
 
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Sorts k9 before k10."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)]
+
+
 def _curve_table(rows: Mapping[str, Mapping[str, object]], key: str, title: str, max_columns: int) -> Table:
     curves = {name: curve for name, row in rows.items() if isinstance(curve := row.get(key), Mapping) and curve}
     ks = sorted({int(k) for curve in curves.values() for k in curve})
     ks = [k for k in ks if k & (k - 1) == 0 or k == ks[-1]]
     ks = ks if len(ks) <= max_columns else [*ks[: max_columns - 1], ks[-1]]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    # A table is as wide as its title at least, which would be broken in two above few columns.
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        min_width=len(title) + 2,
+    )
     table.add_column("slice, k =", overflow="fold", min_width=10, max_width=18)
     for k in ks:
         table.add_column(str(k), justify="right", no_wrap=True)

@@ -21,6 +21,8 @@ Floats = NDArray[np.float64]
 _RESAMPLES = 2000
 _FEW = 10
 """Prompts that must differ from an end of [0, 1] before resampling can say how far the mean is from that end."""
+_SAME = 1e-9
+"""Figures no further apart are equal: two estimators of one share differ in their last digits."""
 
 
 def pass_at_each(num_samples: ArrayLike, num_correct: ArrayLike, max_k: int) -> Floats:
@@ -76,27 +78,58 @@ def _win_chances(counts: tuple[int, ...], abstaining: int, k: int) -> dict[int, 
         return {m: float(m == counts[-1]) / best for m in counts}
     sizes, repeats = np.unique(np.asarray(counts), return_counts=True)
     share = k / n
-    roots = np.exp(2j * np.pi * np.arange(n + 1) / (n + 1))  # [n + 1]
-    terms = [_binomial(m, share) * roots[:, None] ** np.arange(m + 1) for m in sizes]  # [n + 1, m + 1] each
+    # The coefficients are real, so roots come in conjugate pairs and one of each is enough.
+    circle = np.exp(2j * np.pi * np.arange(n + 1) / (n + 1))
+    roots = circle[: (n + 1) // 2 + 1]  # [H]
+    powers = circle[np.outer(np.arange(len(roots)), np.arange(counts[-1] + 1)) % (n + 1)]
+    pairs = np.full(len(roots), 2.0 / (n + 1))
+    pairs[0] /= 2.0
+    if n % 2:  # the last one is -1, its own conjugate
+        pairs[-1] /= 2.0
+    terms = [_binomial(m, share) * powers[:, : m + 1] for m in sizes]  # [H, m + 1] each
+    low, high = _likely(counts[-1], n, k)
+    below = [t[:, : low - 1].sum(1) for t in terms]  # the terms d < w of each, added up
     spare = (1.0 - share + share * roots) ** abstaining * roots ** (-k % (n + 1))
     chances = dict.fromkeys((int(m) for m in sizes), 0.0)
-    for w in range(1, min(counts[-1], k) + 1):
+    for w in range(low, high + 1):
+        for total, t in zip(below, terms, strict=True):
+            if w <= t.shape[1]:
+                total += t[:, w - 1]
         most_tied = min(int(repeats[sizes >= w].sum()), k // w) - 1
-        nodes, weights = np.polynomial.legendre.leggauss(most_tied // 2 + 1)
-        y = ((nodes + 1.0) / 2.0)[:, None]  # [Y, 1]
-        each = [t[:, :w].sum(1) + (y * t[:, w] if w < t.shape[1] else 0.0) for t in terms]  # [Y, n + 1]
-        before = [spare * np.ones_like(y)]  # products over the sizes before each
+        nodes, weights = _rule(most_tied // 2 + 1)
+        y = nodes[:, None]  # [Y, 1]
+        each = [total + (y * t[:, w] if w < t.shape[1] else 0.0) for total, t in zip(below, terms, strict=True)]
+        before = [spare * np.ones_like(y)]  # [Y, H], products over the sizes before each
         for factor, repeat in zip(each, repeats, strict=True):
-            before.append(before[-1] * factor**repeat)
+            before.append(before[-1] * factor ** int(repeat))
         after = np.ones_like(before[0])
         for i in reversed(range(len(sizes))):
             if sizes[i] < w:
                 break
-            others = before[i] * each[i] ** (repeats[i] - 1) * after
-            chances[int(sizes[i])] += float((weights / 2.0) @ (others * terms[i][:, w]).mean(1).real)
-            after = after * each[i] ** repeats[i]
+            others = before[i] * each[i] ** int(repeats[i] - 1) * after
+            chances[int(sizes[i])] += float(((weights @ others) @ (terms[i][:, w] * pairs)).real)
+            after = after * each[i] ** int(repeats[i])
     scale = _binomial(n, share)[k]
     return {m: chance / scale for m, chance in chances.items()}
+
+
+def _likely(count: int, n: int, k: int) -> tuple[int, int]:
+    """Least and most votes, from 1 on, that k of n samples give an answer of `count`, but for chances below 1e-20.
+
+    For the commonest answer these bound the winner's votes: it has no fewer than that one, and no other is likelier to
+    have more.
+    """
+    d = np.arange(max(0, k - (n - count)), min(count, k) + 1)
+    chances = _binomial(count, k / n)[d] * _binomial(n - count, k / n)[k - d] / _binomial(n, k / n)[k]
+    kept = d[chances > 1e-20 / n]
+    return max(1, int(kept[0])), max(1, int(kept[-1]))
+
+
+@functools.lru_cache(maxsize=64)
+def _rule(nodes: int) -> tuple[Floats, Floats]:
+    """Nodes and weights of Gauss's rule over [0, 1]."""
+    places, weights = np.polynomial.legendre.leggauss(nodes)
+    return (places + 1.0) / 2.0, weights / 2.0
 
 
 def _binomial(count: int, share: float) -> Floats:
@@ -126,18 +159,18 @@ def mean_intervals(figures: Floats, *, level: float = 0.95, seed: int) -> tuple[
     times = _resampled(num_prompts, seed)
     shift = times @ centred / num_prompts  # [R, K]
     spread = np.sqrt(np.maximum(times @ centred**2 / num_prompts - shift**2, 0.0))
-    spread[spread < 1e-9] = 0.0  # a resample of equal figures, up to rounding
+    spread[spread < _SAME] = 0.0  # a resample of equal figures
     with np.errstate(divide="ignore", invalid="ignore"):
         # In units of the standard error; equal figures say nothing of their error, so its end of the scale is open.
-        ratio = np.where(shift == 0.0, 0.0, shift / spread)
+        ratio = np.where(np.abs(shift) < _SAME, 0.0, shift / spread)
     ratio.sort(axis=0)
     tail = round((_RESAMPLES - 1) * (1 - level) / 2)
     deviation = np.sqrt((centred**2).mean(0))
     with np.errstate(invalid="ignore"):
-        low = mean - np.where(deviation > 0.0, deviation * ratio[-1 - tail], 0.0)
-        high = mean - np.where(deviation > 0.0, deviation * ratio[tail], 0.0)
-    low = np.where((figures < 1.0).sum(0) < _FEW, widest[0], np.clip(low, widest[0], mean))
-    high = np.where((figures > 0.0).sum(0) < _FEW, widest[1], np.clip(high, mean, widest[1]))
+        low = mean - np.where(deviation > _SAME, deviation * ratio[-1 - tail], 0.0)
+        high = mean - np.where(deviation > _SAME, deviation * ratio[tail], 0.0)
+    low = np.where((figures < 1.0 - _SAME).sum(0) < _FEW, widest[0], np.clip(low, widest[0], mean))
+    high = np.where((figures > _SAME).sum(0) < _FEW, widest[1], np.clip(high, mean, widest[1]))
     return low, high
 
 

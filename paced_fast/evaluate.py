@@ -11,7 +11,8 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluation import Sample, Sampling, check_headline, evaluate
 from paced_fast.generate import TransformersGenerator
 from paced_fast.policy import load_model, quiet, smollm2_folder
+from paced_fast.resolve import config_from_dict
 from paced_fast.rewards import Scorer
 
 __all__ = ["EvaluateArguments", "check_headline", "config_from_dict", "evaluate_target", "load_config", "main"]
@@ -90,30 +92,24 @@ class _Target:
 
 
 def load_config(run_dir: Path) -> Config:
-    """The resolved settings of a run. Raises InputError when the folder holds none."""
-    return config_from_dict(Config, _read_config(run_dir))
+    """The resolved settings of a run. Raises InputError when the folder holds none, or what are none."""
+    return _config(run_dir, _read_config(run_dir))
 
 
-def config_from_dict(kind: Any, raw: dict[str, Any]) -> Any:
-    """Rebuild a settings dataclass from `dataclasses.asdict` gone through JSON."""
-    values: dict[str, Any] = {}
-    defaults = kind()
-    for item in dataclasses.fields(kind):
-        if item.name not in raw:
-            continue
-        default, value = getattr(defaults, item.name), raw[item.name]
-        if dataclasses.is_dataclass(default):
-            value = config_from_dict(type(default), value)
-        elif isinstance(default, tuple):
-            value = tuple(value)
-        values[item.name] = value
-    return kind(**values)
+def _config(run_dir: Path, raw: dict[str, Any]) -> Config:
+    try:
+        return config_from_dict(Config, raw)
+    except InputError as error:
+        raise InputError(f"{run_dir / 'config.json'}: {error}") from error
 
 
-def evaluate_target(arguments: EvaluateArguments) -> dict[str, Any]:
+def evaluate_target(
+    arguments: EvaluateArguments, keep: Callable[[Sequence[Sample]], None] | None = None
+) -> dict[str, Any]:
     """Load the run's checkpoint or the model and evaluate it: `Evaluation.record` with what was evaluated and on what.
 
-    Raises InputError for what cannot be loaded, found or combined, before anything is sampled.
+    `keep` is shown every sample; no file is written. Raises InputError for what cannot be loaded, found, combined or,
+    later, written, before anything is sampled.
     """
     _check(arguments)
     target = _target(arguments)
@@ -122,22 +118,25 @@ def evaluate_target(arguments: EvaluateArguments) -> dict[str, Any]:
     names = [name for word in arguments.benchmarks for name in word.split(",") if name]
     given = (*benchmark_sources(names, data_dir), *arguments.sources)
     if not given and not config.data.eval:
+        name, remedy = arguments.run_or_model, f"give --benchmarks {','.join(BENCHMARKS)}, or --sources"
+        if not target.is_run and not Path(target.path).is_dir():
+            raise InputError(
+                f"there is no run or model folder {name}; if a model of the Hugging Face hub is meant, {remedy}"
+            )
         kind = "the run has no held-out prompts" if target.is_run else "a model has no held-out prompts of its own"
-        raise InputError(
-            f"nothing to evaluate {arguments.run_or_model} on, as {kind}: give --benchmarks "
-            f"{','.join(BENCHMARKS)}, or --sources"
-        )
+        raise InputError(f"nothing to evaluate {name} on, as {kind}: {remedy}")
     tokenizer = prompts.load_tokenizer(target.path)
     model = load_model(config.model, target.path)
     sampling = _sampling(arguments, config)
     template = arguments.template or (config.data.template if target.is_run else _own_template(tokenizer))
     own = not given and arguments.max_prompt_tokens is None
+    room = _room(model, sampling)
     scorer = Scorer(settings=config.reward)
     table = prompts.load_table(
         given or config.data.eval,
         tokenizer=tokenizer,
         template=template,
-        max_prompt_tokens=config.data.max_prompt_tokens if own else _room(arguments, model, sampling),
+        max_prompt_tokens=config.data.max_prompt_tokens if own else (arguments.max_prompt_tokens or room),
         data_dir=data_dir,
         too_long=config.data.too_long if own else "error",
         bad_rows=config.data.bad_rows,
@@ -146,6 +145,13 @@ def evaluate_target(arguments: EvaluateArguments) -> dict[str, Any]:
     )
     if arguments.limit is not None:
         table = _limited(table, arguments.limit, arguments.seed)
+    longest = max(table.rows, key=lambda row: len(row.token_ids), default=None)
+    if longest is not None and len(longest.token_ids) > room:
+        raise InputError(
+            f"--max-completion-tokens is {sampling.max_completion_tokens}: with the {len(longest.token_ids)} tokens of "
+            f"{longest.where} that is beyond the model's {room + sampling.max_completion_tokens} positions: give at "
+            "most the rest, or a lower --max-prompt-tokens"
+        )
     generator = TransformersGenerator(
         model,
         stop_ids=prompts.stop_token_ids(tokenizer),
@@ -165,7 +171,7 @@ def evaluate_target(arguments: EvaluateArguments) -> dict[str, Any]:
             decode=lambda ids: prompts.decode(tokenizer, ids),
             sampling=sampling,
             headline=() if given else config.data.headline,
-            keep=None if arguments.save_samples is None else lambda samples: _save(samples, arguments.save_samples),
+            keep=keep,
         )
     finally:
         scorer.close()
@@ -186,8 +192,23 @@ def _check(arguments: EvaluateArguments) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}: give {bounds}")
     for name in ("json", "save_samples"):
         path = getattr(arguments, name)
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise InputError(f"--{name.replace('_', '-')} {path}: there is no folder {Path(path).absolute().parent}")
+        if path is not None:
+            _check_file(f"--{name.replace('_', '-')} {path}", Path(path).absolute())
+
+
+def _check_file(option: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"{option}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise InputError(f"{option} is a folder: give the name of a file in it")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} is no ordinary file: give the name of one")
+    try:  # what a folder's mode says is not all: file systems are read-only too, and root is let in anywhere
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists():
+            path.open("a").close()
+    except OSError as error:
+        raise InputError(f"{option} cannot be written ({error.strerror}): give another place") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -210,7 +231,7 @@ def _target(arguments: EvaluateArguments) -> _Target:
     if folder.is_dir():
         raw = _read_config(folder)
         if not raw.keys() & {"model_type", "architectures"}:
-            config = config_from_dict(Config, raw)
+            config = _config(folder, raw)
             return _Target(_checkpoint(folder, arguments.step), _placed(arguments, config), True)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
         here = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -236,8 +257,9 @@ def _checkpoint(run_dir: Path, step: int | None) -> str:
     root = run_dir / "checkpoints"
     folder = checkpoint.newest(root) if step is None else root / f"step_{step:06d}"
     if folder is None or not folder.is_dir():
-        wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
-        raise InputError(f"{run_dir} holds no such thing as {wanted}: look in {root}")
+        wanted = "checkpoint yet" if step is None else f"checkpoint of step {step}"
+        held = ", ".join(str(int(path.name[5:])) for path in sorted(root.glob("step_*")) if path.name[5:].isdigit())
+        raise InputError(f"{run_dir} has no {wanted}: {root} holds {f'those of step {held}' if held else 'none'}")
     problem = checkpoint.verify(folder)
     if problem is not None:
         raise InputError(f"checkpoint {folder} is damaged: {problem}")
@@ -275,8 +297,8 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return "chat" if tokenizer.chat_template else "{prompt}"
 
 
-def _room(arguments: EvaluateArguments, model: PreTrainedModel, sampling: Sampling) -> int:
-    """Longest prompt that leaves room for a completion; what was asked for comes first."""
+def _room(model: PreTrainedModel, sampling: Sampling) -> int:
+    """Longest prompt that leaves room for a completion."""
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
     room = positions - sampling.max_completion_tokens
     if room < 1:
@@ -284,7 +306,7 @@ def _room(arguments: EvaluateArguments, model: PreTrainedModel, sampling: Sampli
             f"--max-completion-tokens is {sampling.max_completion_tokens} and the model has {positions} positions: "
             "give fewer, so that a prompt has room too"
         )
-    return arguments.max_prompt_tokens or room
+    return room
 
 
 def _limited(table: PromptTable, limit: int, seed: int) -> PromptTable:
@@ -297,9 +319,7 @@ def _limited(table: PromptTable, limit: int, seed: int) -> PromptTable:
     return PromptTable(rows=tuple(table.select(sorted(kept))))
 
 
-def _save(samples: Sequence[Sample], path: str | None) -> None:
-    if path is None:
-        return
+def _save(samples: Sequence[Sample], path: str) -> None:
     with Path(path).open("w", encoding="utf-8") as file:
         for sample in samples:
             line = {
@@ -323,20 +343,33 @@ def main() -> None:
     try:
         prog = "python -m paced_fast.evaluate"
         arguments = cli.read(words, lambda: tyro.cli(EvaluateArguments, args=words, prog=prog))
-        record = evaluate_target(arguments)
+        samples: list[Sample] = []
+        record = evaluate_target(arguments, samples.extend)
+        if not console.is_terminal:
+            console.width = 100  # a file has no width of its own, and 80 columns would break figures in two
+        for table in evaluation_tables(record):
+            console.print(table)
+        sys.stdout.write(json.dumps(record) + "\n")
+        _write(arguments, record, samples)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
     except TrainingError as error:
         sys.stderr.write(f"stopped: {error}\n")
         raise SystemExit(3) from None
-    if arguments.json is not None:
-        metrics.write_json_atomic(arguments.json, record)
-    if not console.is_terminal:
-        console.width = 100  # a file has no width of its own, and 80 columns would break figures in two
-    for table in evaluation_tables(record):
-        console.print(table)
-    sys.stdout.write(json.dumps(record) + "\n")
+
+
+def _write(arguments: EvaluateArguments, record: dict[str, Any], samples: Sequence[Sample]) -> None:
+    """The files that were asked for; a disk may be full although the place could be written to before."""
+    option = "json"
+    try:
+        if arguments.json is not None:
+            metrics.write_json_atomic(arguments.json, record)
+        option = "save-samples"
+        if arguments.save_samples is not None:
+            _save(samples, arguments.save_samples)
+    except OSError as error:
+        raise InputError(f"--{option} cannot be written ({error.strerror}): give another place") from error
 
 
 if __name__ == "__main__":

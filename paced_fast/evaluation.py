@@ -6,6 +6,8 @@ P = prompts, n = scored samples of a prompt, which may differ from prompt to pro
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -100,6 +102,8 @@ class Evaluation:
 
     overall: Figures
     """Over the prompts of the headline slices."""
+    headline: tuple[str, ...]
+    """Those slices; empty for all."""
     slices: dict[str, Figures]
     """Of each slice on its own."""
     sampling: Sampling
@@ -114,7 +118,7 @@ class Evaluation:
     """Share of correct samples of every prompt of the table; None where none was scored."""
 
     def record(self) -> dict[str, Any]:
-        """What goes into metrics.jsonl: everything but the figures of single prompts."""
+        """What goes into metrics.jsonl: every figure, and of each prompt its accuracy, null where none was scored."""
         return {
             **dataclasses.asdict(self.overall),
             **dataclasses.asdict(self.sampling),
@@ -122,8 +126,19 @@ class Evaluation:
             "seconds": self.seconds,
             "tokens_per_second": self.tokens / self.seconds if self.seconds > 0 else None,
             "verdicts": self.verdicts,
+            "headline": list(self.headline),
             "slices": {name: dataclasses.asdict(figures) for name, figures in self.slices.items()},
+            "prompt_accuracy": [None if share is None else round(share, 6) for share in self.prompt_accuracy],
         }
+
+
+def prompt_columns(table: PromptTable) -> dict[str, list[str]]:
+    """Slice and id of every prompt, in the order of `prompt_accuracy`; prompts of the same text have the same id."""
+    texts = [json.dumps(row.prompt, sort_keys=True).encode() for row in table.rows]
+    return {
+        "prompt_slices": [row.slice for row in table.rows],
+        "prompt_ids": [hashlib.sha256(text).hexdigest()[:12] for text in texts],
+    }
 
 
 def evaluate(
@@ -167,6 +182,7 @@ def evaluate(
     names = dict.fromkeys(row.slice for row in table.rows)
     return Evaluation(
         overall=_figures([g for g in groups if not headline or g[0].row.slice in headline], sampling.seed),
+        headline=tuple(headline),
         slices={name: _figures([g for g in groups if g[0].row.slice == name], sampling.seed) for name in names},
         sampling=sampling,
         tokens=sum(sample.tokens for sample in samples),

@@ -23,7 +23,7 @@ from paced_fast import checkpoint, cli, metrics, prompts, report
 from paced_fast.build import Run, build, without_missing
 from paced_fast.config import Config, flatten, stream_seed
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.evaluation import Evaluation, Sampling, evaluate
+from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
 from paced_fast.policy import quiet
 from paced_fast.resolve import resolve
 
@@ -48,7 +48,8 @@ def train(run: Run, console: Console) -> dict[str, Any]:
                 record["parity"] = parity
             before = evaluate_now(run, config.evaluation.final_samples)
             if before is not None:
-                record["eval"] = before.record()
+                record["eval"] = before.record() | prompt_columns(run.eval_table)
+                record["overlap"] = {"repeated": run.repeated, "training_prompts": len(run.trainer.table)}
             if before is not None or parity is not None:
                 writer.write(record)
                 progress.update(record)

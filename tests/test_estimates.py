@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import time
 
 import numpy as np
 import pytest
@@ -158,3 +159,40 @@ def test_what_no_prompt_shows_is_allowed_for() -> None:
     assert (low[0], high[0]) == (pytest.approx(0.2065, abs=1e-4), 1.0)
     low, high = mean_intervals(np.full((12, 1), 0.5), seed=0)
     assert (low[0], high[0]) == (0.5, 0.5), "figures that do not vary have a mean that does not"
+
+
+def test_figures_that_differ_by_rounding_have_the_same_interval() -> None:
+    """Five of 50 prompts are half solved and five unsolved: 1 - 1e-16 does not count as below 1."""
+    figures = np.array([1.0] * 40 + [0.5] * 5 + [0.0] * 5)
+    noisy = figures + np.random.default_rng(0).uniform(-1e-15, 1e-15, 50)
+    low, high = mean_intervals(np.stack([figures, noisy, 1.0 - figures, 1.0 - noisy], 1), seed=0)
+    assert low[1] == pytest.approx(low[0], abs=1e-9)
+    assert high[1] == pytest.approx(high[0], abs=1e-9)
+    assert low[3] == pytest.approx(low[2], abs=1e-9)
+    assert high[3] == pytest.approx(high[2], abs=1e-9)
+    equal = np.full(12, 0.5)
+    low, high = mean_intervals(np.stack([equal, equal + np.arange(12) * 1e-16], 1), seed=0)
+    assert [*low, *high] == pytest.approx([0.5] * 4, abs=1e-9)
+
+
+def test_many_samples_of_two_answers_are_counted_out() -> None:
+    """Of 1024 samples 600 say a and 424 say b: a wins with more than half of k draws, by the hypergeometric law."""
+    votes = ["a"] * 600 + ["b"] * 424
+    for k in (1, 2, 33, 512, 1000):
+        ways = [math.comb(600, d) * math.comb(424, k - d) for d in range(k + 1)]
+        won = sum(w for d, w in enumerate(ways) if 2 * d > k) + (ways[k // 2] / 2 if k % 2 == 0 else 0)
+        assert majority_at_k(votes, [v == "a" for v in votes], k) == pytest.approx(won / math.comb(1024, k), abs=1e-11)
+        assert majority_at_k(votes, [v == "b" for v in votes], k) == pytest.approx(
+            1 - won / math.comb(1024, k), abs=1e-11
+        )
+
+
+def test_majority_of_a_thousand_samples_takes_no_seconds() -> None:
+    source = random.Random(1)
+    votes = [int(source.expovariate(0.3)) for _ in range(1024)]
+    started = time.process_time()
+    found = [majority_at_k(votes, [v == 0 for v in votes], 2**i) for i in range(11)]
+    assert time.process_time() - started < 2.0
+    assert found[-1] == 1.0
+    assert found[0] == pytest.approx(votes.count(0) / 1024)
+    assert found == sorted(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -10,10 +11,12 @@ import re
 import sys
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_run
+import torch
 from rich.console import Console
 
 from paced_fast import evaluation
@@ -22,7 +25,7 @@ from paced_fast.benchmark_sources import BENCHMARKS, benchmark_sources
 from paced_fast.display import evaluation_tables
 from paced_fast.errors import InputError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target, main
-from paced_fast.evaluation import Evaluation, Sample, Sampling, evaluate
+from paced_fast.evaluation import Evaluation, Sample, Sampling, evaluate, prompt_columns
 from paced_fast.rewards.votes import answer_key
 from paced_fast.sources import parse_source
 
@@ -104,7 +107,7 @@ def test_figures_are_means_over_prompts() -> None:
     assert (overall.prompts, easy.prompts) == (4, 2)
     assert result.slices["odd"].pass_at_8 == pytest.approx(8 / 9)
     record = result.record()
-    assert "prompt_accuracy" not in record
+    assert record["prompt_accuracy"] == [0.555556, 0.0, 1.0, 0.111111]
     assert record["slices"]["odd"].keys() <= record.keys()
     assert record["samples"] == 9
     json.dumps(record, allow_nan=False)
@@ -141,7 +144,49 @@ def test_unscored_samples_count_neither_as_right_nor_as_wrong() -> None:
         *(None, None, {}, {}, None),
     )
     assert result.overall.truncated_share == run().overall.truncated_share, "how long they are is known"
-    json.dumps(result.record(), allow_nan=False)
+    record = result.record()
+    assert record["prompt_accuracy"] == [0.714286, None, 1.0, 1.0], "in the table's order"
+    json.dumps(record, allow_nan=False)
+
+
+def test_prompts_are_told_by_slice_and_text() -> None:
+    columns = prompt_columns(TABLE)
+    assert columns["prompt_slices"] == ["easy", "hard", "easy", "odd"]
+    assert len(set(columns["prompt_ids"])) == 4
+    assert all(re.fullmatch("[0-9a-f]{12}", name) for name in columns["prompt_ids"])
+    turned = PromptTable(rows=TABLE.rows[::-1])
+    assert prompt_columns(turned)["prompt_ids"] == columns["prompt_ids"][::-1]
+    chat = dataclasses.replace(TABLE.rows[0], prompt=[{"role": "user", "content": "(1,)"}])
+    assert prompt_columns(PromptTable(rows=(chat,)))["prompt_ids"][0] not in columns["prompt_ids"]
+    # Fixed for good: runs of different versions are compared by these.
+    assert columns["prompt_ids"][0] == hashlib.sha256(b'"(1,)"').hexdigest()[:12]
+
+
+def test_the_value_meets_the_accuracy_of_its_own_prompt() -> None:
+    """The second prompt is unscored: its value is left out, and those after it do not move up."""
+
+    def partly(rows: Any, texts: Any) -> list[float | None]:
+        return [None if text == "6" else value for text, value in zip(texts, judged(rows, texts), strict=True)]
+
+    settings = tiny_run.config(Path("rewards.py"))
+    fake = SimpleNamespace(
+        config=tiny_run.train.resolve(settings),
+        eval_table=TABLE,
+        generator=Script(),
+        scorer=SimpleNamespace(score=partly, take_counts=dict),
+        tokenizer=None,
+        trainer=SimpleNamespace(
+            counters=SimpleNamespace(step=3),
+            log_z=SimpleNamespace(value_of=lambda embeddings: torch.tensor([0.25, 0.5, 0.75, 0.125])),
+        ),
+        eval_embeddings=torch.zeros(4, 1),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_run.train.prompts, "decode", lambda tokenizer, ids: str(ids[0]))
+        record = tiny_run.train._final_evaluation(fake)  # pyright: ignore[reportArgumentType]
+    assert record["eval"]["prompt_accuracy"] == [1.0, None, 1.0, 0.5]
+    assert record["eval_value"]["values"] == [0.25, 0.75, 0.125]
+    assert record["eval_value"]["accuracies"] == [1.0, 1.0, 0.5]
 
 
 def test_verdicts_of_an_evaluation_are_its_own() -> None:
@@ -251,16 +296,21 @@ def write_benchmark(folder: Path) -> None:
     (folder / "aime24.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_benchmark_is_its_file_or_else_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_is_its_file_or_else_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     write_benchmark(tmp_path)
     found = benchmark_sources(["aime24", "gsm8k"], str(tmp_path))
     assert found[0].startswith("jsonl:aime24.jsonl?")
     assert found[1].startswith("hf:openai/gsm8k?")
+    assert f"there is no gsm8k_test.jsonl (looked at {tmp_path / 'gsm8k_test.jsonl'}" in caplog.text
+    assert "--data-dir" in caplog.text
     assert [parse_source(spec).slice for spec in found] == ["aime24", "gsm8k"]
     plain = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name, *more: None if name == "datasets" else plain(name, *more))
     with pytest.raises(
-        InputError, match=r"benchmark gsm8k: there is no gsm8k_test.jsonl in .*: give --data-dir, or pip"
+        InputError,
+        match=rf"benchmark gsm8k: there is no gsm8k_test.jsonl .looked at {tmp_path}.*: give --data-dir, or pip",
     ):
         benchmark_sources(["gsm8k"], str(tmp_path))
 
@@ -305,9 +355,15 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder: Path, capsys: Any
     own = [record["eval"] for record in records if "eval" in record]
     assert len(own) == 2
     assert found.keys() - own[0].keys() == {"model", "sources", "template"}
+    assert own[0].keys() - own[1].keys() == {"prompt_slices", "prompt_ids"}
+    assert [len(own[0][name]) for name in ("prompt_accuracy", "prompt_slices", "prompt_ids")] == [12] * 3
+    assert len(own[1]["prompt_accuracy"]) == 12
+    assert records[0]["overlap"] == {"repeated": 1, "training_prompts": 40}
+    assert all("overlap" not in record for record in records[1:])
     assert all(evaluated[k] == found[k] for evaluated in own for k in ("temperature", "top_p"))
     assert all(evaluated["max_completion_tokens"] == 4 and evaluated["tokens_mean"] <= 4 for evaluated in own)
     summary = json.loads((run / "summary.json").read_text())
+    assert not any("prompt" in name for name in summary)
     for name in ("accuracy", "pass_at_k", "accuracy_interval", "maj_at_k", "truncated_share"):
         assert (summary[f"{name}_before"], summary[f"{name}_after"]) == (own[0][name], own[1][name])
     before = command(capsys, monkeypatch, run, "--step", 0, "--samples", 2)
@@ -345,7 +401,7 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
     [
         (["absent"], "there is no run or model folder"),
         (["rnu"], "there is no run or model folder .*rnu: did you mean .*/run[?]"),
-        (["run", "--step", "7"], "holds no such thing as a checkpoint of step 7"),
+        (["run", "--step", "7"], "run has no checkpoint of step 7: .*checkpoints holds those of step 2$"),
         (["run", "--samples", "0"], "--samples is 0: give 1 or more"),
         (["run", "--temperature", "-1"], "--temperature is -1.0: give a value from 0 to 100"),
         (["run", "--temperature", "nan"], "--temperature is nan: give a value from 0 to 100"),
@@ -358,6 +414,15 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
         (["run/initial"], "nothing to evaluate .* as a model has no held-out prompts of its own: give --benchmarks"),
         (["run/initial", "--step", "2"], "--step 2: .* is a model, only runs have steps"),
         (["run/initial", "--benchmarks", "aime24", "--max-completion-tokens", "512"], "the model has 512 positions"),
+        (
+            ["run", "--max-completion-tokens", "100000"],
+            "--max-completion-tokens is 100000 and the model has 512 positions",
+        ),
+        (["run", "--max-completion-tokens", "510"], "--max-completion-tokens is 510: with the .* the model's 512 pos"),
+        (["run", "--json", "."], "--json . is a folder: give the name of a file in it"),
+        (["run", "--save-samples", "."], "--save-samples . is a folder: give the name of a file in it"),
+        (["run", "--json", "/dev/null"], "--json /dev/null is no ordinary file"),
+        (["run", "--json", "/proc/figures"], "--json /proc/figures cannot be written"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(
@@ -380,7 +445,12 @@ def test_what_cannot_be_evaluated_is_one_line(
         (None, "is not a run folder"),
         ("{", "config.json is not JSON"),
         ("[]", "config.json is a JSON list, not an object"),
-        ("{}", "holds no such thing as a checkpoint"),
+        ('{"model": null}', "config.json: model is null, not an object of settings"),
+        ('{"steps": "many"}', 'config.json: steps is "many", not int'),
+        ('{"seed": true}', "config.json: seed is true, not int"),
+        ('{"data": {"train": "a"}}', 'config.json: data.train is "a", not tuple'),
+        ('{"model": {"device": "tpu"}}', "config.json: model.device is \"tpu\", not Literal\\['cpu', 'cuda'\\]"),
+        ("{}", "has no checkpoint yet: .*checkpoints holds none"),
     ],
 )
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, content: str | None, complaint: str) -> None:
@@ -388,6 +458,51 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, content: str | None, c
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=complaint):
         evaluate_target(EvaluateArguments(run_or_model=str(tmp_path)))
+
+
+def test_what_is_neither_a_run_nor_a_model_here_is_said_first(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"^there is no run or model folder runs/none; if a model of the .* give --ben"
+    ):
+        evaluate_target(EvaluateArguments(run_or_model="runs/none"))
+
+
+def test_a_file_that_cannot_be_written_after_all_costs_no_figures(
+    run_folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def full(path: Any, record: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("paced_fast.metrics.write_json_atomic", full)
+    words = ["evaluate", str(run_folder / "run"), "--samples", "1", "--json", str(run_folder / "full.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    out, told = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["prompts"] == 12
+    assert told.splitlines()[-1] == "error: --json cannot be written (No space left on device): give another place"
+
+
+def printed(record: dict[str, Any], width: int) -> list[str]:
+    text = io.StringIO()
+    for table in evaluation_tables(record):
+        Console(file=text, width=width).print(table)
+    return [line for line in text.getvalue().splitlines() if line.strip(" \u2500")]
+
+
+def test_tables_say_what_the_first_line_covers_and_sort_by_name() -> None:
+    record = run(samples=1).record()
+    lines = printed(record, 100)
+    assert [line.split()[0] for line in lines[2:6]] == ["overall", "easy", "hard", "odd"]
+    assert any("maj@k: the commonest of k answers is correct" in line for line in lines), "not in two lines"
+    record = run(headline=("odd", "hard")).record()
+    record["slices"] = {"k10": record["slices"]["odd"], "k9": record["slices"]["hard"], "a": record["slices"]["easy"]}
+    lines = printed(record | {"headline": ["k10", "k9"]}, 100)
+    assert lines[2].split("  ")[1].strip() == "headline (k9, k10)"
+    assert [line.split()[0] for line in lines[3:6]] == ["a", "k9", "k10"]
+    assert not any("overall" in line for line in lines)
 
 
 def test_tables_fit_a_hundred_columns_and_show_every_slice() -> None:

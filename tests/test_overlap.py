@@ -103,7 +103,7 @@ class TestSetting:
 
     def test_warn(self, caplog):
         with caplog.at_level(logging.INFO):
-            assert _apart(self.TRAIN, self.HELD_OUT, DataConfig()) == self.TRAIN
+            assert _apart(self.TRAIN, self.HELD_OUT, DataConfig()) == (self.TRAIN, 1)
         assert [record.getMessage() for record in caplog.records] == [
             "1 training prompts are held-out prompts (a:1 is b:0): --data.overlap drop leaves them out of training",
             "1 of 4 training prompts repeat an earlier one (a:3 is a:2)",
@@ -116,7 +116,8 @@ class TestSetting:
         assert [record.levelname for record in caplog.records] == [level, "INFO"]
 
     def test_drop(self, caplog):
-        kept = _apart(self.TRAIN, self.HELD_OUT, DataConfig(overlap="drop"))
+        kept, repeated = _apart(self.TRAIN, self.HELD_OUT, DataConfig(overlap="drop"))
+        assert repeated == 0
         assert [row.prompt for row in kept.rows] == ["a", "c", "C!"]
         assert "1 training prompts are held-out prompts (a:1 is b:0): left out of training" in caplog.text
         with pytest.raises(InputError, match="leaves nothing to train on"):
@@ -125,7 +126,7 @@ class TestSetting:
     def test_error(self):
         with pytest.raises(InputError, match=r"1 training prompts are held-out .*a:1 is b:0.: .*--data.overlap drop"):
             _apart(self.TRAIN, self.HELD_OUT, DataConfig(overlap="error"))
-        assert _apart(self.TRAIN, table("x"), DataConfig(overlap="error")) == self.TRAIN
+        assert _apart(self.TRAIN, table("x"), DataConfig(overlap="error")) == (self.TRAIN, 0)
 
     def test_a_run_heeds_it(self, tmp_path):
         """The held-out rows are trained on by mistake, and one small problem is in both splits: drop takes them out."""
@@ -143,3 +144,5 @@ class TestSetting:
         )
         assert len(run.trainer.table) == 40 - 1
         assert len(run.eval_table) == 12
+        assert run.repeated == 0
+        assert tiny_run.build(both, tmp_path / "both").repeated == 13

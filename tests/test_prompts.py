@@ -476,6 +476,7 @@ class TestHub:
             return [{"question": "1+1", "answer": "so #### 2"}]
 
         monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+        monkeypatch.setattr("paced_fast.sources.read._ask_hub", lambda name: None)
         spec = "hf:openai/gsm8k?config=main&split=test&prompt=question&answer=answer&answer_after=####"
         (row,) = load(spec, chat).rows
         assert calls == [(("openai/gsm8k", "main"), {"split": "test"})]
@@ -490,6 +491,7 @@ class TestHub:
             raise ConnectionError("no\nroute")
 
         monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+        monkeypatch.setattr("paced_fast.sources.read._ask_hub", lambda name: None)
         with pytest.raises(InputError, match="cannot load hf:a/b split 'train': ConnectionError: no route"):
             load("hf:a/b", chat)
 

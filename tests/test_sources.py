@@ -287,6 +287,7 @@ class TestSelection:
 
         data = Rows({"prompt": f"p{i}", "answer": i} for i in range(1000))
         monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *a, **k: data))
+        monkeypatch.setattr(read, "_ask_hub", lambda name: None)
         _, rows = read_drafts("hf:a/b?rows=100:&seed=1&size=3", None)
         assert len(rows) == 3
         assert set(asked) == {100, *(row.columns["answer"] for row in rows)}  # the first shows the layout

@@ -23,7 +23,7 @@ Files are read as streams: memory is that of the rows kept, and nothing behind `
 
 from paced_fast.sources.drafts import Check, Draft, read_drafts
 from paced_fast.sources.faults import BadRow, BadRows
-from paced_fast.sources.read import drop_missing, find_file
+from paced_fast.sources.read import drop_missing, find_file, looked_at
 from paced_fast.sources.spec import Messages, Source, is_template, parse_source
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "drop_missing",
     "find_file",
     "is_template",
+    "looked_at",
     "parse_source",
     "read_drafts",
 ]

@@ -218,11 +218,15 @@ class HubRows:
             ) from error
         self.name, split = source.name, source.split or "train"
         try:
+            _ask_hub(source.name)
             self._rows: Any = datasets.load_dataset(source.name, source.config, split=split)
         except Exception as error:  # the hub client fails in many ways
             reason = " ".join(str(error).split())[:200]
             kind = type(error).__name__
-            raise InputError(f"cannot load hf:{source.name} split {split!r}: {kind}: {reason}") from error
+            raise InputError(
+                f"cannot load hf:{source.name} split {split!r}: {kind}: {reason} (a file of it can be read as "
+                "jsonl: or parquet:, looked up in --data-dir, --data.dir in training)"
+            ) from error
 
     def count(self, stop: int | None) -> int:
         """The number of rows."""
@@ -235,6 +239,15 @@ class HubRows:
     def decode(self, where: str, raw: Any) -> Row:
         """The row of that number."""
         return dict(self._rows[raw])
+
+
+def _ask_hub(name: str) -> None:
+    """Raises when the hub is out of reach and nothing of the data set is cached: its client tries for half a minute."""
+    from datasets import config
+    from huggingface_hub import get_session
+
+    if not config.HF_HUB_OFFLINE and not Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).exists():
+        get_session().head(config.HF_ENDPOINT, timeout=10.0)
 
 
 class MadeRows:
@@ -283,6 +296,11 @@ def find_file(source: Source, data_dir: str | None) -> Path | None:
     return next((place for place in _places(source.name, data_dir) if _is_file(place)), None)
 
 
+def looked_at(source: Source, data_dir: str | None) -> str:
+    """The places in which `find_file` looks, in words."""
+    return " and ".join(str(place.absolute()) for place in _places(source.name, data_dir))
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -306,5 +324,7 @@ def _find(source: Source, data_dir: str | None) -> Path:
     found = find_file(source, data_dir)
     if found is not None:
         return found
-    looked = " and ".join(str(place.absolute()) for place in _places(source.name, data_dir))
-    raise InputError(f"source {source.kind}:{source.name}: no such file (looked at {looked}); set data_dir or the path")
+    raise InputError(
+        f"source {source.kind}:{source.name}: no such file (looked at {looked_at(source, data_dir)}); set data_dir or "
+        "the path"
+    )
