@@ -93,7 +93,7 @@ _SLIPS = tuple(
         r"(?<=.)\\emptyset|\\emptyset(?=.)",
         r"^[^|]*\|(?:[^|]*\|[^|]*\|)*[^|]*$",  # a bar that nothing closes
         r"(?:[-+*/^_,;=<>]|\\(?:times|cdot|pm|div|log|ln|frac|sqrt|sin|cos|tan)(?:_\{\w*\})?)\s*$",
-        r",\s*[])}]|[[({]\s*,",
+        r",\s*[])}]|[\[({]\s*,",
         r"-\s*-|\+\s*\+|/\s*/",
     )
 )
