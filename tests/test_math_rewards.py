@@ -17,12 +17,14 @@ import pytest
 
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
-from paced_fast.rewards import load_reward
+from paced_fast.rewards import Scorer, load_reward
 from paced_fast.rewards.answers import boxes, is_absurd
-from paced_fast.rewards.forms import number_of, tree_of
+from paced_fast.rewards.forms import as_interval, has_slips, listed, number_of, tree_of
 from paced_fast.rewards.math import MathReward
 from paced_fast.rewards.pool import WorkerPool
 from paced_fast.rewards.pool_loop import TURN_SECONDS
+from paced_fast.rewards.text import tagged
+from paced_fast.rewards.votes import answer_key
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = [json.loads(line) for line in (ROOT / "tests" / "verdicts" / "math.jsonl").read_text().splitlines()]
@@ -170,6 +172,52 @@ def test_trees():
     assert tree_of("1 2 3") is None
     assert tree_of(r"\boxed{5}") is None
     assert tree_of("\uff15") is None  # a digit of full width
+
+
+def test_slips_and_other_forms():
+    assert tree_of("{3}/{8}") == tree_of(r"\frac38") == (["number", "3/8"], "")
+    assert tree_of("3{:}30") == (["ratio", ["number", "3"], ["number", "30"]], "")
+    assert tree_of(r"(0,y\infty)") is None
+    assert number_of(r"0.58\overline{3}") == "7/12"  # 0.58 + 0.03 / 9
+    assert number_of("5^1") is None
+    assert has_slips("y=2x'", "y=2x")
+    assert not has_slips("y'=2x", "f'=2x")  # the gold has it
+    assert not has_slips(r"n2^{n-1}", "n")
+    parts = ["number", "1"], ["number", "-2"]
+    assert listed(tree_of("x=1, x=-2")[0]) == ["set", *parts]
+    assert listed(tree_of("x=1, y=-2")[0])[1][0] == "relation"
+    assert as_interval(tree_of(r"1 \le x < 3")[0]) == ["[)", ["number", "1"], ["number", "3"]]
+    assert as_interval(tree_of(r"x > 3")[0]) == ["()", ["number", "3"], ["expression", r"\infty"]]
+
+
+def test_the_tagged_answer():
+    assert tagged("<answer>1</answer> no, <answer> 2 </answer>, </answer> <answer>3") == " 2 "
+    assert tagged("<answer>1") is None
+    assert tagged("1</answer>") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["<answer>" * 12_500, "5" + " " * 100_000 + "x", " " * 100_000 + "i", r"\sqrt(" * 16_000, "|" * 100_000]
+)
+def test_long_texts_are_read_at_once(text):
+    start = time.perf_counter()
+    tree_of(text)
+    is_absurd(text[:400], text)
+    for reward in ("math", "reasoning_gym"):
+        answer_key(reward, text)
+    assert time.perf_counter() - start < 1
+
+
+def test_rows_that_their_task_cannot_judge():
+    ask = Scorer().problem
+    assert ask("signed_sums", {"prompt": "   1951=2:"}) is None
+    for prompt in ("1951", [{"role": "user", "content": "1951=2:"}]):
+        assert "expected digits=target:" in ask("signed_sums", {"prompt": prompt})
+    made = {"task": "chain_sum", "settings": {}, "entry": {"answer": "1"}}
+    assert ask("reasoning_gym", made) is None
+    for key in made:
+        assert f"no {key!r}" in ask("reasoning_gym", {**made, key: None})
+    assert "has no answer" in ask("reasoning_gym", {**made, "entry": {}})
 
 
 # --- hostile answers --------------------------------------------------------------------------------------------------

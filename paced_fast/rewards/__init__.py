@@ -5,7 +5,7 @@ data rows is a list aligned with the completions, which are plain text. Without 
 
 Async functions with the same signature wait together.
 A callable object may have, besides: `problem(columns) -> str | None`, what keeps a row from ever being judged, asked
-when the data are read; `counts`, a Counter of verdicts by kind; `close()`.
+when the data are read, of the columns and the `prompt`; `counts`, a Counter of verdicts by kind; `close()`.
 
     exact            the text is the answer, white space aside; numbers by value (43 is 43.0)
     number           the last number of the text is the answer

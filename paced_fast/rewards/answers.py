@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from paced_fast.rewards.text import whole_number
+from paced_fast.rewards.text import INVISIBLE, whole_number
 
 MAX_CHARACTERS = 400
 """An answer may be this long, or twice as long as the gold."""
@@ -18,6 +18,12 @@ _ARITHMETIC = re.compile(r"[0-9)}!]\s*(?:[-+*]|\\pm|\\(?:times|cdot)(?!\s*10\^))
 _COMPUTATION = re.compile(
     r"\\(?:sum|prod|i*int|oint|lim|limsup|liminf|frac\s*\{?\s*d|binom|[dt]binom|choose|bmod|pmod)"
 )
+# And what has a whole number for its value whatever it holds: refused where the gold has no variable.
+_ROUNDED = re.compile(
+    r"\\(?:max|min|gcd|lcm|floor|ceil|lfloor|lceil)(?![A-Za-z])"
+    r"|\\(?:operatorname|text|mathrm)\s*\{\s*(?:max|min|gcd|lcm|floor|ceil)\b"
+)
+_VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-DF-HJ-Za-df-hj-z](?![A-Za-z])")
 _ABSURD = re.compile(
     "|".join(
         (
@@ -79,11 +85,13 @@ def _braced(text: str, begin: int) -> str | None:
 
 def is_absurd(answer: str, gold: str) -> bool:
     """Whether an answer is long, deep, large or unfinished enough that nobody would give it for this gold."""
+    gold = gold[: 10 * MAX_CHARACTERS]
     if len(answer) > max(MAX_CHARACTERS, 2 * len(gold)) or _depth(answer) > max(_MAX_DEPTH, _depth(gold)):
         return True
     if _ABSURD.search(answer) and not _ABSURD.search(gold):
         return True
-    return not set(_COMPUTATION.findall(answer)) <= set(_COMPUTATION.findall(gold))
+    patterns = [_COMPUTATION] if _VARIABLE.search(re.sub(r"\\[A-Za-z]+", " ", gold)) else [_COMPUTATION, _ROUNDED]
+    return any(not set(pattern.findall(answer)) <= set(pattern.findall(gold)) for pattern in patterns)
 
 
 def _depth(text: str) -> int:
@@ -96,7 +104,8 @@ def _depth(text: str) -> int:
 
 def tidy(text: str) -> str:
     """The same answer without dress: dollar signs, spacing commands, `x =`, units, per cent, thousands commas."""
-    text = re.sub(r"\\(?:left|right|displaystyle)\b|\\[!,;: ]|\\?\$", "", text[: 10 * MAX_CHARACTERS]).strip()
+    text = text[: 10 * MAX_CHARACTERS].strip().strip(INVISIBLE)
+    text = re.sub(r"\\(?:left|right|displaystyle)\b|\\[!,;: ]|\\?\$", "", text).strip()
     text = text.replace("\N{MINUS SIGN}", "-").removesuffix(".").strip()
     text = re.sub(r"^[A-Za-z]\s*=\s*", "", text)
     text = _UNIT.sub("", text)

@@ -19,6 +19,8 @@ from collections.abc import Collection
 from fractions import Fraction
 from typing import Any
 
+from paced_fast.rewards.text import INVISIBLE
+
 Tree = list[Any]
 
 _UNICODE = {
@@ -58,7 +60,8 @@ _REWRITES = (
     (re.compile(r"\{\}(?=\^)"), ""),
     (re.compile(r"\\log_\s*(\w)"), r"\\log_{\1}"),
     (re.compile(r"(?<![A-Za-z\\])\s*i(?![A-Za-z])"), " i "),
-    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\{([,:])\}"), r"\1"),
+    (re.compile(r"(?<![\w}\]^\\ ])\{([0-9.]+)\}(?![0-9{])"), r"\1"),  # lone braces: {3}/{8}
     (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*(\d)\s*\{"), r"\\frac{\1}{"),
     (re.compile(r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|ln|log|infty)(?![A-Za-z])"), r"\\\1"),
@@ -71,9 +74,29 @@ _REWRITES = (
     (re.compile(r",?\s*(?:\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*"), ", "),
     (re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])"), ""),
 )
+INTERVALS = frozenset(("()", "(]", "[)", "[]"))
+"""Kinds of trees that may be intervals."""
 _OPENING = {"(", "[", "{", r"\{", r"\langle"}
 _CLOSING = {")", "]", "}", r"\}", r"\rangle"}
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[<>!]=|.", re.DOTALL)
+_INFINITE = re.compile(r"\\infty(?![A-Za-z])")
+_LIMITS = re.compile(r"\\(?:sum|prod|i*int|lim)(?![A-Za-z])")
+# Slips and dust that a parser passes over, each allowed where the gold has it.
+_SLIPS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"^(?![0-9.]+'{1,2}$).*'|\\prime(?![A-Za-z])",
+        r"[0-9]\s*\}?\s*_",
+        r"(?<![A-Za-z\\])[A-Za-z]\s*[0-9]+(?![0-9]|\s*\^)",  # x1; n2^n is a product
+        r"[0-9]\s*!\s*[A-Za-z]",
+        r"\\(?:mid|setminus|mathbb|lor|land)(?![A-Za-z])",
+        r"(?<=.)\\emptyset|\\emptyset(?=.)",
+        r"^[^|]*\|(?:[^|]*\|[^|]*\|)*[^|]*$",  # a bar that nothing closes
+        r"(?:[-+*/^_,;=<>]|\\(?:times|cdot|pm|div|log|ln|frac|sqrt|sin|cos|tan)(?:_\{\w*\})?)\s*$",
+        r",\s*[])}]|[\[({]\s*,",
+        r"-\s*-|\+\s*\+|/\s*/",
+    )
+)
 _NOT_A_VALUE = re.compile(
     r"\\(?:boxed|approx|sim|Rightarrow|implies|to|rightarrow|dots|ldots|cdots|quad)(?![A-Za-z])|[0-9]\s+[0-9]|[=?@#`\"]"
 )
@@ -89,6 +112,7 @@ _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?:"
     rf"(?P<mantissa>{_NUMERAL})\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?P<tens>[-+]?[0-9]{{1,3}}|\{{\s*[-+]?[0-9]{{1,3}}\s*\}})"
     rf"|(?P<power>[0-9]{{1,6}})\s*\^\s*(?P<exponent>[0-9]|\{{\s*[-+]?[0-9]{{1,4}}\s*\}})"
+    rf"|(?P<fixed>[0-9]*\.[0-9]*)\s*\\(?:overline|bar)\s*\{{\s*(?P<repeating>[0-9]{{1,40}})\s*\}}"
     rf"|(?P<factorial>[0-9]{{1,3}})!"
     rf"|(?P<whole>[0-9]+)?\s*\\frac\s*\{{\s*(?P<top>[-+]?{_NUMERAL})\s*\}}\s*\{{\s*(?P<bottom>[-+]?{_NUMERAL})\s*\}}"
     rf"|(?:(?P<whole_plain>[0-9]+)\s+)?(?P<top_plain>{_NUMERAL})\s*/\s*(?P<bottom_plain>{_NUMERAL})"
@@ -96,6 +120,7 @@ _NUMBER = re.compile(
     rf")\s*(?P<percent>\\?%)?"
 )
 _MAX_POWER_DIGITS = 4000
+_MAX_CHARACTERS = 4000
 _BASE = re.compile(r"([0-9A-F]+)_\{?\s*(?:\\text\{)?\s*([0-9]{1,2}|two|three|four|five|six|seven|eight|nine)\s*\}*")
 _DIGITS = {
     name: value for value, name in enumerate(("two", "three", "four", "five", "six", "seven", "eight", "nine"), start=2)
@@ -140,16 +165,15 @@ _UNIT_NAMES = {
     "lb": "pound",
     "deg": "degree",
 }
+KNOWN_UNITS = frozenset(_UNIT_NAMES.values())
+"""Units of which two different ones differ, however they are written."""
 
 
 def tree_of(text: str) -> tuple[Tree, str] | None:
     """The tree of an answer and its unit, "" without one; None for what is not one value in one form."""
-    for character, replacement in _UNICODE.items():
-        text = text.replace(character, replacement)
-    text = _DRESS.sub("", text)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    text = " ".join(text.split()).removesuffix(".").strip()
+    if len(text) > _MAX_CHARACTERS:
+        return None
+    text = _plain(text)
     unit = ""
     match = _UNIT.search(text)
     if match is not None:
@@ -161,6 +185,12 @@ def tree_of(text: str) -> tuple[Tree, str] | None:
             text = text[: match.start()].strip()
     tree = _tree(text, 0)
     return None if tree is None else (tree, unit)
+
+
+def has_slips(text: str, gold: str) -> bool:
+    """Whether an answer has strokes, subscripts, stray operators or the like, which its gold has not."""
+    text, gold = (re.sub(r"\\text\s*\{[^{}]*\}", "()", _plain(one[:_MAX_CHARACTERS])) for one in (text, gold))
+    return any(slip.search(text) and not slip.search(gold) for slip in _SLIPS)
 
 
 def is_calculation(text: str) -> bool:
@@ -176,6 +206,47 @@ def value_of_assignment(tree: Tree) -> Tree | None:
         if all(name[0] == "expression" and _NAME.fullmatch(name[1]) for name in names):
             return tree[3]
     return None
+
+
+def listed(tree: Tree) -> Tree:
+    r"""The values of `x = 1, x = -2`, of `x = \pm 3`; another tree as it is."""
+    if tree[0] == "relation":
+        value = value_of_assignment(tree)
+        return value if value and value[0] == "set" and len(value) == 3 else tree
+    if tree[0] != "set" or len(tree) < 3 or any(part[0] != "relation" for part in tree[1:]):
+        return tree
+    values = [value_of_assignment(part) for part in tree[1:]]
+    names = {part[1][1][:1] if part[1][0] == "expression" else "" for part in tree[1:]}
+    return tree if None in values or len(names) > 1 else ["set", *values]
+
+
+def as_interval(tree: Tree) -> Tree:
+    r"""The interval of `x \le 3` or `2 < x < 5`, the union of `x < 1 or x > 3`; another tree as it is."""
+    if tree[0] == "set" and len(tree) > 2:
+        parts = [as_interval(part) for part in tree[1:] if part[0] == "relation"]
+        return ["union", *parts] if [part[0] in INTERVALS for part in parts] == [True] * (len(tree) - 1) else tree
+    if tree[0] != "relation" or len(tree) not in (4, 6) or not set(tree[2::2]) <= {"<", "<="}:
+        return tree
+    names = [side[0] == "expression" and re.fullmatch("[A-Za-df-hj-z]", side[1]) is not None for side in tree[1::2]]
+    sides, signs = tree[1::2], tree[2::2]
+    if names == [False, True, False]:
+        return ["[("[signs[0] == "<"] + "])"[signs[1] == "<"], sides[0], sides[2]]
+    if names == [True, False]:
+        return ["(" + "])"[signs[0] == "<"], ["expression", r"-\infty"], sides[1]]
+    if names == [False, True]:
+        return ["[("[signs[0] == "<"] + ")", sides[0], ["expression", r"\infty"]]
+    return tree
+
+
+def _plain(text: str) -> str:
+    """The text in the one spelling that the rules below are written for."""
+    text = " ".join(text.strip(INVISIBLE).split())  # runs of spaces would make the patterns slow
+    for character, replacement in _UNICODE.items():
+        text = text.replace(character, replacement)
+    text = _DRESS.sub("", text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return " ".join(text.split()).removesuffix(".").strip()
 
 
 def _tree(text: str, depth: int) -> Tree | None:
@@ -224,6 +295,8 @@ def _leaf(text: str) -> Tree | None:
         return ["text", " ".join(words[1:] if words[0] in ("a", "an", "the") else words)]
     if not text.isascii() or not text or _NOT_A_VALUE.search(text) or _is_prose(text):
         return None
+    if _INFINITE.search(text) and not _LIMITS.search(text) and not re.fullmatch(r"[-+]?\s*\\infty", text):
+        return None  # 7-\infty, y\infty: a parser makes \infty of them
     if text == r"\emptyset":
         return ["set"]
     if "&" in text and r"\begin" not in text:
@@ -297,7 +370,13 @@ def number_of(text: str) -> str | None:
     elif part["power"]:
         if len(part["power"]) * abs(int(part["exponent"])) > _MAX_POWER_DIGITS or int(part["power"]) == 0:
             return None
+        if int(part["exponent"]) in (0, 1):  # nobody writes 5 as 5^1
+            return None
         value = Fraction(int(part["power"])) ** int(part["exponent"])
+    elif part["repeating"]:
+        whole, _, digits = part["fixed"].partition(".")
+        value = Fraction(int(part["repeating"]), 10 ** len(digits) * (10 ** len(part["repeating"]) - 1))
+        value += Fraction(int(f"0{whole}{digits}"), 10 ** len(digits))
     elif part["factorial"]:
         value = Fraction(math.factorial(int(part["factorial"])))
     elif top:

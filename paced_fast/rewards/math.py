@@ -42,6 +42,8 @@ _MAX_VERDICTS = 1 << 15
 _ROUNDING = Fraction(1, 10**5)
 _REWARDS = {"right": 1.0, "timeout": None, "died": None}
 
+_SPANS = forms.INTERVALS | {"union"}
+
 Request = list[Any]
 """Two trees to compare exactly, two texts for math-verify; None for either not to."""
 
@@ -159,6 +161,8 @@ def _decide(gold: str, answer: str) -> str | Request:
     if strictly in ("right", "absurd", "no_answer"):
         return strictly
     trees = None if isinstance(strictly, str) else strictly[0]
+    if _is_settled(gold, answer):
+        return [trees, None] if trees else "wrong"
     gold, answer = tidy(gold), tidy(answer)
     if answer.casefold() == gold.casefold():
         return "right"
@@ -174,6 +178,24 @@ def _decide(gold: str, answer: str) -> str | Request:
     return [trees, texts] if trees or texts else "wrong"
 
 
+def _is_settled(gold: str, answer: str) -> bool:
+    """Whether the exact reading has the last word in `math` too: what math-verify would drop tells the two apart."""
+    read, other = forms.tree_of(gold), forms.tree_of(answer)
+    if read is None:
+        return False
+    if other is None:
+        return "infty" in answer or (read[0][0] not in _SPANS and forms.has_slips(answer, gold))
+    (tree, unit), (answered, answered_unit) = read, other
+    if unit != answered_unit and {unit.rstrip("23"), answered_unit.rstrip("23")} <= forms.KNOWN_UNITS:
+        return True
+    kinds = tree[0], answered[0]
+    if kinds[0] == kinds[1] and kinds[0] in ("base", "ratio", "relation"):
+        return True
+    if "set" in kinds and set(kinds) & forms.INTERVALS:
+        return True
+    return kinds[0] not in _SPANS and kinds[1] not in ("number", "base", "text") and forms.has_slips(answer, gold)
+
+
 def _decide_strictly(gold: str, answer: str) -> str | Request:
     """The verdict of `math_strict`, or what to ask a worker."""
     if not answer.strip():
@@ -186,11 +208,19 @@ def _decide_strictly(gold: str, answer: str) -> str | Request:
     (tree, unit), (answered, answered_unit) = read or (["text", gold.casefold()], ""), other
     if unit and answered_unit and unit != answered_unit:
         return "wrong"
+    tree, answered = forms.listed(tree), forms.listed(answered)
+    kinds = tree[0], answered[0]
+    if kinds[0] in _SPANS and kinds[1] in ("relation", "set"):
+        answered = forms.as_interval(answered)
+    elif kinds[1] in _SPANS and kinds[0] in ("relation", "set"):
+        tree = forms.as_interval(tree)
     if answered[0] != "relation" and (value := forms.value_of_assignment(tree)):
         tree = value
     if tree == answered:
         return "right"
     if forms.is_calculation(answer) and not forms.is_calculation(gold):
+        return "wrong"
+    if answered[0] not in ("number", "base", "text") and forms.has_slips(answer, gold):
         return "wrong"
     if tree[0] == "number" or "text" in (tree[0], answered[0]) or not _may_equal(tree[0], answered[0]):
         return "wrong"

@@ -23,6 +23,17 @@ from math_verify import LatexExtractionConfig, parse, verify
 _DIGITS = 100
 _ZERO = sympy.Float("1e-80")
 _CLEARLY_DIFFERENT = 1e-3
+# Kinds of points to compare at: functions of pieces, as max(1, x), agree with others on one side of 1 or 0.
+_BELOW, _ABOVE, _BOTH, _NEGATIVE, _WHOLE = "below 1", "above 1", "both", "negative", "whole"
+_BOUNDS = {
+    _BELOW: (50_000_000, 240_000_000),
+    _ABOVE: (260_000_000, 1_000_000_000),
+    _BOTH: (50_000_000, 1_000_000_000),
+    _NEGATIVE: (-1_000_000_000, -50_000_000),
+    _WHOLE: (2, 9),
+}
+_UNEVALUATED = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
+_STEPS = (sympy.floor, sympy.ceiling, sympy.Mod)
 _STRICT = (LatexExtractionConfig(normalization_config=NormalizationConfig(True, False, True, True, "all", False)),)
 _WARMING = (
     (r"2\sqrt{2}", r"\sqrt{8}"),
@@ -122,8 +133,8 @@ def is_clearly_different(gold: Any, answer: Any) -> bool:
     if gold.has(sympy.core.function.AppliedUndef) or answer.has(sympy.core.function.AppliedUndef):
         return False
     try:
-        points = _points(gold, answer, 1)
-        values = [complex(one.subs(points).evalf(20)) for one in (gold, answer)]
+        points = _points(gold, answer, _ABOVE)
+        values = [complex(one.evalf(20, subs=points, maxn=100)) for one in (gold, answer)]
     except (ArithmeticError, TypeError, ValueError, AttributeError):
         return False
     return abs(values[0] - values[1]) > _CLEARLY_DIFFERENT * (1 + max(map(abs, values)))
@@ -166,10 +177,18 @@ def _same_relation(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
     difference, other = golds[0] - golds[1], answers[0] - answers[1]
     if not difference.free_symbols or difference.free_symbols != other.free_symbols:
         return False
-    ratio = sympy.simplify(difference / other)
-    if not ratio.is_number or not ratio.is_finite or ratio.is_zero:
+    ratios: list[sympy.Expr] = []
+    for draw in _draws(difference, other):
+        points = _points(difference, other, draw)
+        values = [_value(one, points, draw) for one in (difference, other)]
+        if draw in (_NEGATIVE, _WHOLE) and not all(value.is_real and value for value in values):
+            continue
+        if not all(value.is_number and value.is_finite and value for value in values):
+            return False
+        ratios.append(values[0] / values[1])
+    if any(not abs(ratio - ratios[0]) < _ZERO * (1 + abs(ratio)) for ratio in ratios):
         return False
-    return gold[1] in ("=", "!=") or bool(ratio.is_positive)
+    return gold[1] in ("=", "!=") or bool(ratios[0].is_positive)
 
 
 @functools.lru_cache(4096)
@@ -206,11 +225,14 @@ def _equal(gold: Any, answer: Any) -> bool:
 
 
 def _is_zero(gold: sympy.Expr, answer: sympy.Expr) -> bool:
-    """Whether the difference vanishes: to 80 digits, with variables at random points, negative ones included."""
-    for sign in (1, 2, -1) if gold.free_symbols | answer.free_symbols else (1,):
-        points = _points(gold, answer, sign)
-        values = [value.subs(points).doit().evalf(_DIGITS, maxn=2 * _DIGITS) for value in (gold, answer)]
-        if sign < 0 and not all(value.is_real for value in values):
+    """Whether the difference vanishes: to 80 digits, with variables at random points of every kind."""
+    if not answer.free_symbols <= gold.free_symbols:
+        return False
+    gold, answer = (one.doit() if one.has(*_UNEVALUATED) else one for one in (gold, answer))
+    for draw in _draws(gold, answer):
+        points = _points(gold, answer, draw)
+        values = [_value(one, points, draw) for one in (gold, answer)]
+        if draw in (_NEGATIVE, _WHOLE) and not all(value.is_real for value in values):
             continue
         if any(not value.is_number or value.has(sympy.nan, sympy.zoo) for value in values):
             return bool(sympy.simplify(gold - answer) == 0)
@@ -221,10 +243,26 @@ def _is_zero(gold: sympy.Expr, answer: sympy.Expr) -> bool:
     return True
 
 
-def _points(gold: sympy.Expr, answer: sympy.Expr, draw: int) -> list[tuple[sympy.Basic, sympy.Rational]]:
-    """A value between 0.4 and 4 for every variable, the same at any time; all negative for a negative `draw`."""
-    points = []
+def _draws(gold: sympy.Expr, answer: sympy.Expr) -> tuple[str, ...]:
+    """The kinds of points to compare at."""
+    if not gold.free_symbols:
+        return (_ABOVE,)
+    steps = gold.has(*_STEPS) or answer.has(*_STEPS)
+    return (_BELOW, _ABOVE, _BOTH, _NEGATIVE, *([_WHOLE] if steps else []))
+
+
+def _value(one: sympy.Expr, points: dict[sympy.Basic, sympy.Rational], draw: str) -> sympy.Expr:
+    """An expression at a point. Substituted, powers of fractions would be worked out exactly, digits without end."""
+    if draw == _WHOLE:
+        return one.subs(points).evalf(_DIGITS)
+    return one.evalf(_DIGITS, subs=points, maxn=2 * _DIGITS)
+
+
+def _points(gold: sympy.Expr, answer: sympy.Expr, draw: str) -> dict[sympy.Basic, sympy.Rational]:
+    """A value for every variable, the same at any time, between the bounds of the draw."""
+    points = {}
+    low, high = _BOUNDS[draw]
     for symbol in gold.free_symbols | answer.free_symbols:
-        numerator = random.Random(f"{symbol} {draw}").randint(10**8, 10**9)
-        points.append((symbol, sympy.Rational(numerator if draw > 0 else -numerator, 250_000_001)))
+        numerator = random.Random(f"{symbol} {draw}").randint(low, high)
+        points[symbol] = sympy.Integer(numerator) if draw == _WHOLE else sympy.Rational(numerator, 250_000_001)
     return points

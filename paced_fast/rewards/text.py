@@ -15,6 +15,14 @@ _NUMBER = re.compile(
     r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
 )
 _MAX_NUMBER_CHARACTERS = 100
+INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad"
+"""Characters without width, which say nothing at the ends of an answer."""
+
+
+def tagged(text: str) -> str | None:
+    """The inside of the last <answer> that is closed, None without one."""
+    begin = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+    return None if begin < 0 else text[begin + len("<answer>") : text.index("</answer>", begin)]
 
 
 def answers_of(name: str, columns: Mapping[str, Sequence[Any]], completions: Sequence[str]) -> Sequence[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from paced_fast.rewards.answers import final_answer, tidy
-from paced_fast.rewards.text import last_number, whole_number
+from paced_fast.rewards.text import last_number, tagged, whole_number
 
 
 def answer_key(reward: str, completion: str) -> str | None:
@@ -31,8 +31,8 @@ def _math(completion: str) -> str:
 
 
 def _tagged(completion: str) -> str:
-    tagged = re.findall(r"<answer>(.*?)</answer>", completion, flags=re.DOTALL)
-    return tagged[-1] if tagged else completion
+    inside = tagged(completion)
+    return completion if inside is None else inside
 
 
 _RULES = {"number": _number, "math": _math, "math_strict": _math, "exact": str, "reasoning_gym": _tagged}

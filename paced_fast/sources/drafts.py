@@ -65,7 +65,7 @@ def read_drafts(
         try:
             row = reader.decode(where, raw)
             draft = _draft(source, layout, where, row)
-            problem = None if check is None else check(draft.reward, draft.columns)
+            problem = None if check is None else check(draft.reward, {**draft.columns, "prompt": draft.prompt})
             if problem is not None:
                 raise BadRow(f"{where}: {problem}")
         except BadRow as bad:
