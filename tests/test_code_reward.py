@@ -6,6 +6,7 @@ import base64
 import json
 import pickle
 import secrets
+import time
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,8 @@ from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
 from paced_fast.rewards import Scorer, load_reward
-from paced_fast.rewards.code import CodeReward, _block
+from paced_fast.rewards.code import CodeReward
+from paced_fast.rewards.code_blocks import program_in
 from paced_fast.rewards.code_tests import UnusableTests, request_of, suite_of
 from paced_fast.rewards.verdicts import JSON_ERRORS, read_json, same_text, same_value
 from paced_fast.sandbox import SandboxError
@@ -263,7 +265,18 @@ BLOCKS: list[tuple[str, str | None]] = [
     ("```python\na\n```\nIt prints:\n```\n3\n```", "a\n"),
     ("```\na\n```", "a\n"),
     ("```Python3 title\na\n```", "a\n"),
-    ("  ```py\n  a\n  ```", "  a\n"),
+    ("  ```py\n  a\n    b\n c\n  ```", "a\n  b\nc\n"),
+    ("```python\n    a\n```", "    a\n"),
+    ("```python3.11\na\n```", "a\n"),
+    ("```pypy3\na\n```", "a\n"),
+    ("~~~python\na\n```\nb\n~~~", "a\n```\nb\n"),
+    ("````python\na\n```\nb\n````", "a\n```\nb\n"),
+    ("```x = 1``` is not enough:\n```python\na\n```", "a\n"),
+    ("```python\na\n```python\nb\n```", "b\n"),
+    ("```python\n'''\n```\nx\n```\n'''\nprint(1)\n```\nwords", "'''\n```\nx\n```\n'''\nprint(1)\n"),
+    ("```python\na = \"'''\"\n```\nwords\n```text\n3\n```", "a = \"'''\"\n"),
+    ("```python\r\na\r\n```\r\n", "a\r\n"),
+    ("'''words'''\nn = input()", "'''words'''\nn = input()"),
     ("```python\ncut off", "cut off"),
     ("```cpp\nint x;\n```", None),
     ("print(1)", "print(1)"),
@@ -276,7 +289,16 @@ BLOCKS: list[tuple[str, str | None]] = [
 
 @pytest.mark.parametrize(("completion", "program"), BLOCKS)
 def test_the_program_is_the_last_python_block(completion: str, program: str | None) -> None:
-    assert _block(completion) == program
+    assert program_in(completion) == program
+
+
+@pytest.mark.parametrize("unit", [" ", "\t", "`", "-", "~", "\n", "```", "```\n", "\n" + 20 * " ", "'''\n```\n", "a "])
+@pytest.mark.parametrize("start", ["", "```python", "```python\n'''\n", "So"])
+def test_extraction_takes_linear_time(start: str, unit: str) -> None:
+    text = start + unit * (1_000_000 // len(unit))
+    began = time.thread_time()
+    program_in(text)
+    assert time.thread_time() - began < 0.4
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,12 @@ from typing import Any
 
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
+from paced_fast.rewards.code_blocks import fenced, program_in
 from paced_fast.rewards.code_tests import WRAPPERS, Case, Suite, UnusableTests, request_of, suite_of
 from paced_fast.rewards.verdicts import JSON_ERRORS, read_json, same_text, same_value
 from paced_fast.sandbox import Limits, Outcome, Sandbox, SandboxError, open_sandbox
 
 logger = logging.getLogger(__name__)
-
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_PYTHON = ("python", "python3", "py")
-_LOOKS_LIKE_CODE = re.compile(
-    r"\s*(?:(?:def|class|import|from|for|while|if|try|with|async) |@|#|[\w, .\[\]]+ *=|print\()"
-)
 
 
 class CodeReward:
@@ -85,7 +80,7 @@ class CodeReward:
             suite = suite_of(columns)
         except UnusableTests as error:
             raise InputError(f"reward 'code': a row {error}") from None
-        block = _block(completion)
+        block = program_in(completion)
         if block is None and suite.continues_prompt and re.match(r"[ \t]+\S", completion.lstrip("\r\n")):
             block = completion
         if block is None:
@@ -164,27 +159,17 @@ def _failure(outcome: Outcome, limits: Limits) -> str:
     return kinds.get(last.partition(":")[0], "crashed")
 
 
-def _block(completion: str) -> str | None:
-    """The program in a completion, None when there is none."""
-    blocks = _FENCE.findall(completion)
-    for tags in (_PYTHON, ("",)):
-        marked = [text for tag, text in blocks if tag.lower() in tags]
-        if marked:
-            return marked[-1]
-    return completion if not blocks and _LOOKS_LIKE_CODE.match(completion) else None
-
-
 def _continued(prompt: Any, columns: Mapping[str, Any], block: str, suite: Suite) -> str:
     """The prompt's code, for its imports and helpers, with the completion after it: a whole function or its body."""
     text = columns.get("prompt") or prompt
     if not isinstance(text, str):
         text = next((m["content"] for m in reversed(text) if m["role"] == "user"), "")
-    fenced = [body for _, body in _FENCE.findall(text) if f"def {suite.function}" in body]
-    code = fenced[-1] if fenced else text
+    blocks = [body for _, body in fenced(text) if f"def {suite.function}" in body]
+    code = blocks[-1] if blocks else text
     start = re.search(r"^(?:from|import|def|class|@)\b.*", code, re.DOTALL | re.MULTILINE)
     code = start[0] if start else ""
     try:
         ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         code = ""  # words around the code: the completion has to stand alone
-    return f"{code}\n{block}" if re.search(rf"^def {suite.function}\b", block, re.MULTILINE) else code + block
+    return f"{code}\n{block}" if re.search(rf"^def {suite.function}\b", block, re.MULTILINE) else f"{code.rstrip()}\n{block}"
