@@ -172,4 +172,8 @@ def _continued(prompt: Any, columns: Mapping[str, Any], block: str, suite: Suite
         ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         code = ""  # words around the code: the completion has to stand alone
-    return f"{code}\n{block}" if re.search(rf"^def {suite.function}\b", block, re.MULTILINE) else f"{code.rstrip()}\n{block}"
+    return (
+        f"{code}\n{block}"
+        if re.search(rf"^def {suite.function}\b", block, re.MULTILINE)
+        else f"{code.rstrip()}\n{block}"
+    )
