@@ -90,6 +90,16 @@ SHAPES: list[tuple[str, dict[str, Any], str]] = [
         ADD,
     ),
     (
+        "function calls with the name in each item's metadata",
+        {
+            "tests": json.dumps(
+                [{"input": "1\n2", "output": "3", "testtype": "FUNCTIONAL", "metadata": {"func_name": "add"}}]
+            )
+        },
+        ADD,
+    ),
+    ("reading input with an empty name", {"tests": {**SUM, "fn_name": ""}}, READ_AND_ADD),
+    (
         "LiveCodeBench, functional",
         {
             "public_test_cases": json.dumps([{"input": "[1, 2]\n3", "output": "6", "testtype": "functional"}]),
@@ -155,6 +165,26 @@ PROBLEMS: list[tuple[dict[str, Any], str]] = [
         {"test": "def check(candidate):\n    for i in range(9):\n        assert candidate(i) == i", "entry_point": "f"},
         "cannot be taken apart into a call and its expected value: for i in range(9):",
     ),
+    (
+        {"tests": {"inputs": [[1]], "outputs": [["x" * 70000]], "fn_name": "f"}},
+        "expects more output than --reward.code",
+    ),
+    (
+        {"tests": '{"inputs": [[1e400]], "outputs": [1], "fn_name": "f"}'},
+        "that is infinite, not a number, or of too many",
+    ),
+    ({"tests": '{"inputs": [[1]], "outputs": ["1e400"], "fn_name": "f"}'}, "that is infinite, not a number, or of too"),
+    ({"tests": {"inputs": [[1]], "outputs": [[[1 << 50000]]], "fn_name": "f"}}, "are not JSON"),
+    ({"tests": {"inputs": [[1 << 50000]], "outputs": [1], "fn_name": "f"}}, "of too many digits"),
+    ({"tests": '[{"input": "1", "output": "' + "9" * 5000 + '", "type": "functional"}]'}, "are not JSON"),
+    ({"tests": '{"inputs": [1], "outputs": [' + "9" * 5000 + "]}"}, "that is not JSON: Exceeds the limit"),
+    ({"tests": '[{"input": "\\ud800", "output": "x"}]'}, "test case 0 whose input or output holds half a character"),
+    (
+        {"tests": '{"inputs": ["a"], "outputs": [["\\udfff"]]}'},
+        "test case 0 whose input or output holds half a character",
+    ),
+    ({"test": "def check(c):\n    assert False", "entry_point": "f"}, "cannot be taken apart"),
+    ({"test": "def check(c):\n    assert abs(c(1) - 1) < 1e999", "entry_point": "f"}, "is infinite"),
     ({"tests": {"inputs": ["1"], "outputs": ["x" * 70000]}}, "expects more output than --reward.code-output-kib"),
 ]
 
@@ -253,6 +283,8 @@ def test_a_completion_goes_on_from_the_prompt(reward: CodeReward, where: str) ->
     chat = [{"role": "user", "content": f"Complete this.\n\n```python\n{HUMAN_EVAL['prompt']}```"}]
     prompt = {"column": "p", "text": HUMAN_EVAL["prompt"], "chat": chat}[where]
     body = "    return half(math.isqrt(x))\n"
+    if where == "column":
+        columns["prompt"] = columns["prompt"].rstrip("\n")
     for completion in (body, fenced(f"def root(x):\n{body}"), fenced(HUMAN_EVAL["prompt"] + body)):
         assert verdict(reward, completion, prompt, **columns) == "right"
     assert verdict(reward, "    return half(x)\n", prompt, **columns) == "wrong"
@@ -343,6 +375,32 @@ def test_verdicts_of_programs(reward: CodeReward, program: str, kind: str) -> No
 )
 def test_verdicts_of_functions(reward: CodeReward, program: str, kind: str) -> None:
     assert verdict(reward, fenced(program), tests={"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"}) == kind
+
+
+@pytest.mark.parametrize(
+    ("expected", "value", "kind"),
+    [("5", 5, "right"), ("5", "5", "right"), ("5", "6", "wrong"), ("true", True, "right"), ("true", "true", "right")],
+)
+def test_a_text_output_is_the_value_or_the_text(reward: CodeReward, expected: str, value: Any, kind: str) -> None:
+    tests = {"inputs": [[1]], "outputs": [expected], "fn_name": "f"}
+    assert verdict(reward, fenced(f"def f(x): return {value!r}"), tests=tests) == kind
+
+
+def test_lines_of_arguments_end_at_line_feeds_only() -> None:
+    items = [{"input": '"a\u2028b\x85"\n2', "output": "1", "testtype": "functional"}]
+    suite = suite_of({"public_test_cases": items, "metadata": {"func_name": "f"}})
+    assert suite.cases[0].arguments == ("a\u2028b\x85", 2)
+
+
+@pytest.mark.parametrize("function", [None, "f"])
+def test_a_row_has_a_time_of_its_own(reward: CodeReward, monkeypatch: pytest.MonkeyPatch, function: str | None) -> None:
+    monkeypatch.setattr("paced_fast.rewards.code._ROW_BUDGET", 1)
+    tests = {"inputs": ["[1]"] * 9, "outputs": ["1"] * 9, "fn_name": function}
+    slow = fenced("import time\ndef f(x):\n    time.sleep(0.3)\n    return x\nif __name__ == '__main__': print(f(1))")
+    began = time.monotonic()
+    assert verdict(reward, slow, tests=tests) == "timeout"
+    assert time.monotonic() - began < 2.4
+    assert verdict(reward, slow, tests={**tests, "inputs": ["[1]"], "outputs": ["1"]}) == "right"
 
 
 def test_an_empty_expected_output_makes_no_crash_a_pass(reward: CodeReward) -> None:
@@ -514,6 +572,9 @@ def test_the_state_of_the_parent_survives_hostile_answers() -> None:
         (b"", "", True),
         (b"x", "", False),
         (b"", "x", False),
+        (b"7", "9" * 330 + ".0", False),
+        (b"8" * 330 + b".0", "9" * 330 + ".0", False),
+        (b"9" * 330 + b".0", "9" * 330 + ".0", True),
     ],
 )
 def test_outputs_are_compared_word_by_word(given: bytes, expected: str, same: bool) -> None:
@@ -539,6 +600,10 @@ def test_outputs_are_compared_word_by_word(given: bytes, expected: str, same: bo
         (2, "2", False),
         ([1, [2.0]], [1, [2]], True),
         ([1], [1, 2], False),
+        (5, float("inf"), False),
+        (float("inf"), float("inf"), True),
+        (float("inf"), 1.5, False),
+        (float("nan"), float("nan"), False),
         ({"a": 1}, {"a": 1}, True),
         ({"a": 1, "b": 2}, {"a": 1}, False),
         ([], {}, False),

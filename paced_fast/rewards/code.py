@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import logging
 import math
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +25,15 @@ from paced_fast.sandbox import Limits, Outcome, Sandbox, SandboxError, open_sand
 logger = logging.getLogger(__name__)
 
 
+_ROW_BUDGET = 10  # times the time of one case
+
+
 class CodeReward:
     """1 for a program that passes every test of its row, 0 for another one, None when the sandbox failed.
 
     The program is the last fenced block marked as Python, else the last unmarked one, else the whole text where it
-    begins like code. `counts` has right, wrong, no_code, syntax, timeout, memory, crashed and unscored.
+    begins like code. All cases of a row together may take ten times as long as one may. `counts` has right, wrong,
+    no_code, syntax, timeout, memory, crashed and unscored.
 
     Raises:
         InputError: this machine cannot isolate programs as `settings.sandbox` asks.
@@ -58,7 +64,7 @@ class CodeReward:
         except UnusableTests as error:
             return f"reward 'code': the row {error}"
         limit = self._settings.code_output_kib * 1024
-        if suite.function is None and max(len(case.expected.encode()) for case in suite.cases) > limit:
+        if max(_size(case, is_text=suite.function is None) for case in suite.cases) > limit:
             return "reward 'code': the row expects more output than --reward.code-output-kib allows"
         return None
 
@@ -94,8 +100,12 @@ class CodeReward:
 
     def _runs(self, program: str, suite: Suite) -> str:
         """One process a case; none sees the input of another."""
+        left = _ROW_BUDGET * self._limits.seconds
         for case in suite.cases:
             outcome = self._sandbox.run(program, case.stdin.encode())
+            left -= outcome.wall_seconds
+            if left <= 0:
+                return "timeout"
             if outcome.ended != "exit" or outcome.status != 0:
                 return _failure(outcome, self._limits)
             if not same_text(outcome.stdout, case.expected):
@@ -114,7 +124,8 @@ class CodeReward:
 
     def _call_each(self, program: str, suite: Suite) -> str:
         assert suite.function is not None
-        seconds = math.ceil(self._limits.seconds * len(suite.cases))
+        left = _ROW_BUDGET * self._limits.seconds
+        seconds = math.ceil(self._limits.seconds * min(len(suite.cases), _ROW_BUDGET))
         limits = (
             self._limits
             if seconds < self._limits.cpu_seconds
@@ -123,13 +134,22 @@ class CodeReward:
         session, verdict = self._sandbox.session(program, suite.function, limits), "right"
         try:
             for case in suite.cases:
+                began = time.monotonic()
                 answer = session.ask(request_of(case))
+                left -= time.monotonic() - began
+                if left <= 0:
+                    return "timeout"
                 verdict = "" if answer is None else _verdict(answer, case)
                 if verdict != "right":
                     break
         finally:
             outcome = session.finish()
         return verdict or _failure(outcome, limits)
+
+
+def _size(case: Case, *, is_text: bool) -> int:
+    """Bytes of the right answer."""
+    return len(case.expected.encode()) if is_text else len(json.dumps({"value": case.expected})) + 1
 
 
 def _verdict(answer: bytes, case: Case) -> str:
@@ -142,6 +162,7 @@ def _verdict(answer: bytes, case: Case) -> str:
             return "memory" if str(read.get("error", "")).startswith("MemoryError") else "crashed"
         value = read["value"] if case.wrapper is None else WRAPPERS[case.wrapper](read["value"])
         same = same_value(value, case.expected, case.tolerance)
+        same = same or (case.or_text is not None and value == case.or_text)
         same = same or (case.or_first and same_value(value, case.expected[0], case.tolerance))
     except JSON_ERRORS:
         return "wrong"
