@@ -110,11 +110,12 @@ def test_honest_programs_run_as_usual(box: Sandbox) -> None:
 def test_a_function_is_not_the_main_module_and_finds_no_input(box: Sandbox) -> None:
     program = "import sys\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\ndef g(): return sys.stdin.read(), __name__\n"
     program += "def h(n): return 0 if n == 0 else max(map(h, [n - 1])) + 1\ndef digits(): return len(str(10 ** 5000))\n"
+    program += "def s(n): return 0 if n == 0 else sorted([1], key=lambda _: s(n - 1))[0]\n"
     program += "class A: pass\ndef p(): import pickle; return type(pickle.loads(pickle.dumps(A()))).__name__\n"
     program += "def names(): return [prod([2, 3]), len(list(pairwise('abc'))), log2(8), deepcopy([1]), pow(2, 3, 5)]\n"
     program += "def call(name, *a): return globals()[name](*a)\nif __name__ == '__main__': input(); 1 / 0"
-    asked = [["f", 20000], ["g"], ["h", 20000], ["digits"], ["p"], ["names"]]
-    wanted = [20000, ["", "program"], 20000, 5001, "A", [6, 2, 3.0, [1], 3]]
+    asked = [["f", 20000], ["g"], ["h", 20000], ["s", 24000], ["digits"], ["p"], ["names"]]
+    wanted = [20000, ["", "program"], 20000, 1, 5001, "A", [6, 2, 3.0, [1], 3]]
     session = box.session(program, "call")
     answers = [json.loads(session.ask(json.dumps({"arguments": words}).encode()) or b"null") for words in asked]
     session.finish()

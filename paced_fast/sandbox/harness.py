@@ -28,7 +28,7 @@ from paced_fast.sandbox import kernel, seccomp
 REQUESTS, ANSWERS = 3, 4
 SCRATCH = "/tmp"
 _MIB = 1 << 20
-_STACK_MIB = 64
+_STACK_MIB = 112
 # What answers on practice sites take for granted; a program's own names replace these.
 _PRELUDE = """
 from bisect import *
