@@ -114,7 +114,7 @@ def test_a_function_is_not_the_main_module_and_finds_no_input(box: Sandbox) -> N
     program += "class A: pass\ndef p(): import pickle; return type(pickle.loads(pickle.dumps(A()))).__name__\n"
     program += "def names(): return [prod([2, 3]), len(list(pairwise('abc'))), log2(8), deepcopy([1]), pow(2, 3, 5)]\n"
     program += "def call(name, *a): return globals()[name](*a)\nif __name__ == '__main__': input(); 1 / 0"
-    asked = [["f", 20000], ["g"], ["h", 20000], ["s", 24000], ["digits"], ["p"], ["names"]]
+    asked = [["f", 20000], ["g"], ["h", 20000], ["s", 15000], ["digits"], ["p"], ["names"]]
     wanted = [20000, ["", "program"], 20000, 1, 5001, "A", [6, 2, 3.0, [1], 3]]
     session = box.session(program, "call")
     answers = [json.loads(session.ask(json.dumps({"arguments": words}).encode()) or b"null") for words in asked]
