@@ -83,5 +83,22 @@ HONEST: list[tuple[str, str, str]] = [
     ("def f(x: List[int]) -> Optional[int]: return x[0]\nprint(f([5]))", "", "5"),
     ("print('\\u00e4\\u4e2d', len(input()))", "\u00e4\u00f6", "\u00e4\u4e2d 2"),
     ("import sqlite3, zlib, csv, unicodedata, uuid\nprint(len(zlib.compress(b'a' * 1000)) < 50)", "", "True"),
+    ("n = int(input())\nprint(n)\nexit()\nprint(2)", "5", "5"),
+    ("def main():\n    print(1)\n    quit(0)\nmain()", "", "1"),
+    ("open(1, 'w').write('written at the end')", "", "written at the end"),
+    ("out = open(1, 'w')\nout.write('written late')", "", "written late"),
+    ("import sys\nsys.__stdout__.write(sys.__stdin__.read())", "abc", "abc"),
+    ("import sys, io\nout = sys.stdout\nsys.stdout = io.StringIO()\nprint('lost')\nout.write('kept')", "", "kept"),
+    ("import sys, io\nout = io.TextIOWrapper(sys.stdout.buffer)\nout.write('wrapped')", "", "wrapped"),
+    ("import io\nout = io.BufferedWriter(io.FileIO(1, 'w'))\nout.me = [out]\nout.write(b'cyclic')", "", "cyclic"),
+    ("class A:\n    def __del__(self): print('del')\na = A()\nprint('end')", "", "end\ndel"),
+    ("def f(x: int): pass\nprint(f.__annotations__['x'] is int, __builtins__.len([1]))", "", "True 1"),
+    ("print(pow(3, 4, 5), int('9' * 5000) % 7, compile('1', 'x', 'eval').co_name)", "", "1 1 <module>"),
+    (
+        "import asyncio\nasync def f():\n    await asyncio.sleep(0.01)\n"
+        "    return await asyncio.to_thread(len, 'ab')\nprint(asyncio.run(f()))",
+        "",
+        "2",
+    ),
     ("print(*range(20000))", "", " ".join(map(str, range(20000)))),
 ]

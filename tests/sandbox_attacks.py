@@ -124,6 +124,8 @@ for folder in ('@FOLDER@', '/', '/etc', '/root', '/usr/lib', '/var/tmp', '/dev',
     "the standard library": "attempt(lambda: open(os.__file__, 'a'))",
     "append to the tests": "attempt(lambda: open('@FOLDER@/tests.json', 'a').write('x'))",
     "delete the tests": "attempt(lambda: os.unlink('@FOLDER@/tests.json'))",
+    "times of the tests": "attempt(lambda: os.utime('@FOLDER@/tests.json', (0, 0)))",
+    "length of the tests": "attempt(lambda: os.truncate('@FOLDER@/tests.json', 0))",
     "modes of the tests": "attempt(lambda: os.chmod('@FOLDER@/tests.json', 0o600))",
     "a full disk": """
 written = 0
@@ -188,7 +190,7 @@ attempt(connect)
 """,
     "netlink": "import socket; attempt(lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))",
     "listening": "import socket; attempt(lambda: socket.create_server(('127.0.0.1', 0)))",
-    "socket pair": "import socket; attempt(lambda: socket.socketpair())",
+    "socket pair": "import _socket; attempt(lambda: _socket.socketpair())",
     "messages on its pipes": "refused(46, 1, 0, 0); refused(47, 0, 0, 0)",
 }
 
@@ -201,6 +203,21 @@ SIGNALS = {
     "signal by pidfd": """
 import signal
 attempt(lambda: signal.pidfd_send_signal(os.pidfd_open(@VICTIM@), 9))
+""",
+    "signal by a descriptor": """
+import fcntl
+reader, writer = os.pipe()
+attempt(lambda: fcntl.fcntl(reader, fcntl.F_SETOWN, @VICTIM@))
+attempt(lambda: fcntl.fcntl(reader, 10, 9))  # F_SETSIG
+attempt(lambda: fcntl.fcntl(reader, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK))
+os.write(writer, b'x')
+""",
+    "words by locks": """
+import fcntl, struct
+file = open(os.__file__, 'rb')
+attempt(lambda: fcntl.flock(file, fcntl.LOCK_SH))
+attempt(lambda: fcntl.lockf(file, fcntl.LOCK_SH, 1, 7))
+attempt(lambda: fcntl.fcntl(file, fcntl.F_GETLK, struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, 7, 1, 0)))
 """,
     "signal a thread": "refused(234, @VICTIM@, @VICTIM@, 9); refused(200, @VICTIM@, 9)",
     "queue a signal": "refused(129, @VICTIM@, 10, 0)",

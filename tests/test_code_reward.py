@@ -6,6 +6,7 @@ import base64
 import json
 import pickle
 import secrets
+import time
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,8 @@ from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
 from paced_fast.rewards import Scorer, load_reward
-from paced_fast.rewards.code import CodeReward, _block
+from paced_fast.rewards.code import CodeReward
+from paced_fast.rewards.code_blocks import program_in
 from paced_fast.rewards.code_tests import UnusableTests, request_of, suite_of
 from paced_fast.rewards.verdicts import JSON_ERRORS, read_json, same_text, same_value
 from paced_fast.sandbox import SandboxError
@@ -88,6 +90,16 @@ SHAPES: list[tuple[str, dict[str, Any], str]] = [
         ADD,
     ),
     (
+        "function calls with the name in each item's metadata",
+        {
+            "tests": json.dumps(
+                [{"input": "1\n2", "output": "3", "testtype": "FUNCTIONAL", "metadata": {"func_name": "add"}}]
+            )
+        },
+        ADD,
+    ),
+    ("reading input with an empty name", {"tests": {**SUM, "fn_name": ""}}, READ_AND_ADD),
+    (
         "LiveCodeBench, functional",
         {
             "public_test_cases": json.dumps([{"input": "[1, 2]\n3", "output": "6", "testtype": "functional"}]),
@@ -153,6 +165,26 @@ PROBLEMS: list[tuple[dict[str, Any], str]] = [
         {"test": "def check(candidate):\n    for i in range(9):\n        assert candidate(i) == i", "entry_point": "f"},
         "cannot be taken apart into a call and its expected value: for i in range(9):",
     ),
+    (
+        {"tests": {"inputs": [[1]], "outputs": [["x" * 70000]], "fn_name": "f"}},
+        "expects more output than --reward.code",
+    ),
+    (
+        {"tests": '{"inputs": [[1e400]], "outputs": [1], "fn_name": "f"}'},
+        "that is infinite, not a number, or of too many",
+    ),
+    ({"tests": '{"inputs": [[1]], "outputs": ["1e400"], "fn_name": "f"}'}, "that is infinite, not a number, or of too"),
+    ({"tests": {"inputs": [[1]], "outputs": [[[1 << 50000]]], "fn_name": "f"}}, "are not JSON"),
+    ({"tests": {"inputs": [[1 << 50000]], "outputs": [1], "fn_name": "f"}}, "of too many digits"),
+    ({"tests": '[{"input": "1", "output": "' + "9" * 5000 + '", "type": "functional"}]'}, "are not JSON"),
+    ({"tests": '{"inputs": [1], "outputs": [' + "9" * 5000 + "]}"}, "that is not JSON: Exceeds the limit"),
+    ({"tests": '[{"input": "\\ud800", "output": "x"}]'}, "test case 0 whose input or output holds half a character"),
+    (
+        {"tests": '{"inputs": ["a"], "outputs": [["\\udfff"]]}'},
+        "test case 0 whose input or output holds half a character",
+    ),
+    ({"test": "def check(c):\n    assert False", "entry_point": "f"}, "cannot be taken apart"),
+    ({"test": "def check(c):\n    assert abs(c(1) - 1) < 1e999", "entry_point": "f"}, "is infinite"),
     ({"tests": {"inputs": ["1"], "outputs": ["x" * 70000]}}, "expects more output than --reward.code-output-kib"),
 ]
 
@@ -251,6 +283,8 @@ def test_a_completion_goes_on_from_the_prompt(reward: CodeReward, where: str) ->
     chat = [{"role": "user", "content": f"Complete this.\n\n```python\n{HUMAN_EVAL['prompt']}```"}]
     prompt = {"column": "p", "text": HUMAN_EVAL["prompt"], "chat": chat}[where]
     body = "    return half(math.isqrt(x))\n"
+    if where == "column":
+        columns["prompt"] = columns["prompt"].rstrip("\n")
     for completion in (body, fenced(f"def root(x):\n{body}"), fenced(HUMAN_EVAL["prompt"] + body)):
         assert verdict(reward, completion, prompt, **columns) == "right"
     assert verdict(reward, "    return half(x)\n", prompt, **columns) == "wrong"
@@ -263,7 +297,21 @@ BLOCKS: list[tuple[str, str | None]] = [
     ("```python\na\n```\nIt prints:\n```\n3\n```", "a\n"),
     ("```\na\n```", "a\n"),
     ("```Python3 title\na\n```", "a\n"),
-    ("  ```py\n  a\n  ```", "  a\n"),
+    ("  ```py\n  a\n    b\n c\n  ```", "a\n  b\nc\n"),
+    ("```python\n    a\n```", "    a\n"),
+    ("```python3.11\na\n```", "a\n"),
+    ("```pypy3\na\n```", "a\n"),
+    ("~~~python\na\n```\nb\n~~~", "a\n```\nb\n"),
+    ("````python\na\n```\nb\n````", "a\n```\nb\n"),
+    ("```x = 1``` is not enough:\n```python\na\n```", "a\n"),
+    ("```python\na\n```python\nb\n```", "b\n"),
+    ("```python\n'''\n```\nx\n```\n'''\nprint(1)\n```\nwords", "'''\n```\nx\n```\n'''\nprint(1)\n"),
+    ("```python\na = \"'''\"\n```\nwords\n```text\n3\n```", "a = \"'''\"\n"),
+    ("```python\na = \"'''\"\n```\n" + "```text\n3\n```\n" * 11 + "'''\n```\n", "a = \"'''\"\n"),
+    ("```python\na\n```\n" * 500, "a\n"),
+    ("```python\na\n```\n" * 501, None),
+    ("```python\r\na\r\n```\r\n", "a\r\n"),
+    ("'''words'''\nn = input()", "'''words'''\nn = input()"),
     ("```python\ncut off", "cut off"),
     ("```cpp\nint x;\n```", None),
     ("print(1)", "print(1)"),
@@ -276,7 +324,16 @@ BLOCKS: list[tuple[str, str | None]] = [
 
 @pytest.mark.parametrize(("completion", "program"), BLOCKS)
 def test_the_program_is_the_last_python_block(completion: str, program: str | None) -> None:
-    assert _block(completion) == program
+    assert program_in(completion) == program
+
+
+@pytest.mark.parametrize("unit", [" ", "\t", "`", "-", "~", "\n", "```", "```\n", "\n" + 20 * " ", "'''\n```\n", "a "])
+@pytest.mark.parametrize("start", ["", "```python", "```python\n'''\n", "So"])
+def test_extraction_takes_linear_time(start: str, unit: str) -> None:
+    text = start + unit * (1_000_000 // len(unit))
+    began = time.thread_time()
+    program_in(text)
+    assert time.thread_time() - began < 0.4
 
 
 @pytest.mark.parametrize(
@@ -321,6 +378,32 @@ def test_verdicts_of_programs(reward: CodeReward, program: str, kind: str) -> No
 )
 def test_verdicts_of_functions(reward: CodeReward, program: str, kind: str) -> None:
     assert verdict(reward, fenced(program), tests={"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"}) == kind
+
+
+@pytest.mark.parametrize(
+    ("expected", "value", "kind"),
+    [("5", 5, "right"), ("5", "5", "right"), ("5", "6", "wrong"), ("true", True, "right"), ("true", "true", "right")],
+)
+def test_a_text_output_is_the_value_or_the_text(reward: CodeReward, expected: str, value: Any, kind: str) -> None:
+    tests = {"inputs": [[1]], "outputs": [expected], "fn_name": "f"}
+    assert verdict(reward, fenced(f"def f(x): return {value!r}"), tests=tests) == kind
+
+
+def test_lines_of_arguments_end_at_line_feeds_only() -> None:
+    items = [{"input": '"a\u2028b\x85"\n2', "output": "1", "testtype": "functional"}]
+    suite = suite_of({"public_test_cases": items, "metadata": {"func_name": "f"}})
+    assert suite.cases[0].arguments == ("a\u2028b\x85", 2)
+
+
+@pytest.mark.parametrize("function", [None, "f"])
+def test_a_row_has_a_time_of_its_own(reward: CodeReward, monkeypatch: pytest.MonkeyPatch, function: str | None) -> None:
+    monkeypatch.setattr("paced_fast.rewards.code._ROW_BUDGET", 1)
+    tests = {"inputs": ["[1]"] * 9, "outputs": ["1"] * 9, "fn_name": function}
+    slow = fenced("import time\ndef f(x):\n    time.sleep(0.3)\n    return x\nif __name__ == '__main__': print(f(1))")
+    began = time.monotonic()
+    assert verdict(reward, slow, tests=tests) == "timeout"
+    assert time.monotonic() - began < 2.4
+    assert verdict(reward, slow, tests={**tests, "inputs": ["[1]"], "outputs": ["1"]}) == "right"
 
 
 def test_an_empty_expected_output_makes_no_crash_a_pass(reward: CodeReward) -> None:
@@ -492,6 +575,9 @@ def test_the_state_of_the_parent_survives_hostile_answers() -> None:
         (b"", "", True),
         (b"x", "", False),
         (b"", "x", False),
+        (b"7", "9" * 330 + ".0", False),
+        (b"8" * 330 + b".0", "9" * 330 + ".0", False),
+        (b"9" * 330 + b".0", "9" * 330 + ".0", True),
     ],
 )
 def test_outputs_are_compared_word_by_word(given: bytes, expected: str, same: bool) -> None:
@@ -517,6 +603,10 @@ def test_outputs_are_compared_word_by_word(given: bytes, expected: str, same: bo
         (2, "2", False),
         ([1, [2.0]], [1, [2]], True),
         ([1], [1, 2], False),
+        (5, float("inf"), False),
+        (float("inf"), float("inf"), True),
+        (float("inf"), 1.5, False),
+        (float("nan"), float("nan"), False),
         ({"a": 1}, {"a": 1}, True),
         ({"a": 1, "b": 2}, {"a": 1}, False),
         ([], {}, False),

@@ -107,6 +107,35 @@ def test_honest_programs_run_as_usual(box: Sandbox) -> None:
         assert outcome.stdout.decode().strip() == expected, program
 
 
+def test_a_function_is_not_the_main_module_and_finds_no_input(box: Sandbox) -> None:
+    program = "import sys\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\ndef g(): return sys.stdin.read(), __name__\n"
+    program += "def h(n): return 0 if n == 0 else max(map(h, [n - 1])) + 1\ndef digits(): return len(str(10 ** 5000))\n"
+    program += "def s(n): return 0 if n == 0 else sorted([1], key=lambda _: s(n - 1))[0]\n"
+    program += "class A: pass\ndef p(): import pickle; return type(pickle.loads(pickle.dumps(A()))).__name__\n"
+    program += "def names(): return [prod([2, 3]), len(list(pairwise('abc'))), log2(8), deepcopy([1]), pow(2, 3, 5)]\n"
+    program += "def call(name, *a): return globals()[name](*a)\nif __name__ == '__main__': input(); 1 / 0"
+    asked = [["f", 20000], ["g"], ["h", 20000], ["s", 15000], ["digits"], ["p"], ["names"]]
+    wanted = [20000, ["", "program"], 20000, 1, 5001, "A", [6, 2, 3.0, [1], 3]]
+    session = box.session(program, "call")
+    answers = [json.loads(session.ask(json.dumps({"arguments": words}).encode()) or b"null") for words in asked]
+    session.finish()
+    assert answers == [{"value": value} for value in wanted]
+
+
+def test_threads_of_one_program_do_not_count_for_another() -> None:
+    box = opened("fork_server", workers=2, threads=8)
+    many = (
+        "import threading, time\nfor _ in range(7): threading.Thread(target=time.sleep, args=(0.5,)).start()\nprint(1)"
+    )
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            outcomes = list(pool.map(box.run, [many, many]))
+        assert [outcome.stdout for outcome in outcomes] == [b"1\n", b"1\n"], outcomes
+        assert len(box.keepers()) == 2
+    finally:
+        box.close()
+
+
 def test_exit_status_and_errors_are_told(box: Sandbox) -> None:
     assert box.run("raise SystemExit(3)").status == 3
     assert box.run("import sys; sys.exit('words')").status == 1
@@ -288,6 +317,15 @@ def test_the_fork_server_refuses_without_landlock() -> None:
     )
     done = run_refusing({**NAMESPACES, **LANDLOCK}, OPEN.format(name="unsafe"))
     assert done.stdout == "unsafe: resource limits only, no isolation\n"
+
+
+def test_the_fork_server_without_namespaces_refuses_an_old_landlock() -> None:
+    old = "from paced_fast.sandbox import client\nclient._BOOT = client._BOOT.replace('import keeper', "
+    old += "'import kernel, keeper\\nkernel.landlock_abi = lambda: 2', 1)\n"
+    done = run_refusing(NAMESPACES, old + OPEN.format(name="fork_server"))
+    assert done.stdout.startswith("refused: "), done
+    assert "Landlock 3 (Linux 6.2), which is needed without them" in done.stdout
+    assert run_refusing({}, old + OPEN.format(name="fork_server")).stdout.startswith("fork_server: namespaces")
 
 
 def test_bubblewrap_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -477,8 +515,29 @@ def test_the_filter_allows_threads_and_refuses_processes_and_sockets(machine: st
         assert simulate(program, machine, tgkill[column], other, other, 9) == EPERM
     assert simulate(program, machine, ioctl[column], 0, 0x5401) == ALLOW
     assert simulate(program, machine, ioctl[column], 0, 0x5412) == EPERM
+    fcntl = (72, 25)[column]
+    for command, flags in ((0, 9), (1, 0), (2, 1), (3, 0), (4, 0x800), (1030, 9), (1031, 4096), (1032, 0)):
+        assert simulate(program, machine, fcntl, 5, command, flags) == ALLOW
+    for command, flags in (
+        (4, 0x2000),
+        (4, 0x2800),
+        (5, 0),
+        (6, 0),
+        (7, 0),
+        (8, 99),
+        (10, 9),
+        (15, 0),
+        (37, 0),
+        (1024, 0),
+    ):
+        assert simulate(program, machine, fcntl, 5, command, flags) == EPERM
     assert simulate(program, machine, prlimit[column], 0) == ALLOW
     assert simulate(program, machine, prlimit[column], 99) == EPERM
+    without = seccomp.lowest_filter(7, machine, has_scratch=False)
+    for named in ((91, 52), (268, 53), (280, 88), (76, 45), (265, 37), (263, 35), (316, 276), (258, 34)):
+        assert simulate(program, machine, named[column]) == ALLOW
+        assert simulate(without, machine, named[column]) == EPERM
+    assert simulate(without, machine, (257, 56)[column]) == ALLOW
     for refused in ((41, 198), (59, 221), (101, 117), (272, 97), (165, 40), (321, 280), (157, 167), (319, 279)):
         assert simulate(program, machine, refused[column]) == EPERM
     assert simulate(program, machine, 0x40000000 | 39) == EPERM

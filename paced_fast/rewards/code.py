@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import logging
 import math
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,24 +17,23 @@ from typing import Any
 
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
+from paced_fast.rewards.code_blocks import fenced, program_in
 from paced_fast.rewards.code_tests import WRAPPERS, Case, Suite, UnusableTests, request_of, suite_of
 from paced_fast.rewards.verdicts import JSON_ERRORS, read_json, same_text, same_value
 from paced_fast.sandbox import Limits, Outcome, Sandbox, SandboxError, open_sandbox
 
 logger = logging.getLogger(__name__)
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_PYTHON = ("python", "python3", "py")
-_LOOKS_LIKE_CODE = re.compile(
-    r"\s*(?:(?:def|class|import|from|for|while|if|try|with|async) |@|#|[\w, .\[\]]+ *=|print\()"
-)
+
+_ROW_BUDGET = 10  # times the time of one case
 
 
 class CodeReward:
     """1 for a program that passes every test of its row, 0 for another one, None when the sandbox failed.
 
     The program is the last fenced block marked as Python, else the last unmarked one, else the whole text where it
-    begins like code. `counts` has right, wrong, no_code, syntax, timeout, memory, crashed and unscored.
+    begins like code. All cases of a row together may take ten times as long as one may. `counts` has right, wrong,
+    no_code, syntax, timeout, memory, crashed and unscored.
 
     Raises:
         InputError: this machine cannot isolate programs as `settings.sandbox` asks.
@@ -63,7 +64,7 @@ class CodeReward:
         except UnusableTests as error:
             return f"reward 'code': the row {error}"
         limit = self._settings.code_output_kib * 1024
-        if suite.function is None and max(len(case.expected.encode()) for case in suite.cases) > limit:
+        if max(_size(case, is_text=suite.function is None) for case in suite.cases) > limit:
             return "reward 'code': the row expects more output than --reward.code-output-kib allows"
         return None
 
@@ -85,7 +86,7 @@ class CodeReward:
             suite = suite_of(columns)
         except UnusableTests as error:
             raise InputError(f"reward 'code': a row {error}") from None
-        block = _block(completion)
+        block = program_in(completion)
         if block is None and suite.continues_prompt and re.match(r"[ \t]+\S", completion.lstrip("\r\n")):
             block = completion
         if block is None:
@@ -99,8 +100,12 @@ class CodeReward:
 
     def _runs(self, program: str, suite: Suite) -> str:
         """One process a case; none sees the input of another."""
+        left = _ROW_BUDGET * self._limits.seconds
         for case in suite.cases:
             outcome = self._sandbox.run(program, case.stdin.encode())
+            left -= outcome.wall_seconds
+            if left <= 0:
+                return "timeout"
             if outcome.ended != "exit" or outcome.status != 0:
                 return _failure(outcome, self._limits)
             if not same_text(outcome.stdout, case.expected):
@@ -119,7 +124,8 @@ class CodeReward:
 
     def _call_each(self, program: str, suite: Suite) -> str:
         assert suite.function is not None
-        seconds = math.ceil(self._limits.seconds * len(suite.cases))
+        left = _ROW_BUDGET * self._limits.seconds
+        seconds = math.ceil(self._limits.seconds * min(len(suite.cases), _ROW_BUDGET))
         limits = (
             self._limits
             if seconds < self._limits.cpu_seconds
@@ -128,13 +134,22 @@ class CodeReward:
         session, verdict = self._sandbox.session(program, suite.function, limits), "right"
         try:
             for case in suite.cases:
+                began = time.monotonic()
                 answer = session.ask(request_of(case))
+                left -= time.monotonic() - began
+                if left <= 0:
+                    return "timeout"
                 verdict = "" if answer is None else _verdict(answer, case)
                 if verdict != "right":
                     break
         finally:
             outcome = session.finish()
         return verdict or _failure(outcome, limits)
+
+
+def _size(case: Case, *, is_text: bool) -> int:
+    """Bytes of the right answer."""
+    return len(case.expected.encode()) if is_text else len(json.dumps({"value": case.expected})) + 1
 
 
 def _verdict(answer: bytes, case: Case) -> str:
@@ -147,6 +162,7 @@ def _verdict(answer: bytes, case: Case) -> str:
             return "memory" if str(read.get("error", "")).startswith("MemoryError") else "crashed"
         value = read["value"] if case.wrapper is None else WRAPPERS[case.wrapper](read["value"])
         same = same_value(value, case.expected, case.tolerance)
+        same = same or (case.or_text is not None and value == case.or_text)
         same = same or (case.or_first and same_value(value, case.expected[0], case.tolerance))
     except JSON_ERRORS:
         return "wrong"
@@ -164,27 +180,21 @@ def _failure(outcome: Outcome, limits: Limits) -> str:
     return kinds.get(last.partition(":")[0], "crashed")
 
 
-def _block(completion: str) -> str | None:
-    """The program in a completion, None when there is none."""
-    blocks = _FENCE.findall(completion)
-    for tags in (_PYTHON, ("",)):
-        marked = [text for tag, text in blocks if tag.lower() in tags]
-        if marked:
-            return marked[-1]
-    return completion if not blocks and _LOOKS_LIKE_CODE.match(completion) else None
-
-
 def _continued(prompt: Any, columns: Mapping[str, Any], block: str, suite: Suite) -> str:
     """The prompt's code, for its imports and helpers, with the completion after it: a whole function or its body."""
     text = columns.get("prompt") or prompt
     if not isinstance(text, str):
         text = next((m["content"] for m in reversed(text) if m["role"] == "user"), "")
-    fenced = [body for _, body in _FENCE.findall(text) if f"def {suite.function}" in body]
-    code = fenced[-1] if fenced else text
+    blocks = [body for _, body in fenced(text) if f"def {suite.function}" in body]
+    code = blocks[-1] if blocks else text
     start = re.search(r"^(?:from|import|def|class|@)\b.*", code, re.DOTALL | re.MULTILINE)
     code = start[0] if start else ""
     try:
         ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         code = ""  # words around the code: the completion has to stand alone
-    return f"{code}\n{block}" if re.search(rf"^def {suite.function}\b", block, re.MULTILINE) else code + block
+    return (
+        f"{code}\n{block}"
+        if re.search(rf"^def {suite.function}\b", block, re.MULTILINE)
+        else f"{code.rstrip()}\n{block}"
+    )

@@ -23,6 +23,7 @@ from paced_fast.rewards.verdicts import JSON_ERRORS, read_json
 
 COLUMNS = ("tests", "test_cases", "input_output", "verification_info", "ground_truth")
 _MAX_UNPACKED_BYTES = 1 << 28
+_MAX_BITS = 14_000  # about 4200 digits, within what Python turns into text
 _FUNCTION_TYPES = {"functional", "function_call", "function"}
 _STDIN_TYPES = {"stdin", "stdin_stdout", "stdio", "standard_input"}
 
@@ -45,6 +46,8 @@ class Case:
     arguments: tuple[Any, ...] = ()
     expected: Any
     """Text of the whole output, or a value as JSON has it."""
+    or_text: str | None = None
+    """What the expected value is where the text it was read from is meant as a text."""
     or_first: bool = False
     """The expected value is a list of one, which may stand for its element."""
     tolerance: float | None = None
@@ -84,6 +87,8 @@ def suite_of(columns: Mapping[str, Any]) -> Suite:
         raise UnusableTests(f"has no tests: a column {', '.join(COLUMNS)}, public_test_cases or test is needed")
     if not suite.cases:
         raise UnusableTests("has no test cases")
+    if not all(_is_plain([case.arguments, case.expected, case.tolerance]) for case in suite.cases):
+        raise UnusableTests("has a number in its tests that is infinite, not a number, or of too many digits")
     if suite.function is None and not any(case.expected.strip() for case in suite.cases):
         raise UnusableTests("expects no output in any test case, which a program that does nothing passes")
     return suite
@@ -98,6 +103,17 @@ def request_of(case: Case) -> bytes:
     except JSON_ERRORS:
         pass
     return json.dumps({"literal": repr(case.arguments)}).encode()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether all numbers in a value can be compared and written down."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return value.bit_length() <= _MAX_BITS
+    if isinstance(value, dict):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return not isinstance(value, list | tuple | set | frozenset) or all(map(_is_plain, value))
 
 
 def _same(read: Any, given: Any) -> bool:
@@ -159,7 +175,7 @@ def _listed(name: str, tests: Any) -> Suite:
         raise UnusableTests(
             f"has a column {name!r} that is neither a list of cases nor an object of inputs and outputs"
         )
-    inputs, outputs, function = tests["inputs"], tests["outputs"], tests.get("fn_name")
+    inputs, outputs, function = tests["inputs"], tests["outputs"], tests.get("fn_name") or None
     if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
         raise UnusableTests(f"has a column {name!r} whose inputs and outputs are not two lists of the same length")
     kind = "stdin" if function is None else "function_call"
@@ -172,9 +188,11 @@ def _items(items: Sequence[Any], function: Any) -> Suite:
     for i, item in enumerate(items):
         if not isinstance(item, dict) or "input" not in item or "output" not in item:
             raise UnusableTests(f"has a test case {i} without input and output")
-        named = item.get("fn_name")
+        metadata = _read("metadata", item.get("metadata") or {})
+        named = item.get("fn_name") or (metadata.get("func_name") if isinstance(metadata, dict) else None)
         kind = item.get("testtype") or item.get("type") or ("function_call" if named or function else "stdin")
         names |= {named} - {None, ""}
+        kind = kind.lower() if isinstance(kind, str) else kind
         kinds.add(kind in _FUNCTION_TYPES)
         if kind in _STDIN_TYPES:
             cases.append(Case(stdin=_text(item["input"], i), expected=_text(item["output"], i)))
@@ -191,8 +209,13 @@ def _items(items: Sequence[Any], function: Any) -> Suite:
 
 def _text(value: Any, index: int) -> str:
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
-        return "\n".join(value)
-    if not isinstance(value, str):
+        value = "\n".join(value)
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UnusableTests(f"has a test case {index} whose input or output holds half a character") from None
+    else:
         raise UnusableTests(f"has a test case {index} whose input or output is not text but a {type(value).__name__}")
     return value
 
@@ -201,7 +224,7 @@ def _call(given: Any, expected: Any, index: int, *, by_line: bool) -> Case:
     """LiveCodeBench writes one argument a line and the value as JSON; others a list of arguments and the value."""
     try:
         if by_line:
-            arguments = [read_json(line) for line in given.splitlines() if line.strip()]
+            arguments = [read_json(line) for line in given.split("\n") if line.strip()]
             return Case(arguments=tuple(arguments), expected=read_json(expected))
         arguments = read_json(given) if isinstance(given, str) else given
         value = _or_text(expected)
@@ -209,7 +232,12 @@ def _call(given: Any, expected: Any, index: int, *, by_line: bool) -> Case:
         raise UnusableTests(f"has a test case {index} whose arguments or value are not JSON") from None
     if not isinstance(arguments, list):
         raise UnusableTests(f"has a test case {index} whose arguments are no list")
-    return Case(arguments=tuple(arguments), expected=value, or_first=isinstance(value, list) and len(value) == 1)
+    return Case(
+        arguments=tuple(arguments),
+        expected=value,
+        or_text=expected if isinstance(expected, str) else None,
+        or_first=isinstance(value, list) and len(value) == 1,
+    )
 
 
 def _or_text(value: Any) -> Any:
@@ -240,7 +268,7 @@ def _human_eval(columns: Mapping[str, Any]) -> Suite:
         try:
             if not isinstance(node, ast.Assert):
                 raise ValueError
-            if not isinstance(node.test, ast.Constant):  # assert True, "this prints if ..."
+            if not (isinstance(node.test, ast.Constant) and node.test.value):  # assert True, "this prints if ..."
                 cases.append(_assertion(node.test, called))
         except (*JSON_ERRORS, ArithmeticError):
             shown = ast.unparse(node).splitlines()[0][:60]

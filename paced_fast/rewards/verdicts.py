@@ -9,6 +9,7 @@ and integers are compared as numbers. Numbers may differ by 1e-6, absolutely or 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any, NoReturn
 
@@ -54,11 +55,13 @@ def _same_word(word: str, wanted: str) -> bool:
         return True
     if not _DECIMAL.fullmatch(wanted) or len(word) > 400 or not _NUMBER.fullmatch(word):
         return False
-    return close(float(word), float(wanted))
+    return math.isfinite(float(wanted)) and close(float(word), float(wanted))
 
 
 def close(number: float, wanted: float, tolerance: float | None = None) -> bool:
-    """Whether two numbers are the same up to the tolerance."""
+    """Whether two numbers are the same up to the tolerance; infinities only exactly."""
+    if not math.isfinite(number) or not math.isfinite(wanted):
+        return number == wanted
     if tolerance is not None:
         return abs(number - wanted) <= tolerance
     return abs(number - wanted) <= TOLERANCE * max(1.0, abs(wanted))

@@ -16,6 +16,7 @@ from typing import Any
 
 from paced_fast.errors import InputError
 from paced_fast.sandbox.client import Box
+from paced_fast.sandbox.kernel import NOBODY, TRUNCATION
 from paced_fast.sandbox.limits import Limits, Sandbox, SandboxError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _ANYWAY = "--reward.sandbox unsafe runs programs without isolation, as yourself"
 
 # Tries what must not work and prints the names of what did; `honest` must.
 _SELF_TEST = """
-import os, socket, ctypes, json
+import os, socket, _socket, ctypes, json
 got = []
 def attempt(name, action):
     try:
@@ -40,7 +41,7 @@ def fork():
 parent, readable, writable = json.loads(input())
 attempt("honest", lambda: sum(range(1000)))
 attempt("network", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-attempt("sockets", lambda: socket.socketpair())
+attempt("sockets", lambda: _socket.socketpair())
 attempt("reading a file", lambda: open(readable).read())
 attempt("writing a file", lambda: open(writable, "w").write("x"))
 attempt("reading another process", lambda: open(f"/proc/{parent}/environ", "rb").read())
@@ -94,7 +95,7 @@ def open_sandbox(name: str = "auto", limits: Limits | None = None, workers: int 
 
 def _try(name: str, limits: Limits, workers: int) -> tuple[Box | None, str]:
     """The sandbox, None when it is not to be trusted, and what it lacks."""
-    settings: dict[str, Any] = {"kind": _KINDS[name], "uid": _free_uid(), **_paths(name)}
+    settings: dict[str, Any] = {"kind": _KINDS[name], "uids": _free_uids(), **_paths(name)}
     if name == "bubblewrap":
         settings["bwrap"] = shutil.which("bwrap")
         if settings["bwrap"] is None:
@@ -119,8 +120,9 @@ def _try(name: str, limits: Limits, workers: int) -> tuple[Box | None, str]:
 
 
 def _is_weak(name: str, layers: dict[str, Any]) -> bool:
-    """Without namespaces Landlock and seccomp still hold; without one of those, no fork server does."""
-    return name == "fork_server" and not (layers["landlock"] and layers["seccomp"])
+    """Without namespaces Landlock and seccomp must hold alone, which Landlock does from its version 3 on."""
+    enough = layers["seccomp"] and layers["landlock"] >= (1 if layers["namespaces"] else TRUNCATION)
+    return name == "fork_server" and not enough
 
 
 def _self_test(box: Box) -> str:
@@ -160,10 +162,10 @@ def _describe(name: str, layers: dict[str, Any]) -> str:
     return f"{name}: {', '.join([*parts, 'resource limits'])}"
 
 
-def _free_uid() -> int:
-    """A user id that nobody has: the limit of threads counts per user, so two keepers must not share one.
+def _free_uids() -> list[int]:
+    """User ids that nobody has: the limit of threads counts per user, so each keeper gets one of its own.
 
-    Only root can change to it; a container may know few ids.
+    Only root can change to them; a container may know few ids.
     """
     ranges = []
     for line in Path("/proc/self/uid_map").read_text().splitlines():
@@ -171,7 +173,8 @@ def _free_uid() -> int:
         ranges.append((inside, inside + count))
     low, high = max(ranges, key=lambda ends: ends[1] - ends[0])
     first = 1 << 30 if high > 1 << 31 else max(low, high - 5000)
-    return random.SystemRandom().randrange(first, min(high, (1 << 31) - 2)) if high - first > 1 else low
+    known = range(first, min(high, (1 << 31) - 2))
+    return [uid for uid in random.SystemRandom().sample(known, min(len(known), 1024)) if uid != NOBODY]
 
 
 @functools.cache

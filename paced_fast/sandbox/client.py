@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -35,10 +36,10 @@ _GRACE_SECONDS = 10.0
 class Keeper:
     """One server process. One program at a time, from one thread at a time."""
 
-    def __init__(self, settings: dict[str, Any], python: str) -> None:
+    def __init__(self, settings: dict[str, Any], python: str, uid: int) -> None:
         ours, theirs = socket.socketpair()
         command = [python, "-I", "-S", "-B", "-X", "utf8", "-c", _BOOT, "keeper", _PACKAGE]
-        given = json.dumps({**settings, "boot": _BOOT, "package": _PACKAGE})
+        given = json.dumps({**settings, "uid": uid, "boot": _BOOT, "package": _PACKAGE})
         null = subprocess.DEVNULL
         try:
             self._process = subprocess.Popen(
@@ -267,6 +268,8 @@ class Box:
     def __init__(self, name: str, settings: dict[str, Any], python: str, limits: Limits, workers: int) -> None:
         self.strength = name
         self._settings, self._python, self._limits = settings, python, limits
+        # Of keepers that live at once, and of the one just ended, each has another.
+        self._uids = itertools.cycle(settings.pop("uids"))
         self._slots: queue.LifoQueue[Keeper | None] = queue.LifoQueue()
         self._lock, self._keepers = threading.Lock(), set[Keeper]()
         for _ in range(workers):
@@ -327,7 +330,9 @@ class Box:
         keeper = self._slots.get()
         try:
             if keeper is None or keeper not in self._keepers:
-                keeper = Keeper(self._settings, self._python)
+                with self._lock:
+                    uid = next(self._uids)
+                keeper = Keeper(self._settings, self._python, uid)
                 with self._lock:
                     self._keepers.add(keeper)
             yield keeper
@@ -353,9 +358,11 @@ class _Session:
     def ask(self, request: bytes) -> bytes | None:
         """As `Session` says."""
         # The program goes first and the first arguments with it: it is read, and runs, before they are.
-        lines = [request] if self._first is None else [self._first, request]
-        self._first = None
-        self._program.send(b"\n".join(lines))
+        if self._first is None:
+            self._program.send(request)
+        else:
+            self._program.send(self._first + b"\n" + request, stdin=b"")
+            self._first = None
         return self._program.answer()
 
     def finish(self) -> Outcome:

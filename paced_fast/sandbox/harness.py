@@ -6,12 +6,17 @@ The first request holds the program. With a function's name in it, each further 
 
 from __future__ import annotations
 
+import _sitebuiltins
 import ast
 import atexit
+import builtins
+import contextlib
+import gc
 import io
 import json
 import os
 import resource
+import socket
 import sys
 import threading
 import traceback
@@ -23,18 +28,23 @@ from paced_fast.sandbox import kernel, seccomp
 REQUESTS, ANSWERS = 3, 4
 SCRATCH = "/tmp"
 _MIB = 1 << 20
-_STACK_MIB = 64
+_STACK_MIB = 112
 # What answers on practice sites take for granted; a program's own names replace these.
 _PRELUDE = """
-import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
-from bisect import bisect_left, bisect_right, insort
-from collections import Counter, OrderedDict, defaultdict, deque
-from functools import cache, cmp_to_key, lru_cache, reduce
-from heapq import heapify, heappop, heappush
-from itertools import accumulate, combinations, permutations, product
-from math import ceil, comb, floor, gcd, inf, sqrt
+from bisect import *
+from collections import *
+from copy import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import *
+from random import *
+from re import *
+from string import *
 from typing import *
+import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
 """
+_RECURSION_LIMIT = 50_000  # of functions, which on practice sites do not set it; the stack is large enough
 
 
 def lock(settings: dict[str, Any]) -> None:
@@ -65,30 +75,27 @@ def lock(settings: dict[str, Any]) -> None:
         writable = [SCRATCH] if settings["scratch"] else []
         kernel.restrict_files(settings["landlock"], settings["readable"], [*writable, "/dev/null"])
     if settings["seccomp"]:
-        kernel.apply_filter(seccomp.lowest_filter(os.getpid()))
+        kernel.apply_filter(seccomp.lowest_filter(os.getpid(), has_scratch=settings["scratch"]))
 
 
 def run() -> None:
     """Run the program that REQUESTS brings and end the process; what the program does is its own affair."""
-    status = 1
+    status, module = 1, None
     try:
         os.write(ANSWERS, b"ready\n")
         os.environ.clear()  # Python itself sets a locale
         requests = _stream(REQUESTS)
         first = json.loads(requests.readline())
-        module = types.ModuleType("__main__")
-        module.__dict__["__builtins__"] = __builtins__
-        sys.modules["__main__"] = module
-        sys.argv[:] = ["program.py"]
-        sys.stdin, sys.stdout, sys.stderr = (_stream(number) for number in range(3))
-        exec(_PRELUDE, module.__dict__)
-        if first["function"] is None:
+        function = first["function"]
+        module = _prepare("__main__" if function is None else "program")
+        if function is None:
             os.close(REQUESTS)
             os.close(ANSWERS)
-            exec(compile(first["program"], "program.py", "exec"), module.__dict__)
         else:
-            exec(compile(first["program"], "program.py", "exec"), module.__dict__)
-            _answer_calls(requests, first["function"], module.__dict__)
+            sys.setrecursionlimit(_RECURSION_LIMIT)
+        exec(compile(first["program"], "program.py", "exec", dont_inherit=True), module.__dict__)
+        if function is not None:
+            _answer_calls(requests, function, module.__dict__)
         status = 0
     except SystemExit as stop:
         code = stop.code
@@ -100,9 +107,75 @@ def run() -> None:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
+        if module is not None:
+            _finalize(module)
     except BaseException:
         status = status or 120
     os._exit(status)
+
+
+def _prepare(name: str) -> types.ModuleType:
+    """The module in which a program runs, in an interpreter that looks as a fresh one does.
+
+    A function's module is not the main one, so that a program's own use of the function does not run.
+    """
+    module = types.ModuleType(name)
+    module.__dict__["__builtins__"] = builtins
+    sys.modules[name] = module
+    sys.argv[:] = ["program.py"]
+    sys.set_int_max_str_digits(0)
+    sys.stdin, sys.stdout, sys.stderr = (_stream(number) for number in range(3))
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
+    for word in ("exit", "quit"):  # which only the module site makes
+        setattr(builtins, word, _sitebuiltins.Quitter(word, "Ctrl-D (i.e. EOF)"))
+    socket.socketpair = lambda *_: tuple(map(_PipeEnd, os.pipe()))  # type: ignore[assignment]
+    exec(_PRELUDE, module.__dict__)
+    for word in module.__dict__.keys() & vars(builtins).keys():
+        if not word.startswith("__"):
+            del module.__dict__[word]  # pow of math, compile of re
+    return module
+
+
+class _PipeEnd:
+    """Half of the pair by which an event loop of asyncio wakes itself, where there are no sockets: it goes one way."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._end = descriptor
+
+    def fileno(self) -> int:
+        return self._end
+
+    def setblocking(self, flag: bool) -> None:
+        os.set_blocking(self._end, flag)
+
+    def send(self, data: bytes) -> int:
+        return os.write(self._end, data)
+
+    def recv(self, size: int) -> bytes:
+        return os.read(self._end, size)
+
+    def close(self) -> None:
+        os.close(self._end)
+
+
+def _finalize(module: types.ModuleType) -> None:
+    """What the end of an interpreter does: objects of the program go, and what its files hold is written."""
+    _flush_files()  # a cycle's parts go in any order, a file perhaps before what buffers it
+    names = module.__dict__
+    for name in [*names]:
+        if name != "__builtins__":
+            names[name] = None
+    gc.collect()
+    _flush_files()
+
+
+def _flush_files() -> None:
+    files = [thing for thing in gc.get_objects() if isinstance(thing, io.TextIOWrapper | io.BufferedWriter)]
+    for kind in (io.TextIOWrapper, io.BufferedWriter):
+        for file in files:
+            if isinstance(file, kind):
+                with contextlib.suppress(Exception):  # closed, or for reading
+                    file.flush()
 
 
 def _stream(number: int) -> io.TextIOWrapper:

@@ -22,7 +22,6 @@ from typing import Any
 from paced_fast.sandbox import harness, kernel, seccomp
 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-_NOBODY = 65534
 _SCRATCH_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 _MAX_FILES = 1000
 _PRELOADED = (
@@ -78,6 +77,8 @@ class Keeper:
                 self.layers["namespaces"] = True
             except OSError as error:
                 self.missing.append(f"namespaces ({error.filename}: {error.strerror})")
+                if 0 < self.layers["landlock"] < kernel.TRUNCATION:
+                    self.missing.append(f"Landlock {kernel.TRUNCATION} (Linux 6.2), which is needed without them")
             gc.collect()
             gc.freeze()
         else:
@@ -207,7 +208,7 @@ class Keeper:
         uid = self.layers["uid"]
         if uid is not None:
             os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresgid(kernel.NOBODY, kernel.NOBODY, kernel.NOBODY)
             os.setresuid(uid, uid, uid)
 
     def _bubblewrap(self, scratch_mib: int) -> list[str]:
@@ -220,7 +221,7 @@ class Keeper:
             "--new-session",
             "--as-pid-1",
         ]
-        words += ["--clearenv", "--uid", str(_NOBODY), "--gid", str(_NOBODY), "--hostname", "sandbox"]
+        words += ["--clearenv", "--uid", str(kernel.NOBODY), "--gid", str(kernel.NOBODY), "--hostname", "sandbox"]
         for path in self.settings["binds"]:
             words += ["--ro-bind", path, path]
         for link, target in self.settings["links"].items():

@@ -23,6 +23,10 @@ _SECCOMP_MODE_FILTER = 2
 
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same numbers on every architecture
 _LANDLOCK_VERSION = 1
+TRUNCATION = 3
+"""Version of Landlock from which on truncating a file is a right of its own."""
+NOBODY = 65534
+"""The user and group without rights."""
 _READ = 1 << 2 | 1 << 3  # files, directories
 _WRITE_FILE, _TRUNCATE = 1 << 1, 1 << 14
 # What a program may do below its scratch folder: read, write, remove, make folders, files and links, rename, truncate.

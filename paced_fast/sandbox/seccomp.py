@@ -76,7 +76,6 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "fadvise64": (221, 223),
     "utimensat": (280, 88),
     "umask": (95, 166),
-    "flock": (73, 32),
     "sendfile": (40, 71),
     "copy_file_range": (326, 285),
     "dup": (32, 23),
@@ -84,7 +83,6 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "dup3": (292, 24),
     "pipe": (22, None),
     "pipe2": (293, 59),
-    "fcntl": (72, 25),
     "poll": (7, None),
     "ppoll": (271, 73),
     "select": (23, None),
@@ -147,7 +145,10 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "exit": (60, 93),
     "exit_group": (231, 94),
 }
-_CLONE, _CLONE3, _IOCTL = (56, 220), (435, 435), (16, 29)
+_CLONE, _CLONE3, _IOCTL, _FCNTL = (56, 220), (435, 435), (16, 29), (72, 25)
+# What acts on names and needs no right to write: on the trainer's files too, where the program is of the same user.
+_ON_NAMES = {"chmod", "fchmod", "fchmodat", "utimensat", "truncate", "link", "linkat", "symlink", "symlinkat", "rename"}
+_ON_NAMES |= {"renameat", "renameat2", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "creat"}
 _PRLIMIT, _KILL_CALL, _TGKILL = (302, 261), (62, 129), (234, 131)
 
 # What the harness still needs between the start of an interpreter and its own filter.
@@ -181,6 +182,10 @@ _NEW_NAMESPACES = (
 )
 # TCGETS, FIONBIO, FIONREAD, FIONCLEX, FIOCLEX, TIOCGWINSZ: what opening a file asks; above all not TIOCSTI.
 _HARMLESS_IOCTLS = (0x5401, 0x5421, 0x541B, 0x5450, 0x5451, 0x5413)
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_SETPIPE_SZ, F_GETPIPE_SZ: no locks, which one program could see
+# of another, no owner and no signal to be sent there.
+_HARMLESS_FCNTLS = (0, 1, 2, 3, 1030, 1031, 1032)
+_SET_FLAGS, _O_ASYNC = 4, 0x2000
 
 
 def has_table(machine: str = "") -> bool:
@@ -188,9 +193,13 @@ def has_table(machine: str = "") -> bool:
     return (machine or platform.machine()) in ARCHITECTURES
 
 
-def lowest_filter(pid: int, machine: str = "") -> bytes:
-    """For a running program of process id `pid`: threads but no processes, no sockets, signals to itself only."""
-    return _assemble(machine or platform.machine(), _ALLOWED, pid)
+def lowest_filter(pid: int, machine: str = "", *, has_scratch: bool = True) -> bytes:
+    """For a running program of process id `pid`: threads but no processes, no sockets, signals to itself only.
+
+    Without a scratch folder nothing that names files but opening and looking.
+    """
+    allowed = {name: _ALLOWED[name] for name in _ALLOWED if has_scratch or name not in _ON_NAMES}
+    return _assemble(machine or platform.machine(), allowed, pid)
 
 
 def starting_filter(machine: str = "") -> bytes:
@@ -221,6 +230,7 @@ def _assemble(machine: str, allowed: dict[str, tuple[int | None, int | None]], p
             code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
     code += _only_if(_CLONE[column], 0, [_CLONE_THREAD], mask=_CLONE_THREAD | _NEW_NAMESPACES)
     code += _only_if(_IOCTL[column], 1, list(_HARMLESS_IOCTLS))
+    code += _only_harmless_fcntl(_FCNTL[column])
     if pid is not None:
         code += _only_if(_PRLIMIT[column], 0, [0, pid])
         code += _only_if(_KILL_CALL[column], 0, [pid])
@@ -240,6 +250,14 @@ def _only_if(number: int, argument: int, values: list[int], mask: int | None = N
         body.append((_AND, 0, 0, mask))
     # From each comparison to the last instruction, which allows.
     body += [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
+    body += [(_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)]
+    return [(_EQUAL, 0, len(body), number), *body]
+
+
+def _only_harmless_fcntl(number: int) -> _Code:
+    flags = [(_EQUAL, 0, 3, _SET_FLAGS), *_load(16 + 8 * 2), (_AND, 0, 0, _O_ASYNC), (_EQUAL, 1, 0, 0)]
+    count = len(_HARMLESS_FCNTLS) + len(flags)
+    body = [*_load(16 + 8), *((_EQUAL, count - i, 0, value) for i, value in enumerate(_HARMLESS_FCNTLS)), *flags]
     body += [(_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)]
     return [(_EQUAL, 0, len(body), number), *body]
 

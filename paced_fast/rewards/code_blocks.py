@@ -1,0 +1,96 @@
+"""Where the program in a completion is. Fence by fence, in time linear in its length: completions may be hostile."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import NamedTuple
+
+_PYTHON = re.compile(r"(?:python|pypy|py)[0-9.]*")
+_TAG = re.compile(r"[\w+.#-]*")
+_BEGINS_LIKE_CODE = re.compile(
+    r"(?:(?:def|class|import|from|for|while|if|try|with|async) |[@#]|[rR]?(?:\"\"\"|''')|[\w, .\[\]]+=|print\()"
+)
+_FIRST_LINE = 200
+_FENCE_LINE = re.compile(r"^[ \t]{0,40}(?:```|~~~)", re.MULTILINE)
+_MAX_FENCES = 1000
+_QUOTES = ('"""', "'''")
+_MAX_QUOTED_FENCES = 20
+
+
+class Fence(NamedTuple):
+    """A line that opens or closes a block."""
+
+    start: int
+    end: int
+    indent: int
+    mark: str
+    length: int
+    info: str
+
+    def closes(self, opening: Fence) -> bool:
+        """Whether it ends the block of `opening`; one with words behind it also opens the next."""
+        return self.mark == opening.mark and self.length >= opening.length
+
+
+def fenced(text: str) -> list[tuple[str, str]]:
+    """The tag, in small letters, and the text of every fenced block, with the fence's indentation taken off.
+
+    Fences are of backticks or tildes; one that is missing at the end is the end of the text. A closing fence inside of
+    a string of three quotes belongs to the program, where the string and the block end soon after. A text of more than
+    a thousand fences is noise and has no blocks.
+    """
+    found = list(itertools.islice(_FENCE_LINE.finditer(text), _MAX_FENCES + 1))
+    if len(found) > _MAX_FENCES:
+        return []
+    fences = [fence for match in found if (fence := _fence(text, match.start())) is not None]
+    blocks, at = [], 0
+    while at < len(fences):
+        opening = fences[at]
+        last = _closing(text, fences, at)
+        end = fences[last].start if last < len(fences) else len(text)
+        tag = _TAG.match(opening.info.lstrip("{."))
+        body = text[opening.end : end]
+        if opening.indent:
+            body = re.sub(rf"^[ \t]{{1,{opening.indent}}}", "", body, flags=re.MULTILINE)
+        blocks.append((tag[0].lower() if tag else "", body))
+        # A line with words after the fence opens a block of its own.
+        at = last if last < len(fences) and fences[last].info else last + 1
+    return blocks
+
+
+def program_in(completion: str) -> str | None:
+    """The last block marked as Python, else the last unmarked one, else the whole text where it begins like code."""
+    blocks = fenced(completion)
+    marked = [text for tag, text in blocks if _PYTHON.fullmatch(tag)] or [text for tag, text in blocks if not tag]
+    if marked:
+        return marked[-1]
+    first = completion.lstrip()[:_FIRST_LINE].partition("\n")[0]
+    return completion if not blocks and _BEGINS_LIKE_CODE.match(first) else None
+
+
+def _fence(text: str, start: int) -> Fence | None:
+    end = text.find("\n", start) + 1 or len(text)
+    line = text[start:end]
+    bare = line.lstrip(" \t")
+    mark = bare[0]
+    info = bare.lstrip(mark)
+    if mark == "`" and "`" in info:
+        return None  # code within a line of words
+    return Fence(start, end, len(line) - len(bare), mark, len(bare) - len(info), info.strip())
+
+
+def _closing(text: str, fences: list[Fence], opening: int) -> int:
+    """Which fence closes the block; their number where none does."""
+    first, is_open, at = len(fences), dict.fromkeys(_QUOTES, False), fences[opening].end
+    for i in range(opening + 1, len(fences)):
+        for quotes in _QUOTES:
+            is_open[quotes] ^= text.count(quotes, at, fences[i].start) % 2 == 1
+        at = fences[i].end
+        if fences[i].closes(fences[opening]):
+            if not any(is_open.values()):
+                return i
+            first = min(first, i)
+        if i - first > _MAX_QUOTED_FENCES:
+            break
+    return first
