@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from paced_fast import report
 from paced_fast.errors import InputError
 from paced_fast.presets import preset
-from paced_fast.report import learning, plots, records, rollouts, run_page, svg
+from paced_fast.report import heldout, learning, plots, records, rollouts, run_page, svg
 from paced_fast.report.__main__ import main
 
 
@@ -474,11 +474,11 @@ def test_the_selection_is_compared_with_what_there_was() -> None:
 
 def test_pass_at_k_has_a_curve_before_and_one_after() -> None:
     before = {"accuracy": 0.2, "pass_at_k": {"1": 0.2, "2": 0.3, "4": 0.5}, "pass_at_k_interval": {"4": [0.4, 0.6]}}
-    (chart,) = learning.pass_curve([("before", before), ("after", {"accuracy": 0.3, "pass_at_8": 0.9})])
+    (chart,) = heldout.over_k([("before", before), ("after", {"accuracy": 0.3, "pass_at_8": 0.9})])
     first, second = _hover(chart.svg)["s"]
     assert [p[2:] for p in first["p"]] == [["1", "20%"], ["2", "30%"], ["4", "50% [40%, 60%]"]]
     assert [p[2:] for p in second["p"]] == [["1", "30%"], ["8", "90%"]]
-    assert learning.pass_curve([("before", {"accuracy": 0.2})]) == []
+    assert heldout.over_k([("before", {"accuracy": 0.2})]) == []
 
 
 def test_intervals_of_evaluations_become_bands() -> None:
@@ -486,7 +486,7 @@ def test_intervals_of_evaluations_become_bands() -> None:
     for row in rows:
         if "eval" in row:
             row["eval"] |= {"accuracy_interval": [0.1, 0.4]}  # type: ignore[operator]
-    charts = {chart.name: chart for chart in learning.learning_charts(_run(rows))}
+    charts = {chart.name: chart for chart in heldout.learning_charts(_run(rows))}
     assert charts["learning_rollouts"].svg.count('class="band') == 1
     assert "[10%, 40%]" in charts["learning_time"].svg
     assert [p[2] for p in _hover(charts["learning_time"].svg)["s"][0]["p"]] == ["0 s", "5 s", "10 s"]

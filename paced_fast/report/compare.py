@@ -17,15 +17,9 @@ import numpy as np
 from paced_fast.errors import InputError
 from paced_fast.metrics import brier_score, expected_calibration_error
 from paced_fast.report.charts import Chart, curve_table, seconds
-from paced_fast.report.learning import (
-    ROLLOUTS,
-    SECONDS,
-    SHARE,
-    evaluation_line,
-    forecasts,
-    interval,
-    pass_curve,
-)
+from paced_fast.report.heldout import ROLLOUTS, SECONDS, SHARE, evaluation_line, interval
+from paced_fast.report.heldout import over_k as pass_curve
+from paced_fast.report.learning import forecasts
 from paced_fast.report.page import Section, document, figures, shown, table
 from paced_fast.report.records import Floats, Record, Run, number, read_run, series
 from paced_fast.report.svg import Axis, Line, compact, line_chart, percent

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import html
 import io
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from paced_fast.config import flatten
 from paced_fast.presets import PRESETS
 from paced_fast.report.charts import Chart, generator_charts, health_charts, reward_charts, seconds, time_charts
-from paced_fast.report.learning import interval, learning_charts, replay_charts, schedule_charts, value_charts
+from paced_fast.report.heldout import (
+    interval,
+    largest_k,
+    learning_charts,
+    learning_lead,
+    measured,
+    scored_prompts,
+    unscored_notes,
+)
+from paced_fast.report.learning import replay_charts, schedule_charts, value_charts
 from paced_fast.report.page import ARROW, Section, Tile, document, figures, notes, pairs_table, shown, table, tiles
 from paced_fast.report.plots import PLOTS
 from paced_fast.report.records import Run, mapping, number, read_run, series
@@ -45,7 +53,7 @@ def make_report(run_dir: str | Path) -> Path:
 def page_of(run: Run) -> str:
     """The page as HTML; one figure for everything the run has data for."""
     drawn: list[tuple[str, str, str, list[Chart]]] = [
-        ("learning", "Learning", "Measured on prompts that training never sees.", learning_charts(run)),
+        ("learning", "Learning", learning_lead(run), learning_charts(run)),
         (
             "value",
             "Value",
@@ -112,10 +120,12 @@ _FACTS = {
 
 
 def _tiles(run: Run) -> list[Tile]:
+    evaluated = [e.figures for e in run.evaluations]
+    k = largest_k([evaluated[0], evaluated[-1]] if evaluated else [], "maj_at_k")
     items = [
         *_change(run, "accuracy", "held-out accuracy"),
         *_change(run, "pass_at_8", "held-out pass@8"),
-        *_change(run, "maj_at_k", "majority vote"),
+        *(_change(run, f"maj_at_k/{k}", f"held-out maj@{k}") if k else ()),
     ]
     last = run.records[-1]
 
@@ -148,24 +158,26 @@ def _change(run: Run, key: str, name: str) -> list[Tile]:
     evaluations = [e.figures for e in run.evaluations]
     found = [number(run.summary.get(f"{key}_{end}")) for end in ("before", "after")]
     for i, evaluated in enumerate((evaluations[0], evaluations[-1]) if evaluations else ()):
-        found[i] = number(evaluated.get(key)) if found[i] is None else found[i]
+        found[i] = measured(evaluated, key) if found[i] is None else found[i]
     before, after = found
     if after is None:
         return []
     text = percent(after) if before is None or len(evaluations) == 1 else f"{percent(before)} {ARROW} {percent(after)}"
-    subs = []
-    if before is not None and len(evaluations) != 1:
+    subs, ends = [], [f"{100 * end:.1f}" for end in (interval(evaluations[-1], key) if evaluations else ())]
+    both = before is not None and len(evaluations) != 1
+    if before is not None and both:
         points = 100 * (after - before)
         subs.append(f'<span class="{"up" if points >= 0 else "down"}">{points:+.1f} points</span>')
-    low, high = interval(evaluations[-1], key) if evaluations else (math.nan, math.nan)
-    if math.isfinite(low + high):
-        subs.append(f"{percent(low)} to {percent(high)}")
-    return [Tile(name=name, text=text, sub=", ".join(subs))]
+    if "nan" not in ends and ends:
+        subs.append(f"95 %: {ends[0]} to {ends[1]} %{' after' if both else ''}")
+    if both and evaluations and scored_prompts(evaluations[0]) != scored_prompts(evaluations[-1]):
+        subs.append("not the same prompts scored")
+    return [Tile(name=name, text=text, sub="; ".join(subs))]
 
 
 def _notes(run: Run) -> list[str]:
     """What stands out; nothing for a run in which all went well."""
-    records, lines = run.records, []
+    records, lines = run.records, unscored_notes(run)
 
     def last_mean(key: str) -> float:
         y = series(records, key)[1][-10:]

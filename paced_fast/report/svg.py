@@ -64,6 +64,8 @@ class Axis:
     high: float | None = None
     text: Callable[[float], str] | None = None
     """How a number is written; `compact` without one."""
+    whole: bool = False
+    """Ticks at whole numbers alone."""
 
     def write(self, x: float) -> str:
         """The number as text."""
@@ -306,7 +308,7 @@ def _axes(frame: _Frame, x: Axis, y: Axis, *, grid: bool = True) -> str:
         line = f'<path class="grid" d="M{size.left} {at:g}H{right}"/>' if grid else ""
         text = html.escape(y.write(tick))
         out.append(f'{line}<text class="t e" x="{size.left - 7}" y="{at + 4:g}">{text}</text>' if text else line)
-    for tick in _ticks(*frame.x, count=5, whole=x.label == "step"):
+    for tick in _ticks(*frame.x, count=5, whole=x.whole or x.label == "step"):
         at, text = frame.px(tick), html.escape(x.write(tick))
         out.append(f'<text class="t m" x="{at:g}" y="{bottom + 16}">{text}</text>' if text else "")
     out.append(f'<path class="axis" d="M{size.left} {bottom}H{right}"/>' if x.text is None or x.label else "")
