@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import io
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from paced_fast.config import flatten
+from paced_fast.errors import InputError
 from paced_fast.presets import PRESETS
 from paced_fast.report.charts import Chart, generator_charts, health_charts, reward_charts, seconds, time_charts
 from paced_fast.report.heldout import (
@@ -20,13 +22,27 @@ from paced_fast.report.heldout import (
     unscored_notes,
 )
 from paced_fast.report.learning import replay_charts, schedule_charts, value_charts
-from paced_fast.report.page import ARROW, Section, Tile, document, figures, notes, pairs_table, shown, table, tiles
+from paced_fast.report.page import (
+    ARROW,
+    Section,
+    Tile,
+    document,
+    figures,
+    notes,
+    pairs_table,
+    shown,
+    table,
+    tiles,
+    write_page,
+)
 from paced_fast.report.plots import PLOTS
 from paced_fast.report.records import Run, mapping, number, read_run, series
 from paced_fast.report.rollouts import rollouts_section
 from paced_fast.report.svg import percent, sparkline
 
 __all__ = ["changed_settings", "make_report"]
+
+logger = logging.getLogger(__name__)
 
 
 def make_report(run_dir: str | Path) -> Path:
@@ -35,19 +51,27 @@ def make_report(run_dir: str | Path) -> Path:
     Raises InputError when the folder or its `metrics.jsonl` is missing, empty, or broken before its last line.
     """
     run = read_run(run_dir)
-    (run.folder / "plots").mkdir(exist_ok=True)
+    page, folder = run.folder / "report.html", run.folder / "plots"
+    write_page(page, page_of(run))
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} is no folder, so the page has no pictures beside it: move it away") from error
     for name, draw in PLOTS.items():
-        figure = draw(run.records)
-        path = run.folder / "plots" / f"{name}.png"
+        path = folder / f"{name}.png"
+        try:
+            figure, buffer = draw(run.records), io.BytesIO()
+            if figure is not None:
+                figure.savefig(buffer, format="png", dpi=120)
+        except Exception:
+            # The page is written and the other pictures are worth having; an old one would contradict them.
+            logger.exception("%s is not drawn", path)
+            figure = None
         if figure is None:
-            path.unlink(missing_ok=True)  # one of an earlier report would contradict this page
-            continue
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120)
-        path.write_bytes(buffer.getvalue())
-    path = run.folder / "report.html"
-    path.write_text(page_of(run), encoding="utf-8")
-    return path
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(buffer.getvalue())
+    return page
 
 
 def page_of(run: Run) -> str:
@@ -179,6 +203,9 @@ def _notes(run: Run) -> list[str]:
     """What stands out; nothing for a run in which all went well."""
     records, lines = run.records, unscored_notes(run)
 
+    steps = sum(1 for r in records if number(r.get("step")))
+    last = "the first step" if steps == 1 else f"the last {min(10, steps)} steps"
+
     def last_mean(key: str) -> float:
         y = series(records, key)[1][-10:]
         return float(y.mean()) if y.size else 0.0
@@ -187,15 +214,13 @@ def _notes(run: Run) -> list[str]:
     if skipped:
         lines.append(f"{skipped:.0f} steps were skipped for a loss or gradient that was not finite.")
     if (share := last_mean("truncated_share")) > 0.2:
-        lines.append(f"{percent(share)} of the completions of the last 10 steps were cut at the limit of tokens.")
+        lines.append(f"{percent(share)} of the completions of {last} were cut at the limit of tokens.")
     if (ratio := last_mean("generator_mismatch_token_ratio")) > 1.05:
-        lines.append(f"Generator and trainer disagree: token ratio {ratio:.3f} over the last 10 steps, above 1.05.")
+        lines.append(f"Generator and trainer disagree: token ratio {ratio:.3f} over {last}, above 1.05.")
     if (share := last_mean("unscored_share")) > 0.01:
-        lines.append(f"{percent(share)} of the completions of the last 10 steps got no verdict.")
+        lines.append(f"{percent(share)} of the completions of {last} got no verdict.")
     if len(records) > 10 and series(records, "mixed_group_share")[0].size and last_mean("mixed_group_share") < 0.1:
-        lines.append(
-            "Fewer than a tenth of the groups of the last 10 steps could teach: the rest were all right or all wrong."
-        )
+        lines.append(f"Fewer than a tenth of the groups of {last} could teach: the rest were all right or all wrong.")
     return lines
 
 
@@ -225,4 +250,4 @@ def _configuration(run: Run) -> str:
             f"<details><summary>decided by the algorithm or the machine</summary>{table(head, decided)}</details>"
         )
     parts.append(f"<details><summary>every setting</summary>{pairs_table(run.config)}</details>")
-    return "".join(_card(part) for part in parts)
+    return f'<div class="cards">{"".join(_card(part) for part in parts)}</div>'

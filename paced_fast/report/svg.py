@@ -19,6 +19,7 @@ import numpy as np
 from paced_fast.report.records import Floats
 
 __all__ = [
+    "LEVELS",
     "MAX_POINTS",
     "Axis",
     "Line",
@@ -30,11 +31,12 @@ __all__ = [
     "reliability",
     "sparkline",
     "stack_chart",
+    "stack_top",
 ]
 
 MAX_POINTS = 240
 """Points of a curve, and columns of a stack, that are drawn; more are averaged."""
-_LEVELS = 9
+LEVELS = 9
 """Shades of a heat map."""
 
 
@@ -171,14 +173,21 @@ def _curve(frame: _Frame, line: Line) -> str:
     return out
 
 
+def stack_top(total: Floats) -> float:
+    """Upper end of a stack: of all columns, unless a few are so high that they would flatten the others."""
+    high = float(np.quantile(total, 0.97))
+    most = float(total.max())
+    return 1.05 * (most if most <= 1.5 * high else high) or 1.0
+
+
 def stack_chart(
     x: Floats, layers: Sequence[tuple[str, Floats]], axes: tuple[Axis, Axis], label: str, *, size: Size = WIDE
 ) -> str:
     """Layers on top of each other, a column for each x. The highest columns may leave the chart at its upper end."""
     x, columns = _merged(x, np.stack([layer for _, layer in layers], axis=1))
     total = columns.sum(axis=1)
-    width = float(np.min(np.diff(x))) if x.size > 1 else 1.0
-    top = axes[1].high if axes[1].high is not None else 1.1 * float(np.quantile(total, 0.97)) or 1.0
+    width = _column_width(x)
+    top = axes[1].high if axes[1].high is not None else stack_top(total)
     frame = _Frame(size, (float(x[0]) - width / 2, float(x[-1]) + width / 2), (0.0, top))
     # As steps: flat over a column, with a point at each of its edges.
     edges = np.concatenate([[x[0] - width / 2], (x[1:] + x[:-1]) / 2, [x[-1] + width / 2]])
@@ -205,17 +214,22 @@ def stack_chart(
     return _svg(size, ticks + "".join(body), label, {"x": axes[0].label, "s": hover})
 
 
+def shade_limit(columns: Floats) -> float:
+    """The share at which a heat map is darkest."""
+    return float(np.quantile(columns, 0.99)) or float(columns.max()) or 1.0
+
+
 def heat_map(
     x: Floats, columns: Floats, axes: tuple[Axis, Axis], label: str, *, size: Size = WIDE, line: Line | None = None
 ) -> str:
     """Shares as shades, `columns[i]` over `x[i]` from the bottom up; the darkest is the share that 1 in 100 exceed."""
     x, columns = _merged(x, columns, _COLUMNS)
-    width = float(np.min(np.diff(x))) if x.size > 1 else 1.0
+    width = _column_width(x)
     low, high = axes[1].low or 0.0, axes[1].high if axes[1].high is not None else 1.0
     frame = _Frame(size, (float(x[0]) - width / 2, float(x[-1]) + width / 2), (low, high))
-    limit = float(np.quantile(columns, 0.99)) or float(columns.max()) or 1.0
+    limit = shade_limit(columns)
     # The square root, so that the few between the extremes, the ones of interest, can be seen.
-    levels = np.ceil(_LEVELS * np.sqrt(np.clip(columns / limit, 0, 1))).astype(int)
+    levels = np.ceil(LEVELS * np.sqrt(np.clip(columns / limit, 0, 1))).astype(int)
     edges = np.concatenate([[x[0] - width / 2], (x[1:] + x[:-1]) / 2, [x[-1] + width / 2]])
     steps = np.linspace(low, high, columns.shape[1] + 1)
     paths: dict[int, list[str]] = {}
@@ -370,6 +384,13 @@ def _merged(x: Floats, columns: Floats, most: int = MAX_POINTS) -> tuple[Floats,
     starts = np.linspace(0, x.size, most + 1).astype(int)[:-1]
     counts = np.diff(np.append(starts, x.size))
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(columns, starts, axis=0) / counts[:, None]
+
+
+def _column_width(x: Floats) -> float:
+    """Of columns at `x`: a step recorded twice, or out of order, must not leave them without any."""
+    gaps = np.diff(x)
+    gaps = gaps[gaps > 0]
+    return float(gaps.min()) if gaps.size else 1.0
 
 
 def _pairs(edges: Floats) -> list[tuple[float, float]]:
