@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from paced_fast import report
 from paced_fast.errors import InputError
 from paced_fast.presets import preset
-from paced_fast.report import heldout, learning, plots, records, rollouts, run_page, svg
+from paced_fast.report import heldout, learning, maps, plots, records, rollouts, run_page, svg
 from paced_fast.report.__main__ import main
 
 
@@ -444,7 +444,7 @@ def test_a_stack_puts_each_layer_on_those_before() -> None:
 
 def test_a_heat_map_is_darkest_where_the_share_is_largest() -> None:
     columns = np.array([[0.25, 0.75], [1.0, 0.0]])
-    chart = svg.heat_map(np.array([1.0, 2.0]), columns, (svg.Axis(), svg.Axis()), "", size=BARE)
+    chart = maps.heat_map(np.array([1.0, 2.0]), columns, (svg.Axis(), svg.Axis()), "", size=BARE)
     cells = {level: cell for level, cell in re.findall(r'class="h(\d)" d="([^"]*)"', chart)}
     # Of the 99th percentile, 0.9925: the square roots of 0.252, 0.756 and 1 in ninths, rounded up.
     assert cells == {"5": "M0 50H50V100H0", "8": "M0 0H50V50H0", "9": "M50 50H100V100H50"}
@@ -453,7 +453,7 @@ def test_a_heat_map_is_darkest_where_the_share_is_largest() -> None:
 
 def test_what_is_averaged_keeps_its_mean_and_order() -> None:
     x = np.arange(1000.0)
-    merged_x, columns = svg._merged(x, np.stack([x, x**2], axis=1))
+    merged_x, columns = svg.merged(x, np.stack([x, x**2], axis=1))
     assert merged_x.size == columns.shape[0] == svg.MAX_POINTS
     assert np.all(np.diff(merged_x) > 0)
     assert columns[:, 0].tolist() == merged_x.tolist()

@@ -8,12 +8,13 @@ import numpy as np
 
 from paced_fast.metrics import brier_score, expected_calibration_error
 from paced_fast.report.charts import Chart, curve_table, share, single
+from paced_fast.report.maps import heat_map, reliability, shade_limit
 from paced_fast.report.records import Floats, Record, Run, mapping, number, numbers, series
-from paced_fast.report.svg import Axis, Line, Size, heat_map, line_chart, percent, reliability
+from paced_fast.report.svg import Axis, Line, Size, line_chart, percent
 
 __all__ = ["calibration_bins", "forecasts", "replay_charts", "schedule_charts", "value_charts"]
 
-SQUARE = Size(width=360, height=372, left=46, right=18, top=10, bottom=40)
+SQUARE = Size(width=360, height=380, left=46, right=18, top=10, bottom=40)
 HEAT = Size(width=360, height=250, left=44, right=10, top=8, bottom=38)
 
 
@@ -42,10 +43,11 @@ def value_charts(run: Run) -> list[Chart]:
     """Reliability of the value early, late and on held-out prompts, and its scores over the steps."""
     steps = forecasts(run.records)
     third = len(steps) // 3
+    words = "step" if third == 1 else f"{third} steps"
     parts: list[tuple[str, str, Floats, Floats]] = []
     for name, title, part in (
-        ("first", f"Calibration, first {third} steps", steps[:third]),
-        ("last", f"Calibration, last {third} steps", steps[len(steps) - third :] if third else []),
+        ("first", f"Calibration, first {words}", steps[:third]),
+        ("last", f"Calibration, last {words}", steps[len(steps) - third :] if third else []),
         ("all", "Calibration, all steps", [] if third else steps),
     ):
         if part:
@@ -73,7 +75,8 @@ def _reliability(name: str, title: str, value: Floats, accuracy: Floats) -> Char
     return Chart(
         name=f"calibration_{name}",
         title=title,
-        caption=f"{scores}. On the dashed line the value predicts accuracy exactly; bars below are numbers of groups.",
+        caption=f"{scores}. On the dashed line the value predicts accuracy exactly; bars through points are one standard "
+        "error, those below numbers of groups.",
         svg=reliability(bins, axes, f"{title}: {scores}", size=SQUARE),
         table=(["value", "measured accuracy", "standard error", "groups"], rows),
         third=True,
@@ -130,6 +133,7 @@ def _difficulties(rows: Sequence[tuple[float, Floats, Floats]]) -> list[Chart]:
                 title=title,
                 caption=f"{caption}, from value 0 (never solved) at the bottom to 1 at the top. The line is the mean.",
                 svg=heat_map(x, columns, axes, label, size=HEAT, line=mean),
+                shades=percent(shade_limit(columns)),
                 table=(
                     ["value", f"step {x[0]:.0f}", f"step {x[-1]:.0f}"],
                     [[f"{center:.3f}", *pair] for center, pair in zip(centers.tolist(), ends, strict=True)],
@@ -142,7 +146,10 @@ def _difficulties(rows: Sequence[tuple[float, Floats, Floats]]) -> list[Chart]:
         Line(name="all prompts", x=centers, y=there[half:].mean(axis=0), color=0, style="thick"),
         Line(name="drawn prompts", x=centers, y=drawn[half:].mean(axis=0), color=1, style="thick"),
     ]
-    ax, ay = Axis(label="value (predicted accuracy)", low=0.0, high=1.0, text=percent), Axis(low=0.0, text=percent)
+    ax, ay = (
+        Axis(label="value (predicted accuracy)", low=0.0, high=1.0, text=percent),
+        Axis(label="share of prompts", low=0.0, text=percent),
+    )
     drawn_against = Chart(
         name="selection_share",
         title="Drawn against available",
@@ -200,11 +207,16 @@ def _held(records: Sequence[Record], key: str, *, title: str, caption: str, whol
     if not steps:
         return []
     most = max(float(v.max()) for _, v in steps)
-    top, bins = (most + 1, int(min(24, most + 1))) if whole else (max(1.0, most), 20)
-    columns = np.stack([np.histogram(v, bins=bins, range=(0, top))[0] / v.size for _, v in steps])
+    low, top, bins = 0.0, max(1.0, most), 20
+    if whole:  # rows of as many whole numbers each, around their middle
+        rows = int(min(most, 1e6)) + 1
+        width = -(-rows // 24)
+        bins = -(-rows // width)
+        low, top = -0.5, bins * width - 0.5
+    columns = np.stack([np.histogram(v, bins=bins, range=(low, top))[0] / v.size for _, v in steps])
     x, mean = np.array([s for s, _ in steps]), np.array([v.mean() for _, v in steps])
-    axes = Axis(label="step"), Axis(label=key, low=0.0, high=float(top))
-    line = Line(name="mean", x=x, y=mean + 0.5 if whole else mean, color=1)
+    axes = Axis(label="step"), Axis(label="steps" if whole else "priority", low=low, high=top, whole=whole)
+    line = Line(name="mean", x=x, y=mean, color=1)
     label = f"{title}: mean {mean[0]:.3g} first, {mean[-1]:.3g} last"
     return [
         Chart(
@@ -212,6 +224,7 @@ def _held(records: Sequence[Record], key: str, *, title: str, caption: str, whol
             title=title,
             caption=f"{caption} The line is the mean.",
             svg=heat_map(x, columns, axes, label, size=HEAT, line=line),
+            shades=percent(shade_limit(columns)),
             table=curve_table([Line(name="mean", x=x, y=mean)], axes[0], Axis()),
             third=True,
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from paced_fast.errors import InputError
 from paced_fast.report.charts import Chart
+from paced_fast.report.maps import LEVELS
 from paced_fast.report.style import POLICY, SCRIPT, STYLE
 
 __all__ = ["Section", "Tile", "document", "figures", "notes", "pairs_table", "shown", "table", "tiles", "write_page"]
@@ -94,8 +95,8 @@ def figures(charts: Sequence[Chart]) -> str:
 def _figure(chart: Chart) -> str:
     keys = "".join(f'<span><i class="k{color}"></i>{html.escape(name)}</span>' for name, color in chart.legend)
     if chart.shades:
-        scale = "".join(f'<i class="shade" style="opacity:{_shade(level):.2f}"></i>' for level in range(1, LEVELS + 1))
-        keys += f"<span>share of a column: 0 {scale} {html.escape(chart.shades)} or more</span>"
+        scale = "".join(f'<i class="h{level}"></i>' for level in range(1, LEVELS + 1))
+        keys += f"<span>share of a step: 0 {scale} {html.escape(chart.shades)} or more</span>"
     head, rows = chart.table
     data = f'<details class="data"><summary>numbers</summary><div>{table(head, rows)}</div></details>' if rows else ""
     caption = f"<figcaption>{html.escape(chart.caption)}</figcaption>" if chart.caption else ""
@@ -105,10 +106,6 @@ def _figure(chart: Chart) -> str:
         + (f'<div class="legend">{keys}</div>' if keys else "")
         + f"{chart.svg}{caption}{data}</figure>"
     )
-
-
-def _shade(level: int) -> float:
-    return 0.08 + 0.92 * (level / LEVELS) ** 1.2
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, changed: bool = False) -> str:
