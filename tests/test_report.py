@@ -314,7 +314,7 @@ def test_calibration_compares_the_first_third_with_the_last() -> None:
     record = {"step": 1, "value_fresh": [0.21, 0.28, 1.0, None], "accuracy_fresh": [0.5, 0.25, 1.0, 0.5]}
     late = {"step": 9, "value_fresh": [0.71], "accuracy_fresh": [0.75]}
     axes = _axes(plots.calibration([record, record, late]))
-    assert [a.get_title(loc="left") for a in axes] == ["first 1 steps: 4 groups", "last 1 steps: 1 groups"]
+    assert [a.get_title(loc="left") for a in axes] == ["first step: 3 groups", "last step: 1 group"]
     first, last = (np.asarray(a.collections[-1].get_offsets()) for a in axes)
     assert first == pytest.approx(np.array([[0.245, 0.375], [1.0, 1.0]]))
     assert last == pytest.approx(np.array([[0.71, 0.75]]))

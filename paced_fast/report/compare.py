@@ -17,7 +17,6 @@ from paced_fast.report.groups import FEWEST, PLACES, Group, grouped, mean_line
 from paced_fast.report.heldout import (
     ROLLOUTS,
     SECONDS,
-    SHARE,
     chart_over_k,
     evaluation_line,
     largest_k,
@@ -125,7 +124,7 @@ def _learning(groups: Sequence[Group]) -> list[Chart]:
         def line_of(run: Run) -> Line | None:
             return evaluation_line(run.evaluations, key, clock=clock, name="", color=0)
 
-        return _overlay(groups, name, title, (axis, SHARE), line_of)
+        return _overlay(groups, name, title, (axis, Axis(label=title.split()[1], text=percent)), line_of)
 
     charts = course("accuracy_rollouts", "Held-out accuracy against rollouts", ROLLOUTS, "accuracy")
     charts += course("accuracy_time", "Held-out accuracy against training time", SECONDS, "accuracy", clock=True)

@@ -69,14 +69,14 @@ def value_charts(run: Run) -> list[Chart]:
 def _reliability(name: str, title: str, value: Floats, accuracy: Floats) -> Chart:
     bins = calibration_bins(value, accuracy)
     brier, ece = brier_score(value, accuracy), expected_calibration_error(value, accuracy)
-    scores = f"Brier {brier:.3f}, ECE {ece:.3f}, {value.size:,} groups"
+    scores = f"Brier {brier:.3f}, ECE {ece:.3f}, {value.size:,} group{'' if value.size == 1 else 's'}"
     axes = Axis(label="value (predicted accuracy)", text=percent), Axis(label="measured accuracy", text=percent)
     rows = [[percent(v), percent(a), percent(e), f"{n:,}"] for v, a, e, n in bins]
     return Chart(
         name=f"calibration_{name}",
         title=title,
-        caption=f"{scores}. On the dashed line the value predicts accuracy exactly; bars through points are one standard "
-        "error, those below numbers of groups.",
+        caption=f"{scores}. On the dashed line the value predicts accuracy exactly; bars through points are one "
+        "standard error, those below numbers of groups.",
         svg=reliability(bins, axes, f"{title}: {scores}", size=SQUARE),
         table=(["value", "measured accuracy", "standard error", "groups"], rows),
         third=True,

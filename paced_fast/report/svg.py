@@ -251,7 +251,7 @@ def picture(size: Size, body: str, label: str, hover: object) -> str:
 
 def with_label(size: Size, y: Axis) -> Size:
     """A size with room above for the name of the vertical axis, where it has one."""
-    more = 16 if y.label else 0
+    more = 22 if y.label else 0
     return Size(size.width, size.height + more, size.left, size.right, size.top + more, size.bottom)
 
 
@@ -260,7 +260,7 @@ def draw_axes(frame: Frame, x: Axis, y: Axis, *, grid: bool = True) -> str:
     size = frame.size
     bottom, right = size.height - size.bottom, size.width - size.right
     out = []
-    out.append(f'<text class="t" x="2" y="{size.top - 8}">{html.escape(y.label)}</text>' if y.label else "")
+    out.append(f'<text class="t" x="2" y="{size.top - 14}">{html.escape(y.label)}</text>' if y.label else "")
     for tick in _ticks(*frame.y, count=5, whole=y.whole):
         at = frame.py(tick)
         line = f'<path class="grid" d="M{size.left} {at:g}H{right}"/>' if grid else ""
