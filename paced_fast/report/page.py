@@ -13,7 +13,19 @@ from paced_fast.report.charts import Chart
 from paced_fast.report.maps import LEVELS
 from paced_fast.report.style import POLICY, SCRIPT, STYLE
 
-__all__ = ["Section", "Tile", "document", "figures", "notes", "pairs_table", "shown", "table", "tiles", "write_page"]
+__all__ = [
+    "Section",
+    "Tile",
+    "counted",
+    "document",
+    "figures",
+    "notes",
+    "pairs_table",
+    "shown",
+    "table",
+    "tiles",
+    "write_page",
+]
 
 ARROW = "\u2192"
 
@@ -136,6 +148,11 @@ def pairs_table(rows: Mapping[str, object]) -> str:
         if isinstance(value, Mapping | list) and value
     )
     return table((), plain) + nested
+
+
+def counted(count: int, what: str) -> str:
+    """So many of something, in words that fit one as well."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def shown(value: object) -> str:

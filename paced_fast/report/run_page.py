@@ -26,6 +26,7 @@ from paced_fast.report.page import (
     ARROW,
     Section,
     Tile,
+    counted,
     document,
     figures,
     notes,
@@ -123,7 +124,7 @@ def _card(body: str) -> str:
 def _state(run: Run) -> str:
     steps = number(run.config.get("steps"))
     if run.summary:
-        badge = f'<span class="badge finished">finished</span> after {run.last_step:,} steps'
+        badge = f'<span class="badge finished">finished</span> after {counted(run.last_step, "step")}'
     else:
         of = f" of {steps:,.0f}" if steps else ""
         badge = f'<span class="badge running">not finished</span> step {run.last_step:,}{of}'
@@ -170,7 +171,7 @@ def _tiles(run: Run) -> list[Tile]:
         items.append(Tile(name="value rank correlation", text=f"{rank:.2f}", sub=sub, picture=picture))
     rollouts, spent = number(last.get("rollouts")), number(last.get("train_seconds"))
     if rollouts:
-        items.append(Tile(name="rollouts", text=f"{rollouts:,.0f}", sub=f"in {run.last_step:,} steps"))
+        items.append(Tile(name="rollouts", text=f"{rollouts:,.0f}", sub=f"in {counted(run.last_step, 'step')}"))
     if spent:
         rate = latest("tokens_per_second")
         sub = f"{rate:,.0f} tokens a second" if rate is not None else ""
@@ -212,7 +213,9 @@ def _notes(run: Run) -> list[str]:
 
     skipped = max((number(r.get("skipped_steps")) or 0.0 for r in records), default=0.0)
     if skipped:
-        lines.append(f"{skipped:.0f} steps were skipped for a loss or gradient that was not finite.")
+        lines.append(
+            f"{counted(int(skipped), 'step')} {'was' if skipped == 1 else 'were'} skipped for a loss or gradient that was not finite."
+        )
     if (share := last_mean("truncated_share")) > 0.2:
         lines.append(f"{percent(share)} of the completions of {last} were cut at the limit of tokens.")
     if (ratio := last_mean("generator_mismatch_token_ratio")) > 1.05:

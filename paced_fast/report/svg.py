@@ -291,7 +291,7 @@ def _range(axis: Axis, values: Sequence[Floats], *, pad: float) -> tuple[float, 
     known = np.concatenate([v[np.isfinite(v)] for v in values] or [np.zeros(1)])
     known = known if known.size else np.zeros(1)
     low, high = float(known.min()), float(known.max())
-    room = pad * (high - low)
+    room = pad * (high - (low if axis.low is None else min(low, axis.low)))
     low = axis.low if axis.low is not None else low - room
     high = axis.high if axis.high is not None else high + room
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):  # a point, or a constant
