@@ -213,9 +213,8 @@ def _notes(run: Run) -> list[str]:
 
     skipped = max((number(r.get("skipped_steps")) or 0.0 for r in records), default=0.0)
     if skipped:
-        lines.append(
-            f"{counted(int(skipped), 'step')} {'was' if skipped == 1 else 'were'} skipped for a loss or gradient that was not finite."
-        )
+        were = "was" if skipped == 1 else "were"
+        lines.append(f"{counted(int(skipped), 'step')} {were} skipped for a loss or gradient that was not finite.")
     if (share := last_mean("truncated_share")) > 0.2:
         lines.append(f"{percent(share)} of the completions of {last} were cut at the limit of tokens.")
     if (ratio := last_mean("generator_mismatch_token_ratio")) > 1.05:
