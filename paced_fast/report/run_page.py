@@ -59,9 +59,9 @@ def make_report(run_dir: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"{folder} is no folder, so the page has no pictures beside it: move it away") from error
     for name, draw in PLOTS.items():
-        path = folder / f"{name}.png"
+        path, buffer = folder / f"{name}.png", io.BytesIO()
         try:
-            figure, buffer = draw(run.records), io.BytesIO()
+            figure = draw(run.records)
             if figure is not None:
                 figure.savefig(buffer, format="png", dpi=120)
         except Exception:
