@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from paced_fast import report
 from paced_fast.errors import InputError
 from paced_fast.presets import preset
-from paced_fast.report import learning, plots, records, rollouts, run_page, svg
+from paced_fast.report import heldout, learning, maps, plots, records, rollouts, run_page, svg
 from paced_fast.report.__main__ import main
 
 
@@ -314,7 +314,7 @@ def test_calibration_compares_the_first_third_with_the_last() -> None:
     record = {"step": 1, "value_fresh": [0.21, 0.28, 1.0, None], "accuracy_fresh": [0.5, 0.25, 1.0, 0.5]}
     late = {"step": 9, "value_fresh": [0.71], "accuracy_fresh": [0.75]}
     axes = _axes(plots.calibration([record, record, late]))
-    assert [a.get_title(loc="left") for a in axes] == ["first 1 steps: 4 groups", "last 1 steps: 1 groups"]
+    assert [a.get_title(loc="left") for a in axes] == ["first step: 3 groups", "last step: 1 group"]
     first, last = (np.asarray(a.collections[-1].get_offsets()) for a in axes)
     assert first == pytest.approx(np.array([[0.245, 0.375], [1.0, 1.0]]))
     assert last == pytest.approx(np.array([[0.71, 0.75]]))
@@ -444,7 +444,7 @@ def test_a_stack_puts_each_layer_on_those_before() -> None:
 
 def test_a_heat_map_is_darkest_where_the_share_is_largest() -> None:
     columns = np.array([[0.25, 0.75], [1.0, 0.0]])
-    chart = svg.heat_map(np.array([1.0, 2.0]), columns, (svg.Axis(), svg.Axis()), "", size=BARE)
+    chart = maps.heat_map(np.array([1.0, 2.0]), columns, (svg.Axis(), svg.Axis()), "", size=BARE)
     cells = {level: cell for level, cell in re.findall(r'class="h(\d)" d="([^"]*)"', chart)}
     # Of the 99th percentile, 0.9925: the square roots of 0.252, 0.756 and 1 in ninths, rounded up.
     assert cells == {"5": "M0 50H50V100H0", "8": "M0 0H50V50H0", "9": "M50 50H100V100H50"}
@@ -453,7 +453,7 @@ def test_a_heat_map_is_darkest_where_the_share_is_largest() -> None:
 
 def test_what_is_averaged_keeps_its_mean_and_order() -> None:
     x = np.arange(1000.0)
-    merged_x, columns = svg._merged(x, np.stack([x, x**2], axis=1))
+    merged_x, columns = svg.merged(x, np.stack([x, x**2], axis=1))
     assert merged_x.size == columns.shape[0] == svg.MAX_POINTS
     assert np.all(np.diff(merged_x) > 0)
     assert columns[:, 0].tolist() == merged_x.tolist()
@@ -474,11 +474,11 @@ def test_the_selection_is_compared_with_what_there_was() -> None:
 
 def test_pass_at_k_has_a_curve_before_and_one_after() -> None:
     before = {"accuracy": 0.2, "pass_at_k": {"1": 0.2, "2": 0.3, "4": 0.5}, "pass_at_k_interval": {"4": [0.4, 0.6]}}
-    (chart,) = learning.pass_curve([("before", before), ("after", {"accuracy": 0.3, "pass_at_8": 0.9})])
+    (chart,) = heldout.over_k([("before", before), ("after", {"accuracy": 0.3, "pass_at_8": 0.9})])
     first, second = _hover(chart.svg)["s"]
     assert [p[2:] for p in first["p"]] == [["1", "20%"], ["2", "30%"], ["4", "50% [40%, 60%]"]]
     assert [p[2:] for p in second["p"]] == [["1", "30%"], ["8", "90%"]]
-    assert learning.pass_curve([("before", {"accuracy": 0.2})]) == []
+    assert heldout.over_k([("before", {"accuracy": 0.2})]) == []
 
 
 def test_intervals_of_evaluations_become_bands() -> None:
@@ -486,7 +486,7 @@ def test_intervals_of_evaluations_become_bands() -> None:
     for row in rows:
         if "eval" in row:
             row["eval"] |= {"accuracy_interval": [0.1, 0.4]}  # type: ignore[operator]
-    charts = {chart.name: chart for chart in learning.learning_charts(_run(rows))}
+    charts = {chart.name: chart for chart in heldout.learning_charts(_run(rows))}
     assert charts["learning_rollouts"].svg.count('class="band') == 1
     assert "[10%, 40%]" in charts["learning_time"].svg
     assert [p[2] for p in _hover(charts["learning_time"].svg)["s"][0]["p"]] == ["0 s", "5 s", "10 s"]

@@ -10,21 +10,25 @@ import numpy as np
 import pytest
 
 from paced_fast.report.__main__ import main
-from paced_fast.report.compare import _ROWS, Group, _ends, _overlap, _paired, grouped, mean_line, page_of
+from paced_fast.report.compare import page_of
+from paced_fast.report.groups import Group, grouped, mean_line, t_quantile
 from paced_fast.report.records import Run
+from paced_fast.report.side_by_side import _EVALUATED, _ends, _overlap, paired
 from paced_fast.report.svg import Line
 
 
 def _records(
-    accuracy: float, *, interval: tuple[float, float] | None = None, prompts: list[float] | None = None
+    accuracy: float, *, interval: tuple[float, float] | None = None, prompts: dict[str, float | None] | None = None
 ) -> Any:
     last: dict[str, Any] = {"accuracy": accuracy, "pass_at_8": min(1.0, 2 * accuracy)}
     if interval is not None:
         last["accuracy_interval"] = list(interval)
     end: dict[str, Any] = {"step": 2, "rollouts": 20, "train_seconds": 4.0, "reward_mean": accuracy, "eval": last}
+    first: dict[str, Any] = {"accuracy": 0.1, "pass_at_8": 0.2}
     if prompts is not None:
-        end["eval_value"] = {"accuracies": prompts}
-    return [{"step": 0, "rollouts": 0, "train_seconds": 0.0, "eval": {"accuracy": 0.1, "pass_at_8": 0.2}}, end]
+        first |= {"prompt_ids": list(prompts), "prompt_slices": [name[0] for name in prompts]}
+        last["prompt_accuracy"] = list(prompts.values())
+    return [{"step": 0, "rollouts": 0, "train_seconds": 0.0, "eval": first}, end]
 
 
 def _run(name: str, accuracy: float, seed: int = 0, *, settings: dict[str, object] | None = None, **more: Any) -> Run:
@@ -47,27 +51,69 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group() -> None:
     assert len(grouped(unknown)) == 2, "without a configuration nobody knows"
 
 
-def test_a_group_has_the_mean_and_its_standard_error_as_far_as_all_have_come() -> None:
+def test_a_group_is_named_by_what_its_runs_share() -> None:
+    def named(*names: str) -> list[str]:
+        return [g.name for g in grouped([_run(n, 0.2, i, settings={"preset": "tiny"}) for i, n in enumerate(names)])]
+
+    assert named("kk-seed1", "kk-seed12") == ["kk"]
+    assert named("b", "c") == named("seed0", "seed1") == named("s1", "s2") == ["tiny paced"]
+    assert named("x/out", "y/out") == ["out"]
+
+
+def test_quantiles_of_t_are_those_of_the_tables() -> None:
+    known = {1: 12.706, 2: 4.303, 11: 2.201, 20: 2.086, 60: 2.000, 1000: 1.962}
+    assert {n: t_quantile(n) for n in known} == pytest.approx(known, abs=1e-3)
+
+
+def test_a_group_has_the_mean_and_its_interval_as_far_as_all_have_come() -> None:
     one = Line(name="", x=np.array([0.0, 2.0, 4.0]), y=np.array([0.0, 2.0, 8.0]))
     two = Line(name="", x=np.array([0.0, 1.0, 2.0]), y=np.array([2.0, 2.0, 4.0]))
     line = mean_line([one, two], name="m", color=3)
     assert line is not None
-    assert line.low is not None
+    assert line.low is None, "two seeds are too few"
     assert line.x.tolist() == [0, 1, 2]
     assert line.y.tolist() == [1.0, 1.5, 3.0]
-    # Of two values the standard error of the mean is half their difference.
-    assert (line.y - line.low).tolist() == pytest.approx([1.0, 0.5, 1.0])
+    line = mean_line([one, two, Line(name="", x=one.x, y=np.array([1.0, 3.0, 0.0]))], name="m", color=3)
+    assert line is not None
+    assert line.low is not None
+    # 0, 2 and 1: mean 1, deviation 1; t of two degrees of freedom.
+    assert line.y[0] - line.low[0] == pytest.approx(4.303 / 3**0.5)
     assert mean_line([], name="m", color=0) is None
 
 
+def test_what_a_band_is_is_said() -> None:
+    interval = (0.1, 0.5)
+    group = [_run(f"g{i}", 0.2 + 0.1 * i, i, interval=interval) for i in range(3)]
+    single = _run("one", 0.3, settings={"algorithm": "grpo"}, interval=interval)
+    text = page_of([*group[:2], single])
+    assert "too few seeds for a band" in text
+    assert "Band of a single run: 95 % interval over held-out prompts." in text
+    assert "Band of a group" not in text
+    text = page_of([*group, single])
+    assert "too few seeds" not in text
+    assert "Band of a group: 95 % interval of the mean over its seeds (t)." in text
+
+
+def test_pass_at_k_of_a_group_is_the_mean_of_its_seeds() -> None:
+    text = page_of([_run("g0", 0.2), _run("g1", 0.4, 1)])
+    chart = text[text.index('id="chart-pass_at_k"') :]
+    assert "30% to 60%" in chart[: chart.index("data-hover")]
+
+
 def test_differences_intervals_and_settings_are_shown() -> None:
-    first = _run("first", 0.2, interval=(0.15, 0.25), prompts=[0.0, 0.5, 0.5])
-    second = _run("second", 0.3, settings={"algorithm": "grpo"}, interval=(0.26, 0.34), prompts=[0.5, 0.5, 1.0])
+    first = _run("first", 0.2, interval=(0.15, 0.25), prompts={"a1": 0.0, "a2": 0.5, "a3": 0.5})
+    second = _run(
+        "second",
+        0.3,
+        settings={"algorithm": "grpo"},
+        interval=(0.26, 0.34),
+        prompts={"a3": 1.0, "a1": 0.5, "a2": 0.5},
+    )
     text = page_of([first, second])
     assert "30% [26%, 34%]  (+10.0 points, intervals apart)" in text
     assert "60%  (+20.0 points)" in text
-    # Differences of 1/2, 0 and 1/2: mean 1/3, standard error 1/6.
-    assert "+33.3 points +- 16.7% over 3 prompts, paired" in text
+    # Differences of 1/2, 0 and 1/2: mean 1/3, standard error 1/6, t 4.303.
+    assert "+33.3 points [-38.4, +105.0] over 3 prompts" in text
     settings = text[text.index('<section id="settings">') : text.index('<section id="runs">')]
     assert "algorithm" in settings
     assert "run_dir" not in settings
@@ -82,15 +128,29 @@ def test_intervals_overlap_when_they_share_a_point() -> None:
     assert _overlap((float("nan"), 0.3), (0.3, 0.5)) == ""
 
 
-def test_several_seeds_have_two_standard_errors() -> None:
-    accuracy = next(row for row in _ROWS if row.key == "accuracy")
-    group = Group(name="g", runs=[_run("a", 0.2), _run("b", 0.4, 1)])
-    assert _ends(accuracy, group, [0.2, 0.4]) == pytest.approx((0.1, 0.5))
+def test_several_seeds_have_the_interval_of_their_mean() -> None:
+    accuracy = next(row for row in _EVALUATED if row.key == "accuracy")
+    group = Group(name="g", runs=[_run("a", 0.2), _run("b", 0.3, 1), _run("c", 0.4, 2)])
+    error = 4.303 * 0.1 / 3**0.5
+    assert _ends(accuracy, group, [0.2, 0.3, 0.4]) == pytest.approx((0.3 - error, 0.3 + error))
+    assert np.isnan(_ends(accuracy, group, [0.2, 0.3])).all(), "two are too few"
 
 
-def test_other_held_out_prompts_are_not_paired() -> None:
-    groups = [Group(name=n, runs=[_run(n, 0.2, settings={"data.eval": [n]}, prompts=[0.0, 1.0])]) for n in ("a", "b")]
-    assert _paired(*groups) == ""
+def test_pairs_are_the_headline_prompts_that_both_scored() -> None:
+    def group(**prompts: float | None) -> Group:
+        return Group(name="g", runs=[_run("g", 0.2, settings={"data.headline": ["a"]}, prompts=prompts)])
+
+    first = group(a1=0.0, a2=0.5, a3=None, a4=0.0, b1=0.0)
+    assert paired(first, group(a2=0.75, a1=0.25, a3=1.0, b1=1.0)) == "+25.0 points [+25.0, +25.0] over 2 prompts"
+    assert paired(first, group(c1=1.0, c2=1.0)) == ""
+    assert paired(first, Group(name="old", runs=[_run("old", 0.2)])) == ""
+
+
+def test_distinct_completions_of_unlike_numbers_of_samples_are_not_compared() -> None:
+    runs = [_run("a", 0.2), _run("b", 0.2, settings={"algorithm": "grpo"})]
+    for run, samples in zip(runs, (4, 16), strict=True):
+        run.records[-1]["eval"] |= {"distinct_correct": samples / 2, "samples": samples}  # type: ignore[operator,index]
+    assert "8  (of another number of samples)" in page_of(runs)
 
 
 def test_command_line_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

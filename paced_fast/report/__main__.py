@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path = make_report(options.run_dir[0])
     except InputError as error:
         parser.exit(2, f"report: {error}\n")
-    sys.stdout.write(f"{path}\n")
+    # A folder's name need not be text.
+    sys.stdout.write(f"{path}\n".encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 if __name__ == "__main__":

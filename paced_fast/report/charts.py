@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paced_fast.report.records import Floats, Record, Run, mapping, number, series
-from paced_fast.report.svg import Axis, Line, Size, compact, line_chart, percent, stack_chart
+from paced_fast.report.svg import Axis, Line, Size, compact, line_chart, percent, stack_chart, stack_top
 
 __all__ = [
     "THIRD",
@@ -43,6 +43,8 @@ class Chart:
     """Names and colours."""
     table: tuple[Sequence[str], Sequence[Sequence[str]]] = ((), ())
     """Head and rows."""
+    shades: str = ""
+    """Of a heat map: the share its darkest shade begins at."""
     third: bool = False
     """Three to a row instead of two."""
 
@@ -164,6 +166,13 @@ def generator_charts(run: Run) -> list[Chart]:
 def reward_charts(run: Run) -> list[Chart]:
     """What the reward functions said: completions by verdict, and those without one."""
     charts = share(run.records, "unscored_share", name="unscored_share", title="Completions without a verdict")
+    charts += single(
+        run.records,
+        "shaping_mean",
+        name="shaping_mean",
+        title="Mean shaping",
+        caption="Added to the rewards of a step's completions, mean over them.",
+    )
     counted = [(number(r.get("step")), mapping(r.get("verdicts"))) for r in run.records]
     for reward in dict.fromkeys(name for _, verdicts in counted for name in verdicts):
         steps = [(s, kinds) for s, v in counted if s and (kinds := mapping(v.get(reward)))]
@@ -173,6 +182,7 @@ def reward_charts(run: Run) -> list[Chart]:
             title=f"Verdicts of {reward}",
             caption="Completions of a step by what became of them.",
             text=compact,
+            unit="completions",
         )
         charts += [] if chart is None else [chart]
     return charts
@@ -185,9 +195,10 @@ def time_charts(run: Run) -> list[Chart]:
         steps,
         name="seconds_by_phase",
         title="Seconds a step, by phase",
-        caption="The slowest steps are cut off at the top. On a GPU a phase is charged for what it launched; on a CPU "
+        caption="On a GPU a phase is charged for what it launched; on a CPU "
         "it is time of the host. Shares are of the whole run.",
         text=lambda x: f"{compact(x)} s",
+        unit="time",
     )
     charts = [] if chart is None else [chart]
     memory = [(s, mapping(r.get("memory"))) for r in run.records if (s := number(r.get("step")))]
@@ -195,7 +206,13 @@ def time_charts(run: Run) -> list[Chart]:
 
 
 def _stack(
-    steps: Sequence[tuple[float, Record]], *, name: str, title: str, caption: str, text: Callable[[float], str]
+    steps: Sequence[tuple[float, Record]],
+    *,
+    name: str,
+    title: str,
+    caption: str,
+    text: Callable[[float], str],
+    unit: str,
 ) -> Chart | None:
     layers = _layers(steps)
     if not layers:
@@ -205,7 +222,10 @@ def _stack(
         rest = np.sum([layers.pop(key) for key in small], axis=0)
         layers["others"] = rest
     x = np.array([s for s, _ in steps], np.float64)
-    ax, ay = Axis(label="step"), Axis(text=text)
+    top = stack_top(np.sum(list(layers.values()), axis=0))
+    cut = bool((np.sum(list(layers.values()), axis=0) > top).any())
+    caption += " The highest columns are cut off at the top." if cut else ""
+    ax, ay = Axis(label="step"), Axis(label=unit, high=top, text=text)
     total = float(sum(layer.sum() for layer in layers.values()))
     shares = {key: float(layer.sum()) / total for key, layer in layers.items()}
     label = f"{title}: " + ", ".join(f"{key} {percent(share)}" for key, share in shares.items())

@@ -6,11 +6,26 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from paced_fast.errors import InputError
 from paced_fast.report.charts import Chart
+from paced_fast.report.maps import LEVELS
 from paced_fast.report.style import POLICY, SCRIPT, STYLE
 
-__all__ = ["Section", "Tile", "document", "figures", "notes", "pairs_table", "shown", "table", "tiles"]
+__all__ = [
+    "Section",
+    "Tile",
+    "counted",
+    "document",
+    "figures",
+    "notes",
+    "pairs_table",
+    "shown",
+    "table",
+    "tiles",
+    "write_page",
+]
 
 ARROW = "\u2192"
 
@@ -56,6 +71,18 @@ def document(*, title: str, state: str, top: str, sections: Sequence[Section]) -
     )
 
 
+def write_page(path: Path, text: str) -> None:
+    """Writes a page; half a character, of a folder's name or a setting, stands there by its number.
+
+    Raises InputError when that cannot be done.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise InputError(f"the page cannot be written to {path}: {error.strerror or error}") from error
+
+
 def tiles(items: Sequence[Tile]) -> str:
     """The headline figures."""
     cards = "".join(
@@ -79,13 +106,16 @@ def figures(charts: Sequence[Chart]) -> str:
 
 def _figure(chart: Chart) -> str:
     keys = "".join(f'<span><i class="k{color}"></i>{html.escape(name)}</span>' for name, color in chart.legend)
+    if chart.shades:
+        scale = "".join(f'<i class="h{level}"></i>' for level in range(1, LEVELS + 1))
+        keys += f"<span>share of a step: 0 {scale} {html.escape(chart.shades)} or more</span>"
     head, rows = chart.table
     data = f'<details class="data"><summary>numbers</summary><div>{table(head, rows)}</div></details>' if rows else ""
     caption = f"<figcaption>{html.escape(chart.caption)}</figcaption>" if chart.caption else ""
     return (
         f'<figure class="card {"third" if chart.third else "wide"}" id="chart-{html.escape(chart.name)}">'
         f"<h3>{html.escape(chart.title)}</h3>"
-        + (f'<div class="legend">{keys}</div>' if len(chart.legend) > 1 else "")
+        + (f'<div class="legend">{keys}</div>' if keys else "")
         + f"{chart.svg}{caption}{data}</figure>"
     )
 
@@ -111,7 +141,18 @@ def pairs_table(rows: Mapping[str, object]) -> str:
     """Names and values."""
     if not rows:
         return '<p class="none">not written yet</p>'
-    return table((), [[key, shown(value)] for key, value in rows.items()])
+    plain = [[key, shown(value)] for key, value in rows.items() if not isinstance(value, Mapping | list) or not value]
+    nested = "".join(
+        f"<details><summary>{html.escape(key)}</summary><pre>{html.escape(json.dumps(value, indent=1))}</pre></details>"
+        for key, value in rows.items()
+        if isinstance(value, Mapping | list) and value
+    )
+    return table((), plain) + nested
+
+
+def counted(count: int, what: str) -> str:
+    """So many of something, in words that fit one as well."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def shown(value: object) -> str:

@@ -39,7 +39,7 @@ def learning_curve(records: Sequence[Record]) -> Figure | None:
         _dress(axes, title, "rollouts")
         for color, name in zip(_cycle(len(slices), start=1), slices, strict=True):
             points = [(x, number(mapping(mapping(e.get("slices")).get(name)).get(key))) for x, e in evals]
-            _line(axes, points, color=color, linewidth=1.2, marker=".", markersize=4, alpha=0.85, label=name)
+            _line(axes, points, color=color, linewidth=1.2, marker=".", markersize=4, alpha=0.85, label=_text(name))
         points = [(x, number(e.get(key))) for x, e in evals]
         _line(axes, points, color=COLORS[0], linewidth=2.6, marker="o", markersize=5, label="headline")
         _share_axis(axes)
@@ -76,16 +76,16 @@ def mixed_groups(records: Sequence[Record]) -> Figure | None:
 
 def calibration(records: Sequence[Record]) -> Figure | None:
     """Value predicted before a prompt was sampled against the accuracy then measured, early and late in training."""
-    steps = [
-        (values, accuracies)
-        for r in records
-        if (values := numbers(r.get("value_fresh"))).size
-        and (accuracies := numbers(r.get("accuracy_fresh"))).size == values.size
-    ]
+    steps = []
+    for r in records:
+        values, accuracies = numbers(r.get("value_fresh")), numbers(r.get("accuracy_fresh"))
+        if values.size == accuracies.size and (known := np.isfinite(values) & np.isfinite(accuracies)).any():
+            steps.append((values[known], accuracies[known]))
     if not steps:
         return None
     third = len(steps) // 3
-    parts = {f"first {third} steps": steps[:third], f"last {third} steps": steps[-third:]} if third else {}
+    words = "step" if third == 1 else f"{third} steps"
+    parts = {f"first {words}": steps[:third], f"last {words}": steps[-third:]} if third else {}
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     for axes, (title, part) in zip(
         np.atleast_1d(figure.subplots(1, max(1, len(parts)), sharey=True)),
@@ -93,15 +93,18 @@ def calibration(records: Sequence[Record]) -> Figure | None:
         strict=True,
     ):
         values, accuracies = (np.concatenate(column) for column in zip(*part, strict=True))
-        _dress(axes, f"{title}: {values.size:,} groups", "value (predicted accuracy)", "measured accuracy")
+        _dress(
+            axes,
+            f"{title}: {values.size:,} group{'' if values.size == 1 else 's'}",
+            "value (predicted accuracy)",
+            "measured accuracy",
+        )
         _calibration_points(axes, values, accuracies)
         axes.label_outer()
     return figure
 
 
 def _calibration_points(axes: Axes, values: NDArray[np.float64], accuracies: NDArray[np.float64]) -> None:
-    finite = np.isfinite(values) & np.isfinite(accuracies)
-    values, accuracies = values[finite], accuracies[finite]
     index = np.clip(np.floor(values * 10).astype(np.int64), 0, 9)
     filled = [i for i in range(10) if np.any(index == i)]
     x = [values[index == i].mean() for i in filled]
@@ -161,7 +164,7 @@ def seconds_by_phase(records: Sequence[Record]) -> Figure | None:
     order = np.array([s for s, _ in steps])
     bottom = np.zeros_like(order)
     for color, label, layer in zip(_cycle(len(layers)), labels, layers.values(), strict=True):
-        axes.bar(order, layer, bottom=bottom, width=1.0, color=color, label=label, linewidth=0)
+        axes.bar(order, layer, bottom=bottom, width=1.0, color=color, label=_text(label), linewidth=0)
         bottom = bottom + layer
     axes.set_xlim(order[0] - 0.5, order[-1] + 0.5)
     axes.set_ylim(0, 1.1 * float(np.quantile(total, 0.98)))  # a slow first step must not flatten the rest
@@ -270,6 +273,12 @@ def _dress(axes: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(GRID)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=not xlabel.startswith("value")))
+
+
+def _text(label: str) -> str:
+    """A label without half characters, which no font can draw, and without a meaning for matplotlib."""
+    text = label.encode("utf-8", "backslashreplace").decode("utf-8").replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _share_axis(axes: Axes) -> None:

@@ -91,7 +91,10 @@ def read_run(folder: str | Path) -> Run:
 def _metrics(path: Path) -> list[Record]:
     if not path.exists():
         raise InputError(f"no {path.name} in {path.parent}: it is no run folder, or the run has not started")
-    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    try:
+        lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     while lines and not lines[-1].strip():
         lines.pop()
     records: list[Record] = []
@@ -115,6 +118,8 @@ def _json(path: Path) -> dict[str, object]:
         return {}
     try:
         obj = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     return obj if isinstance(obj, dict) else {path.stem: obj}
@@ -123,8 +128,11 @@ def _json(path: Path) -> dict[str, object]:
 def _rollouts(path: Path) -> Iterator[Record]:
     if not path.exists():
         return
-    with path.open("rb") as file:
-        tail = deque(file, maxlen=_NEWEST_ROLLOUTS)
+    try:
+        with path.open("rb") as file:
+            tail = deque(file, maxlen=_NEWEST_ROLLOUTS)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     for line in tail:
         try:
             row = json.loads(line)

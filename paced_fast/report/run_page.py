@@ -4,21 +4,46 @@ from __future__ import annotations
 
 import html
 import io
-import math
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from paced_fast.config import flatten
+from paced_fast.errors import InputError
 from paced_fast.presets import PRESETS
 from paced_fast.report.charts import Chart, generator_charts, health_charts, reward_charts, seconds, time_charts
-from paced_fast.report.learning import interval, learning_charts, replay_charts, schedule_charts, value_charts
-from paced_fast.report.page import ARROW, Section, Tile, document, figures, notes, pairs_table, shown, table, tiles
+from paced_fast.report.heldout import (
+    interval,
+    largest_k,
+    learning_charts,
+    learning_lead,
+    measured,
+    scored_prompts,
+    unscored_notes,
+)
+from paced_fast.report.learning import replay_charts, schedule_charts, value_charts
+from paced_fast.report.page import (
+    ARROW,
+    Section,
+    Tile,
+    counted,
+    document,
+    figures,
+    notes,
+    pairs_table,
+    shown,
+    table,
+    tiles,
+    write_page,
+)
 from paced_fast.report.plots import PLOTS
 from paced_fast.report.records import Run, mapping, number, read_run, series
 from paced_fast.report.rollouts import rollouts_section
 from paced_fast.report.svg import percent, sparkline
 
 __all__ = ["changed_settings", "make_report"]
+
+logger = logging.getLogger(__name__)
 
 
 def make_report(run_dir: str | Path) -> Path:
@@ -27,25 +52,33 @@ def make_report(run_dir: str | Path) -> Path:
     Raises InputError when the folder or its `metrics.jsonl` is missing, empty, or broken before its last line.
     """
     run = read_run(run_dir)
-    (run.folder / "plots").mkdir(exist_ok=True)
+    page, folder = run.folder / "report.html", run.folder / "plots"
+    write_page(page, page_of(run))
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} is no folder, so the page has no pictures beside it: move it away") from error
     for name, draw in PLOTS.items():
-        figure = draw(run.records)
-        path = run.folder / "plots" / f"{name}.png"
+        path, buffer = folder / f"{name}.png", io.BytesIO()
+        try:
+            figure = draw(run.records)
+            if figure is not None:
+                figure.savefig(buffer, format="png", dpi=120)
+        except Exception:
+            # The page is written and the other pictures are worth having; an old one would contradict them.
+            logger.exception("%s is not drawn", path)
+            figure = None
         if figure is None:
-            path.unlink(missing_ok=True)  # one of an earlier report would contradict this page
-            continue
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120)
-        path.write_bytes(buffer.getvalue())
-    path = run.folder / "report.html"
-    path.write_text(page_of(run), encoding="utf-8")
-    return path
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(buffer.getvalue())
+    return page
 
 
 def page_of(run: Run) -> str:
     """The page as HTML; one figure for everything the run has data for."""
     drawn: list[tuple[str, str, str, list[Chart]]] = [
-        ("learning", "Learning", "Measured on prompts that training never sees.", learning_charts(run)),
+        ("learning", "Learning", learning_lead(run), learning_charts(run)),
         (
             "value",
             "Value",
@@ -91,7 +124,7 @@ def _card(body: str) -> str:
 def _state(run: Run) -> str:
     steps = number(run.config.get("steps"))
     if run.summary:
-        badge = f'<span class="badge finished">finished</span> after {run.last_step:,} steps'
+        badge = f'<span class="badge finished">finished</span> after {counted(run.last_step, "step")}'
     else:
         of = f" of {steps:,.0f}" if steps else ""
         badge = f'<span class="badge running">not finished</span> step {run.last_step:,}{of}'
@@ -112,10 +145,12 @@ _FACTS = {
 
 
 def _tiles(run: Run) -> list[Tile]:
+    evaluated = [e.figures for e in run.evaluations]
+    k = largest_k([evaluated[0], evaluated[-1]] if evaluated else [], "maj_at_k")
     items = [
         *_change(run, "accuracy", "held-out accuracy"),
         *_change(run, "pass_at_8", "held-out pass@8"),
-        *_change(run, "maj_at_k", "majority vote"),
+        *(_change(run, f"maj_at_k/{k}", f"held-out maj@{k}") if k else ()),
     ]
     last = run.records[-1]
 
@@ -136,7 +171,7 @@ def _tiles(run: Run) -> list[Tile]:
         items.append(Tile(name="value rank correlation", text=f"{rank:.2f}", sub=sub, picture=picture))
     rollouts, spent = number(last.get("rollouts")), number(last.get("train_seconds"))
     if rollouts:
-        items.append(Tile(name="rollouts", text=f"{rollouts:,.0f}", sub=f"in {run.last_step:,} steps"))
+        items.append(Tile(name="rollouts", text=f"{rollouts:,.0f}", sub=f"in {counted(run.last_step, 'step')}"))
     if spent:
         rate = latest("tokens_per_second")
         sub = f"{rate:,.0f} tokens a second" if rate is not None else ""
@@ -148,24 +183,29 @@ def _change(run: Run, key: str, name: str) -> list[Tile]:
     evaluations = [e.figures for e in run.evaluations]
     found = [number(run.summary.get(f"{key}_{end}")) for end in ("before", "after")]
     for i, evaluated in enumerate((evaluations[0], evaluations[-1]) if evaluations else ()):
-        found[i] = number(evaluated.get(key)) if found[i] is None else found[i]
+        found[i] = measured(evaluated, key) if found[i] is None else found[i]
     before, after = found
     if after is None:
         return []
     text = percent(after) if before is None or len(evaluations) == 1 else f"{percent(before)} {ARROW} {percent(after)}"
-    subs = []
-    if before is not None and len(evaluations) != 1:
+    subs, ends = [], [f"{100 * end:.1f}" for end in (interval(evaluations[-1], key) if evaluations else ())]
+    both = before is not None and len(evaluations) != 1
+    if before is not None and both:
         points = 100 * (after - before)
         subs.append(f'<span class="{"up" if points >= 0 else "down"}">{points:+.1f} points</span>')
-    low, high = interval(evaluations[-1], key) if evaluations else (math.nan, math.nan)
-    if math.isfinite(low + high):
-        subs.append(f"{percent(low)} to {percent(high)}")
-    return [Tile(name=name, text=text, sub=", ".join(subs))]
+    if "nan" not in ends and ends:
+        subs.append(f"95 %: {ends[0]} to {ends[1]} %{' after' if both else ''}")
+    if both and evaluations and scored_prompts(evaluations[0]) != scored_prompts(evaluations[-1]):
+        subs.append("not the same prompts scored")
+    return [Tile(name=name, text=text, sub="; ".join(subs))]
 
 
 def _notes(run: Run) -> list[str]:
     """What stands out; nothing for a run in which all went well."""
-    records, lines = run.records, []
+    records, lines = run.records, unscored_notes(run)
+
+    steps = sum(1 for r in records if number(r.get("step")))
+    last = "the first step" if steps == 1 else f"the last {min(10, steps)} steps"
 
     def last_mean(key: str) -> float:
         y = series(records, key)[1][-10:]
@@ -173,17 +213,16 @@ def _notes(run: Run) -> list[str]:
 
     skipped = max((number(r.get("skipped_steps")) or 0.0 for r in records), default=0.0)
     if skipped:
-        lines.append(f"{skipped:.0f} steps were skipped for a loss or gradient that was not finite.")
+        were = "was" if skipped == 1 else "were"
+        lines.append(f"{counted(int(skipped), 'step')} {were} skipped for a loss or gradient that was not finite.")
     if (share := last_mean("truncated_share")) > 0.2:
-        lines.append(f"{percent(share)} of the completions of the last 10 steps were cut at the limit of tokens.")
+        lines.append(f"{percent(share)} of the completions of {last} were cut at the limit of tokens.")
     if (ratio := last_mean("generator_mismatch_token_ratio")) > 1.05:
-        lines.append(f"Generator and trainer disagree: token ratio {ratio:.3f} over the last 10 steps, above 1.05.")
+        lines.append(f"Generator and trainer disagree: token ratio {ratio:.3f} over {last}, above 1.05.")
     if (share := last_mean("unscored_share")) > 0.01:
-        lines.append(f"{percent(share)} of the completions of the last 10 steps got no verdict.")
+        lines.append(f"{percent(share)} of the completions of {last} got no verdict.")
     if len(records) > 10 and series(records, "mixed_group_share")[0].size and last_mean("mixed_group_share") < 0.1:
-        lines.append(
-            "Fewer than a tenth of the groups of the last 10 steps could teach: the rest were all right or all wrong."
-        )
+        lines.append(f"Fewer than a tenth of the groups of {last} could teach: the rest were all right or all wrong.")
     return lines
 
 
@@ -213,4 +252,4 @@ def _configuration(run: Run) -> str:
             f"<details><summary>decided by the algorithm or the machine</summary>{table(head, decided)}</details>"
         )
     parts.append(f"<details><summary>every setting</summary>{pairs_table(run.config)}</details>")
-    return "".join(_card(part) for part in parts)
+    return f'<div class="cards">{"".join(_card(part) for part in parts)}</div>'

@@ -26,7 +26,11 @@ color-scheme: dark; --page: #10141a; --card: #181e26; --ink: #e4e9f0; --soft: #9
 
 _COLORS = "".join(f".s{i} {{ stroke: var(--c{i}); }} .f{i} {{ fill: var(--c{i}); }} " for i in range(8))
 _KEYS = "".join(f".k{i} {{ background: var(--c{i}); }} " for i in range(8))
-_HEAT = "".join(f".h{i} {{ fill: rgba(var(--heat), {0.08 + 0.92 * (i / 9) ** 1.2:.2f}); }} " for i in range(1, 10))
+_HEAT = "".join(
+    f"path.h{i} {{ fill: {shade}; }} i.h{i} {{ background: {shade}; }} "
+    for i in range(1, 10)
+    for shade in (f"rgba(var(--heat), {0.08 + 0.92 * (i / 9) ** 1.2:.2f})",)
+)
 _TOKENS = "".join(
     f".p{i} {{ background: rgba(var(--token), {a}); }} " for i, a in enumerate((0, 0.12, 0.24, 0.38, 0.54, 0.72))
 )
@@ -107,8 +111,7 @@ path.thick, path.plain, path.thin, path.raw {{ stroke-linejoin: round; stroke-li
 {"".join(f"path.band.f{i}, path.layer.f{i} {{ fill: var(--c{i}); }} " for i in range(8))}
 .band {{ opacity: .16; }} .layer {{ opacity: .9; }} rect.layer {{ opacity: .35; }} .bubble {{ opacity: .85;
   stroke: var(--card); }}
-{"".join(f"path.h{i} {{ fill: rgba(var(--heat), {0.08 + 0.92 * (i / 9) ** 1.2:.2f}); }} " for i in range(1, 10))}
-[class^="h"] {{ shape-rendering: crispEdges; }}
+path[class^="h"] {{ shape-rendering: crispEdges; }}
 .cross {{ stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 3; pointer-events: none; }}
 #tip {{ position: fixed; z-index: 3; pointer-events: none; display: none; max-width: 320px; padding: 7px 11px;
   border-radius: 8px; font-size: 12.5px;
@@ -121,6 +124,9 @@ details.data > div, .scroll {{ overflow-x: auto; max-height: 420px; overflow-y: 
   .scroll.tall {{ max-height: none; }}
 table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
 td, th {{ padding: 5px 14px 5px 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; }}
+th[scope=row] {{ min-width: 8em; overflow-wrap: normal; }} td {{ min-width: 5em; }}
+table:has(td + td) td {{ overflow-wrap: break-word; }}
+.legend i[class^=h] {{ margin: 0; border-radius: 0; }} .cards {{ display: grid; gap: 14px; }}
 td + td, th + th {{ min-width: 60px; }} tr {{ border-bottom: 1px solid var(--line); }} th {{ color: var(--soft);
   font-weight: 500; }}
 td.n, th.n {{ text-align: right; }} tr:last-child {{ border-bottom: 0; }}

@@ -1,4 +1,4 @@
-"""Charts as SVG text: axes, lines with bands, heat maps, stacks and reliability diagrams.
+"""Charts as SVG text: axes, lines with bands and stacks; `maps` has heat maps and reliability diagrams.
 
 Colours are classes of the page's style sheet, so a chart follows the reader's light or dark setting. What the pointer
 shows is JSON in `data-hover`; without scripts the chart is complete without it. Sizes are in the chart's own units,
@@ -21,21 +21,26 @@ from paced_fast.report.records import Floats
 __all__ = [
     "MAX_POINTS",
     "Axis",
+    "Frame",
     "Line",
     "Size",
+    "column_width",
     "compact",
-    "heat_map",
+    "draw_axes",
+    "draw_curve",
     "line_chart",
+    "merged",
+    "path_of",
     "percent",
-    "reliability",
+    "picture",
     "sparkline",
     "stack_chart",
+    "stack_top",
+    "with_label",
 ]
 
 MAX_POINTS = 240
 """Points of a curve, and columns of a stack, that are drawn; more are averaged."""
-_LEVELS = 9
-"""Shades of a heat map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,6 @@ class Size:
 
 
 WIDE = Size()
-_COLUMNS = 48
-"""Columns of a heat map, so that each is an average of enough."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +67,8 @@ class Axis:
     high: float | None = None
     text: Callable[[float], str] | None = None
     """How a number is written; `compact` without one."""
+    whole: bool = False
+    """Ticks at whole numbers alone."""
 
     def write(self, x: float) -> str:
         """The number as text."""
@@ -85,18 +90,22 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class Frame:
     """Where data lie in a chart."""
 
     size: Size
     x: tuple[float, float]
     y: tuple[float, float]
+    only: float | None = None
+    """The one x there is, which then stands in the middle."""
 
     def px(self, x: float) -> float:
+        """Of an x, from the left."""
         inner = self.size.width - self.size.left - self.size.right
         return round(self.size.left + (x - self.x[0]) / (self.x[1] - self.x[0]) * inner, 1)
 
     def py(self, y: float) -> float:
+        """Of a y, from the top."""
         inner = self.size.height - self.size.top - self.size.bottom
         return round(self.size.top + (self.y[1] - y) / (self.y[1] - self.y[0]) * inner, 1)
 
@@ -123,12 +132,16 @@ def percent(x: float) -> str:
 
 
 def line_chart(lines: Sequence[Line], x: Axis, y: Axis, label: str, *, size: Size = WIDE, marks: str = "") -> str:
-    """Curves over a common x. `marks` is SVG drawn behind them (see `_Frame`); `label` says the chart in words."""
+    """Curves over a common x. `marks` is SVG drawn behind them (see `Frame`); `label` says the chart in words."""
     lines = [_thinned(line) for line in lines]
-    frame = _Frame(size, _range(x, [line.x for line in lines], pad=0.0), _range(y, _extents(lines), pad=0.06))
-    body = [_axes(frame, x, y), marks]
+    places = {float(at) for line in lines for at in line.x}
+    only = places.pop() if len(places) == 1 else None
+    across = _range(x, [line.x for line in lines], pad=0.0) if only is None else (only - 1.0, only + 1.0)
+    size = with_label(size, y)
+    frame = Frame(size, across, _range(y, _extents(lines), pad=0.06), only)
+    body = [draw_axes(frame, x, y), marks]
     for line in sorted(lines, key=lambda line: line.style == "thick"):
-        body.append(_curve(frame, line))
+        body.append(draw_curve(frame, line))
     hover = [
         {
             "n": line.name,
@@ -141,7 +154,7 @@ def line_chart(lines: Sequence[Line], x: Axis, y: Axis, label: str, *, size: Siz
         for line in lines
         if line.style != "raw"
     ]
-    return _svg(size, "".join(body), label, {"x": x.label, "s": hover})
+    return picture(size, "".join(body), label, {"x": x.label, "s": hover})
 
 
 def _interval(line: Line, i: int, y: Axis) -> str:
@@ -150,7 +163,8 @@ def _interval(line: Line, i: int, y: Axis) -> str:
     return f" [{y.write(float(line.low[i]))}, {y.write(float(line.high[i]))}]"
 
 
-def _curve(frame: _Frame, line: Line) -> str:
+def draw_curve(frame: Frame, line: Line) -> str:
+    """A curve with its band and its dots."""
     points = [(frame.px(a), frame.py(b)) for a, b in zip(line.x, line.y, strict=True)]
     out = ""
     if line.low is not None and line.high is not None:
@@ -159,25 +173,33 @@ def _curve(frame: _Frame, line: Line) -> str:
         upper = [(frame.px(a), frame.py(b)) for a, b in zip(xs, line.high[known], strict=True)]
         lower = [(frame.px(a), frame.py(b)) for a, b in zip(xs, line.low[known], strict=True)]
         if len(xs) > 1:
-            out += f'<path class="band f{line.color}" d="{_path([*upper, *lower[::-1]])}Z"/>'
+            out += f'<path class="band f{line.color}" d="{path_of([*upper, *lower[::-1]])}Z"/>'
         elif len(xs) == 1:
-            out += f'<path class="thin s{line.color}" d="{_path([upper[0], lower[0]])}"/>'
-    out += f'<path class="{line.style} s{line.color}" d="{_path(points)}"/>' if len(points) > 1 else ""
+            out += f'<path class="thin s{line.color}" d="{path_of([upper[0], lower[0]])}"/>'
+    out += f'<path class="{line.style} s{line.color}" d="{path_of(points)}"/>' if len(points) > 1 else ""
     if line.dots or len(points) == 1:
         radius = {"thick": 3.4, "plain": 2.8}.get(line.style, 2)
         out += "".join(f'<circle class="dot f{line.color}" cx="{a:g}" cy="{b:g}" r="{radius}"/>' for a, b in points)
     return out
 
 
+def stack_top(total: Floats) -> float:
+    """Upper end of a stack: of all columns, unless a few are so high that they would flatten the others."""
+    high = float(np.quantile(total, 0.97))
+    most = float(total.max())
+    return 1.05 * (most if most <= 1.5 * high else high) or 1.0
+
+
 def stack_chart(
     x: Floats, layers: Sequence[tuple[str, Floats]], axes: tuple[Axis, Axis], label: str, *, size: Size = WIDE
 ) -> str:
     """Layers on top of each other, a column for each x. The highest columns may leave the chart at its upper end."""
-    x, columns = _merged(x, np.stack([layer for _, layer in layers], axis=1))
+    x, columns = merged(x, np.stack([layer for _, layer in layers], axis=1))
     total = columns.sum(axis=1)
-    width = float(np.min(np.diff(x))) if x.size > 1 else 1.0
-    top = axes[1].high if axes[1].high is not None else 1.1 * float(np.quantile(total, 0.97)) or 1.0
-    frame = _Frame(size, (float(x[0]) - width / 2, float(x[-1]) + width / 2), (0.0, top))
+    width = column_width(x)
+    top = axes[1].high if axes[1].high is not None else stack_top(total)
+    size = with_label(size, axes[1])
+    frame = Frame(size, (float(x[0]) - width / 2, float(x[-1]) + width / 2), (0.0, top))
     # As steps: flat over a column, with a point at each of its edges.
     edges = np.concatenate([[x[0] - width / 2], (x[1:] + x[:-1]) / 2, [x[-1] + width / 2]])
     across = np.repeat(edges, 2)[1:-1]
@@ -186,7 +208,7 @@ def stack_chart(
         lower, upper = (np.repeat(np.minimum(level, top), 2) for level in (bottom, bottom + layer))
         ring = [(frame.px(a), frame.py(b)) for a, b in zip(across, upper, strict=True)]
         ring += [(frame.px(a), frame.py(b)) for a, b in zip(across[::-1], lower[::-1], strict=True)]
-        body.append(f'<path class="layer f{index % 8}" d="{_path(ring)}Z"/>')
+        body.append(f'<path class="layer f{index % 8}" d="{path_of(ring)}Z"/>')
         bottom = bottom + layer
     hover = [
         {
@@ -199,78 +221,8 @@ def stack_chart(
         }
         for index, (name, _) in reversed(list(enumerate(layers)))
     ]
-    ticks = _axes(frame, axes[0], axes[1])
-    return _svg(size, ticks + "".join(body), label, {"x": axes[0].label, "s": hover})
-
-
-def heat_map(
-    x: Floats, columns: Floats, axes: tuple[Axis, Axis], label: str, *, size: Size = WIDE, line: Line | None = None
-) -> str:
-    """Shares as shades, `columns[i]` over `x[i]` from the bottom up; the darkest is the share that 1 in 100 exceed."""
-    x, columns = _merged(x, columns, _COLUMNS)
-    width = float(np.min(np.diff(x))) if x.size > 1 else 1.0
-    low, high = axes[1].low or 0.0, axes[1].high if axes[1].high is not None else 1.0
-    frame = _Frame(size, (float(x[0]) - width / 2, float(x[-1]) + width / 2), (low, high))
-    limit = float(np.quantile(columns, 0.99)) or float(columns.max()) or 1.0
-    # The square root, so that the few between the extremes, the ones of interest, can be seen.
-    levels = np.ceil(_LEVELS * np.sqrt(np.clip(columns / limit, 0, 1))).astype(int)
-    edges = np.concatenate([[x[0] - width / 2], (x[1:] + x[:-1]) / 2, [x[-1] + width / 2]])
-    steps = np.linspace(low, high, columns.shape[1] + 1)
-    paths: dict[int, list[str]] = {}
-    for i, j in np.argwhere(levels > 0):
-        left, right, top, bottom = (
-            *(frame.px(float(edges[i + k])) for k in (0, 1)),
-            *(frame.py(float(steps[j + k])) for k in (1, 0)),
-        )
-        cell = f"M{left:g} {top:g}H{right:g}V{bottom:g}H{left:g}"
-        paths.setdefault(int(levels[i, j]), []).append(cell)
-    body = "".join(f'<path class="h{level}" d="{"".join(cells)}"/>' for level, cells in sorted(paths.items()))
-    curve = "" if line is None else _curve(frame, line)
-    hover = {
-        "x": axes[0].label,
-        "g": {
-            "x": [[frame.px(float(a)), axes[0].write(float(a))] for a in x],
-            "y": [
-                [frame.py(float(b)), f"{axes[1].write(float(b))} to {axes[1].write(float(t))}"]
-                for b, t in _pairs(steps)
-            ],
-            "v": [[round(float(v), 4) for v in column] for column in columns],
-        },
-    }
-    return _svg(size, _axes(frame, axes[0], axes[1], grid=False) + body + curve, label, hover)
-
-
-def reliability(
-    bins: Sequence[tuple[float, float, float, int]], axes: tuple[Axis, Axis], label: str, *, size: Size
-) -> str:
-    """Measured against predicted: (mean prediction, mean outcome, standard error, count) of each filled bin.
-
-    A circle's area is the count, its bar one standard error; counts stand below as bars as well.
-    """
-    strip = 34  # the bars of the counts
-    plot = Size(size.width, size.height - strip, size.left, size.right, size.top, size.bottom - 28)
-    frame = _Frame(plot, (0.0, 1.0), (0.0, 1.0))
-    most = max(count for *_, count in bins)
-    floor, bar = size.height - size.bottom, (frame.px(1.0) - frame.px(0.0)) / 10
-    body = [f'<path class="dashed muted" d="{_path([(frame.px(0), frame.py(0)), (frame.px(1), frame.py(1))])}"/>']
-    points = []
-    for mean, outcome, error, count in bins:
-        a, b = frame.px(mean), frame.py(outcome)
-        high, low = frame.py(min(1.0, outcome + error)), frame.py(max(0.0, outcome - error))
-        body.append(f'<path class="plain s0" d="M{a:g} {high:g}V{low:g}"/>')
-        body.append(f'<circle class="bubble f0" cx="{a:g}" cy="{b:g}" r="{3 + 9 * math.sqrt(count / most):.1f}"/>')
-        height = round((strip - 8) * count / most, 1)
-        left = frame.px(min(0.9, math.floor(mean * 10) / 10)) + 1.5
-        body.append(
-            f'<rect class="layer f0" x="{left:g}" y="{floor - height:g}" width="{bar - 3:.1f}" height="{height:g}"/>'
-        )
-        text = f"{axes[1].write(outcome)} +- {axes[1].write(error)}, {count:,} groups"
-        points.append([a, b, axes[0].write(mean), text])
-    hover = {"x": axes[0].label, "s": [{"n": axes[1].label, "c": 0, "p": points}]}
-    grid = _axes(frame, Axis(text=lambda _: ""), axes[1], grid=True)
-    below = _Frame(size, (0.0, 1.0), (0.0, 1.0))
-    labels = _axes(below, axes[0], Axis(text=lambda _: ""), grid=False)
-    return _svg(size, grid + labels + "".join(body), label, hover)
+    ticks = draw_axes(frame, axes[0], axes[1])
+    return picture(size, ticks + "".join(body), label, {"x": axes[0].label, "s": hover})
 
 
 def sparkline(y: Floats) -> str:
@@ -278,18 +230,18 @@ def sparkline(y: Floats) -> str:
     known = y[np.isfinite(y)]
     if known.size < 3:
         return ""
-    _, column = _merged(np.arange(known.size, dtype=np.float64), known[:, None], 40)
+    _, column = merged(np.arange(known.size, dtype=np.float64), known[:, None], 40)
     values, spread = column[:, 0], float(np.ptp(column)) or 1.0
     points = [
         (round(2 + 96 * i / (values.size - 1), 1), round(22 - 18 * (float(v) - float(values.min())) / spread, 1))
         for i, v in enumerate(values)
     ]
-    return (
-        f'<svg class="spark" viewBox="0 0 100 26" aria-hidden="true"><path class="plain s0" d="{_path(points)}"/></svg>'
-    )
+    path = f'<path class="plain s0" d="{path_of(points)}"/>'
+    return f'<svg class="spark" viewBox="0 0 100 26" aria-hidden="true">{path}</svg>'
 
 
-def _svg(size: Size, body: str, label: str, hover: object) -> str:
+def picture(size: Size, body: str, label: str, hover: object) -> str:
+    """The SVG element: `body`, what it says in words, and what the pointer shows."""
     data = html.escape(json.dumps(hover, separators=(",", ":"), ensure_ascii=True))
     return (
         f'<svg class="chart" viewBox="0 0 {size.width} {size.height}" role="img" aria-label="{html.escape(label)}" '
@@ -297,16 +249,25 @@ def _svg(size: Size, body: str, label: str, hover: object) -> str:
     )
 
 
-def _axes(frame: _Frame, x: Axis, y: Axis, *, grid: bool = True) -> str:
+def with_label(size: Size, y: Axis) -> Size:
+    """A size with room above for the name of the vertical axis, where it has one."""
+    more = 22 if y.label else 0
+    return Size(size.width, size.height + more, size.left, size.right, size.top + more, size.bottom)
+
+
+def draw_axes(frame: Frame, x: Axis, y: Axis, *, grid: bool = True) -> str:
+    """Ticks with their numbers, the grid, and the names of both directions."""
     size = frame.size
     bottom, right = size.height - size.bottom, size.width - size.right
     out = []
-    for tick in _ticks(*frame.y, count=5):
+    out.append(f'<text class="t" x="2" y="{size.top - 14}">{html.escape(y.label)}</text>' if y.label else "")
+    for tick in _ticks(*frame.y, count=5, whole=y.whole):
         at = frame.py(tick)
         line = f'<path class="grid" d="M{size.left} {at:g}H{right}"/>' if grid else ""
         text = html.escape(y.write(tick))
         out.append(f'{line}<text class="t e" x="{size.left - 7}" y="{at + 4:g}">{text}</text>' if text else line)
-    for tick in _ticks(*frame.x, count=5, whole=x.label == "step"):
+    places = _ticks(*frame.x, count=5, whole=x.whole or x.label == "step") if frame.only is None else [frame.only]
+    for tick in places:
         at, text = frame.px(tick), html.escape(x.write(tick))
         out.append(f'<text class="t m" x="{at:g}" y="{bottom + 16}">{text}</text>' if text else "")
     out.append(f'<path class="axis" d="M{size.left} {bottom}H{right}"/>' if x.text is None or x.label else "")
@@ -330,7 +291,7 @@ def _range(axis: Axis, values: Sequence[Floats], *, pad: float) -> tuple[float, 
     known = np.concatenate([v[np.isfinite(v)] for v in values] or [np.zeros(1)])
     known = known if known.size else np.zeros(1)
     low, high = float(known.min()), float(known.max())
-    room = pad * (high - low)
+    room = pad * (high - (low if axis.low is None else min(low, axis.low)))
     low = axis.low if axis.low is not None else low - room
     high = axis.high if axis.high is not None else high + room
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):  # a point, or a constant
@@ -354,14 +315,14 @@ def _thinned(line: Line) -> Line:
     if line.x.size <= MAX_POINTS:
         return line
     parts = [line.y, *(part for part in (line.low, line.high) if part is not None)]
-    x, merged = _merged(line.x, np.stack(parts, axis=1))
-    low, high = (merged[:, 1], merged[:, 2]) if len(parts) == 3 else (None, None)
+    x, means = merged(line.x, np.stack(parts, axis=1))
+    low, high = (means[:, 1], means[:, 2]) if len(parts) == 3 else (None, None)
     return Line(
-        name=line.name, x=x, y=merged[:, 0], low=low, high=high, color=line.color, style=line.style, dots=line.dots
+        name=line.name, x=x, y=means[:, 0], low=low, high=high, color=line.color, style=line.style, dots=line.dots
     )
 
 
-def _merged(x: Floats, columns: Floats, most: int = MAX_POINTS) -> tuple[Floats, Floats]:
+def merged(x: Floats, columns: Floats, most: int = MAX_POINTS) -> tuple[Floats, Floats]:
     """Means over neighbours, so that at most `most` are left."""
     if x.size <= most:
         return x, columns
@@ -370,9 +331,13 @@ def _merged(x: Floats, columns: Floats, most: int = MAX_POINTS) -> tuple[Floats,
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(columns, starts, axis=0) / counts[:, None]
 
 
-def _pairs(edges: Floats) -> list[tuple[float, float]]:
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+def column_width(x: Floats) -> float:
+    """Of columns at `x`: a step recorded twice, or out of order, must not leave them without any."""
+    gaps = np.diff(x)
+    gaps = gaps[gaps > 0]
+    return float(gaps.min()) if gaps.size else 1.0
 
 
-def _path(points: Sequence[tuple[float, float]]) -> str:
+def path_of(points: Sequence[tuple[float, float]]) -> str:
+    """Points as the path through them."""
     return "M" + "L".join(f"{a:g} {b:g}" for a, b in points)
