@@ -251,16 +251,16 @@ def _draws(gold: sympy.Expr, answer: sympy.Expr) -> tuple[str, ...]:
     return (_BELOW, _ABOVE, _BOTH, _NEGATIVE, *([_WHOLE] if steps else []))
 
 
-def _value(one: sympy.Expr, points: dict[sympy.Basic, sympy.Rational], draw: str) -> sympy.Expr:
+def _value(one: sympy.Expr, points: dict[sympy.Basic, sympy.Basic | float], draw: str) -> sympy.Expr:
     """An expression at a point. Substituted, powers of fractions would be worked out exactly, digits without end."""
     if draw == _WHOLE:
-        return one.subs(points).evalf(_DIGITS)
+        return one.subs(list(points.items())).evalf(_DIGITS)
     return one.evalf(_DIGITS, subs=points, maxn=2 * _DIGITS)
 
 
-def _points(gold: sympy.Expr, answer: sympy.Expr, draw: str) -> dict[sympy.Basic, sympy.Rational]:
+def _points(gold: sympy.Expr, answer: sympy.Expr, draw: str) -> dict[sympy.Basic, sympy.Basic | float]:
     """A value for every variable, the same at any time, between the bounds of the draw."""
-    points = {}
+    points: dict[sympy.Basic, sympy.Basic | float] = {}
     low, high = _BOUNDS[draw]
     for symbol in gold.free_symbols | answer.free_symbols:
         numerator = random.Random(f"{symbol} {draw}").randint(low, high)
