@@ -254,7 +254,7 @@ def _draws(gold: sympy.Expr, answer: sympy.Expr) -> tuple[str, ...]:
 def _value(one: sympy.Expr, points: dict[sympy.Basic, sympy.Basic | float], draw: str) -> sympy.Expr:
     """An expression at a point. Substituted, powers of fractions would be worked out exactly, digits without end."""
     if draw == _WHOLE:
-        return one.subs(list(points.items())).evalf(_DIGITS)
+        return sympy.N(one.subs(list(points.items())), _DIGITS)
     return one.evalf(_DIGITS, subs=points, maxn=2 * _DIGITS)
 
 
