@@ -163,10 +163,11 @@ def test_a_function_is_called_with_one_request_after_the_other(box: Sandbox) -> 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_limits_are_kept_within_ten_percent(backend: str) -> None:
-    box = opened(backend, seconds=1.0, cpu_seconds=10, memory_mib=256, file_mib=4, output_kib=64, threads=16)
+    given = {"cpu_seconds": 10, "memory_mib": 256, "file_mib": 4, "output_kib": 64, "threads": 16}
+    box = opened(backend, seconds=15.0, **given)
     try:
         began = time.monotonic()
-        slept = box.run("import time; time.sleep(30)")
+        slept = box.run("import time; time.sleep(30)", limits=Limits(seconds=1.0, **given))
         assert slept.ended == "timeout"
         assert slept.wall_seconds == pytest.approx(1.0, rel=0.1)
         assert time.monotonic() - began < 3

@@ -92,8 +92,8 @@ def parse_source(spec: str) -> Source:
         raise InputError(
             f"source {spec!r} must start with one of {', '.join(f'{k}:' for k in _KEYS)}{nearest(kind, list(_KEYS))}"
         )
-    if not name.strip() or not name.isprintable():
-        raise InputError(f"source {spec!r} has no name, or none that can be printed, after {kind}:")
+    if not name.strip():
+        raise InputError(f"source {spec!r} has no name after {kind}:")
     values: dict[str, Any] = {}
     params: dict[str, Any] = {}
     for pair in query.split("&") if query else ():
