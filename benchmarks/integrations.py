@@ -140,7 +140,13 @@ def run(method: str, arguments: Arguments) -> dict[str, Any]:
     seconds = [step() for _ in range(arguments.repeats)]
     peak = torch.cuda.max_memory_allocated() if on_gpu else memory_probe.status_bytes("VmHWM")
     name = torch.cuda.get_device_name() if on_gpu else "cpu"
-    return {"median_seconds": statistics.median(seconds), "peak_bytes": peak - before, "device": name}
+    return {
+        "median_seconds": statistics.median(seconds),
+        "least_seconds": min(seconds),
+        "largest_seconds": max(seconds),
+        "peak_bytes": peak - before,
+        "device": name,
+    }
 
 
 if __name__ == "__main__":

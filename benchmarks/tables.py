@@ -26,6 +26,7 @@ FILES = {
     "weight_sync": "weight_sync.json",
     "math_rewards": "math_rewards.json",
     "sandbox": "sandbox.json",
+    "integrations": "integrations.json",
 }
 
 
@@ -212,6 +213,23 @@ def sandbox() -> str:
     return "\n".join([*sandbox_case.table(rows), "", _wrapped(note)])
 
 
+def integrations() -> str:
+    """A step's loss and gradients in TRL and in ours, as Markdown."""
+    result = json.loads(_path("integrations").read_text())
+    given = result["arguments"]
+    lines = ["| loss and gradients | seconds | peak memory |", "|---|---|---|"]
+    for row in result["rows"]:
+        seconds = f"{row['median_seconds']:.1f}"
+        if "least_seconds" in row:
+            seconds += f" ({row['least_seconds']:.1f} to {row['largest_seconds']:.1f})"
+        lines.append(f"| {row['method']} | {seconds} | {row['peak_bytes'] / 2**20:,.0f} MiB |")
+    note = f"""
+        {given["tokens"]} completion tokens, vocabulary {given["vocabulary"]}, hidden size {given["hidden"]},
+        {given["layers"]} layers, float32, 1 thread: medians of {given["repeats"]}, each method in a process of its own,
+        one after the other; memory above model and batch. {_environment(result)}."""
+    return "\n".join([*lines, "", _wrapped(note)])
+
+
 def _wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), width=120, break_long_words=False, break_on_hyphens=False)
 
@@ -227,6 +245,7 @@ def render(text: str) -> str:
         "weight_sync": weight_sync,
         "math_rewards": math_rewards,
         "sandbox": sandbox,
+        "integrations": integrations,
     }
     for name, make in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
