@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator
@@ -549,3 +550,24 @@ def test_the_filter_allows_threads_and_refuses_processes_and_sockets(machine: st
 def test_the_attacks_are_many_and_differ() -> None:
     assert len(sandbox_attacks.ATTACKS) + len(sandbox_attacks.PERSISTENCE) >= 100
     assert len(set(sandbox_attacks.ATTACKS.values())) == len(sandbox_attacks.ATTACKS)
+
+
+_FROM_ELSEWHERE = """
+import sys
+from paced_fast.sandbox import open_sandbox
+box = open_sandbox(sys.argv[1], workers=1)
+print(box.run("import os; print(os.path.exists('" + sys.argv[2] + "'))").stdout)
+box.close()
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_package_may_lie_in_the_folder_that_is_scratch_inside(backend: str, tmp_path: Path) -> None:
+    """As a clone in /tmp does; and installed packages are nothing that a program finds."""
+    opened(backend).close()
+    package = tmp_path / "paced_fast"
+    shutil.copytree(Path(client.__file__).parent.parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    installed = sysconfig.get_path("purelib")
+    command = [sys.executable, "-c", _FROM_ELSEWHERE, backend, installed]
+    said = subprocess.run(command, cwd="/", env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert said.stdout.strip() == str(b"False\n"), said.stderr

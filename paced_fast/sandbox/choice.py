@@ -16,6 +16,7 @@ from typing import Any
 
 from paced_fast.errors import InputError
 from paced_fast.sandbox.client import Box
+from paced_fast.sandbox.harness import SCRATCH
 from paced_fast.sandbox.kernel import NOBODY, TRUNCATION
 from paced_fast.sandbox.limits import Limits, Sandbox, SandboxError
 
@@ -100,6 +101,9 @@ def _try(name: str, limits: Limits, workers: int) -> tuple[Box | None, str]:
         settings["bwrap"] = shutil.which("bwrap")
         if settings["bwrap"] is None:
             return None, "the program bwrap (package bubblewrap)"
+    hidden = [path for path in settings["binds"] if path.startswith(f"{SCRATCH}/")]
+    if name != "unsafe" and hidden:
+        return None, f"an interpreter outside of {SCRATCH} ({hidden[0]})"
     box = Box(name, settings, os.path.realpath(sys.executable), limits, workers)
     try:
         layers, missing = box.layers()
@@ -181,10 +185,12 @@ def _free_uids() -> list[int]:
 def _paths(name: str) -> dict[str, Any]:
     """What a Python interpreter reads, as `binds` in an order that works, and `links` between them."""
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib"]
-    standard = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib")]
+    # Not what sysconfig says unasked: in a virtual environment that is where its packages are.
+    platform = sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix})
+    standard = [os.path.dirname(os.path.realpath(os.__file__)), platform]
     files = ["/etc/ld.so.cache"]
     if name == "bubblewrap":
-        files += [os.path.realpath(sys.executable), str(Path(__file__).parent)]
+        files += [os.path.realpath(sys.executable)]
     links = {path: os.readlink(path) for path in libraries if os.path.islink(path)}
     wanted = {os.path.realpath(path) for path in [*libraries, *standard] if os.path.isdir(path)}
     wanted |= {path for path in files if os.path.exists(path)}

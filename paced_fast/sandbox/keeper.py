@@ -21,6 +21,8 @@ from typing import Any
 
 from paced_fast.sandbox import harness, kernel, seccomp
 
+# Where a program's own interpreter finds this package: its place outside may be hidden, and need not be known.
+_PACKAGE = "/harness"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _SCRATCH_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 _MAX_FILES = 1000
@@ -53,6 +55,7 @@ class Keeper:
     def __init__(self, settings: dict[str, Any], channel: socket.socket) -> None:
         self.settings, self.channel = settings, channel
         self.kind: str = settings["kind"]
+        self.package: str = settings["package"]
         self.missing: list[str] = []
         self.layers: dict[str, Any] = {"namespaces": False, "uid": None, "landlock": 0, "seccomp": False}
         self._pid_namespace = -1
@@ -87,7 +90,8 @@ class Keeper:
                 # bubblewrap runs as another user, who may not be let into the folders on the way to the interpreter.
                 _named("unshare", kernel.unshare, kernel.NEWNS)
                 kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-                _new_root([*settings["binds"], settings["bwrap"], "/proc"], settings["links"])
+                _new_root([*settings["binds"], settings["bwrap"], "/proc"], settings["links"], self.package)
+                self.package = _PACKAGE
             self._filter = os.memfd_create("filter")
             os.write(self._filter, seccomp.starting_filter() if self.layers["seccomp"] else b"")
 
@@ -202,7 +206,7 @@ class Keeper:
         os.lseek(self._filter, 0, os.SEEK_SET)
         os.set_inheritable(self._filter, True)
         words = self._bubblewrap(inner["limits"]["file_mib"])
-        os.execve(words[0], [*words, *python, "harness", self.settings["package"], json.dumps(inner)], {})
+        os.execve(words[0], [*words, *python, "harness", _PACKAGE, json.dumps(inner)], {})
 
     def _drop_uid(self) -> None:
         uid = self.layers["uid"]
@@ -224,6 +228,7 @@ class Keeper:
         words += ["--clearenv", "--uid", str(kernel.NOBODY), "--gid", str(kernel.NOBODY), "--hostname", "sandbox"]
         for path in self.settings["binds"]:
             words += ["--ro-bind", path, path]
+        words += ["--ro-bind", self.package, _PACKAGE]
         for link, target in self.settings["links"].items():
             words += ["--symlink", target, link]
         for path in DEVICES:
@@ -251,12 +256,15 @@ def inside() -> None:
     harness.run()
 
 
-def _new_root(binds: list[str], links: dict[str, str]) -> None:
-    """A file system of only these paths, read-only; the machine's own is gone."""
+def _new_root(binds: list[str], links: dict[str, str], package: str | None = None) -> None:
+    """A file system of only these paths, read-only, and of this package; the machine's own is gone."""
     kernel.mount("tmpfs", "/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=1m")
     os.mkdir("/tmp/old")
     kernel.pivot_root("/tmp", "/tmp/old")
     os.chdir("/")
+    if package is not None:
+        os.mkdir(_PACKAGE)
+        kernel.bind_read_only(f"/old{package}", _PACKAGE)
     for path in (*binds, *DEVICES):
         if os.path.isdir(f"/old{path}"):
             os.makedirs(path, exist_ok=True)
