@@ -398,7 +398,7 @@ class TestFiles:
                 "demonstration=d",
                 "a.jsonl:1 has no field 'd': it has prompt, answer; name the field by demonstration=",
             ),
-            (({**GOOD, "d": 5},), "demonstration=d", "a.jsonl:1: the demonstration in 'd' is not text: 5"),
+            (({**GOOD, "d": 5},), "demonstration=d", "a.jsonl:1: the demonstration in 'd' is not text, or none: 5"),
             (({**GOOD, "answer": "72"},), "answer_after=####", "a.jsonl:1: the answer in 'answer' has no '####'"),
             (({**GOOD, "prompt": "  "},), "", "a.jsonl:1: the prompt in 'prompt' is empty"),
             (({**GOOD, "prompt": 5},), "", "a.jsonl:1: the prompt in 'prompt' is neither text nor a list"),
