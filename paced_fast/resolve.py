@@ -17,7 +17,8 @@ from paced_fast.sources import is_template, parse_source
 def resolve(config: Config) -> Config:
     """Replace every `auto` by what the algorithm's name says, and check the settings against each other.
 
-    `weight_sync.mode` and `reward.sandbox` stay `auto`: the engine's layout and the machine decide, not known yet.
+    `weight_sync.mode`, `reward.sandbox` and `distributed.mode` stay `auto`: the engine's layout, the machine and the model
+    decide, not known yet.
 
     Raises InputError naming the first field that is out of range or in conflict with another.
     """
@@ -102,6 +103,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "optimizer.epochs": (1, 10**4),
     "optimizer.micro_batch_tokens": (1, 10**9),
     "optimizer.max_consecutive_skips": (1, 10**6),
+    "distributed.timeout_seconds": (1.0, 86400.0),
     "log_z.learning_rate": (0.0, 1.0),
     "log_z.hidden_size": (1, 10**6),
     "log_z.max_grad_norm": (1e-12, math.inf),

@@ -3,6 +3,7 @@
 `auto` means "what the algorithm's name says"; `resolve.resolve` replaces it, and the run folder keeps the result.
 """
 
+from paced_fast.config.compute import DistributedConfig
 from paced_fast.config.engine import MismatchConfig, SyncMode, WeightSyncConfig
 from paced_fast.config.inputs import (
     DataConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "Algorithm",
     "Config",
     "DataConfig",
+    "DistributedConfig",
     "EvaluationConfig",
     "GenerationConfig",
     "GeneratorName",

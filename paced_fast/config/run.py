@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from paced_fast.config.compute import DistributedConfig
 from paced_fast.config.engine import MismatchConfig, WeightSyncConfig
 from paced_fast.config.inputs import DataConfig, GenerationConfig, ModelConfig, RewardConfig, WarmStartConfig
 from paced_fast.config.learning import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, SchedulerConfig
@@ -86,6 +87,7 @@ class Config:
     scheduler: SchedulerConfig = SchedulerConfig()
     replay: ReplayConfig = ReplayConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    distributed: DistributedConfig = DistributedConfig()
     run: RunConfig = RunConfig()
 
     @property

@@ -1,0 +1,143 @@
+"""The processes that train together: who they are, and the few things they tell each other.
+
+torchrun starts one process a GPU (or several on a CPU) and says who is who in the environment. What happens in a step
+is decided alike on every rank from the same numbers; generation, rewards and passes through the policy are shared out,
+and their results gathered. Tensors on the device travel by the device's backend (nccl), lists and flags of the host by
+gloo, so that nobody waits for a GPU to exchange a number.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from paced_fast.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """R ranks; one process without torchrun is a world of one, in which every exchange returns what it was given."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_lead(self) -> bool:
+        """Whether this rank writes files and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        """Machines that take part."""
+        return self.size // self.local_size
+
+    def share(self, count: int) -> range:
+        """Which of `count` items are this rank's: a contiguous part, those of all ranks in order of rank."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over the ranks, the same bits everywhere; tensors on the policy's device."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def lead_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by the lead's; tensors on the policy's device."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def gather(self, host: Tensor) -> list[Tensor]:
+        """The one-dimensional host tensor of every rank, in order of rank; lengths may differ."""
+        if self.size == 1:
+            return [host]
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(host)]))
+        longest = int(max(lengths))
+        padded = torch.nn.functional.pad(host, (0, longest - len(host)))
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(found, padded)
+        return [part[: int(length)] for part, length in zip(found, lengths, strict=True)]
+
+    def gather_text(self, text: str) -> list[str]:
+        """The text of every rank, in order of rank."""
+        coded = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return [bytes(part.tolist()).decode() for part in self.gather(coded)]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return any(bool(part) for part in self.gather(torch.tensor([flag], dtype=torch.uint8)))
+
+    def agree(self, error: Exception | None, kind: type[Exception]) -> None:
+        """Raise on every rank what one of them met: `kind` with the messages, each with its rank.
+
+        Every rank calls this at the same place, with None where all went well; so nobody waits for a rank that gave up.
+        """
+        messages = self.gather_text("" if error is None else str(error) or type(error).__name__)
+        if any(messages):
+            if self.size == 1:
+                raise kind(messages[0]) from error
+            found = dict.fromkeys(message for message in messages if message)  # what all met is said once
+            ranks = {text: [r for r, other in enumerate(messages) if other == text] for text in found}
+            whole = "; ".join(
+                text if len(who) == self.size else f"rank {', '.join(map(str, who))}: {text}"
+                for text, who in ranks.items()
+            )
+            raise kind(whole) from error
+
+    def wait(self) -> None:
+        """Go on when every rank has come here."""
+        self.any(False)
+
+
+ALONE = World()
+
+
+def start(device: str, timeout_seconds: float) -> World:
+    """Join the processes that torchrun started, or be alone where it started none.
+
+    A collective that some rank does not join fails on the others after `timeout_seconds`. Raises InputError when the
+    environment is not torchrun's or there are more ranks than GPUs.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    values: dict[str, Any] = {name: os.environ.get(name, "") for name in names}
+    if values["WORLD_SIZE"] in ("", "1") and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ALONE
+    wrong = [name for name, value in values.items() if not value.isdecimal()]
+    if wrong:
+        raise InputError(
+            f"several processes: {wrong[0]} is not set: start them with torchrun --nproc-per-node N -m ..."
+        )
+    world = World(*(int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    backend = "cpu:gloo"
+    if device == "cuda":
+        if world.local_size > torch.cuda.device_count():
+            raise InputError(
+                f"{world.local_size} processes on this machine and {torch.cuda.device_count()} GPUs: one process a "
+                "GPU, torchrun --nproc-per-node of at most the GPUs"
+            )
+        torch.cuda.set_device(world.local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    return world
+
+
+def stop() -> None:
+    """Leave the group; nothing happens when there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def joined(parts: Sequence[Tensor]) -> list[Any]:
+    """The values of all ranks' tensors as one list, in order of rank."""
+    return torch.cat(list(parts)).tolist()
