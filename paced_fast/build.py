@@ -25,7 +25,15 @@ from paced_fast.errors import InputError
 from paced_fast.evaluate import check_headline, load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.parity import ParityGuard, long_sequences
-from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
+from paced_fast.policy import (
+    Policy,
+    adapt,
+    build_tiny,
+    load_model,
+    make_policy,
+    smollm2_folder,
+    use_liger,
+)
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.sources import drop_missing
@@ -93,15 +101,17 @@ def build(config: Config, console: Console) -> Run:
     else:
         model = load_model(config.model, str(folder / "initial"))
     # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
-    policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
+    policy = make_policy(model, config)
     embeddings = eval_embeddings = None
     if config.uses_head:
         embeddings = policy.embed([row.token_ids for row in table.rows])
         eval_embeddings = policy.embed([row.token_ids for row in eval_table.rows])
     initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
     if newest is not None:
-        model = load_model(config.model, str(newest / "policy"))
-        policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
+        if config.lora.rank == 0:  # adapters lie beside the weights from before training, and come with the state
+            model = load_model(config.model, str(newest / "policy"))
+            policy = make_policy(model, config)
+    _prepare(policy, config)
     plan = memory.plan(model, config, len(table))
     if config.generator == "vllm" and config.weight_sync.mode != "shared":
         itemsize = getattr(torch, config.weight_sync.dtype).itemsize
@@ -136,6 +146,18 @@ def build(config: Config, console: Console) -> Run:
         logger.info("resumed after step %d from %s", trainer.counters.step, newest)
     resumed = newest is not None
     return Run(config, folder, trainer, generator, scorer, tokenizer, eval_table, eval_embeddings, repeated, resumed)
+
+
+def _prepare(policy: Policy, config: Config) -> None:
+    """Adapters and fused layers, and a line for what was chosen."""
+    if config.lora.rank > 0:
+        adapt(policy.model, config.lora, seed=stream_seed(config.seed, 0, "adapters"))
+    trained, total = (sum(p.numel() for p in own) for own in (policy.parameters(), policy.model.parameters()))
+    logger.info(
+        "policy: attention %s (%s); liger %s; %s of %s parameters trained",
+        *(policy.attention.name, policy.attention.reason, use_liger(config.model.liger, policy.model)),
+        *(f"{trained:,}", f"{total:,}"),
+    )
 
 
 def _generator(
@@ -313,6 +335,7 @@ def _claim(folder: Path, config: Config) -> None:
 # What an error message advises to change must be free too.
 _FREE_ON_RESUME = (
     *("steps", "resume", "run_dir", "run.", "distributed.", "warm_start.cache_dir", "generation.max_batch_sequences"),
+    *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger")),
     *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib")),
     *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
 )

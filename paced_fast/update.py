@@ -190,7 +190,7 @@ def update_policy(
         for sequences in _minibatches(rollouts, config.optimizer.minibatches, seed):
             optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=policy.device)
-            for chosen in pack.micro_batches(rollouts, sequences, config.optimizer.micro_batch_tokens):
+            for chosen in policy.micro_batches(rollouts, sequences, config.optimizer.micro_batch_tokens):
                 part = pack.part(rollouts, chosen)
                 hidden = policy.hidden(part.rollouts)
                 out = policy_loss(hidden, policy, part.rollouts, _select(targets, part), config, len(sequences))

@@ -54,12 +54,18 @@ SAME_OR_HIGHER_LAYER = {
 }
 """Exceptions by name, (importer, imported), with their reason."""
 
-KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory", "mismatch"}
+KERNEL_USERS = {"policy.policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory", "mismatch"}
 HOMES = {
     "vllm": {"engine"},
     "wandb": {"metrics"},
     "tensorboard": {"metrics"},
-    "transformers": {"policy", "prompts.tokenizers", "generate"},
+    "transformers": {
+        *("policy.adapters", "policy.attention", "policy.checkpointing", "policy.liger", "policy.loading"),
+        *("policy.policy", "prompts.tokenizers", "generate"),
+    },
+    "peft": {"policy.adapters"},
+    "liger_kernel": {"policy.liger"},
+    "flash_attn": {"policy.attention"},
 }
 """Third-party packages and the only modules of `paced_fast` that may name them; integrations are adapters and free."""
 

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from paced_fast import pack
 from paced_fast.batch import Rollouts
+from paced_fast.config import Config
 from paced_fast.errors import InputError
-from paced_fast.policy.attention import SHARED, Attention, Packed, install, sdpa, sdpa_masks
+from paced_fast.policy.adapters import plain_state
+from paced_fast.policy.attention import SHARED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
 from paced_fast.policy.checkpointing import checkpoint_next_forward, enable_checkpointing
 from paced_kernels import linear_logprobs
 
@@ -188,13 +190,13 @@ class Policy:
         return result
 
     def host_state(self) -> dict[str, Tensor]:
-        """The model's state on the host, one tensor for tied parameters.
+        """The model's state on the host, adapters merged, one tensor for tied parameters.
 
         Parameters that are slices of an engine's matrix would be cloned on the device when they are saved.
         """
         copies: dict[tuple[int, tuple[int, ...]], Tensor] = {}
         state = {}
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in plain_state(self.model).items():
             key = (tensor.data_ptr(), tuple(tensor.shape))
             if key not in copies:
                 copies[key] = tensor.detach().cpu()
@@ -204,7 +206,17 @@ class Policy:
     def frozen_copy(self) -> Policy:
         """A copy that no optimiser touches."""
         model = copy.deepcopy(self.model).requires_grad_(False)
-        return Policy(model, max_tokens=self.max_tokens)
+        return Policy(model, max_tokens=self.max_tokens, attention=self.attention)
+
+
+def make_policy(model: PreTrainedModel, config: Config) -> Policy:
+    """The model as the run's settings want it computed. Raises InputError when they ask for what there is not."""
+    return Policy(
+        model,
+        max_tokens=config.optimizer.micro_batch_tokens,
+        attention=choose_attention(config.model.attention, model),
+        checkpoint=config.model.gradient_checkpointing,
+    )
 
 
 def _chunks(items: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterable[list[int]]:
