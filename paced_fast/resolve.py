@@ -55,7 +55,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "model.num_layers": (1, 10**4),
     "model.num_heads": (1, 10**4),
     "lora.rank": (0, 10**4),
-    "lora.alpha": (1e-6, 1e6),
+    "lora.alpha": (1, 10**6),
     "data.max_prompt_tokens": (1, 10**7),
     "data.max_bad_share": (0.0, 1.0),
     "warm_start.first.steps": (0, 10**9),

@@ -37,7 +37,7 @@ from paced_fast.policy import (
 from paced_fast.update import POLICY_LOSSES, Targets, make_optimizer
 from paced_fast.weight_sync import PushedWeights, connect
 
-LORA = LoraConfig(rank=2, alpha=4.0)
+LORA = LoraConfig(rank=2, alpha=4)
 
 
 def adapted(family: str = "qwen3", *, learned: bool = True, config: LoraConfig = LORA) -> PreTrainedModel:
@@ -240,7 +240,7 @@ def test_a_run_with_adapters_continues_to_the_bit(
 ) -> None:
     """Killed between checkpoints, or not: the same losses, the same merged weights at the end."""
     settings = tiny_run.config(
-        tiny_run.write_rewards(tmp_path), steps=6, lora__rank=2, lora__alpha=8.0, evaluation__every=0
+        tiny_run.write_rewards(tmp_path), steps=6, lora__rank=2, lora__alpha=8, evaluation__every=0
     )
 
     def go(name: str, **changes: Any) -> list[dict[str, Any]]:

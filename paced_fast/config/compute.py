@@ -12,7 +12,7 @@ class LoraConfig:
 
     rank: int = 0
     """Rank of the matrices that are trained; 0 trains every parameter."""
-    alpha: float = 32.0
+    alpha: int = 32
     """What is learned is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the linear layers that get them, such as q_proj; all-linear is every one but the output head."""
