@@ -170,10 +170,8 @@ def test_a_saved_policy_is_a_plain_folder(tmp_path: Path) -> None:
         assert not list((tmp_path / family).glob("adapter*"))
         loaded = load_model(ModelConfig(), str(tmp_path / family))
         assert not is_adapted(loaded)
-        wanted = policy.logprobs(rollouts, 1.0)
-        torch.testing.assert_close(
-            Policy(loaded, max_tokens=4096).logprobs(rollouts, 1.0), wanted, rtol=1e-4, atol=1e-4
-        )
+        wanted, found = (each.logprobs(rollouts, 1.0) for each in (policy, Policy(loaded, max_tokens=4096)))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_adapter_state_comes_back_or_is_refused() -> None:

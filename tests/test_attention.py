@@ -177,9 +177,9 @@ def test_the_host_does_not_look_for_sequences_in_a_packed_row(monkeypatch: pytes
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", reads)
     for family in tiny_families.FAMILIES:
         policy_of(tiny_families.model(family), "packed-sdpa", monkeypatch).hidden(batch())
+    made, ids, positions = tiny_families.model("llama"), torch.tensor([[1, 2]]), torch.tensor([[0, 0]])
     with pytest.raises(AssertionError, match="waits"):
-        ids = torch.tensor([[1, 2]])
-        tiny_families.model("llama")(input_ids=ids, position_ids=torch.tensor([[0, 0]]), use_cache=False)
+        made(input_ids=ids, position_ids=positions, use_cache=False)
 
 
 def test_calls_without_a_packed_row_are_what_they_were() -> None:

@@ -7,6 +7,7 @@ from paced_fast.policy.adapters import (
     load_adapter_state,
     plain_parameters,
     plain_state,
+    require_peft,
 )
 from paced_fast.policy.attention import SHARED, Attention, choose_attention
 from paced_fast.policy.liger import use_liger
@@ -28,6 +29,7 @@ __all__ = [
     "plain_parameters",
     "plain_state",
     "quiet",
+    "require_peft",
     "smollm2_folder",
     "use_liger",
 ]

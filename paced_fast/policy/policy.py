@@ -59,6 +59,8 @@ class Policy:
         self.max_tokens = max_tokens
         self.attention = attention
         self.checkpoint = checkpoint
+        self.lockstep = False
+        """Whether ranks hold parts of the parameters, so that all must call the model the same number of times."""
 
     @property
     def device(self) -> torch.device:
