@@ -27,16 +27,7 @@ from paced_fast.errors import InputError
 from paced_fast.evaluate import check_headline, load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.parity import ParityGuard, long_sequences
-from paced_fast.policy import (
-    Policy,
-    adapt,
-    build_tiny,
-    load_model,
-    make_policy,
-    require_peft,
-    smollm2_folder,
-    use_liger,
-)
+from paced_fast.policy import Policy, build_tiny, load_model, make_policy, prepare, smollm2_folder
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.sharing import SharedGenerator, together
@@ -78,8 +69,6 @@ def build(config: Config, console: Console, world: World = ALONE) -> Run:
         require_vllm(config.model.device)
         if config.model.name == "tiny":  # known before the warm start
             require_head_size(config.model.hidden_size // config.model.num_heads, config.model.device)
-    if config.lora.rank > 0:
-        require_peft()
     folder = _of_lead(world, lambda: _run_folder(config))
     assert folder is not None
     newest = _of_lead(world, lambda: _newest_checkpoint(config, folder) if config.resume == "auto" else None)
@@ -108,7 +97,7 @@ def build(config: Config, console: Console, world: World = ALONE) -> Run:
     if newest is not None and config.lora.rank == 0:  # adapters lie beside the weights from before training
         model = together(world, lambda: load_model(config.model, str(newest / "policy")))
         policy = make_policy(model, config)
-    together(world, lambda: _prepare(policy, config))
+    together(world, lambda: prepare(policy, config))
     console.print(
         metrics.memory_plan_table(_plan(config, policy, len(table)), available_bytes=memory.available(policy.device))
     )
@@ -204,18 +193,6 @@ def _plan(config: Config, policy: Policy, num_prompts: int) -> dict[str, int]:
         name = "the engine's own weights" if only_copied else "the engine's own weights, if not shared"
         plan[name] = itemsize * sum(parameter.numel() for parameter in policy.model.parameters())
     return plan
-
-
-def _prepare(policy: Policy, config: Config) -> None:
-    """Adapters and fused layers, and a line for what was chosen."""
-    if config.lora.rank > 0:
-        adapt(policy.model, config.lora, seed=stream_seed(config.seed, 0, "adapters"))
-    trained, total = (sum(p.numel() for p in own) for own in (policy.parameters(), policy.model.parameters()))
-    logger.info(
-        "policy: attention %s (%s); liger %s; %s of %s parameters trained",
-        *(policy.attention.name, policy.attention.reason, use_liger(config.model.liger, policy.model)),
-        *(f"{trained:,}", f"{total:,}"),
-    )
 
 
 def _generator(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from paced_fast import train
+from paced_fast import resolve, train
 from paced_fast.config import LoraConfig, ModelConfig, WeightSyncConfig
 from paced_fast.errors import InputError
 from paced_fast.generate import TransformersGenerator
@@ -27,7 +27,6 @@ from paced_fast.policy import (
     Policy,
     adapt,
     adapter_state,
-    adapters,
     is_adapted,
     load_adapter_state,
     load_model,
@@ -228,9 +227,9 @@ def test_what_cannot_be_adapted_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         tiny_policy.settings(lora__rank=2, lora__targets=())
     with pytest.raises(InputError, match=r"^--weight-sync.mode shared: .* give push$"):
         tiny_policy.settings(lora__rank=2, weight_sync__mode="shared", generator="vllm")
-    monkeypatch.setattr(adapters.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(resolve.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"^--lora.rank needs PEFT: pip install 'paced-fast\[lora\]'"):
-        adapt(tiny_families.model("llama"), LORA, seed=0)
+        tiny_policy.settings(lora__rank=2)
 
 
 def test_a_run_with_adapters_continues_to_the_bit(

@@ -7,12 +7,11 @@ from paced_fast.policy.adapters import (
     load_adapter_state,
     plain_parameters,
     plain_state,
-    require_peft,
 )
 from paced_fast.policy.attention import SHARED, Attention, choose_attention
 from paced_fast.policy.liger import use_liger
 from paced_fast.policy.loading import build_tiny, load_model, quiet, smollm2_folder
-from paced_fast.policy.policy import Policy, make_policy
+from paced_fast.policy.policy import Policy, make_policy, prepare
 
 __all__ = [
     "SHARED",
@@ -28,8 +27,8 @@ __all__ = [
     "make_policy",
     "plain_parameters",
     "plain_state",
+    "prepare",
     "quiet",
-    "require_peft",
     "smollm2_folder",
     "use_liger",
 ]

@@ -7,7 +7,6 @@ the model had before: what is handed to an engine or written to a folder is merg
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib import util
 from typing import Any
 
 import torch
@@ -21,18 +20,11 @@ _ADAPTER = "default"
 _BASE = ".base_layer"
 
 
-def require_peft() -> None:
-    """Raises InputError when PEFT is absent."""
-    if util.find_spec("peft") is None:
-        raise InputError("--lora.rank needs PEFT: pip install 'paced-fast[lora]', or leave it at 0")
-
-
 def adapt(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
     """Freeze the model and give its linear layers trainable low-rank matrices that change nothing yet.
 
-    Raises InputError when PEFT is absent or a target is none of the model's linear layers.
+    Raises InputError when a target is none of the model's linear layers.
     """
-    require_peft()
     import peft
 
     everything = config.targets == ("all-linear",)

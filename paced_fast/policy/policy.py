@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -11,12 +12,15 @@ from transformers import PreTrainedModel
 
 from paced_fast import pack
 from paced_fast.batch import Rollouts
-from paced_fast.config import Config
+from paced_fast.config import Config, stream_seed
 from paced_fast.errors import InputError
-from paced_fast.policy.adapters import plain_state
+from paced_fast.policy.adapters import adapt, plain_state
 from paced_fast.policy.attention import SHARED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
 from paced_fast.policy.checkpointing import checkpoint_next_forward, enable_checkpointing
+from paced_fast.policy.liger import use_liger
 from paced_kernels import linear_logprobs
+
+logger = logging.getLogger(__name__)
 
 _MASKED_ROW = 256
 """On a CPU rows up to so many tokens are computed with a mask, longer ones block by block: of a long row's pairs of
@@ -218,6 +222,19 @@ def make_policy(model: PreTrainedModel, config: Config) -> Policy:
         max_tokens=config.optimizer.micro_batch_tokens,
         attention=choose_attention(config.model.attention, model),
         checkpoint=config.model.gradient_checkpointing,
+    )
+
+
+def prepare(policy: Policy, config: Config) -> None:
+    """Give the policy that is to be trained its adapters and fused layers, and log what was chosen."""
+    if config.lora.rank > 0:
+        adapt(policy.model, config.lora, seed=stream_seed(config.seed, 0, "adapters"))
+    fused = use_liger(config.model.liger, policy.model)
+    trained, total = (sum(p.numel() for p in own) for own in (policy.parameters(), policy.model.parameters()))
+    chosen = policy.attention
+    logger.info(
+        "policy: attention %s (%s); liger %s; %s of %s parameters trained",
+        *(chosen.name, chosen.reason, fused, f"{trained:,}", f"{total:,}"),
     )
 
 
