@@ -59,7 +59,11 @@ class Policy:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable parameters, tied ones once."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return list(self.named_parameters().values())
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trainable parameters by name, tied ones once."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """States [T, H] that predict the packed completion tokens, differentiable in the parameters."""

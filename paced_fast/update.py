@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from paced_fast import pack
 from paced_fast.batch import Rollouts
 from paced_fast.config import Config, OptimizerConfig, stream_seed
 from paced_fast.crossings import pinned
-from paced_fast.optimizer import GuardedAdamW
+from paced_fast.optimizer import PolicyOptimizer
 from paced_fast.policy import Policy
 from paced_kernels import (
     linear_logprobs,
@@ -146,13 +147,14 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
 }
 
 
-def make_optimizer(policy: Policy, config: OptimizerConfig) -> GuardedAdamW:
-    """AdamW on the policy's parameters, with the settings of the run."""
-    return GuardedAdamW(
-        policy.parameters(),
+def make_optimizer(policy: Policy, config: OptimizerConfig, mesh: DeviceMesh | None = None) -> PolicyOptimizer:
+    """AdamW on the policy's parameters, with the settings of the run; `mesh` are the ranks that each hold all."""
+    return PolicyOptimizer(
+        policy.named_parameters(),
         learning_rate=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
+        mesh=mesh,
     )
 
 
@@ -165,7 +167,7 @@ def learning_rate(config: OptimizerConfig, num_updates: Tensor) -> Tensor:
 
 def update_policy(
     policy: Policy,
-    optimizer: GuardedAdamW,
+    optimizer: PolicyOptimizer,
     rollouts: Rollouts,
     targets: Targets,
     config: Config,
@@ -188,22 +190,23 @@ def update_policy(
     for epoch in range(config.optimizer.epochs):
         seed = stream_seed(config.seed, step, f"minibatches/{epoch}")
         for sequences in _minibatches(rollouts, config.optimizer.minibatches, seed):
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss = torch.zeros((), device=policy.device)
-            for chosen in pack.micro_batches(rollouts, sequences, config.optimizer.micro_batch_tokens):
+            micro_batches = pack.micro_batches(rollouts, sequences, config.optimizer.micro_batch_tokens)
+            for k, chosen in enumerate(micro_batches, start=1):
                 part = pack.part(rollouts, chosen)
                 hidden = policy.hidden(part.rollouts)
                 out = policy_loss(hidden, policy, part.rollouts, _select(targets, part), config, len(sequences))
+                optimizer.before_backward(is_last=k == len(micro_batches))
                 out.loss.backward()
                 loss += out.loss.detach()
                 log_ratio.index_copy_(0, part.sequences, out.log_ratio)
                 weight.index_copy_(0, part.sequences, out.weight)
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
             optimizer.learning_rate.copy_(learning_rate(config.optimizer, num_updates + taken))
-            taken += optimizer.guarded_step(loss, norm)
-            losses.append(loss)
-            norms.append(norm)
-    optimizer.zero_grad(set_to_none=True)
+            made = optimizer.clip_and_step(loss, config.optimizer.max_grad_norm)
+            taken += made.taken
+            losses.append(made.loss)
+            norms.append(made.grad_norm)
     skipped = len(losses) - taken
     return UpdateResult(torch.stack(losses).mean(), torch.stack(norms).mean(), log_ratio, weight, skipped, taken)
 
