@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib import util
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
@@ -18,9 +21,12 @@ from paced_fast import pack
 from paced_fast.batch import Rollouts
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
+from paced_fast.sharding import Shards
 from paced_kernels import linear_logprobs
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,11 +50,34 @@ class Policy:
             )
         self.model = model
         self.max_tokens = max_tokens
+        self._shards: Shards | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
         return self.model.device
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether ranks must make equally many passes: one that runs out makes another, of weight zero."""
+        return self._shards is not None
+
+    def shard(self, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+        """Split the parameters over the ranks of `mesh`, in place and for good; passes compute in `dtype`."""
+        self._shards = Shards(self.model, mesh, dtype=dtype)
+
+    def run(self, compute: Callable[[], Result]) -> Result:
+        """`compute()`, which calls `hidden` and may read `head`; what is differentiated is among what it returns.
+
+        On sharded ranks nothing else may call the model outside `whole`.
+        """
+        return compute() if self._shards is None else self._shards.run(compute)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """All of the model on every rank, for passes without gradients that need not be as many on each."""
+        with contextlib.nullcontext() if self._shards is None else self._shards.whole():
+            yield
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -62,11 +91,13 @@ class Policy:
         return list(self.named_parameters().values())
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable parameters by name, tied ones once."""
+        """The trainable parameters by name, tied ones once; of sharded ones the shards."""
+        if self._shards is not None:
+            self._shards.settle()
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
-        """States [T, H] that predict the packed completion tokens, differentiable in the parameters."""
+        """States [T, H] that predict the packed completion tokens, differentiable in the parameters; inside `run`."""
         rows = pack.forward_rows(rollouts, self.max_tokens)
         states = self.model.base_model(
             input_ids=rows.input_ids,
@@ -99,14 +130,17 @@ class Policy:
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
         """Log-probs f32[T] of the packed tokens under the current parameters, at `temperature`."""
-        weight, bias = self.head
         result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=self.device)
         for sequences in pack.micro_batches(rollouts, range(rollouts.num_sequences), self.max_tokens):
             part = pack.part(rollouts, sequences)
-            hidden = self.hidden(part.rollouts)
-            values = linear_logprobs(hidden, weight, part.rollouts.token_ids, bias=bias, temperature=temperature)
+            values = self.run(partial(self._token_logprobs, part.rollouts, temperature))
             result.index_copy_(0, part.tokens, values)
         return result
+
+    def _token_logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
+        weight, bias = self.head
+        hidden = self.hidden(rollouts)
+        return linear_logprobs(hidden, weight, rollouts.token_ids, bias=bias, temperature=temperature)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
@@ -121,10 +155,13 @@ class Policy:
                 ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
                 mask[row, : len(prompts[i])] = 1
             ids, mask = ids.to(self.device), mask.to(self.device)
-            states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            states = self.run(partial(self._states, ids, mask))
             weight = mask[:, :, None].float()
             result[torch.tensor(chunk, device=self.device)] = (states.float() * weight).sum(1) / weight.sum(1)
         return result
+
+    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     def host_state(self) -> dict[str, Tensor]:
         """The model's state on the host, one tensor for tied parameters.
@@ -141,7 +178,7 @@ class Policy:
         return state
 
     def frozen_copy(self) -> Policy:
-        """A copy that no optimiser touches."""
+        """A copy that no optimiser touches; made before the parameters are split."""
         model = copy.deepcopy(self.model).requires_grad_(False)
         return Policy(model, max_tokens=self.max_tokens)
 
@@ -199,7 +236,9 @@ def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
 
 def _placed(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     module = cast(torch.nn.Module, model)  # transformers wraps `to` in a type that checkers cannot follow
-    module.to(device=torch.device(config.device), dtype=_DTYPES[config.dtype]).eval()
+    module.to(device=torch.device(config.device)).eval()
+    for parameter in module.parameters():  # not buffers: rounded frequencies turn far positions by radians
+        parameter.data = parameter.data.to(_DTYPES[config.dtype])
     return model
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +41,7 @@ class Targets:
     weights: Tensor  # f32[B], constant factor of each sequence: 1, or what corrects for the policy that sampled it
 
 
-@dataclass(frozen=True, slots=True)
-class MicroOutput:
+class MicroOutput(NamedTuple):
     """Loss of one micro-batch, and per sequence the log-ratio to the old policy and the weight, detached."""
 
     loss: Tensor  # f32[]
@@ -181,7 +182,6 @@ def update_policy(
     number of sequences, whatever the split into micro-batches. A step left out does not advance the learning-rate
     schedule. Whether one was left out is decided on the device, and the host does not ask.
     """
-    policy_loss = POLICY_LOSSES[config.algorithm]
     log_ratio = torch.zeros_like(targets.signal)
     weight = torch.zeros_like(targets.signal)
     losses: list[Tensor] = []
@@ -195,8 +195,8 @@ def update_policy(
             micro_batches = pack.micro_batches(rollouts, sequences, config.optimizer.micro_batch_tokens)
             for k, chosen in enumerate(micro_batches, start=1):
                 part = pack.part(rollouts, chosen)
-                hidden = policy.hidden(part.rollouts)
-                out = policy_loss(hidden, policy, part.rollouts, _select(targets, part), config, len(sequences))
+                goal = _select(targets, part)
+                out = policy.run(partial(_micro_loss, policy, part.rollouts, goal, config, len(sequences)))
                 optimizer.before_backward(is_last=k == len(micro_batches))
                 out.loss.backward()
                 loss += out.loss.detach()
@@ -209,6 +209,11 @@ def update_policy(
             norms.append(made.grad_norm)
     skipped = len(losses) - taken
     return UpdateResult(torch.stack(losses).mean(), torch.stack(norms).mean(), log_ratio, weight, skipped, taken)
+
+
+def _micro_loss(policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int) -> MicroOutput:
+    """Forward pass and loss, in one call because sharded parameters are gathered around it."""
+    return POLICY_LOSSES[config.algorithm](policy.hidden(micro), policy, micro, targets, config, denominator)
 
 
 def _select(targets: Targets, part: pack.Part) -> Targets:
