@@ -59,7 +59,7 @@ class Policy:
 
     @property
     def lockstep(self) -> bool:
-        """Whether ranks must make equally many passes: one that runs out makes another, of weight zero."""
+        """Whether ranks hold parts of the parameters, so that all must call the model the same number of times."""
         return self._shards is not None
 
     def shard(self, mesh: DeviceMesh, dtype: torch.dtype) -> None:
@@ -133,14 +133,19 @@ class Policy:
         result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=self.device)
         for sequences in pack.micro_batches(rollouts, range(rollouts.num_sequences), self.max_tokens):
             part = pack.part(rollouts, sequences)
-            values = self.run(partial(self._token_logprobs, part.rollouts, temperature))
-            result.index_copy_(0, part.tokens, values)
+            result.index_copy_(0, part.tokens, self.pass_logprobs(part.rollouts, temperature))
         return result
 
-    def _token_logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
-        weight, bias = self.head
-        hidden = self.hidden(rollouts)
-        return linear_logprobs(hidden, weight, rollouts.token_ids, bias=bias, temperature=temperature)
+    @torch.no_grad()
+    def pass_logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
+        """The same of one micro-batch, in one pass however long it is."""
+
+        def compute() -> Tensor:
+            weight, bias = self.head
+            hidden = self.hidden(rollouts)
+            return linear_logprobs(hidden, weight, rollouts.token_ids, bias=bias, temperature=temperature)
+
+        return self.run(compute)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:

@@ -7,7 +7,7 @@ B = sequences, T = packed completion tokens, s = sum of a sequence's log-probs, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from paced_fast import pack
 from paced_fast.batch import Rollouts
 from paced_fast.config import Config, OptimizerConfig, stream_seed
-from paced_fast.crossings import pinned
+from paced_fast.crossings import pinned, to_device
+from paced_fast.distributed import ALONE, World
 from paced_fast.optimizer import PolicyOptimizer
 from paced_fast.policy import Policy
 from paced_kernels import (
@@ -166,6 +167,38 @@ def learning_rate(config: OptimizerConfig, num_updates: Tensor) -> Tensor:
     return config.learning_rate * ((num_updates + 1).double() / warmup).clamp(max=1.0)
 
 
+def old_logprobs(policy: Policy, rollouts: Rollouts, temperature: float, world: World = ALONE) -> Tensor:
+    """Log-probs f32[T] of the packed tokens under the current parameters; each rank computes those of its part."""
+    if world.size == 1 and not policy.lockstep:
+        return policy.logprobs(rollouts, temperature)
+    result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=policy.device)
+    for chosen, counts in passes(policy, rollouts, range(rollouts.num_sequences), policy.max_tokens, world):
+        part = pack.part(rollouts, chosen)
+        values = policy.pass_logprobs(part.rollouts, temperature)
+        if counts:
+            result.index_copy_(0, part.tokens, values)
+    world.sum_(result)  # the others have zeros there
+    return result
+
+
+def passes(
+    policy: Policy, rollouts: Rollouts, sequences: Sequence[int], max_tokens: int, world: World
+) -> Iterator[tuple[list[int], bool]]:
+    """This rank's micro-batches of `sequences`, of at most `max_tokens` tokens, and whether each counts.
+
+    Where ranks must call the model alike (`policy.lockstep`), one that has fewer repeats a sequence that does not.
+    """
+    dealt = pack.deal(rollouts, sequences, world.size, max_tokens)
+    if not policy.lockstep:
+        yield from ((chosen, True) for chosen in pack.micro_batches(rollouts, dealt[world.rank], max_tokens))
+        return
+    batches = [pack.micro_batches(rollouts, part, max_tokens) for part in dealt]
+    own = batches[world.rank]
+    yield from ((chosen, True) for chosen in own)
+    for _ in range(max(map(len, batches)) - len(own)):
+        yield list(sequences[:1]), False
+
+
 def update_policy(
     policy: Policy,
     optimizer: PolicyOptimizer,
@@ -175,12 +208,14 @@ def update_policy(
     *,
     step: int,
     num_updates: int,
+    world: World = ALONE,
 ) -> UpdateResult:
     """Make `epochs * minibatches` optimiser steps; one with a non-finite loss or gradient changes nothing.
 
     Minibatches keep the sequences of a prompt together, and leave out those without a verdict. Each divides by its own
-    number of sequences, whatever the split into micro-batches. A step left out does not advance the learning-rate
-    schedule. Whether one was left out is decided on the device, and the host does not ask.
+    number of sequences, whatever the split into micro-batches and over ranks. A step left out does not advance the
+    learning-rate schedule. Whether one was left out is decided on the device, alike on every rank, and the host does
+    not ask.
     """
     log_ratio = torch.zeros_like(targets.signal)
     weight = torch.zeros_like(targets.signal)
@@ -192,18 +227,23 @@ def update_policy(
         for sequences in _minibatches(rollouts, config.optimizer.minibatches, seed):
             optimizer.zero_grad()
             loss = torch.zeros((), device=policy.device)
-            micro_batches = pack.micro_batches(rollouts, sequences, config.optimizer.micro_batch_tokens)
-            for k, chosen in enumerate(micro_batches, start=1):
+            own = torch.zeros(2, len(log_ratio), device=policy.device)  # log ratios and weights of this rank's part
+            mine = list(passes(policy, rollouts, sequences, config.optimizer.micro_batch_tokens, world))
+            for k, (chosen, counts) in enumerate(mine, start=1):
                 part = pack.part(rollouts, chosen)
                 goal = _select(targets, part)
                 out = policy.run(partial(_micro_loss, policy, part.rollouts, goal, config, len(sequences)))
-                optimizer.before_backward(is_last=k == len(micro_batches))
-                out.loss.backward()
-                loss += out.loss.detach()
-                log_ratio.index_copy_(0, part.sequences, out.log_ratio)
-                weight.index_copy_(0, part.sequences, out.weight)
+                optimizer.before_backward(is_last=k == len(mine))
+                (out.loss if counts else out.loss * 0.0).backward()
+                if counts:
+                    loss += out.loss.detach()
+                    own.index_copy_(1, part.sequences, torch.stack([out.log_ratio, out.weight]))
             optimizer.learning_rate.copy_(learning_rate(config.optimizer, num_updates + taken))
             made = optimizer.clip_and_step(loss, config.optimizer.max_grad_norm)
+            world.sum_(own)
+            index = to_device(sequences, torch.int64, policy.device)
+            log_ratio.index_copy_(0, index, own[0, index])
+            weight.index_copy_(0, index, own[1, index])
             taken += made.taken
             losses.append(made.loss)
             norms.append(made.grad_norm)
