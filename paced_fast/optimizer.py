@@ -154,7 +154,7 @@ class PolicyOptimizer(GuardedAdamW):
         """
         self._collect()
         grads = [part.master.grad for part in self._counted() if part.master.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        norm = nn.utils.get_total_norm(grads).to(loss.device)  # without any, torch's zero lies on the host
         if (replicas := self._replicas()) is not None:
             sums = torch.stack([norm.square(), loss.float()])
             dist.all_reduce(sums)
@@ -249,15 +249,15 @@ class PolicyOptimizer(GuardedAdamW):
         while self._num_sent < len(self._split):
             self._send()
         small = [part for part in self._parts if not part.rows]
-        flat = torch.cat(
-            [
-                (torch.zeros_like(part.master) if part.parameter.grad is None else part.parameter.grad).flatten()
-                for part in small
+        if small:
+            grads = [part.parameter.grad for part in small]
+            filled = [
+                torch.zeros_like(part.master) if grad is None else grad for part, grad in zip(small, grads, strict=True)
             ]
-        )
-        self._works.append(_all_reduce(flat))
-        for part, grad in zip(small, flat.split([part.master.numel() for part in small]), strict=True):
-            part.master.grad = grad.view_as(part.master)
+            flat = torch.cat([grad.flatten() for grad in filled])
+            self._works.append(_all_reduce(flat))
+            for part, grad in zip(small, flat.split([part.master.numel() for part in small]), strict=True):
+                part.master.grad = grad.view_as(part.master)
         for work in self._works:
             work.wait()
         for part in self._split:

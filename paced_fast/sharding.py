@@ -126,9 +126,19 @@ class Shards:
         try:
             yield
         finally:
+            self._forget_passes()
             for module in self.modules:
                 module.reshard()
                 module.set_reshard_after_forward(module is not self.root, recurse=False)
+
+    def _forget_passes(self) -> None:
+        """Empty FSDP2's list of passes: backward passes prefetch by it, and it must be the same on every rank.
+
+        The end of any backward pass does that. This one reaches no parameter.
+        """
+        with torch.enable_grad():
+            device = next(self.root.parameters()).device
+            self.run(lambda: torch.zeros((), device=device, requires_grad=True)).backward()
 
     def settle(self) -> None:
         """Give back what the root keeps gathered after a pass without gradients, so that names mean shards again."""
