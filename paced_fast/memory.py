@@ -75,8 +75,10 @@ def plan(
         "key-value cache": kv_cache_bytes(model, config, split=split, is_sharded=is_sharded),
     }
     if is_sharded:
-        ends = {layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
-        outer = sum(weight.numel() for weight in ends)  # one where they are tied
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        outer = sum(
+            {id(p): p.numel() for end in ends if end is not None for p in end.parameters()}.values()
+        )  # tied ones once
         inner = (parameters - outer) // settings.num_hidden_layers
         result["gathered layers"] = (element + 4) * (outer + 2 * inner)
     if config.algorithm == "flowrl":
