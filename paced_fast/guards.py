@@ -172,7 +172,9 @@ class Guards:
         self.stuck_steps = self.stuck_steps + 1 if at_zero or at_one else 0
         if self.stuck_steps < self.config.patience:
             return None
-        text = f"every value within {margin:g} of {int(at_one)} and accuracy {accuracy:.3g}, in {self.stuck_steps} steps"
+        text = (
+            f"every value within {margin:g} of {int(at_one)} and accuracy {accuracy:.3g}, in {self.stuck_steps} steps"
+        )
         return Finding("value_stuck", text, "the head is saturated: lower --log-z.learning-rate and start from before")
 
     def _head_loss(self, record: Mapping[str, Any]) -> Finding | None:

@@ -39,7 +39,9 @@ def clean_record(step: int, rng: random.Random, *, accuracy: float = 0.4, value:
     }
 
 
-def warnings_of(fault: Callable[[dict[str, Any], int], None], steps: int = 40, config: GuardConfig | None = None) -> Any:
+def warnings_of(
+    fault: Callable[[dict[str, Any], int], None], steps: int = 40, config: GuardConfig | None = None
+) -> Any:
     """The warnings that held in each step of a clean run that goes wrong from step 21 on."""
     rng = random.Random(1)
     guards = Guards(config or GuardConfig())
@@ -76,7 +78,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any], int], None], int]] = {
     "nothing ends": ("truncated", _change(truncated_share=1.0), 21),
     # The first step whose last five are all zero.
     "rewards fall to nothing": ("reward_collapse", _collapse, 25),
-    "value far above": ("value_gap", _change(value_fresh=[0.95] * 16), 25),
+    "value far above": ("value_gap", _change(value_fresh=[0.985] * 16, accuracy_fresh=[0.4] * 16), 25),
     "value is no number": ("value_gap", _change(value_fresh=[math.nan] * 16), 25),
     "value stuck at zero": ("value_stuck", _change(value_fresh=[0.001] * 16), 25),
     "head diverges": ("head_loss", _worse_and_worse, 24),
@@ -102,7 +104,7 @@ def test_each_fault_raises_its_own_warning_and_no_other(fault: str) -> None:
 
 
 def test_value_stuck_at_one() -> None:
-    found = warnings_of(_change(value_fresh=[0.999] * 16))
+    found = warnings_of(_change(value_fresh=[0.999] * 16, accuracy_fresh=[0.4] * 16))
     assert found[24] == ["value_gap", "value_stuck"]  # six tenths above an accuracy of four
 
 
