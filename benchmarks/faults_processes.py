@@ -186,12 +186,11 @@ def run_cell(launcher: Launcher, cell: Cell | None, root: Path, arguments: Argum
     if cell is not None:
         fault = {"kind": cell.kind, "rank": cell.rank, "phase": cell.phase, "step": STRIKES_AT[cell.phase]}
         env["PACED_FAULT"] = json.dumps({**fault, "once": str(once)})
-    shared = set(os.listdir("/dev/shm"))
     words = [*launch_words(), *train_words(folder, arguments.timeout_seconds)]
     started = time.time()
     status = launcher.run(folder, words, env, arguments.limit_seconds)
     ended = time.time()
-    left = left_behind(folder, shared)
+    left = left_behind(folder)
     struck = cell is None or once.exists()
     began = float(once.read_text()) if cell is not None and struck else started
     starts = (folder / "starts").read_text().count("0") if (folder / "starts").exists() else 1
@@ -209,13 +208,12 @@ def processes_in(folder: Path) -> list[Path]:
     return found
 
 
-def left_behind(folder: Path, shared_before: set[str], patience: float = 5.0) -> list[str]:
-    """Processes, shared memory and temporary files of a run that has ended; a helper process gets a moment to go."""
+def left_behind(folder: Path, patience: float = 5.0) -> list[str]:
+    """Processes and temporary files of a run that has ended; a helper process gets a moment to go."""
     end = time.monotonic() + patience
     while processes_in(folder) and time.monotonic() < end:
         time.sleep(0.1)
     found = [f"process {path.name}" for path in processes_in(folder)]
-    found += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_before if _is_orphan(name)]
     found += [str(p.name) for p in (folder / "tmp").iterdir() if not p.name.startswith("torchelastic_")]  # torchrun's
     run = folder / "run"
     words = (".tmp", ".partial", ".lock")
@@ -223,14 +221,26 @@ def left_behind(folder: Path, shared_before: set[str], patience: float = 5.0) ->
     return found
 
 
-def _is_orphan(name: str) -> bool:
-    """Whether nobody has a piece of shared memory open: other programs on the machine make some too."""
+def shared_memory_left(before: set[str], patience: float = 10.0) -> list[str]:
+    """Pieces of shared memory that are new and that nobody has open.
+
+    Other programs on the machine make some too: what goes within a moment was one of theirs.
+    """
+    end = time.monotonic() + patience
+    while found := [name for name in set(os.listdir("/dev/shm")) - before if not _is_open(name)]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.5)
+    return sorted(found)
+
+
+def _is_open(name: str) -> bool:
     for path in Path("/proc").iterdir():
         if path.name.isdecimal():
             with contextlib.suppress(OSError):
                 if f"/dev/shm/{name}" in (path / "maps").read_text(errors="replace"):
-                    return False
-    return Path("/dev/shm", name).exists()
+                    return True
+    return False
 
 
 def state_of(folder: Path) -> dict[str, str]:
@@ -275,7 +285,7 @@ def cells(only: tuple[str, ...] = ()) -> list[Cell]:
 
 def measure(arguments: Arguments, json_path: Path | None = None) -> dict[str, Any]:
     """Run the matrix and count; one line a cell."""
-    started = time.monotonic()
+    started, shared = time.monotonic(), set(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         root = Path(name).resolve()
         (root / "rewards.py").write_text(_REWARD)
@@ -303,7 +313,9 @@ def measure(arguments: Arguments, json_path: Path | None = None) -> dict[str, An
                 outcomes = list(pool.map(work, cells(arguments.only)))
         finally:
             launcher.close()
-    return summary(outcomes, time.monotonic() - started, arguments)
+    result = summary(outcomes, time.monotonic() - started, arguments)
+    result["shared_memory_left"] = shared_memory_left(shared)
+    return result
 
 
 def summary(outcomes: list[Outcome], seconds: float, arguments: Arguments) -> dict[str, Any]:

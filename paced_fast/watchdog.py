@@ -2,8 +2,8 @@
 
 A thread of each rank looks whether the main thread still goes on from phase to phase. The ranks tell each other where
 they are through torchrun's key-value store, by a connection of the thread's own: it works while the main thread is
-stuck in a collective, and what a stopped rank said last stays there. Nothing is ended: `distributed.timeout_seconds`
-does that.
+stuck in a collective, and what a stopped rank said last stays there. A run that stalls is told about, not ended:
+`distributed.timeout_seconds` does that, in the exchange or, where one has no limit, here.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import datetime
 import faulthandler
 import json
 import logging
+import math
+import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 from typing import Protocol
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _LOOKS_PER_STALL = 10
 _MOST_SECONDS_BETWEEN_LOOKS = 10.0
+_LOOKS_UNTIL_SILENT = 3
 _STORE_SECONDS = 5.0
 
 
@@ -73,10 +76,23 @@ class Watchdog:
     each token of a generator. Neither waits, takes a lock or asks a device.
     """
 
-    def __init__(self, world: World, *, stall_seconds: float, board: Board | None = None, name: str = "") -> None:
-        """`board` is how ranks see each other, and `name` keeps what they write apart from an earlier attempt's."""
-        self.world, self.stall_seconds, self.board = world, stall_seconds, board
-        self.step = 0
+    def __init__(
+        self,
+        world: World,
+        *,
+        stall_seconds: float,
+        gone_seconds: float = math.inf,
+        board: Board | None = None,
+        name: str = "",
+    ) -> None:
+        """`board` is how ranks see each other, and `name` keeps what they write apart from an earlier attempt's.
+
+        `gone_seconds`: a rank that is silent for so long, its watchdog too, is stopped for good or cut off; one that
+        waits for it ends its process.
+        """
+        self.world, self.stall_seconds, self.gone_seconds, self.board = world, stall_seconds, gone_seconds, board
+        self.count: Callable[[], int] = lambda: 0
+        """The last step done."""
         self.reports = 0
         """Stalls reported so far."""
         self._key = f"paced_fast/watchdog/{name}"
@@ -110,6 +126,8 @@ class Watchdog:
             if seen != self._marks:
                 seen, since, told = self._marks, now, False
             self._write(now - since)
+            if now - since > _LOOKS_UNTIL_SILENT * self._every:
+                self._leave_if_alone()
             if now - since > self.stall_seconds and not told:
                 told = True
                 # What the others said last may be as old as a look: a moment, and all have found the stall.
@@ -120,7 +138,7 @@ class Watchdog:
 
     def _place(self, still_seconds: float) -> Place:
         exchange = _exchange_of(sys._current_frames().get(threading.main_thread().ident or 0))
-        return Place(self.world.rank, self._phase, self.step, self._beats, exchange, still_seconds, time.time())
+        return Place(self.world.rank, self._phase, self.count(), self._beats, exchange, still_seconds, time.time())
 
     def _write(self, still_seconds: float) -> None:
         if self.board is not None:
@@ -137,12 +155,24 @@ class Watchdog:
                     places[rank] = Place(**json.loads(self.board.get(key)))
         return places
 
+    def _leave_if_alone(self) -> None:
+        """End this process when it waits for a rank that is gone: some waits, for a warm start, have no limit."""
+        if math.isinf(self.gone_seconds) or not self._place(0.0).exchange:
+            return
+        now = time.time()
+        gone = {rank: place for rank, place in self._read().items() if now - place.looked > self.gone_seconds}
+        if gone:
+            logger.error("%s", "; ".join(_silent(rank, place, now) for rank, place in sorted(gone.items())))
+            with contextlib.suppress(OSError, ValueError):
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            os._exit(1)
+
     def _report(self, still_seconds: float) -> None:
         self.reports += 1
         own = self._place(still_seconds)
-        message = f"rank {own.rank}: no progress for {still_seconds:.0f} s in phase {own.phase} of step {own.step}"
+        message = f"rank {own.rank}: no progress for {still_seconds:.0f} s in phase {own.phase} after step {own.step}"
         places = {**self._read(), own.rank: own}
-        now, silent_seconds = time.time(), 3 * self._every
+        now, silent_seconds = time.time(), _LOOKS_UNTIL_SILENT * self._every
         # The lead says who is where, or the first rank after it that can.
         if self.world.size > 1 and min(_heard(places, now, silent_seconds), default=own.rank) == own.rank:
             message += f"; {describe(places, self.world.size, now, silent_seconds)}"
@@ -171,9 +201,7 @@ def describe(places: Mapping[int, Place], size: int, now: float, silent_seconds:
         behind = [rank for rank in heard if places[rank].beats < most]
     parts: list[str] = []
     for rank in silent:
-        last = places.get(rank)
-        age = "" if last is None else f" for {now - last.looked:.0f} s, last in {_where(last)}"
-        parts.append(f"rank {rank} is silent{age} (stopped or dead)")
+        parts.append(_silent(rank, places.get(rank), now))
     parts += [f"rank {rank} is behind, in {_where(places[rank])}" for rank in behind]
     others: dict[str, list[int]] = {}
     for rank in heard:
@@ -183,8 +211,13 @@ def describe(places: Mapping[int, Place], size: int, now: float, silent_seconds:
     return "; ".join(parts)
 
 
+def _silent(rank: int, last: Place | None, now: float) -> str:
+    age = "" if last is None else f" for {now - last.looked:.0f} s, last in {_where(last)}"
+    return f"rank {rank} is silent{age} (stopped or dead)"
+
+
 def _where(place: Place) -> str:
-    return f"{f'{place.exchange} of ' if place.exchange else ''}{place.phase}, step {place.step}"
+    return f"{f'{place.exchange} of ' if place.exchange else ''}{place.phase}, after step {place.step}"
 
 
 def _exchange_of(frame: FrameType | None) -> str:
