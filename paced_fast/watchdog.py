@@ -92,7 +92,7 @@ class Watchdog:
         """
         self.world, self.stall_seconds, self.gone_seconds, self.board = world, stall_seconds, gone_seconds, board
         self.count: Callable[[], int] = lambda: 0
-        """The last step done."""
+        """The step under way, or the last."""
         self.reports = 0
         """Stalls reported so far."""
         self._key = f"paced_fast/watchdog/{name}"
@@ -170,7 +170,7 @@ class Watchdog:
     def _report(self, still_seconds: float) -> None:
         self.reports += 1
         own = self._place(still_seconds)
-        message = f"rank {own.rank}: no progress for {still_seconds:.0f} s in phase {own.phase} after step {own.step}"
+        message = f"rank {own.rank}: no progress for {still_seconds:.0f} s in phase {own.phase} of step {own.step}"
         places = {**self._read(), own.rank: own}
         now, silent_seconds = time.time(), _LOOKS_UNTIL_SILENT * self._every
         # The lead says who is where, or the first rank after it that can.
@@ -217,7 +217,7 @@ def _silent(rank: int, last: Place | None, now: float) -> str:
 
 
 def _where(place: Place) -> str:
-    return f"{f'{place.exchange} of ' if place.exchange else ''}{place.phase}, after step {place.step}"
+    return f"{f'{place.exchange} of ' if place.exchange else ''}{place.phase}, step {place.step}"
 
 
 def _exchange_of(frame: FrameType | None) -> str:

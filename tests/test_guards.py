@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_policy
+import tiny_run
 
+from paced_fast import train
 from paced_fast.config import GuardConfig, WarningName
 from paced_fast.errors import TrainingError
 from paced_fast.guards import Guards
@@ -201,3 +206,19 @@ def test_a_checkpoint_older_than_the_guards_starts_them_anew() -> None:
     guards = Guards(GuardConfig())
     guards.load_state_dict({})
     assert guards.check(clean_record(1, random.Random(0))) == []
+
+
+def test_a_run_records_its_warnings_and_stops_on_those_it_is_told_to(tmp_path: Path) -> None:
+    settings = tiny_run.config(tiny_run.write_rewards(tmp_path), steps=3, evaluation__every=0, run__checkpoint_every=0)
+    loud = tiny_policy.replaced(settings, guard__max_kl=0.0)  # any update moves the policy
+    folder = tmp_path / "loud"
+    summary = train.train(tiny_run.build(loud, folder), tiny_run.quiet())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["warnings"].count("kl") for line in lines[1:]] == [1, 1, 1]
+    assert summary["warnings"]["kl"] == 3
+    fatal = tiny_policy.replaced(loud, guard__stop_on=("kl",))
+    folder = tmp_path / "fatal"
+    with pytest.raises(TrainingError, match="step 1, kl: "):
+        train.train(tiny_run.build(fatal, folder), tiny_run.quiet())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]  # the step that stopped it is on record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,11 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_run
 
-from paced_fast import signals
+from paced_fast import signals, train
 from paced_fast.distributed import ALONE, World
+from paced_fast.errors import StopRequested
 from paced_fast.signals import HEARD, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,3 +166,30 @@ def test_a_rank_whose_launcher_is_gone_stops() -> None:
     launcher.wait(20)
     wait_for(lambda: not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text())
     launcher.communicate()
+
+
+def test_a_signal_ends_a_run_of_one_process_with_a_checkpoint(tmp_path: Path) -> None:
+    settings = tiny_run.config(tiny_run.write_rewards(tmp_path), steps=6, evaluation__every=0, run__checkpoint_every=0)
+    run = tiny_run.build(settings, tmp_path / "run")
+    with StopRequest() as stop:
+        step = run.trainer.step
+
+        def signalled() -> Any:
+            if run.trainer.counters.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while stop.name is None:
+                    pass
+            return step()
+
+        run.trainer.step = signalled  # type: ignore[method-assign]
+        with pytest.raises(StopRequested, match=r"^SIGTERM: stopped after step 3: --resume auto continues$"):
+            train.train(run, tiny_run.quiet(), stop)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000003"]
+    whole, rest = (
+        train.run(dataclasses.replace(settings, run_dir=str(tmp_path / name)), tiny_run.quiet())
+        for name, settings in (("whole", settings), ("run", dataclasses.replace(settings, resume="auto")))
+    )
+    for summary in (whole, rest):
+        for name in ("run_dir", "train_seconds", "curve"):
+            del summary[name]
+    assert whole == rest

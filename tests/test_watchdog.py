@@ -54,8 +54,8 @@ def test_a_stall_is_reported_once_with_phase_step_and_stacks(
         dog.phase("update")
         wait_for(lambda: dog.reports == 2)  # and once for the next
     assert [line.split(" for ")[0] for line in lines()] == ["rank 0: no progress"] * 2
-    assert "in phase reward after step 7" in lines()[0]
-    assert "in phase update after step 7" in lines()[1]
+    assert "in phase reward of step 7" in lines()[0]
+    assert "in phase update of step 7" in lines()[1]
     stacks = capfd.readouterr().err
     assert "most recent call first" in stacks
     assert "test_a_stall_is_reported_once" in stacks
@@ -81,26 +81,26 @@ def place(rank: int, phase: str = "update", beats: int = 5, exchange: str = "", 
         # One works, the rest are in an exchange.
         (
             [place(0, "reward", exchange="gather"), place(1, "reward"), place(2, "reward", exchange="gather")],
-            "rank 1 is behind, in reward, after step 3; rank 0, 2 waiting in gather of reward, after step 3",
+            "rank 1 is behind, in reward, step 3; rank 0, 2 waiting in gather of reward, step 3",
         ),
         # Stopped: its thread says nothing any more.
         (
             [place(0, exchange="sum_"), place(1, "generate", beats=4, looked=60.0), place(2, exchange="sum_")],
-            "rank 1 is silent for 40 s, last in generate, after step 3 (stopped or dead); "
-            "rank 0, 2 waiting in sum_ of update, after step 3",
+            "rank 1 is silent for 40 s, last in generate, step 3 (stopped or dead); "
+            "rank 0, 2 waiting in sum_ of update, step 3",
         ),
         # Never heard of.
         (
             [place(0, exchange="any")],
-            "rank 1 is silent (stopped or dead); rank 0 waiting in any of update, after step 3",
+            "rank 1 is silent (stopped or dead); rank 0 waiting in any of update, step 3",
         ),
         # Two different exchanges: the one that has come less far is behind.
         (
             [place(0, "sync", beats=6, exchange="any"), place(1, "update", beats=5, exchange="sum_")],
-            "rank 1 is behind, in sum_ of update, after step 3; rank 0 waiting in any of sync, after step 3",
+            "rank 1 is behind, in sum_ of update, step 3; rank 0 waiting in any of sync, step 3",
         ),
         # Nobody waits for another.
-        ([place(0), place(1)], "rank 0, 1 in update, after step 3"),
+        ([place(0), place(1)], "rank 0, 1 in update, step 3"),
     ],
     ids=["one works", "one stopped", "one never came", "mismatched", "all work"],
 )
@@ -120,7 +120,7 @@ def test_ranks_see_each_other_and_the_lead_speaks(lines: Callable[[], list[str]]
         wait_for(lambda: all(dog.reports for dog in dogs))
     said = {line.split(":")[0]: line for line in lines()}
     assert said["rank 0"].endswith(
-        "; rank 0 is behind, in generate, after step 2; rank 1 waiting in update, after step 2; its stacks:"
+        "; rank 0 is behind, in generate, step 2; rank 1 waiting in update, step 2; its stacks:"
     )
     assert "behind" not in said["rank 1"]
 
@@ -135,7 +135,7 @@ def test_another_rank_speaks_when_the_lead_is_stopped(lines: Callable[[], list[s
         dog.phase("wait")
         wait_for(lambda: dog.reports)
     assert "rank 0 is silent for" in lines()[-1]
-    assert "last in save, after step 0 (stopped or dead); rank 1 waiting in wait, after step 0" in lines()[-1]
+    assert "last in save, step 0 (stopped or dead); rank 1 waiting in wait, step 0" in lines()[-1]
 
 
 def test_an_earlier_attempt_is_not_read(lines: Callable[[], list[str]]) -> None:
