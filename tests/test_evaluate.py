@@ -26,6 +26,7 @@ from paced_fast.display import evaluation_tables
 from paced_fast.errors import InputError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target, main
 from paced_fast.evaluation import Evaluation, Sample, Sampling, evaluate, prompt_columns
+from paced_fast.metrics import Phases
 from paced_fast.rewards.votes import answer_key
 from paced_fast.sources import parse_source
 
@@ -177,6 +178,8 @@ def test_the_value_meets_the_accuracy_of_its_own_prompt() -> None:
         tokenizer=None,
         trainer=SimpleNamespace(
             counters=SimpleNamespace(step=3),
+            phases=Phases(),
+            vocabulary=1000,
             log_z=SimpleNamespace(value_of=lambda embeddings: torch.tensor([0.25, 0.5, 0.75, 0.125])),
         ),
         eval_embeddings=torch.zeros(4, 1),
