@@ -22,12 +22,13 @@ import torch
 from rich.console import Console
 
 from paced_fast import checkpoint, cli, distributed, metrics, prompts, report, signals
-from paced_fast.build import Run, build, without_missing
+from paced_fast.build import Run, build
 from paced_fast.config import Config, flatten, stream_seed
 from paced_fast.distributed import EVERYWHERE, World
 from paced_fast.errors import InputError, StopRequested, TrainingError
 from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
 from paced_fast.generate import VLLMGenerator
+from paced_fast.inputs import without_missing
 from paced_fast.policy import quiet
 from paced_fast.resolve import resolve
 from paced_fast.sharing import SharedGenerator, shared_judge, summed_counts, together
@@ -274,6 +275,7 @@ def _run(config: Config, console: Console, world: World, stop: StopRequest, watc
         summary = train(prepared, console, stop, watchdog)
     finally:
         prepared.scorer.close()
+        prepared.generator.close()
     if config.run.report and world.is_lead:
         report.make_report(prepared.folder)
     return summary
