@@ -322,7 +322,7 @@ def test_the_learned_log_z_moves_towards_the_rewards_of_its_prompts(tmp_path: Pa
 
     made = tiny_trl.trainer(tmp_path, reward_funcs=by_prompt, log_z="learned", max_steps=6, log_z_learning_rate=0.2)
     made.train()
-    values = made._values()
+    values = made.memory.values()
     assert values is not None
     seen = torch.cat([batch["prompt_index"] for batch in made.batches])
     for prompt in set(seen.tolist()):
@@ -330,7 +330,7 @@ def test_the_learned_log_z_moves_towards_the_rewards_of_its_prompts(tmp_path: Pa
         is_right = int(made.train_dataset[prompt]["prompt"][0]) % 2 == 1
         assert (values[prompt] > 0.55) == is_right, (prompt, values)
     unseen = set(range(12)) - set(seen.tolist())
-    own = made.log_z_table.own.detach()
+    own = made.memory.table.own.detach()
     assert all(float(own[prompt]) == 0.0 for prompt in unseen)
 
 
@@ -381,12 +381,12 @@ def test_a_checkpoint_holds_what_was_learned_of_prompts(tmp_path: Path) -> None:
     make = other._generate_and_score_completions
 
     def first(inputs: Any) -> Any:
-        seen.append(other._values())
+        seen.append(other.memory.values())
         return make(inputs)
 
     other._generate_and_score_completions = first
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len(seen) == 1
-    assert torch.equal(seen[0], made._values())
+    assert torch.equal(seen[0], made.memory.values())
     assert not torch.equal(seen[0], torch.full((12,), 0.5))
-    assert other._scheduler.visits.sum() == made._scheduler.visits.sum() + 2
+    assert other.memory.scheduler.visits.sum() == made.memory.scheduler.visits.sum() + 2

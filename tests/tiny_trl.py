@@ -16,15 +16,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-TESTS = Path(__file__).resolve().parent
-
-# TRL looks for vllm by name, and a folder tests/vllm beside this file would pass for the package.
-_paths = list(sys.path)
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != TESTS]
-try:
-    from paced_fast.integrations.trl import PacedConfig, PacedTrainer
-finally:
-    sys.path[:] = _paths
+from paced_fast.integrations.trl import PacedConfig, PacedTrainer
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
