@@ -12,6 +12,7 @@ within operations, ours keeps the parameters in bfloat16.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import math
@@ -105,9 +106,12 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     taken: dict[tuple[str, int], list[dict[str, Any]]] = {}
     started = time.perf_counter()
     result: dict[str, Any] = {"arguments": asdict(arguments), "rows": []}
+    methods = [name for name in arguments.methods if name == OURS or importlib.util.find_spec("trl") is not None]
+    if len(methods) < len(arguments.methods):
+        result["left_out"] = [f"{name}: trl is not installed" for name in arguments.methods if name not in methods]
     with ExitStack() as stack:
         processes = []
-        for name in arguments.methods:
+        for name in methods:
             note_progress(arguments.progress, f"{name} (start)")
             words = [name, json.dumps(asdict(arguments))]
             processes.append(stack.enter_context(Process(name, "benchmarks.trainer", words)))
@@ -124,13 +128,18 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
             if turn >= 0:
                 result |= {"rows": [_row(*key, turns, processes) for key, turns in taken.items()]}
                 environment.write_json(path, environment.headed("trainer", result))
-    for row in result["rows"]:
-        print(
-            f"{row['method']:<30}{row['threads'] or 'gpu':>4}{row['median_seconds']:>9.2f} s "
-            f"({row['least_seconds']:.2f} to {row['largest_seconds']:.2f}){row['tokens_per_second']:>9.0f} tokens/s"
-            f"{row['peak_bytes'] / 2**20:>8.0f} MiB"
-        )
+    print("\n".join(lines(result["rows"])))
     return result | {"comparisons": compare(result["rows"])}
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows as text."""
+    return [
+        f"{row['method']:<30}{row['threads'] or 'gpu':>4}{row['median_seconds']:>9.2f} s "
+        f"({row['least_seconds']:.2f} to {row['largest_seconds']:.2f}){row['tokens_per_second']:>9.0f} tokens/s"
+        f"{row['peak_bytes'] / 2**20:>8.0f} MiB"
+        for row in rows
+    ]
 
 
 def _check(arguments: Arguments) -> None:
@@ -227,8 +236,8 @@ def run_ours(arguments: Arguments) -> None:
     from paced_fast.resolve import resolve
     from paced_fast.update import Targets, make_optimizer, update_policy
 
-    turns = Turns()
     device = environment.choose_device(arguments.device)
+    turns = Turns(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, weights = _model(arguments, dtype)
     batch = record(arguments, model.config.vocab_size)
@@ -266,8 +275,8 @@ def run_trl(arguments: Arguments, gradient_checkpointing: bool) -> None:
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    turns = Turns()
-    on_gpu = environment.choose_device(arguments.device).type == "cuda"
+    device = environment.choose_device(arguments.device)
+    turns, on_gpu = Turns(device), device.type == "cuda"
     model, weights = _model(arguments, torch.float32)
     batch = record(arguments, model.config.vocab_size)
     tokenizer = PreTrainedTokenizerFast(

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import torch
+
 from benchmarks import environment, memory_probe
 from paced_fast.errors import InputError
 
@@ -83,12 +85,17 @@ class Process:
 class Turns:
     """The other end, in the competitor's process; what it prints goes to stderr, for stdout carries the answers."""
 
-    def __init__(self) -> None:
-        """Take stdin and stdout over; memory is counted from here, so import before and make models after."""
+    def __init__(self, device: torch.device) -> None:
+        """Take stdin and stdout over. Memory on a CPU is counted from here, so import before and make models after."""
         self._out: TextIO = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self._before = memory_probe.status_bytes("VmRSS")
+        self._on_gpu = device.type == "cuda"
+        self.count_memory_from_here()
         self._began = self._began_cpu = 0.0
+
+    def count_memory_from_here(self) -> None:
+        """What is there already, such as models and inputs, is nobody's."""
+        self._before = torch.cuda.memory_allocated() if self._on_gpu else memory_probe.status_bytes("VmRSS")
 
     def ready(self, **said: Any) -> None:
         """Everything is made."""
@@ -100,9 +107,7 @@ class Turns:
         if not line:
             raise SystemExit(0)
         asked = json.loads(line)
-        import torch
-
-        if torch.cuda.is_available():
+        if self._on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -112,15 +117,12 @@ class Turns:
         return asked
 
     def end(self, **said: Any) -> None:
-        """Stop the clocks and answer: seconds, those the process had a core, peak bytes above imported libraries."""
-        import torch
-
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
+        """Stop the clocks and answer: seconds, those of its cores, peak bytes above what is not counted."""
+        if self._on_gpu:
             torch.cuda.synchronize()
         seconds, cpu_seconds = time.perf_counter() - self._began, time.process_time() - self._began_cpu
-        peak = torch.cuda.max_memory_allocated() if on_gpu else memory_probe.status_bytes("VmHWM") - self._before
-        self._send({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak, **said})
+        peak = torch.cuda.max_memory_allocated() if self._on_gpu else memory_probe.status_bytes("VmHWM")
+        self._send({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak - self._before, **said})
 
     def _send(self, said: dict[str, Any]) -> None:
         self._out.write(json.dumps(said) + "\n")

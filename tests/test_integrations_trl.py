@@ -390,3 +390,76 @@ def test_a_checkpoint_holds_what_was_learned_of_prompts(tmp_path: Path) -> None:
     assert torch.equal(seen[0], made.memory.values())
     assert not torch.equal(seen[0], torch.full((12,), 0.5))
     assert other.memory.scheduler.visits.sum() == made.memory.scheduler.visits.sum() + 2
+
+
+EVERYTHING = {
+    "log_z": "learned",
+    "prompt_sampling": "paced",
+    "replay": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "log_z_learning_rate": 0.2,
+}
+
+
+def assert_resumed(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """To the bit, and not because nothing happened."""
+    for name, value in expected["state"].items():
+        assert torch.equal(found["state"][name], value), name
+    for name, value in expected["table"].items():
+        assert torch.equal(found["table"][name], value), name
+    assert found["ring"] == expected["ring"]
+    assert torch.equal(found["visits"], expected["visits"])
+    assert float(expected["table"]["own"].abs().max()) > 0.01
+    assert expected["ring"]
+
+
+# Twelve prompts make six batches of two an epoch: the first run ends in the first epoch, the second is well into the
+# second one, and its checkpoint is of the last step of the first.
+@pytest.mark.parametrize(("stop", "end"), [(2, 4), (6, 9)])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop: int, end: int) -> None:
+    options = {**EVERYTHING, "save_steps": stop, "max_steps": end}
+    made = tiny_trl.trainer(tmp_path, **options)
+    made.train()
+    other = tiny_trl.trainer(tmp_path, **options)
+    other.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert len(other.batches) == end - stop
+    assert torch.equal(other.batches[0]["completion_ids"], made.batches[stop]["completion_ids"])
+    assert_resumed(tiny_trl.state_of(other), tiny_trl.state_of(made))
+
+
+def test_a_checkpoint_of_another_data_set_is_refused(tmp_path: Path) -> None:
+    options = {**EVERYTHING, "max_steps": 2}
+    tiny_trl.trainer(tmp_path, **options).train()
+    other = tiny_trl.trainer(tmp_path, rows=11, **options)
+    with pytest.raises(InputError, match="log Z of 12 prompts, and train_dataset has 11 rows"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def table_after(batches: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The table from its definition: the mean squared residual over all fresh completions of a step."""
+    shared, own = torch.zeros((), requires_grad=True), torch.zeros(12, requires_grad=True)
+    optimizer = torch.optim.AdamW([shared, own], lr=0.2, betas=(0.0, 0.99), eps=1e-3, weight_decay=0.0)
+    for of_step in batches:
+        rewards = torch.cat([batch["rewards"][batch["is_fresh"]] for batch in of_step])
+        index = torch.cat([batch["prompt_index"][batch["is_fresh"]] for batch in of_step])
+        trained = sum(float(batch["weights"].sum()) for batch in of_step)
+        # The policy is its own reference here, so the residual is the value's distance from the reward.
+        values = torch.sigmoid(shared + own[index])
+        (((values - rewards) ** 2).sum() / (2 * 0.05) / trained).backward()
+        torch.nn.utils.clip_grad_norm_([shared, own], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"shared": shared.detach(), "own": own.detach()}
+
+
+@pytest.mark.slow
+def test_two_processes_learn_one_log_z_and_resume(tmp_path: Path) -> None:
+    options = {**EVERYTHING, "per_device_train_batch_size": 4, "max_steps": 3}
+    made = launch(tmp_path, **options, resume="checkpoint-2")
+    assert_same(made[0]["table"], made[1]["table"])
+    assert_same(made[0]["table"], table_after([list(pair) for pair in zip(*(r["batches"] for r in made), strict=True)]))
+    assert made[0]["ring"] != made[1]["ring"]
+    for rank in made:
+        assert len(rank["resumed"]["batches"]) == 1
+        assert_resumed(rank["resumed"], rank)

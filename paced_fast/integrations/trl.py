@@ -104,13 +104,16 @@ class PacedTrainer(GRPOTrainer):
         return self.memory.sampler
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """TRL's optimizer, with a group for the learned log Z: without momentum, so that unseen prompts stay."""
+        """TRL's optimizer, with a group for the learned log Z: without momentum, so that unseen prompts stay, and with
+        an eps well above rounding errors, because Adam's first step on a prompt is a whole one, however small its
+        gradient."""
         optimizer = super().create_optimizer(model)
         table = None if self.memory is None else self.memory.table
         if table is not None and not any(group.get("is_log_z") for group in optimizer.param_groups):
             group = {"params": list(table.parameters()), "lr": self.args.log_z_learning_rate}
-            betas = {"betas": (0.0, 0.99)} if "betas" in optimizer.param_groups[0] else {}
-            optimizer.add_param_group({**group, **betas, "weight_decay": 0.0, "is_log_z": True})
+            known = {"betas": (0.0, 0.99), "eps": 1e-3, "weight_decay": 0.0}
+            group |= {name: value for name, value in known.items() if name in optimizer.param_groups[0]}
+            optimizer.add_param_group({**group, "is_log_z": True})
         return optimizer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -286,17 +286,19 @@ class PromptMemory:
         path = folder / _SHARED
         if not path.is_file():
             raise InputError(f"{path} is missing: this checkpoint was written without log_z='learned' or sampling")
-        state = torch.load(path, map_location=self.device)
+        state = torch.load(path, map_location="cpu")
         if self.table is not None:
             found = 0 if state["log_z"] is None else len(state["log_z"]["own"])
             if found != len(self.table.own):
-                raise InputError(f"{path} has log Z of {found} prompts, and train_dataset {len(self.table.own)} rows")
+                raise InputError(
+                    f"{path} has log Z of {found} prompts, and train_dataset has {len(self.table.own)} rows"
+                )
             self.table.load_state_dict(state["log_z"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.observed = state["observed"]
         self.sampler.resume(**state["sampler"])
         path = folder / _REPLAY.format(self.process_index)
         if path.is_file():
-            self.replay.load_state_dict(torch.load(path, map_location=self.device))
+            self.replay.load_state_dict(torch.load(path, map_location="cpu"))
         elif self.args.replay:
             logger.warning("%s is missing: process %d begins with nothing to replay", path, self.process_index)
