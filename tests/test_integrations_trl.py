@@ -255,6 +255,26 @@ def test_rewards_are_weighed_and_not_centred(tmp_path: Path) -> None:
     assert made.batches[0]["rewards"].tolist() == [0.25 * len(text) + 2.0 for text in texts]
 
 
+def infinite(completions: list[str], **_: Any) -> list[float]:
+    return [0.5] * (len(completions) - 1) + [-torch.inf]
+
+
+def test_infinite_rewards_are_refused_by_the_name_of_their_function(tmp_path: Path) -> None:
+    made = tiny_trl.trainer(tmp_path, reward_funcs=[tiny_trl.reward, infinite], max_steps=1)
+    before = [p.detach().clone() for p in made.model.parameters()]
+    with pytest.raises(InputError, match="reward function infinite returned an infinite reward"):
+        made.train()
+    assert all(torch.equal(p, q) for p, q in zip(made.model.parameters(), before, strict=True))
+
+
+def test_data_without_prompts_is_refused(tmp_path: Path) -> None:
+    rows = tiny_trl.data().rename_column("prompt", "question")
+    with pytest.raises(InputError, match="train_dataset has no column 'prompt', but answer, question"):
+        tiny_trl.PacedTrainer(
+            tiny_policy.model(sharpness=2.0), tiny_trl.reward, tiny_trl.settings(tmp_path), train_dataset=rows
+        )
+
+
 def needs_a_column(completions: list[str], solution: list[str], **_: Any) -> list[float]:
     return [0.0] * len(completions)
 
@@ -270,6 +290,8 @@ def needs_a_column(completions: list[str], solution: list[str], **_: Any) -> lis
         ({"log_z": "head"}, "log_z='head': use 'group' or 'learned'"),
         ({"tb_beta": 0.0}, "tb_beta=0.0 must be above 0"),
         ({"replay": 8}, "replay .* log_z='learned'"),
+        ({"replay": 8, "log_z": "learned", "replay_max_age": 0}, "replay_max_age=0 must be at least 1"),
+        ({"prompt_sampling": "paced", "rows": 1}, "1 rows, and a generation batch takes 2 prompts"),
         ({"reward_funcs": needs_a_column}, "needs_a_column needs the column 'solution', and train_dataset has answer"),
     ],
 )

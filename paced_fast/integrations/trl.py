@@ -35,7 +35,7 @@ from paced_fast.integrations.losses import (
     offsets,
     packed,
 )
-from paced_fast.integrations.trl_config import PacedConfig, check_reward_columns
+from paced_fast.integrations.trl_config import PacedConfig, check_prompts, check_reward_columns
 from paced_fast.integrations.trl_memory import PromptMemory, ReduceTable
 
 try:
@@ -74,7 +74,10 @@ class PacedTrainer(GRPOTrainer):
             for part, rows in data.items() if isinstance(data, dict) else [("", data)]:
                 label = f"{name}[{part!r}]" if part else name
                 columns = getattr(rows, "column_names", None)
-                check_reward_columns(functions, columns if isinstance(columns, list) else None, label)
+                columns = columns if isinstance(columns, list) else None
+                if options.get("environment_factory") is None:  # an environment makes prompts of its own
+                    check_prompts(columns, label)
+                check_reward_columns(functions, columns, label)
         rows: Any = options.get("train_dataset")
         remembers = args.log_z == "learned" or args.prompt_sampling == "paced"
         if remembers:
@@ -143,6 +146,9 @@ class PacedTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        for name, column in zip(self.reward_func_names, per_function.unbind(1), strict=True):
+            if bool(column.isinf().any()):
+                raise InputError(f"reward function {name} returned an infinite reward: return None for no verdict")
         self._rewards_per_function = per_function  # [processes * B, functions], NaN for no verdict
         return per_function
 
