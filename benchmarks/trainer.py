@@ -40,13 +40,13 @@ METHODS = (OURS, "trl", "trl, gradient checkpointing")
 class Arguments:
     """Compare the training phases of two trainers."""
 
-    prompts: int = 4
+    prompts: int = 2
     """Prompts of a batch."""
     completions: int = 8
     """Completions a prompt."""
     shortest: int = 16
     """Fewest tokens of a completion."""
-    longest: int = 128
+    longest: int = 64
     """Most tokens of a completion."""
     updates: int = 2
     """Optimiser steps a batch."""
@@ -163,6 +163,7 @@ def _row(method: str, threads: int, turns: list[dict[str, Any]], processes: list
         "method": method,
         "threads": threads,
         "turns": len(seconds),
+        "updates": turns[0]["updates"],
         "median_seconds": statistics.median(seconds),
         "least_seconds": min(seconds),
         "largest_seconds": max(seconds),
