@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
-from paced_fast.batch import Completion, PromptRow, PromptTable
-from paced_fast.config import Config, DataConfig, flatten, stream_seed
+from paced_fast.batch import PromptTable
+from paced_fast.config import Config, flatten, stream_seed
+from paced_fast.distributed import ALONE, World
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
-from paced_fast.evaluate import check_headline, load_config
+from paced_fast.evaluate import load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
+from paced_fast.inputs import read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
-from paced_fast.sources import drop_missing
+from paced_fast.sharing import SharedGenerator, together
 from paced_fast.trainer import Counters, Trainer
 from paced_fast.warm_start import warm_start
 
@@ -50,48 +53,47 @@ class Run:
     repeated: int
     """Training prompts that are held-out prompts."""
     resumed: bool
+    world: World = ALONE
 
 
-def build(config: Config, console: Console) -> Run:
-    """Load data and model, warm-start or resume, and only then create the run folder."""
-    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+def build(config: Config, console: Console, world: World = ALONE) -> Run:
+    """Load data and model, warm-start or resume, and only then create the run folder.
+
+    Of several ranks the lead makes the folder and the first weights, which the others read from it.
+    """
+    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, and AdamW crawls on those
     metrics.require_sinks(config.run.loggers)
+    if world.size % config.weight_sync.tensor_parallel or (
+        config.generator != "vllm" and config.weight_sync.tensor_parallel > 1
+    ):
+        raise InputError(
+            f"--weight-sync.tensor-parallel {config.weight_sync.tensor_parallel} shares vLLM engines out to groups of "
+            f"ranks, and here are {world.size} with --generator {config.generator}: start a multiple with torchrun"
+        )
     if config.generator == "vllm":
         require_vllm(config.model.device)
         if config.model.name == "tiny":  # known before the warm start
             require_head_size(config.model.hidden_size // config.model.num_heads, config.model.device)
-    folder = _run_folder(config)
-    newest = _newest_checkpoint(config, folder) if config.resume == "auto" else None
+    folder = _of_lead(world, lambda: _run_folder(config))
+    assert folder is not None
+    newest = _of_lead(world, lambda: _newest_checkpoint(config, folder) if config.resume == "auto" else None)
     cache = Path(config.warm_start.cache_dir).expanduser()
-    path = str(smollm2_folder(cache)) if config.model.name == "smollm2" else config.model.name
-    tokenizer = _tokenizer(path)
-    scorer = Scorer(settings=config.reward)
-    table, eval_table = (
-        _table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
-    )
-    table, repeated = _apart(table, eval_table, config.data)
-    if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
-        raise InputError(
-            f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
-            "some repeat: lower --generation.prompts-per-step, or leave the limit out"
-        )
-    shaper = Shaper(config.reward)
-    _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
-    check_headline(config.data.headline, eval_table)
+    path = config.model.name
+    if path == "smollm2":
+        path = str(_of_lead(world, lambda: smollm2_folder(cache)))
+    tokenizer = together(world, lambda: read_tokenizer(path))
+    scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
+    table, eval_table, repeated = together(world, lambda: read_tables(config, tokenizer, scorer, shaper))
     stop_ids = prompts.stop_token_ids(tokenizer)
+    model = None
     if newest is None:
-        model = _initial_model(path, tokenizer, config, stop_ids[0])
-        if config.generator == "vllm":
-            memory.engine_tokens(model, config)
-            require_head_size(memory.head_size(model.config), config.model.device)
-        _claim(folder, config)
-        checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
-        model.save_pretrained(folder / "initial")
-        tokenizer.save_pretrained(folder / "initial")
-    else:
-        model = load_model(config.model, str(folder / "initial"))
+        begin = functools.partial(_begin, config, folder, path, tokenizer, stop_ids[0])
+        model = together(world, begin if world.is_lead else lambda: None, patient=True)
+    made = model
+    model = together(world, lambda: made or load_model(config.model, str(folder / "initial")))
+    checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
     # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
     policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
     embeddings = eval_embeddings = None
@@ -100,21 +102,16 @@ def build(config: Config, console: Console) -> Run:
         eval_embeddings = policy.embed([row.token_ids for row in eval_table.rows])
     initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
     if newest is not None:
-        model = load_model(config.model, str(newest / "policy"))
+        model = together(world, lambda: load_model(config.model, str(newest / "policy")))
         policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
-    plan = memory.plan(model, config, len(table))
-    if config.generator == "vllm" and config.weight_sync.mode != "shared":
-        itemsize = getattr(torch, config.weight_sync.dtype).itemsize
-        name = (
-            "the engine's own weights"
-            if config.weight_sync.mode == "push"
-            else "the engine's own weights, if not shared"
-        )
-        plan[name] = itemsize * sum(parameter.numel() for parameter in model.parameters())
-    console.print(metrics.memory_plan_table(plan, available_bytes=memory.available(policy.device)))
+    console.print(
+        metrics.memory_plan_table(_plan(config, policy, len(table)), available_bytes=memory.available(policy.device))
+    )
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
     weights = folder / "initial" if newest is None else newest / "policy"
-    generator, guard = _generator(config, policy, weights, stop_ids, table)
+    generator, guard = together(world, lambda: _generator(config, policy, weights, stop_ids, table, world))
+    if world.size > 1:
+        generator = SharedGenerator(generator, world, engine_ranks=config.weight_sync.tensor_parallel)
     trainer = Trainer(
         config,
         policy=policy,
@@ -126,20 +123,68 @@ def build(config: Config, console: Console) -> Run:
         table=table,
         embeddings=embeddings,
         guard=guard,
+        world=world,
     )
     if newest is not None:
-        tensors, state = checkpoint.load(newest)
-        trainer.load_state_tensors(tensors)
-        trainer.counters = Counters(**state["counters"])
-        checkpoint.restore_random_state(state["random"])
+        _continue(trainer, config, folder, newest)
+    return Run(
+        config,
+        folder,
+        trainer,
+        generator,
+        scorer,
+        tokenizer,
+        eval_table,
+        eval_embeddings,
+        repeated,
+        newest is not None,
+        world,
+    )
+
+
+def _of_lead(world: World, function: Callable[[], Path | None]) -> Path | None:
+    """The path that `function` finds on the lead, told to every rank; the others do not call it."""
+    found = together(world, lambda: function() if world.is_lead else None, patient=True)
+    told = world.gather_text("" if found is None else str(found))[0]
+    return Path(told) if told else None
+
+
+def _begin(config: Config, folder: Path, path: str, tokenizer: PreTrainedTokenizerBase, stop_id: int) -> Any:
+    """Make the first model and then the run folder, with its weights in `initial`."""
+    model = _initial_model(path, tokenizer, config, stop_id)
+    if config.generator == "vllm":
+        memory.engine_tokens(model, config)
+        require_head_size(memory.head_size(model.config), config.model.device)
+    _claim(folder, config)
+    model.save_pretrained(folder / "initial")
+    tokenizer.save_pretrained(folder / "initial")
+    return model
+
+
+def _continue(trainer: Trainer, config: Config, folder: Path, newest: Path) -> None:
+    """Give the trainer the state of a checkpoint, and keep the settings it goes on with."""
+    tensors, state = checkpoint.load(newest)
+    trainer.load_state_tensors(tensors)
+    trainer.counters = Counters(**state["counters"])
+    checkpoint.restore_random_state(state["random"])
+    if trainer.world.is_lead:
         metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
-        logger.info("resumed after step %d from %s", trainer.counters.step, newest)
-    resumed = newest is not None
-    return Run(config, folder, trainer, generator, scorer, tokenizer, eval_table, eval_embeddings, repeated, resumed)
+    logger.info("resumed after step %d from %s", trainer.counters.step, newest)
+
+
+def _plan(config: Config, policy: Policy, num_prompts: int) -> dict[str, int]:
+    """The memory plan of this rank, the engine's own weights included."""
+    plan = memory.plan(policy.model, config, num_prompts)
+    if config.generator == "vllm" and config.weight_sync.mode != "shared":
+        itemsize = getattr(torch, config.weight_sync.dtype).itemsize
+        only_copied = config.weight_sync.mode == "push"
+        name = "the engine's own weights" if only_copied else "the engine's own weights, if not shared"
+        plan[name] = itemsize * sum(parameter.numel() for parameter in policy.model.parameters())
+    return plan
 
 
 def _generator(
-    config: Config, policy: Policy, weights: Path, stop_ids: Sequence[int], table: PromptTable
+    config: Config, policy: Policy, weights: Path, stop_ids: Sequence[int], table: PromptTable, world: World
 ) -> tuple[Generator, ParityGuard | None]:
     """Who samples and, for vLLM, who checks it; `weights` is a folder with the policy's present parameters."""
     settings, model = config.generation, policy.model
@@ -156,6 +201,8 @@ def _generator(
             max_sequences=settings.max_batch_sequences,
             kv_cache_bytes=memory.kv_cache_bytes(model, config),
             sleep_level=config.weight_sync.sleep_level,
+            ranks=world.size,
+            tensor_parallel_size=config.weight_sync.tensor_parallel,
         ),
         stop_ids=stop_ids,
     )
@@ -167,80 +214,6 @@ def _generator(
     own = [row.token_ids for row in table.rows]
     sequences = long_sequences(own, count=config.weight_sync.check_prompts, length=length)
     return generator, ParityGuard(generator, policy, config, sequences=sequences)
-
-
-def _tokenizer(path: str) -> PreTrainedTokenizerBase:
-    if path == "tiny":
-        return prompts.character_tokenizer(
-            tasks.SIGNED_SUMS_ALPHABET, pad=tasks.SIGNED_SUMS_PAD, stop=tasks.SIGNED_SUMS_STOP
-        )
-    return prompts.load_tokenizer(path)
-
-
-def without_missing(config: Config) -> Config:
-    """The settings without optional sources whose file is absent; one log line names the files."""
-    data, warm = config.data, config.warm_start
-    names, slices = set[str](), set[str]()
-
-    def present(sources: tuple[str, ...]) -> tuple[str, ...]:
-        kept, missing = drop_missing(sources, data.dir)
-        names.update(source.name for source in missing)
-        slices.update(source.slice_name for source in missing)
-        return kept
-
-    first, second = (dataclasses.replace(phase, sources=present(phase.sources)) for phase in (warm.first, warm.second))
-    train_sources, eval_sources = present(data.train), present(data.eval)
-    if not names:
-        return config
-    headline = tuple(name for name in data.headline if name not in slices)
-    logger.warning("going on without %s: --data.dir names the folder that holds them", ", ".join(sorted(names)))
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(data, train=train_sources, eval=eval_sources, headline=headline),
-        warm_start=dataclasses.replace(warm, first=first, second=second),
-    )
-
-
-def _table(
-    sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, config: Config, scorer: Scorer | None = None
-) -> PromptTable:
-    if not sources:
-        return PromptTable(rows=())
-    return prompts.load_table(
-        sources,
-        tokenizer=tokenizer,
-        template=config.data.template,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        data_dir=config.data.dir,
-        too_long=config.data.too_long,
-        bad_rows=config.data.bad_rows,
-        max_bad_share=config.data.max_bad_share,
-        check=None if scorer is None else scorer.problem,
-    )
-
-
-def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple[PromptTable, int]:
-    """The training rows, without those that are held-out prompts where the settings drop them, and how many are left
-    that are held-out prompts; the log counts repeats among the rows."""
-    same, policy = prompts.overlap(train, held_out), data.overlap
-    repeated = len(same.train)
-    if same.train and policy == "error":
-        raise InputError(f"{same}: remove them, or set --data.overlap drop")
-    if same.train and policy == "warn":
-        counts = not data.headline or not same.slices.isdisjoint(data.headline)
-        level = logging.WARNING if counts else logging.INFO  # slices beside the headline may share small problems
-        logger.log(level, "%s: --data.overlap drop leaves them out of training", same)
-    if same.train and policy == "drop":
-        if len(same.train) == len(train):
-            raise InputError("--data.overlap drop leaves nothing to train on: every training prompt is a held-out one")
-        logger.warning("%s: left out of training", same)
-        dropped = set(same.train)
-        train = PromptTable(rows=tuple(row for i, row in enumerate(train.rows) if i not in dropped))
-        repeated = 0
-    if repeats := prompts.duplicates(train):
-        one, first = (train.rows[i].where for i in repeats[0])
-        logger.info("%d of %d training prompts repeat an earlier one (%s is %s)", len(repeats), len(train), one, first)
-    return train, repeated
 
 
 def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stop_id: int) -> Any:
@@ -256,7 +229,7 @@ def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config
         model,
         tokenizer,
         config,
-        load=lambda sources: _table(sources, tokenizer, config),
+        load=lambda sources: read_table(sources, tokenizer, config),
         stop_id=stop_id,
         report=logger.info,
     )
@@ -287,14 +260,6 @@ def _run_folder(config: Config) -> Path:
     return folder
 
 
-def _try_rewards(scorer: Scorer, shaper: Shaper, rows: Sequence[PromptRow]) -> None:
-    """Judge an empty completion of one row for each reward, so that one that cannot be used fails before any work."""
-    first = list({row.reward: row for row in reversed(rows)}.values())
-    scorer.score(first, [""] * len(first))
-    empty = Completion(token_ids=[], logprobs=[], stopped=True)
-    shaper.shape(first, [""] * len(first), [empty] * len(first), 1)
-
-
 def _claim(folder: Path, config: Config) -> None:
     """Make the run folder and write the settings; what an earlier run left in it is removed."""
     try:
@@ -313,7 +278,7 @@ def _claim(folder: Path, config: Config) -> None:
 # What an error message advises to change must be free too.
 _FREE_ON_RESUME = (
     *("steps", "resume", "run_dir", "run.", "distributed.", "warm_start.cache_dir", "generation.max_batch_sequences"),
-    *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib")),
+    *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib", "tensor_parallel")),
     *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
 )
 

@@ -17,8 +17,8 @@ from paced_fast.sources import is_template, parse_source
 def resolve(config: Config) -> Config:
     """Replace every `auto` by what the algorithm's name says, and check the settings against each other.
 
-    `weight_sync.mode`, `reward.sandbox` and `distributed.mode` stay `auto`: the engine's layout, the machine and the model
-    decide, not known yet.
+    `weight_sync.mode`, `reward.sandbox` and `distributed.mode` stay `auto`: the engine's layout, the machine and the
+    model decide, not known yet.
 
     Raises InputError naming the first field that is out of range or in conflict with another.
     """
@@ -82,6 +82,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "generation.temperature": (1e-3, 100.0),
     "generation.max_batch_sequences": (1, 10**6),
     "weight_sync.bucket_mib": (1, 1 << 20),
+    "weight_sync.tensor_parallel": (1, 1024),
     "weight_sync.sleep_level": (0, 2),
     "weight_sync.kv_cache_gib": (0.0, 1e6),
     "weight_sync.check_every": (0, 10**9),
