@@ -21,9 +21,12 @@ import tiny_trl
 
 from paced_fast import pack
 from paced_fast.batch import Completion, Rollouts
+from paced_fast.config import SchedulerConfig
 from paced_fast.errors import InputError
+from paced_fast.integrations.trl_memory import PacedSampler
 from paced_fast.log_z import group_accuracy
 from paced_fast.policy import Policy
+from paced_fast.scheduler import PromptScheduler
 from paced_fast.update import Targets, make_optimizer, update_policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -448,6 +451,32 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop: int
     assert len(other.batches) == end - stop
     assert torch.equal(other.batches[0]["completion_ids"], made.batches[stop]["completion_ids"])
     assert_resumed(tiny_trl.state_of(other), tiny_trl.state_of(made))
+
+
+def test_a_resumed_sampler_repeats_the_batches_that_were_drawn_on_older_estimates() -> None:
+    scheduler = PromptScheduler(
+        12, SchedulerConfig(rule="tree", warmup_steps=0, exploration=0.0), seed=0, device=tiny_policy.CPU
+    )
+    low, high = torch.full((12,), 0.01), torch.full((12,), 0.01)
+    low[:6], high[6:] = 0.5, 0.5
+
+    def sampler(values: Tensor) -> PacedSampler:
+        return PacedSampler(scheduler, lambda: values, group_size=1, batch_size=2, repeat_count=1)
+
+    before = sampler(low)
+    stream = iter(before)
+    drawn = [next(stream) for _ in range(6)]
+    assert max(drawn) < 6
+    after = sampler(high)
+    after.resume(0, before.begin, before.drawn)
+    found = list(after)
+    assert found[:6] == drawn
+    assert min(found[6:8]) >= 6
+    # An epoch later there is nothing to repeat, and the steps go on counting.
+    later = sampler(high)
+    later.resume(1, before.begin, before.drawn)
+    assert min(list(later)[:2]) >= 6
+    assert later.step == 12
 
 
 def test_a_checkpoint_of_another_data_set_is_refused(tmp_path: Path) -> None:
