@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "integrations": ("integrations", ()),
     "sample_efficiency": ("sample_efficiency", ()),
     "step": ("step", ()),
+    "trainer": ("trainer", ()),
     "weight_sync": ("weight_sync", ()),
     "math_rewards": ("math_rewards", ()),
     "sandbox": ("sandbox", ()),
