@@ -175,7 +175,7 @@ def _continue(trainer: Trainer, config: Config, folder: Path, newest: Path) -> N
 
 def _plan(config: Config, policy: Policy, num_prompts: int) -> dict[str, int]:
     """The memory plan of this rank, the engine's own weights included."""
-    plan = memory.plan(policy.model, config, num_prompts)
+    plan = memory.plan(policy.model, config, num_prompts, longest_masked_row=policy.longest_masked_row)
     if config.generator == "vllm" and config.weight_sync.mode != "shared":
         itemsize = getattr(torch, config.weight_sync.dtype).itemsize
         only_copied = config.weight_sync.mode == "push"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,23 @@ def state_bytes(parameters: int, trainable: int, itemsize: int, *, split: int, i
 
 
 def plan(
-    model: PreTrainedModel, config: Config, num_prompts: int, *, split: int = 1, is_sharded: bool = False
+    model: PreTrainedModel,
+    config: Config,
+    num_prompts: int,
+    *,
+    split: int = 1,
+    is_sharded: bool = False,
+    longest_masked_row: int = sys.maxsize,
 ) -> dict[str, int]:
     """Bytes by purpose on one rank. Activations and the key-value cache are upper bounds at the configured limits.
 
     `model` is not split yet; `split` and `is_sharded` say how it will be, as for `state_bytes`.
     Gathered layers: embeddings and head, and two layers on their way, with their gradients.
     Vocabulary head: chunks of logits or exponentials, and the gradient of its weight before it is rounded.
-    Activations: per token and layer of one micro-batch, about 12 vectors of the hidden size and 3 of the MLP's.
-    Attention mask: rows hold a prompt and its completions, and every pair of positions of a row has a number.
+    Activations: per token and layer of one micro-batch, about 12 vectors of the hidden size and 3 of the MLP's; where
+    layers are computed again, their input and those of one layer.
+    Attention mask: rows hold a prompt and its completions, and where they have a mask, `longest_masked_row` at most,
+    every pair of positions of a row has a number.
     """
     settings = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -66,11 +75,14 @@ def plan(
     device = torch.device(config.model.device)
     workspace = default_workspace_bytes(tokens, vocab_size, model.dtype, device)
     per_layer = 12 * settings.hidden_size + 3 * settings.intermediate_size
+    kept = settings.num_hidden_layers * per_layer
+    if config.model.gradient_checkpointing:
+        kept = settings.num_hidden_layers * settings.hidden_size + per_layer
     row = config.data.max_prompt_tokens + config.generation.group_size * config.generation.max_completion_tokens
     result = {
         **state_bytes(parameters, trainable, element, split=split, is_sharded=is_sharded),
-        "activations of a micro-batch": tokens * settings.num_hidden_layers * per_layer * element,
-        "attention mask of a micro-batch": tokens * min(row, tokens) * (element + 2),
+        "activations of a micro-batch": tokens * kept * element,
+        "attention mask of a micro-batch": tokens * min(row, tokens, longest_masked_row) * (element + 2),
         "vocabulary head (workspace, float32 gradient)": workspace + 4 * vocab_size * hidden_size,
         "key-value cache": kv_cache_bytes(model, config, split=split, is_sharded=is_sharded),
     }

@@ -37,6 +37,17 @@ def test_flowrl_holds_a_second_copy_of_the_weights() -> None:
     assert plan["reference policy"] == plan["weights"]
 
 
+def test_packed_rows_have_no_mask_and_layers_computed_again_keep_their_input() -> None:
+    model, config = tiny_policy.model(), resolve(preset("tiny"))
+    again = tiny_policy.replaced(config, model__gradient_checkpointing=True)
+    full, little = (memory.plan(model, each, 1, longest_masked_row=0) for each in (config, again))
+    name = "activations of a micro-batch"
+    layer = 12 * 16 + 3 * 24
+    assert little[name] * 2 * layer == full[name] * (2 * 16 + layer)
+    assert full["attention mask of a micro-batch"] == 0
+    assert memory.plan(model, config, 1)["attention mask of a micro-batch"] > 0
+
+
 def test_memory_held_is_told_while_it_is_held() -> None:
     held = memory.probe(torch.device("cpu"))
     if held is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
@@ -124,23 +125,27 @@ class Policy:
         What a pass computes counts: padding where rows are padded, a prompt once where it is shared.
         """
         limit = self.max_tokens if max_tokens is None else max_tokens
-        if self.attention.kernel is not None:
-            return pack.packed_micro_batches(rollouts, sequences, limit, share_prompts=False)
         if self._masked(rollouts):
             return pack.micro_batches(rollouts, sequences, limit)
-        return pack.packed_micro_batches(rollouts, sequences, limit, share_prompts=True)
+        share = self.attention.kernel is None
+        return pack.packed_micro_batches(rollouts, sequences, limit, share_prompts=share)
+
+    @property
+    def longest_masked_row(self) -> int:
+        """Rows up to so many tokens have a mask: none of a kernel for packed rows, all on a GPU without one, where a
+        call for each block would take longer than what the mask throws away."""
+        if self.attention.kernel is not None:
+            return 0
+        return _MASKED_ROW if self.device.type == "cpu" else sys.maxsize
 
     def _masked(self, rollouts: Rollouts) -> bool:
-        """Whether prompts are shared in padded rows with a mask: always on a GPU, where calls for blocks would wait."""
-        if self.device.type != "cpu":
-            return True
-        return pack.longest_row(rollouts, self.max_tokens) <= _MASKED_ROW
+        return pack.longest_row(rollouts, self.max_tokens) <= self.longest_masked_row
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """States [T, H] that predict the packed completion tokens, differentiable in the parameters; inside `run`."""
         if self.checkpoint and torch.is_grad_enabled():
             checkpoint_next_forward(self.model)
-        if self.attention.kernel is None and self._masked(rollouts):
+        if self._masked(rollouts):
             rows = pack.forward_rows(rollouts, self.max_tokens)
             states = self.model.base_model(
                 input_ids=rows.input_ids,
