@@ -27,12 +27,13 @@ from paced_fast.guards import Guards
 from paced_fast.log_z import LogZ, group_accuracy, group_advantage
 from paced_fast.mismatch import sequence_weights
 from paced_fast.parity import ParityGuard
-from paced_fast.policy import Policy
+from paced_fast.policy import Policy, adapter_state, load_adapter_state
 from paced_fast.record import Fresh, StepResult, fetch, shown_rollouts, step_record, value_record
 from paced_fast.replay import ReplayBuffer, importance_weights
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.rewards.shaping import centred
 from paced_fast.scheduler import PromptScheduler
+from paced_fast.sharding import replicas_mesh
 from paced_fast.sharing import Scores, gather_scores, summed_counts, together
 from paced_fast.update import Targets, UpdateResult, make_optimizer, old_logprobs, update_policy
 from paced_kernels import segment_sum
@@ -78,7 +79,8 @@ class Trainer:
         self.generator, self.scorer, self.shaper = generator, scorer, shaper
         self.tokenizer, self.table = tokenizer, table
         self.vocabulary = min(len(tokenizer), policy.head[0].shape[0])
-        self.optimizer = make_optimizer(policy, config.optimizer)
+        mesh = None if policy.lockstep else replicas_mesh(world, policy.device)  # sharded parameters know theirs
+        self.optimizer = make_optimizer(policy, config.optimizer, mesh)
         self.counters = Counters()
         self.guards = Guards(config.guard, speaks=world.is_lead)
         device = policy.device
@@ -373,6 +375,7 @@ class Trainer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor a resumed run needs, the policy's parameters apart."""
         tensors = prefixed("optimizer", optimizer_tensors(self.optimizer))
+        tensors |= prefixed("adapter", adapter_state(self.policy.model))
         tensors |= prefixed("scheduler", self.scheduler.state_dict())
         tensors |= prefixed("guards", self.guards.state_dict())
         if self.log_z is not None:
@@ -385,6 +388,7 @@ class Trainer:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `state_tensors()`."""
         load_optimizer_tensors(self.optimizer, below("optimizer", tensors))
+        load_adapter_state(self.policy.model, below("adapter", tensors))
         self.scheduler.load_state_dict(below("scheduler", tensors))
         self.guards.load_state_dict(below("guards", tensors))
         if self.log_z is not None:
