@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         launcher.close()
 
 
+@pytest.mark.slow
 def test_the_run_without_a_fault_is_what_the_others_are_compared_with(bench: Bench) -> None:
     state = state_of(bench.root / "whole")
     assert {"metrics.jsonl", "rollouts.jsonl", "state.json"} < state.keys()
@@ -76,9 +78,18 @@ def test_the_run_without_a_fault_is_what_the_others_are_compared_with(bench: Ben
     assert [step for step, _ in ledger] == [step for step in range(1, 6) for _ in range(16)]
 
 
-@pytest.mark.slow
+def _some(cell: Cell, *values: int, often: bool = False) -> Any:
+    """A case of `make faults`, or where it is `often`, of every `make test`."""
+    return pytest.param(cell, *values, id=cell.name, marks=pytest.mark.slow if often else pytest.mark.faults)
+
+
 @pytest.mark.parametrize(
-    "cell", [Cell("kill", "reward", 1), Cell("raise", "update", 0), Cell("exit", "save", 1)], ids=str
+    "cell",
+    [
+        _some(Cell("kill", "reward", 1), often=True),
+        _some(Cell("raise", "update", 0)),
+        _some(Cell("exit", "save", 1)),
+    ],
 )
 def test_torchrun_restarts_a_failed_rank_and_the_run_goes_on(bench: Bench, cell: Cell) -> None:
     outcome = run_cell(bench.launcher, cell, bench.root, ARGUMENTS)
@@ -89,17 +100,17 @@ def test_torchrun_restarts_a_failed_rank_and_the_run_goes_on(bench: Bench, cell:
     bench.assert_as_the_whole(cell)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "step"),
     [
-        (Cell("SIGTERM", "generate", 1), 3),
-        (Cell("SIGUSR1", "update", 0), 3),
-        (Cell("SIGTERM", "evaluate", 0), 3),
-        (Cell("SIGUSR1", "save", 0), 4),
-        (Cell("SIGTERM", "build", 1), 0),
+        _some(Cell("SIGTERM", "generate", 1), 3, often=True),
+        _some(Cell("SIGTERM", "build", 1), 0),
+        _some(Cell("SIGUSR1", "reward", 1), 3),
+        _some(Cell("SIGUSR1", "update", 0), 3),
+        _some(Cell("SIGTERM", "evaluate", 0), 3),
+        _some(Cell("SIGUSR1", "save", 0), 4),
+        _some(Cell("SIGTERM", "save", 1), 4),
     ],
-    ids=str,
 )
 def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(bench: Bench, cell: Cell, step: int) -> None:
     outcome = run_cell(bench.launcher, cell, bench.root, ARGUMENTS)
@@ -140,13 +151,13 @@ def test_a_hung_rank_is_named_and_torchrun_itself_passes_a_signal_on(tmp_path: P
         process = subprocess.Popen(words, env=env, cwd=folder, stdout=output, stderr=output, start_new_session=True)
     try:
         end = time.monotonic() + 90
-        while "is behind" not in log.read_text(errors="replace"):
+        # Who is behind, and the stack of the rank that hangs.
+        while not all(word in log.read_text(errors="replace") for word in ("is behind", "in strike")):
             assert process.poll() is None, log.read_text(errors="replace")[-4000:]
             assert time.monotonic() < end
             time.sleep(0.2)
         text = log.read_text(errors="replace")
         assert "rank 1 is behind, in reward, step 3; rank 0 waiting in" in text
-        assert "in strike" in text  # the stack of the rank that hangs
         process.send_signal(signal.SIGTERM)
         time.sleep(SAME_REQUEST_SECONDS + 0.5)
         for path in processes_in(folder):  # the hung rank, which would be killed after 30 s

@@ -145,6 +145,12 @@ def test_rewards_that_were_never_good_do_not_collapse() -> None:
         assert guards.check(clean_record(step, rng, accuracy=0.0) | {"reward_mean": rewards}) == []
 
 
+def test_one_lucky_step_is_no_height_to_fall_from() -> None:
+    rng, guards = random.Random(0), Guards(GuardConfig())
+    for step in range(1, 12):
+        assert guards.check(clean_record(step, rng, accuracy=0.0) | {"reward_mean": 0.3 if step == 1 else 0.0}) == []
+
+
 def test_a_warning_is_said_once_then_every_n_steps_and_again_after_it_cleared(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
