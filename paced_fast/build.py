@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class Run:
     repeated: int
     """Training prompts that are held-out prompts."""
     resumed: bool
+    identity: dict[str, str]
+    """Hashes of data and tokenizer; a continuation must have the same."""
 
 
 def build(config: Config, console: Console) -> Run:
@@ -81,6 +83,7 @@ def build(config: Config, console: Console) -> Run:
     _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
     check_headline(config.data.headline, eval_table)
     stop_ids = prompts.stop_token_ids(tokenizer)
+    identity = checkpoint.identity(table, eval_table, tokenizer)
     if newest is None:
         model = _initial_model(path, tokenizer, config, stop_ids[0])
         if config.generator == "vllm":
@@ -128,14 +131,35 @@ def build(config: Config, console: Console) -> Run:
         guard=guard,
     )
     if newest is not None:
-        tensors, state = checkpoint.load(newest)
-        trainer.load_state_tensors(tensors)
-        trainer.counters = Counters(**state["counters"])
-        checkpoint.restore_random_state(state["random"])
+        _continue(trainer, newest, identity)
         metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
-        logger.info("resumed after step %d from %s", trainer.counters.step, newest)
     resumed = newest is not None
-    return Run(config, folder, trainer, generator, scorer, tokenizer, eval_table, eval_embeddings, repeated, resumed)
+    return Run(
+        config,
+        folder,
+        trainer,
+        generator,
+        scorer,
+        tokenizer,
+        eval_table,
+        eval_embeddings,
+        repeated,
+        resumed,
+        identity,
+    )
+
+
+def _continue(trainer: Trainer, newest: Path, identity: Mapping[str, str]) -> None:
+    """Put the trainer where it was when the checkpoint was written."""
+    tensors, state, generators = checkpoint.load(newest, trainer.spread_tensors())
+    checkpoint.check_identity(state, identity, newest)
+    trainer.load_state_tensors(tensors)
+    trainer.counters = Counters(**state["counters"])
+    if generators is None:  # there are more ranks than wrote it
+        checkpoint.seed_random_state(stream_seed(trainer.config.seed, trainer.counters.step, "ambient"))
+    else:
+        checkpoint.restore_random_state(generators)
+    logger.info("resumed after step %d from %s", trainer.counters.step, newest)
 
 
 def _generator(

@@ -122,20 +122,6 @@ class Policy:
             result[torch.tensor(chunk, device=self.device)] = (states.float() * weight).sum(1) / weight.sum(1)
         return result
 
-    def host_state(self) -> dict[str, Tensor]:
-        """The model's state on the host, one tensor for tied parameters.
-
-        Parameters that are slices of an engine's matrix would be cloned on the device when they are saved.
-        """
-        copies: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-        state = {}
-        for name, tensor in self.model.state_dict().items():
-            key = (tensor.data_ptr(), tuple(tensor.shape))
-            if key not in copies:
-                copies[key] = tensor.detach().cpu()
-            state[name] = copies[key]
-        return state
-
     def frozen_copy(self) -> Policy:
         """A copy that no optimiser touches."""
         model = copy.deepcopy(self.model).requires_grad_(False)

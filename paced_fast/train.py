@@ -7,10 +7,12 @@ The run folder holds config.json, metrics.jsonl, rollouts.jsonl, checkpoints/, s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from paced_fast import checkpoint, cli, metrics, prompts, report
 from paced_fast.build import Run, build, without_missing
@@ -33,7 +36,9 @@ logger = logging.getLogger("paced_fast.train")  # __name__ is __main__ under pyt
 def train(run: Run, console: Console) -> dict[str, Any]:
     """The loop; returns the summary that is also written to the run folder."""
     config, trainer, folder = run.config, run.trainer, run.folder
+    saver = _saver(run)
     with (
+        contextlib.closing(saver),
         metrics.MetricsWriter(folder, sinks=config.run.loggers, config=flatten(config)) as writer,
         metrics.Progress(config.steps, start_step=trainer.counters.step, console=console) as progress,
     ):
@@ -66,7 +71,7 @@ def train(run: Run, console: Console) -> dict[str, Any]:
             writer.write_rollouts(shown)
             progress.update(record)
             if last or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
-                _save(run)
+                _save(run, saver, last=last)
     summary = summarise(folder, config)
     metrics.write_json_atomic(folder / "summary.json", summary)
     return summary
@@ -155,19 +160,38 @@ def summarise(folder: Path, config: Config) -> dict[str, Any]:
     }
 
 
-def _save(run: Run) -> None:
-    def save_policy(folder: Path) -> None:
-        run.trainer.policy.model.save_pretrained(folder, state_dict=run.trainer.policy.host_state())
-        run.tokenizer.save_pretrained(folder)
+def _saver(run: Run) -> checkpoint.Saver:
+    """What writes the run's checkpoints; the tokenizer's files are those written before training."""
+    initial = run.folder / "initial"
 
-    state = {"counters": dataclasses.asdict(run.trainer.counters), "random": checkpoint.random_state()}
-    checkpoint.save(
+    def write_policy(folder: Path, state: dict[str, Tensor]) -> None:
+        run.trainer.policy.model.save_pretrained(folder, state_dict=state)
+        for path in initial.iterdir():
+            weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
+            if not weights and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+
+    settings = run.config.run
+    return checkpoint.Saver(
         run.folder / "checkpoints",
-        run.trainer.counters.step,
-        save_policy=save_policy,
-        tensors=run.trainer.state_tensors(),
-        state=state,
-        keep=run.config.run.keep_checkpoints,
+        keep=settings.keep_checkpoints,
+        write_policy=write_policy,
+        background=settings.async_save,
+    )
+
+
+def _save(run: Run, saver: checkpoint.Saver, *, last: bool) -> None:
+    trainer = run.trainer
+    saver.save(
+        trainer.counters.step,
+        tensors=trainer.state_tensors(),
+        model=trainer.policy.model.state_dict(),
+        state={
+            "counters": dataclasses.asdict(trainer.counters),
+            "identity": run.identity,
+            "versions": checkpoint.versions(),
+        },
+        last=last,
     )
 
 

@@ -369,8 +369,7 @@ class Trainer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor a resumed run needs, the policy's parameters apart."""
-        tensors = prefixed("optimizer", optimizer_tensors(self.optimizer))
-        tensors |= prefixed("scheduler", self.scheduler.state_dict())
+        tensors = self.spread_tensors() | prefixed("scheduler", self.scheduler.state_dict())
         if self.log_z is not None:
             tensors |= prefixed("log_z.head", self.log_z.state_dict())
             tensors |= prefixed("log_z.optimizer", optimizer_tensors(self.log_z.optimizer))
@@ -378,9 +377,12 @@ class Trainer:
             tensors |= prefixed("replay", self.replay.state_dict())
         return tensors
 
+    def spread_tensors(self) -> dict[str, Tensor]:
+        """Those of them that may be spread over ranks; a resumed run has them filled in place."""
+        return prefixed("optimizer", optimizer_tensors(self.optimizer))
+
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from `state_tensors()`."""
-        load_optimizer_tensors(self.optimizer, below("optimizer", tensors))
+        """Continue from `state_tensors()`, those of `spread_tensors` apart."""
         self.scheduler.load_state_dict(below("scheduler", tensors))
         if self.log_z is not None:
             self.log_z.load_state_dict(below("log_z.head", tensors))

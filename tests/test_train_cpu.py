@@ -48,7 +48,9 @@ def everything(folder: Path, step: int) -> dict[str, Tensor]:
     """All tensors of a checkpoint: the policy, and what the trainer keeps."""
     place = folder / "checkpoints" / f"step_{step:06d}"
     assert checkpoint.verify(place) is None
-    return load_file(place / "state.safetensors") | checkpoint.prefixed(
+    spread = [load_file(path) for path in (place / "tensors").iterdir()]
+    parts = (load_file(place / "state.safetensors"), *spread)
+    return {name: tensor for part in parts for name, tensor in part.items()} | checkpoint.prefixed(
         "policy", load_file(place / "policy" / "model.safetensors")
     )
 
@@ -61,6 +63,8 @@ def assert_same_run(one: Path, two: Path, step: int) -> None:
     for state in states:
         del state["counters"]["train_seconds"]
     assert states[0] == states[1]
+    generators = [f / "checkpoints" / f"step_{step:06d}" / "random" / "rank_00000.json" for f in (one, two)]
+    assert generators[0].read_text() == generators[1].read_text()
     assert [timeless(r) for r in records(one)] == [timeless(r) for r in records(two)]
     assert records(one, "rollouts") == records(two, "rollouts")
 
@@ -200,6 +204,8 @@ def test_every_piece_of_state_matters_or_is_refused(rewards: Path, tmp_path: Pat
     for _ in range(2):
         other.step()
     other.load_state_tensors(tensors)
+    for name, tensor in other.spread_tensors().items():
+        tensor.copy_(tensors[name])
     again = other.state_tensors()
     assert again.keys() == tensors.keys()
     assert [name for name in tensors if not torch.equal(again[name], tensors[name])] == []
