@@ -96,6 +96,8 @@ def policy_folder(run_dir: Path, step: int | None) -> Path:
 def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Any]]:
     """What is wrong with the manifest or the set of files, and what it says of each file."""
     try:
+        if (folder / "manifest.json").is_symlink():
+            return "manifest.json is no plain file", {}
         text = (folder / "manifest.json").read_text()
         manifest = json.loads(text)
         present = {name for name in _names(folder) if name != "manifest.json"}
@@ -196,6 +198,8 @@ def retain(root: Path, folder: Path, keep: int, trusted: Iterable[Path]) -> None
     for path in folders(root):
         if path not in kept:
             _remove(path)
+    for leftover in root.glob(".step_*.removed"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
