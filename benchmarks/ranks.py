@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from paced_fast import distributed
 from paced_fast.distributed import ALONE, World
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -26,6 +27,7 @@ def _enter(rank: int, size: int, meeting: str, answers: Any, act: Callable[..., 
         store = dist.FileStore(meeting, size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         world = World(rank, size, rank, size)
+        distributed._patient[0] = dist.new_group(backend="gloo")
     try:
         answers.put((rank, None, act(world, *arguments)))
     except Exception as error:  # the caller raises it

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
 from paced_fast.batch import Completion, PromptRow, PromptTable
 from paced_fast.config import Config, DataConfig, flatten, stream_seed
+from paced_fast.distributed import ALONE, World
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import check_headline, load_config
@@ -28,6 +30,7 @@ from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
+from paced_fast.sharing import SharedGenerator, together
 from paced_fast.sources import drop_missing
 from paced_fast.trainer import Counters, Trainer
 from paced_fast.warm_start import warm_start
@@ -52,11 +55,15 @@ class Run:
     resumed: bool
     identity: dict[str, str]
     """Hashes of data and tokenizer; a continuation must have the same."""
+    world: World = ALONE
 
 
-def build(config: Config, console: Console) -> Run:
-    """Load data and model, warm-start or resume, and only then create the run folder."""
-    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+def build(config: Config, console: Console, world: World = ALONE) -> Run:
+    """Load data and model, warm-start or resume, and only then create the run folder.
+
+    Of several ranks the lead makes the folder and the first weights, which the others read from it.
+    """
+    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, and AdamW crawls on those
     metrics.require_sinks(config.run.loggers)
@@ -64,37 +71,25 @@ def build(config: Config, console: Console) -> Run:
         require_vllm(config.model.device)
         if config.model.name == "tiny":  # known before the warm start
             require_head_size(config.model.hidden_size // config.model.num_heads, config.model.device)
-    folder = _run_folder(config)
-    newest = _newest_checkpoint(config, folder) if config.resume == "auto" else None
+    folder = _of_lead(world, lambda: _run_folder(config))
+    assert folder is not None
+    newest = _newest_checkpoint(config, folder, world) if config.resume == "auto" else None
     cache = Path(config.warm_start.cache_dir).expanduser()
-    path = str(smollm2_folder(cache)) if config.model.name == "smollm2" else config.model.name
-    tokenizer = _tokenizer(path)
-    scorer = Scorer(settings=config.reward)
-    table, eval_table = (
-        _table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
-    )
-    table, repeated = _apart(table, eval_table, config.data)
-    if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
-        raise InputError(
-            f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
-            "some repeat: lower --generation.prompts-per-step, or leave the limit out"
-        )
-    shaper = Shaper(config.reward)
-    _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
-    check_headline(config.data.headline, eval_table)
+    path = config.model.name
+    if path == "smollm2":
+        path = str(_of_lead(world, lambda: smollm2_folder(cache)))
+    tokenizer = together(world, lambda: _tokenizer(path))
+    scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
+    table, eval_table, repeated = together(world, lambda: _tables(config, tokenizer, scorer, shaper))
     stop_ids = prompts.stop_token_ids(tokenizer)
     identity = checkpoint.identity(table, eval_table, tokenizer)
+    model = None
     if newest is None:
-        model = _initial_model(path, tokenizer, config, stop_ids[0])
-        if config.generator == "vllm":
-            memory.engine_tokens(model, config)
-            require_head_size(memory.head_size(model.config), config.model.device)
-        _claim(folder, config)
-        checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
-        model.save_pretrained(folder / "initial")
-        tokenizer.save_pretrained(folder / "initial")
-    else:
-        model = load_model(config.model, str(folder / "initial"))
+        begin = functools.partial(_begin, config, folder, path, tokenizer, stop_ids[0])
+        model = together(world, begin if world.is_lead else lambda: None, patient=True)
+    made = model
+    model = together(world, lambda: made or load_model(config.model, str(folder / "initial")))
+    checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
     # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
     policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
     embeddings = eval_embeddings = None
@@ -103,21 +98,16 @@ def build(config: Config, console: Console) -> Run:
         eval_embeddings = policy.embed([row.token_ids for row in eval_table.rows])
     initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
     if newest is not None:
-        model = load_model(config.model, str(newest / "policy"))
+        model = together(world, lambda: load_model(config.model, str(newest / "policy")))
         policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
-    plan = memory.plan(model, config, len(table))
-    if config.generator == "vllm" and config.weight_sync.mode != "shared":
-        itemsize = getattr(torch, config.weight_sync.dtype).itemsize
-        name = (
-            "the engine's own weights"
-            if config.weight_sync.mode == "push"
-            else "the engine's own weights, if not shared"
-        )
-        plan[name] = itemsize * sum(parameter.numel() for parameter in model.parameters())
-    console.print(metrics.memory_plan_table(plan, available_bytes=memory.available(policy.device)))
+    console.print(
+        metrics.memory_plan_table(_plan(config, policy, len(table)), available_bytes=memory.available(policy.device))
+    )
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
     weights = folder / "initial" if newest is None else newest / "policy"
-    generator, guard = _generator(config, policy, weights, stop_ids, table)
+    generator, guard = together(world, lambda: _generator(config, policy, weights, stop_ids, table))
+    if world.size > 1:
+        generator = SharedGenerator(generator, world)
     trainer = Trainer(
         config,
         policy=policy,
@@ -129,11 +119,10 @@ def build(config: Config, console: Console) -> Run:
         table=table,
         embeddings=embeddings,
         guard=guard,
+        world=world,
     )
     if newest is not None:
-        _continue(trainer, newest, identity)
-        metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
-    resumed = newest is not None
+        _continue(trainer, config, folder, newest, identity)
     return Run(
         config,
         folder,
@@ -144,22 +133,74 @@ def build(config: Config, console: Console) -> Run:
         eval_table,
         eval_embeddings,
         repeated,
-        resumed,
+        newest is not None,
         identity,
+        world,
     )
 
 
-def _continue(trainer: Trainer, newest: Path, identity: Mapping[str, str]) -> None:
-    """Put the trainer where it was when the checkpoint was written."""
-    tensors, state, generators = checkpoint.load(newest, trainer.spread_tensors())
-    checkpoint.check_identity(state, identity, newest)
+def _of_lead(world: World, function: Callable[[], Path | None]) -> Path | None:
+    """The path that `function` finds on the lead, told to every rank; the others do not call it."""
+    found = together(world, lambda: function() if world.is_lead else None, patient=True)
+    told = world.gather_text("" if found is None else str(found))[0]
+    return Path(told) if told else None
+
+
+def _begin(config: Config, folder: Path, path: str, tokenizer: PreTrainedTokenizerBase, stop_id: int) -> Any:
+    """Make the first model and then the run folder, with its weights in `initial`."""
+    model = _initial_model(path, tokenizer, config, stop_id)
+    if config.generator == "vllm":
+        memory.engine_tokens(model, config)
+        require_head_size(memory.head_size(model.config), config.model.device)
+    _claim(folder, config)
+    model.save_pretrained(folder / "initial")
+    tokenizer.save_pretrained(folder / "initial")
+    return model
+
+
+def _continue(trainer: Trainer, config: Config, folder: Path, newest: Path, identity: dict[str, str]) -> None:
+    """Give the trainer the state of a checkpoint, and keep the settings it goes on with."""
+    world = trainer.world
+    tensors, state, generators = checkpoint.load(newest, trainer.spread_tensors(), world)
+    together(world, lambda: checkpoint.check_identity(state, identity, newest))
     trainer.load_state_tensors(tensors)
     trainer.counters = Counters(**state["counters"])
-    if generators is None:  # there are more ranks than wrote it
-        checkpoint.seed_random_state(stream_seed(trainer.config.seed, trainer.counters.step, "ambient"))
+    if generators is None:  # there are more ranks now than wrote it
+        checkpoint.seed_random_state(stream_seed(config.seed, trainer.counters.step, f"ambient/{world.rank}"))
     else:
         checkpoint.restore_random_state(generators)
+    if world.is_lead:
+        metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
     logger.info("resumed after step %d from %s", trainer.counters.step, newest)
+
+
+def _tables(
+    config: Config, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, shaper: Shaper
+) -> tuple[PromptTable, PromptTable, int]:
+    """Prompts to train on, held-out prompts, and how many of the former are among the latter; all rewards tried."""
+    table, eval_table = (
+        _table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
+    )
+    table, repeated = _apart(table, eval_table, config.data)
+    if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
+        raise InputError(
+            f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
+            "some repeat: lower --generation.prompts-per-step, or leave the limit out"
+        )
+    _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
+    check_headline(config.data.headline, eval_table)
+    return table, eval_table, repeated
+
+
+def _plan(config: Config, policy: Policy, num_prompts: int) -> dict[str, int]:
+    """The memory plan of this rank, the engine's own weights included."""
+    plan = memory.plan(policy.model, config, num_prompts)
+    if config.generator == "vllm" and config.weight_sync.mode != "shared":
+        itemsize = getattr(torch, config.weight_sync.dtype).itemsize
+        only_copied = config.weight_sync.mode == "push"
+        name = "the engine's own weights" if only_copied else "the engine's own weights, if not shared"
+        plan[name] = itemsize * sum(parameter.numel() for parameter in policy.model.parameters())
+    return plan
 
 
 def _generator(
@@ -342,16 +383,25 @@ _FREE_ON_RESUME = (
 )
 
 
-def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
+def _newest_checkpoint(config: Config, folder: Path, world: World) -> Path | None:
     """What `--resume auto` continues from; None when nothing has been saved yet. Never starts over a damaged run."""
-    if any((folder / name).exists() for name in _OWN_NAMES):
-        _check_same_run(config, folder)
+
+    def check() -> None:
+        if any((folder / name).exists() for name in _OWN_NAMES):
+            _check_same_run(config, folder)
+
+    together(world, check if world.is_lead else lambda: None)
     root = folder / "checkpoints"
-    newest = checkpoint.newest(root)
-    if newest is None and any(root.glob("step_*")):
-        raise InputError(
-            f"--resume auto: every checkpoint in {root} is damaged: --resume never --run.overwrite restarts"
-        )
+    newest = checkpoint.newest(root, world)
+
+    def check_found() -> None:
+        if newest is None and (found := checkpoint.folders(root)):
+            raise InputError(
+                f"--resume auto: every checkpoint in {root} is damaged ({found[-1].name}: "
+                f"{checkpoint.verify(found[-1])}): --resume never --run.overwrite restarts"
+            )
+
+    together(world, check_found if world.is_lead else lambda: None)
     return newest
 
 

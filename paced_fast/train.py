@@ -22,42 +22,56 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from paced_fast import checkpoint, cli, metrics, prompts, report
+from paced_fast import checkpoint, cli, distributed, metrics, prompts, report
 from paced_fast.build import Run, build, without_missing
 from paced_fast.config import Config, flatten, stream_seed
+from paced_fast.distributed import EVERYWHERE, World
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
 from paced_fast.policy import quiet
 from paced_fast.resolve import resolve
+from paced_fast.sharing import shared_judge, summed_counts
 
 logger = logging.getLogger("paced_fast.train")  # __name__ is __main__ under python -m
 
 
 def train(run: Run, console: Console) -> dict[str, Any]:
-    """The loop; returns the summary that is also written to the run folder."""
-    config, trainer, folder = run.config, run.trainer, run.folder
-    saver = _saver(run)
-    with (
-        contextlib.closing(saver),
-        metrics.MetricsWriter(folder, sinks=config.run.loggers, config=flatten(config)) as writer,
-        metrics.Progress(config.steps, start_step=trainer.counters.step, console=console) as progress,
-    ):
+    """The loop; returns the summary that is also written to the run folder. Of several ranks the lead writes."""
+    config, trainer, folder, world = run.config, run.trainer, run.folder, run.world
+    with contextlib.ExitStack() as stack:
+        saver = stack.enter_context(contextlib.closing(_saver(run)))
+        writer = progress = None
+        if world.is_lead:
+            writer = stack.enter_context(
+                metrics.MetricsWriter(folder, sinks=config.run.loggers, config=flatten(config))
+            )
+            progress = stack.enter_context(
+                metrics.Progress(config.steps, start_step=trainer.counters.step, console=console)
+            )
+
+        def tell(record: dict[str, Any], shown: list[dict[str, Any]] | None = None) -> None:
+            if writer is not None and progress is not None:
+                writer.write(record)
+                writer.write_rollouts(shown or [])
+                progress.update(record)
+
         # A resumed run loads the engine anew, so it is checked like a new one.
-        parity = trainer.guard.check(trainer.counters.step) if trainer.guard is not None else None
+        parity = trainer.check_parity()
         if run.resumed:
-            writer.drop_from(trainer.counters.step + 1)
+            if writer is not None:
+                writer.drop_from(trainer.counters.step + 1)
         else:
-            progress.update({"step": 0, "status": "evaluating before training"})
+            if progress is not None:
+                progress.update({"step": 0, "status": "evaluating before training"})
             record: dict[str, Any] = {"step": 0, "rollouts": 0, "train_seconds": 0.0}
-            if parity is not None:
+            if parity:
                 record["parity"] = parity
             before = evaluate_now(run, config.evaluation.final_samples)
             if before is not None:
                 record["eval"] = before.record() | prompt_columns(run.eval_table)
                 record["overlap"] = {"repeated": run.repeated, "training_prompts": len(run.trainer.table)}
-            if before is not None or parity is not None:
-                writer.write(record)
-                progress.update(record)
+            if before is not None or parity:
+                tell(record)
         while trainer.counters.step < config.steps:
             record, shown = trainer.step()
             step = trainer.counters.step
@@ -67,11 +81,11 @@ def train(run: Run, console: Console) -> dict[str, Any]:
                 record["eval"] = None if evaluation is None else evaluation.record()
             if last:
                 record |= _final_evaluation(run)
-            writer.write(record)
-            writer.write_rollouts(shown)
-            progress.update(record)
+            tell(record, shown)
             if last or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
                 _save(run, saver, last=last)
+    if not world.is_lead:
+        return {}
     summary = summarise(folder, config)
     metrics.write_json_atomic(folder / "summary.json", summary)
     return summary
@@ -85,8 +99,8 @@ def evaluate_now(run: Run, samples: int) -> Evaluation | None:
     return evaluate(
         run.generator,
         run.eval_table,
-        score=run.scorer.score,
-        take_counts=run.scorer.take_counts,
+        score=shared_judge(run.world, run.scorer.score),
+        take_counts=lambda: summed_counts(run.world, run.scorer.take_counts()),
         decode=lambda ids: prompts.decode(run.tokenizer, ids),
         sampling=Sampling(
             samples=samples,
@@ -177,6 +191,7 @@ def _saver(run: Run) -> checkpoint.Saver:
         keep=settings.keep_checkpoints,
         write_policy=write_policy,
         background=settings.async_save,
+        world=run.world,
     )
 
 
@@ -196,25 +211,43 @@ def _save(run: Run, saver: checkpoint.Saver, *, last: bool) -> None:
 
 
 def run(config: Config, console: Console | None = None) -> dict[str, Any]:
-    """Train by `config` from start to summary; what `main` does after reading the command line."""
+    """Train by `config` from start to summary; what `main` does after reading the command line.
+
+    The summary is empty on every rank but the lead.
+    """
     console = console or Console()
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"preset {config.preset} runs on a GPU (--model.device cuda) and torch sees none: "
             "use the preset tiny or smollm2, or --model.device cpu"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("several processes cannot train together yet: start one, without torchrun")
+    world = distributed.start(config.model.device, config.distributed.timeout_seconds)
+    try:
+        return _run(config, console if world.is_lead else Console(quiet=True), world)
+    finally:
+        distributed.stop()
+
+
+def _run(config: Config, console: Console, world: World) -> dict[str, Any]:
+    if not world.is_lead:
+        logging.getLogger("paced_fast").setLevel(logging.WARNING)
     config = without_missing(resolve(config))
     console.print(metrics.config_table(flatten(config)))
-    prepared = build(config, console)
+    prepared = build(config, console, world)
     try:
         summary = train(prepared, console)
     finally:
         prepared.scorer.close()
-    if config.run.report:
+    if config.run.report and world.is_lead:
         report.make_report(prepared.folder)
     return summary
+
+
+def _tell(line: str, error: Exception) -> None:
+    """One line to the user; of an error that every rank has, the lead's is enough."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or EVERYWHERE not in getattr(error, "__notes__", ()):
+        sys.stderr.write(f"{line}\n" if rank == "0" else f"rank {rank}: {line}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -225,12 +258,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = cli.parse(sys.argv[1:] if arguments is None else arguments)
         summary = run(config, console)
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _tell(f"error: {error}", error)
         raise SystemExit(2) from None
     except TrainingError as error:
-        sys.stderr.write(f"stopped: {error}\n")
+        _tell(f"stopped: {error}", error)
         raise SystemExit(3) from None
-    console.print(metrics.final_table(summary, run_dir=summary["run_dir"]))
+    if summary:
+        console.print(metrics.final_table(summary, run_dir=summary["run_dir"]))
 
 
 if __name__ == "__main__":

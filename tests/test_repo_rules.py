@@ -37,7 +37,7 @@ LAYERS = (
         *("resolve", "benchmark_sources"),
     },
     {"policy", "scheduler", "replay", "generate", "cli", "report"},
-    {"update", "weight_sync", "parity", "evaluation", "checkpoint", "warm_start"},
+    {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start"},
     {"record", "evaluate"},
     {"trainer"},
     {"build"},
@@ -59,7 +59,7 @@ HOMES = {
     "vllm": {"engine"},
     "wandb": {"metrics"},
     "tensorboard": {"metrics"},
-    "transformers": {"policy", "prompts.tokenizers", "generate"},
+    "transformers": {"policy", "prompts.tokenizers", "generate.own_model"},
 }
 """Third-party packages and the only modules of `paced_fast` that may name them; integrations are adapters and free."""
 

@@ -69,6 +69,7 @@ def verify(folder: Path, world: World = ALONE) -> str | None:
         largest_first = sorted(files, key=lambda name: (-files[name]["bytes"], name))
         found = (_difference(folder, name, files[name]) for name in largest_first[world.rank :: world.size])
         problem = next((text for text in found if text is not None), None)
+    world.wait()  # reading takes its time
     problems = world.gather_text(problem or "")
     return next((text for text in problems if text), None)
 

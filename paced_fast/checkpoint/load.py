@@ -36,5 +36,6 @@ def load(
     except (OSError, ValueError, SafetensorError) as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
         error = InputError(f"checkpoint {folder} cannot be read ({reason}): remove it, and the one before is used")
+    world.wait()  # reading takes its time
     world.agree(error, InputError)
     return found

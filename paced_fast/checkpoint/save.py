@@ -23,7 +23,7 @@ from torch import Tensor
 from paced_fast.checkpoint.folder import commit, describe, flush, folders, fresh, retain, step_folder
 from paced_fast.checkpoint.random_state import random_state
 from paced_fast.checkpoint.tensors import HostMemory, HostPart, full_copies, rank_files
-from paced_fast.distributed import ALONE, World
+from paced_fast.distributed import ALONE, EVERYWHERE, World
 from paced_fast.errors import InputError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Saver:
             self._pending = self._thread.submit(self._write, job)
             failure = self.wait() if last else None
         if last and failure is not None:
-            raise TrainingError(f"the last checkpoint was not written: {failure}")
+            raise _of_all(TrainingError(f"the last checkpoint was not written: {failure}"))
 
     def wait(self) -> str | None:
         """Until nothing is being written any more; why the save in the background failed, if it did.
@@ -210,9 +210,14 @@ class Saver:
         """What the disk had against it on some rank. Raises any other error on all."""
         for kind, raised in (("input", InputError), ("error", TrainingError)):
             if told := self._by_rank(answers, kind):
-                raise raised(told if kind == "input" else f"a checkpoint could not be written: {told}")
+                raise _of_all(raised(told if kind == "input" else f"a checkpoint could not be written: {told}"))
         return self._by_rank(answers, "disk") or None
 
     def _by_rank(self, answers: list[dict[str, Any]], kind: str) -> str:
         told = {rank: answer[kind] for rank, answer in enumerate(answers) if kind in answer}
         return "; ".join(text if len(answers) == 1 else f"rank {rank}: {text}" for rank, text in told.items())
+
+
+def _of_all(error: Exception) -> Exception:
+    error.add_note(EVERYWHERE)
+    return error
