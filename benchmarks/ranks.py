@@ -17,7 +17,7 @@ from paced_fast import distributed
 from paced_fast.distributed import ALONE, World
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["benchmarks.ranks", "paced_fast.train"])
+_SERVER.set_forkserver_preload(["benchmarks.ranks"])
 
 
 def _enter(rank: int, size: int, meeting: str, answers: Any, act: Callable[..., Any], arguments: Any) -> None:

@@ -123,20 +123,8 @@ def build(config: Config, console: Console, world: World = ALONE) -> Run:
     )
     if newest is not None:
         _continue(trainer, config, folder, newest, identity)
-    return Run(
-        config,
-        folder,
-        trainer,
-        generator,
-        scorer,
-        tokenizer,
-        eval_table,
-        eval_embeddings,
-        repeated,
-        newest is not None,
-        identity,
-        world,
-    )
+    held_out = (eval_table, eval_embeddings, repeated)
+    return Run(config, folder, trainer, generator, scorer, tokenizer, *held_out, newest is not None, identity, world)
 
 
 def _of_lead(world: World, function: Callable[[], Path | None]) -> Path | None:
@@ -385,23 +373,16 @@ _FREE_ON_RESUME = (
 
 def _newest_checkpoint(config: Config, folder: Path, world: World) -> Path | None:
     """What `--resume auto` continues from; None when nothing has been saved yet. Never starts over a damaged run."""
-
-    def check() -> None:
-        if any((folder / name).exists() for name in _OWN_NAMES):
-            _check_same_run(config, folder)
-
-    together(world, check if world.is_lead else lambda: None)
+    began = world.is_lead and any((folder / name).exists() for name in _OWN_NAMES)
+    together(world, lambda: _check_same_run(config, folder) if began else None)
     root = folder / "checkpoints"
-    newest = checkpoint.newest(root, world)
-
-    def check_found() -> None:
-        if newest is None and (found := checkpoint.folders(root)):
-            raise InputError(
-                f"--resume auto: every checkpoint in {root} is damaged ({found[-1].name}: "
-                f"{checkpoint.verify(found[-1])}): --resume never --run.overwrite restarts"
-            )
-
-    together(world, check_found if world.is_lead else lambda: None)
+    newest, error = checkpoint.newest(root, world), None
+    if newest is None and (found := checkpoint.folders(root)):
+        error = InputError(
+            f"--resume auto: every checkpoint in {root} is damaged ({found[-1].name}: "
+            f"{checkpoint.verify(found[-1])}): --resume never --run.overwrite restarts"
+        )
+    world.agree(error)
     return newest
 
 

@@ -92,7 +92,7 @@ def test_shards_of_two_ranks_are_loaded_whole_and_in_other_shards(tmp_path: Path
         f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)
     ]
     assert_of_step(tmp_path / "step_000004", 4)
-    for size, kind in ((3, "shards"), (2, "whole"), (4, "halves")):
+    for size, kind in ((3, "shards"), (4, "halves")):
         for rank, (name, tensors, found, state, own) in enumerate(on_ranks(size, acts.loaded, tmp_path, kind)):
             assert (name, state, own) == ("step_000004", {"step": 4}, rank < 2)
             for got, expected in ((tensors, acts.whole(4)), (found, acts.control(4))):
