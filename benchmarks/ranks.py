@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,18 @@ from paced_fast import distributed
 from paced_fast.distributed import ALONE, World
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["benchmarks.ranks"])
+_SERVER.set_forkserver_preload(["benchmarks.ranks", "paced_fast.checkpoint", "torch.distributed.device_mesh"])
 
 
-def _enter(rank: int, size: int, meeting: str, answers: Any, act: Callable[..., Any], arguments: Any) -> None:
+Started = tuple[list[BaseProcess], list[Connection]]
+
+
+def import_ahead(module: str) -> None:
+    """Let processes begin with `module` imported; counts before the first of them starts."""
+    _SERVER.set_forkserver_preload(["benchmarks.ranks", module])
+
+
+def _enter(rank: int, size: int, meeting: str, answer: Connection, act: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
     world = ALONE
     if size > 1:
@@ -29,37 +38,47 @@ def _enter(rank: int, size: int, meeting: str, answers: Any, act: Callable[..., 
         world = World(rank, size, rank, size)
         distributed._patient[0] = dist.new_group(backend="gloo")
     try:
-        answers.put((rank, None, act(world, *arguments)))
+        answer.send((None, act(world, *arguments)))
     except Exception as error:  # the caller raises it
-        answers.put((rank, f"{type(error).__name__}: {error}", None))
-    if size > 1:
-        dist.destroy_process_group()
+        answer.send((f"{type(error).__name__}: {error}", None))
+    distributed.stop()
 
 
 @contextlib.contextmanager
-def started(size: int, act: Callable[..., Any], *arguments: Any) -> Iterator[tuple[list[BaseProcess], Any]]:
-    """`size` processes that call `act(world, *arguments)`, and a queue of (rank, error, result); killed at the end."""
+def started(
+    size: int, act: Callable[..., Any], *arguments: Any
+) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
+    """`size` processes that call `act(world, *arguments)`, and where each sends (error, result); killed at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        answers = _SERVER.Queue()
         meeting = str(Path(folder, "store"))
-        ranks = [_SERVER.Process(target=_enter, args=(r, size, meeting, answers, act, arguments)) for r in range(size)]
-        for process in ranks:
+        processes, answers = [], []
+        for rank in range(size):
+            answer, sender = _SERVER.Pipe(duplex=False)
+            process = _SERVER.Process(target=_enter, args=(rank, size, meeting, sender, act, arguments))
             process.start()
+            sender.close()  # a rank that dies ends the pipe
+            processes.append(process)
+            answers.append(answer)
         try:
-            yield ranks, answers
+            yield processes, answers
         finally:
-            for process in ranks:
+            for process in processes:
                 process.kill()
                 process.join()
-            answers.close()
+            for answer in answers:
+                answer.close()
 
 
 def on_ranks(size: int, act: Callable[..., Any], *arguments: Any, seconds: float = 120.0) -> list[Any]:
     """What `act(world, *arguments)` returned on each of `size` ranks. Raises AssertionError when it failed on any."""
-    results: dict[int, Any] = {}
+    results = []
     with started(size, act, *arguments) as (_, answers):
-        for _ in range(size):
-            rank, error, result = answers.get(timeout=seconds)
+        for rank, answer in enumerate(answers):
+            assert answer.poll(seconds), f"rank {rank}: nothing after {seconds} s"
+            try:
+                error, result = answer.recv()
+            except EOFError:
+                error, result = "it died", None
             assert error is None, f"rank {rank}: {error}"
-            results[rank] = result
-    return [results[rank] for rank in range(size)]
+            results.append(result)
+    return results

@@ -38,7 +38,7 @@ LAYERS = (
     },
     {"policy", "scheduler", "replay", "generate", "cli", "report"},
     {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start"},
-    {"record", "evaluate"},
+    {"record", "evaluate", "export"},
     {"trainer"},
     {"build"},
     {"train"},

@@ -126,16 +126,17 @@ def _turns(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
     return turns
 
 
-def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
+def read_tensors(folder: Path, into: Mapping[str, Tensor], *, partly: bool = False) -> None:
     """Fill the tensors `into`, however they are spread, from the files of all ranks in `folder`.
 
-    Raises InputError when names or shapes differ; nothing is filled then.
+    Raises InputError when names or shapes differ; nothing is filled then. `partly` leaves other tensors of the folder
+    alone.
     """
     reader = HuggingFaceStorageReader(str(folder))
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         metadata = reader.read_metadata()
-        _check_same(folder, _shapes(metadata), into)
+        _check_same(folder, _shapes(metadata), into, partly)
         planner.set_up_planner(dict(into), metadata, True)
         reader.set_up_storage_reader(metadata, True)
         plan = reader.prepare_local_plan(planner.create_local_plan())
@@ -154,8 +155,9 @@ def _shapes(metadata: Metadata) -> dict[str, torch.Size]:
     return {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
-def _check_same(folder: Path, saved: Mapping[str, torch.Size], into: Mapping[str, Tensor]) -> None:
-    for names, what in ((into.keys() - saved.keys(), "lacks"), (saved.keys() - into.keys(), "has an unknown")):
+def _check_same(folder: Path, saved: Mapping[str, torch.Size], into: Mapping[str, Tensor], partly: bool) -> None:
+    unknown = set() if partly else saved.keys() - into.keys()
+    for names, what in ((into.keys() - saved.keys(), "lacks"), (unknown, "has an unknown")):
         if names:
             raise InputError(f"{folder} {what} {min(names)} ({len(names)} such): it is of a run with other settings")
     for name, tensor in into.items():
