@@ -23,11 +23,12 @@ from rich.console import Console
 from torch import Tensor
 
 from paced_fast import checkpoint, cli, distributed, metrics, prompts, report
-from paced_fast.build import Run, build, without_missing
+from paced_fast.build import Run, build
 from paced_fast.config import Config, flatten, stream_seed
 from paced_fast.distributed import EVERYWHERE, World
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
+from paced_fast.inputs import without_missing
 from paced_fast.policy import quiet
 from paced_fast.resolve import resolve
 from paced_fast.sharing import shared_judge, summed_counts
@@ -238,6 +239,7 @@ def _run(config: Config, console: Console, world: World) -> dict[str, Any]:
         summary = train(prepared, console)
     finally:
         prepared.scorer.close()
+        prepared.generator.close()
     if config.run.report and world.is_lead:
         report.make_report(prepared.folder)
     return summary
