@@ -638,6 +638,19 @@ def test_resume_uses_the_previous_checkpoint_and_never_starts_over_a_damaged_run
     assert contents(folder) == before
 
 
+def test_a_continuation_with_other_data_is_refused(
+    rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings are the same, so only what was read tells."""
+    settings, folder = config(rewards, steps=1, data__eval=()), tmp_path / "run"
+    go(settings, folder)
+    before, own = contents(folder), checkpoint.identity
+    monkeypatch.setattr(checkpoint, "identity", lambda *a: own(*a) | {"training prompts": "0123 of 3 rows"})
+    with pytest.raises(InputError, match=r"the training prompts changed since .*step_000001 was written"):
+        go(settings, folder, resume="auto", steps=2)
+    assert contents(folder) == before
+
+
 def test_what_a_message_advises_may_change_on_resume_and_older_folders_lack_settings(
     rewards: Path, tmp_path: Path
 ) -> None:
