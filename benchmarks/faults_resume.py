@@ -162,13 +162,13 @@ def piece_of(name: str) -> str:
         return f"optimizer.{rest[-1]}"
     if owner == "log_z":
         return f"log_z.{rest[0]}.{rest[-1] if rest[0] == 'optimizer' else rest[1]}"
-    return f"{owner}.{rest[0]}"
+    return "policy" if owner == "policy" else f"{owner}.{rest[0]}"
 
 
 def _digest(trainer: Any) -> str:
     """Everything a trainer would save, and what its process would draw next."""
     hashed = hashlib.sha256()
-    tensors = trainer.state_tensors() | checkpoint.prefixed("policy", trainer.policy.model.state_dict())
+    tensors = trainer.state_tensors() | checkpoint.prefixed("model", trainer.policy.model.state_dict())
     for name in sorted(tensors):
         hashed.update(name.encode() + tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     counters = dataclasses.asdict(trainer.counters)
@@ -227,7 +227,6 @@ def ablate(world: World, config: Config) -> dict[str, str]:
         *sorted({piece_of(name) for name in names}),
         *(f"counter {name}" for name in counters),
         *(f"generator {name}" for name in checkpoint.random_state()),
-        "policy",
     ]
     return {piece: _resumed(config, piece) for piece in ("", "", *pieces)}
 

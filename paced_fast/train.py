@@ -29,7 +29,7 @@ from paced_fast.distributed import EVERYWHERE, World
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
 from paced_fast.inputs import without_missing
-from paced_fast.policy import quiet
+from paced_fast.policy import plain_state, quiet
 from paced_fast.resolve import resolve
 from paced_fast.sharing import shared_judge, summed_counts
 
@@ -201,7 +201,7 @@ def _save(run: Run, saver: checkpoint.Saver, *, last: bool) -> None:
     saver.save(
         trainer.counters.step,
         tensors=trainer.state_tensors(),
-        model=trainer.policy.model.state_dict(),
+        model=plain_state(trainer.policy.model),
         state={
             "counters": dataclasses.asdict(trainer.counters),
             "identity": run.identity,

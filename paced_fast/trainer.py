@@ -32,6 +32,7 @@ from paced_fast.replay import ReplayBuffer, importance_weights
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.rewards.shaping import centred
 from paced_fast.scheduler import PromptScheduler
+from paced_fast.sharding import replicas_mesh
 from paced_fast.sharing import Scores, gather_scores, summed_counts, together
 from paced_fast.update import Targets, UpdateResult, make_optimizer, old_logprobs, update_policy
 from paced_kernels import segment_sum
@@ -76,7 +77,8 @@ class Trainer:
         self.config, self.policy, self.initial = config, policy, initial
         self.generator, self.scorer, self.shaper = generator, scorer, shaper
         self.tokenizer, self.table = tokenizer, table
-        self.optimizer = make_optimizer(policy, config.optimizer)
+        mesh = None if policy.lockstep else replicas_mesh(world, policy.device)  # sharded parameters know theirs
+        self.optimizer = make_optimizer(policy, config.optimizer, mesh)
         self.counters = Counters()
         device = policy.device
         self.phases = metrics.Phases(*clock_of(device), memory.probe(device))
@@ -366,7 +368,7 @@ class Trainer:
             )
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every tensor a resumed run needs, the policy's parameters apart."""
+        """Every tensor a resumed run needs."""
         tensors = self.spread_tensors() | prefixed("scheduler", self.scheduler.state_dict())
         if self.log_z is not None:
             tensors |= prefixed("log_z.head", self.log_z.state_dict())
@@ -377,10 +379,11 @@ class Trainer:
 
     def spread_tensors(self) -> dict[str, Tensor]:
         """Those of them that may be spread over ranks; a resumed run has them filled in place."""
-        return prefixed("optimizer", optimizer_tensors(self.optimizer))
+        return self.optimizer.named_state()
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from `state_tensors()`, those of `spread_tensors` apart."""
+        """Continue from `state_tensors()`, those of `spread_tensors` being filled already."""
+        self.optimizer.publish()
         self.scheduler.load_state_dict(below("scheduler", tensors))
         if self.log_z is not None:
             self.log_z.load_state_dict(below("log_z.head", tensors))

@@ -32,8 +32,8 @@ from paced_fast.checkpoint import save as saving
 from paced_fast.checkpoint.tensors import HostMemory, full_copies
 from paced_fast.distributed import ALONE
 from paced_fast.errors import InputError, TrainingError
+from paced_fast.optimizer import GuardedAdamW
 from paced_fast.prompts import character_tokenizer
-from paced_fast.update import make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -587,7 +587,7 @@ def test_whole_tensors_on_the_host_keep_tied_ones_one() -> None:
 
 def stepped(seed: int) -> tuple[Any, torch.optim.AdamW]:
     policy = tiny_policy.policy(seed=seed)
-    optimizer = make_optimizer(policy, tiny_policy.settings().optimizer)
+    optimizer = GuardedAdamW(policy.parameters(), learning_rate=1e-3)
     source = torch.Generator().manual_seed(seed)
     for _ in range(3):
         for parameter in policy.parameters():
@@ -606,7 +606,7 @@ def test_the_optimiser_continues_bit_for_bit(tmp_path: Path, fresh: bool) -> Non
     own.save(1, tensors=checkpoint.prefixed("optimizer", saved), model=acts.model(1), state={})
     other, second = stepped(1)
     if fresh:
-        second = make_optimizer(other, tiny_policy.settings().optimizer)
+        second = GuardedAdamW(other.parameters(), learning_rate=1e-3)
     for parameter, value in zip(other.parameters(), policy.parameters(), strict=True):
         parameter.data.copy_(value.data)
     second.param_groups[0]["lr"] = 0.125
@@ -627,7 +627,7 @@ def test_state_made_before_the_first_step_changes_no_step() -> None:
     runs = []
     for early in (False, True):
         policy = tiny_policy.policy(seed=2)
-        optimizer = make_optimizer(policy, tiny_policy.settings().optimizer)
+        optimizer = GuardedAdamW(policy.parameters(), learning_rate=1e-3)
         if early:
             assert not any(tensor.any() for tensor in checkpoint.optimizer_tensors(optimizer).values())
         for parameter in policy.parameters():

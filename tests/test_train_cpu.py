@@ -51,7 +51,7 @@ def everything(folder: Path, step: int) -> dict[str, Tensor]:
     spread = [load_file(path) for path in (place / "tensors").iterdir()]
     parts = (load_file(place / "state.safetensors"), *spread)
     return {name: tensor for part in parts for name, tensor in part.items()} | checkpoint.prefixed(
-        "policy", load_file(place / "policy" / "model.safetensors")
+        "model", load_file(place / "policy" / "model.safetensors")
     )
 
 
