@@ -53,6 +53,8 @@ class Run:
     repeated: int
     """Training prompts that are held-out prompts."""
     resumed: bool
+    identity: dict[str, str]
+    """Hashes of data and tokenizer; a continuation must have the same."""
     world: World = ALONE
 
 
@@ -78,7 +80,7 @@ def build(config: Config, console: Console, world: World = ALONE) -> Run:
             require_head_size(config.model.hidden_size // config.model.num_heads, config.model.device)
     folder = _of_lead(world, lambda: _run_folder(config))
     assert folder is not None
-    newest = _of_lead(world, lambda: _newest_checkpoint(config, folder) if config.resume == "auto" else None)
+    newest = _newest_checkpoint(config, folder, world) if config.resume == "auto" else None
     cache = Path(config.warm_start.cache_dir).expanduser()
     path = config.model.name
     if path == "smollm2":
@@ -87,6 +89,7 @@ def build(config: Config, console: Console, world: World = ALONE) -> Run:
     scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
     table, eval_table, repeated = together(world, lambda: read_tables(config, tokenizer, scorer, shaper))
     stop_ids = prompts.stop_token_ids(tokenizer)
+    identity = checkpoint.identity(table, eval_table, tokenizer)
     model = None
     if newest is None:
         begin = functools.partial(_begin, config, folder, path, tokenizer, stop_ids[0])
@@ -127,20 +130,9 @@ def build(config: Config, console: Console, world: World = ALONE) -> Run:
         world=world,
     )
     if newest is not None:
-        _continue(trainer, config, folder, newest)
-    return Run(
-        config,
-        folder,
-        trainer,
-        generator,
-        scorer,
-        tokenizer,
-        eval_table,
-        eval_embeddings,
-        repeated,
-        newest is not None,
-        world,
-    )
+        _continue(trainer, config, folder, newest, identity)
+    held_out = (eval_table, eval_embeddings, repeated)
+    return Run(config, folder, trainer, generator, scorer, tokenizer, *held_out, newest is not None, identity, world)
 
 
 def _of_lead(world: World, function: Callable[[], Path | None]) -> Path | None:
@@ -162,13 +154,18 @@ def _begin(config: Config, folder: Path, path: str, tokenizer: PreTrainedTokeniz
     return model
 
 
-def _continue(trainer: Trainer, config: Config, folder: Path, newest: Path) -> None:
+def _continue(trainer: Trainer, config: Config, folder: Path, newest: Path, identity: dict[str, str]) -> None:
     """Give the trainer the state of a checkpoint, and keep the settings it goes on with."""
-    tensors, state = checkpoint.load(newest)
+    world = trainer.world
+    tensors, state, generators = checkpoint.load(newest, trainer.spread_tensors(), world)
+    together(world, lambda: checkpoint.check_identity(state, identity, newest))
     trainer.load_state_tensors(tensors)
     trainer.counters = Counters(**state["counters"])
-    checkpoint.restore_random_state(state["random"])
-    if trainer.world.is_lead:
+    if generators is None:  # there are more ranks now than wrote it
+        checkpoint.seed_random_state(stream_seed(config.seed, trainer.counters.step, f"ambient/{world.rank}"))
+    else:
+        checkpoint.restore_random_state(generators)
+    if world.is_lead:
         metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
     logger.info("resumed after step %d from %s", trainer.counters.step, newest)
 
@@ -286,16 +283,18 @@ _FREE_ON_RESUME = (
 )
 
 
-def _newest_checkpoint(config: Config, folder: Path) -> Path | None:
+def _newest_checkpoint(config: Config, folder: Path, world: World) -> Path | None:
     """What `--resume auto` continues from; None when nothing has been saved yet. Never starts over a damaged run."""
-    if any((folder / name).exists() for name in _OWN_NAMES):
-        _check_same_run(config, folder)
+    began = world.is_lead and any((folder / name).exists() for name in _OWN_NAMES)
+    together(world, lambda: _check_same_run(config, folder) if began else None)
     root = folder / "checkpoints"
-    newest = checkpoint.newest(root)
-    if newest is None and any(root.glob("step_*")):
-        raise InputError(
-            f"--resume auto: every checkpoint in {root} is damaged: --resume never --run.overwrite restarts"
+    newest, error = checkpoint.newest(root, world), None
+    if newest is None and (found := checkpoint.folders(root)):
+        error = InputError(
+            f"--resume auto: every checkpoint in {root} is damaged ({found[-1].name}: "
+            f"{checkpoint.verify(found[-1])}): --resume never --run.overwrite restarts"
         )
+    world.agree(error)
     return newest
 
 

@@ -8,6 +8,7 @@ gloo, so that nobody waits for a GPU to exchange a number.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    group: dist.ProcessGroup | None = None
+    """Who exchanges what `gather` and all that follows from it carry; None for all that torchrun started."""
 
     @property
     def is_lead(self) -> bool:
@@ -62,13 +65,13 @@ class World:
         if self.size == 1:
             return [host]
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(host)]))
+        dist.all_gather(lengths, torch.tensor([len(host)]), group=self.group)
         longest = int(max(lengths))
         if longest == 0:
             return [host] * self.size
         padded = torch.nn.functional.pad(host, (0, longest - len(host)))
         found = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(found, padded)
+        dist.all_gather(found, padded, group=self.group)
         return [part[: int(length)] for part, length in zip(found, lengths, strict=True)]
 
     def gather_text(self, text: str) -> list[str]:
@@ -104,6 +107,17 @@ class World:
         failure = (InputError if any(mark == "input" for mark, _ in met.values()) else kind)(whole)
         failure.add_note(EVERYWHERE)
         raise failure from error
+
+    def beside(self) -> World:
+        """The same ranks in a group of their own for `gather`, so that another thread may exchange at the same time.
+
+        Every rank calls this at the same place.
+        """
+        if self.size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+        return dataclasses.replace(self, group=group)
 
     def wait(self) -> None:
         """Go on when every rank has come here, however long that takes; a rank that dies ends it on the others."""

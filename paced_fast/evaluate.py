@@ -232,7 +232,7 @@ def _target(arguments: EvaluateArguments) -> _Target:
         raw = _read_config(folder)
         if not raw.keys() & {"model_type", "architectures"}:
             config = _config(folder, raw)
-            return _Target(_checkpoint(folder, arguments.step), _placed(arguments, config), True)
+            return _Target(str(checkpoint.policy_folder(folder, arguments.step)), _placed(arguments, config), True)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
         here = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(str(folder), here, n=1)
@@ -246,24 +246,6 @@ def _target(arguments: EvaluateArguments) -> _Target:
     if name == "smollm2" and not folder.is_dir():
         path = str(smollm2_folder(Path(config.warm_start.cache_dir).expanduser()))
     return _Target(path, _placed(arguments, config), False)
-
-
-def _checkpoint(run_dir: Path, step: int | None) -> str:
-    """The policy's folder in a run. Raises InputError for a step that is not there, or damaged."""
-    if step == 0:
-        if not (run_dir / "initial").is_dir():
-            raise InputError(f"{run_dir} holds no policy from before training: there is no {run_dir / 'initial'}")
-        return str(run_dir / "initial")
-    root = run_dir / "checkpoints"
-    folder = checkpoint.newest(root) if step is None else root / f"step_{step:06d}"
-    if folder is None or not folder.is_dir():
-        wanted = "checkpoint yet" if step is None else f"checkpoint of step {step}"
-        held = ", ".join(str(int(path.name[5:])) for path in sorted(root.glob("step_*")) if path.name[5:].isdigit())
-        raise InputError(f"{run_dir} has no {wanted}: {root} holds {f'those of step {held}' if held else 'none'}")
-    problem = checkpoint.verify(folder)
-    if problem is not None:
-        raise InputError(f"checkpoint {folder} is damaged: {problem}")
-    return str(folder / "policy")
 
 
 def _placed(arguments: EvaluateArguments, config: Config) -> Config:

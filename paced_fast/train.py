@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from paced_fast import checkpoint, cli, distributed, metrics, prompts, report, signals
 from paced_fast.build import Run, build
@@ -29,9 +31,9 @@ from paced_fast.errors import InputError, StopRequested, TrainingError
 from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
 from paced_fast.generate import VLLMGenerator
 from paced_fast.inputs import without_missing
-from paced_fast.policy import quiet
+from paced_fast.policy import plain_state, quiet
 from paced_fast.resolve import resolve
-from paced_fast.sharing import SharedGenerator, shared_judge, summed_counts, together
+from paced_fast.sharing import SharedGenerator, shared_judge, summed_counts
 from paced_fast.signals import StopRequest
 from paced_fast.watchdog import Watchdog, open_board
 
@@ -46,10 +48,11 @@ def train(
     Raises StopRequested at the end of the step in which any rank's `stop` was asked for, with a checkpoint.
     """
     config, trainer, folder, world = run.config, run.trainer, run.folder, run.world
-    saved = trainer.counters.step
+    began = trainer.counters.step
     if watchdog is not None:
         _watch(run, watchdog)
     with contextlib.ExitStack() as stack:
+        saver = stack.enter_context(contextlib.closing(_saver(run)))
         writer = progress = None
         if world.is_lead:
             writer = stack.enter_context(
@@ -65,7 +68,7 @@ def train(
                 writer.write_rollouts(shown or [])
                 progress.update(record)
 
-        _stop_if_asked(run, stop, saved)
+        _stop_if_asked(run, saver, stop, began)
         # A resumed run loads the engine anew, so it is checked like a new one.
         parity = trainer.check_parity()
         if run.resumed:
@@ -84,7 +87,7 @@ def train(
             if before is not None or parity:
                 tell(record)
         while trainer.counters.step < config.steps:
-            _stop_if_asked(run, stop, saved)
+            _stop_if_asked(run, saver, stop, began)
             record, shown = trainer.step()
             step = trainer.counters.step
             last = step == config.steps
@@ -96,8 +99,7 @@ def train(
             tell(record, shown)
             trainer.guards.stop(step)
             if last or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
-                _save(run)
-                saved = step
+                _save(run, saver, last=last)
     if not world.is_lead:
         return {}
     summary = summarise(folder, config)
@@ -105,13 +107,13 @@ def train(
     return summary
 
 
-def _stop_if_asked(run: Run, stop: StopRequest | None, saved: int) -> None:
-    """Leave with a checkpoint of this step when any rank was asked to; `saved` is the last step that has one."""
+def _stop_if_asked(run: Run, saver: checkpoint.Saver, stop: StopRequest | None, began: int) -> None:
+    """Leave with a checkpoint of this step when any rank was asked to; the step that the run `began` at has one."""
     if stop is None or not stop.agreed(run.world):
         return
     step = run.trainer.counters.step
-    if step != saved:
-        _save(run)
+    if step != began:
+        _save(run, saver, last=True)
     what = f"after step {step}: --resume auto continues" if step else "before the first step"
     raise StopRequested(f"{stop.name or 'a signal to another rank'}: stopped {what}")
 
@@ -213,23 +215,41 @@ def summarise(folder: Path, config: Config) -> dict[str, Any]:
     }
 
 
-def _save(run: Run) -> None:
-    def save_policy(folder: Path) -> None:
-        run.trainer.policy.model.save_pretrained(folder, state_dict=run.trainer.policy.host_state())
-        run.tokenizer.save_pretrained(folder)
+def _saver(run: Run) -> checkpoint.Saver:
+    """What writes the run's checkpoints; the tokenizer's files are those written before training."""
+    initial = run.folder / "initial"
 
-    def save() -> None:
-        checkpoint.save(
-            run.folder / "checkpoints",
-            run.trainer.counters.step,
-            save_policy=save_policy,
-            tensors=run.trainer.state_tensors(),
-            state={"counters": dataclasses.asdict(run.trainer.counters), "random": checkpoint.random_state()},
-            keep=run.config.run.keep_checkpoints,
+    def write_policy(folder: Path, state: dict[str, Tensor]) -> None:
+        run.trainer.policy.model.save_pretrained(folder, state_dict=state)
+        for path in initial.iterdir():
+            weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
+            if not weights and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+
+    settings = run.config.run
+    return checkpoint.Saver(
+        run.folder / "checkpoints",
+        keep=settings.keep_checkpoints,
+        write_policy=write_policy,
+        background=settings.async_save,
+        world=run.world,
+    )
+
+
+def _save(run: Run, saver: checkpoint.Saver, *, last: bool) -> None:
+    trainer = run.trainer
+    with trainer.phases.phase("checkpoint"):
+        saver.save(
+            trainer.counters.step,
+            tensors=trainer.state_tensors(),
+            model=plain_state(trainer.policy.model),
+            state={
+                "counters": dataclasses.asdict(trainer.counters),
+                "identity": run.identity,
+                "versions": checkpoint.versions(),
+            },
+            last=last,
         )
-
-    with run.trainer.phases.phase("checkpoint"):
-        together(run.world, save if run.world.is_lead else lambda: None, patient=True)
 
 
 def run(config: Config, console: Console | None = None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from paced_fast.guards import Guards
 from paced_fast.log_z import LogZ, group_accuracy, group_advantage
 from paced_fast.mismatch import sequence_weights
 from paced_fast.parity import ParityGuard
-from paced_fast.policy import Policy, adapter_state, load_adapter_state
+from paced_fast.policy import Policy
 from paced_fast.record import Fresh, StepResult, fetch, shown_rollouts, step_record, value_record
 from paced_fast.replay import ReplayBuffer, importance_weights
 from paced_fast.rewards import Scorer, Shaper
@@ -373,10 +373,8 @@ class Trainer:
             )
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every tensor a resumed run needs, the policy's parameters apart."""
-        tensors = prefixed("optimizer", optimizer_tensors(self.optimizer))
-        tensors |= prefixed("adapter", adapter_state(self.policy.model))
-        tensors |= prefixed("scheduler", self.scheduler.state_dict())
+        """Every tensor a resumed run needs."""
+        tensors = self.spread_tensors() | prefixed("scheduler", self.scheduler.state_dict())
         tensors |= prefixed("guards", self.guards.state_dict())
         if self.log_z is not None:
             tensors |= prefixed("log_z.head", self.log_z.state_dict())
@@ -385,10 +383,13 @@ class Trainer:
             tensors |= prefixed("replay", self.replay.state_dict())
         return tensors
 
+    def spread_tensors(self) -> dict[str, Tensor]:
+        """Those of them that may be spread over ranks; a resumed run has them filled in place."""
+        return self.optimizer.named_state()
+
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from `state_tensors()`."""
-        load_optimizer_tensors(self.optimizer, below("optimizer", tensors))
-        load_adapter_state(self.policy.model, below("adapter", tensors))
+        """Continue from `state_tensors()`, those of `spread_tensors` being filled already."""
+        self.optimizer.publish()
         self.scheduler.load_state_dict(below("scheduler", tensors))
         self.guards.load_state_dict(below("guards", tensors))
         if self.log_z is not None:

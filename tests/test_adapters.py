@@ -165,7 +165,7 @@ def test_a_saved_policy_is_a_plain_folder(tmp_path: Path) -> None:
     rollouts = tiny_policy.rollouts([4, 1, 6, 2], group_size=2)
     for family in ("llama", "gemma3-window"):
         policy = Policy(adapted(family), max_tokens=4096)
-        policy.model.save_pretrained(tmp_path / family, state_dict=policy.host_state())
+        policy.model.save_pretrained(tmp_path / family, state_dict=plain_state(policy.model))
         assert not list((tmp_path / family).glob("adapter*"))
         loaded = load_model(ModelConfig(), str(tmp_path / family))
         assert not is_adapted(loaded)

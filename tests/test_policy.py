@@ -105,14 +105,6 @@ def test_attention_masks_are_made_once_for_all_layers() -> None:
     assert len(masks) == 1
 
 
-def test_the_state_on_the_host_keeps_tied_parameters_one() -> None:
-    model = sliding_model("gemma3")
-    state = Policy(model, max_tokens=10).host_state()
-    assert state.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
-    assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
-
-
 def test_a_frozen_copy_stays_what_it_was() -> None:
     policy = tiny_policy.policy()
     batch = tiny_policy.rollouts([3, 2])

@@ -38,7 +38,7 @@ LAYERS = (
     },
     {"policy", "scheduler", "replay", "generate", "cli", "report"},
     {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start"},
-    {"record", "evaluate", "inputs"},
+    {"record", "evaluate", "inputs", "export"},
     {"trainer"},
     {"build"},
     {"train"},

@@ -48,8 +48,10 @@ def everything(folder: Path, step: int) -> dict[str, Tensor]:
     """All tensors of a checkpoint: the policy, and what the trainer keeps."""
     place = folder / "checkpoints" / f"step_{step:06d}"
     assert checkpoint.verify(place) is None
-    return load_file(place / "state.safetensors") | checkpoint.prefixed(
-        "policy", load_file(place / "policy" / "model.safetensors")
+    spread = [load_file(path) for path in (place / "tensors").iterdir()]
+    parts = (load_file(place / "state.safetensors"), *spread)
+    return {name: tensor for part in parts for name, tensor in part.items()} | checkpoint.prefixed(
+        "model", load_file(place / "policy" / "model.safetensors")
     )
 
 
@@ -61,6 +63,8 @@ def assert_same_run(one: Path, two: Path, step: int) -> None:
     for state in states:
         del state["counters"]["train_seconds"]
     assert states[0] == states[1]
+    generators = [f / "checkpoints" / f"step_{step:06d}" / "random" / "rank_00000.json" for f in (one, two)]
+    assert generators[0].read_text() == generators[1].read_text()
     assert [timeless(r) for r in records(one)] == [timeless(r) for r in records(two)]
     assert records(one, "rollouts") == records(two, "rollouts")
 
@@ -200,6 +204,8 @@ def test_every_piece_of_state_matters_or_is_refused(rewards: Path, tmp_path: Pat
     for _ in range(2):
         other.step()
     other.load_state_tensors(tensors)
+    for name, tensor in other.spread_tensors().items():
+        tensor.copy_(tensors[name])
     again = other.state_tensors()
     assert again.keys() == tensors.keys()
     assert [name for name in tensors if not torch.equal(again[name], tensors[name])] == []
@@ -627,8 +633,21 @@ def test_resume_uses_the_previous_checkpoint_and_never_starts_over_a_damaged_run
     for path in (last, first):
         path.unlink()
     before = contents(folder)
-    with pytest.raises(InputError, match=r"every checkpoint in .* is damaged"):
+    with pytest.raises(InputError, match=r"every checkpoint in .* is damaged \(step_000008: .*is missing"):
         go(settings, folder, resume="auto")
+    assert contents(folder) == before
+
+
+def test_a_continuation_with_other_data_is_refused(
+    rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings are the same, so only what was read tells."""
+    settings, folder = config(rewards, steps=1, data__eval=()), tmp_path / "run"
+    go(settings, folder)
+    before, own = contents(folder), checkpoint.identity
+    monkeypatch.setattr(checkpoint, "identity", lambda *a: own(*a) | {"training prompts": "0123 of 3 rows"})
+    with pytest.raises(InputError, match=r"the training prompts changed since .*step_000001 was written"):
+        go(settings, folder, resume="auto", steps=2)
     assert contents(folder) == before
 
 

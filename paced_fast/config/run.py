@@ -44,6 +44,8 @@ class RunConfig:
     """Steps between checkpoints; the last step always writes one; 0 for the last only."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    async_save: bool = True
+    """Write checkpoints beside the steps that follow; a step waits for its parameters to be copied only."""
     rollouts_per_step: int = 4
     """Rollouts written to rollouts.jsonl each step."""
     overwrite: bool = False

@@ -19,7 +19,7 @@ from paced_fast import pack
 from paced_fast.batch import Rollouts
 from paced_fast.config import Config, stream_seed
 from paced_fast.errors import InputError
-from paced_fast.policy.adapters import adapt, plain_state
+from paced_fast.policy.adapters import adapt
 from paced_fast.policy.attention import SHARED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
 from paced_fast.policy.checkpointing import checkpoint_next_forward, enable_checkpointing
 from paced_fast.policy.liger import use_liger
@@ -244,20 +244,6 @@ class Policy:
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-
-    def host_state(self) -> dict[str, Tensor]:
-        """The model's state on the host, adapters merged, one tensor for tied parameters.
-
-        Parameters that are slices of an engine's matrix would be cloned on the device when they are saved.
-        """
-        copies: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-        state = {}
-        for name, tensor in plain_state(self.model).items():
-            key = (tensor.data_ptr(), tuple(tensor.shape))
-            if key not in copies:
-                copies[key] = tensor.detach().cpu()
-            state[name] = copies[key]
-        return state
 
     def frozen_copy(self) -> Policy:
         """A copy that no optimiser touches; made before the parameters are split."""

@@ -1,0 +1,225 @@
+"""The folder of a checkpoint: what its manifest promises, whether that is so, and which folders stay.
+
+    checkpoints/step_000100/
+        policy/             a plain Hugging Face folder
+        tensors/            what is spread over ranks, in files of every rank
+        random/             the ambient generators of every rank
+        state.safetensors   what all ranks hold alike: log Z, scheduler, replay
+        state.json          counters, and what the run was made of
+        manifest.json       size and sha256 of every other file, written last
+
+A name that begins with a dot is something unfinished: `.step_000100.0.partial` is being written or was left by a save
+that died, `.step_000050.removed` is being deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from paced_fast.distributed import ALONE, World
+from paced_fast.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Raised whenever an older version could not read what this one writes, or would read it wrongly."""
+
+_NAME = re.compile(r"step_(\d{6,})")
+_ALWAYS = frozenset({"state.safetensors", "state.json"})
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return root / f"step_{step:06d}"
+
+
+def folders(root: Path) -> list[Path]:
+    """Oldest first; they may be damaged."""
+    found = ((_NAME.fullmatch(path.name), path) for path in root.glob("step_*") if path.is_dir())
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def newest(root: Path, world: World = ALONE) -> Path | None:
+    """The newest checkpoint whose files are all there and unchanged, the same on every rank.
+
+    The log names the damaged ones passed over. Every rank calls this; they share the reading.
+    """
+    names = world.gather_text("\n".join(path.name for path in folders(root)) if world.is_lead else "")[0]
+    for name in reversed(names.split("\n") if names else []):
+        problem = verify(root / name, world)
+        if problem is None:
+            return root / name
+        if world.is_lead:
+            logger.warning("checkpoint %s is damaged (%s): trying the one before", root / name, problem)
+    return None
+
+
+def verify(folder: Path, world: World = ALONE) -> str | None:
+    """What is wrong with the checkpoint, or None; the same on every rank, which all call this and share the reading."""
+    problem, files = _read_manifest(folder)
+    if problem is None:
+        largest_first = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+        found = (_difference(folder, name, files[name]) for name in largest_first[world.rank :: world.size])
+        problem = next((text for text in found if text is not None), None)
+    world.wait()  # reading takes its time
+    problems = world.gather_text(problem or "")
+    return next((text for text in problems if text), None)
+
+
+def policy_folder(run_dir: Path, step: int | None) -> Path:
+    """The policy in a run folder: of the checkpoint of `step`, 0 being before training, or of the newest one.
+
+    Raises InputError for a step that is not there, or damaged.
+    """
+    if step == 0:
+        if not (run_dir / "initial").is_dir():
+            raise InputError(f"{run_dir} holds no policy from before training: there is no {run_dir / 'initial'}")
+        return run_dir / "initial"
+    root = run_dir / "checkpoints"
+    folder = newest(root) if step is None else step_folder(root, step)
+    if folder is None or not folder.is_dir():
+        wanted = "checkpoint yet" if step is None else f"checkpoint of step {step}"
+        held = ", ".join(str(int(path.name[5:])) for path in folders(root))
+        raise InputError(f"{run_dir} has no {wanted}: {root} holds {f'those of step {held}' if held else 'none'}")
+    if step is not None and (problem := verify(folder)) is not None:
+        raise InputError(f"checkpoint {folder} is damaged: {problem}")
+    return folder / "policy"
+
+
+def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with the manifest or the set of files, and what it says of each file."""
+    try:
+        if (folder / "manifest.json").is_symlink():
+            return "manifest.json is no plain file", {}
+        text = (folder / "manifest.json").read_text()
+        manifest = json.loads(text)
+        present = {name for name in _names(folder) if name != "manifest.json"}
+    except (OSError, ValueError) as error:
+        return f"manifest.json cannot be read: {error}", {}
+    if isinstance(manifest, dict) and manifest.get("format", 1) != FORMAT:
+        return f"written in format {manifest.get('format', 1)}, this version reads format {FORMAT}", {}
+    if not isinstance(manifest, dict) or text != _manifest_text(manifest):
+        return "manifest.json has changed", {}
+    step, files = manifest["step"], manifest["files"]
+    if folder.name != step_folder(folder, step).name:
+        return f"it is the checkpoint of step {step} under another name", {}
+    if missing := (_ALWAYS | files.keys()) - present:
+        return f"{min(missing)} is missing", {}
+    if extra := present - files.keys():
+        return f"{min(extra)} does not belong to it", {}
+    return None, files
+
+
+def _names(folder: Path) -> list[str]:
+    """Everything below `folder` that is no folder, a link too."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def _difference(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    path = folder / name
+    try:
+        if path.is_symlink() or not path.is_file():
+            return f"{name} is no plain file"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes and had {expected['bytes']}"
+        return None if describe(path) == expected else f"{name} has changed"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    """The manifest with the hash of itself, so that no change of it goes unseen."""
+    body = {name: value for name, value in manifest.items() if name != "sha256"}
+    own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps(body | {"sha256": own}, sort_keys=True, indent=1)
+
+
+def fresh(root: Path, step: int) -> Path:
+    """A new folder to write the checkpoint of `step` into; what dead saves left behind is removed, or passed over."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in (*root.glob(".step_*.partial"), *root.glob(".step_*.removed")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    names = (root / f".step_{step:06d}.{number}.partial" for number in range(10**6))
+    folder = next(path for path in names if not path.exists())
+    folder.mkdir()
+    for part in ("policy", "tensors", "random"):
+        (folder / part).mkdir()
+    return folder
+
+
+def commit(partial: Path, step: int, files: Mapping[str, Any]) -> Path:
+    """Give the folder its manifest and, once all of it is on the disk, its name; the files are there already.
+
+    Raises InputError when the lead does not see what another rank wrote.
+    """
+    root = partial.parent
+    present = set(_names(partial))
+    if unseen := files.keys() - present:
+        raise InputError(
+            f"{min(unseen)} of another rank is not in {partial}: "
+            "give a --run-dir on a file system that all machines share"
+        )
+    assert present == files.keys(), f"{min(present - files.keys())} is nobody's file"
+    manifest = partial / "manifest.json"
+    manifest.write_text(_manifest_text({"format": FORMAT, "step": step, "files": dict(files)}))
+    inside = (path for path in partial.rglob("*") if path.is_dir())
+    for path in (manifest, *inside, partial):
+        flush(path)
+    folder = step_folder(root, step)
+    if folder.exists():  # a damaged one: a valid one would have been resumed from
+        folder.rename(_aside(folder))
+    partial.rename(folder)
+    flush(root)
+    return folder
+
+
+def retain(root: Path, folder: Path, keep: int, trusted: Iterable[Path]) -> None:
+    """Remove all but `folder` and the `keep` newest valid ones, `folder` among them.
+
+    `trusted` are known to be valid, the others are looked at: a damaged one must not push out one that is whole.
+    """
+    known = set(trusted)
+    valid = [path for path in folders(root) if path in known or verify(path) is None]
+    kept = {folder, *valid[-keep:]}
+    for path in folders(root):
+        if path not in kept:
+            _remove(path)
+    for leftover in root.glob(".step_*.removed"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Take the name away first, so that a removal that dies leaves no half checkpoint under it."""
+    aside = _aside(folder)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _aside(folder: Path) -> Path:
+    aside = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    return aside
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""Write the policy of a run as a folder that transformers, vLLM and others load.
+
+    python -m paced_fast.export RUN_OR_CHECKPOINT FOLDER [--step N] [--dtype bfloat16|float32]
+
+RUN_OR_CHECKPOINT is a run folder (its newest checkpoint, or that of --step, 0 being before training) or one checkpoint
+of it. Weights that the optimiser keeps more exactly than the policy itself are taken from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from paced_fast import checkpoint, cli, metrics
+from paced_fast.config import ModelConfig
+from paced_fast.errors import InputError
+from paced_fast.policy import load_model, quiet
+
+logger = logging.getLogger("paced_fast.export")  # __name__ is __main__ under python -m
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportArguments:
+    """Write the policy of a run as a plain Hugging Face folder."""
+
+    run_or_checkpoint: tyro.conf.Positional[str]
+    """Run folder, or one checkpoint of it."""
+    folder: tyro.conf.Positional[str]
+    """Where the model goes; must be empty or not there."""
+    step: int | None = None
+    """Step of the checkpoint of a run, 0 for the policy before training; without one, the newest."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the weights."""
+
+
+def export(arguments: ExportArguments) -> Path:
+    """Write the folder and return it. Raises InputError for what cannot be read or written, before anything is."""
+    source = _source(Path(arguments.run_or_checkpoint).expanduser(), arguments.step)
+    target = Path(arguments.folder).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is there already: give a folder that is empty or not there yet")
+    model = load_model(ModelConfig(device="cpu", dtype="float32"), str(source))
+    _take_exact(source.parent / "tensors", model)
+    model.to(dtype=getattr(torch, arguments.dtype))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        for path in source.iterdir():
+            weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
+            if not weights and not (partial / path.name).exists():
+                shutil.copyfile(path, partial / path.name)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{target} cannot be written ({error.strerror}): give another folder") from error
+    return target
+
+
+def _source(given: Path, step: int | None) -> Path:
+    """The policy's folder in what was named."""
+    if not given.is_dir():
+        raise InputError(f"there is no run or checkpoint {given}")
+    if not re.fullmatch(r"step_\d{6,}", given.name):
+        return checkpoint.policy_folder(given, step)
+    if step is not None:
+        raise InputError(f"--step {step}: {given} is a checkpoint, only runs have steps")
+    if (problem := checkpoint.verify(given)) is not None:
+        raise InputError(f"checkpoint {given} is damaged: {problem}")
+    return given / "policy"
+
+
+def _take_exact(tensors: Path, model: torch.nn.Module) -> None:
+    """Put the float32 parameters of the checkpoint, where it has them, into the float32 `model`."""
+    if not tensors.is_dir():
+        return
+    own = checkpoint.prefixed("policy", model.state_dict())
+    exact = {name: own[name] for name in checkpoint.tensor_shapes(tensors) if name in own}
+    checkpoint.read_tensors(tensors, exact, partly=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line. Exit status 0 when done, 2 for wrong input."""
+    console = metrics.configure_logging()
+    quiet()
+    try:
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        prog = "python -m paced_fast.export"
+        given = cli.read(words, lambda: tyro.cli(ExportArguments, args=words, prog=prog))
+        console.print(f"wrote {export(given)}")
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
