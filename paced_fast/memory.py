@@ -23,11 +23,39 @@ CHECK_TOKENS = 256
 """A check of both sides scores sequences of up to so many tokens: several blocks, or it would miss a stale cache."""
 
 
-def plan(
-    model: PreTrainedModel, config: Config, num_prompts: int, *, longest_masked_row: int = sys.maxsize
-) -> dict[str, int]:
-    """Bytes by purpose. Activations and the key-value cache are upper bounds at the configured limits.
+def state_bytes(parameters: int, trainable: int, itemsize: int, *, split: int, is_sharded: bool) -> dict[str, int]:
+    """Bytes of parameters, gradients and the optimiser's state on one rank, by purpose.
 
+    `split`: ranks that share the optimiser's state, and sharded the parameters too. Parameters below float32 have
+    float32 masters; gradients are float32, and a replica holds all of them and the sum of those it steps.
+    """
+    own = -(-trainable // split)
+    if is_sharded:
+        shards = 4 * -(-parameters // split)
+        return {"weights": shards, "gradients": 4 * own, "optimizer (AdamW, two moments)": 8 * own}
+    state = {
+        "weights": itemsize * parameters,
+        "gradients": 4 * trainable + (4 * own if split > 1 else 0),
+        "optimizer (AdamW, two moments)": 8 * own,
+    }
+    if itemsize < 4:
+        state["float32 masters"] = 4 * own
+    return state
+
+
+def plan(
+    model: PreTrainedModel,
+    config: Config,
+    num_prompts: int,
+    *,
+    split: int = 1,
+    is_sharded: bool = False,
+    longest_masked_row: int = sys.maxsize,
+) -> dict[str, int]:
+    """Bytes by purpose on one rank. Activations and the key-value cache are upper bounds at the configured limits.
+
+    `model` is not split yet; `split` and `is_sharded` say how it will be, as for `state_bytes`.
+    Gathered layers: embeddings and head, and two layers on their way, with their gradients.
     Vocabulary head: chunks of logits or exponentials, and the gradient of its weight before it is rounded.
     Activations: per token and layer of one micro-batch, about 12 vectors of the hidden size and 3 of the MLP's; where
     layers are computed again, their input and those of one layer.
@@ -35,8 +63,8 @@ def plan(
     every pair of positions of a row has a number.
     """
     settings = model.config
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     element = model.dtype.itemsize
     # Rows hold a prompt and its group, so one step never has more tokens than this.
     step_tokens = config.generation.prompts_per_step * (
@@ -44,23 +72,29 @@ def plan(
     )
     tokens = min(config.optimizer.micro_batch_tokens, step_tokens)
     vocab_size, hidden_size = settings.vocab_size, settings.hidden_size
-    workspace = default_workspace_bytes(tokens, vocab_size, model.dtype, model.device)
+    device = torch.device(config.model.device)
+    workspace = default_workspace_bytes(tokens, vocab_size, model.dtype, device)
     per_layer = 12 * settings.hidden_size + 3 * settings.intermediate_size
     kept = settings.num_hidden_layers * per_layer
     if config.model.gradient_checkpointing:
         kept = settings.num_hidden_layers * settings.hidden_size + per_layer
     row = config.data.max_prompt_tokens + config.generation.group_size * config.generation.max_completion_tokens
     result = {
-        "weights": weights,
-        "gradients": trainable,
-        "optimizer (AdamW, two moments)": 2 * trainable,
+        **state_bytes(parameters, trainable, element, split=split, is_sharded=is_sharded),
         "activations of a micro-batch": tokens * kept * element,
         "attention mask of a micro-batch": tokens * min(row, tokens, longest_masked_row) * (element + 2),
         "vocabulary head (workspace, float32 gradient)": workspace + 4 * vocab_size * hidden_size,
-        "key-value cache": kv_cache_bytes(model, config),
+        "key-value cache": kv_cache_bytes(model, config, split=split, is_sharded=is_sharded),
     }
+    if is_sharded:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        outer = sum(
+            {id(p): p.numel() for end in ends if end is not None for p in end.parameters()}.values()
+        )  # tied ones once
+        inner = (parameters - outer) // settings.num_hidden_layers
+        result["gathered layers"] = (element + 4) * (outer + 2 * inner)
     if config.algorithm == "flowrl":
-        result["reference policy"] = weights
+        result["reference policy"] = result["weights"]
     if config.uses_head:
         result["prompt embeddings"] = (
             num_prompts * settings.hidden_size * getattr(torch, config.log_z.cache_dtype).itemsize
@@ -70,7 +104,7 @@ def plan(
     return result
 
 
-def kv_cache_bytes(model: PreTrainedModel, config: Config) -> int:
+def kv_cache_bytes(model: PreTrainedModel, config: Config, *, split: int = 1, is_sharded: bool = False) -> int:
     """Keys and values of one step's sequences at their longest; `--weight-sync.kv-cache-gib` overrides it for vLLM.
 
     For vLLM a sequence is rounded up to whole blocks, and the longest sequence that a check scores must fit as well.
@@ -90,8 +124,11 @@ def kv_cache_bytes(model: PreTrainedModel, config: Config) -> int:
     token_bytes = 2 * settings.num_hidden_layers * settings.num_key_value_heads * head_size(settings) * element
     if config.generator == "vllm" and model.device.type == "cuda":
         # Weights on both sides while the engine starts, moments and gradients from the first step on.
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        left = int(_SHARE_OF_GPU * available(model.device)) - 4 * weights
+        count = sum(parameter.numel() for parameter in model.parameters())
+        weights = model.dtype.itemsize * count
+        state = sum(state_bytes(count, count, model.dtype.itemsize, split=split, is_sharded=is_sharded).values())
+        held = state + weights if is_sharded else max(state, 2 * weights)  # sharded, the engine's are its own
+        left = int(_SHARE_OF_GPU * available(model.device)) - held
         least = ENGINE_BLOCK * (-(-engine_tokens(model, config) // ENGINE_BLOCK) + 1)
         return max(min(tokens * token_bytes, left), least * token_bytes)
     return tokens * token_bytes

@@ -34,7 +34,7 @@ LAYERS = (
     },
     {
         *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
-        *("resolve", "benchmark_sources"),
+        *("resolve", "benchmark_sources", "sharding", "guards", "signals", "watchdog"),
     },
     {"policy", "scheduler", "replay", "generate", "cli", "report"},
     {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start"},
