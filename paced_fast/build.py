@@ -28,6 +28,7 @@ from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
+from paced_fast.shapes import shape_of
 from paced_fast.sources import drop_missing
 from paced_fast.trainer import Counters, Trainer
 from paced_fast.warm_start import warm_start
@@ -84,8 +85,8 @@ def build(config: Config, console: Console) -> Run:
     if newest is None:
         model = _initial_model(path, tokenizer, config, stop_ids[0])
         if config.generator == "vllm":
-            memory.engine_tokens(model, config)
-            require_head_size(memory.head_size(model.config), config.model.device)
+            memory.engine_tokens(shape_of(model), config)
+            require_head_size(shape_of(model).head_size, config.model.device)
         _claim(folder, config)
         checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
         model.save_pretrained(folder / "initial")
@@ -102,16 +103,9 @@ def build(config: Config, console: Console) -> Run:
     if newest is not None:
         model = load_model(config.model, str(newest / "policy"))
         policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
-    plan = memory.plan(model, config, len(table))
-    if config.generator == "vllm" and config.weight_sync.mode != "shared":
-        itemsize = getattr(torch, config.weight_sync.dtype).itemsize
-        name = (
-            "the engine's own weights"
-            if config.weight_sync.mode == "push"
-            else "the engine's own weights, if not shared"
-        )
-        plan[name] = itemsize * sum(parameter.numel() for parameter in model.parameters())
-    console.print(metrics.memory_plan_table(plan, available_bytes=memory.available(policy.device)))
+    layout = memory.Layout(device_bytes=memory.available(policy.device))
+    plan = memory.plan(shape_of(model), config, len(table), layout)
+    console.print(metrics.memory_plan_table(plan, available_bytes=layout.device_bytes))
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
     weights = folder / "initial" if newest is None else newest / "policy"
     generator, guard = _generator(config, policy, weights, stop_ids, table)
@@ -143,6 +137,7 @@ def _generator(
 ) -> tuple[Generator, ParityGuard | None]:
     """Who samples and, for vLLM, who checks it; `weights` is a folder with the policy's present parameters."""
     settings, model = config.generation, policy.model
+    shape, layout = shape_of(model), memory.Layout(device_bytes=memory.available(policy.device))
     if config.generator == "transformers":
         plain = TransformersGenerator(model, stop_ids=stop_ids, max_batch_sequences=settings.max_batch_sequences)
         return plain, None
@@ -152,9 +147,9 @@ def _generator(
             path=str(weights),
             dtype=config.weight_sync.dtype,
             device=config.model.device,
-            max_tokens=memory.engine_tokens(model, config),
+            max_tokens=memory.engine_tokens(shape, config),
             max_sequences=settings.max_batch_sequences,
-            kv_cache_bytes=memory.kv_cache_bytes(model, config),
+            kv_cache_bytes=memory.kv_cache_bytes(shape, config, layout),
             sleep_level=config.weight_sync.sleep_level,
         ),
         stop_ids=stop_ids,
@@ -163,7 +158,7 @@ def _generator(
     generator.attach(weight_sync.connect(generator, model, config.weight_sync))
     if config.model.device == "cuda":
         torch.cuda.empty_cache()  # the trainer's own copy, where the weights are shared now
-    length = min(memory.CHECK_TOKENS, memory.engine_tokens(model, config)) - 1  # scoring samples one token more
+    length = min(memory.CHECK_TOKENS, memory.engine_tokens(shape, config)) - 1  # scoring samples one token more
     own = [row.token_ids for row in table.rows]
     sequences = long_sequences(own, count=config.weight_sync.check_prompts, length=length)
     return generator, ParityGuard(generator, policy, config, sequences=sequences)

@@ -1,100 +1,173 @@
-"""What a run will hold in memory, reckoned before the first step, and what it holds while it trains."""
+"""What a run will hold in memory, reckoned from sizes before anything is loaded, and what it holds while it trains."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from paced_fast.config import Config
 from paced_fast.errors import InputError
+from paced_fast.shapes import ModelShape
 from paced_kernels import default_workspace_bytes
 
 ENGINE_BLOCK = 32
 """Tokens in a block of the engine's key-value cache, at most."""
-_SHARE_OF_GPU = 0.6
-"""What weights, gradients, moments and keys and values may take together; the rest is for activations and graphs."""
 CHECK_TOKENS = 256
 """A check of both sides scores sequences of up to so many tokens: several blocks, or it would miss a stale cache."""
+_SHARE_OF_GPU = 0.6
+"""What weights, gradients, moments and keys and values may take together; the rest is for activations and graphs."""
+_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+_IF_NOT_SHARED = "the engine's own weights, if not shared"
+
+Mode = Literal["replicated", "sharded"]
 
 
-def plan(model: PreTrainedModel, config: Config, num_prompts: int) -> dict[str, int]:
-    """Bytes by purpose. Activations and the key-value cache are upper bounds at the configured limits.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Over which ranks a run is spread, and what one of them has."""
+
+    ranks: int = 1
+    nodes: int = 1
+    mode: Mode = "replicated"
+    device_bytes: int | None = None
+    """Memory of a rank's device; None where it is not known."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability of a GPU that is planned for; None asks the one that is there."""
+
+    @property
+    def shards(self) -> int:
+        """Ranks that parameters are split over: those of one node."""
+        return self.ranks // self.nodes if self.mode == "sharded" else 1
+
+
+def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | None = None) -> dict[str, int]:
+    """Bytes that one rank holds, by purpose. Activations and key-value cache are upper bounds at the configured limits.
 
     Vocabulary head: chunks of logits or exponentials, and the gradient of its weight before it is rounded.
     Activations: per token and layer of one micro-batch, about 12 vectors of the hidden size and 3 of the MLP's.
     Attention mask: rows hold a prompt and its completions, and every pair of positions of a row has a number.
     """
-    settings = model.config
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    element = model.dtype.itemsize
-    # Rows hold a prompt and its group, so one step never has more tokens than this.
-    step_tokens = config.generation.prompts_per_step * (
-        config.data.max_prompt_tokens + config.generation.group_size * config.generation.max_completion_tokens
+    layout = layout or Layout()
+    element = _ITEMSIZE[config.model.dtype]
+    tokens = min(config.optimizer.micro_batch_tokens, step_tokens(config))
+    row = min(row_tokens(config), tokens)
+    workspace = default_workspace_bytes(
+        tokens,
+        shape.vocab_size,
+        getattr(torch, config.model.dtype),
+        torch.device(config.model.device),
+        capability=layout.capability,
     )
-    tokens = min(config.optimizer.micro_batch_tokens, step_tokens)
-    vocab_size, hidden_size = settings.vocab_size, settings.hidden_size
-    workspace = default_workspace_bytes(tokens, vocab_size, model.dtype, model.device)
-    per_layer = 12 * settings.hidden_size + 3 * settings.intermediate_size
-    row = config.data.max_prompt_tokens + config.generation.group_size * config.generation.max_completion_tokens
+    per_layer = 12 * shape.hidden_size + 3 * shape.intermediate_size
     result = {
-        "weights": weights,
-        "gradients": trainable,
-        "optimizer (AdamW, two moments)": 2 * trainable,
-        "activations of a micro-batch": tokens * settings.num_hidden_layers * per_layer * element,
-        "attention mask of a micro-batch": tokens * min(row, tokens) * (element + 2),
-        "vocabulary head (workspace, float32 gradient)": workspace + 4 * vocab_size * hidden_size,
-        "key-value cache": kv_cache_bytes(model, config),
+        **training_bytes(shape, config, layout),
+        "activations of a micro-batch": tokens * shape.num_layers * per_layer * element,
+        "attention mask of a micro-batch": tokens * row * (element + 2),
+        "vocabulary head (workspace, float32 gradient)": workspace + 4 * shape.head_parameters,
+        "key-value cache": kv_cache_bytes(shape, config, layout),
+        **_engine_weights(shape, config, layout),
     }
     if config.algorithm == "flowrl":
-        result["reference policy"] = weights
+        result["reference policy"] = shape.parameters * element // layout.shards
     if config.uses_head:
-        result["prompt embeddings"] = (
-            num_prompts * settings.hidden_size * getattr(torch, config.log_z.cache_dtype).itemsize
-        )
+        result["prompt embeddings"] = num_prompts * shape.hidden_size * _ITEMSIZE[config.log_z.cache_dtype]
     if config.replay.mode == "on":
         result["replay"] = (config.replay.capacity + 1) * config.generation.max_completion_tokens * 12
     return result
 
 
-def kv_cache_bytes(model: PreTrainedModel, config: Config) -> int:
+def training_bytes(shape: ModelShape, config: Config, layout: Layout) -> dict[str, int]:
+    """Weights, gradients and the optimiser's state of one rank.
+
+    Replicated: all weights and gradients, and one part in `ranks` of the optimiser's state. Sharded: one part in
+    `shards` of everything, and beside it whole what is being computed with: a layer, the next one, and the output layer.
+    """
+    element, shards = _ITEMSIZE[config.model.dtype], layout.shards
+    parts = layout.ranks if layout.mode == "replicated" else shards
+    result = {
+        "weights": shape.parameters * element // shards,
+        "gradients": shape.trainable * element // shards,
+        "optimizer (AdamW, two moments)": 2 * 4 * shape.trainable // parts,
+    }
+    if config.model.dtype == "bfloat16":
+        result["float32 masters"] = 4 * shape.trainable // parts
+    if shards > 1:
+        result["layers gathered from their shards"] = (2 * shape.largest_layer + shape.head_parameters) * element
+    return result
+
+
+def _engine_weights(shape: ModelShape, config: Config, layout: Layout) -> dict[str, int]:
+    if config.generator != "vllm" or (config.weight_sync.mode == "shared" and layout.shards == 1):
+        return {}
+    certain = config.weight_sync.mode == "push" or layout.shards > 1
+    name = "the engine's own weights" if certain else _IF_NOT_SHARED
+    return {name: shape.parameters * _ITEMSIZE[config.weight_sync.dtype]}
+
+
+def needed(parts: dict[str, int]) -> int:
+    """Bytes that a plan certainly needs: a copy of the weights that sharing may save is left out."""
+    return sum(size for name, size in parts.items() if name != _IF_NOT_SHARED)
+
+
+def choose_mode(shape: ModelShape, config: Config, num_prompts: int, layout: Layout) -> tuple[Mode, str]:
+    """What `distributed.mode` is for this model and these ranks, and why in words; `auto` replicates where that fits."""
+    if config.distributed.mode != "auto":
+        return config.distributed.mode, f"as --distributed.mode {config.distributed.mode} says"
+    if layout.ranks == 1:
+        return "replicated", "one process has nobody to share parameters with"
+    if layout.device_bytes is None:
+        return "replicated", "the memory of a device is not known"
+    wanted = needed(plan(shape, config, num_prompts, dataclasses.replace(layout, mode="replicated")))
+    sizes = f"a rank needs {wanted / 2**30:.1f} GiB and has {layout.device_bytes / 2**30:.1f}"
+    if wanted <= layout.device_bytes:
+        return "replicated", f"all parameters fit on every rank: {sizes}"
+    return "sharded", f"all parameters do not fit on every rank: {sizes}"
+
+
+def row_tokens(config: Config) -> int:
+    """Longest forward row: a prompt and its group."""
+    return config.data.max_prompt_tokens + config.generation.group_size * config.generation.max_completion_tokens
+
+
+def step_tokens(config: Config) -> int:
+    """Most tokens in one step's forward rows; replayed completions share the row of their prompt where it is there."""
+    return config.generation.prompts_per_step * row_tokens(config)
+
+
+def kv_cache_bytes(shape: ModelShape, config: Config, layout: Layout | None = None) -> int:
     """Keys and values of one step's sequences at their longest; `--weight-sync.kv-cache-gib` overrides it for vLLM.
 
     For vLLM a sequence is rounded up to whole blocks, and the longest sequence that a check scores must fit as well.
     That is the most a step can use; vLLM does with less by letting sequences wait, so on a GPU no more is taken than
     training leaves, and never less than the longest sequence needs.
     """
+    layout = layout or Layout()
     if config.generator == "vllm" and config.weight_sync.kv_cache_gib > 0:
         return int(config.weight_sync.kv_cache_gib * 2**30)
-    settings = model.config
-    batch = min(config.generation.max_batch_sequences, config.rollouts_per_step)
+    batch = min(config.generation.max_batch_sequences, -(-config.rollouts_per_step // layout.ranks))
     tokens = batch * (config.data.max_prompt_tokens + config.generation.max_completion_tokens)
-    element = model.dtype.itemsize
+    element = _ITEMSIZE[config.model.dtype]
     if config.generator == "vllm":
         blocks = -(-(config.data.max_prompt_tokens + config.generation.max_completion_tokens) // ENGINE_BLOCK)
-        tokens = ENGINE_BLOCK * (batch * blocks + -(-engine_tokens(model, config) // ENGINE_BLOCK) + 1)
-        element = {"float32": 4, "bfloat16": 2}[config.weight_sync.dtype]
-    token_bytes = 2 * settings.num_hidden_layers * settings.num_key_value_heads * head_size(settings) * element
-    if config.generator == "vllm" and model.device.type == "cuda":
-        # Weights on both sides while the engine starts, moments and gradients from the first step on.
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        left = int(_SHARE_OF_GPU * available(model.device)) - 4 * weights
-        least = ENGINE_BLOCK * (-(-engine_tokens(model, config) // ENGINE_BLOCK) + 1)
+        tokens = ENGINE_BLOCK * (batch * blocks + -(-engine_tokens(shape, config) // ENGINE_BLOCK) + 1)
+        element = _ITEMSIZE[config.weight_sync.dtype]
+    token_bytes = shape.kv_numbers * element
+    if config.generator == "vllm" and config.model.device == "cuda" and layout.device_bytes is not None:
+        # Weights on both sides while the engine starts; gradients, moments and masters from the first step on.
+        held = sum(training_bytes(shape, config, layout).values())
+        left = int(_SHARE_OF_GPU * layout.device_bytes) - held
+        least = ENGINE_BLOCK * (-(-engine_tokens(shape, config) // ENGINE_BLOCK) + 1)
         return max(min(tokens * token_bytes, left), least * token_bytes)
     return tokens * token_bytes
 
 
-def head_size(settings: Any) -> int:
-    """Size of an attention head of a model with this configuration."""
-    return getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-
-
-def engine_tokens(model: PreTrainedModel, config: Config) -> int:
+def engine_tokens(shape: ModelShape, config: Config) -> int:
     """Longest sequence the vLLM engine must take: a prompt with its completion, or a sequence that a check scores.
 
     Raises InputError when that is more than the model has positions for.
@@ -103,7 +176,7 @@ def engine_tokens(model: PreTrainedModel, config: Config) -> int:
     if config.evaluation.max_completion_tokens > cut:
         cut, owner = config.evaluation.max_completion_tokens, "evaluation"
     longest = config.data.max_prompt_tokens + cut
-    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    positions = shape.positions or longest
     if longest > positions:
         raise InputError(
             f"--generator vllm: prompt and completion may be {longest} tokens together and the model has {positions} "

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {
         *("errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "sources"),
-        *("sandbox", "estimates"),
+        *("sandbox", "estimates", "shapes"),
     },
     {
         *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
