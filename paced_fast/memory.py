@@ -86,7 +86,7 @@ def training_bytes(shape: ModelShape, config: Config, layout: Layout) -> dict[st
     """Weights, gradients and the optimiser's state of one rank.
 
     Replicated: all weights and gradients, and one part in `ranks` of the optimiser's state. Sharded: one part in
-    `shards` of everything, and beside it whole what is being computed with: a layer, the next one, and the output layer.
+    `shards` of everything, and beside it whole what is computed with: a layer, the next one, and the output layer.
     """
     element, shards = _ITEMSIZE[config.model.dtype], layout.shards
     parts = layout.ranks if layout.mode == "replicated" else shards
@@ -116,7 +116,7 @@ def needed(parts: dict[str, int]) -> int:
 
 
 def choose_mode(shape: ModelShape, config: Config, num_prompts: int, layout: Layout) -> tuple[Mode, str]:
-    """What `distributed.mode` is for this model and these ranks, and why in words; `auto` replicates where that fits."""
+    """What `distributed.mode` is for this model and these ranks, and why; `auto` replicates where that fits."""
     if config.distributed.mode != "auto":
         return config.distributed.mode, f"as --distributed.mode {config.distributed.mode} says"
     if layout.ranks == 1:

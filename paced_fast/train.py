@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from paced_fast import checkpoint, cli, metrics, prompts, report
+from paced_fast import checkpoint, cli, dry_run, launch, metrics, prompts, report
 from paced_fast.build import Run, build, without_missing
 from paced_fast.config import Config, flatten, stream_seed
 from paced_fast.errors import InputError, TrainingError
@@ -198,7 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = metrics.configure_logging()
     quiet()
     try:
-        config = cli.parse(sys.argv[1:] if arguments is None else arguments)
+        mode, words = launch.take(sys.argv[1:] if arguments is None else arguments)
+        config = cli.parse(words)
+        if mode.dry_run is not None:
+            ranks = mode.dry_run or int(os.environ.get("WORLD_SIZE", "1"))
+            dry_run.show(dry_run.make_plan(config, ranks=ranks, nodes=mode.nodes, device=mode.device), console)
+            return
         summary = run(config, console)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")

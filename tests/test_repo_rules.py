@@ -34,10 +34,10 @@ LAYERS = (
     },
     {
         *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
-        *("resolve", "benchmark_sources"),
+        *("resolve", "benchmark_sources", "devices", "launch"),
     },
-    {"policy", "scheduler", "replay", "generate", "cli", "report"},
-    {"update", "weight_sync", "parity", "evaluation", "checkpoint", "warm_start"},
+    {"policy", "scheduler", "replay", "generate", "cli", "report", "roofline"},
+    {"update", "weight_sync", "parity", "evaluation", "checkpoint", "warm_start", "dry_run"},
     {"record", "evaluate"},
     {"trainer"},
     {"build"},

@@ -45,6 +45,9 @@ class RunConfig:
     """Newest checkpoints kept."""
     rollouts_per_step: int = 4
     """Rollouts written to rollouts.jsonl each step."""
+    save_rollouts: bool = False
+    """Write every completion of every step, its tokens and log-probs, to rollouts_full.jsonl: what --replay-rollouts
+    trains from. About 20 bytes a token."""
     overwrite: bool = False
     """Replace the results of an earlier run in the same folder."""
     threads: int = 0
