@@ -109,17 +109,15 @@ def deepcoder_1_5b() -> Config:
             name="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", device="cuda", dtype="bfloat16", matmul_precision="high"
         ),
         data=DataConfig(
-            train=tuple(
-                f"{data}&config={name}&split=train&slice={name}" for name in ("primeintellect", "taco", "lcbv5")
-            ),
+            train=tuple(f"{data}&config={x}&split=train&slice={x}" for x in ("primeintellect", "taco", "lcbv5")),
             eval=(
                 f"{data}&config=lcbv5&split=test&slice=livecodebench&size=100&seed=0",
                 f"{data}&config=codeforces&split=test&slice=codeforces&size=100&seed=0",
             ),
             # The model's own marks, which are not ASCII; the tokenizer begins with the first of them by itself.
             template=(
-                "<\uff5cUser\uff5c>{prompt}\n\nWrite the whole program in Python, in one block of code that begins with "
-                "```python.<\uff5cAssistant\uff5c><think>\n"
+                "<\uff5cUser\uff5c>{prompt}\n\nWrite the whole program in Python, in one block of code that begins "
+                "with ```python.<\uff5cAssistant\uff5c><think>\n"
             ),
             max_prompt_tokens=1024,
             too_long="skip",
