@@ -2,7 +2,8 @@
 
 `rollouts_full.jsonl` has one object a completion, in the order of the batch:
 
-    step, position, prompt_index    where it belongs; positions count from 0 within a step
+    step, group, position           where it belongs; groups and positions count from 0 within a step
+    prompt_index                    its row of the training data
     prompt, prompt_ids              hashes of the prompt's text and of its token ids
     dropped                         whether it was sampled and left out of the batch
     reward, shaping, stopped        null for a completion without a verdict, and where nothing shapes
@@ -30,7 +31,18 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "rollouts_full.jsonl"
 _LONG = b', "token_ids": '
-_HEAD = {"step", "position", "prompt_index", "prompt", "prompt_ids", "dropped", "reward", "stopped", "num_tokens"}
+_HEAD = {
+    "step",
+    "group",
+    "position",
+    "prompt_index",
+    "prompt",
+    "prompt_ids",
+    "dropped",
+    "reward",
+    "stopped",
+    "num_tokens",
+}
 
 
 class GroupSource(Protocol):
@@ -50,16 +62,17 @@ class Recorder:
     def write(self, step: int, groups: Sequence[Group], dropped: Sequence[Group]) -> None:
         """Append the completions of one step."""
         lines, position = [], 0
-        for group in (*groups, *dropped):
+        for number, group in enumerate((*groups, *dropped)):
             text, ids = _hashes(self._table, group.prompt_index)
             for k, completion in enumerate(group.completions):
                 row = {
                     "step": step,
+                    "group": number,
                     "position": position,
                     "prompt_index": group.prompt_index,
                     "prompt": text,
                     "prompt_ids": ids,
-                    "dropped": position >= sum(len(each.completions) for each in groups),
+                    "dropped": number >= len(groups),
                     "reward": group.rewards[k],
                     "shaping": group.shaping[k] if group.shaping else None,
                     "stopped": completion.stopped,
@@ -140,7 +153,7 @@ class RecordedRollouts:
         known: dict[int, tuple[str, str]] = {}
         settings = self._config.generation
         step = position = in_batch = 0
-        group: dict[str, Any] = {}
+        group = (-1, -1)
         for number, start, line in _lines(self.path):
             head = _head(line)
             if head is None:
@@ -153,13 +166,13 @@ class RecordedRollouts:
                 self._starts[step] = start
             if head["position"] != position:
                 raise self._wrong(f"line {number} has position {head['position']} of step {step}, not {position}")
-            if position % settings.group_size == 0:
-                group = head
+            if (head["group"], head["prompt_index"]) != group:
+                group = head["group"], head["prompt_index"]
                 self._check_prompt(head, known, number)
-            elif head["prompt_index"] != group["prompt_index"]:
+            if head["group"] != position // settings.group_size:
                 raise self._wrong(
-                    f"line {number} has another prompt in a group of {settings.group_size}: its groups are of "
-                    f"{position % settings.group_size}, give --generation.group-size"
+                    f"line {number} is in group {head['group']} and with --generation.group-size {settings.group_size} "
+                    f"in group {position // settings.group_size}: give the group size of the run that wrote it"
                 )
             if head["num_tokens"] > settings.max_completion_tokens:
                 raise self._wrong(
@@ -172,17 +185,17 @@ class RecordedRollouts:
         self._check_range(step)
 
     def _check_step(self, step: int, position: int, in_batch: int) -> None:
-        settings = self._config.generation
+        settings, wanted = self._config.generation, self._config.rollouts_per_step
         if step == 0:
             return
         if position % settings.group_size:
             raise self._wrong(
                 f"step {step} has {position} completions, no multiple of --generation.group-size {settings.group_size}"
             )
-        if in_batch != settings.prompts_per_step * settings.group_size:
+        if in_batch != wanted:
             raise self._wrong(
-                f"step {step} has {in_batch} completions and a step of these settings {self._config.rollouts_per_step}: "
-                "give the --generation.prompts-per-step and --generation.group-size of the run that wrote it"
+                f"step {step} has a batch of {in_batch} and these settings one of {wanted}: give the "
+                "--generation.prompts-per-step and group-size of the run that wrote it"
             )
 
     def _check_prompt(self, head: dict[str, Any], known: dict[int, tuple[str, str]], number: int) -> None:
@@ -240,7 +253,7 @@ def _head(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(head, dict) or not head.keys() >= _HEAD:
         return None
-    numbers = all(type(head[name]) is int for name in ("step", "position", "prompt_index", "num_tokens"))
+    numbers = all(type(head[name]) is int for name in ("step", "group", "position", "prompt_index", "num_tokens"))
     reward = head["reward"]
     is_score = reward is None or (isinstance(reward, int | float) and math.isfinite(reward))
     return head if numbers and is_score else None

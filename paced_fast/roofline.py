@@ -56,7 +56,7 @@ def forward_flops(shape: ModelShape, work: Work) -> float:
 
 
 def estimate(shape: ModelShape, config: Config, layout: Layout, device: Device) -> dict[str, float]:
-    """Seconds of each phase of a step. Rewards, which run beside on CPUs, and the head, which is small, are left out."""
+    """Seconds of each phase of a step, without rewards (CPUs do them) and the head (small)."""
     work = step_work(config)
     forward = forward_flops(shape, work) / layout.ranks
     rate = MATMUL_SHARE * device.flops(config.model.dtype)
