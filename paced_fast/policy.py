@@ -220,6 +220,14 @@ def skeleton(settings: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(settings)
 
 
+def random_model(config: ModelConfig, settings: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
+    """A model of these settings with fresh weights, made where `config` wants it."""
+    with torch.random.fork_rng(), torch.device(config.device):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(settings, dtype=_DTYPES[config.dtype], attn_implementation="sdpa")
+    return _placed(model, config)
+
+
 def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
     """The model stored at `path`: a folder, or an id of the Hugging Face hub. Code from the folder is never run."""
     try:

@@ -156,8 +156,12 @@ class RecordedRollouts:
         group = (-1, -1)
         for number, start, line in _lines(self.path):
             head = _head(line)
+            if head is None and step == self._config.steps and in_batch == self._config.rollouts_per_step:
+                break  # what a kill tore off is not needed
             if head is None:
-                raise self._wrong(f"line {number} is cut off or no record: the file is torn, give --steps {step - 1}")
+                raise self._wrong(f"line {number} is cut off or no record: --steps {max(step - 1, 0)} takes what is whole")
+            if head["step"] > max(self._config.steps, step):
+                break
             if head["step"] != step:
                 self._check_step(step, position, in_batch)
                 if head["step"] != step + 1 and step:
@@ -181,6 +185,8 @@ class RecordedRollouts:
                 )
             position += 1
             in_batch += not head["dropped"]
+        if in_batch < self._config.rollouts_per_step and len(self._starts) > 1:
+            raise self._wrong(f"step {step} is cut off after {in_batch} completions: give --steps {step - 1}")
         self._check_step(step, position, in_batch)
         self._check_range(step)
 
@@ -253,7 +259,7 @@ def _head(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(head, dict) or not head.keys() >= _HEAD:
         return None
-    numbers = all(type(head[name]) is int for name in ("step", "group", "position", "prompt_index", "num_tokens"))
+    numbers = all(type(head[name]) is int for name in _COUNTS)
     reward = head["reward"]
     is_score = reward is None or (isinstance(reward, int | float) and math.isfinite(reward))
     return head if numbers and is_score else None
