@@ -61,6 +61,31 @@ class Completion:
     """True when a stop token ended it, False when `max_completion_tokens` did."""
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G completions of one prompt with their rewards."""
+
+    prompt_index: int
+    completions: list[Completion]
+    rewards: list[float | None]  # None: no verdict
+    shaping: list[float]  # as it came from the shaping functions; empty without any
+
+    @property
+    def scored(self) -> list[float]:
+        """The rewards that there are."""
+        return [reward for reward in self.rewards if reward is not None]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean reward of the scored completions; None without any."""
+        return sum(self.scored) / len(self.scored) if self.scored else None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some completions are better than others."""
+        return len(set(self.scored)) > 1
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
     """B sequences with their prompts, packed: sequence i owns rows `cu_seqlens[i]:cu_seqlens[i+1]`."""

@@ -38,12 +38,12 @@ class RandomRollouts:
         """`lengths` is `full`, every completion at the limit, or `even`, drawn evenly from 1 to the limit."""
         self._config, self._table, self._vocab_size, self._lengths = config, table, vocab_size, lengths
 
-    def groups(self, step: int) -> tuple[list[Group], list[Group]]:
-        """P groups of G completions; none is left out."""
+    def groups(self, step: int) -> list[Group]:
+        """P groups of G completions."""
         settings = self._config.generation
         source = torch.Generator().manual_seed(stream_seed(self._config.seed, step, "bench"))
         drawn = torch.randperm(len(self._table), generator=source)[: settings.prompts_per_step].tolist()
-        return [Group(index, *self._group(source)) for index in drawn], []
+        return [Group(index, *self._group(source)) for index in drawn]
 
     def _group(self, source: torch.Generator) -> tuple[list[Completion], list[float | None], list[float]]:
         settings = self._config.generation
@@ -78,7 +78,7 @@ def measure(config: Config, *, steps: int, lengths: str, world: World = ALONE) -
     for step in range(1, steps + 1):
         record, _ = trainer.step()
         records.append(record)
-        work.append(_totals(trainer.table, rollouts.groups(step)[0]))
+        work.append(_totals(trainer.table, rollouts.groups(step)))
     trainer.scorer.close()
     kept = slice(1 if steps > 1 else 0, None)
     return _figures(config, shape, device, records[kept], work[kept], lengths, world)
@@ -91,9 +91,7 @@ def _trainer(config: Config, lengths: str, world: World) -> tuple[Trainer, Rando
     policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
     size = (_TABLE_FACTOR * config.generation.prompts_per_step, config.data.max_prompt_tokens)
     ids = torch.randint(0, settings.vocab_size, size, generator=source).tolist()
-    rows = (
-        PromptRow(prompt="", token_ids=tuple(prompt), reward="none", slice="bench", columns={}) for prompt in ids
-    )
+    rows = (PromptRow(prompt="", token_ids=tuple(prompt), reward="none", slice="bench", columns={}) for prompt in ids)
     table = PromptTable(rows=tuple(rows))
     embeddings = None
     if config.uses_head:
@@ -128,9 +126,9 @@ def _totals(table: PromptTable, groups: list[Group]) -> _Totals:
 def _model_flops(shape: ModelShape, config: Config, work: _Totals) -> float:
     """One forward pass for the old log-probs and, an epoch, one forward and backward pass; nothing counted twice."""
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_size * work.pairs
-    forward = 2 * shape.body_parameters * work.row_tokens + attention + 2 * shape.head_parameters * work.completion_tokens
+    matmul = 2 * (shape.body_parameters * work.row_tokens + shape.head_parameters * work.completion_tokens)
     references = 2 if config.algorithm == "flowrl" else 1
-    return forward * (references + config.optimizer.epochs * (2 + shape.trainable / shape.parameters))
+    return (matmul + attention) * (references + config.optimizer.epochs * (2 + shape.trainable / shape.parameters))
 
 
 def _figures(

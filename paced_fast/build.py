@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,18 @@ from transformers import PreTrainedTokenizerBase
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
 from paced_fast.batch import Completion, PromptRow, PromptTable
 from paced_fast.config import Config, DataConfig, flatten, stream_seed
+from paced_fast.distributed import ALONE, World
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import check_headline, load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
+from paced_fast.recorded import FILE_NAME, RecordedRollouts
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.shapes import shape_of
+from paced_fast.sharing import SharedGenerator, together
 from paced_fast.sources import drop_missing
 from paced_fast.trainer import Counters, Trainer
 from paced_fast.warm_start import warm_start
@@ -51,11 +55,16 @@ class Run:
     repeated: int
     """Training prompts that are held-out prompts."""
     resumed: bool
+    world: World = ALONE
 
 
-def build(config: Config, console: Console) -> Run:
-    """Load data and model, warm-start or resume, and only then create the run folder."""
-    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+def build(config: Config, console: Console, world: World = ALONE, replay: Path | None = None) -> Run:
+    """Load data and model, warm-start or resume, and only then create the run folder.
+
+    Of several ranks the lead makes the folder and the first weights, which the others read from it. With `replay` the
+    rollouts of a run that was recorded take the place of sampling.
+    """
+    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, and AdamW crawls on those
     metrics.require_sinks(config.run.loggers)
@@ -63,36 +72,25 @@ def build(config: Config, console: Console) -> Run:
         require_vllm(config.model.device)
         if config.model.name == "tiny":  # known before the warm start
             require_head_size(config.model.hidden_size // config.model.num_heads, config.model.device)
-    folder = _run_folder(config)
-    newest = _newest_checkpoint(config, folder) if config.resume == "auto" else None
+    folder = _of_lead(world, lambda: _run_folder(config))
+    assert folder is not None
+    newest = _of_lead(world, lambda: _newest_checkpoint(config, folder) if config.resume == "auto" else None)
     cache = Path(config.warm_start.cache_dir).expanduser()
-    path = str(smollm2_folder(cache)) if config.model.name == "smollm2" else config.model.name
-    tokenizer = _tokenizer(path)
-    scorer = Scorer(settings=config.reward)
-    table, eval_table = (
-        _table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
-    )
-    table, repeated = _apart(table, eval_table, config.data)
-    if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
-        raise InputError(
-            f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
-            "some repeat: lower --generation.prompts-per-step, or leave the limit out"
-        )
-    shaper = Shaper(config.reward)
-    _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
-    check_headline(config.data.headline, eval_table)
+    path = config.model.name
+    if path == "smollm2":
+        path = str(_of_lead(world, lambda: smollm2_folder(cache)))
+    tokenizer = together(world, lambda: _tokenizer(path))
+    scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
+    table, eval_table, repeated = together(world, lambda: _tables(config, tokenizer, scorer, shaper))
+    recorded = None if replay is None else together(world, lambda: RecordedRollouts(replay, config, table))
     stop_ids = prompts.stop_token_ids(tokenizer)
+    model = None
     if newest is None:
-        model = _initial_model(path, tokenizer, config, stop_ids[0])
-        if config.generator == "vllm":
-            memory.engine_tokens(shape_of(model), config)
-            require_head_size(shape_of(model).head_size, config.model.device)
-        _claim(folder, config)
-        checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
-        model.save_pretrained(folder / "initial")
-        tokenizer.save_pretrained(folder / "initial")
-    else:
-        model = load_model(config.model, str(folder / "initial"))
+        begin = functools.partial(_begin, config, folder, path, tokenizer, stop_ids[0])
+        model = together(world, begin if world.is_lead else lambda: None, patient=True)
+    made = model
+    model = together(world, lambda: made or load_model(config.model, str(folder / "initial")))
+    checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
     # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
     policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
     embeddings = eval_embeddings = None
@@ -101,14 +99,16 @@ def build(config: Config, console: Console) -> Run:
         eval_embeddings = policy.embed([row.token_ids for row in eval_table.rows])
     initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
     if newest is not None:
-        model = load_model(config.model, str(newest / "policy"))
+        model = together(world, lambda: load_model(config.model, str(newest / "policy")))
         policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
-    layout = memory.Layout(device_bytes=memory.available(policy.device))
+    layout = _layout(policy, world)
     plan = memory.plan(shape_of(model), config, len(table), layout)
     console.print(metrics.memory_plan_table(plan, available_bytes=layout.device_bytes))
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
     weights = folder / "initial" if newest is None else newest / "policy"
-    generator, guard = _generator(config, policy, weights, stop_ids, table)
+    generator, guard = together(world, lambda: _generator(config, policy, weights, stop_ids, table, layout))
+    if world.size > 1:
+        generator = SharedGenerator(generator, world)
     trainer = Trainer(
         config,
         policy=policy,
@@ -120,24 +120,90 @@ def build(config: Config, console: Console) -> Run:
         table=table,
         embeddings=embeddings,
         guard=guard,
+        world=world,
     )
+    trainer.recorded = recorded
     if newest is not None:
-        tensors, state = checkpoint.load(newest)
-        trainer.load_state_tensors(tensors)
-        trainer.counters = Counters(**state["counters"])
-        checkpoint.restore_random_state(state["random"])
+        _continue(trainer, config, folder, newest)
+    return Run(
+        config,
+        folder,
+        trainer,
+        generator,
+        scorer,
+        tokenizer,
+        eval_table,
+        eval_embeddings,
+        repeated,
+        newest is not None,
+        world,
+    )
+
+
+def _of_lead(world: World, function: Callable[[], Path | None]) -> Path | None:
+    """The path that `function` finds on the lead, told to every rank; the others do not call it."""
+    found = together(world, lambda: function() if world.is_lead else None, patient=True)
+    told = world.gather_text("" if found is None else str(found))[0]
+    return Path(told) if told else None
+
+
+def _begin(config: Config, folder: Path, path: str, tokenizer: PreTrainedTokenizerBase, stop_id: int) -> Any:
+    """Make the first model and then the run folder, with its weights in `initial`."""
+    model = _initial_model(path, tokenizer, config, stop_id)
+    if config.generator == "vllm":
+        memory.engine_tokens(shape_of(model), config)
+        require_head_size(shape_of(model).head_size, config.model.device)
+    _claim(folder, config)
+    model.save_pretrained(folder / "initial")
+    tokenizer.save_pretrained(folder / "initial")
+    return model
+
+
+def _continue(trainer: Trainer, config: Config, folder: Path, newest: Path) -> None:
+    """Give the trainer the state of a checkpoint, and keep the settings it goes on with."""
+    tensors, state = checkpoint.load(newest)
+    trainer.load_state_tensors(tensors)
+    trainer.counters = Counters(**state["counters"])
+    checkpoint.restore_random_state(state["random"])
+    if trainer.world.is_lead:
         metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
-        logger.info("resumed after step %d from %s", trainer.counters.step, newest)
-    resumed = newest is not None
-    return Run(config, folder, trainer, generator, scorer, tokenizer, eval_table, eval_embeddings, repeated, resumed)
+    logger.info("resumed after step %d from %s", trainer.counters.step, newest)
+
+
+def _tables(
+    config: Config, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, shaper: Shaper
+) -> tuple[PromptTable, PromptTable, int]:
+    """Prompts to train on, held-out prompts, and how many of the former are among the latter; all rewards tried."""
+    table, eval_table = (
+        _table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
+    )
+    table, repeated = _apart(table, eval_table, config.data)
+    if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
+        raise InputError(
+            f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
+            "some repeat: lower --generation.prompts-per-step, or leave the limit out"
+        )
+    _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
+    check_headline(config.data.headline, eval_table)
+    return table, eval_table, repeated
+
+
+def _layout(policy: Policy, world: World) -> memory.Layout:
+    """What this rank is one of, and the memory it has."""
+    return memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=memory.available(policy.device))
 
 
 def _generator(
-    config: Config, policy: Policy, weights: Path, stop_ids: Sequence[int], table: PromptTable
+    config: Config,
+    policy: Policy,
+    weights: Path,
+    stop_ids: Sequence[int],
+    table: PromptTable,
+    layout: memory.Layout,
 ) -> tuple[Generator, ParityGuard | None]:
     """Who samples and, for vLLM, who checks it; `weights` is a folder with the policy's present parameters."""
     settings, model = config.generation, policy.model
-    shape, layout = shape_of(model), memory.Layout(device_bytes=memory.available(policy.device))
+    shape = shape_of(model)
     if config.generator == "transformers":
         plain = TransformersGenerator(model, stop_ids=stop_ids, max_batch_sequences=settings.max_batch_sequences)
         return plain, None
@@ -260,7 +326,10 @@ def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config
 
 
 # What a run folder holds; a folder with any of these is not ours to write into unless the user says so.
-_OWN_NAMES = ("metrics.jsonl", "checkpoints", "config.json", "initial", "rollouts.jsonl", "summary.json", "report.html")
+_OWN_NAMES = (
+    *("metrics.jsonl", "checkpoints", "config.json", "initial", "rollouts.jsonl", FILE_NAME),
+    *("summary.json", "report.html"),
+)
 
 
 def _run_folder(config: Config) -> Path:

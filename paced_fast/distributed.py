@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, TrainingError
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ class World:
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(host)]))
         longest = int(max(lengths))
+        if longest == 0:
+            return [host] * self.size
         padded = torch.nn.functional.pad(host, (0, longest - len(host)))
         found = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(found, padded)
@@ -77,29 +79,44 @@ class World:
         """Whether the flag is set on any rank."""
         return any(bool(part) for part in self.gather(torch.tensor([flag], dtype=torch.uint8)))
 
-    def agree(self, error: Exception | None, kind: type[Exception]) -> None:
+    def agree(self, error: Exception | None, kind: type[Exception] = TrainingError) -> None:
         """Raise on every rank what one of them met: `kind` with the messages, each with its rank.
 
         Every rank calls this at the same place, with None where all went well; so nobody waits for a rank that gave up.
+        An InputError stays one, on every rank.
         """
-        messages = self.gather_text("" if error is None else str(error) or type(error).__name__)
-        if any(messages):
-            if self.size == 1:
-                raise kind(messages[0]) from error
-            found = dict.fromkeys(message for message in messages if message)  # what all met is said once
-            ranks = {text: [r for r, other in enumerate(messages) if other == text] for text in found}
-            whole = "; ".join(
-                text if len(who) == self.size else f"rank {', '.join(map(str, who))}: {text}"
-                for text, who in ranks.items()
-            )
-            raise kind(whole) from error
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        mark = "input" if isinstance(error, InputError) else "other"
+        messages = self.gather_text("" if error is None else f"{mark} {str(error) or type(error).__name__}")
+        met = {r: message.split(" ", 1) for r, message in enumerate(messages) if message}
+        if not met:
+            return
+        ranks: dict[str, list[str]] = {}  # what several met is said once
+        for r, (_, text) in met.items():
+            ranks.setdefault(text, []).append(str(r))
+        whole = "; ".join(
+            text if len(who) == self.size else f"rank {', '.join(who)}: {text}" for text, who in ranks.items()
+        )
+        failure = (InputError if any(mark == "input" for mark, _ in met.values()) else kind)(whole)
+        failure.add_note(EVERYWHERE)
+        raise failure from error
 
     def wait(self) -> None:
-        """Go on when every rank has come here."""
-        self.any(False)
+        """Go on when every rank has come here, however long that takes; a rank that dies ends it on the others."""
+        if self.size > 1:
+            dist.barrier(_patient[0])
 
 
 ALONE = World()
+EVERYWHERE = "raised on every rank"
+"""Note on an error that all ranks raise together, so that one of them tells it."""
+
+_PATIENCE = datetime.timedelta(days=7)
+_patient: dict[int, Any] = {}
+"""The group of gloo in which ranks wait for the lead while it prepares what they share: a warm start takes hours."""
 
 
 def start(device: str, timeout_seconds: float) -> World:
@@ -129,11 +146,13 @@ def start(device: str, timeout_seconds: float) -> World:
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+        _patient[0] = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return world
 
 
 def stop() -> None:
     """Leave the group; nothing happens when there is none."""
+    _patient.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 

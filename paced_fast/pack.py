@@ -199,6 +199,24 @@ def micro_batches(rollouts: Rollouts, sequences: Sequence[int], max_tokens: int)
     return batches
 
 
+def deal(rollouts: Rollouts, sequences: Sequence[int], ranks: int, max_tokens: int) -> list[list[int]]:
+    """Share `sequences` out to `ranks` processes with about as many tokens each; every rank makes the same lists.
+
+    Completions of a prompt stay together as long as that is not more than a rank's part.
+    """
+    if ranks == 1:
+        return [list(sequences)]
+    total = sum(len(rollouts.prompt_ids[i]) + rollouts.lengths[i] for i in sequences)
+    plan = sorted(_plan_rows(rollouts, sequences, min(max_tokens, -(-total // ranks))), key=lambda row: -row.num_tokens)
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for row in plan:
+        least = tokens.index(min(tokens))
+        dealt[least].extend(row.sequences)
+        tokens[least] += row.num_tokens
+    return dealt
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     sequences: tuple[int, ...]

@@ -53,6 +53,8 @@ class Policy:
             )
         self.model = model
         self.max_tokens = max_tokens
+        self.lockstep = False
+        """Whether ranks hold parts of the parameters, so that all must call the model the same number of times."""
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from paced_fast import metrics
-from paced_fast.batch import Completion, Rollouts
+from paced_fast.batch import Group, PromptTable, Rollouts
 from paced_fast.crossings import to_host
 from paced_fast.mismatch import mismatch_metrics
 from paced_fast.replay import ReplayBuffer
@@ -24,32 +24,6 @@ _SHOWN_TOKENS = 512
 """Of a completion shown, so many first tokens are kept one by one."""
 _WINDOW = 8
 """Tokens decoded together to see what the last of them adds: enough for any character and for spaces between words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The G completions of one prompt, as text and with their rewards."""
-
-    prompt_index: int
-    completions: list[Completion]
-    texts: list[str]
-    rewards: list[float | None]  # None: no verdict
-    shaping: list[float]  # as it came from the shaping functions; empty without any
-
-    @property
-    def scored(self) -> list[float]:
-        """The rewards that there are."""
-        return [reward for reward in self.rewards if reward is not None]
-
-    @property
-    def accuracy(self) -> float | None:
-        """Mean reward of the scored completions; None without any."""
-        return sum(self.scored) / len(self.scored) if self.scored else None
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether some completions are better than others."""
-        return len(set(self.scored)) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +163,51 @@ def value_record(result: StepResult, host: dict[str, Any], step: int) -> dict[st
         held = zip(host["replay_version"], host["replay_priority"], strict=True)
         record["replay_priorities"] = [priority for version, priority in held if version >= 0]
     return record
+
+
+def shown_rollouts(
+    result: StepResult,
+    host: dict[str, Any],
+    values: Sequence[float] | None,
+    table: PromptTable,
+    *,
+    step: int,
+    limit: int,
+    decode: Callable[[list[int]], str],
+) -> list[dict[str, Any]]:
+    """At most `limit` rollouts of the step, spread over its groups, and one replayed when there is one.
+
+    `values` are the estimates of the fresh groups' prompts, None where the head does not predict accuracy.
+    """
+    groups = result.fresh.groups
+    total = sum(len(group.completions) for group in groups)
+    size = total // max(1, len(groups))
+    shown = []
+    number = min(limit, total)
+    for k in range(number):
+        g, j = divmod(k * total // number, size)
+        group, value = groups[g], None if values is None else values[g]
+        ids, logprobs = group.completions[j].token_ids, group.completions[j].logprobs
+        shown.append((group.prompt_index, ids, logprobs, group.rewards[j], value, None))
+    if "replayed_ids" in host and limit > 0:
+        value = host["replayed_value"] if values is not None else None
+        age = step - host["replayed_version"]
+        logprobs, reward = host["replayed_logprobs"], host["replayed_reward"]
+        shown.append((host["replayed_prompt"], host["replayed_ids"], logprobs, reward, value, age))
+    return [
+        {
+            "step": step,
+            "prompt": table.rows[i].prompt,
+            "completion": decode(ids),
+            "reward": reward,
+            "value": value,
+            "slice": table.rows[i].slice,
+            "replayed": age is not None,
+            "age": age,
+            **shown_tokens(ids, logprobs, lambda part: decode(list(part))),
+        }
+        for i, ids, logprobs, reward, value, age in shown
+    ]
 
 
 def shown_tokens(

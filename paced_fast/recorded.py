@@ -14,6 +14,7 @@ The long fields come last, so that a reader finds its way without decoding them.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -31,25 +32,15 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "rollouts_full.jsonl"
 _LONG = b', "token_ids": '
-_HEAD = {
-    "step",
-    "group",
-    "position",
-    "prompt_index",
-    "prompt",
-    "prompt_ids",
-    "dropped",
-    "reward",
-    "stopped",
-    "num_tokens",
-}
+_COUNTS = ("step", "group", "position", "prompt_index", "num_tokens")
+_HEAD = {*_COUNTS, "prompt", "prompt_ids", "dropped", "reward", "shaping", "stopped"}
 
 
 class GroupSource(Protocol):
     """Who gives a trainer the groups of a step in place of drawing prompts, sampling and judging."""
 
-    def groups(self, step: int) -> tuple[list[Group], list[Group]]:
-        """The groups of the step's batch, and those sampled and left out of it."""
+    def groups(self, step: int) -> list[Group]:
+        """The groups of the step's batch, then those that were sampled and left out of it."""
         ...
 
 
@@ -99,6 +90,18 @@ class Recorder:
         os.truncate(self.path, keep)
 
 
+def replayed_settings(config: Config, path: Path) -> Config:
+    """The settings of a run that replays the rollouts at `path`: it samples nothing, so it needs no engine.
+
+    Raises InputError when the file lies in the run's own folder, which a new run clears.
+    """
+    folder = config.run_dir and Path(config.run_dir).resolve()
+    if folder and (path.resolve() == folder or folder in path.resolve().parents):
+        raise InputError(f"--replay-rollouts {path} lies in --run-dir {config.run_dir}: give the replay another folder")
+    logger.info("rollouts come from %s: nothing is sampled, so nothing is evaluated either", path)
+    return dataclasses.replace(config, generator="transformers")
+
+
 class RecordedRollouts:
     """The groups of a run that was recorded, step by step."""
 
@@ -117,23 +120,20 @@ class RecordedRollouts:
             )
         self._check()
 
-    def groups(self, step: int) -> tuple[list[Group], list[Group]]:
+    def groups(self, step: int) -> list[Group]:
         """See `GroupSource`."""
         rows = list(self._rows(step))
         size = self._config.generation.group_size
-        batch: list[Group] = []
-        dropped: list[Group] = []
+        groups: list[Group] = []
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             shaping = [row["shaping"] for row in part]
-            group = Group(
-                part[0]["prompt_index"],
-                [Completion(token_ids=r["token_ids"], logprobs=r["logprobs"], stopped=r["stopped"]) for r in part],
-                [row["reward"] for row in part],
-                [] if None in shaping else shaping,
-            )
-            (dropped if part[0]["dropped"] else batch).append(group)
-        return batch, dropped
+            completions = [
+                Completion(token_ids=row["token_ids"], logprobs=row["logprobs"], stopped=row["stopped"]) for row in part
+            ]
+            rewards = [row["reward"] for row in part]
+            groups.append(Group(part[0]["prompt_index"], completions, rewards, [] if None in shaping else shaping))
+        return groups
 
     def _rows(self, step: int) -> Iterator[dict[str, Any]]:
         for number, _, line in _lines(self.path, self._starts[step]):
@@ -159,7 +159,9 @@ class RecordedRollouts:
             if head is None and step == self._config.steps and in_batch == self._config.rollouts_per_step:
                 break  # what a kill tore off is not needed
             if head is None:
-                raise self._wrong(f"line {number} is cut off or no record: --steps {max(step - 1, 0)} takes what is whole")
+                raise self._wrong(
+                    f"line {number} is cut off or no record: --steps {max(step - 1, 0)} takes what is whole"
+                )
             if head["step"] > max(self._config.steps, step):
                 break
             if head["step"] != step:

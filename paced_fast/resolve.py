@@ -17,8 +17,8 @@ from paced_fast.sources import is_template, parse_source
 def resolve(config: Config) -> Config:
     """Replace every `auto` by what the algorithm's name says, and check the settings against each other.
 
-    `weight_sync.mode`, `reward.sandbox` and `distributed.mode` stay `auto`: the engine's layout, the machine and the model
-    decide, not known yet.
+    `weight_sync.mode`, `reward.sandbox` and `distributed.mode` stay `auto`: the engine's layout, the machine and the
+    model decide, not known yet.
 
     Raises InputError naming the first field that is out of range or in conflict with another.
     """

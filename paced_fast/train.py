@@ -7,81 +7,103 @@ The run folder holds config.json, metrics.jsonl, rollouts.jsonl, checkpoints/, s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from paced_fast import checkpoint, cli, dry_run, launch, metrics, prompts, report
+from paced_fast import bench, checkpoint, cli, distributed, dry_run, launch, metrics, prompts, report
 from paced_fast.build import Run, build, without_missing
 from paced_fast.config import Config, flatten, stream_seed
+from paced_fast.distributed import EVERYWHERE, World
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
 from paced_fast.policy import quiet
+from paced_fast.recorded import Recorder, replayed_settings
 from paced_fast.resolve import resolve
+from paced_fast.sharing import shared_judge, summed_counts, together
 
 logger = logging.getLogger("paced_fast.train")  # __name__ is __main__ under python -m
 
 
 def train(run: Run, console: Console) -> dict[str, Any]:
-    """The loop; returns the summary that is also written to the run folder."""
-    config, trainer, folder = run.config, run.trainer, run.folder
-    with (
-        metrics.MetricsWriter(folder, sinks=config.run.loggers, config=flatten(config)) as writer,
-        metrics.Progress(config.steps, start_step=trainer.counters.step, console=console) as progress,
-    ):
+    """The loop; returns the summary that is also written to the run folder. Of several ranks the lead writes."""
+    config, trainer, folder, world = run.config, run.trainer, run.folder, run.world
+    with contextlib.ExitStack() as stack:
+        writer = progress = None
+        if world.is_lead:
+            writer = stack.enter_context(
+                metrics.MetricsWriter(folder, sinks=config.run.loggers, config=flatten(config))
+            )
+            progress = stack.enter_context(
+                metrics.Progress(config.steps, start_step=trainer.counters.step, console=console)
+            )
+
+        def tell(record: dict[str, Any], shown: list[dict[str, Any]] | None = None) -> None:
+            if writer is not None and progress is not None:
+                writer.write(record)
+                writer.write_rollouts(shown or [])
+                progress.update(record)
+
+        recorder = Recorder(folder, trainer.table) if config.run.save_rollouts and world.is_lead else None
         # A resumed run loads the engine anew, so it is checked like a new one.
-        parity = trainer.guard.check(trainer.counters.step) if trainer.guard is not None else None
+        parity = trainer.check_parity()
         if run.resumed:
-            writer.drop_from(trainer.counters.step + 1)
+            if writer is not None:
+                writer.drop_from(trainer.counters.step + 1)
+            if recorder is not None:
+                recorder.drop_from(trainer.counters.step + 1)
         else:
-            progress.update({"step": 0, "status": "evaluating before training"})
+            if progress is not None:
+                progress.update({"step": 0, "status": "evaluating before training"})
             record: dict[str, Any] = {"step": 0, "rollouts": 0, "train_seconds": 0.0}
-            if parity is not None:
+            if parity:
                 record["parity"] = parity
             before = evaluate_now(run, config.evaluation.final_samples)
             if before is not None:
                 record["eval"] = before.record() | prompt_columns(run.eval_table)
                 record["overlap"] = {"repeated": run.repeated, "training_prompts": len(run.trainer.table)}
-            if before is not None or parity is not None:
-                writer.write(record)
-                progress.update(record)
+            if before is not None or parity:
+                tell(record)
         while trainer.counters.step < config.steps:
             record, shown = trainer.step()
             step = trainer.counters.step
+            if recorder is not None:
+                recorder.write(step, *trainer.sampled)
             last = step == config.steps
             if not last and config.evaluation.every and step % config.evaluation.every == 0:
                 evaluation = evaluate_now(run, config.evaluation.samples)
                 record["eval"] = None if evaluation is None else evaluation.record()
             if last:
                 record |= _final_evaluation(run)
-            writer.write(record)
-            writer.write_rollouts(shown)
-            progress.update(record)
+            tell(record, shown)
             if last or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
                 _save(run)
+    if not world.is_lead:
+        return {}
     summary = summarise(folder, config)
     metrics.write_json_atomic(folder / "summary.json", summary)
     return summary
 
 
 def evaluate_now(run: Run, samples: int) -> Evaluation | None:
-    """Evaluate the policy as it is now on the held-out prompts; None when the run has none."""
+    """Evaluate the policy as it is now on the held-out prompts; None without any, and where nothing is sampled."""
     config = run.config
-    if not run.eval_table.rows:
+    if not run.eval_table.rows or run.trainer.recorded is not None:
         return None
     return evaluate(
         run.generator,
         run.eval_table,
-        score=run.scorer.score,
-        take_counts=run.scorer.take_counts,
+        score=shared_judge(run.world, run.scorer.score),
+        take_counts=lambda: summed_counts(run.world, run.scorer.take_counts()),
         decode=lambda ids: prompts.decode(run.tokenizer, ids),
         sampling=Sampling(
             samples=samples,
@@ -160,37 +182,78 @@ def _save(run: Run) -> None:
         run.trainer.policy.model.save_pretrained(folder, state_dict=run.trainer.policy.host_state())
         run.tokenizer.save_pretrained(folder)
 
-    state = {"counters": dataclasses.asdict(run.trainer.counters), "random": checkpoint.random_state()}
-    checkpoint.save(
-        run.folder / "checkpoints",
-        run.trainer.counters.step,
-        save_policy=save_policy,
-        tensors=run.trainer.state_tensors(),
-        state=state,
-        keep=run.config.run.keep_checkpoints,
-    )
+    def save() -> None:
+        checkpoint.save(
+            run.folder / "checkpoints",
+            run.trainer.counters.step,
+            save_policy=save_policy,
+            tensors=run.trainer.state_tensors(),
+            state={"counters": dataclasses.asdict(run.trainer.counters), "random": checkpoint.random_state()},
+            keep=run.config.run.keep_checkpoints,
+        )
+
+    together(run.world, save if run.world.is_lead else lambda: None, patient=True)
 
 
-def run(config: Config, console: Console | None = None) -> dict[str, Any]:
-    """Train by `config` from start to summary; what `main` does after reading the command line."""
-    console = console or Console()
+def run(config: Config, console: Console | None = None, *, replay: Path | None = None) -> dict[str, Any]:
+    """Train by `config` from start to summary; what `main` does after reading the command line.
+
+    With `replay` the rollouts come from that file, and nothing is sampled. The summary is empty on every rank but the
+    lead.
+    """
+    with _world(config, console or Console()) as (world, console):
+        return _run(config, console, world, replay)
+
+
+@contextlib.contextmanager
+def _world(config: Config, console: Console) -> Iterator[tuple[World, Console]]:
+    """The ranks of a run, together until the end, and a console that only the lead's words reach."""
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"preset {config.preset} runs on a GPU (--model.device cuda) and torch sees none: "
             "use the preset tiny or smollm2, or --model.device cpu"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("several processes cannot train together yet: start one, without torchrun")
+    world = distributed.start(config.model.device, config.distributed.timeout_seconds)
+    try:
+        if not world.is_lead:
+            logging.getLogger("paced_fast").setLevel(logging.WARNING)
+        yield world, console if world.is_lead else Console(quiet=True)
+    finally:
+        distributed.stop()
+
+
+def _run(config: Config, console: Console, world: World, replay: Path | None) -> dict[str, Any]:
+    if replay is not None:
+        config = replayed_settings(config, replay)
     config = without_missing(resolve(config))
     console.print(metrics.config_table(flatten(config)))
-    prepared = build(config, console)
+    prepared = build(config, console, world, replay)
     try:
         summary = train(prepared, console)
     finally:
         prepared.scorer.close()
-    if config.run.report:
+    if config.run.report and world.is_lead:
         report.make_report(prepared.folder)
     return summary
+
+
+def _bench(config: Config, mode: launch.Launch, console: Console) -> None:
+    if mode.json is not None and not mode.json.parent.is_dir():
+        raise InputError(f"--bench-json {mode.json}: there is no folder {mode.json.parent}")
+    config = resolve(config)
+    with _world(config, console) as (world, console):
+        result = bench.measure(config, steps=mode.bench or 1, lengths=mode.lengths, world=world)
+        for table in bench.tables(result):
+            console.print(table)
+        if mode.json is not None and world.is_lead:
+            metrics.write_json_atomic(mode.json, result)
+
+
+def _tell(line: str, error: Exception) -> None:
+    """One line to the user; of an error that every rank has, the lead's is enough."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or EVERYWHERE not in getattr(error, "__notes__", ()):
+        sys.stderr.write(f"{line}\n" if rank == "0" else f"rank {rank}: {line}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -204,14 +267,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ranks = mode.dry_run or int(os.environ.get("WORLD_SIZE", "1"))
             dry_run.show(dry_run.make_plan(config, ranks=ranks, nodes=mode.nodes, device=mode.device), console)
             return
-        summary = run(config, console)
+        if mode.bench is not None:
+            _bench(config, mode, console)
+            return
+        summary = run(config, console, replay=mode.replay)
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _tell(f"error: {error}", error)
         raise SystemExit(2) from None
     except TrainingError as error:
-        sys.stderr.write(f"stopped: {error}\n")
+        _tell(f"stopped: {error}", error)
         raise SystemExit(3) from None
-    console.print(metrics.final_table(summary, run_dir=summary["run_dir"]))
+    if summary:
+        console.print(metrics.final_table(summary, run_dir=summary["run_dir"]))
 
 
 if __name__ == "__main__":

@@ -16,22 +16,25 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paced_fast import memory, metrics, pack, prompts
-from paced_fast.batch import PromptTable, Rollouts
+from paced_fast.batch import Completion, Group, PromptRow, PromptTable, Rollouts
 from paced_fast.checkpoint import below, load_optimizer_tensors, optimizer_tensors, prefixed
 from paced_fast.config import Config, stream_seed
 from paced_fast.crossings import clock_of, to_device, to_host
+from paced_fast.distributed import ALONE, World
 from paced_fast.errors import TrainingError
 from paced_fast.generate import Generator
 from paced_fast.log_z import LogZ, group_accuracy, group_advantage
 from paced_fast.mismatch import sequence_weights
 from paced_fast.parity import ParityGuard
 from paced_fast.policy import Policy
-from paced_fast.record import Fresh, Group, StepResult, fetch, shown_tokens, step_record, value_record
+from paced_fast.record import Fresh, StepResult, fetch, shown_rollouts, step_record, value_record
+from paced_fast.recorded import GroupSource
 from paced_fast.replay import ReplayBuffer, importance_weights
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.rewards.shaping import centred
 from paced_fast.scheduler import PromptScheduler
-from paced_fast.update import Targets, UpdateResult, make_optimizer, update_policy
+from paced_fast.sharing import Scores, gather_scores, summed_counts, together
+from paced_fast.update import Targets, UpdateResult, make_optimizer, old_logprobs, update_policy
 from paced_kernels import segment_sum
 
 
@@ -63,12 +66,16 @@ class Trainer:
         table: PromptTable,
         embeddings: Tensor | None,
         guard: ParityGuard | None = None,
+        world: World = ALONE,
     ) -> None:
         """`initial` is needed by `flowrl` only, `embeddings` f32[N, H] by algorithms that learn log Z.
 
-        `guard` checks a generator that has its own engine.
+        `guard` checks a generator that has its own engine. With several ranks `generator` gives all of them the whole
+        batch (`sharing.SharedGenerator`).
         """
-        self.guard = guard
+        self.guard, self.world = guard, world
+        self.recorded: GroupSource | None = None  # gives the groups of a step, where nothing is to be sampled
+        self.sampled: tuple[list[Group], list[Group]] = [], []  # groups of the last step, and those left out of it
         self.config, self.policy, self.initial = config, policy, initial
         self.generator, self.scorer, self.shaper = generator, scorer, shaper
         self.tokenizer, self.table = tokenizer, table
@@ -104,11 +111,14 @@ class Trainer:
         self.phases.take()
         with self.phases.phase("head"):
             values = self.log_z.score() if self.log_z is not None else None
+            if values is not None:
+                self.world.lead_(values)  # every choice that hangs on them is then alike, to the bit
         try:
             fresh, replayed = self._sample(values)
         except TrainingError:
             self.counters.step -= 1  # nothing was trained on, so there was no step
             raise
+        self.sampled = fresh.groups, fresh.dropped
         checked = self.guard is not None and self.guard.due(self.counters.step)
         if self.guard is not None and checked:
             with self.phases.phase("parity"):
@@ -125,7 +135,7 @@ class Trainer:
         parity: dict[str, float] = {}
         if self.guard is not None and checked:
             with self.phases.phase("parity"):
-                parity = self.guard.check(self.counters.step)
+                parity = self.check_parity()
         seconds = self.phases.take()
         total = sum(seconds.values())
         counters = self.counters
@@ -136,7 +146,7 @@ class Trainer:
             "train_seconds": counters.train_seconds,
             **step_record(result, host),
             "skipped_steps": counters.skipped_steps,
-            "verdicts": self.scorer.take_counts(),
+            "verdicts": summed_counts(self.world, self.scorer.take_counts()),
             "seconds": seconds,
             "memory": self.phases.peak_bytes,
             "tokens_per_second": fresh.num_tokens / total,
@@ -144,7 +154,23 @@ class Trainer:
         if self.config.value_is_accuracy and values is not None:
             record |= value_record(result, host, counters.step)
         record |= {name: figures for name, figures in (("weight_sync", sync), ("parity", parity)) if figures}
-        return record, self._shown(result, host)
+        values_shown = host.get("values_fresh") if self.config.value_is_accuracy else None
+        return record, shown_rollouts(
+            result,
+            host,
+            values_shown,
+            self.table,
+            step=counters.step,
+            limit=self.config.run.rollouts_per_step,
+            decode=lambda ids: prompts.decode(self.tokenizer, ids),
+        )
+
+    def check_parity(self) -> dict[str, float]:
+        """Figures of the agreement between this rank's engine and the trainer; empty without an engine of its own."""
+        guard = self.guard
+        if guard is None:
+            return {}
+        return together(self.world, lambda: guard.check(self.counters.step))
 
     def _learn(self, fresh: Fresh, replayed: Rollouts | None, values: Tensor | None) -> StepResult:
         """From what was sampled to new parameters, a new head, and statistics for the next draw; never waits."""
@@ -164,6 +190,7 @@ class Trainer:
                 self.config,
                 step=counters.step,
                 num_updates=counters.num_updates,
+                world=self.world,
             )
         with self.phases.phase("head"):
             head = self._fit_head(rollouts, fresh, targets, update)
@@ -213,7 +240,11 @@ class Trainer:
             if self.replay is not None and "slots" in host:
                 with self.phases.phase("replay"):
                     replayed = self.replay.take(host["slots"], host["lengths"], host["prompts"], self.table)
-            for group in self._groups(host["drawn"], stream_seed(self.config.seed, step, f"generate/{round_}")):
+            if self.recorded is not None:  # the draw is made all the same: its state is part of a checkpoint
+                groups = self.recorded.groups(step) if round_ == 0 else []
+            else:
+                groups = self._groups(host["drawn"], stream_seed(self.config.seed, step, f"generate/{round_}"))
+            for group in groups:
                 (kept if group.is_mixed or not dynamic else dropped).append(group)
             if len(kept) >= config.prompts_per_step:
                 break
@@ -256,21 +287,29 @@ class Trainer:
                 seed=seed,
             )
         with self.phases.phase("reward"):
-            texts = [prompts.decode(self.tokenizer, completion.token_ids) for completion in completions]
+            part = self.world.share(len(completions))
+            own = slice(part.start, part.stop)
             each = [row for row in rows for _ in range(size)]
-            rewards = self.scorer.score(each, texts)
-            self.scorer.check_failures()
-            shaping = self.shaper.shape(each, texts, completions, config.max_completion_tokens) if self.shaper else []
+            rewards, shaping = together(self.world, lambda: self._judge(each[own], completions[own]))
+            rewards = gather_scores(self.world, rewards)
+            shaping = [x or 0.0 for x in gather_scores(self.world, [*shaping])]
         cuts = [slice(k * size, (k + 1) * size) for k in range(len(rows))]
         return [
-            Group(i, completions[cut], texts[cut], rewards[cut], shaping[cut])
-            for i, cut in zip(prompt_index, cuts, strict=True)
+            Group(i, completions[cut], rewards[cut], shaping[cut]) for i, cut in zip(prompt_index, cuts, strict=True)
         ]
+
+    def _judge(self, rows: Sequence[PromptRow], completions: Sequence[Completion]) -> tuple[Scores, list[float]]:
+        """Rewards of this rank's part, and what shaping adds to each, empty without any."""
+        texts = [prompts.decode(self.tokenizer, completion.token_ids) for completion in completions]
+        rewards = self.scorer.score(rows, texts)
+        self.scorer.check_failures()
+        limit = self.config.generation.max_completion_tokens
+        return rewards, self.shaper.shape(rows, texts, completions, limit) if self.shaper else []
 
     def _targets(self, rollouts: Rollouts, fresh: Fresh, values: Tensor | None) -> Targets:
         config = self.config
         temperature, count = config.generation.temperature, fresh.rollouts.num_sequences
-        old = ref = self.policy.logprobs(rollouts, temperature)
+        old = ref = old_logprobs(self.policy, rollouts, temperature, self.world)
         weights = torch.ones_like(rollouts.rewards)
         if config.mismatch.mode != "off":
             sampled, own = fresh.rollouts, old[: fresh.rollouts.num_tokens]
@@ -280,7 +319,7 @@ class Trainer:
             assert values is not None
             advantage = group_advantage(rollouts.rewards + rollouts.shaping, fresh.scored, config.generation.group_size)
             signal, intercept = config.loss.flowrl_reward_scale * advantage, values[rollouts.prompt_index]
-            ref = self.initial.logprobs(rollouts, temperature)
+            ref = old_logprobs(self.initial, rollouts, temperature, self.world)
         elif config.algorithm == "grpo":
             signal = group_advantage(rollouts.rewards + rollouts.shaping, fresh.scored, config.generation.group_size)
             intercept = torch.zeros_like(signal)
@@ -333,39 +372,6 @@ class Trainer:
                 f"{counters.step} (loss {host['loss']}, gradient norm {host['grad_norm']}): no parameter was changed "
                 "by them; lower --optimizer.learning-rate, or look at the rewards"
             )
-
-    def _shown(self, result: StepResult, host: dict[str, Any]) -> list[dict[str, Any]]:
-        """A few rollouts of the step, spread over its groups, and one replayed when there is one."""
-        groups, limit = result.fresh.groups, self.config.run.rollouts_per_step
-        size = self.config.generation.group_size
-        values = host.get("values_fresh") if self.config.value_is_accuracy else None
-        shown = []
-        number = min(limit, len(groups) * size)
-        for k in range(number):
-            g, j = divmod(k * len(groups) * size // number, size)
-            group, value = groups[g], None if values is None else values[g]
-            ids, logprobs = group.completions[j].token_ids, group.completions[j].logprobs
-            shown.append((group.prompt_index, ids, logprobs, group.texts[j], group.rewards[j], value, None))
-        if "replayed_ids" in host and limit > 0:
-            ids, logprobs = host["replayed_ids"], host["replayed_logprobs"]
-            value = host["replayed_value"] if values is not None else None
-            age = self.counters.step - host["replayed_version"]
-            text = prompts.decode(self.tokenizer, ids)
-            shown.append((host["replayed_prompt"], ids, logprobs, text, host["replayed_reward"], value, age))
-        return [
-            {
-                "step": self.counters.step,
-                "prompt": self.table.rows[i].prompt,
-                "completion": text,
-                "reward": reward,
-                "value": value,
-                "slice": self.table.rows[i].slice,
-                "replayed": age is not None,
-                "age": age,
-                **shown_tokens(ids, logprobs, lambda part: prompts.decode(self.tokenizer, part)),
-            }
-            for i, ids, logprobs, text, reward, value, age in shown
-        ]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor a resumed run needs, the policy's parameters apart."""

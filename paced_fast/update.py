@@ -7,7 +7,7 @@ B = sequences, T = packed completion tokens, s = sum of a sequence's log-probs, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from paced_fast import pack
 from paced_fast.batch import Rollouts
 from paced_fast.config import Config, OptimizerConfig, stream_seed
-from paced_fast.crossings import pinned
+from paced_fast.crossings import pinned, to_device
+from paced_fast.distributed import ALONE, World
 from paced_fast.optimizer import GuardedAdamW
 from paced_fast.policy import Policy
 from paced_kernels import (
@@ -163,6 +164,38 @@ def learning_rate(config: OptimizerConfig, num_updates: Tensor) -> Tensor:
     return config.learning_rate * ((num_updates + 1).double() / warmup).clamp(max=1.0)
 
 
+def old_logprobs(policy: Policy, rollouts: Rollouts, temperature: float, world: World = ALONE) -> Tensor:
+    """Log-probs f32[T] of the packed tokens under the current parameters; each rank computes those of its part."""
+    if world.size == 1 and not policy.lockstep:
+        return policy.logprobs(rollouts, temperature)
+    result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=policy.device)
+    for chosen, counts in passes(policy, rollouts, range(rollouts.num_sequences), policy.max_tokens, world):
+        part = pack.part(rollouts, chosen)
+        values = policy.logprobs(part.rollouts, temperature)
+        if counts:
+            result.index_copy_(0, part.tokens, values)
+    world.sum_(result)  # the others have zeros there
+    return result
+
+
+def passes(
+    policy: Policy, rollouts: Rollouts, sequences: Sequence[int], max_tokens: int, world: World
+) -> Iterator[tuple[list[int], bool]]:
+    """This rank's micro-batches of `sequences`, of at most `max_tokens` tokens, and whether each counts.
+
+    Where ranks must call the model alike (`policy.lockstep`), one that has fewer repeats a sequence that does not.
+    """
+    dealt = pack.deal(rollouts, sequences, world.size, max_tokens)
+    if not policy.lockstep:
+        yield from ((chosen, True) for chosen in pack.micro_batches(rollouts, dealt[world.rank], max_tokens))
+        return
+    batches = [pack.micro_batches(rollouts, part, max_tokens) for part in dealt]
+    own = batches[world.rank]
+    yield from ((chosen, True) for chosen in own)
+    for _ in range(max(map(len, batches)) - len(own)):
+        yield list(sequences[:1]), False
+
+
 def update_policy(
     policy: Policy,
     optimizer: GuardedAdamW,
@@ -172,12 +205,14 @@ def update_policy(
     *,
     step: int,
     num_updates: int,
+    world: World = ALONE,
 ) -> UpdateResult:
     """Make `epochs * minibatches` optimiser steps; one with a non-finite loss or gradient changes nothing.
 
     Minibatches keep the sequences of a prompt together, and leave out those without a verdict. Each divides by its own
-    number of sequences, whatever the split into micro-batches. A step left out does not advance the learning-rate
-    schedule. Whether one was left out is decided on the device, and the host does not ask.
+    number of sequences, whatever the split into micro-batches and over ranks. A step left out does not advance the
+    learning-rate schedule. Whether one was left out is decided on the device, alike on every rank, and the host does
+    not ask.
     """
     policy_loss = POLICY_LOSSES[config.algorithm]
     log_ratio = torch.zeros_like(targets.signal)
@@ -190,14 +225,20 @@ def update_policy(
         for sequences in _minibatches(rollouts, config.optimizer.minibatches, seed):
             optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=policy.device)
-            for chosen in pack.micro_batches(rollouts, sequences, config.optimizer.micro_batch_tokens):
+            own = torch.zeros(2, len(log_ratio), device=policy.device)  # log ratios and weights of this rank's part
+            for chosen, counts in passes(policy, rollouts, sequences, config.optimizer.micro_batch_tokens, world):
                 part = pack.part(rollouts, chosen)
                 hidden = policy.hidden(part.rollouts)
                 out = policy_loss(hidden, policy, part.rollouts, _select(targets, part), config, len(sequences))
-                out.loss.backward()
-                loss += out.loss.detach()
-                log_ratio.index_copy_(0, part.sequences, out.log_ratio)
-                weight.index_copy_(0, part.sequences, out.weight)
+                (out.loss if counts else out.loss * 0.0).backward()
+                if counts:
+                    loss += out.loss.detach()
+                    own.index_copy_(1, part.sequences, torch.stack([out.log_ratio, out.weight]))
+            world.sum_(loss, own)
+            index = to_device(sequences, torch.int64, policy.device)
+            log_ratio.index_copy_(0, index, own[0, index])
+            weight.index_copy_(0, index, own[1, index])
+            reduce_gradients(policy, world)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
             optimizer.learning_rate.copy_(learning_rate(config.optimizer, num_updates + taken))
             taken += optimizer.guarded_step(loss, norm)
@@ -206,6 +247,16 @@ def update_policy(
     optimizer.zero_grad(set_to_none=True)
     skipped = len(losses) - taken
     return UpdateResult(torch.stack(losses).mean(), torch.stack(norms).mean(), log_ratio, weight, skipped, taken)
+
+
+def reduce_gradients(policy: Policy, world: World) -> None:
+    """Every parameter's gradient, summed over the ranks; one that had no part in this rank's passes counts as zero."""
+    if world.size == 1:
+        return
+    for parameter in policy.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        world.sum_(parameter.grad)
 
 
 def _select(targets: Targets, part: pack.Part) -> Targets:

@@ -76,7 +76,7 @@ def test_auto_means_what_the_algorithm_says(algorithm: str) -> None:
     assert resolve(config) == config
     # Sharing weights is decided by the engine's layout, isolation by the machine: not known before they run.
     left = [name for name, value in flatten(config).items() if value == "auto"]
-    assert left == ["reward.sandbox", "weight_sync.mode"]
+    assert left == ["reward.sandbox", "weight_sync.mode", "distributed.mode"]
 
 
 @pytest.mark.parametrize(

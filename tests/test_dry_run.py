@@ -200,9 +200,9 @@ def test_ranks_that_do_not_fill_the_machines_are_refused() -> None:
     config = preset("qwen_math_1_5b")
     with pytest.raises(InputError, match="9 processes do not fill 2 machines evenly"):
         dry_run.make_plan(config, ranks=9)
-    with pytest.raises(InputError, match="unknown device 'h10': the devices are h100, "):
+    with pytest.raises(InputError, match=r"unknown device 'h10': the devices are h100, "):
         dry_run.make_plan(config, ranks=1, device="h10")
-    with pytest.raises(InputError, match="--dry-run-device cpu does not go with --model.device cuda"):
+    with pytest.raises(InputError, match=r"--dry-run-device cpu does not go with --model.device cuda"):
         dry_run.make_plan(config, ranks=1, device="cpu")
 
 

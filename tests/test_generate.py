@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 from paced_fast import pack
 from paced_fast.batch import Completion
-from paced_fast.generate import TransformersGenerator, _Batch, _sample
+from paced_fast.generate import TransformersGenerator
+from paced_fast.generate.own_model import _Batch, _sample
 
 PROMPTS = [(3, 4, 5, 6, 7), (2,), (9, 8, 7), (5, 5, 4), (10, 9)]
 

@@ -229,7 +229,7 @@ def test_a_whole_step_meets_the_host_at_its_crossings_only(
 
     for module in ("trainer", "record"):
         allow(importlib.import_module(f"paced_fast.{module}"), "to_host", counts=True)
-    for module in ("trainer", "pack", "replay"):
+    for module in ("trainer", "pack", "replay", "update"):
         allow(importlib.import_module(f"paced_fast.{module}"), "to_device")
     allow(trainer.generator, "generate")
     allow(trainer.scorer, "score")

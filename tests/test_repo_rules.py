@@ -34,13 +34,13 @@ LAYERS = (
     },
     {
         *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
-        *("resolve", "benchmark_sources", "devices", "launch"),
+        *("resolve", "benchmark_sources", "devices", "launch", "recorded"),
     },
     {"policy", "scheduler", "replay", "generate", "cli", "report", "roofline"},
-    {"update", "weight_sync", "parity", "evaluation", "checkpoint", "warm_start", "dry_run"},
+    {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start", "dry_run"},
     {"record", "evaluate"},
     {"trainer"},
-    {"build"},
+    {"build", "bench"},
     {"train"},
 )
 """A module of `paced_fast` imports modules of lower layers only: no siblings, no cycles."""
@@ -59,7 +59,7 @@ HOMES = {
     "vllm": {"engine"},
     "wandb": {"metrics"},
     "tensorboard": {"metrics"},
-    "transformers": {"policy", "prompts.tokenizers", "generate"},
+    "transformers": {"policy", "prompts.tokenizers", "generate.own_model"},
 }
 """Third-party packages and the only modules of `paced_fast` that may name them; integrations are adapters and free."""
 

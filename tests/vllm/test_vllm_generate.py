@@ -148,7 +148,7 @@ def test_a_failure_midway_is_one_line_and_the_engine_goes_on(llama: Any, monkeyp
 
 
 def test_progress_is_told(llama: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("paced_fast.generate._PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("paced_fast.generate.vllm_engine._PROGRESS_SECONDS", 0.0)
     with caplog.at_level(logging.INFO, logger="paced_fast"):
         sample(llama)
     assert "of 20 completions after" in caplog.text
