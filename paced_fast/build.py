@@ -101,7 +101,7 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     if newest is not None:
         model = together(world, lambda: load_model(config.model, str(newest / "policy")))
         policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
-    layout = _layout(policy, world)
+    layout = memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=memory.available(policy.device))
     plan = memory.plan(shape_of(model), config, len(table), layout)
     console.print(metrics.memory_plan_table(plan, available_bytes=layout.device_bytes))
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
@@ -186,11 +186,6 @@ def _tables(
     _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
     check_headline(config.data.headline, eval_table)
     return table, eval_table, repeated
-
-
-def _layout(policy: Policy, world: World) -> memory.Layout:
-    """What this rank is one of, and the memory it has."""
-    return memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=memory.available(policy.device))
 
 
 def _generator(
