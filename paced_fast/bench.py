@@ -21,9 +21,10 @@ from paced_fast.config import Config, stream_seed
 from paced_fast.devices import Device, device_here
 from paced_fast.distributed import ALONE, World
 from paced_fast.generate import TransformersGenerator
-from paced_fast.policy import Policy, model_settings, random_model
+from paced_fast.policy import Policy
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.shapes import ModelShape, shape_of
+from paced_fast.skeleton import model_settings, random_model
 from paced_fast.tasks import SIGNED_SUMS_ALPHABET, SIGNED_SUMS_PAD, SIGNED_SUMS_STOP
 from paced_fast.trainer import Trainer
 

@@ -85,21 +85,28 @@ def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | N
 def training_bytes(shape: ModelShape, config: Config, layout: Layout) -> dict[str, int]:
     """Weights, gradients and the optimiser's state of one rank.
 
-    Replicated: all weights and gradients, and one part in `ranks` of the optimiser's state. Sharded: one part in
-    `shards` of everything, and beside it whole what is computed with: a layer, the next one, and the output layer.
+    Gradients are summed in float32. Replicated: all weights and gradients, the sum of one part in `ranks` of these, and
+    the optimiser's state of that part; weights below float32 have float32 masters. Sharded: one part in `shards` of
+    everything in float32, which are the masters, and beside it whole what is computed with, and its gradients:
+    embeddings, output layer, a layer and the next one.
     """
     element, shards = _ITEMSIZE[config.model.dtype], layout.shards
-    parts = layout.ranks if layout.mode == "replicated" else shards
-    result = {
-        "weights": shape.parameters * element // shards,
-        "gradients": shape.trainable * element // shards,
-        "optimizer (AdamW, two moments)": 2 * 4 * shape.trainable // parts,
-    }
-    if config.model.dtype == "bfloat16":
-        result["float32 masters"] = 4 * shape.trainable // parts
     if shards > 1:
-        result["layers gathered from their shards"] = (2 * shape.largest_layer + shape.head_parameters) * element
-    return result
+        own = -(-shape.trainable // shards)
+        rest = shape.head_parameters * (1 if shape.tied else 2)
+        return {
+            "weights": 4 * -(-shape.parameters // shards),
+            "gradients": 4 * own,
+            "optimizer (AdamW, two moments)": 8 * own,
+            "gathered layers": (element + 4) * (rest + 2 * shape.largest_layer),
+        }
+    own = -(-shape.trainable // layout.ranks)
+    result = {
+        "weights": element * shape.parameters,
+        "gradients": 4 * shape.trainable + (4 * own if layout.ranks > 1 else 0),
+        "optimizer (AdamW, two moments)": 8 * own,
+    }
+    return result if element == 4 else {**result, "float32 masters": 4 * own}
 
 
 def _engine_weights(shape: ModelShape, config: Config, layout: Layout) -> dict[str, int]:

@@ -11,22 +11,13 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from paced_fast import pack
 from paced_fast.batch import Rollouts
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
-from paced_fast.shapes import KNOWN
 from paced_kernels import linear_logprobs
 
 logger = logging.getLogger(__name__)
@@ -165,7 +156,8 @@ def _chunks(items: Sequence[int], lengths: Sequence[int], max_tokens: int) -> It
         yield current
 
 
-def _tiny_settings(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: int) -> LlamaConfig:
+def tiny_settings(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: int) -> LlamaConfig:
+    """The configuration of `tiny`."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,
@@ -187,46 +179,10 @@ def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: in
         raise InputError(
             f"--model.hidden-size {config.hidden_size} must be a multiple of twice --model.num-heads {config.num_heads}"
         )
-    settings = _tiny_settings(config, vocab_size, stop_id=stop_id, pad_id=pad_id)
+    settings = tiny_settings(config, vocab_size, stop_id=stop_id, pad_id=pad_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(settings)
-    return _placed(model, config)
-
-
-def model_settings(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
-    """The configuration of a model without its weights: `tiny`, a folder's, a cached one, a known one, or the hub's.
-
-    `vocab_size` is that of `tiny`. Raises InputError when none of these has it.
-    """
-    if config.name == "tiny":
-        return _tiny_settings(config, vocab_size, stop_id=0, pad_id=0)
-    if config.name in KNOWN:
-        try:  # one that lies here may be newer than the table; the hub is not asked for what the table knows
-            return AutoConfig.from_pretrained(config.name, local_files_only=True)
-        except (OSError, ValueError):
-            entry = dict(KNOWN[config.name])
-            return AutoConfig.for_model(entry.pop("model_type"), **entry)
-    try:
-        return AutoConfig.from_pretrained(config.name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"--model.name {config.name!r} has no configuration here ({reason}): give a folder, or fetch it once"
-        ) from error
-
-
-def skeleton(settings: PreTrainedConfig) -> PreTrainedModel:
-    """A model of these settings on the meta device: sizes, and no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(settings)
-
-
-def random_model(config: ModelConfig, settings: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
-    """A model of these settings with fresh weights, made where `config` wants it."""
-    with torch.random.fork_rng(), torch.device(config.device):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(settings, dtype=_DTYPES[config.dtype], attn_implementation="sdpa")
     return _placed(model, config)
 
 

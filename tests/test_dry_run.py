@@ -18,10 +18,10 @@ from paced_fast import devices, dry_run, launch, memory, roofline, train
 from paced_fast.config import ModelConfig
 from paced_fast.devices import DEVICES
 from paced_fast.errors import InputError
-from paced_fast.policy import model_settings, skeleton
 from paced_fast.presets import PRESETS, preset
 from paced_fast.resolve import resolve
 from paced_fast.shapes import KNOWN, shape_of
+from paced_fast.skeleton import model_settings, skeleton
 
 pytestmark = pytest.mark.real_empty  # models on the meta device: `torch.device` knows the functions it was given first
 
@@ -116,7 +116,7 @@ def test_a_folder_is_read_and_an_unknown_name_is_one_line(tmp_path: Path, monkey
 
 
 def test_bytes_of_a_rank_by_hand() -> None:
-    """1000 parameters in bfloat16: 2 B weight, 2 B gradient, 8 B moments and 4 B master each."""
+    """1000 parameters in bfloat16: 2 B weight, 4 B gradient, 8 B moments and 4 B master each."""
     config = tiny_policy.replaced(tiny_policy.settings(), model__dtype="bfloat16")
     shape = dataclasses.replace(
         shape_of(tiny_policy.model()), parameters=1000, trainable=1000, largest_layer=100, vocab_size=2, hidden_size=10
@@ -125,14 +125,15 @@ def test_bytes_of_a_rank_by_hand() -> None:
     def held(**where: Any) -> list[int]:
         return list(memory.training_bytes(shape, config, memory.Layout(**where)).values())
 
-    assert held() == [2000, 2000, 8000, 4000]
-    assert held(ranks=4) == [2000, 2000, 2000, 1000], "weights and gradients everywhere, the optimiser's state shared"
-    assert held(ranks=4, mode="sharded") == [500, 500, 2000, 1000, 2 * (2 * 100 + 20)]
-    assert held(ranks=8, nodes=2, mode="sharded")[:4] == [500, 500, 2000, 1000], "split within a machine"
+    assert held() == [2000, 4000, 8000, 4000]
+    assert held(ranks=4) == [2000, 4000 + 1000, 2000, 1000], "weights and gradients everywhere, the rest shared"
+    gathered = (2 + 4) * (2 * 20 + 2 * 100)
+    assert held(ranks=4, mode="sharded") == [1000, 1000, 2000, gathered], "the shards are the masters"
+    assert held(ranks=8, nodes=2, mode="sharded") == [1000, 1000, 2000, gathered], "split within a machine"
     float32 = tiny_policy.settings()
     assert list(memory.training_bytes(shape, float32, memory.Layout()).values()) == [4000, 4000, 8000]
     adapters = dataclasses.replace(shape, trainable=10)
-    assert list(memory.training_bytes(adapters, config, memory.Layout()).values()) == [2000, 20, 80, 40]
+    assert list(memory.training_bytes(adapters, config, memory.Layout()).values()) == [2000, 40, 80, 40]
 
 
 def test_auto_replicates_where_the_plan_fits_and_says_why() -> None:

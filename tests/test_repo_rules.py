@@ -37,8 +37,8 @@ LAYERS = (
         *("resolve", "benchmark_sources", "devices", "launch", "recorded"),
     },
     {"policy", "scheduler", "replay", "generate", "cli", "report", "roofline"},
-    {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start", "dry_run"},
-    {"record", "evaluate"},
+    {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start", "skeleton"},
+    {"record", "evaluate", "dry_run"},
     {"trainer"},
     {"build", "bench"},
     {"train"},
@@ -59,7 +59,7 @@ HOMES = {
     "vllm": {"engine"},
     "wandb": {"metrics"},
     "tensorboard": {"metrics"},
-    "transformers": {"policy", "prompts.tokenizers", "generate.own_model"},
+    "transformers": {"policy", "skeleton", "prompts.tokenizers", "generate.own_model"},
 }
 """Third-party packages and the only modules of `paced_fast` that may name them; integrations are adapters and free."""
 
