@@ -19,13 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
-from paced_fast.batch import Completion, PromptRow, PromptTable
-from paced_fast.config import Config, DataConfig, flatten, stream_seed
+from paced_fast.batch import PromptTable
+from paced_fast.config import Config, flatten, stream_seed
 from paced_fast.distributed import ALONE, World
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
-from paced_fast.evaluate import check_headline, load_config
+from paced_fast.evaluate import load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
+from paced_fast.inputs import read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
 from paced_fast.recorded import FILE_NAME, RecordedRollouts
@@ -33,7 +34,6 @@ from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.shapes import shape_of
 from paced_fast.sharing import SharedGenerator, together
-from paced_fast.sources import drop_missing
 from paced_fast.trainer import Counters, Trainer
 from paced_fast.warm_start import warm_start
 
@@ -68,6 +68,13 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, and AdamW crawls on those
     metrics.require_sinks(config.run.loggers)
+    if world.size % config.weight_sync.tensor_parallel or (
+        config.generator != "vllm" and config.weight_sync.tensor_parallel > 1
+    ):
+        raise InputError(
+            f"--weight-sync.tensor-parallel {config.weight_sync.tensor_parallel} shares vLLM engines out to groups of "
+            f"ranks, and here are {world.size} with --generator {config.generator}: start a multiple with torchrun"
+        )
     if config.generator == "vllm":
         require_vllm(config.model.device)
         if config.model.name == "tiny":  # known before the warm start
@@ -79,9 +86,9 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     path = config.model.name
     if path == "smollm2":
         path = str(_of_lead(world, lambda: smollm2_folder(cache)))
-    tokenizer = together(world, lambda: _tokenizer(path))
+    tokenizer = together(world, lambda: read_tokenizer(path))
     scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
-    table, eval_table, repeated = together(world, lambda: _tables(config, tokenizer, scorer, shaper))
+    table, eval_table, repeated = together(world, lambda: read_tables(config, tokenizer, scorer, shaper))
     recorded = None if replay is None else together(world, lambda: RecordedRollouts(replay, config, table))
     stop_ids = prompts.stop_token_ids(tokenizer)
     model = None
@@ -106,9 +113,9 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     console.print(metrics.memory_plan_table(plan, available_bytes=layout.device_bytes))
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
     weights = folder / "initial" if newest is None else newest / "policy"
-    generator, guard = together(world, lambda: _generator(config, policy, weights, stop_ids, table, layout))
+    generator, guard = together(world, lambda: _generator(config, policy, weights, stop_ids, table, world, layout))
     if world.size > 1:
-        generator = SharedGenerator(generator, world)
+        generator = SharedGenerator(generator, world, engine_ranks=config.weight_sync.tensor_parallel)
     trainer = Trainer(
         config,
         policy=policy,
@@ -170,30 +177,13 @@ def _continue(trainer: Trainer, config: Config, folder: Path, newest: Path) -> N
     logger.info("resumed after step %d from %s", trainer.counters.step, newest)
 
 
-def _tables(
-    config: Config, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, shaper: Shaper
-) -> tuple[PromptTable, PromptTable, int]:
-    """Prompts to train on, held-out prompts, and how many of the former are among the latter; all rewards tried."""
-    table, eval_table = (
-        _table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
-    )
-    table, repeated = _apart(table, eval_table, config.data)
-    if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
-        raise InputError(
-            f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
-            "some repeat: lower --generation.prompts-per-step, or leave the limit out"
-        )
-    _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
-    check_headline(config.data.headline, eval_table)
-    return table, eval_table, repeated
-
-
 def _generator(
     config: Config,
     policy: Policy,
     weights: Path,
     stop_ids: Sequence[int],
     table: PromptTable,
+    world: World,
     layout: memory.Layout,
 ) -> tuple[Generator, ParityGuard | None]:
     """Who samples and, for vLLM, who checks it; `weights` is a folder with the policy's present parameters."""
@@ -212,6 +202,8 @@ def _generator(
             max_sequences=settings.max_batch_sequences,
             kv_cache_bytes=memory.kv_cache_bytes(shape, config, layout),
             sleep_level=config.weight_sync.sleep_level,
+            ranks=world.size,
+            tensor_parallel_size=config.weight_sync.tensor_parallel,
         ),
         stop_ids=stop_ids,
     )
@@ -223,80 +215,6 @@ def _generator(
     own = [row.token_ids for row in table.rows]
     sequences = long_sequences(own, count=config.weight_sync.check_prompts, length=length)
     return generator, ParityGuard(generator, policy, config, sequences=sequences)
-
-
-def _tokenizer(path: str) -> PreTrainedTokenizerBase:
-    if path == "tiny":
-        return prompts.character_tokenizer(
-            tasks.SIGNED_SUMS_ALPHABET, pad=tasks.SIGNED_SUMS_PAD, stop=tasks.SIGNED_SUMS_STOP
-        )
-    return prompts.load_tokenizer(path)
-
-
-def without_missing(config: Config) -> Config:
-    """The settings without optional sources whose file is absent; one log line names the files."""
-    data, warm = config.data, config.warm_start
-    names, slices = set[str](), set[str]()
-
-    def present(sources: tuple[str, ...]) -> tuple[str, ...]:
-        kept, missing = drop_missing(sources, data.dir)
-        names.update(source.name for source in missing)
-        slices.update(source.slice_name for source in missing)
-        return kept
-
-    first, second = (dataclasses.replace(phase, sources=present(phase.sources)) for phase in (warm.first, warm.second))
-    train_sources, eval_sources = present(data.train), present(data.eval)
-    if not names:
-        return config
-    headline = tuple(name for name in data.headline if name not in slices)
-    logger.warning("going on without %s: --data.dir names the folder that holds them", ", ".join(sorted(names)))
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(data, train=train_sources, eval=eval_sources, headline=headline),
-        warm_start=dataclasses.replace(warm, first=first, second=second),
-    )
-
-
-def _table(
-    sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, config: Config, scorer: Scorer | None = None
-) -> PromptTable:
-    if not sources:
-        return PromptTable(rows=())
-    return prompts.load_table(
-        sources,
-        tokenizer=tokenizer,
-        template=config.data.template,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        data_dir=config.data.dir,
-        too_long=config.data.too_long,
-        bad_rows=config.data.bad_rows,
-        max_bad_share=config.data.max_bad_share,
-        check=None if scorer is None else scorer.problem,
-    )
-
-
-def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple[PromptTable, int]:
-    """The training rows, without those that are held-out prompts where the settings drop them, and how many are left
-    that are held-out prompts; the log counts repeats among the rows."""
-    same, policy = prompts.overlap(train, held_out), data.overlap
-    repeated = len(same.train)
-    if same.train and policy == "error":
-        raise InputError(f"{same}: remove them, or set --data.overlap drop")
-    if same.train and policy == "warn":
-        counts = not data.headline or not same.slices.isdisjoint(data.headline)
-        level = logging.WARNING if counts else logging.INFO  # slices beside the headline may share small problems
-        logger.log(level, "%s: --data.overlap drop leaves them out of training", same)
-    if same.train and policy == "drop":
-        if len(same.train) == len(train):
-            raise InputError("--data.overlap drop leaves nothing to train on: every training prompt is a held-out one")
-        logger.warning("%s: left out of training", same)
-        dropped = set(same.train)
-        train = PromptTable(rows=tuple(row for i, row in enumerate(train.rows) if i not in dropped))
-        repeated = 0
-    if repeats := prompts.duplicates(train):
-        one, first = (train.rows[i].where for i in repeats[0])
-        logger.info("%d of %d training prompts repeat an earlier one (%s is %s)", len(repeats), len(train), one, first)
-    return train, repeated
 
 
 def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stop_id: int) -> Any:
@@ -312,7 +230,7 @@ def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config
         model,
         tokenizer,
         config,
-        load=lambda sources: _table(sources, tokenizer, config),
+        load=lambda sources: read_table(sources, tokenizer, config),
         stop_id=stop_id,
         report=logger.info,
     )
@@ -346,14 +264,6 @@ def _run_folder(config: Config) -> Path:
     return folder
 
 
-def _try_rewards(scorer: Scorer, shaper: Shaper, rows: Sequence[PromptRow]) -> None:
-    """Judge an empty completion of one row for each reward, so that one that cannot be used fails before any work."""
-    first = list({row.reward: row for row in reversed(rows)}.values())
-    scorer.score(first, [""] * len(first))
-    empty = Completion(token_ids=[], logprobs=[], stopped=True)
-    shaper.shape(first, [""] * len(first), [empty] * len(first), 1)
-
-
 def _claim(folder: Path, config: Config) -> None:
     """Make the run folder and write the settings; what an earlier run left in it is removed."""
     try:
@@ -372,7 +282,7 @@ def _claim(folder: Path, config: Config) -> None:
 # What an error message advises to change must be free too.
 _FREE_ON_RESUME = (
     *("steps", "resume", "run_dir", "run.", "distributed.", "warm_start.cache_dir", "generation.max_batch_sequences"),
-    *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib")),
+    *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib", "tensor_parallel")),
     *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
 )
 

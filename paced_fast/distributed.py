@@ -151,10 +151,10 @@ def start(device: str, timeout_seconds: float) -> World:
 
 
 def stop() -> None:
-    """Leave the group; nothing happens when there is none."""
-    _patient.clear()
-    if dist.is_initialized():
+    """Leave the group that `start` joined; nothing happens when it joined none, or an engine has ended it."""
+    if _patient and dist.is_initialized():
         dist.destroy_process_group()
+    _patient.clear()
 
 
 def joined(parts: Sequence[Tensor]) -> list[Any]:

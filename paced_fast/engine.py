@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class EngineSettings:
     sleep_level: int = 0
     """What `before_training` lets go on a GPU: 0 the keys and values, 1 and 2 the weights too."""
     seed: int = 0
+    """Alike on ranks that share an engine out; samples have seeds of their own."""
+    ranks: int = 1
+    """Processes that train together; each has an engine, or a part of one."""
+    tensor_parallel_size: int = 1
+    """Consecutive ranks that one engine is shared out to; all of them must ask it the same."""
 
 
 # What a failing engine raises in this process; a wrong call of ours among it shows by its message.
@@ -122,6 +128,10 @@ def start(settings: EngineSettings) -> Any:
         free, total = torch.cuda.mem_get_info()
         # The cache's size is given above; this is only compared with what is free when the engine starts.
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": round(0.5 * free / total, 3)}
+    if settings.ranks > 1:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        arguments["distributed_executor_backend"] = "external_launcher"  # joins the process group there is
+        arguments["tensor_parallel_size"] = settings.tensor_parallel_size
     arguments |= _quiet({field.name for field in dataclasses.fields(EngineArgs)})
     with _torch_as_it_was():
         config = EngineArgs(**arguments).create_engine_config()

@@ -112,9 +112,10 @@ def training_bytes(shape: ModelShape, config: Config, layout: Layout) -> dict[st
 def _engine_weights(shape: ModelShape, config: Config, layout: Layout) -> dict[str, int]:
     if config.generator != "vllm" or (config.weight_sync.mode == "shared" and layout.shards == 1):
         return {}
-    certain = config.weight_sync.mode == "push" or layout.shards > 1
-    name = "the engine's own weights" if certain else _IF_NOT_SHARED
-    return {name: shape.parameters * _ITEMSIZE[config.weight_sync.dtype]}
+    engine_ranks = config.weight_sync.tensor_parallel
+    is_certain = config.weight_sync.mode == "push" or layout.shards > 1 or engine_ranks > 1
+    name = "the engine's own weights" if is_certain else _IF_NOT_SHARED
+    return {name: shape.parameters * _ITEMSIZE[config.weight_sync.dtype] // engine_ranks}
 
 
 def needed(parts: dict[str, int]) -> int:

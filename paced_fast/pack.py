@@ -206,7 +206,7 @@ def deal(rollouts: Rollouts, sequences: Sequence[int], ranks: int, max_tokens: i
     """
     if ranks == 1:
         return [list(sequences)]
-    total = sum(len(rollouts.prompt_ids[i]) + rollouts.lengths[i] for i in sequences)
+    total = sum(row.num_tokens for row in _plan_rows(rollouts, sequences, max_tokens))
     plan = sorted(_plan_rows(rollouts, sequences, min(max_tokens, -(-total // ranks))), key=lambda row: -row.num_tokens)
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks

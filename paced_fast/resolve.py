@@ -82,6 +82,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "generation.temperature": (1e-3, 100.0),
     "generation.max_batch_sequences": (1, 10**6),
     "weight_sync.bucket_mib": (1, 1 << 20),
+    "weight_sync.tensor_parallel": (1, 1024),
     "weight_sync.sleep_level": (0, 2),
     "weight_sync.kv_cache_gib": (0.0, 1e6),
     "weight_sync.check_every": (0, 10**9),

@@ -27,9 +27,12 @@ Judge = Callable[[Sequence[PromptRow], Sequence[str]], Scores]
 class SharedGenerator:
     """A generator on every rank as one: each samples a part of the prompts."""
 
-    def __init__(self, own: Generator, world: World) -> None:
-        """`own` is this rank's generator; all hold the same weights."""
-        self.own, self.world = own, world
+    def __init__(self, own: Generator, world: World, engine_ranks: int = 1) -> None:
+        """`own` is this rank's generator; all hold the same weights.
+
+        Of `engine_ranks` consecutive ranks that share an engine out, all ask it the same and the first one answers.
+        """
+        self.own, self.world, self.engine_ranks = own, world, engine_ranks
 
     def generate(
         self,
@@ -43,7 +46,8 @@ class SharedGenerator:
         first: int = 0,
     ) -> list[Completion]:
         """See `Generator.generate`; every rank gets all completions. What fails on one rank is raised on all."""
-        part = self.world.share(len(prompts))
+        rank, ways = self.world.rank, self.engine_ranks
+        part = World(rank // ways, self.world.size // ways).share(len(prompts))
         completions = together(
             self.world,
             lambda: (
@@ -60,7 +64,7 @@ class SharedGenerator:
                 else []
             ),
         )
-        return gather_completions(self.world, completions)
+        return gather_completions(self.world, completions if rank % ways == 0 else [])
 
     def before_training(self) -> None:
         """See `Generator.before_training`."""
@@ -69,6 +73,10 @@ class SharedGenerator:
     def after_update(self) -> dict[str, float]:
         """See `Generator.after_update`; the figures are this rank's."""
         return together(self.world, self.own.after_update)
+
+    def close(self) -> None:
+        """See `Generator.close`."""
+        self.own.close()
 
 
 def together(world: World, function: Callable[[], T], patient: bool = False) -> T:

@@ -21,11 +21,12 @@ import torch
 from rich.console import Console
 
 from paced_fast import bench, checkpoint, cli, distributed, dry_run, launch, metrics, prompts, report
-from paced_fast.build import Run, build, without_missing
+from paced_fast.build import Run, build
 from paced_fast.config import Config, flatten, stream_seed
 from paced_fast.distributed import EVERYWHERE, World
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
+from paced_fast.inputs import without_missing
 from paced_fast.policy import quiet
 from paced_fast.recorded import Recorder, replayed_settings
 from paced_fast.resolve import resolve
@@ -232,6 +233,7 @@ def _run(config: Config, console: Console, world: World, replay: Path | None) ->
         summary = train(prepared, console)
     finally:
         prepared.scorer.close()
+        prepared.generator.close()
     if config.run.report and world.is_lead:
         report.make_report(prepared.folder)
     return summary

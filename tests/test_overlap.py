@@ -9,9 +9,9 @@ import pytest
 import tiny_run
 
 from paced_fast.batch import PromptRow, PromptTable
-from paced_fast.build import _apart
 from paced_fast.config import DataConfig
 from paced_fast.errors import InputError
+from paced_fast.inputs import _apart
 from paced_fast.prompts import Overlap, duplicates, overlap
 from paced_fast.prompts.overlap import normalised
 

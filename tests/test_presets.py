@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from paced_fast import prompts, train
+from paced_fast import inputs, prompts, train
 from paced_fast.batch import PromptTable
 from paced_fast.config import Config
 from paced_fast.errors import InputError
@@ -101,7 +101,7 @@ def test_smollm2_without_the_files_trains_on_made_problems(
     with pytest.raises(InputError, match="no such file"):
         tables(whole, tokenizer)
     with caplog.at_level(logging.WARNING, logger="paced_fast"):
-        config = train.without_missing(whole)
+        config = inputs.without_missing(whole)
     assert len(caplog.records) == 1
     for name in FILES:
         assert name in caplog.text
@@ -131,7 +131,7 @@ def test_smollm2_with_made_files(
     monkeypatch.chdir(tmp_path)
     config = resolve(preset("smollm2"))
     with caplog.at_level(logging.WARNING, logger="paced_fast"):
-        assert train.without_missing(config) == config
+        assert inputs.without_missing(config) == config
     assert not caplog.records
     made = tables(config, tokenizer)
     check_splits(config, made)
@@ -141,7 +141,7 @@ def test_smollm2_with_made_files(
 
 def test_smollm2_with_the_files_of_the_project(tokenizer: PreTrainedTokenizerFast) -> None:
     config = resolve(preset("smollm2"))
-    if train.without_missing(config) != config:
+    if inputs.without_missing(config) != config:
         pytest.skip(f"needs {', '.join(FILES)} in data or ../shared/data")
     made = tables(config, tokenizer)
     check_splits(config, made)

@@ -38,7 +38,7 @@ LAYERS = (
     },
     {"policy", "scheduler", "replay", "generate", "cli", "report", "roofline"},
     {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start", "skeleton"},
-    {"record", "evaluate", "dry_run"},
+    {"record", "evaluate", "inputs", "dry_run"},
     {"trainer"},
     {"build", "bench"},
     {"train"},

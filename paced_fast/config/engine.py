@@ -19,6 +19,8 @@ class WeightSyncConfig:
     """Type of the engine's weights; `auto` is the policy's, and any other means push."""
     bucket_mib: int = 256
     """`push`: weights are handed over in buckets of about this size, in MiB."""
+    tensor_parallel: int = 1
+    """Ranks that one vLLM engine is shared out to; above 1 means push."""
     sleep_level: Literal[0, 1, 2] = 0
     """What the engine gives up while the policy trains on a GPU: 0 the key-value cache only; 1 and 2, in push mode
     only, the weights too (kept in host memory, or dropped)."""

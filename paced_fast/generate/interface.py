@@ -37,3 +37,7 @@ class Generator(Protocol):
     def after_update(self) -> dict[str, float]:
         """The policy's parameters have changed: sample from the new ones. Figures for the metrics record."""
         ...
+
+    def close(self) -> None:
+        """Sampling is over: processes and process groups of an engine end."""
+        ...

@@ -61,6 +61,9 @@ class TransformersGenerator:
         """See `Generator.after_update`; there is one model and so nothing to do."""
         return {}
 
+    def close(self) -> None:
+        """See `Generator.close`; the model is the trainer's."""
+
 
 class _Batch:
     """One batch on its way through the model. S = sequences, L = padded prompt length."""

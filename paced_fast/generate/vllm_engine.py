@@ -128,6 +128,10 @@ class VLLMGenerator:
         self.reset_prefix_cache()
         return figures
 
+    def close(self) -> None:
+        """See `Generator.close`. An engine that joined the trainer's process group ends it too."""
+        self.engine.engine_core.shutdown()
+
     def reset_prefix_cache(self) -> None:
         """Forget all keys and values. vLLM refuses while a request lives, so the refusal is an error here."""
         with self._named("emptying its prefix cache"):

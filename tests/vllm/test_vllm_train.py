@@ -139,3 +139,20 @@ def test_a_failure_while_sampling_ends_the_run_with_its_checkpoint(finished: tup
     assert 2 in steps
     assert 4 not in steps
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_000002"]
+
+
+@pytest.mark.parametrize("options", [("shared",), ("push", "--weight-sync.tensor-parallel", "2")])
+def test_two_ranks_take_the_steps_of_one(finished: tuple[Path, Path], tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Each with an engine of its own, or both with the halves of one."""
+    whole, cache = finished
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "paced_fast.train"]
+    places = ["--run-dir", str(tmp_path / "two"), "--warm-start.cache-dir", str(cache)]
+    command = [sys.executable, *start, *OPTIONS, *places, "--weight-sync.mode", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert records(tmp_path / "two", "rollouts.jsonl") == records(whole, "rollouts.jsonl")
+    for one, other in zip(records(tmp_path / "two"), records(whole), strict=True):
+        if one["step"]:
+            for name in ("loss", "grad_norm", "reward_mean", "entropy"):
+                assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+        assert one.get("parity", {"sampled_mean": 0.0})["sampled_mean"] < 1e-4
