@@ -9,6 +9,7 @@ P = prompts a step, G = completions a prompt, N = prompts in the table.
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,9 @@ def measure(config: Config, *, steps: int, lengths: str, world: World = ALONE) -
     config = dataclasses.replace(
         config, generator="transformers", run=dataclasses.replace(config.run, rollouts_per_step=0)
     )
+    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
+    torch.set_float32_matmul_precision(config.model.matmul_precision)
+    torch.set_flush_denormal(True)
     device = device_here(config.model.device, config.model.dtype)
     trainer, rollouts = _trainer(config, lengths, world)
     shape = shape_of(trainer.policy.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +54,7 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
     notes: list[str] = []
     config = _assume_generator(config, device, notes)
     torch.set_float32_matmul_precision(config.model.matmul_precision)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     chip = _device(config, device, notes)
     shape = shape_of(skeleton(model_settings(config.model, len(SIGNED_SUMS_ALPHABET))))
     num_prompts = _num_prompts(config, notes)
@@ -103,10 +103,15 @@ def show(plan: Plan, console: Console) -> None:
     for note in plan.notes:
         console.print(f"assumed: {note}", highlight=False, soft_wrap=True)
     wanted = memory.needed(plan.parts)
+    console.print(
+        f"at a time a rank holds at most {wanted / 2**30:.1f} GiB: keys and values are let go while the policy trains",
+        highlight=False,
+        soft_wrap=True,
+    )
     if wanted > device.memory_bytes:
         console.print(
-            f"does not fit: a rank needs {wanted / 2**30:.1f} GiB and has {device.memory_bytes / 2**30:.1f}; lower "
-            "--optimizer.micro-batch-tokens, or take more ranks with --distributed.mode sharded",
+            f"that does not fit into {device.memory_bytes / 2**30:.1f} GiB: lower --optimizer.micro-batch-tokens, or "
+            "take more ranks with --distributed.mode sharded",
             highlight=False,
             soft_wrap=True,
         )

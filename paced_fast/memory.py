@@ -23,7 +23,14 @@ CHECK_TOKENS = 256
 _SHARE_OF_GPU = 0.6
 """What weights, gradients, moments and keys and values may take together; the rest is for activations and graphs."""
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
+_GRADIENTS = "gradients"
+_GATHERED = "gathered layers"
+_ACTIVATIONS = "activations of a micro-batch"
+_MASK = "attention mask of a micro-batch"
+_HEAD = "vocabulary head (workspace, float32 gradient)"
+_KEYS_AND_VALUES = "key-value cache"
 _IF_NOT_SHARED = "the engine's own weights, if not shared"
+_WHILE_TRAINING = (_GRADIENTS, _GATHERED, _ACTIVATIONS, _MASK, _HEAD)
 
 Mode = Literal["replicated", "sharded"]
 
@@ -67,10 +74,10 @@ def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | N
     per_layer = 12 * shape.hidden_size + 3 * shape.intermediate_size
     result = {
         **training_bytes(shape, config, layout),
-        "activations of a micro-batch": tokens * shape.num_layers * per_layer * element,
-        "attention mask of a micro-batch": tokens * row * (element + 2),
-        "vocabulary head (workspace, float32 gradient)": workspace + 4 * shape.head_parameters,
-        "key-value cache": kv_cache_bytes(shape, config, layout),
+        _ACTIVATIONS: tokens * shape.num_layers * per_layer * element,
+        _MASK: tokens * row * (element + 2),
+        _HEAD: workspace + 4 * shape.head_parameters,
+        _KEYS_AND_VALUES: kv_cache_bytes(shape, config, layout),
         **_engine_weights(shape, config, layout),
     }
     if config.algorithm == "flowrl":
@@ -96,14 +103,14 @@ def training_bytes(shape: ModelShape, config: Config, layout: Layout) -> dict[st
         rest = shape.head_parameters * (1 if shape.tied else 2)
         return {
             "weights": 4 * -(-shape.parameters // shards),
-            "gradients": 4 * own,
+            _GRADIENTS: 4 * own,
             "optimizer (AdamW, two moments)": 8 * own,
-            "gathered layers": (element + 4) * (rest + 2 * shape.largest_layer),
+            _GATHERED: (element + 4) * (rest + 2 * shape.largest_layer),
         }
     own = -(-shape.trainable // layout.ranks)
     result = {
         "weights": element * shape.parameters,
-        "gradients": 4 * shape.trainable + (4 * own if layout.ranks > 1 else 0),
+        _GRADIENTS: 4 * shape.trainable + (4 * own if layout.ranks > 1 else 0),
         "optimizer (AdamW, two moments)": 8 * own,
     }
     return result if element == 4 else {**result, "float32 masters": 4 * own}
@@ -119,8 +126,14 @@ def _engine_weights(shape: ModelShape, config: Config, layout: Layout) -> dict[s
 
 
 def needed(parts: dict[str, int]) -> int:
-    """Bytes that a plan certainly needs: a copy of the weights that sharing may save is left out."""
-    return sum(size for name, size in parts.items() if name != _IF_NOT_SHARED)
+    """The most bytes of a plan that are held at a time.
+
+    Keys and values are let go while the policy trains, and what its passes take is there only then. A copy of the
+    weights that sharing may save is left out.
+    """
+    training = sum(parts.get(name, 0) for name in _WHILE_TRAINING)
+    always = sum(parts.values()) - training - parts[_KEYS_AND_VALUES] - parts.get(_IF_NOT_SHARED, 0)
+    return always + max(training, parts[_KEYS_AND_VALUES])
 
 
 def choose_mode(shape: ModelShape, config: Config, num_prompts: int, layout: Layout) -> tuple[Mode, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,14 @@ PEAK = 1e9
 
 
 @pytest.fixture(autouse=True)
-def _known_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def _known_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     made = dataclasses.replace(DEVICES["4090"], name="cpu", float32_flops=PEAK, capability=None)
     monkeypatch.setattr(devices, "measured_cpu", lambda dtype: made)
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    torch.set_flush_denormal(False)
 
 
 def small(tmp_path: Path, **changes: Any) -> Config:
@@ -145,13 +151,9 @@ def test_the_command_prints_tables_and_writes_json(
 
 @pytest.mark.slow
 def test_a_step_of_smollm2_without_its_weights(tmp_path: Path) -> None:
-    precision = torch.get_float32_matmul_precision()
     config = tiny_policy.replaced(
         preset("smollm2"), generation__prompts_per_step=2, generation__group_size=2, data__max_prompt_tokens=16
     )
-    try:
-        result = bench.measure(train.resolve(config), steps=1, lengths="full")
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    result = bench.measure(train.resolve(config), steps=1, lengths="full")
     assert result["parameters"] == 134_515_008
     assert result["seconds"]["update"] > 0

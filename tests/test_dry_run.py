@@ -29,9 +29,12 @@ pytestmark = pytest.mark.real_empty  # models on the meta device: `torch.device`
 @pytest.fixture(autouse=True)
 def _own_constructors() -> Iterator[None]:
     """`torch.device` as a context keeps a list of functions; one made while `torch.empty` was replaced lacks it."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     _device._device_constructors.cache_clear()
     yield
     _device._device_constructors.cache_clear()
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
 
 
 PUBLISHED = {
@@ -67,12 +70,7 @@ def test_every_preset_is_planned_without_network_or_run_folder(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    try:
-        train.main([name, "--dry-run", "8"])  # no SystemExit: status 0
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.set_num_threads(threads)
+    train.main([name, "--dry-run", "8"])  # no SystemExit: status 0
     text = capsys.readouterr().out
     assert f" {PUBLISHED.get(preset(name).model.name, 224_928):,} parameters" in text
     for words in ("8 on 1 machine", "memory plan (GiB)", "time of a step, estimated", "old_logprobs", "assumed:"):
@@ -149,6 +147,14 @@ def test_auto_replicates_where_the_plan_fits_and_says_why() -> None:
     assert memory.choose_mode(shape, config, 10, small)[0] == "replicated"
     told = tiny_policy.replaced(config, distributed__mode="sharded")
     assert memory.choose_mode(shape, told, 10, memory.Layout(ranks=2, device_bytes=1 << 60))[0] == "sharded"
+
+
+def test_what_is_held_at_a_time_by_hand() -> None:
+    parts = {"weights": 10, "gradients": 4, "activations of a micro-batch": 5, "key-value cache": 7, "replay": 1}
+    assert memory.needed(parts) == 10 + 1 + 9
+    assert memory.needed(parts | {"key-value cache": 12}) == 10 + 1 + 12
+    assert memory.needed(parts | {"the engine's own weights, if not shared": 50}) == 20
+    assert memory.needed(parts | {"the engine's own weights": 50}) == 70
 
 
 def test_a_copy_of_the_engine_counts_where_it_is_certain() -> None:
