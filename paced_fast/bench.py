@@ -22,7 +22,7 @@ from paced_fast.config import Config, stream_seed
 from paced_fast.devices import Device, device_here
 from paced_fast.distributed import ALONE, World
 from paced_fast.generate import TransformersGenerator
-from paced_fast.policy import Policy
+from paced_fast.policy import make_policy, prepare
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.shapes import ModelShape, shape_of
 from paced_fast.skeleton import model_settings, random_model
@@ -93,7 +93,9 @@ def _trainer(config: Config, lengths: str, world: World) -> tuple[Trainer, Rando
     source = torch.Generator().manual_seed(stream_seed(config.seed, 0, "bench"))
     settings = model_settings(config.model, len(SIGNED_SUMS_ALPHABET))
     model = random_model(config.model, settings, seed=stream_seed(config.seed, 0, "initial weights"))
-    policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
+    policy = make_policy(model, config)
+    initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
+    prepare(policy, config)
     size = (_TABLE_FACTOR * config.generation.prompts_per_step, config.data.max_prompt_tokens)
     ids = torch.randint(0, settings.vocab_size, size, generator=source).tolist()
     rows = (PromptRow(prompt="", token_ids=tuple(prompt), reward="none", slice="bench", columns={}) for prompt in ids)
@@ -104,7 +106,7 @@ def _trainer(config: Config, lengths: str, world: World) -> tuple[Trainer, Rando
     trainer = Trainer(
         config,
         policy=policy,
-        initial=policy.frozen_copy() if config.algorithm == "flowrl" else None,
+        initial=initial,
         generator=TransformersGenerator(model, stop_ids=[0], max_batch_sequences=1),
         scorer=Scorer(settings=config.reward),
         shaper=Shaper(config.reward),

@@ -28,7 +28,7 @@ from paced_fast.evaluate import load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.inputs import read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
-from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
+from paced_fast.policy import Policy, build_tiny, load_model, make_policy, prepare, smollm2_folder
 from paced_fast.recorded import FILE_NAME, RecordedRollouts
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
@@ -99,15 +99,16 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     model = together(world, lambda: made or load_model(config.model, str(folder / "initial")))
     checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
     # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
-    policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
+    policy = make_policy(model, config)
     embeddings = eval_embeddings = None
     if config.uses_head:
         embeddings = policy.embed([row.token_ids for row in table.rows])
         eval_embeddings = policy.embed([row.token_ids for row in eval_table.rows])
     initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
-    if newest is not None:
+    if newest is not None and config.lora.rank == 0:  # adapters lie beside the weights from before training
         model = together(world, lambda: load_model(config.model, str(newest / "policy")))
-        policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
+        policy = make_policy(model, config)
+    together(world, lambda: prepare(policy, config))
     layout = memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=memory.available(policy.device))
     plan = memory.plan(shape_of(model), config, len(table), layout)
     console.print(metrics.memory_plan_table(plan, available_bytes=layout.device_bytes))
@@ -282,6 +283,7 @@ def _claim(folder: Path, config: Config) -> None:
 # What an error message advises to change must be free too.
 _FREE_ON_RESUME = (
     *("steps", "resume", "run_dir", "run.", "distributed.", "warm_start.cache_dir", "generation.max_batch_sequences"),
+    *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger")),
     *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib", "tensor_parallel")),
     *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
 )

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
-from paced_fast.policy import tiny_settings
+from paced_fast.policy.loading import tiny_settings
 from paced_fast.shapes import KNOWN
 
 

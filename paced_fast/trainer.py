@@ -26,7 +26,7 @@ from paced_fast.generate import Generator
 from paced_fast.log_z import LogZ, group_accuracy, group_advantage
 from paced_fast.mismatch import sequence_weights
 from paced_fast.parity import ParityGuard
-from paced_fast.policy import Policy
+from paced_fast.policy import Policy, adapter_state, load_adapter_state
 from paced_fast.record import Fresh, StepResult, fetch, shown_rollouts, step_record, value_record
 from paced_fast.recorded import GroupSource
 from paced_fast.replay import ReplayBuffer, importance_weights
@@ -376,6 +376,7 @@ class Trainer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor a resumed run needs, the policy's parameters apart."""
         tensors = prefixed("optimizer", optimizer_tensors(self.optimizer))
+        tensors |= prefixed("adapter", adapter_state(self.policy.model))
         tensors |= prefixed("scheduler", self.scheduler.state_dict())
         if self.log_z is not None:
             tensors |= prefixed("log_z.head", self.log_z.state_dict())
@@ -387,6 +388,7 @@ class Trainer:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `state_tensors()`."""
         load_optimizer_tensors(self.optimizer, below("optimizer", tensors))
+        load_adapter_state(self.policy.model, below("adapter", tensors))
         self.scheduler.load_state_dict(below("scheduler", tensors))
         if self.log_z is not None:
             self.log_z.load_state_dict(below("log_z.head", tensors))

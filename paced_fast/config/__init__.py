@@ -3,7 +3,7 @@
 `auto` means "what the algorithm's name says"; `resolve.resolve` replaces it, and the run folder keeps the result.
 """
 
-from paced_fast.config.compute import DistributedConfig
+from paced_fast.config.compute import DistributedConfig, LoraConfig
 from paced_fast.config.engine import MismatchConfig, SyncMode, WeightSyncConfig
 from paced_fast.config.inputs import (
     DataConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "GenerationConfig",
     "GeneratorName",
     "LogZConfig",
+    "LoraConfig",
     "LossConfig",
     "MismatchConfig",
     "ModelConfig",

@@ -1,9 +1,21 @@
-"""How the work is spread over processes."""
+"""How the work is spread over processes, and which parameters are trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters in place of all parameters; the warm start trains all of them all the same."""
+
+    rank: int = 0
+    """Rank of the matrices that are trained; 0 trains every parameter."""
+    alpha: int = 32
+    """What is learned is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of the linear layers that get them, such as q_proj; all-linear is every one but the output head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

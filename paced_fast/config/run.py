@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from paced_fast.config.compute import DistributedConfig
+from paced_fast.config.compute import DistributedConfig, LoraConfig
 from paced_fast.config.engine import MismatchConfig, WeightSyncConfig
 from paced_fast.config.inputs import DataConfig, GenerationConfig, ModelConfig, RewardConfig, WarmStartConfig
 from paced_fast.config.learning import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, SchedulerConfig
@@ -78,6 +78,7 @@ class Config:
     """Who samples completions: `vllm`, `transformers` (the trainer's own model), or `auto`: vllm on a GPU where it is
     installed, else transformers."""
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     reward: RewardConfig = RewardConfig()

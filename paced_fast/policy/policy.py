@@ -1,0 +1,250 @@
+"""The policy: a causal language model, the states that predict completion tokens, and prompt embeddings."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from paced_fast import pack
+from paced_fast.batch import Rollouts
+from paced_fast.config import Config, stream_seed
+from paced_fast.errors import InputError
+from paced_fast.policy.adapters import adapt, plain_state
+from paced_fast.policy.attention import SHARED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
+from paced_fast.policy.checkpointing import checkpoint_next_forward, enable_checkpointing
+from paced_fast.policy.liger import use_liger
+from paced_kernels import linear_logprobs
+
+logger = logging.getLogger(__name__)
+
+_MASKED_ROW = 256
+"""On a CPU rows up to so many tokens are computed with a mask, longer ones block by block: of a long row's pairs of
+positions a mask throws most away, of short rows a call for each block takes longer than that."""
+
+
+class Policy:
+    """A Hugging Face causal language model seen as hidden states plus a linear head.
+
+    H = hidden size, V = vocabulary, T = packed completion tokens (see `Rollouts`).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_tokens: int,
+        attention: Attention = SHARED,
+        checkpoint: bool = False,
+    ) -> None:
+        """Wrap `model`; a forward pass without gradients takes at most `max_tokens` tokens at once.
+
+        With `checkpoint` the backward pass computes every layer again instead of keeping its activations.
+        """
+        for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(model.config, option, None) not in (None, 1, 1.0):
+                raise InputError(f"model.name: this model scales its logits ({option}), which the loss does not know")
+        if getattr(model.config, "attn_logit_softcapping", None) is not None:
+            raise InputError("model.name: this model caps its attention scores, which no kernel of the policy does")
+        unknown = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise InputError(
+                f"model.name: this model has layers of {min(unknown)}, and rows that share a prompt need attention "
+                "whose mask can be given: full or sliding"
+            )
+        install(model)
+        if checkpoint:
+            enable_checkpointing(model)
+        self.model = model
+        self.max_tokens = max_tokens
+        self.attention = attention
+        self.checkpoint = checkpoint
+        self.lockstep = False
+        """Whether ranks hold parts of the parameters, so that all must call the model the same number of times."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.model.device
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """The output layer: weight [V, H] and bias [V] or None."""
+        layer = self.model.get_output_embeddings()
+        assert isinstance(layer, torch.nn.Linear)
+        return layer.weight, layer.bias
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable parameters, tied ones once."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def micro_batches(
+        self, rollouts: Rollouts, sequences: Sequence[int], max_tokens: int | None = None
+    ) -> list[list[int]]:
+        """Split `sequences` into lists that one forward pass takes, of at most `max_tokens` (the policy's own) tokens.
+
+        What a pass computes counts: padding where rows are padded, a prompt once where it is shared.
+        """
+        limit = self.max_tokens if max_tokens is None else max_tokens
+        if self.attention.kernel is not None:
+            return pack.packed_micro_batches(rollouts, sequences, limit, share_prompts=False)
+        if self._masked(rollouts):
+            return pack.micro_batches(rollouts, sequences, limit)
+        return pack.packed_micro_batches(rollouts, sequences, limit, share_prompts=True)
+
+    def _masked(self, rollouts: Rollouts) -> bool:
+        """Whether prompts are shared in padded rows with a mask: always on a GPU, where calls for blocks would wait."""
+        if self.device.type != "cpu":
+            return True
+        return pack.longest_row(rollouts, self.max_tokens) <= _MASKED_ROW
+
+    def hidden(self, rollouts: Rollouts) -> Tensor:
+        """States [T, H] that predict the packed completion tokens, differentiable in the parameters."""
+        if self.checkpoint and torch.is_grad_enabled():
+            checkpoint_next_forward(self.model)
+        if self.attention.kernel is None and self._masked(rollouts):
+            rows = pack.forward_rows(rollouts, self.max_tokens)
+            states = self.model.base_model(
+                input_ids=rows.input_ids,
+                attention_mask=self._masks(rows),
+                position_ids=rows.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+            return states.flatten(0, 1)[rows.hidden_index]
+        row = pack.packed_row(rollouts, share_prompts=self.attention.kernel is None)
+        kernel = self.attention.kernel or sdpa
+        windows = set(self._windows().values())
+        masks = sdpa_masks(row, windows, self.model.dtype) if kernel is sdpa else {}
+        # A mask of four dimensions is taken as it is: without one transformers would look for the ends of sequences in
+        # the positions, and make the host wait for what it finds. The kernel does not read it.
+        nothing = torch.zeros(1, 1, 0, 0, dtype=self.model.dtype, device=self.device)
+        states = self.model.base_model(
+            input_ids=row.input_ids,
+            attention_mask=self._by_kind(dict.fromkeys(windows, nothing)),
+            position_ids=row.position_ids,
+            use_cache=False,
+            packed=Packed(row, kernel, masks),
+        ).last_hidden_state
+        return states[0][row.hidden_index]
+
+    def _masks(self, rows: pack.ForwardRows) -> Tensor | dict[str, Tensor]:
+        """The rows' mask [R, 1, L, L], added to scores; one for each kind of layer where some or all see a window only.
+
+        A model takes a mask as it is given, so its window has to be in it: a token sees those less than so many
+        positions back, counted along its own sequence and not along the row. The masks are numbers and not booleans,
+        because attention turns a boolean mask into numbers in every layer and autograd keeps each of them.
+        """
+        masks: dict[int | None, Tensor] = {}
+        for window in self._windows().values():
+            seen = rows.attention_mask
+            if window is not None:
+                seen = seen & (rows.position_ids[:, :, None] - rows.position_ids[:, None, :] < window)[:, None]
+            masks[window] = self._added(seen)
+        return self._by_kind(masks)
+
+    def _windows(self) -> dict[str, int | None]:
+        """The window of each kind of layer, None where it sees everything; one kind, "", where layers have no kinds."""
+        settings = self.model.config
+        window, kinds = getattr(settings, "sliding_window", None), getattr(settings, "layer_types", None)
+        if kinds is None:
+            return {"": window}
+        if window is None or "sliding_attention" not in kinds:
+            return {"": None}
+        return {"full_attention": None, "sliding_attention": window}
+
+    def _by_kind(self, masks: Mapping[int | None, Tensor]) -> Tensor | dict[str, Tensor]:
+        """Masks by window as the model takes them: one tensor, or one for each kind of layer."""
+        windows = self._windows()
+        return masks[windows[""]] if "" in windows else {kind: masks[window] for kind, window in windows.items()}
+
+    def _added(self, mask: Tensor) -> Tensor:
+        """0 where the mask is True, minus infinity elsewhere."""
+        return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+    @torch.no_grad()
+    def logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
+        """Log-probs f32[T] of the packed tokens under the current parameters, at `temperature`."""
+        weight, bias = self.head
+        result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=self.device)
+        for sequences in self.micro_batches(rollouts, range(rollouts.num_sequences)):
+            part = pack.part(rollouts, sequences)
+            hidden = self.hidden(part.rollouts)
+            values = linear_logprobs(hidden, weight, part.rollouts.token_ids, bias=bias, temperature=temperature)
+            result.index_copy_(0, part.tokens, values)
+        return result
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """Mean of the last layer's states over each prompt's tokens, f32[N, H]."""
+        result = torch.zeros(len(prompts), self.model.config.hidden_size, device=self.device)
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for chunk in _chunks(by_length, [len(prompts[i]) for i in by_length], self.max_tokens):
+            longest = max(len(prompts[i]) for i in chunk)
+            ids = torch.zeros(len(chunk), longest, dtype=torch.int64)
+            mask = torch.zeros(len(chunk), longest, dtype=torch.int64)
+            for row, i in enumerate(chunk):
+                ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
+                mask[row, : len(prompts[i])] = 1
+            ids, mask = ids.to(self.device), mask.to(self.device)
+            states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            weight = mask[:, :, None].float()
+            result[torch.tensor(chunk, device=self.device)] = (states.float() * weight).sum(1) / weight.sum(1)
+        return result
+
+    def host_state(self) -> dict[str, Tensor]:
+        """The model's state on the host, adapters merged, one tensor for tied parameters.
+
+        Parameters that are slices of an engine's matrix would be cloned on the device when they are saved.
+        """
+        copies: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        state = {}
+        for name, tensor in plain_state(self.model).items():
+            key = (tensor.data_ptr(), tuple(tensor.shape))
+            if key not in copies:
+                copies[key] = tensor.detach().cpu()
+            state[name] = copies[key]
+        return state
+
+    def frozen_copy(self) -> Policy:
+        """A copy that no optimiser touches."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        return Policy(model, max_tokens=self.max_tokens, attention=self.attention)
+
+
+def make_policy(model: PreTrainedModel, config: Config) -> Policy:
+    """The model as the run's settings want it computed. Raises InputError when they ask for what there is not."""
+    return Policy(
+        model,
+        max_tokens=config.optimizer.micro_batch_tokens,
+        attention=choose_attention(config.model.attention, model),
+        checkpoint=config.model.gradient_checkpointing,
+    )
+
+
+def prepare(policy: Policy, config: Config) -> None:
+    """Give the policy that is to be trained its adapters and fused layers, and log what was chosen."""
+    if config.lora.rank > 0:
+        adapt(policy.model, config.lora, seed=stream_seed(config.seed, 0, "adapters"))
+    fused = use_liger(config.model.liger, policy.model)
+    trained, total = (sum(p.numel() for p in own) for own in (policy.parameters(), policy.model.parameters()))
+    chosen = policy.attention
+    logger.info(
+        "policy: attention %s (%s); liger %s; %s of %s parameters trained",
+        *(chosen.name, chosen.reason, fused, f"{trained:,}", f"{total:,}"),
+    )
+
+
+def _chunks(items: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterable[list[int]]:
+    """Cut items, sorted by rising length, into lists of at most `max_tokens` padded tokens."""
+    current: list[int] = []
+    for item, length in zip(items, lengths, strict=True):
+        if current and (len(current) + 1) * length > max_tokens:
+            yield current
+            current = []
+        current.append(item)
+    if current:
+        yield current
