@@ -14,6 +14,7 @@ from paced_fast import display, memory, roofline
 from paced_fast.config import Config, flatten
 from paced_fast.devices import DEVICES, Device, device_here, device_named
 from paced_fast.errors import InputError
+from paced_fast.policy import adapt
 from paced_fast.resolve import resolve
 from paced_fast.shapes import ModelShape, shape_of
 from paced_fast.skeleton import model_settings, skeleton
@@ -56,17 +57,22 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     chip = _device(config, device, notes)
-    shape = shape_of(skeleton(model_settings(config.model, len(SIGNED_SUMS_ALPHABET))))
+    model = skeleton(model_settings(config.model, len(SIGNED_SUMS_ALPHABET)))
+    if config.lora.rank > 0:
+        adapt(model, config.lora, seed=0)
+    shape = shape_of(model)
     num_prompts = _num_prompts(config, notes)
     layout = memory.Layout(ranks=ranks, nodes=nodes, device_bytes=chip.memory_bytes, capability=chip.capability)
     mode, why = memory.choose_mode(shape, config, num_prompts, layout)
     layout = dataclasses.replace(layout, mode=mode)
     if chip.name == "cpu":
         notes.append("the ranks of a CPU share its cores: each is taken for a machine of its own")
+    if config.model.attention == "auto" and config.model.device == "cuda":
+        notes.append("there is a kernel for packed rows (--model.attention shared plans without one)")
     notes += [
         "prompts and completions are as long as they may be, no step replays, rewards cost nothing",
         f"products run at {roofline.MATMUL_SHARE:.0%} of the peak, memory and links at {roofline.BANDWIDTH_SHARE:.0%}",
-        "rows attend to their whole length under a mask; what starting a piece of work costs, which slows small models",
+        "starting a piece of work costs nothing, which flatters small models",
     ]
     return Plan(
         config=config,

@@ -22,6 +22,8 @@ CHECK_TOKENS = 256
 """A check of both sides scores sequences of up to so many tokens: several blocks, or it would miss a stale cache."""
 _SHARE_OF_GPU = 0.6
 """What weights, gradients, moments and keys and values may take together; the rest is for activations and graphs."""
+_SHARE_FOR_REPLICAS = 0.85
+"""What a plan may take of a device on which all parameters lie; the rest is for fragments and exchanges."""
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 _GRADIENTS = "gradients"
 _GATHERED = "gathered layers"
@@ -29,7 +31,9 @@ _ACTIVATIONS = "activations of a micro-batch"
 _MASK = "attention mask of a micro-batch"
 _HEAD = "vocabulary head (workspace, float32 gradient)"
 _KEYS_AND_VALUES = "key-value cache"
-_IF_NOT_SHARED = "the engine's own weights, if not shared"
+_ENGINE = "the engine's own weights"
+_IF_NOT_SHARED = f"{_ENGINE}, if not shared"
+_ENGINE_ASLEEP = f"{_ENGINE}, asleep while the policy trains"
 _WHILE_TRAINING = (_GRADIENTS, _GATHERED, _ACTIVATIONS, _MASK, _HEAD)
 
 Mode = Literal["replicated", "sharded"]
@@ -57,13 +61,14 @@ def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | N
     """Bytes that one rank holds, by purpose. Activations and key-value cache are upper bounds at the configured limits.
 
     Vocabulary head: chunks of logits or exponentials, and the gradient of its weight before it is rounded.
-    Activations: per token and layer of one micro-batch, about 12 vectors of the hidden size and 3 of the MLP's.
-    Attention mask: rows hold a prompt and its completions, and every pair of positions of a row has a number.
+    Activations: per token and layer of one micro-batch, about 12 vectors of the hidden size and 3 of the MLP's; where
+    layers are computed again one vector, and those of one layer. Attention mask: rows that share their prompt have a
+    number for every pair of positions.
     """
     layout = layout or Layout()
     element = _ITEMSIZE[config.model.dtype]
     tokens = min(config.optimizer.micro_batch_tokens, step_tokens(config))
-    row = min(row_tokens(config), tokens)
+    masked = min(row_tokens(config), tokens) if needs_mask(config) else 0
     workspace = default_workspace_bytes(
         tokens,
         shape.vocab_size,
@@ -72,10 +77,13 @@ def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | N
         capability=layout.capability,
     )
     per_layer = 12 * shape.hidden_size + 3 * shape.intermediate_size
+    kept = shape.num_layers * per_layer
+    if config.model.gradient_checkpointing:
+        kept = shape.num_layers * shape.hidden_size + per_layer
     result = {
         **training_bytes(shape, config, layout),
-        _ACTIVATIONS: tokens * shape.num_layers * per_layer * element,
-        _MASK: tokens * row * (element + 2),
+        _ACTIVATIONS: tokens * kept * element,
+        _MASK: tokens * masked * (element + 2),
         _HEAD: workspace + 4 * shape.head_parameters,
         _KEYS_AND_VALUES: kv_cache_bytes(shape, config, layout),
         **_engine_weights(shape, config, layout),
@@ -120,20 +128,23 @@ def _engine_weights(shape: ModelShape, config: Config, layout: Layout) -> dict[s
     if config.generator != "vllm" or (config.weight_sync.mode == "shared" and layout.shards == 1):
         return {}
     engine_ranks = config.weight_sync.tensor_parallel
-    is_certain = config.weight_sync.mode == "push" or layout.shards > 1 or engine_ranks > 1
-    name = "the engine's own weights" if is_certain else _IF_NOT_SHARED
+    is_pushed = config.weight_sync.mode == "push" or config.lora.rank > 0
+    name = _ENGINE if is_pushed or layout.shards > 1 or engine_ranks > 1 else _IF_NOT_SHARED
+    if config.weight_sync.sleep_level > 0:
+        name = _ENGINE_ASLEEP
     return {name: shape.parameters * _ITEMSIZE[config.weight_sync.dtype] // engine_ranks}
 
 
 def needed(parts: dict[str, int]) -> int:
     """The most bytes of a plan that are held at a time.
 
-    Keys and values are let go while the policy trains, and what its passes take is there only then. A copy of the
-    weights that sharing may save is left out.
+    Keys and values are let go while the policy trains, and an engine's weights where it sleeps; what passes of the
+    policy take is there only then. A copy of the weights that sharing may save is left out.
     """
     training = sum(parts.get(name, 0) for name in _WHILE_TRAINING)
-    always = sum(parts.values()) - training - parts[_KEYS_AND_VALUES] - parts.get(_IF_NOT_SHARED, 0)
-    return always + max(training, parts[_KEYS_AND_VALUES])
+    sampling = parts[_KEYS_AND_VALUES] + parts.get(_ENGINE_ASLEEP, 0)
+    always = sum(parts.values()) - training - sampling - parts.get(_IF_NOT_SHARED, 0)
+    return always + max(training, sampling)
 
 
 def choose_mode(shape: ModelShape, config: Config, num_prompts: int, layout: Layout) -> tuple[Mode, str]:
@@ -145,20 +156,35 @@ def choose_mode(shape: ModelShape, config: Config, num_prompts: int, layout: Lay
     if layout.device_bytes is None:
         return "replicated", "the memory of a device is not known"
     wanted = needed(plan(shape, config, num_prompts, dataclasses.replace(layout, mode="replicated")))
-    sizes = f"a rank needs {wanted / 2**30:.1f} GiB and has {layout.device_bytes / 2**30:.1f}"
-    if wanted <= layout.device_bytes:
+    limit = int(_SHARE_FOR_REPLICAS * layout.device_bytes)
+    sizes = (
+        f"a rank needs {wanted / 2**30:.1f} GiB, and {limit / 2**30:.1f} are {_SHARE_FOR_REPLICAS:.0%} of its memory"
+    )
+    if wanted <= limit:
         return "replicated", f"all parameters fit on every rank: {sizes}"
     return "sharded", f"all parameters do not fit on every rank: {sizes}"
 
 
+def shares_prompts(config: Config) -> bool:
+    """Whether a forward row holds a prompt and its group; else each completion comes with a prompt of its own."""
+    return config.model.attention == "shared" or (config.model.attention == "auto" and config.model.device == "cpu")
+
+
+def needs_mask(config: Config) -> bool:
+    """Whether attention is given numbers for pairs of positions; the kernels for packed rows are not."""
+    return shares_prompts(config) or config.model.attention == "packed-sdpa"
+
+
 def row_tokens(config: Config) -> int:
-    """Longest forward row: a prompt and its group."""
-    return config.data.max_prompt_tokens + config.generation.group_size * config.generation.max_completion_tokens
+    """Longest stretch of tokens that may see each other: a prompt and its group, or a prompt and one completion."""
+    group = config.generation.group_size if shares_prompts(config) else 1
+    return config.data.max_prompt_tokens + group * config.generation.max_completion_tokens
 
 
 def step_tokens(config: Config) -> int:
-    """Most tokens in one step's forward rows; replayed completions share the row of their prompt where it is there."""
-    return config.generation.prompts_per_step * row_tokens(config)
+    """Most tokens in one step's forward rows, without what is replayed."""
+    rows = config.generation.prompts_per_step if shares_prompts(config) else config.rollouts_per_step
+    return rows * row_tokens(config)
 
 
 def kv_cache_bytes(shape: ModelShape, config: Config, layout: Layout | None = None) -> int:

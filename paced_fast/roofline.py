@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from paced_fast.config import Config
 from paced_fast.devices import Device
-from paced_fast.memory import Layout, row_tokens
+from paced_fast.memory import Layout, kv_cache_bytes, row_tokens, shares_prompts
 from paced_fast.shapes import ModelShape
 
 MATMUL_SHARE = 0.5
@@ -35,14 +35,21 @@ class Work:
 def step_work(config: Config) -> Work:
     """The work of a step whose prompts and completions are as long as they may be; replayed ones are left out.
 
-    Rows are cut where a micro-batch ends, and a prompt is read again in each row.
+    Rows that share a prompt are cut where a micro-batch ends, and their attention is computed whole, masked where
+    nothing is seen. Packed rows read a prompt for each completion, and a token looks at what comes before it.
     """
     generation, prompt = config.generation, config.data.max_prompt_tokens
+    if not shares_prompts(config):
+        length = prompt + generation.max_completion_tokens
+        return Work(
+            row_tokens=config.rollouts_per_step * length,
+            completion_tokens=config.rollouts_per_step * generation.max_completion_tokens,
+            seen=length / 2,
+        )
     room = max(1, (config.optimizer.micro_batch_tokens - prompt) // generation.max_completion_tokens)
     rows = -(-generation.group_size // min(room, generation.group_size))
     completions = config.rollouts_per_step * generation.max_completion_tokens
     tokens = generation.prompts_per_step * rows * prompt + completions
-    # The rows' attention is computed whole, masked where nothing is seen.
     seen = min(row_tokens(config), prompt + min(room, generation.group_size) * generation.max_completion_tokens)
     return Work(row_tokens=tokens, completion_tokens=completions, seen=float(seen))
 
@@ -61,7 +68,7 @@ def estimate(shape: ModelShape, config: Config, layout: Layout, device: Device) 
     forward = forward_flops(shape, work) / layout.ranks
     rate = MATMUL_SHARE * device.flops(config.model.dtype)
     backward = 2.0 if shape.trainable == shape.parameters else 1.0 + shape.trainable / shape.parameters
-    again = 1.0 if recomputes(config) else 0.0
+    again = 1.0 if config.model.gradient_checkpointing else 0.0
     passes = (1.0 + backward + again) * config.optimizer.epochs
     references = 2.0 if config.algorithm == "flowrl" else 1.0
     seconds = {
@@ -72,22 +79,17 @@ def estimate(shape: ModelShape, config: Config, layout: Layout, device: Device) 
     exchange = _exchange_seconds(shape, config, layout, device)
     if exchange:
         seconds["exchange between ranks"] = exchange
-    if config.generator == "vllm" and (config.weight_sync.mode == "push" or layout.shards > 1):
+    if config.generator == "vllm" and (config.weight_sync.mode == "push" or layout.shards > 1 or config.lora.rank > 0):
         copied = 2 * shape.parameters * _ITEMSIZE[config.weight_sync.dtype]
         seconds["sync"] = copied / (BANDWIDTH_SHARE * device.memory_bandwidth)
     return seconds
-
-
-def recomputes(config: Config) -> bool:
-    """Whether the backward pass computes activations again."""
-    return False
 
 
 def generation_seconds(shape: ModelShape, config: Config, layout: Layout, device: Device) -> float:
     """Prompts read once a group, then one pass a token for as many sequences as are decoded at once.
 
     A pass reads all weights, and the keys and values of every sequence up to half its length on average; it takes as
-    long as the slower of bytes and operations.
+    long as the slower of bytes and operations. What does not fit the key-value cache waits.
     """
     generation, prompt = config.generation, config.data.max_prompt_tokens
     dtype = config.weight_sync.dtype if config.generator == "vllm" else config.model.dtype
@@ -95,9 +97,10 @@ def generation_seconds(shape: ModelShape, config: Config, layout: Layout, device
     matmul = 2 * (shape.body_parameters + shape.head_parameters)
     prompts = generation.prompts_per_step * prompt * matmul / layout.ranks / rate
     own = -(-config.rollouts_per_step // layout.ranks)
-    waves = -(-own // generation.max_batch_sequences)
-    at_once = own / waves
     context = prompt + generation.max_completion_tokens / 2
+    room = kv_cache_bytes(shape, config, layout) // int(context * shape.kv_numbers * element)
+    waves = own / max(1, min(own, generation.max_batch_sequences, room))
+    at_once = own / waves
     weights = (shape.body_parameters + shape.head_parameters) * element
     bytes_read = weights + at_once * context * shape.kv_numbers * element
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_size * context

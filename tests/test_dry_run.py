@@ -72,7 +72,10 @@ def test_every_preset_is_planned_without_network_or_run_folder(
     monkeypatch.chdir(tmp_path)
     train.main([name, "--dry-run", "8"])  # no SystemExit: status 0
     text = capsys.readouterr().out
-    assert f" {PUBLISHED.get(preset(name).model.name, 224_928):,} parameters" in text
+    expected = PUBLISHED.get(preset(name).model.name, 224_928)
+    if preset(name).lora.rank:  # 28 layers; q and o, k and v, gate, up and down of Qwen2.5-1.5B
+        expected += 28 * preset(name).lora.rank * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
+    assert f" {expected:,} parameters" in text
     for words in ("8 on 1 machine", "memory plan (GiB)", "time of a step, estimated", "old_logprobs", "assumed:"):
         assert words in text
     assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
@@ -138,8 +141,8 @@ def test_auto_replicates_where_the_plan_fits_and_says_why() -> None:
     config = tiny_policy.settings()
     shape = shape_of(tiny_policy.model())
     needed = memory.needed(memory.plan(shape, config, 10, memory.Layout(ranks=2)))
-    for spare, mode, words in ((0, "replicated", "fit on every rank"), (-1, "sharded", "do not fit")):
-        layout = memory.Layout(ranks=2, device_bytes=needed + spare)
+    for spare, mode, words in ((2, "replicated", "fit on every rank"), (-2, "sharded", "do not fit")):
+        layout = memory.Layout(ranks=2, device_bytes=int((needed + spare) / 0.85))
         found, why = memory.choose_mode(shape, config, 10, layout)
         assert found == mode
         assert words in why
@@ -155,6 +158,7 @@ def test_what_is_held_at_a_time_by_hand() -> None:
     assert memory.needed(parts | {"key-value cache": 12}) == 10 + 1 + 12
     assert memory.needed(parts | {"the engine's own weights, if not shared": 50}) == 20
     assert memory.needed(parts | {"the engine's own weights": 50}) == 70
+    assert memory.needed(parts | {"the engine's own weights, asleep while the policy trains": 50}) == 10 + 1 + 57
 
 
 def test_a_copy_of_the_engine_counts_where_it_is_certain() -> None:
@@ -258,6 +262,51 @@ def test_help_names_the_modes(capsys: pytest.CaptureFixture[str], monkeypatch: p
         train.main(["--help"])
     text = capsys.readouterr().out
     assert all(name in text for name in launch.NAMES)
+
+
+def test_the_adapters_fit_24_gb() -> None:
+    plan = dry_run.make_plan(preset("qwen_math_1_5b_lora"), ranks=1, device="4090")
+    assert memory.needed(plan.parts) < 20 << 30
+    assert plan.parts["key-value cache"] == 8 << 30
+    whole = dry_run.make_plan(preset("qwen_math_1_5b"), ranks=1, device="4090")
+    assert memory.needed(whole.parts) > 24 << 30
+
+
+def test_packed_rows_and_layers_computed_again_by_hand() -> None:
+    config = tiny_policy.settings(generation__prompts_per_step=1, generation__group_size=8, optimizer__minibatches=1)
+    shape = shape_of(tiny_policy.model())  # two layers of width 16, inner width 24
+    packed = tiny_policy.replaced(config, model__attention="packed-torch", model__device="cuda")
+    layout = memory.Layout(capability=(9, 0))
+    # Eight rows of a prompt of 12 and a completion of 13; a token sees half of its row.
+    assert roofline.step_work(packed) == roofline.Work(row_tokens=200, completion_tokens=104, seen=12.5)
+    parts = memory.plan(shape, packed, 1, layout)
+    assert parts["attention mask of a micro-batch"] == 0
+    assert parts["activations of a micro-batch"] == 200 * 2 * (12 * 16 + 3 * 24) * 4
+    again = tiny_policy.replaced(packed, model__gradient_checkpointing=True)
+    parts = memory.plan(shape, again, 1, layout)
+    assert parts["activations of a micro-batch"] == 200 * (2 * 16 + 12 * 16 + 3 * 24) * 4
+    shared = memory.plan(shape, config, 1)
+    assert shared["attention mask of a micro-batch"] == 116 * 116 * (4 + 2)
+    fast = dataclasses.replace(DEVICES["h100"], memory_bandwidth=1e30)
+    once, twice = (roofline.estimate(shape, each, layout, fast)["update"] for each in (packed, again))
+    assert twice == pytest.approx(once * 4 / 3)
+
+
+def test_what_does_not_fit_the_cache_waits() -> None:
+    config = tiny_policy.settings(generator="vllm", generation__prompts_per_step=1, generation__group_size=8)
+    config = tiny_policy.replaced(config, optimizer__minibatches=1)
+    shape = shape_of(tiny_policy.model())
+    slow = dataclasses.replace(DEVICES["h100"], float32_flops=1e30, memory_bandwidth=1e6)
+    seconds = [
+        roofline.generation_seconds(
+            shape, tiny_policy.replaced(config, weight_sync__kv_cache_gib=gib), memory.Layout(), slow
+        )
+        for gib in (1.0, 4 * 18.5 * 64 * 4 / 2**30 + 1e-9)  # room for all eight, and for four
+    ]
+    weights = 4 * (shape.body_parameters + shape.head_parameters)
+    each = 4 * 18.5 * shape.kv_numbers
+    assert seconds[0] == pytest.approx(13 * (weights + 8 * each) / 0.7e6)
+    assert seconds[1] == pytest.approx(2 * 13 * (weights + 4 * each) / 0.7e6)
 
 
 def test_every_gpu_preset_resolves_for_a_machine_without_vllm() -> None:
