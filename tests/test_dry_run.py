@@ -293,8 +293,9 @@ def test_packed_rows_and_layers_computed_again_by_hand() -> None:
 
 
 def test_what_does_not_fit_the_cache_waits() -> None:
-    config = tiny_policy.settings(generator="vllm", generation__prompts_per_step=1, generation__group_size=8)
-    config = tiny_policy.replaced(config, optimizer__minibatches=1)
+    config = tiny_policy.settings(
+        generator="vllm", generation__prompts_per_step=1, generation__group_size=8, optimizer__minibatches=1
+    )
     shape = shape_of(tiny_policy.model())
     slow = dataclasses.replace(DEVICES["h100"], float32_flops=1e30, memory_bandwidth=1e6)
     seconds = [
