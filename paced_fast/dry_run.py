@@ -16,6 +16,7 @@ from paced_fast.devices import DEVICES, Device, device_here, device_named
 from paced_fast.errors import InputError
 from paced_fast.policy import adapt
 from paced_fast.resolve import resolve
+from paced_fast.sharding import choose_mode
 from paced_fast.shapes import ModelShape, shape_of
 from paced_fast.skeleton import model_settings, skeleton
 from paced_fast.sources import parse_source
@@ -63,8 +64,9 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
     shape = shape_of(model)
     num_prompts = _num_prompts(config, notes)
     layout = memory.Layout(ranks=ranks, nodes=nodes, device_bytes=chip.memory_bytes, capability=chip.capability)
-    mode, why = memory.choose_mode(shape, config, num_prompts, layout)
-    layout = dataclasses.replace(layout, mode=mode)
+    parts = memory.at_a_time(memory.plan(shape, config, num_prompts, layout))
+    choice = choose_mode(config.distributed.mode, ranks=ranks, plan=parts, device_bytes=chip.memory_bytes)
+    layout = dataclasses.replace(layout, mode="sharded" if choice.is_sharded else "replicated")
     if chip.name == "cpu":
         notes.append("the ranks of a CPU share its cores: each is taken for a machine of its own")
     if config.model.attention == "auto" and config.model.device == "cuda":
@@ -79,7 +81,7 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
         shape=shape,
         layout=layout,
         device=chip,
-        why=why,
+        why=choice.reason,
         parts=memory.plan(shape, config, num_prompts, layout),
         seconds=roofline.estimate(shape, config, layout, chip),
         notes=notes,
@@ -90,7 +92,7 @@ def show(plan: Plan, console: Console) -> None:
     """Print a plan as tables."""
     layout, device, shape = plan.layout, plan.device, plan.shape
     console.print(display.config_table(flatten(plan.config)))
-    ranks = f"{layout.ranks} on {layout.nodes} machine{'s' * (layout.nodes > 1)}, {layout.mode}: {plan.why}"
+    ranks = f"{layout.ranks} on {layout.nodes} machine{'s' * (layout.nodes > 1)}, {plan.why}"
     peak = device.flops(plan.config.model.dtype)
     found = {
         "model": f"{plan.config.model.name}, {shape.parameters:,} parameters, {shape.trainable:,} learn",
@@ -108,7 +110,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(display.config_table(rows, title="time of a step, estimated"))
     for note in plan.notes:
         console.print(f"assumed: {note}", highlight=False, soft_wrap=True)
-    wanted = memory.needed(plan.parts)
+    wanted = sum(memory.at_a_time(plan.parts).values())
     console.print(
         f"at a time a rank holds at most {wanted / 2**30:.1f} GiB: keys and values are let go while the policy trains",
         highlight=False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ CHECK_TOKENS = 256
 """A check of both sides scores sequences of up to so many tokens: several blocks, or it would miss a stale cache."""
 _SHARE_OF_GPU = 0.6
 """What weights, gradients, moments and keys and values may take together; the rest is for activations and graphs."""
-_SHARE_FOR_REPLICAS = 0.85
-"""What a plan may take of a device on which all parameters lie; the rest is for fragments and exchanges."""
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 _GRADIENTS = "gradients"
 _GATHERED = "gathered layers"
@@ -34,7 +31,7 @@ _KEYS_AND_VALUES = "key-value cache"
 _ENGINE = "the engine's own weights"
 _IF_NOT_SHARED = f"{_ENGINE}, if not shared"
 _ENGINE_ASLEEP = f"{_ENGINE}, asleep while the policy trains"
-_WHILE_TRAINING = (_GRADIENTS, _GATHERED, _ACTIVATIONS, _MASK, _HEAD)
+_TAKE_TURNS = ((_GRADIENTS, _GATHERED, _ACTIVATIONS, _MASK, _HEAD), (_KEYS_AND_VALUES, _ENGINE_ASLEEP))
 
 Mode = Literal["replicated", "sharded"]
 
@@ -89,7 +86,7 @@ def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | N
         **_engine_weights(shape, config, layout),
     }
     if config.algorithm == "flowrl":
-        result["reference policy"] = shape.parameters * element // layout.shards
+        result["reference policy"] = result["weights"]
     if config.uses_head:
         result["prompt embeddings"] = num_prompts * shape.hidden_size * _ITEMSIZE[config.log_z.cache_dtype]
     if config.replay.mode == "on":
@@ -97,31 +94,38 @@ def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | N
     return result
 
 
-def training_bytes(shape: ModelShape, config: Config, layout: Layout) -> dict[str, int]:
-    """Weights, gradients and the optimiser's state of one rank.
+def state_bytes(parameters: int, trainable: int, itemsize: int, *, split: int, is_sharded: bool) -> dict[str, int]:
+    """Bytes of parameters, gradients and the optimiser's state on one rank, by purpose.
 
-    Gradients are summed in float32. Replicated: all weights and gradients, the sum of one part in `ranks` of these, and
-    the optimiser's state of that part; weights below float32 have float32 masters. Sharded: one part in `shards` of
-    everything in float32, which are the masters, and beside it whole what is computed with, and its gradients:
-    embeddings, output layer, a layer and the next one.
+    `split`: ranks that share the optimiser's state, and sharded the parameters too. Parameters below float32 have
+    float32 masters; gradients are float32, and a replica holds all of them and the sum of those it steps.
     """
-    element, shards = _ITEMSIZE[config.model.dtype], layout.shards
-    if shards > 1:
-        own = -(-shape.trainable // shards)
-        rest = shape.head_parameters * (1 if shape.tied else 2)
-        return {
-            "weights": 4 * -(-shape.parameters // shards),
-            _GRADIENTS: 4 * own,
-            "optimizer (AdamW, two moments)": 8 * own,
-            _GATHERED: (element + 4) * (rest + 2 * shape.largest_layer),
-        }
-    own = -(-shape.trainable // layout.ranks)
-    result = {
-        "weights": element * shape.parameters,
-        _GRADIENTS: 4 * shape.trainable + (4 * own if layout.ranks > 1 else 0),
+    own = -(-trainable // split)
+    if is_sharded:
+        shards = 4 * -(-parameters // split)
+        return {"weights": shards, _GRADIENTS: 4 * own, "optimizer (AdamW, two moments)": 8 * own}
+    state = {
+        "weights": itemsize * parameters,
+        _GRADIENTS: 4 * trainable + (4 * own if split > 1 else 0),
         "optimizer (AdamW, two moments)": 8 * own,
     }
-    return result if element == 4 else {**result, "float32 masters": 4 * own}
+    if itemsize < 4:
+        state["float32 masters"] = 4 * own
+    return state
+
+
+def training_bytes(shape: ModelShape, config: Config, layout: Layout) -> dict[str, int]:
+    """`state_bytes` of one rank and, where parameters are sharded, what is gathered from the shards.
+
+    Gathered layers: embeddings and head, and two layers on their way, with their gradients.
+    """
+    element, is_sharded = _ITEMSIZE[config.model.dtype], layout.shards > 1
+    split = layout.shards if is_sharded else layout.ranks
+    result = state_bytes(shape.parameters, shape.trainable, element, split=split, is_sharded=is_sharded)
+    if is_sharded:
+        outer = shape.head_parameters * (1 if shape.tied else 2)
+        result[_GATHERED] = (element + 4) * (outer + 2 * shape.largest_layer)
+    return result
 
 
 def _engine_weights(shape: ModelShape, config: Config, layout: Layout) -> dict[str, int]:
@@ -135,34 +139,15 @@ def _engine_weights(shape: ModelShape, config: Config, layout: Layout) -> dict[s
     return {name: shape.parameters * _ITEMSIZE[config.weight_sync.dtype] // engine_ranks}
 
 
-def needed(parts: dict[str, int]) -> int:
-    """The most bytes of a plan that are held at a time.
+def at_a_time(parts: dict[str, int]) -> dict[str, int]:
+    """The parts of a plan that are held together when most is held.
 
     Keys and values are let go while the policy trains, and an engine's weights where it sleeps; what passes of the
     policy take is there only then. A copy of the weights that sharing may save is left out.
     """
-    training = sum(parts.get(name, 0) for name in _WHILE_TRAINING)
-    sampling = parts[_KEYS_AND_VALUES] + parts.get(_ENGINE_ASLEEP, 0)
-    always = sum(parts.values()) - training - sampling - parts.get(_IF_NOT_SHARED, 0)
-    return always + max(training, sampling)
-
-
-def choose_mode(shape: ModelShape, config: Config, num_prompts: int, layout: Layout) -> tuple[Mode, str]:
-    """What `distributed.mode` is for this model and these ranks, and why; `auto` replicates where that fits."""
-    if config.distributed.mode != "auto":
-        return config.distributed.mode, f"as --distributed.mode {config.distributed.mode} says"
-    if layout.ranks == 1:
-        return "replicated", "one process has nobody to share parameters with"
-    if layout.device_bytes is None:
-        return "replicated", "the memory of a device is not known"
-    wanted = needed(plan(shape, config, num_prompts, dataclasses.replace(layout, mode="replicated")))
-    limit = int(_SHARE_FOR_REPLICAS * layout.device_bytes)
-    sizes = (
-        f"a rank needs {wanted / 2**30:.1f} GiB, and {limit / 2**30:.1f} are {_SHARE_FOR_REPLICAS:.0%} of its memory"
-    )
-    if wanted <= limit:
-        return "replicated", f"all parameters fit on every rank: {sizes}"
-    return "sharded", f"all parameters do not fit on every rank: {sizes}"
+    training, sampling = ({name: parts[name] for name in part if name in parts} for part in _TAKE_TURNS)
+    smaller = min(training, sampling, key=lambda part: sum(part.values()))
+    return {name: size for name, size in parts.items() if name not in smaller and name != _IF_NOT_SHARED}
 
 
 def shares_prompts(config: Config) -> bool:
@@ -206,8 +191,11 @@ def kv_cache_bytes(shape: ModelShape, config: Config, layout: Layout | None = No
         element = _ITEMSIZE[config.weight_sync.dtype]
     token_bytes = shape.kv_numbers * element
     if config.generator == "vllm" and config.model.device == "cuda" and layout.device_bytes is not None:
-        # Weights on both sides while the engine starts; gradients, moments and masters from the first step on.
-        held = sum(training_bytes(shape, config, layout).values())
+        # Weights on both sides while the engine starts; gradients, moments and masters from the first step on. An
+        # engine whose weights are its own keeps them.
+        engine = _engine_weights(shape, config, layout)
+        own = sum(size for name, size in engine.items() if name != _IF_NOT_SHARED)
+        held = max(sum(training_bytes(shape, config, layout).values()) + own, 2 * shape.parameters * element)
         left = int(_SHARE_OF_GPU * layout.device_bytes) - held
         least = ENGINE_BLOCK * (-(-engine_tokens(shape, config) // ENGINE_BLOCK) + 1)
         return max(min(tokens * token_bytes, left), least * token_bytes)

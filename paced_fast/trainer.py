@@ -33,6 +33,7 @@ from paced_fast.replay import ReplayBuffer, importance_weights
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.rewards.shaping import centred
 from paced_fast.scheduler import PromptScheduler
+from paced_fast.sharding import replicas_mesh
 from paced_fast.sharing import Scores, gather_scores, summed_counts, together
 from paced_fast.update import Targets, UpdateResult, make_optimizer, old_logprobs, update_policy
 from paced_kernels import segment_sum
@@ -79,7 +80,8 @@ class Trainer:
         self.config, self.policy, self.initial = config, policy, initial
         self.generator, self.scorer, self.shaper = generator, scorer, shaper
         self.tokenizer, self.table = tokenizer, table
-        self.optimizer = make_optimizer(policy, config.optimizer)
+        mesh = None if policy.lockstep else replicas_mesh(world, policy.device)  # sharded parameters know theirs
+        self.optimizer = make_optimizer(policy, config.optimizer, mesh)
         self.counters = Counters()
         device = policy.device
         self.phases = metrics.Phases(*clock_of(device), memory.probe(device))

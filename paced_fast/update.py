@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from paced_fast import pack
 from paced_fast.batch import Rollouts
 from paced_fast.config import Config, OptimizerConfig, stream_seed
 from paced_fast.crossings import pinned, to_device
 from paced_fast.distributed import ALONE, World
-from paced_fast.optimizer import GuardedAdamW
+from paced_fast.optimizer import PolicyOptimizer
 from paced_fast.policy import Policy
 from paced_kernels import (
     linear_logprobs,
@@ -39,8 +42,7 @@ class Targets:
     weights: Tensor  # f32[B], constant factor of each sequence: 1, or what corrects for the policy that sampled it
 
 
-@dataclass(frozen=True, slots=True)
-class MicroOutput:
+class MicroOutput(NamedTuple):
     """Loss of one micro-batch, and per sequence the log-ratio to the old policy and the weight, detached."""
 
     loss: Tensor  # f32[]
@@ -147,13 +149,14 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
 }
 
 
-def make_optimizer(policy: Policy, config: OptimizerConfig) -> GuardedAdamW:
-    """AdamW on the policy's parameters, with the settings of the run."""
-    return GuardedAdamW(
-        policy.parameters(),
+def make_optimizer(policy: Policy, config: OptimizerConfig, mesh: DeviceMesh | None = None) -> PolicyOptimizer:
+    """AdamW on the policy's parameters, with the settings of the run; `mesh` are the ranks that each hold all."""
+    return PolicyOptimizer(
+        policy.named_parameters(),
         learning_rate=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
+        mesh=mesh,
     )
 
 
@@ -171,7 +174,7 @@ def old_logprobs(policy: Policy, rollouts: Rollouts, temperature: float, world: 
     result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=policy.device)
     for chosen, counts in passes(policy, rollouts, range(rollouts.num_sequences), policy.max_tokens, world):
         part = pack.part(rollouts, chosen)
-        values = policy.logprobs(part.rollouts, temperature)
+        values = policy.pass_logprobs(part.rollouts, temperature)
         if counts:
             result.index_copy_(0, part.tokens, values)
     world.sum_(result)  # the others have zeros there
@@ -198,7 +201,7 @@ def passes(
 
 def update_policy(
     policy: Policy,
-    optimizer: GuardedAdamW,
+    optimizer: PolicyOptimizer,
     rollouts: Rollouts,
     targets: Targets,
     config: Config,
@@ -214,7 +217,6 @@ def update_policy(
     learning-rate schedule. Whether one was left out is decided on the device, alike on every rank, and the host does
     not ask.
     """
-    policy_loss = POLICY_LOSSES[config.algorithm]
     log_ratio = torch.zeros_like(targets.signal)
     weight = torch.zeros_like(targets.signal)
     losses: list[Tensor] = []
@@ -223,40 +225,35 @@ def update_policy(
     for epoch in range(config.optimizer.epochs):
         seed = stream_seed(config.seed, step, f"minibatches/{epoch}")
         for sequences in _minibatches(rollouts, config.optimizer.minibatches, seed):
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss = torch.zeros((), device=policy.device)
             own = torch.zeros(2, len(log_ratio), device=policy.device)  # log ratios and weights of this rank's part
-            for chosen, counts in passes(policy, rollouts, sequences, config.optimizer.micro_batch_tokens, world):
+            mine = list(passes(policy, rollouts, sequences, config.optimizer.micro_batch_tokens, world))
+            for k, (chosen, counts) in enumerate(mine, start=1):
                 part = pack.part(rollouts, chosen)
-                hidden = policy.hidden(part.rollouts)
-                out = policy_loss(hidden, policy, part.rollouts, _select(targets, part), config, len(sequences))
+                goal = _select(targets, part)
+                out = policy.run(partial(_micro_loss, policy, part.rollouts, goal, config, len(sequences)))
+                optimizer.before_backward(is_last=k == len(mine))
                 (out.loss if counts else out.loss * 0.0).backward()
                 if counts:
                     loss += out.loss.detach()
                     own.index_copy_(1, part.sequences, torch.stack([out.log_ratio, out.weight]))
-            world.sum_(loss, own)
+            optimizer.learning_rate.copy_(learning_rate(config.optimizer, num_updates + taken))
+            made = optimizer.clip_and_step(loss, config.optimizer.max_grad_norm)
+            world.sum_(own)
             index = to_device(sequences, torch.int64, policy.device)
             log_ratio.index_copy_(0, index, own[0, index])
             weight.index_copy_(0, index, own[1, index])
-            reduce_gradients(policy, world)
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
-            optimizer.learning_rate.copy_(learning_rate(config.optimizer, num_updates + taken))
-            taken += optimizer.guarded_step(loss, norm)
-            losses.append(loss)
-            norms.append(norm)
-    optimizer.zero_grad(set_to_none=True)
+            taken += made.taken
+            losses.append(made.loss)
+            norms.append(made.grad_norm)
     skipped = len(losses) - taken
     return UpdateResult(torch.stack(losses).mean(), torch.stack(norms).mean(), log_ratio, weight, skipped, taken)
 
 
-def reduce_gradients(policy: Policy, world: World) -> None:
-    """Every parameter's gradient, summed over the ranks; one that had no part in this rank's passes counts as zero."""
-    if world.size == 1:
-        return
-    for parameter in policy.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        world.sum_(parameter.grad)
+def _micro_loss(policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int) -> MicroOutput:
+    """Forward pass and loss, in one call because sharded parameters are gathered around it."""
+    return POLICY_LOSSES[config.algorithm](policy.hidden(micro), policy, micro, targets, config, denominator)
 
 
 def _select(targets: Targets, part: pack.Part) -> Targets:

@@ -138,27 +138,27 @@ def test_bytes_of_a_rank_by_hand() -> None:
 
 
 def test_auto_replicates_where_the_plan_fits_and_says_why() -> None:
-    config = tiny_policy.settings()
-    shape = shape_of(tiny_policy.model())
-    needed = memory.needed(memory.plan(shape, config, 10, memory.Layout(ranks=2)))
-    for spare, mode, words in ((2, "replicated", "fit on every rank"), (-2, "sharded", "do not fit")):
-        layout = memory.Layout(ranks=2, device_bytes=int((needed + spare) / 0.85))
-        found, why = memory.choose_mode(shape, config, 10, layout)
-        assert found == mode
-        assert words in why
-    small = memory.Layout(ranks=1, device_bytes=1)
-    assert memory.choose_mode(shape, config, 10, small)[0] == "replicated"
-    told = tiny_policy.replaced(config, distributed__mode="sharded")
-    assert memory.choose_mode(shape, told, 10, memory.Layout(ranks=2, device_bytes=1 << 60))[0] == "sharded"
+    big, small = (dry_run.make_plan(preset("qwen_math_7b"), ranks=4, device=name) for name in ("h200", "a100"))
+    assert (big.layout.mode, big.layout.shards) == ("replicated", 1)
+    assert (small.layout.mode, small.layout.shards) == ("sharded", 4)
+    assert "sharded: a rank that holds all parameters" in small.why
+    assert sum(memory.at_a_time(small.parts).values()) < 79 << 30
+    told = dry_run.make_plan(tiny_policy.replaced(preset("qwen_math_7b"), distributed__mode="sharded"), ranks=4)
+    assert told.layout.mode == "sharded"
+    assert dry_run.make_plan(preset("qwen_math_7b"), ranks=1, device="4090").layout.mode == "replicated"
 
 
 def test_what_is_held_at_a_time_by_hand() -> None:
     parts = {"weights": 10, "gradients": 4, "activations of a micro-batch": 5, "key-value cache": 7, "replay": 1}
-    assert memory.needed(parts) == 10 + 1 + 9
-    assert memory.needed(parts | {"key-value cache": 12}) == 10 + 1 + 12
-    assert memory.needed(parts | {"the engine's own weights, if not shared": 50}) == 20
-    assert memory.needed(parts | {"the engine's own weights": 50}) == 70
-    assert memory.needed(parts | {"the engine's own weights, asleep while the policy trains": 50}) == 10 + 1 + 57
+
+    def held(**more: int) -> int:
+        return sum(memory.at_a_time(parts | {name.replace("_", " "): size for name, size in more.items()}).values())
+
+    assert held() == 10 + 1 + 9
+    assert held(**{"key-value cache": 12}) == 10 + 1 + 12
+    assert held(**{"the engine's own weights, if not shared": 50}) == 20
+    assert held(**{"the engine's own weights": 50}) == 70
+    assert held(**{"the engine's own weights, asleep while the policy trains": 50}) == 10 + 1 + 57
 
 
 def test_a_copy_of_the_engine_counts_where_it_is_certain() -> None:
@@ -266,10 +266,10 @@ def test_help_names_the_modes(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 def test_the_adapters_fit_24_gb() -> None:
     plan = dry_run.make_plan(preset("qwen_math_1_5b_lora"), ranks=1, device="4090")
-    assert memory.needed(plan.parts) < 20 << 30
+    assert sum(memory.at_a_time(plan.parts).values()) < 20 << 30
     assert plan.parts["key-value cache"] == 8 << 30
     whole = dry_run.make_plan(preset("qwen_math_1_5b"), ranks=1, device="4090")
-    assert memory.needed(whole.parts) > 24 << 30
+    assert sum(memory.at_a_time(whole.parts).values()) > 24 << 30
 
 
 def test_packed_rows_and_layers_computed_again_by_hand() -> None:

@@ -65,7 +65,9 @@ def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
 
 def _placed(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     module = cast(torch.nn.Module, model)  # transformers wraps `to` in a type that checkers cannot follow
-    module.to(device=torch.device(config.device), dtype=_DTYPES[config.dtype]).eval()
+    module.to(device=torch.device(config.device)).eval()
+    for parameter in module.parameters():  # not buffers: rounded frequencies turn far positions by radians
+        parameter.data = parameter.data.to(_DTYPES[config.dtype])
     return model
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from paced_fast import pack
@@ -18,9 +22,12 @@ from paced_fast.policy.adapters import adapt, plain_state
 from paced_fast.policy.attention import SHARED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
 from paced_fast.policy.checkpointing import checkpoint_next_forward, enable_checkpointing
 from paced_fast.policy.liger import use_liger
+from paced_fast.sharding import Shards
 from paced_kernels import linear_logprobs
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _MASKED_ROW = 256
 """On a CPU rows up to so many tokens are computed with a mask, longer ones block by block: of a long row's pairs of
@@ -63,13 +70,34 @@ class Policy:
         self.max_tokens = max_tokens
         self.attention = attention
         self.checkpoint = checkpoint
-        self.lockstep = False
-        """Whether ranks hold parts of the parameters, so that all must call the model the same number of times."""
+        self._shards: Shards | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
         return self.model.device
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether ranks hold parts of the parameters, so that all must call the model the same number of times."""
+        return self._shards is not None
+
+    def shard(self, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+        """Split the parameters over the ranks of `mesh`, in place and for good; passes compute in `dtype`."""
+        self._shards = Shards(self.model, mesh, dtype=dtype)
+
+    def run(self, compute: Callable[[], Result]) -> Result:
+        """`compute()`, which calls `hidden` and may read `head`; what is differentiated is among what it returns.
+
+        On sharded ranks nothing else may call the model outside `whole`.
+        """
+        return compute() if self._shards is None else self._shards.run(compute)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """All of the model on every rank, for passes without gradients that need not be as many on each."""
+        with contextlib.nullcontext() if self._shards is None else self._shards.whole():
+            yield
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -80,7 +108,13 @@ class Policy:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable parameters, tied ones once."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return list(self.named_parameters().values())
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trainable parameters by name, tied ones once; of sharded ones the shards."""
+        if self._shards is not None:
+            self._shards.settle()
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def micro_batches(
         self, rollouts: Rollouts, sequences: Sequence[int], max_tokens: int | None = None
@@ -103,7 +137,7 @@ class Policy:
         return pack.longest_row(rollouts, self.max_tokens) <= _MASKED_ROW
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
-        """States [T, H] that predict the packed completion tokens, differentiable in the parameters."""
+        """States [T, H] that predict the packed completion tokens, differentiable in the parameters; inside `run`."""
         if self.checkpoint and torch.is_grad_enabled():
             checkpoint_next_forward(self.model)
         if self.attention.kernel is None and self._masked(rollouts):
@@ -168,14 +202,22 @@ class Policy:
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
         """Log-probs f32[T] of the packed tokens under the current parameters, at `temperature`."""
-        weight, bias = self.head
         result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=self.device)
         for sequences in self.micro_batches(rollouts, range(rollouts.num_sequences)):
             part = pack.part(rollouts, sequences)
-            hidden = self.hidden(part.rollouts)
-            values = linear_logprobs(hidden, weight, part.rollouts.token_ids, bias=bias, temperature=temperature)
-            result.index_copy_(0, part.tokens, values)
+            result.index_copy_(0, part.tokens, self.pass_logprobs(part.rollouts, temperature))
         return result
+
+    @torch.no_grad()
+    def pass_logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
+        """The same of one micro-batch, in one pass however long it is."""
+
+        def compute() -> Tensor:
+            weight, bias = self.head
+            hidden = self.hidden(rollouts)
+            return linear_logprobs(hidden, weight, rollouts.token_ids, bias=bias, temperature=temperature)
+
+        return self.run(compute)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
@@ -190,10 +232,13 @@ class Policy:
                 ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
                 mask[row, : len(prompts[i])] = 1
             ids, mask = ids.to(self.device), mask.to(self.device)
-            states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            states = self.run(partial(self._states, ids, mask))
             weight = mask[:, :, None].float()
             result[torch.tensor(chunk, device=self.device)] = (states.float() * weight).sum(1) / weight.sum(1)
         return result
+
+    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     def host_state(self) -> dict[str, Tensor]:
         """The model's state on the host, adapters merged, one tensor for tied parameters.
@@ -210,7 +255,7 @@ class Policy:
         return state
 
     def frozen_copy(self) -> Policy:
-        """A copy that no optimiser touches."""
+        """A copy that no optimiser touches; made before the parameters are split."""
         model = copy.deepcopy(self.model).requires_grad_(False)
         return Policy(model, max_tokens=self.max_tokens, attention=self.attention)
 
