@@ -16,8 +16,8 @@ from paced_fast.devices import DEVICES, Device, device_here, device_named
 from paced_fast.errors import InputError
 from paced_fast.policy import adapt
 from paced_fast.resolve import resolve
-from paced_fast.sharding import choose_mode
 from paced_fast.shapes import ModelShape, shape_of
+from paced_fast.sharding import choose_mode
 from paced_fast.skeleton import model_settings, skeleton
 from paced_fast.sources import parse_source
 from paced_fast.tasks import SIGNED_SUMS_ALPHABET
