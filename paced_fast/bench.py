@@ -40,10 +40,10 @@ class RandomRollouts:
         """`lengths` is `full`, every completion at the limit, or `even`, drawn evenly from 1 to the limit."""
         self._config, self._table, self._vocab_size, self._lengths = config, table, vocab_size, lengths
 
-    def groups(self, step: int) -> list[Group]:
-        """P groups of G completions."""
+    def groups(self, step: int, round_: int = 0) -> list[Group]:
+        """P groups of G completions; other rounds have others."""
         settings = self._config.generation
-        source = torch.Generator().manual_seed(stream_seed(self._config.seed, step, "bench"))
+        source = torch.Generator().manual_seed(stream_seed(self._config.seed, step, f"bench/{round_}"))
         drawn = torch.randperm(len(self._table), generator=source)[: settings.prompts_per_step].tolist()
         return [Group(index, *self._group(source)) for index in drawn]
 

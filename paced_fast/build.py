@@ -282,8 +282,9 @@ def _claim(folder: Path, config: Config) -> None:
 # What may differ between a run and its continuation: how long it goes on, what it keeps and where things lie.
 # What an error message advises to change must be free too.
 _FREE_ON_RESUME = (
-    *("steps", "resume", "run_dir", "run.", "distributed.", "warm_start.cache_dir", "generation.max_batch_sequences"),
     *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger")),
+    *("steps", "resume", "run_dir", "run.", "distributed.", "guard."),
+    *("warm_start.cache_dir", "generation.max_batch_sequences"),
     *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib", "tensor_parallel")),
     *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
 )

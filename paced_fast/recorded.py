@@ -39,8 +39,8 @@ _HEAD = {*_COUNTS, "prompt", "prompt_ids", "dropped", "reward", "shaping", "stop
 class GroupSource(Protocol):
     """Who gives a trainer the groups of a step in place of drawing prompts, sampling and judging."""
 
-    def groups(self, step: int) -> list[Group]:
-        """The groups of the step's batch, then those that were sampled and left out of it."""
+    def groups(self, step: int, round_: int = 0) -> list[Group]:
+        """The groups of the step's batch, then those that were sampled and left out of it; all in the first round."""
         ...
 
 
@@ -120,8 +120,10 @@ class RecordedRollouts:
             )
         self._check()
 
-    def groups(self, step: int) -> list[Group]:
+    def groups(self, step: int, round_: int = 0) -> list[Group]:
         """See `GroupSource`."""
+        if round_ > 0:
+            return []
         rows = list(self._rows(step))
         size = self._config.generation.group_size
         groups: list[Group] = []

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paced_fast import memory, metrics, pack, prompts
-from paced_fast.batch import Completion, Group, PromptRow, PromptTable, Rollouts
+from paced_fast.batch import Completion, Group, PromptRow, PromptTable, Rollouts, score_sampled, without_unknown_ids
 from paced_fast.checkpoint import below, load_optimizer_tensors, optimizer_tensors, prefixed
 from paced_fast.config import Config, stream_seed
 from paced_fast.crossings import clock_of, to_device, to_host
 from paced_fast.distributed import ALONE, World
 from paced_fast.errors import TrainingError
 from paced_fast.generate import Generator
+from paced_fast.guards import Guards
 from paced_fast.log_z import LogZ, group_accuracy, group_advantage
 from paced_fast.mismatch import sequence_weights
 from paced_fast.parity import ParityGuard
@@ -76,13 +77,14 @@ class Trainer:
         """
         self.guard, self.world = guard, world
         self.recorded: GroupSource | None = None  # gives the groups of a step, where nothing is to be sampled
-        self.sampled: tuple[list[Group], list[Group]] = [], []  # groups of the last step, and those left out of it
         self.config, self.policy, self.initial = config, policy, initial
         self.generator, self.scorer, self.shaper = generator, scorer, shaper
         self.tokenizer, self.table = tokenizer, table
+        self.vocabulary = min(len(tokenizer), policy.head[0].shape[0])
         mesh = None if policy.lockstep else replicas_mesh(world, policy.device)  # sharded parameters know theirs
         self.optimizer = make_optimizer(policy, config.optimizer, mesh)
         self.counters = Counters()
+        self.guards = Guards(config.guard, speaks=world.is_lead)
         device = policy.device
         self.phases = metrics.Phases(*clock_of(device), memory.probe(device))
         self.now = torch.zeros((), dtype=torch.int64, device=device)  # the step, for everything on the device
@@ -94,11 +96,10 @@ class Trainer:
             self.log_z = LogZ(embeddings, config.log_z, seed=head_seed, bounded=config.value_is_accuracy)
         self.replay: ReplayBuffer | None = None
         if config.replay.mode == "on":
-            limit = config.generation.max_completion_tokens
             self.replay = ReplayBuffer(
                 config.replay,
                 group_size=config.generation.group_size,
-                max_completion_tokens=limit,
+                max_completion_tokens=config.generation.max_completion_tokens,
                 seed=config.seed,
                 device=device,
             )
@@ -120,7 +121,7 @@ class Trainer:
         except TrainingError:
             self.counters.step -= 1  # nothing was trained on, so there was no step
             raise
-        self.sampled = fresh.groups, fresh.dropped
+        self.sampled = fresh.groups, fresh.dropped  # for who keeps them
         checked = self.guard is not None and self.guard.due(self.counters.step)
         if self.guard is not None and checked:
             with self.phases.phase("parity"):
@@ -156,6 +157,7 @@ class Trainer:
         if self.config.value_is_accuracy and values is not None:
             record |= value_record(result, host, counters.step)
         record |= {name: figures for name, figures in (("weight_sync", sync), ("parity", parity)) if figures}
+        record["warnings"] = self.guards.check(record)
         values_shown = host.get("values_fresh") if self.config.value_is_accuracy else None
         return record, shown_rollouts(
             result,
@@ -242,11 +244,8 @@ class Trainer:
             if self.replay is not None and "slots" in host:
                 with self.phases.phase("replay"):
                     replayed = self.replay.take(host["slots"], host["lengths"], host["prompts"], self.table)
-            if self.recorded is not None:  # the draw is made all the same: its state is part of a checkpoint
-                groups = self.recorded.groups(step) if round_ == 0 else []
-            else:
-                groups = self._groups(host["drawn"], stream_seed(self.config.seed, step, f"generate/{round_}"))
-            for group in groups:
+            seed, own = stream_seed(self.config.seed, step, f"generate/{round_}"), self.recorded
+            for group in self._groups(host["drawn"], seed) if own is None else own.groups(step, round_):
                 (kept if group.is_mixed or not dynamic else dropped).append(group)
             if len(kept) >= config.prompts_per_step:
                 break
@@ -277,8 +276,7 @@ class Trainer:
 
     def _groups(self, prompt_index: Sequence[int], seed: int) -> list[Group]:
         """Sample and score a group for each prompt."""
-        config = self.config.generation
-        size = config.group_size
+        config, size = self.config.generation, self.config.generation.group_size
         rows = self.table.select(prompt_index)
         with self.phases.phase("generate"):
             completions = self.generator.generate(
@@ -288,6 +286,7 @@ class Trainer:
                 temperature=config.temperature,
                 seed=seed,
             )
+            completions = without_unknown_ids(completions, self.vocabulary)
         with self.phases.phase("reward"):
             part = self.world.share(len(completions))
             own = slice(part.start, part.stop)
@@ -303,7 +302,7 @@ class Trainer:
     def _judge(self, rows: Sequence[PromptRow], completions: Sequence[Completion]) -> tuple[Scores, list[float]]:
         """Rewards of this rank's part, and what shaping adds to each, empty without any."""
         texts = [prompts.decode(self.tokenizer, completion.token_ids) for completion in completions]
-        rewards = self.scorer.score(rows, texts)
+        rewards = score_sampled(self.scorer.score, rows, texts, completions)
         self.scorer.check_failures()
         limit = self.config.generation.max_completion_tokens
         return rewards, self.shaper.shape(rows, texts, completions, limit) if self.shaper else []
@@ -380,6 +379,7 @@ class Trainer:
         tensors = prefixed("optimizer", optimizer_tensors(self.optimizer))
         tensors |= prefixed("adapter", adapter_state(self.policy.model))
         tensors |= prefixed("scheduler", self.scheduler.state_dict())
+        tensors |= prefixed("guards", self.guards.state_dict())
         if self.log_z is not None:
             tensors |= prefixed("log_z.head", self.log_z.state_dict())
             tensors |= prefixed("log_z.optimizer", optimizer_tensors(self.log_z.optimizer))
@@ -392,6 +392,7 @@ class Trainer:
         load_optimizer_tensors(self.optimizer, below("optimizer", tensors))
         load_adapter_state(self.policy.model, below("adapter", tensors))
         self.scheduler.load_state_dict(below("scheduler", tensors))
+        self.guards.load_state_dict(below("guards", tensors))
         if self.log_z is not None:
             self.log_z.load_state_dict(below("log_z.head", tensors))
             load_optimizer_tensors(self.log_z.optimizer, below("log_z.optimizer", tensors))

@@ -34,7 +34,8 @@ LAYERS = (
     },
     {
         *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
-        *("resolve", "benchmark_sources", "devices", "launch", "recorded", "sharding"),
+        *("resolve", "benchmark_sources", "sharding", "guards", "signals", "watchdog"),
+        *("devices", "launch", "recorded"),
     },
     {"policy", "scheduler", "replay", "generate", "cli", "report", "roofline"},
     {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start", "skeleton"},

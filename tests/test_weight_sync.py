@@ -1,4 +1,4 @@
-"""Mapping and aliasing on tensors laid out as vLLM lays them out; a real engine is in tests/vllm."""
+"""Mapping and aliasing on tensors laid out as vLLM lays them out; a real engine is in tests/engine."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@
 
 from paced_fast.config.compute import DistributedConfig, LoraConfig
 from paced_fast.config.engine import MismatchConfig, SyncMode, WeightSyncConfig
+from paced_fast.config.guards import GuardConfig, WarningName
 from paced_fast.config.inputs import (
     DataConfig,
     GenerationConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "EvaluationConfig",
     "GenerationConfig",
     "GeneratorName",
+    "GuardConfig",
     "LogZConfig",
     "LoraConfig",
     "LossConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "SyncMode",
     "WarmStartConfig",
     "WarmStartPhase",
+    "WarningName",
     "WeightSyncConfig",
     "digest",
     "flatten",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from paced_fast.config.compute import DistributedConfig, LoraConfig
 from paced_fast.config.engine import MismatchConfig, WeightSyncConfig
+from paced_fast.config.guards import GuardConfig
 from paced_fast.config.inputs import DataConfig, GenerationConfig, ModelConfig, RewardConfig, WarmStartConfig
 from paced_fast.config.learning import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, SchedulerConfig
 
@@ -92,6 +93,7 @@ class Config:
     replay: ReplayConfig = ReplayConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     distributed: DistributedConfig = DistributedConfig()
+    guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
 
     @property
