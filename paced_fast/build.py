@@ -29,8 +29,10 @@ from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.inputs import read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, build_tiny, load_model, make_policy, prepare, smollm2_folder
+from paced_fast.recorded import FILE_NAME, RecordedRollouts
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
+from paced_fast.shapes import shape_of
 from paced_fast.sharing import SharedGenerator, together
 from paced_fast.trainer import Counters, Trainer
 from paced_fast.warm_start import warm_start
@@ -58,10 +60,11 @@ class Run:
     world: World = ALONE
 
 
-def build(config: Config, console: Console, world: World = ALONE) -> Run:
+def build(config: Config, console: Console, world: World = ALONE, replay: Path | None = None) -> Run:
     """Load data and model, warm-start or resume, and only then create the run folder.
 
-    Of several ranks the lead makes the folder and the first weights, which the others read from it.
+    Of several ranks the lead makes the folder and the first weights, which the others read from it. With `replay` the
+    rollouts of a run that was recorded take the place of sampling.
     """
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
@@ -88,6 +91,7 @@ def build(config: Config, console: Console, world: World = ALONE) -> Run:
     tokenizer = together(world, lambda: read_tokenizer(path))
     scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
     table, eval_table, repeated = together(world, lambda: read_tables(config, tokenizer, scorer, shaper))
+    recorded = None if replay is None else together(world, lambda: RecordedRollouts(replay, config, table))
     stop_ids = prompts.stop_token_ids(tokenizer)
     identity = checkpoint.identity(table, eval_table, tokenizer)
     model = None
@@ -108,12 +112,12 @@ def build(config: Config, console: Console, world: World = ALONE) -> Run:
         model = together(world, lambda: load_model(config.model, str(newest / "policy")))
         policy = make_policy(model, config)
     together(world, lambda: prepare(policy, config))
-    console.print(
-        metrics.memory_plan_table(_plan(config, policy, len(table)), available_bytes=memory.available(policy.device))
-    )
+    layout = memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=memory.available(policy.device))
+    plan = memory.plan(shape_of(model), config, len(table), layout)
+    console.print(metrics.memory_plan_table(plan, available_bytes=layout.device_bytes))
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
     weights = folder / "initial" if newest is None else newest / "policy"
-    generator, guard = together(world, lambda: _generator(config, policy, weights, stop_ids, table, world))
+    generator, guard = together(world, lambda: _generator(config, policy, weights, stop_ids, table, world, layout))
     if world.size > 1:
         generator = SharedGenerator(generator, world, engine_ranks=config.weight_sync.tensor_parallel)
     trainer = Trainer(
@@ -129,6 +133,7 @@ def build(config: Config, console: Console, world: World = ALONE) -> Run:
         guard=guard,
         world=world,
     )
+    trainer.recorded = recorded
     if newest is not None:
         _continue(trainer, config, folder, newest, identity)
     held_out = (eval_table, eval_embeddings, repeated)
@@ -146,8 +151,8 @@ def _begin(config: Config, folder: Path, path: str, tokenizer: PreTrainedTokeniz
     """Make the first model and then the run folder, with its weights in `initial`."""
     model = _initial_model(path, tokenizer, config, stop_id)
     if config.generator == "vllm":
-        memory.engine_tokens(model, config)
-        require_head_size(memory.head_size(model.config), config.model.device)
+        memory.engine_tokens(shape_of(model), config)
+        require_head_size(shape_of(model).head_size, config.model.device)
     _claim(folder, config)
     model.save_pretrained(folder / "initial")
     tokenizer.save_pretrained(folder / "initial")
@@ -170,22 +175,18 @@ def _continue(trainer: Trainer, config: Config, folder: Path, newest: Path, iden
     logger.info("resumed after step %d from %s", trainer.counters.step, newest)
 
 
-def _plan(config: Config, policy: Policy, num_prompts: int) -> dict[str, int]:
-    """The memory plan of this rank, the engine's own weights included."""
-    plan = memory.plan(policy.model, config, num_prompts, longest_masked_row=policy.longest_masked_row)
-    if config.generator == "vllm" and config.weight_sync.mode != "shared":
-        itemsize = getattr(torch, config.weight_sync.dtype).itemsize
-        only_copied = config.weight_sync.mode == "push"
-        name = "the engine's own weights" if only_copied else "the engine's own weights, if not shared"
-        plan[name] = itemsize * sum(parameter.numel() for parameter in policy.model.parameters())
-    return plan
-
-
 def _generator(
-    config: Config, policy: Policy, weights: Path, stop_ids: Sequence[int], table: PromptTable, world: World
+    config: Config,
+    policy: Policy,
+    weights: Path,
+    stop_ids: Sequence[int],
+    table: PromptTable,
+    world: World,
+    layout: memory.Layout,
 ) -> tuple[Generator, ParityGuard | None]:
     """Who samples and, for vLLM, who checks it; `weights` is a folder with the policy's present parameters."""
     settings, model = config.generation, policy.model
+    shape = shape_of(model)
     if config.generator == "transformers":
         plain = TransformersGenerator(model, stop_ids=stop_ids, max_batch_sequences=settings.max_batch_sequences)
         return plain, None
@@ -195,9 +196,9 @@ def _generator(
             path=str(weights),
             dtype=config.weight_sync.dtype,
             device=config.model.device,
-            max_tokens=memory.engine_tokens(model, config),
+            max_tokens=memory.engine_tokens(shape, config),
             max_sequences=settings.max_batch_sequences,
-            kv_cache_bytes=memory.kv_cache_bytes(model, config),
+            kv_cache_bytes=memory.kv_cache_bytes(shape, config, layout),
             sleep_level=config.weight_sync.sleep_level,
             ranks=world.size,
             tensor_parallel_size=config.weight_sync.tensor_parallel,
@@ -208,7 +209,7 @@ def _generator(
     generator.attach(weight_sync.connect(generator, model, config.weight_sync))
     if config.model.device == "cuda":
         torch.cuda.empty_cache()  # the trainer's own copy, where the weights are shared now
-    length = min(memory.CHECK_TOKENS, memory.engine_tokens(model, config)) - 1  # scoring samples one token more
+    length = min(memory.CHECK_TOKENS, memory.engine_tokens(shape, config)) - 1  # scoring samples one token more
     own = [row.token_ids for row in table.rows]
     sequences = long_sequences(own, count=config.weight_sync.check_prompts, length=length)
     return generator, ParityGuard(generator, policy, config, sequences=sequences)
@@ -236,7 +237,10 @@ def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config
 
 
 # What a run folder holds; a folder with any of these is not ours to write into unless the user says so.
-_OWN_NAMES = ("metrics.jsonl", "checkpoints", "config.json", "initial", "rollouts.jsonl", "summary.json", "report.html")
+_OWN_NAMES = (
+    *("metrics.jsonl", "checkpoints", "config.json", "initial", "rollouts.jsonl", FILE_NAME),
+    *("summary.json", "report.html"),
+)
 
 
 def _run_folder(config: Config) -> Path:

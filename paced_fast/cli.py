@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from paced_fast import launch
 from paced_fast.config import Config, flatten
 from paced_fast.errors import InputError
 from paced_fast.presets import PRESETS, preset
@@ -35,6 +36,8 @@ def parse(arguments: Sequence[str]) -> Config:
     description = "Post-train a language model by PACED-RL. Presets: " + "; ".join(
         f"{key}: {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in PRESETS.items()
     )
+    modes = "\n".join(f"  {option}  {words}" for option, words in launch.HELP.items())
+    description += f"\n\nBeside the settings, and not kept with them:\n{modes}"
     prog = f"python -m paced_fast.train {name}"
     config = read(words, lambda: tyro.cli(Config, args=words, default=default, prog=prog, description=description))
     if config.preset != name:
@@ -55,7 +58,7 @@ def _check_words(words: Sequence[str], known: Mapping[str, str]) -> None:
         option = given.replace("_", "-")
         positive = re.sub(r"(^--|\.)no-", r"\1", option)  # --run.no-report switches off --run.report
         if option not in known and (positive not in known or types[known[positive]] is not bool):
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(option, [*launch.NAMES, *known], n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "--help lists them all"
             raise InputError(f"unknown option {given}: {hint}")
         field = known.get(option) or known[positive]

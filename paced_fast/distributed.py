@@ -146,10 +146,9 @@ def start(device: str, timeout_seconds: float) -> World:
         return ALONE
     wrong = [name for name, value in values.items() if not value.isdecimal()]
     if wrong:
-        raise InputError(
-            f"several processes: {wrong[0]} is not set: start them with torchrun --nproc-per-node N -m ..."
-        )
-    world = World(*(int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+        raise InputError(f"several processes: {wrong[0]} is not set: start them with torchrun --nproc-per-node N")
+    rank, size, local_rank, local_size = (int(values[name]) for name in names)
+    world = World(rank, size, local_rank, local_size)
     backend = "cpu:gloo"
     if device == "cuda":
         if world.local_size > torch.cuda.device_count():

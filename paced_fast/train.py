@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from paced_fast import checkpoint, cli, distributed, metrics, prompts, report, signals
+from paced_fast import bench, checkpoint, cli, distributed, dry_run, launch, metrics, prompts, report, signals
 from paced_fast.build import Run, build
 from paced_fast.config import Config, flatten, stream_seed
 from paced_fast.distributed import EVERYWHERE, World
@@ -32,6 +32,7 @@ from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
 from paced_fast.generate import VLLMGenerator
 from paced_fast.inputs import without_missing
 from paced_fast.policy import plain_state, quiet
+from paced_fast.recorded import Recorder, replayed_settings
 from paced_fast.resolve import resolve
 from paced_fast.sharing import SharedGenerator, shared_judge, summed_counts
 from paced_fast.signals import StopRequest
@@ -68,12 +69,15 @@ def train(
                 writer.write_rollouts(shown or [])
                 progress.update(record)
 
+        recorder = Recorder(folder, trainer.table) if config.run.save_rollouts and world.is_lead else None
         _stop_if_asked(run, saver, stop, began)
         # A resumed run loads the engine anew, so it is checked like a new one.
         parity = trainer.check_parity()
         if run.resumed:
             if writer is not None:
                 writer.drop_from(trainer.counters.step + 1)
+            if recorder is not None:
+                recorder.drop_from(trainer.counters.step + 1)
         else:
             if progress is not None:
                 progress.update({"step": 0, "status": "evaluating before training"})
@@ -90,6 +94,8 @@ def train(
             _stop_if_asked(run, saver, stop, began)
             record, shown = trainer.step()
             step = trainer.counters.step
+            if recorder is not None:
+                recorder.write(step, *trainer.sampled)
             last = step == config.steps
             if not last and config.evaluation.every and step % config.evaluation.every == 0:
                 evaluation = evaluate_now(run, config.evaluation.samples)
@@ -129,9 +135,9 @@ def _watch(run: Run, watchdog: Watchdog) -> None:
 
 
 def evaluate_now(run: Run, samples: int) -> Evaluation | None:
-    """Evaluate the policy as it is now on the held-out prompts; None when the run has none."""
+    """Evaluate the policy as it is now on the held-out prompts; None without any, and where nothing is sampled."""
     config = run.config
-    if not run.eval_table.rows:
+    if not run.eval_table.rows or run.trainer.recorded is not None:
         return None
     sampling = Sampling(
         samples=samples,
@@ -252,12 +258,23 @@ def _save(run: Run, saver: checkpoint.Saver, *, last: bool) -> None:
         )
 
 
-def run(config: Config, console: Console | None = None) -> dict[str, Any]:
+def run(config: Config, console: Console | None = None, *, replay: Path | None = None) -> dict[str, Any]:
     """Train by `config` from start to summary; what `main` does after reading the command line.
 
-    The summary is empty on every rank but the lead.
+    With `replay` the rollouts come from that file, and nothing is sampled. The summary is empty on every rank but the
+    lead.
     """
-    console = console or Console()
+    with (
+        _world(config, console or Console()) as (world, own),
+        StopRequest() as stop,
+        _watchdog(config, world) as watchdog,
+    ):
+        return _run(config, own, world, stop, watchdog, replay)
+
+
+@contextlib.contextmanager
+def _world(config: Config, console: Console) -> Iterator[tuple[World, Console]]:
+    """The ranks of a run, together until the end, and a console that only the lead's words reach."""
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"preset {config.preset} runs on a GPU (--model.device cuda) and torch sees none: "
@@ -267,8 +284,9 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     if world.size > 1:
         signals.end_with_parent()
     try:
-        with StopRequest() as stop, _watchdog(config, world) as watchdog:
-            return _run(config, console if world.is_lead else Console(quiet=True), world, stop, watchdog)
+        if not world.is_lead:
+            logging.getLogger("paced_fast").setLevel(logging.WARNING)
+        yield world, console if world.is_lead else Console(quiet=True)
     finally:
         distributed.stop()
 
@@ -285,12 +303,14 @@ def _watchdog(config: Config, world: World) -> Watchdog:
     )
 
 
-def _run(config: Config, console: Console, world: World, stop: StopRequest, watchdog: Watchdog) -> dict[str, Any]:
-    if not world.is_lead:
-        logging.getLogger("paced_fast").setLevel(logging.WARNING)
+def _run(
+    config: Config, console: Console, world: World, stop: StopRequest, watchdog: Watchdog, replay: Path | None
+) -> dict[str, Any]:
+    if replay is not None:
+        config = replayed_settings(config, replay)
     config = without_missing(resolve(config))
     console.print(metrics.config_table(flatten(config)))
-    prepared = build(config, console, world)
+    prepared = build(config, console, world, replay)
     try:
         summary = train(prepared, console, stop, watchdog)
     finally:
@@ -299,6 +319,18 @@ def _run(config: Config, console: Console, world: World, stop: StopRequest, watc
     if config.run.report and world.is_lead:
         report.make_report(prepared.folder)
     return summary
+
+
+def _bench(config: Config, mode: launch.Launch, console: Console) -> None:
+    if mode.json is not None and not mode.json.parent.is_dir():
+        raise InputError(f"--bench-json {mode.json}: there is no folder {mode.json.parent}")
+    config = resolve(config)
+    with _world(config, console) as (world, console):
+        result = bench.measure(config, steps=mode.bench or 1, lengths=mode.lengths, world=world)
+        for table in bench.tables(result):
+            console.print(table)
+        if mode.json is not None and world.is_lead:
+            metrics.write_json_atomic(mode.json, result)
 
 
 def _tell(line: str, error: Exception) -> None:
@@ -316,8 +348,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = metrics.configure_logging()
     quiet()
     try:
-        config = cli.parse(sys.argv[1:] if arguments is None else arguments)
-        summary = run(config, console)
+        mode, words = launch.take(sys.argv[1:] if arguments is None else arguments)
+        config = cli.parse(words)
+        if mode.dry_run is not None:
+            ranks = mode.dry_run or int(os.environ.get("WORLD_SIZE", "1"))
+            dry_run.show(dry_run.make_plan(config, ranks=ranks, nodes=mode.nodes, device=mode.device), console)
+            return
+        if mode.bench is not None:
+            _bench(config, mode, console)
+            return
+        summary = run(config, console, replay=mode.replay)
     except InputError as error:
         _tell(f"error: {error}", error)
         raise SystemExit(2) from None

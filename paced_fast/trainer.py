@@ -29,6 +29,7 @@ from paced_fast.mismatch import sequence_weights
 from paced_fast.parity import ParityGuard
 from paced_fast.policy import Policy
 from paced_fast.record import Fresh, StepResult, fetch, shown_rollouts, step_record, value_record
+from paced_fast.recorded import GroupSource
 from paced_fast.replay import ReplayBuffer, importance_weights
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.rewards.shaping import centred
@@ -75,6 +76,7 @@ class Trainer:
         batch (`sharing.SharedGenerator`).
         """
         self.guard, self.world = guard, world
+        self.recorded: GroupSource | None = None  # gives the groups of a step, where nothing is to be sampled
         self.config, self.policy, self.initial = config, policy, initial
         self.generator, self.scorer, self.shaper = generator, scorer, shaper
         self.tokenizer, self.table = tokenizer, table
@@ -94,11 +96,10 @@ class Trainer:
             self.log_z = LogZ(embeddings, config.log_z, seed=head_seed, bounded=config.value_is_accuracy)
         self.replay: ReplayBuffer | None = None
         if config.replay.mode == "on":
-            limit = config.generation.max_completion_tokens
             self.replay = ReplayBuffer(
                 config.replay,
                 group_size=config.generation.group_size,
-                max_completion_tokens=limit,
+                max_completion_tokens=config.generation.max_completion_tokens,
                 seed=config.seed,
                 device=device,
             )
@@ -120,6 +121,7 @@ class Trainer:
         except TrainingError:
             self.counters.step -= 1  # nothing was trained on, so there was no step
             raise
+        self.sampled = fresh.groups, fresh.dropped  # for who keeps them
         checked = self.guard is not None and self.guard.due(self.counters.step)
         if self.guard is not None and checked:
             with self.phases.phase("parity"):
@@ -242,7 +244,8 @@ class Trainer:
             if self.replay is not None and "slots" in host:
                 with self.phases.phase("replay"):
                     replayed = self.replay.take(host["slots"], host["lengths"], host["prompts"], self.table)
-            for group in self._groups(host["drawn"], stream_seed(self.config.seed, step, f"generate/{round_}")):
+            seed, own = stream_seed(self.config.seed, step, f"generate/{round_}"), self.recorded
+            for group in self._groups(host["drawn"], seed) if own is None else own.groups(step, round_):
                 (kept if group.is_mixed or not dynamic else dropped).append(group)
             if len(kept) >= config.prompts_per_step:
                 break
@@ -273,8 +276,7 @@ class Trainer:
 
     def _groups(self, prompt_index: Sequence[int], seed: int) -> list[Group]:
         """Sample and score a group for each prompt."""
-        config = self.config.generation
-        size = config.group_size
+        config, size = self.config.generation, self.config.generation.group_size
         rows = self.table.select(prompt_index)
         with self.phases.phase("generate"):
             completions = self.generator.generate(

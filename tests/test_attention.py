@@ -33,7 +33,7 @@ def batch() -> Rollouts:
 
 def policy_of(made: PreTrainedModel, layout: str, monkeypatch: pytest.MonkeyPatch, max_tokens: int = 4096) -> Policy:
     """The model computed in this layout; on a CPU the length of rows decides between mask and blocks."""
-    monkeypatch.setattr(policy_module, "_MASKED_ROW", {"masked": 10**6, "blocks": 0}.get(layout, 0))
+    monkeypatch.setattr(policy_module, "MASKED_ROW", {"masked": 10**6, "blocks": 0}.get(layout, 0))
     chosen = choose_attention("packed-sdpa", made) if layout == "packed-sdpa" else SHARED
     return Policy(made, max_tokens=max_tokens, attention=chosen)
 

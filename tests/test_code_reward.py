@@ -98,6 +98,19 @@ SHAPES: list[tuple[str, dict[str, Any], str]] = [
         },
         ADD,
     ),
+    (
+        "function named by the row",
+        {
+            "tests": json.dumps([{"testtype": "functional", "input": "1\n2", "output": "3"}]),
+            "metadata": {"func_name": "add"},
+        },
+        ADD,
+    ),
+    (
+        "reading input beside metadata",
+        {"tests": [{"input": "1 2", "output": "3"}], "metadata": "of 2024"},
+        READ_AND_ADD,
+    ),
     ("reading input with an empty name", {"tests": {**SUM, "fn_name": ""}}, READ_AND_ADD),
     (
         "LiveCodeBench, functional",

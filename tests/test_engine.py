@@ -18,6 +18,7 @@ from paced_fast.build import build
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm, settle
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.generate import VLLMGenerator
+from paced_fast.shapes import shape_of
 
 
 def _hide(monkeypatch: pytest.MonkeyPatch, spec: machinery.ModuleSpec | None) -> None:
@@ -73,7 +74,7 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
 
 
 def test_the_engine_is_given_room_for_a_step_and_a_check() -> None:
-    made = tiny_policy.model()  # two layers, two heads of 8, 512 positions
+    made = shape_of(tiny_policy.model())  # two layers, two heads of 8, 512 positions
     config = tiny_policy.settings(generator="vllm", generation__group_size=4, generation__prompts_per_step=3)
     assert memory.engine_tokens(made, config) == 256  # a check's sequences are longer than 12 + 13 tokens
     # 12 sequences of one block, 256 tokens of a check, one block to spare; keys and values of 2 layers x 16 floats.
@@ -140,21 +141,20 @@ def test_a_failure_between_samplings_is_one_line_that_names_a_knob() -> None:
         generator.after_update()
 
 
-def test_on_a_gpu_keys_and_values_take_what_training_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = tiny_policy.model()
+def test_on_a_gpu_keys_and_values_take_what_training_leaves() -> None:
+    made = shape_of(tiny_policy.model())
     config = tiny_policy.settings(generator="vllm")
     wanted = memory.kv_cache_bytes(made, config)
-    on_gpu = types.SimpleNamespace(
-        config=made.config, dtype=made.dtype, device=torch.device("cuda"), parameters=made.parameters
-    )
-    weights = sum(parameter.numel() * 4 for parameter in made.parameters())
-    monkeypatch.setattr(memory, "available", lambda device: 1 << 40)
-    assert memory.kv_cache_bytes(on_gpu, config) == wanted  # type: ignore[arg-type]
-    monkeypatch.setattr(memory, "available", lambda device: int((wanted // 2 + 4 * weights) / 0.6))
-    assert memory.kv_cache_bytes(on_gpu, config) == pytest.approx(wanted // 2, abs=4)  # type: ignore[arg-type]
-    monkeypatch.setattr(memory, "available", lambda device: 0)
+    on_gpu = tiny_policy.replaced(config, model__device="cuda")
+
+    def given(device_bytes: int) -> int:
+        return memory.kv_cache_bytes(made, on_gpu, memory.Layout(device_bytes=device_bytes))
+
+    assert given(1 << 40) == wanted
+    training = 4 * 4 * made.parameters  # weights, gradients and two moments in float32
+    assert given(int((wanted // 2 + training) / 0.6)) == pytest.approx(wanted // 2, abs=4)
     # Two layers, keys and values of 16 floats: the longest sequence, in whole blocks, and one block to spare.
-    assert memory.kv_cache_bytes(on_gpu, config) == 32 * (8 + 1) * 2 * 2 * 16 * 4  # type: ignore[arg-type]
+    assert given(0) == 32 * (8 + 1) * 2 * 2 * 16 * 4
 
 
 class _Recorder:

@@ -11,13 +11,14 @@ import torch
 from paced_fast import memory
 from paced_fast.presets import preset
 from paced_fast.resolve import resolve
+from paced_fast.shapes import shape_of
 from paced_kernels import default_workspace_bytes
 
 
 def test_plan_counts_weights_gradients_and_the_vocabulary_head() -> None:
     model = tiny_policy.model()
     config = resolve(preset("tiny"))
-    plan = memory.plan(model, config, num_prompts=100)
+    plan = memory.plan(shape_of(model), config, 100)
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
     assert plan["weights"] == plan["gradients"] == weights
     assert plan["optimizer (AdamW, two moments)"] == 2 * weights
@@ -26,14 +27,14 @@ def test_plan_counts_weights_gradients_and_the_vocabulary_head() -> None:
     assert head == workspace + 4 * tiny_policy.VOCAB * 16
     assert plan["prompt embeddings"] == 100 * 16 * 2
     model.lm_head.weight.requires_grad_(False)
-    frozen = memory.plan(model, config, num_prompts=100)
+    frozen = memory.plan(shape_of(model), config, 100)
     assert frozen["gradients"] == weights - tiny_policy.VOCAB * 16 * 4
 
 
 def test_flowrl_holds_a_second_copy_of_the_weights() -> None:
     model = tiny_policy.model()
     config = resolve(dataclasses.replace(preset("tiny"), algorithm="flowrl"))
-    plan = memory.plan(model, config, num_prompts=1)
+    plan = memory.plan(shape_of(model), config, 1)
     assert plan["reference policy"] == plan["weights"]
 
 

@@ -30,17 +30,18 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {
         *("errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "sources"),
-        *("sandbox", "estimates"),
+        *("sandbox", "estimates", "shapes"),
     },
     {
         *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
         *("resolve", "benchmark_sources", "sharding", "guards", "signals", "watchdog"),
+        *("devices", "launch", "recorded"),
     },
-    {"policy", "scheduler", "replay", "generate", "cli", "report"},
-    {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start"},
-    {"record", "evaluate", "inputs", "export"},
+    {"policy", "scheduler", "replay", "generate", "cli", "report", "roofline"},
+    {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start", "skeleton"},
+    {"record", "evaluate", "inputs", "export", "dry_run"},
     {"trainer"},
-    {"build"},
+    {"build", "bench"},
     {"train"},
 )
 """A module of `paced_fast` imports modules of lower layers only: no siblings, no cycles."""
@@ -61,7 +62,7 @@ HOMES = {
     "tensorboard": {"metrics"},
     "transformers": {
         *("policy.adapters", "policy.attention", "policy.checkpointing", "policy.liger", "policy.loading"),
-        *("policy.policy", "prompts.tokenizers", "generate.own_model"),
+        *("policy.policy", "skeleton", "prompts.tokenizers", "generate.own_model"),
     },
     "peft": {"policy.adapters"},
     "liger_kernel": {"policy.liger"},

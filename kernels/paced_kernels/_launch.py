@@ -144,7 +144,14 @@ def rows_per_chunk(config: GemmConfig | None, vocab_size: int, dtype: torch.dtyp
     return max(1, workspace_bytes // bytes_per_row(config, vocab_size, dtype))
 
 
-def default_workspace_bytes(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+def default_workspace_bytes(
+    num_rows: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    capability: tuple[int, int] | None = None,
+) -> int:
     """Memory the operations take for chunks when the caller sets no bound, for a plan of what fits.
 
     Beside it the loss holds the gradients it returns, and that of the weight once more in float32.
@@ -153,13 +160,15 @@ def default_workspace_bytes(num_rows: int, vocab_size: int, dtype: torch.dtype, 
         num_rows: T, rows of one call.
         vocab_size: V, rows of the weight on this device.
         dtype: of hidden states and weight.
+        capability: CUDA compute capability, for a plan of a GPU that is not there; None asks the device.
 
     Returns:
         Bytes.
     """
     if device.type != "cuda" or dtype == torch.float64:
         return DEFAULT_WORKSPACE_BYTES
-    config = choose_config(device_facts(device.index or 0)[0], dtype, ROW_ALIGNMENT, vocab_size, num_rows)
+    capability = capability or device_facts(device.index or 0)[0]
+    config = choose_config(capability, dtype, ROW_ALIGNMENT, vocab_size, num_rows)
     return min(num_rows, DEFAULT_ROWS) * bytes_per_row(config, vocab_size, dtype)
 
 

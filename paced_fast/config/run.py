@@ -48,6 +48,9 @@ class RunConfig:
     """Write checkpoints beside the steps that follow; a step waits for its parameters to be copied only."""
     rollouts_per_step: int = 4
     """Rollouts written to rollouts.jsonl each step."""
+    save_rollouts: bool = False
+    """Write every completion of every step, its tokens and log-probs, to rollouts_full.jsonl: what --replay-rollouts
+    trains from. About 20 bytes a token."""
     overwrite: bool = False
     """Replace the results of an earlier run in the same folder."""
     threads: int = 0

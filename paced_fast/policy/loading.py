@@ -19,13 +19,9 @@ logger = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: int, seed: int) -> PreTrainedModel:
-    """A small Llama with fresh weights drawn from `seed`."""
-    if config.hidden_size % (2 * config.num_heads):
-        raise InputError(
-            f"--model.hidden-size {config.hidden_size} must be a multiple of twice --model.num-heads {config.num_heads}"
-        )
-    settings = LlamaConfig(
+def tiny_settings(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: int) -> LlamaConfig:
+    """The configuration of `tiny`."""
+    return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -38,6 +34,15 @@ def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: in
         eos_token_id=stop_id,
         pad_token_id=pad_id,
     )
+
+
+def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: int, seed: int) -> PreTrainedModel:
+    """A small Llama with fresh weights drawn from `seed`."""
+    if config.hidden_size % (2 * config.num_heads):
+        raise InputError(
+            f"--model.hidden-size {config.hidden_size} must be a multiple of twice --model.num-heads {config.num_heads}"
+        )
+    settings = tiny_settings(config, vocab_size, stop_id=stop_id, pad_id=pad_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(settings)

@@ -19,6 +19,7 @@ from paced_fast import pack
 from paced_fast.batch import Rollouts
 from paced_fast.config import Config, stream_seed
 from paced_fast.errors import InputError
+from paced_fast.memory import MASKED_ROW
 from paced_fast.policy.adapters import adapt
 from paced_fast.policy.attention import SHARED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
 from paced_fast.policy.checkpointing import checkpoint_next_forward, enable_checkpointing
@@ -29,10 +30,6 @@ from paced_kernels import linear_logprobs
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-_MASKED_ROW = 256
-"""On a CPU rows up to so many tokens are computed with a mask, longer ones block by block: of a long row's pairs of
-positions a mask throws most away, of short rows a call for each block takes longer than that."""
 
 
 class Policy:
@@ -136,7 +133,7 @@ class Policy:
         call for each block would take longer than what the mask throws away."""
         if self.attention.kernel is not None:
             return 0
-        return _MASKED_ROW if self.device.type == "cpu" else sys.maxsize
+        return MASKED_ROW if self.device.type == "cpu" else sys.maxsize
 
     def _masked(self, rollouts: Rollouts) -> bool:
         return pack.longest_row(rollouts, self.max_tokens) <= self.longest_masked_row

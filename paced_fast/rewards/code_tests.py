@@ -80,7 +80,7 @@ def suite_of(columns: Mapping[str, Any]) -> Suite:
     if columns.get("public_test_cases") is not None or columns.get("private_test_cases") is not None:
         suite = _live_code_bench(columns)
     elif (name := next((key for key in COLUMNS if columns.get(key) is not None), None)) is not None:
-        suite = _listed(name, _read(name, columns[name]))
+        suite = _listed(name, _read(name, columns[name]), _function_of(columns))
     elif columns.get("test") is not None:
         suite = _human_eval(columns)
     else:
@@ -166,11 +166,19 @@ def _live_code_bench(columns: Mapping[str, Any]) -> Suite:
     return _items(items, name)
 
 
-def _listed(name: str, tests: Any) -> Suite:
+def _function_of(columns: Mapping[str, Any]) -> Any:
+    """The function that a row's metadata name, as DeepCoder's do for the cases of LiveCodeBench."""
+    metadata = columns.get("metadata")
+    if isinstance(metadata, str) and metadata.lstrip().startswith("{"):
+        metadata = _read("metadata", metadata)
+    return metadata.get("func_name") or None if isinstance(metadata, dict) else None
+
+
+def _listed(name: str, tests: Any, function: Any) -> Suite:
     if isinstance(tests, dict) and "test_cases" in tests:
         tests = _read(name, tests["test_cases"])
     if isinstance(tests, list):
-        return _items(tests, None)
+        return _items(tests, function)
     if not isinstance(tests, dict) or not {"inputs", "outputs"} <= set(tests):
         raise UnusableTests(
             f"has a column {name!r} that is neither a list of cases nor an object of inputs and outputs"

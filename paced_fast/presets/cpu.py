@@ -1,9 +1,6 @@
-"""Named settings, as functions: a preset is where a run's settings begin, and every field can be overridden."""
+"""Presets that train on a CPU in minutes."""
 
 from __future__ import annotations
-
-import difflib
-from collections.abc import Callable
 
 from paced_fast.config import (
     Config,
@@ -11,7 +8,6 @@ from paced_fast.config import (
     EvaluationConfig,
     GenerationConfig,
     LogZConfig,
-    LossConfig,
     ModelConfig,
     OptimizerConfig,
     ReplayConfig,
@@ -20,7 +16,6 @@ from paced_fast.config import (
     WarmStartConfig,
     WarmStartPhase,
 )
-from paced_fast.errors import InputError
 
 
 def tiny() -> Config:
@@ -123,48 +118,3 @@ def _word_problems(share: str, **more: str) -> tuple[str, ...]:
     keys = "".join(f"&{key}={value}" for key, value in more.items())
     fields = f"prompt=input&answer=target&reward=number&optional=true&share={share}{keys}"
     return (f"jsonl:mawps_singleop.jsonl?{fields}", f"jsonl:mawps_addsub.jsonl?rows=0:120&{fields}")
-
-
-def qwen_math_1_5b() -> Config:
-    """Qwen2.5-Math-1.5B on DeepScaleR with the settings of arXiv 2602.12642; needs a GPU.
-
-    The parameters are float32: at a learning rate of 1e-6 an update of a bfloat16 parameter nearly always rounds away.
-    Prompts a step, minibatches and the evaluation sets are not in the paper.
-    """
-    fields = "prompt=problem&answer=answer&reward=math"
-    return Config(
-        preset="qwen_math_1_5b",
-        steps=150,
-        model=ModelConfig(name="Qwen/Qwen2.5-Math-1.5B", device="cuda", matmul_precision="high"),
-        data=DataConfig(
-            train=(f"hf:agentica-org/DeepScaleR-Preview-Dataset?{fields}",),
-            eval=(
-                f"jsonl:aime24.jsonl?{fields}&optional=true",
-                f"jsonl:amc23.jsonl?{fields}&optional=true",
-                f"hf:HuggingFaceH4/MATH-500?split=test&{fields}&size=100&seed=0",
-            ),
-            template=(
-                "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
-                "<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-            ),
-            max_prompt_tokens=1024,
-            too_long="skip",
-        ),
-        generation=GenerationConfig(prompts_per_step=128, group_size=8, max_completion_tokens=3072, temperature=1.0),
-        loss=LossConfig(beta=0.05),
-        optimizer=OptimizerConfig(learning_rate=1e-6, weight_decay=0.1, minibatches=4),
-        scheduler=SchedulerConfig(tau=0.5),
-        evaluation=EvaluationConfig(every=10, samples=8, final_samples=32),
-    )
-
-
-PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny, "smollm2": smollm2, "qwen_math_1_5b": qwen_math_1_5b}
-
-
-def preset(name: str) -> Config:
-    """The settings of a preset. Raises InputError naming the known ones."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"unknown preset {name!r}: {hint}the presets are {', '.join(PRESETS)}")
-    return PRESETS[name]()

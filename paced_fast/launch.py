@@ -1,0 +1,101 @@
+"""What a command does beside training by its settings: plan, measure or replay; no run folder keeps any of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from paced_fast.errors import InputError
+
+HELP = {
+    "--dry-run [RANKS]": "print settings, memory plan and estimated time for so many processes, and start nothing",
+    "--dry-run-device NAME": "plan for this device: h100, h200, a100, l40s, 4090 or cpu; the one that is here",
+    "--dry-run-nodes NODES": "plan for so many machines; without it eight processes a machine",
+    "--bench [STEPS]": "time training steps on random rollouts, with no generation, rewards, weights or data",
+    "--bench-lengths full|even": "completions at the limit, or of lengths drawn evenly from 1 to the limit",
+    "--bench-json FILE": "write what was measured there too",
+    "--replay-rollouts FILE": "train on the rollouts that a run with --run.save-rollouts wrote, and sample none",
+}
+"""Options and what they do, for `--help`."""
+
+_SWITCHES = {"--dry-run": 0, "--bench": 5}
+"""Options whose number may be left out, and what stands for it."""
+_NEEDS = {"--dry-run-device": "--dry-run", "--dry-run-nodes": "--dry-run"} | {
+    name: "--bench" for name in ("--bench-lengths", "--bench-json")
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """Which of the modes a command asks for; plain training is none of them."""
+
+    dry_run: int | None = None
+    """Processes to plan for; 0 for those of the environment."""
+    device: str | None = None
+    nodes: int | None = None
+    bench: int | None = None
+    """Steps to time."""
+    lengths: str = "full"
+    json: Path | None = None
+    replay: Path | None = None
+
+
+def take(arguments: Sequence[str]) -> tuple[Launch, list[str]]:
+    """The modes among `arguments`, and the other words.
+
+    Raises InputError for a value that does not fit, an option given twice, and options that exclude each other.
+    """
+    found: dict[str, str | None] = {}
+    rest: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        option = name.replace("_", "-")
+        if option not in NAMES:
+            rest.append(word)
+            continue
+        if option in found:
+            raise InputError(f"{option} is given twice")
+        follows = bool(words) and not words[0].startswith("-")
+        found[option] = value if equals else words.pop(0) if follows else None
+        if found[option] in (None, "") and option not in _SWITCHES:
+            raise InputError(f"{option} needs a value")
+    modes = [name for name in ("--dry-run", "--bench", "--replay-rollouts") if name in found]
+    if len(modes) > 1:
+        raise InputError(f"{modes[0]} and {modes[1]} exclude each other: give one of them")
+    for option, needed in _NEEDS.items():
+        if option in found and needed not in found:
+            raise InputError(f"{option} needs {needed}")
+    lengths = found.get("--bench-lengths") or "full"
+    if lengths not in ("full", "even"):
+        near = difflib.get_close_matches(lengths, ("full", "even"), n=1)
+        raise InputError(f"--bench-lengths {lengths[:80]!r}: {f'did you mean {near[0]}? ' if near else ''}full or even")
+    file, replay = found.get("--bench-json"), found.get("--replay-rollouts")
+    launch = Launch(
+        dry_run=_number(found, "--dry-run"),
+        device=found.get("--dry-run-device"),
+        nodes=_number(found, "--dry-run-nodes"),
+        bench=_number(found, "--bench"),
+        lengths=lengths,
+        json=None if file is None else Path(file),
+        replay=None if replay is None else Path(replay),
+    )
+    return launch, rest
+
+
+NAMES = tuple(text.partition(" ")[0] for text in HELP)
+"""The options."""
+
+
+def _number(found: dict[str, str | None], option: str) -> int | None:
+    if option not in found:
+        return None
+    text = found[option]
+    if text is None:
+        return _SWITCHES[option]
+    if not text.isdecimal() or not 1 <= int(text) <= 10**5:
+        raise InputError(f"{option} {text[:80]!r} is not a whole number from 1 to 100000")
+    return int(text)
