@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -9,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
 from paced_fast.batch import PromptTable
-from paced_fast.config import Config, flatten, stream_seed
+from paced_fast.config import Config, ModelConfig, flatten, stream_seed
 from paced_fast.distributed import ALONE, World
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
@@ -31,6 +33,7 @@ from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
+from paced_fast.sharding import choose_mode, shards_mesh
 from paced_fast.sharing import SharedGenerator, together
 from paced_fast.trainer import Counters, Trainer
 from paced_fast.warm_start import warm_start
@@ -91,27 +94,34 @@ def build(config: Config, console: Console, world: World = ALONE) -> Run:
     if newest is None:
         begin = functools.partial(_begin, config, folder, path, tokenizer, stop_ids[0])
         model = together(world, begin if world.is_lead else lambda: None, patient=True)
-    made = model
-    model = together(world, lambda: made or load_model(config.model, str(folder / "initial")))
+    made, home = model, _home(config, world)
+    model = together(world, lambda: made or load_model(home, str(folder / "initial")))
     checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
+    is_sharded, plan = _spread(config, model, len(table), world)
+    console.print(metrics.memory_plan_table(plan, available_bytes=_device_bytes(config, world)))
     # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
     policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
+    initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
+    for one in (policy, initial):
+        if one is not None:
+            together(world, functools.partial(_place, one, config, world, is_sharded))
     embeddings = eval_embeddings = None
     if config.uses_head:
-        embeddings = policy.embed([row.token_ids for row in table.rows])
-        eval_embeddings = policy.embed([row.token_ids for row in eval_table.rows])
-    initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
+        with policy.whole():
+            embeddings = policy.embed([row.token_ids for row in table.rows])
+            eval_embeddings = policy.embed([row.token_ids for row in eval_table.rows])
     if newest is not None:
-        model = together(world, lambda: load_model(config.model, str(newest / "policy")))
+        model = together(world, lambda: load_model(home, str(newest / "policy")))
         policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
-    console.print(
-        metrics.memory_plan_table(_plan(config, policy, len(table)), available_bytes=memory.available(policy.device))
-    )
+        together(world, lambda: _place(policy, config, world, is_sharded))
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
     weights = folder / "initial" if newest is None else newest / "policy"
     generator, guard = together(world, lambda: _generator(config, policy, weights, stop_ids, table, world))
     if world.size > 1:
-        generator = SharedGenerator(generator, world, engine_ranks=config.weight_sync.tensor_parallel)
+        engine_ranks = config.weight_sync.tensor_parallel
+        generator = SharedGenerator(
+            generator, world, engine_ranks=engine_ranks, whole=_sampling_context(config, policy)
+        )
     trainer = Trainer(
         config,
         policy=policy,
@@ -172,14 +182,54 @@ def _continue(trainer: Trainer, config: Config, folder: Path, newest: Path) -> N
     logger.info("resumed after step %d from %s", trainer.counters.step, newest)
 
 
-def _plan(config: Config, policy: Policy, num_prompts: int) -> dict[str, int]:
-    """The memory plan of this rank, the engine's own weights included."""
-    plan = memory.plan(policy.model, config, num_prompts)
-    if config.generator == "vllm" and config.weight_sync.mode != "shared":
+def _home(config: Config, world: World) -> ModelConfig:
+    """Where weights are read to: the host while it is not known whether one device can hold them."""
+    is_open = world.size > 1 and config.distributed.mode != "replicated"
+    return dataclasses.replace(config.model, device="cpu") if is_open else config.model
+
+
+def _device_bytes(config: Config, world: World) -> int:
+    """Memory that one rank may think of as its own: a GPU, or its part of the machine."""
+    device = torch.device(config.model.device)
+    return memory.available(device) // (1 if device.type == "cuda" else world.local_size)
+
+
+def _spread(config: Config, model: PreTrainedModel, num_prompts: int, world: World) -> tuple[bool, dict[str, int]]:
+    """Whether the parameters are sharded, which the log says with the reason, and the memory plan of a rank."""
+    plan = _plan(config, model, num_prompts, split=world.size, is_sharded=False)
+    choice = choose_mode(
+        config.distributed.mode, ranks=world.size, plan=plan, device_bytes=_device_bytes(config, world)
+    )
+    if world.size > 1:
+        logger.info("%s", choice.reason)
+    if choice.is_sharded:
+        split = world.local_size if world.nodes > 1 else world.size
+        plan = _plan(config, model, num_prompts, split=split, is_sharded=True)
+    return choice.is_sharded, plan
+
+
+def _place(policy: Policy, config: Config, world: World, is_sharded: bool) -> None:
+    """Bring the policy to the device: all of it, or this rank's shards."""
+    device = torch.device(config.model.device)
+    if is_sharded:
+        policy.shard(shards_mesh(world, device), getattr(torch, config.model.dtype))
+    else:
+        policy.move(device)
+
+
+def _sampling_context(config: Config, policy: Policy) -> Callable[[], AbstractContextManager[None]]:
+    """What is around a sampling: an engine has weights of its own, the trainer's model must be gathered."""
+    return policy.whole if config.generator == "transformers" else contextlib.nullcontext
+
+
+def _plan(config: Config, model: PreTrainedModel, num_prompts: int, *, split: int, is_sharded: bool) -> dict[str, int]:
+    """The memory plan of a rank, the engine's own weights included."""
+    plan = memory.plan(model, config, num_prompts, split=split, is_sharded=is_sharded)
+    if config.generator == "vllm" and (is_sharded or config.weight_sync.mode != "shared"):
         itemsize = getattr(torch, config.weight_sync.dtype).itemsize
-        only_copied = config.weight_sync.mode == "push"
+        only_copied = is_sharded or config.weight_sync.mode == "push"
         name = "the engine's own weights" if only_copied else "the engine's own weights, if not shared"
-        plan[name] = itemsize * sum(parameter.numel() for parameter in policy.model.parameters())
+        plan[name] = itemsize * sum(parameter.numel() for parameter in model.parameters())
     return plan
 
 
@@ -199,7 +249,12 @@ def _generator(
             device=config.model.device,
             max_tokens=memory.engine_tokens(model, config),
             max_sequences=settings.max_batch_sequences,
-            kv_cache_bytes=memory.kv_cache_bytes(model, config),
+            kv_cache_bytes=memory.kv_cache_bytes(
+                model,
+                config,
+                split=world.local_size if policy.lockstep and world.nodes > 1 else world.size,
+                is_sharded=policy.lockstep,
+            ),
             sleep_level=config.weight_sync.sleep_level,
             ranks=world.size,
             tensor_parallel_size=config.weight_sync.tensor_parallel,

@@ -110,13 +110,14 @@ def kv_cache_bytes(model: PreTrainedModel, config: Config, *, split: int = 1, is
         tokens = ENGINE_BLOCK * (batch * blocks + -(-engine_tokens(model, config) // ENGINE_BLOCK) + 1)
         element = {"float32": 4, "bfloat16": 2}[config.weight_sync.dtype]
     token_bytes = 2 * settings.num_hidden_layers * settings.num_key_value_heads * head_size(settings) * element
-    if config.generator == "vllm" and model.device.type == "cuda":
+    device = torch.device(config.model.device)
+    if config.generator == "vllm" and device.type == "cuda":
         # Weights on both sides while the engine starts, moments and gradients from the first step on.
         count = sum(parameter.numel() for parameter in model.parameters())
-        weights = model.dtype.itemsize * count
-        state = sum(state_bytes(count, count, model.dtype.itemsize, split=split, is_sharded=is_sharded).values())
+        weights = element * count
+        state = sum(state_bytes(count, count, element, split=split, is_sharded=is_sharded).values())
         held = state + weights if is_sharded else max(state, 2 * weights)  # sharded, the engine's are its own
-        left = int(_SHARE_OF_GPU * available(model.device)) - held
+        left = int(_SHARE_OF_GPU * available(device)) - held
         least = ENGINE_BLOCK * (-(-engine_tokens(model, config) // ENGINE_BLOCK) + 1)
         return max(min(tokens * token_bytes, left), least * token_bytes)
     return tokens * token_bytes

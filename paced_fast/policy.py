@@ -66,6 +66,10 @@ class Policy:
         """Split the parameters over the ranks of `mesh`, in place and for good; passes compute in `dtype`."""
         self._shards = Shards(self.model, mesh, dtype=dtype)
 
+    def move(self, device: torch.device) -> None:
+        """Bring the model to `device`, all of it."""
+        cast(torch.nn.Module, self.model).to(device)
+
     def run(self, compute: Callable[[], Result]) -> Result:
         """`compute()`, which calls `hidden` and may read `head`; what is differentiated is among what it returns.
 

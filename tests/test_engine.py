@@ -147,6 +147,7 @@ def test_on_a_gpu_keys_and_values_take_what_training_leaves(monkeypatch: pytest.
     on_gpu = types.SimpleNamespace(
         config=made.config, dtype=made.dtype, device=torch.device("cuda"), parameters=made.parameters
     )
+    config = tiny_policy.replaced(config, model__device="cuda")
     weights = sum(parameter.numel() * 4 for parameter in made.parameters())
     monkeypatch.setattr(memory, "available", lambda device: 1 << 40)
     assert memory.kv_cache_bytes(on_gpu, config) == wanted  # type: ignore[arg-type]
