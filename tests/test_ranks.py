@@ -3,6 +3,7 @@
 Ranks are processes forked from one that has imported everything, with the environment torchrun would give them.
 """
 
+import dataclasses
 import json
 import multiprocessing as mp
 import os
@@ -112,8 +113,10 @@ def trained_unsaved(rank: int, config: Config) -> str:
 
 @pytest.mark.slow
 def test_sharded_ranks_draw_and_learn_as_one(tmp_path: Path) -> None:
-    assert launch(1, trained_unsaved, settings(tmp_path, "of1", "paced")) == ["done"]
-    assert launch(2, trained_unsaved, settings(tmp_path, "of2", "paced", distributed__mode="sharded")) == ["done"] * 2
+    alone = dataclasses.replace(settings(tmp_path, "of1", "paced"), steps=3)
+    sharded = dataclasses.replace(settings(tmp_path, "of2", "paced", distributed__mode="sharded"), steps=3)
+    assert launch(1, trained_unsaved, alone) == ["done"]
+    assert launch(2, trained_unsaved, sharded) == ["done"] * 2
     one, two = (lines(tmp_path / name, "rollouts.jsonl") for name in ("of1", "of2"))
     for key in ("step", "prompt", "completion", "reward", "replayed"):
         assert [rollout[key] for rollout in two] == [rollout[key] for rollout in one], key
