@@ -62,10 +62,10 @@ test: $(STAMP) $(STAMP_VLLM) ## Everything that must hold before a change lands,
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -m 'slow or not slow'
-	$(BIN_VLLM)/python -m pytest tests/vllm -m 'slow or not slow'
+	$(BIN_VLLM)/python -m pytest tests/engine -m 'slow or not slow'
 
 test-vllm: $(STAMP_VLLM) ## Tests with a real vLLM engine only.
-	$(BIN_VLLM)/python -m pytest tests/vllm -m 'slow or not slow'
+	$(BIN_VLLM)/python -m pytest tests/engine -m 'slow or not slow'
 
 faults: $(STAMP) ## Kill, resume and failure tests only.
 	$(BIN)/python -m pytest -m 'slow or not slow' -k 'resume or fault or atomic'

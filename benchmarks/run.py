@@ -33,9 +33,11 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "integrations": ("integrations", ()),
     "sample_efficiency": ("sample_efficiency", ()),
     "step": ("step", ()),
+    "trainer": ("trainer", ()),
     "weight_sync": ("weight_sync", ()),
     "math_rewards": ("math_rewards", ()),
     "sandbox": ("sandbox", ()),
+    "faults_processes": ("faults_processes", ()),
     "train_tiny": ("train_run", ("tiny",)),
     "train_smollm2": ("train_run", ("smollm2",)),
 }

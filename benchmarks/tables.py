@@ -27,6 +27,7 @@ FILES = {
     "math_rewards": "math_rewards.json",
     "sandbox": "sandbox.json",
     "integrations": "integrations.json",
+    "trainer": "trainer.json",
 }
 
 
@@ -38,7 +39,7 @@ def _environment(result: dict[str, Any]) -> str:
     where = result["environment"]
     versions = where["versions"]
     parts = [where["date"], f"commit {where['commit']}", where["cpu"], f"{where['cores']} cores"]
-    parts += [f"{name} {versions[name]}" for name in ("torch", "transformers")]
+    parts += [f"{name} {versions[name]}" for name in ("torch", "transformers", "trl") if versions.get(name)]
     return ", ".join(parts)
 
 
@@ -226,7 +227,37 @@ def integrations() -> str:
     note = f"""
         {given["tokens"]} completion tokens, vocabulary {given["vocabulary"]}, hidden size {given["hidden"]},
         {given["layers"]} layers, float32, 1 thread: medians of {given["repeats"]}, each method in a process of its own,
-        one after the other; memory above model and batch. {_environment(result)}."""
+        {"in turns" if result.get("interleaved") else "one after the other"}; memory above model and batch.
+        {_environment(result)}."""
+    return "\n".join([*lines, "", _wrapped(note)])
+
+
+def trainer() -> str:
+    """The training phase in TRL and in ours, as Markdown."""
+    result = json.loads(_path("trainer").read_text())
+    given, rows = result["arguments"], result["rows"]
+    lines = [
+        "| training phase | threads | seconds | completion tokens a second | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        seconds = f"{row['median_seconds']:.2f} ({row['least_seconds']:.2f} to {row['largest_seconds']:.2f})"
+        threads, memory = row["threads"] or "GPU", f"{row['peak_bytes'] / 2**20:,.0f} MiB"
+        lines.append(f"| {row['method']} | {threads} | {seconds} | {row['tokens_per_second']:,.0f} | {memory} |")
+    found = "; ".join(
+        f"{c['speed']:.2f} x the speed of {c['against']} and {c['memory']:.2f} x its memory"
+        + (f" on {c['threads']} threads" if c["threads"] > 1 else " on one thread" if c["threads"] else "")
+        for c in result["comparisons"]
+    )
+    first = rows[0]
+    note = f"""
+        Log-probs of the sampling policy, forward, backward and {given["updates"]} optimiser steps on
+        {given["prompts"]} prompts x {given["completions"]} completions of {given["shortest"]} to {given["longest"]}
+        tokens ({first["tokens"]:,} in all, {first["padded_tokens"]:,} padded; lengths even on a logarithmic scale),
+        weights of {first["weights"]}, {first["precision"]}; TRL with its defaults in micro-batches of
+        {given["sequences"]} sequences, ours in as many tokens. Medians of {first["turns"]} (least to largest), each
+        method in a process of its own, in turns; memory above the imported libraries. paced_fast: {found}.
+        {_environment(result)}."""
     return "\n".join([*lines, "", _wrapped(note)])
 
 
@@ -246,6 +277,7 @@ def render(text: str) -> str:
         "math_rewards": math_rewards,
         "sandbox": sandbox,
         "integrations": integrations,
+        "trainer": trainer,
     }
     for name, make in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

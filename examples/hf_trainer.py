@@ -2,10 +2,13 @@
 
 A small Llama learns to count down: after the prompt n it should answer n - 1, ..., 0 and stop. The reward of an answer
 is the share of it that is right. Each batch is sampled from the model in training, several answers a prompt, and log Z
-of a prompt is estimated from the rewards of its answers. Needs torch, triton, transformers and accelerate (which
-transformers wants for its Trainer), and under half a minute on a CPU:
+of a prompt is estimated from the rewards of its answers. Needs torch, triton, transformers and accelerate 1.1 or newer,
+and under half a minute on a CPU:
 
     PYTHONPATH=.:kernels python examples/hf_trainer.py
+
+transformers 5.19 makes no TrainingArguments, and so no Trainer, without accelerate. With torch, triton and transformers
+alone the body of `compute_loss` fits the loop of `plain_loop.py`.
 
 accelerate asks for a batch ahead, so answers come from the model of the step before. With accumulation or several
 processes every micro-batch here holds whole groups of its own; what the Trainer averages is then the mean over all
@@ -15,8 +18,10 @@ T = packed completion tokens, B = sequences, H = hidden size.
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import util
 
 import torch
 from torch import Tensor
@@ -84,6 +89,8 @@ class Rollouts(IterableDataset):
 
 def main() -> None:
     """Train, and say how far the reward came."""
+    if util.find_spec("accelerate") is None:
+        sys.exit("error: transformers' Trainer needs accelerate: pip install 'accelerate>=1.1'")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)

@@ -6,7 +6,7 @@ table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,34 @@ class Completion:
     """The generator's log-prob of each sampled token, at the sampling temperature."""
     stopped: bool
     """True when a stop token ended it, False when `max_completion_tokens` did."""
+
+
+def without_unknown_ids(completions: Sequence[Completion], vocabulary: int) -> list[Completion]:
+    """The completions, one with an id outside [0, vocabulary) without any tokens: it has no log-prob and no text.
+
+    A generator can sample such ids from the padding of its output layer. A sampled completion has at least one token,
+    so one without was left out: `score_sampled` gives it no verdict.
+    """
+    return [
+        Completion(token_ids=[], logprobs=[], stopped=True)
+        if completion.token_ids and not 0 <= min(completion.token_ids) <= max(completion.token_ids) < vocabulary
+        else completion
+        for completion in completions
+    ]
+
+
+def score_sampled(
+    score: Callable[[Sequence[PromptRow], Sequence[str]], list[float | None]],
+    rows: Sequence[PromptRow],
+    texts: Sequence[str],
+    completions: Sequence[Completion],
+) -> list[float | None]:
+    """The rewards of `score`, which is not shown the completions without tokens; None, no verdict, for those."""
+    sampled = [i for i, completion in enumerate(completions) if completion.token_ids]
+    rewards: list[float | None] = [None] * len(completions)
+    for i, reward in zip(sampled, score([rows[i] for i in sampled], [texts[i] for i in sampled]), strict=True):
+        rewards[i] = reward
+    return rewards
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -30,7 +30,7 @@ from paced_fast.evaluate import load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.inputs import read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
-from paced_fast.policy import Policy, build_tiny, load_model, smollm2_folder
+from paced_fast.policy import Policy, build_tiny, load_model, make_policy, prepare, smollm2_folder
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.sharding import choose_mode, shards_mesh
@@ -100,20 +100,18 @@ def build(config: Config, console: Console, world: World = ALONE) -> Run:
     is_sharded, plan = _spread(config, model, len(table), world)
     console.print(metrics.memory_plan_table(plan, available_bytes=_device_bytes(config, world)))
     # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
-    policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
-    initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
-    for one in (policy, initial):
-        if one is not None:
-            together(world, functools.partial(_place, one, config, world, is_sharded))
+    first = model
+    policy, initial = together(world, lambda: _policies(config, first, world, is_sharded))
     embeddings = eval_embeddings = None
     if config.uses_head:
         with policy.whole():
             embeddings = policy.embed([row.token_ids for row in table.rows])
             eval_embeddings = policy.embed([row.token_ids for row in eval_table.rows])
-    if newest is not None:
-        model = together(world, lambda: load_model(home, str(newest / "policy")))
-        policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
-        together(world, lambda: _place(policy, config, world, is_sharded))
+    if newest is not None and config.lora.rank == 0:  # adapters lie beside the weights from before training
+        latest = together(world, lambda: load_model(home, str(newest / "policy")))
+        policy, _ = together(world, lambda: _policies(config, latest, world, is_sharded, with_initial=False))
+    if not is_sharded:
+        together(world, lambda: prepare(policy, config))
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
     weights = folder / "initial" if newest is None else newest / "policy"
     generator, guard = together(world, lambda: _generator(config, policy, weights, stop_ids, table, world))
@@ -208,13 +206,24 @@ def _spread(config: Config, model: PreTrainedModel, num_prompts: int, world: Wor
     return choice.is_sharded, plan
 
 
-def _place(policy: Policy, config: Config, world: World, is_sharded: bool) -> None:
-    """Bring the policy to the device: all of it, or this rank's shards."""
+def _policies(
+    config: Config, model: PreTrainedModel, world: World, is_sharded: bool, *, with_initial: bool = True
+) -> tuple[Policy, Policy | None]:
+    """The policy on the device, all of it or this rank's shards, and the reference that flowrl keeps beside it.
+
+    What is split cannot be given adapters or other layers any more, so it gets them before.
+    """
     device = torch.device(config.model.device)
+    if not is_sharded:
+        cast(torch.nn.Module, model).to(device)
+    policy = make_policy(model, config)
+    initial = policy.frozen_copy() if config.algorithm == "flowrl" and with_initial else None
     if is_sharded:
-        policy.shard(shards_mesh(world, device), getattr(torch, config.model.dtype))
-    else:
-        policy.move(device)
+        prepare(policy, config)
+        for one in (policy, initial):
+            if one is not None:
+                one.shard(shards_mesh(world, device), getattr(torch, config.model.dtype))
+    return policy, initial
 
 
 def _sampling_context(config: Config, policy: Policy) -> Callable[[], AbstractContextManager[None]]:
@@ -332,7 +341,9 @@ def _claim(folder: Path, config: Config) -> None:
 # What may differ between a run and its continuation: how long it goes on, what it keeps and where things lie.
 # What an error message advises to change must be free too.
 _FREE_ON_RESUME = (
-    *("steps", "resume", "run_dir", "run.", "distributed.", "warm_start.cache_dir", "generation.max_batch_sequences"),
+    *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger")),
+    *("steps", "resume", "run_dir", "run.", "distributed.", "guard."),
+    *("warm_start.cache_dir", "generation.max_batch_sequences"),
     *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib", "tensor_parallel")),
     *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
 )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from paced_fast.errors import InputError, TrainingError
 
@@ -145,9 +146,25 @@ def start(device: str, timeout_seconds: float) -> World:
         torch.cuda.set_device(world.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+        wait = datetime.timedelta(seconds=timeout_seconds)
+        dist.init_process_group(
+            backend, timeout=wait, store=_store(world, wait), rank=world.rank, world_size=world.size
+        )
         _patient[0] = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return world
+
+
+def _store(world: World, wait: datetime.timedelta) -> Any:
+    """Where the ranks find each other, apart from what an earlier attempt left there.
+
+    torchrun keeps one store through its restarts, and a rank that reads the address of its dead predecessor is refused.
+    Over several machines the attempts are not counted alike, so there the store is taken as it is.
+    """
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=wait))
+    if world.nodes > 1:
+        return store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def stop() -> None:

@@ -1,4 +1,4 @@
-"""The two kinds of failure a user meets: wrong input, and a run that cannot go on."""
+"""How a run ends early: wrong input, a run that cannot go on, and one that was asked to stop."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """The run stopped itself (non-finite steps in a row, for example). One line that says why; exit status 3."""
+
+
+class StopRequested(Exception):
+    """The run was asked to stop and did, at a boundary. One line that says after which step; see `signals.status`."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from paced_fast.batch import Completion, PromptRow, PromptTable
+from paced_fast.batch import Completion, PromptRow, PromptTable, score_sampled, without_unknown_ids
 from paced_fast.config import stream_seed
 from paced_fast.errors import InputError
 from paced_fast.estimates import majority_at_k, mean_intervals, pass_at_each
@@ -151,19 +151,23 @@ def evaluate(
     sampling: Sampling,
     headline: Sequence[str] = (),
     keep: Callable[[Sequence[Sample]], None] | None = None,
+    vocabulary: int | None = None,
 ) -> Evaluation:
     """Sample every prompt of `table`, score the completions and take their figures; `keep` is shown every sample.
 
-    `take_counts` is asked before and after scoring, so that neither side counts the other's verdicts.
+    `take_counts` is asked before and after scoring, so that neither side counts the other's verdicts. Completions with
+    ids outside `vocabulary` are unscored.
     """
     check_headline(headline, table)
     started = time.perf_counter()
     completions = _sample(generator, table, sampling)
     seconds = time.perf_counter() - started
+    if vocabulary is not None:
+        completions = without_unknown_ids(completions, vocabulary)
     rows = [row for row in table.rows for _ in range(sampling.samples)]
     texts = [decode(completion.token_ids) for completion in completions]
     take_counts()
-    rewards = score(rows, texts)
+    rewards = score_sampled(score, rows, texts, completions)
     verdicts = take_counts()
     samples = [
         Sample(

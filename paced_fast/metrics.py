@@ -302,6 +302,8 @@ class Phases:
         self.peak_bytes: dict[str, int] = {}
         """Most bytes held in each phase of the step that `take` closed last; empty when nobody measures them."""
         self._peaks: dict[str, int] = {}
+        self.listener: Callable[[str], object] = lambda name: None
+        """Told the name of every stretch as it begins."""
         self._open: list[str] = []
         self._marks: list[tuple[Any, str]] = []  # a mark, and what began at it
         self._charge("other")
@@ -336,3 +338,4 @@ class Phases:
             ended = self._marks[-1][1]
             self._peaks[ended] = max(self._peaks.get(ended, 0), self._memory())
         self._marks.append((self._clock(), name))
+        self.listener(name)

@@ -1,7 +1,9 @@
 """Completions -> packed rollouts -> micro-batches -> rows of the policy's forward pass.
 
-A forward row holds one prompt followed by several of its completions, each of which sees the prompt and itself only.
-The prompt is so computed once for a group and not once for each of its completions.
+Two layouts share a prompt among its completions, each of which sees the prompt and itself only: rows of one group each,
+padded to one length, with a mask (`forward_rows`), and all groups in one row, cut into blocks (`packed_row`). The
+prompt is so computed once for a group and not once for each of its completions. The third has every prompt before every
+completion, for kernels that know sequences and nothing else (`packed_row` without sharing).
 """
 
 from __future__ import annotations
@@ -24,6 +26,21 @@ class ForwardRows:
     position_ids: Tensor  # i64[R, L]
     attention_mask: Tensor  # bool[R, 1, L, L], True where a query may look
     hidden_index: Tensor  # i64[T], positions in the flattened [R * L] states, in packed order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedRow:
+    """One row of L tokens without padding, cut into K blocks.
+
+    A token sees what comes before it in its block, and with a prefix all of that other block too.
+    """
+
+    input_ids: Tensor  # i64[1, L]
+    position_ids: Tensor  # i64[1, L], counted along each sequence
+    hidden_index: Tensor  # i64[T], positions of the states that predict the packed completion tokens
+    lengths: tuple[int, ...]  # K
+    prefixes: tuple[int, ...]  # K, the block that comes before this one in its sequence, or -1
+    cu_seqlens: Tensor  # i32[K + 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +174,8 @@ def _layout(plan: Sequence[_Row], rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         starts.append(starts[-1] + number)
     source, position, segment = layout = torch.zeros(3, len(plan), length, dtype=torch.int64)
     segment.fill_(-1)
-    second = torch.zeros(rollouts.num_sequences, dtype=torch.int64)  # the place before that of the second state
-    first = torch.zeros(rollouts.num_sequences, dtype=torch.int64)
+    second = [0] * rollouts.num_sequences  # the place before that of the second state
+    first = [0] * rollouts.num_sequences
     seen = 0
     for r, (row, prompt_length) in enumerate(zip(plan, prompt_lengths, strict=True)):
         start = prompt_length
@@ -174,12 +191,105 @@ def _layout(plan: Sequence[_Row], rollouts: Rollouts) -> tuple[Tensor, Tensor]:
             segment[r, start : start + count] = k
             first[i], second[i] = r * length + prompt_length - 1, r * length + start - 1
             start += count
-    lengths = torch.tensor(rollouts.lengths, dtype=torch.int64)
-    hidden = _ranges(second, lengths)
+    return layout, _places(first, second, rollouts.lengths)
+
+
+def packed_row(rollouts: Rollouts, *, share_prompts: bool) -> PackedRow:
+    """Lay the sequences out one after another, each a block.
+
+    With `share_prompts` a prompt is a block of its own, which those of its completions name as their prefix. The layout
+    is made of lengths alone: the tokens of completions stay on the device.
+    """
+    device = rollouts.token_ids.device
+    places: dict[tuple[int, ...], int] = {}  # where each prompt begins among the tokens of all prompts
+    prompts: list[int] = []
+    for prompt in rollouts.prompt_ids:
+        if prompt not in places:
+            places[prompt] = len(prompts)
+            prompts.extend(prompt)
+    # Pieces of a row: where their tokens are, how many, and the position of the first.
+    starts, counts, positions = list[int](), list[int](), list[int]()
+    lengths, prefixes = list[int](), list[int]()
+    first, second = list[int](), list[int]()  # per sequence: the state of its first token, the place before the second
+    shared: dict[tuple[int, ...], tuple[int, int]] = {}  # the block of each prompt, and its last place
+    place, token = 0, len(prompts)
+    for prompt, length in zip(rollouts.prompt_ids, rollouts.lengths, strict=True):
+        count = max(length - 1, 0)  # the last token of a completion predicts nothing, so it need not be computed
+        if not share_prompts or prompt not in shared:
+            starts.append(places[prompt])
+            counts.append(len(prompt))
+            positions.append(0)
+            place += len(prompt)
+            shared[prompt] = (len(lengths), place - 1)
+            lengths.append(len(prompt))
+            prefixes.append(-1)
+        block, last = shared[prompt]
+        first.append(last)
+        second.append(place - 1)
+        if count > 0:
+            starts.append(token)
+            counts.append(count)
+            positions.append(len(prompt))
+            place += count
+            if share_prompts:
+                lengths.append(count)
+                prefixes.append(block)
+            else:
+                lengths[-1] += count
+        token += length
+    sizes = torch.tensor(counts, dtype=torch.int64)
+    source = to_device(_ranges(torch.tensor(starts, dtype=torch.int64), sizes), torch.int64, device)
+    position = to_device(_ranges(torch.tensor(positions, dtype=torch.int64), sizes), torch.int64, device)
+    tokens = torch.cat([to_device(prompts, torch.int64, device), rollouts.token_ids])
+    return PackedRow(
+        input_ids=tokens[source][None],
+        position_ids=position[None],
+        hidden_index=to_device(_places(first, second, rollouts.lengths), torch.int64, device),
+        lengths=tuple(lengths),
+        prefixes=tuple(prefixes),
+        cu_seqlens=cu_seqlens(lengths, device),
+    )
+
+
+def _places(first: Sequence[int], second: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Where the state of every packed token is, on the host: `first` for the first of a sequence, the place after
+    `second` for its second, and so on."""
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    places = _ranges(torch.tensor(second, dtype=torch.int64), sizes)
     # The first token of a completion hangs on the last of its prompt.
-    begins, has_tokens = lengths.cumsum(0) - lengths, lengths > 0
-    hidden[begins[has_tokens]] = first[has_tokens]
-    return layout, hidden
+    begins, has_tokens = sizes.cumsum(0) - sizes, sizes > 0
+    places[begins[has_tokens]] = torch.tensor(first, dtype=torch.int64)[has_tokens]
+    return places
+
+
+def longest_row(rollouts: Rollouts, max_row_tokens: int) -> int:
+    """The length that `forward_rows` would give its rows."""
+    plan = _plan_rows(rollouts, range(rollouts.num_sequences), max_row_tokens)
+    return max((row.num_tokens for row in plan), default=1)
+
+
+def packed_micro_batches(
+    rollouts: Rollouts, sequences: Sequence[int], max_tokens: int, *, share_prompts: bool
+) -> list[list[int]]:
+    """Split `sequences` into lists whose packed rows hold at most `max_tokens` tokens.
+
+    Sequences stay whole, and with `share_prompts` groups too where they fit. The union of the lists is `sequences`.
+    """
+    if share_prompts:
+        plan = _plan_rows(rollouts, sequences, max_tokens)
+    else:
+        plan = [_Row((i,), len(rollouts.prompt_ids[i]) + max(rollouts.lengths[i] - 1, 0)) for i in sequences]
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(plan, key=lambda row: -row.num_tokens):  # the longest first: each into the first that has room
+        fits = next((k for k, left in enumerate(room) if row.num_tokens <= left), None)
+        if fits is None:
+            fits = len(batches)
+            batches.append([])
+            room.append(max_tokens)
+        batches[fits].extend(row.sequences)
+        room[fits] -= row.num_tokens
+    return batches
 
 
 def micro_batches(rollouts: Rollouts, sequences: Sequence[int], max_tokens: int) -> list[list[int]]:

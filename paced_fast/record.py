@@ -123,6 +123,7 @@ def step_record(result: StepResult, host: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": host["learning_rate"],
         "reward_mean": sum(rewards) / len(rewards),
         "unscored_share": 1 - len(rewards) / len(completions),
+        "unknown_ids": sum(not completion.token_ids for completion in completions),
         "mixed_group_share": metrics.mixed_group_share(sampled),
         "trained_sequences": result.rollouts.num_sequences,
         "prompts_visited_share": host["prompts_visited_share"],

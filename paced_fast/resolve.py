@@ -17,8 +17,8 @@ from paced_fast.sources import is_template, parse_source
 def resolve(config: Config) -> Config:
     """Replace every `auto` by what the algorithm's name says, and check the settings against each other.
 
-    `weight_sync.mode`, `reward.sandbox` and `distributed.mode` stay `auto`: the engine's layout, the machine and the
-    model decide, not known yet.
+    `weight_sync.mode`, `reward.sandbox`, `distributed.mode`, `model.attention` and `model.liger` stay `auto`: the
+    engine's layout, the machine and the model decide, not known yet.
 
     Raises InputError naming the first field that is out of range or in conflict with another.
     """
@@ -54,6 +54,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "model.intermediate_size": (1, 10**6),
     "model.num_layers": (1, 10**4),
     "model.num_heads": (1, 10**4),
+    "lora.rank": (0, 10**4),
+    "lora.alpha": (1, 10**6),
     "data.max_prompt_tokens": (1, 10**7),
     "data.max_bad_share": (0.0, 1.0),
     "warm_start.first.steps": (0, 10**9),
@@ -105,6 +107,19 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "optimizer.micro_batch_tokens": (1, 10**9),
     "optimizer.max_consecutive_skips": (1, 10**6),
     "distributed.timeout_seconds": (1.0, 86400.0),
+    "distributed.stall_seconds": (1.0, 86400.0),
+    "guard.max_kl": (0.0, math.inf),
+    "guard.max_log_ratio": (0.0, math.inf),
+    "guard.min_sample_share": (0.0, 1.0),
+    "guard.max_token_ratio": (1.0, math.inf),
+    "guard.max_truncated_share": (0.0, 1.0),
+    "guard.collapsed_reward": (0.0, 1.0),
+    "guard.healthy_reward": (0.0, 1.0),
+    "guard.max_value_gap": (0.0, math.inf),
+    "guard.stuck_value": (0.0, 0.1),
+    "guard.max_head_loss_growth": (1.0, math.inf),
+    "guard.patience": (1, 10**4),
+    "guard.repeat_every": (1, 10**9),
     "log_z.learning_rate": (0.0, 1.0),
     "log_z.hidden_size": (1, 10**6),
     "log_z.max_grad_norm": (1e-12, math.inf),
@@ -223,6 +238,18 @@ def _check(config: Config) -> None:
         )
     hottest = max(config.generation.temperature, config.evaluation.temperature)
     coldest = min(config.generation.temperature, config.evaluation.temperature or 1.0)  # 0 is no sampling
+    if config.model.device == "cpu" and config.model.liger == "on":
+        raise InputError("--model.liger on: its kernels need a GPU: give auto, which leaves them out on a CPU, or off")
+    if config.model.device == "cpu" and config.model.attention not in ("auto", "shared", "packed-sdpa"):
+        raise InputError(f"--model.attention {config.model.attention} needs a GPU: give auto, shared or packed-sdpa")
+    if config.lora.rank > 0 and util.find_spec("peft") is None:
+        raise InputError("--lora.rank needs PEFT: pip install 'paced-fast[lora]', or leave it at 0")
+    if config.lora.rank > 0 and not config.lora.targets:
+        raise InputError("--lora.targets names no layer: give some, or all-linear")
+    if config.lora.rank > 0 and config.weight_sync.mode == "shared" and config.generator == "vllm":
+        raise InputError(
+            "--weight-sync.mode shared: the engine needs merged weights, which --lora.rank keeps apart: give push"
+        )
     if config.generator == "vllm" and hottest > 2.0:
         raise InputError(f"--generator vllm samples at temperatures up to 2, not {hottest:g}: lower it")
     if config.generator == "vllm" and coldest < 0.01:

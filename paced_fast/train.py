@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,23 +21,34 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from paced_fast import checkpoint, cli, distributed, metrics, prompts, report
+from paced_fast import checkpoint, cli, distributed, metrics, prompts, report, signals
 from paced_fast.build import Run, build
 from paced_fast.config import Config, flatten, stream_seed
 from paced_fast.distributed import EVERYWHERE, World
-from paced_fast.errors import InputError, TrainingError
+from paced_fast.errors import InputError, StopRequested, TrainingError
 from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
+from paced_fast.generate import VLLMGenerator
 from paced_fast.inputs import without_missing
 from paced_fast.policy import quiet
 from paced_fast.resolve import resolve
-from paced_fast.sharing import shared_judge, summed_counts, together
+from paced_fast.sharing import SharedGenerator, shared_judge, summed_counts, together
+from paced_fast.signals import StopRequest
+from paced_fast.watchdog import Watchdog, open_board
 
 logger = logging.getLogger("paced_fast.train")  # __name__ is __main__ under python -m
 
 
-def train(run: Run, console: Console) -> dict[str, Any]:
-    """The loop; returns the summary that is also written to the run folder. Of several ranks the lead writes."""
+def train(
+    run: Run, console: Console, stop: StopRequest | None = None, watchdog: Watchdog | None = None
+) -> dict[str, Any]:
+    """The loop; returns the summary that is also written to the run folder. Of several ranks the lead writes.
+
+    Raises StopRequested at the end of the step in which any rank's `stop` was asked for, with a checkpoint.
+    """
     config, trainer, folder, world = run.config, run.trainer, run.folder, run.world
+    saved = trainer.counters.step
+    if watchdog is not None:
+        _watch(run, watchdog)
     with contextlib.ExitStack() as stack:
         writer = progress = None
         if world.is_lead:
@@ -53,6 +65,7 @@ def train(run: Run, console: Console) -> dict[str, Any]:
                 writer.write_rollouts(shown or [])
                 progress.update(record)
 
+        _stop_if_asked(run, stop, saved)
         # A resumed run loads the engine anew, so it is checked like a new one.
         parity = trainer.check_parity()
         if run.resumed:
@@ -71,6 +84,7 @@ def train(run: Run, console: Console) -> dict[str, Any]:
             if before is not None or parity:
                 tell(record)
         while trainer.counters.step < config.steps:
+            _stop_if_asked(run, stop, saved)
             record, shown = trainer.step()
             step = trainer.counters.step
             last = step == config.steps
@@ -80,8 +94,10 @@ def train(run: Run, console: Console) -> dict[str, Any]:
             if last:
                 record |= _final_evaluation(run)
             tell(record, shown)
+            trainer.guards.stop(step)
             if last or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
                 _save(run)
+                saved = step
     if not world.is_lead:
         return {}
     summary = summarise(folder, config)
@@ -89,26 +105,50 @@ def train(run: Run, console: Console) -> dict[str, Any]:
     return summary
 
 
+def _stop_if_asked(run: Run, stop: StopRequest | None, saved: int) -> None:
+    """Leave with a checkpoint of this step when any rank was asked to; `saved` is the last step that has one."""
+    if stop is None or not stop.agreed(run.world):
+        return
+    step = run.trainer.counters.step
+    if step != saved:
+        _save(run)
+    what = f"after step {step}: --resume auto continues" if step else "before the first step"
+    raise StopRequested(f"{stop.name or 'a signal to another rank'}: stopped {what}")
+
+
+def _watch(run: Run, watchdog: Watchdog) -> None:
+    """Let the watchdog see every phase of the run, and every pass through the policy and the engine within one."""
+    watchdog.count = lambda: run.trainer.counters.step
+    run.trainer.phases.listener = watchdog.phase
+    run.trainer.policy.model.base_model.register_forward_pre_hook(lambda *_: watchdog.progress())
+    own = run.generator.own if isinstance(run.generator, SharedGenerator) else run.generator
+    if isinstance(own, VLLMGenerator):
+        own.progress = watchdog.progress
+
+
 def evaluate_now(run: Run, samples: int) -> Evaluation | None:
     """Evaluate the policy as it is now on the held-out prompts; None when the run has none."""
     config = run.config
     if not run.eval_table.rows:
         return None
-    return evaluate(
-        run.generator,
-        run.eval_table,
-        score=shared_judge(run.world, run.scorer.score),
-        take_counts=lambda: summed_counts(run.world, run.scorer.take_counts()),
-        decode=lambda ids: prompts.decode(run.tokenizer, ids),
-        sampling=Sampling(
-            samples=samples,
-            max_completion_tokens=config.evaluation.max_completion_tokens or config.generation.max_completion_tokens,
-            temperature=config.evaluation.temperature,
-            top_p=config.evaluation.top_p,
-            seed=stream_seed(config.seed, run.trainer.counters.step, "evaluate"),
-        ),
-        headline=config.data.headline,
+    sampling = Sampling(
+        samples=samples,
+        max_completion_tokens=config.evaluation.max_completion_tokens or config.generation.max_completion_tokens,
+        temperature=config.evaluation.temperature,
+        top_p=config.evaluation.top_p,
+        seed=stream_seed(config.seed, run.trainer.counters.step, "evaluate"),
     )
+    with run.trainer.phases.phase("evaluate"):
+        return evaluate(
+            run.generator,
+            run.eval_table,
+            score=shared_judge(run.world, run.scorer.score),
+            take_counts=lambda: summed_counts(run.world, run.scorer.take_counts()),
+            decode=lambda ids: prompts.decode(run.tokenizer, ids),
+            sampling=sampling,
+            headline=config.data.headline,
+            vocabulary=run.trainer.vocabulary,
+        )
 
 
 def _final_evaluation(run: Run) -> dict[str, Any]:
@@ -163,6 +203,7 @@ def summarise(folder: Path, config: Config) -> dict[str, Any]:
         "value_rank_correlation": value.get("rank_correlation"),
         "mixed_group_share": sum(shares) / len(shares) if shares else None,
         "skipped_steps": last.get("skipped_steps", 0),
+        "warnings": dict(Counter(name for record in steps for name in record.get("warnings", ()))),
         "curve": [
             {"rollouts": r["rollouts"], "train_seconds": r["train_seconds"], "accuracy": r["eval"]["accuracy"]}
             for r in records
@@ -187,7 +228,8 @@ def _save(run: Run) -> None:
             keep=run.config.run.keep_checkpoints,
         )
 
-    together(run.world, save if run.world.is_lead else lambda: None, patient=True)
+    with run.trainer.phases.phase("checkpoint"):
+        together(run.world, save if run.world.is_lead else lambda: None, patient=True)
 
 
 def run(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -202,20 +244,35 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
             "use the preset tiny or smollm2, or --model.device cpu"
         )
     world = distributed.start(config.model.device, config.distributed.timeout_seconds)
+    if world.size > 1:
+        signals.end_with_parent()
     try:
-        return _run(config, console if world.is_lead else Console(quiet=True), world)
+        with StopRequest() as stop, _watchdog(config, world) as watchdog:
+            return _run(config, console if world.is_lead else Console(quiet=True), world, stop, watchdog)
     finally:
         distributed.stop()
 
 
-def _run(config: Config, console: Console, world: World) -> dict[str, Any]:
+def _watchdog(config: Config, world: World) -> Watchdog:
+    """The watchdog of this rank; torchrun says where the store of all ranks is, and which attempt this is."""
+    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    return Watchdog(
+        world,
+        stall_seconds=config.distributed.stall_seconds,
+        gone_seconds=config.distributed.timeout_seconds,
+        board=open_board(world, address, port),
+        name=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+
+
+def _run(config: Config, console: Console, world: World, stop: StopRequest, watchdog: Watchdog) -> dict[str, Any]:
     if not world.is_lead:
         logging.getLogger("paced_fast").setLevel(logging.WARNING)
     config = without_missing(resolve(config))
     console.print(metrics.config_table(flatten(config)))
     prepared = build(config, console, world)
     try:
-        summary = train(prepared, console)
+        summary = train(prepared, console, stop, watchdog)
     finally:
         prepared.scorer.close()
         prepared.generator.close()
@@ -232,7 +289,10 @@ def _tell(line: str, error: Exception) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line. Exit status 0 when done, 2 for wrong input, 3 when the run stopped itself."""
+    """Command line. Exit status 0 when done, 2 for wrong input, 3 when the run stopped itself.
+
+    A run that a signal asked to stop leaves with 75, or with 0 under torchrun, which would start it again otherwise.
+    """
     console = metrics.configure_logging()
     quiet()
     try:
@@ -244,6 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TrainingError as error:
         _tell(f"stopped: {error}", error)
         raise SystemExit(3) from None
+    except StopRequested as error:
+        _tell(str(error), error)
+        raise SystemExit(signals.status(launched="TORCHELASTIC_RUN_ID" in os.environ)) from None
     if summary:
         console.print(metrics.final_table(summary, run_dir=summary["run_dir"]))
 

@@ -16,17 +16,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from paced_fast import memory, metrics, pack, prompts
-from paced_fast.batch import Completion, Group, PromptRow, PromptTable, Rollouts
+from paced_fast.batch import Completion, Group, PromptRow, PromptTable, Rollouts, score_sampled, without_unknown_ids
 from paced_fast.checkpoint import below, load_optimizer_tensors, optimizer_tensors, prefixed
 from paced_fast.config import Config, stream_seed
 from paced_fast.crossings import clock_of, to_device, to_host
 from paced_fast.distributed import ALONE, World
 from paced_fast.errors import TrainingError
 from paced_fast.generate import Generator
+from paced_fast.guards import Guards
 from paced_fast.log_z import LogZ, group_accuracy, group_advantage
 from paced_fast.mismatch import sequence_weights
 from paced_fast.parity import ParityGuard
-from paced_fast.policy import Policy
+from paced_fast.policy import Policy, adapter_state, load_adapter_state
 from paced_fast.record import Fresh, StepResult, fetch, shown_rollouts, step_record, value_record
 from paced_fast.replay import ReplayBuffer, importance_weights
 from paced_fast.rewards import Scorer, Shaper
@@ -77,9 +78,11 @@ class Trainer:
         self.config, self.policy, self.initial = config, policy, initial
         self.generator, self.scorer, self.shaper = generator, scorer, shaper
         self.tokenizer, self.table = tokenizer, table
+        self.vocabulary = min(len(tokenizer), policy.head[0].shape[0])
         mesh = None if policy.lockstep else replicas_mesh(world, policy.device)  # sharded parameters know theirs
         self.optimizer = make_optimizer(policy, config.optimizer, mesh)
         self.counters = Counters()
+        self.guards = Guards(config.guard, speaks=world.is_lead)
         device = policy.device
         self.phases = metrics.Phases(*clock_of(device), memory.probe(device))
         self.now = torch.zeros((), dtype=torch.int64, device=device)  # the step, for everything on the device
@@ -152,6 +155,7 @@ class Trainer:
         if self.config.value_is_accuracy and values is not None:
             record |= value_record(result, host, counters.step)
         record |= {name: figures for name, figures in (("weight_sync", sync), ("parity", parity)) if figures}
+        record["warnings"] = self.guards.check(record)
         values_shown = host.get("values_fresh") if self.config.value_is_accuracy else None
         return record, shown_rollouts(
             result,
@@ -280,6 +284,7 @@ class Trainer:
                 temperature=config.temperature,
                 seed=seed,
             )
+            completions = without_unknown_ids(completions, self.vocabulary)
         with self.phases.phase("reward"):
             part = self.world.share(len(completions))
             own = slice(part.start, part.stop)
@@ -295,7 +300,7 @@ class Trainer:
     def _judge(self, rows: Sequence[PromptRow], completions: Sequence[Completion]) -> tuple[Scores, list[float]]:
         """Rewards of this rank's part, and what shaping adds to each, empty without any."""
         texts = [prompts.decode(self.tokenizer, completion.token_ids) for completion in completions]
-        rewards = self.scorer.score(rows, texts)
+        rewards = score_sampled(self.scorer.score, rows, texts, completions)
         self.scorer.check_failures()
         limit = self.config.generation.max_completion_tokens
         return rewards, self.shaper.shape(rows, texts, completions, limit) if self.shaper else []
@@ -370,7 +375,9 @@ class Trainer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor a resumed run needs, the policy's parameters apart."""
         tensors = prefixed("optimizer", optimizer_tensors(self.optimizer))
+        tensors |= prefixed("adapter", adapter_state(self.policy.model))
         tensors |= prefixed("scheduler", self.scheduler.state_dict())
+        tensors |= prefixed("guards", self.guards.state_dict())
         if self.log_z is not None:
             tensors |= prefixed("log_z.head", self.log_z.state_dict())
             tensors |= prefixed("log_z.optimizer", optimizer_tensors(self.log_z.optimizer))
@@ -381,7 +388,9 @@ class Trainer:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `state_tensors()`."""
         load_optimizer_tensors(self.optimizer, below("optimizer", tensors))
+        load_adapter_state(self.policy.model, below("adapter", tensors))
         self.scheduler.load_state_dict(below("scheduler", tensors))
+        self.guards.load_state_dict(below("guards", tensors))
         if self.log_z is not None:
             self.log_z.load_state_dict(below("log_z.head", tensors))
             load_optimizer_tensors(self.log_z.optimizer, below("log_z.optimizer", tensors))

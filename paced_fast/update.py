@@ -190,9 +190,9 @@ def passes(
     """
     dealt = pack.deal(rollouts, sequences, world.size, max_tokens)
     if not policy.lockstep:
-        yield from ((chosen, True) for chosen in pack.micro_batches(rollouts, dealt[world.rank], max_tokens))
+        yield from ((chosen, True) for chosen in policy.micro_batches(rollouts, dealt[world.rank], max_tokens))
         return
-    batches = [pack.micro_batches(rollouts, part, max_tokens) for part in dealt]
+    batches = [policy.micro_batches(rollouts, part, max_tokens) for part in dealt]
     own = batches[world.rank]
     yield from ((chosen, True) for chosen in own)
     for _ in range(max(map(len, batches)) - len(own)):

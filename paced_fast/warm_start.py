@@ -17,14 +17,14 @@ from paced_fast import pack
 from paced_fast.batch import Completion, PromptTable
 from paced_fast.config import Config, WarmStartPhase, digest, stream_seed
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.policy import Policy, load_model
+from paced_fast.policy import Policy, load_model, make_policy
 from paced_fast.sources import find_file, parse_source
 from paced_kernels import linear_logprobs
 
 logger = logging.getLogger(__name__)
 
 # A cached result is only as good as the code that made it: these modules are part of its key.
-_CODE = ("tasks.py", "sources/*.py", "prompts/*.py", "pack.py", "policy.py", "warm_start.py")
+_CODE = ("tasks.py", "sources/*.py", "prompts/*.py", "pack.py", "policy/*.py", "warm_start.py")
 
 
 def cache_folder(config: Config) -> Path:
@@ -61,7 +61,7 @@ def warm_start(
     if (folder / "config.json").is_file():  # the folder got its name when it was complete
         report(f"warm start: from the cache ({folder})")
         return load_model(config.model, str(folder))
-    policy = Policy(model, max_tokens=config.optimizer.micro_batch_tokens)
+    policy = make_policy(model, config)
     for number, phase in enumerate(phases, start=1):
         _run_phase(policy, tokenizer, phase, config, number, load(phase.sources), stop_id, report)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -109,7 +109,7 @@ def _run_phase(
         )
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
-        for sequences in pack.micro_batches(rollouts, range(len(chosen)), policy.max_tokens):
+        for sequences in policy.micro_batches(rollouts, range(len(chosen))):
             micro = pack.select(rollouts, sequences)
             logprobs = linear_logprobs(policy.hidden(micro), weight, micro.token_ids, bias=bias)
             part = -logprobs.sum() / rollouts.num_tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from paced_fast.config import WeightSyncConfig
 from paced_fast.errors import InputError, TrainingError
+from paced_fast.policy import is_adapted, plain_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -182,16 +183,25 @@ class PushedWeights:
 
     mode = "push"
 
-    def __init__(self, trainer: Mapping[str, Tensor], engine: Engine, *, bucket_bytes: int) -> None:
-        """Nothing is copied yet: the engine has just loaded the same weights."""
-        self.trainer, self.engine, self.bucket_bytes = dict(trainer), engine, bucket_bytes
+    def __init__(
+        self, trainer: Callable[[], Iterable[tuple[str, Tensor]]], engine: Engine, *, bucket_bytes: int
+    ) -> None:
+        """`trainer` gives the named weights as they are now. Nothing is copied yet: the engine has just loaded them."""
+        self.trainer, self.engine, self.bucket_bytes = trainer, engine, bucket_bytes
 
     def after_update(self) -> dict[str, float]:
         """Copy every parameter; bytes are those handed over."""
         started = time.perf_counter()
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self.trainer.values())
+        size = 0
+
+        def counted() -> Iterator[tuple[str, Tensor]]:
+            nonlocal size
+            for name, tensor in self._buckets():
+                size += tensor.numel() * tensor.element_size()
+                yield name, tensor
+
         with torch.no_grad():
-            self.engine.reload(self._buckets())
+            self.engine.reload(counted())
         seconds = time.perf_counter() - started
         logger.debug("pushed %d bytes in %.3f s", size, seconds)
         return {"bytes": float(size), "seconds": seconds}
@@ -200,7 +210,7 @@ class PushedWeights:
         """Named weights; sharded ones are gathered a bucket at a time, so that one bucket is all that is held whole."""
         bucket: list[tuple[str, Tensor]] = []
         held = 0
-        for name, tensor in self.trainer.items():
+        for name, tensor in self.trainer():
             bucket.append((name, _whole(tensor.detach())))
             held += tensor.numel() * tensor.element_size()
             if held >= self.bucket_bytes:
@@ -215,7 +225,13 @@ def connect(engine: Engine, model: PreTrainedModel, config: WeightSyncConfig) ->
     Raises InputError in mode `shared` when the layouts do not allow it, with the reason.
     """
     trainer = dict(model.named_parameters())
-    if config.mode != "push":
+    if config.mode != "push" and is_adapted(model):
+        if config.mode == "shared":
+            raise InputError(
+                "--weight-sync.mode shared: the engine needs merged weights, which --lora.rank keeps apart: give push"
+            )
+        logger.info("weights are merged and pushed after every update, not shared: --lora.rank keeps them apart")
+    elif config.mode != "push":
         try:
             return share(engine, model.config.model_type, trainer)
         except LayoutError as error:
@@ -224,7 +240,7 @@ def connect(engine: Engine, model: PreTrainedModel, config: WeightSyncConfig) ->
                     f"--weight-sync.mode shared: {error}: give push, or auto to fall back to it"
                 ) from error
             logger.warning("weights are pushed after every update, not shared: %s", error)
-    return PushedWeights(trainer, engine, bucket_bytes=config.bucket_mib << 20)
+    return PushedWeights(lambda: plain_parameters(model), engine, bucket_bytes=config.bucket_mib << 20)
 
 
 def share(engine: Engine, model_type: str, trainer: Mapping[str, torch.nn.Parameter]) -> SharedWeights:

@@ -24,8 +24,15 @@ settings.register_profile("paced", deadline=None, derandomize=True, database=Non
 settings.load_profile("paced")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what this machine cannot run; everything below tests/gpu needs a GPU without saying so."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips what this machine cannot run; everything below tests/gpu needs a GPU without saying so.
+
+    Tests marked `faults` run only when asked for by that name, whatever else is selected.
+    """
+    if "faults" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("faults")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     here = Path(__file__).parent
     for item in items:
         if here / "gpu" in item.path.parents:

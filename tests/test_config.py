@@ -74,9 +74,9 @@ def test_auto_means_what_the_algorithm_says(algorithm: str) -> None:
         config.value_is_accuracy,
     )
     assert resolve(config) == config
-    # Sharing weights is decided by the engine's layout, isolation by the machine: not known before they run.
+    # The engine's layout, the machine and the model decide: not known before they are there.
     left = [name for name, value in flatten(config).items() if value == "auto"]
-    assert left == ["reward.sandbox", "weight_sync.mode", "distributed.mode"]
+    assert left == ["model.attention", "model.liger", "reward.sandbox", "weight_sync.mode", "distributed.mode"]
 
 
 @pytest.mark.parametrize(

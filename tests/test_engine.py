@@ -1,4 +1,4 @@
-"""Choosing vLLM where it is not, and settings that do not go with it; a real engine is in tests/vllm."""
+"""Choosing vLLM where it is not, and settings that do not go with it; a real engine is in tests/engine."""
 
 from __future__ import annotations
 

@@ -23,9 +23,11 @@ from paced_fast import evaluation
 from paced_fast.batch import Completion, PromptRow, PromptTable
 from paced_fast.benchmark_sources import BENCHMARKS, benchmark_sources
 from paced_fast.display import evaluation_tables
+from paced_fast.distributed import ALONE
 from paced_fast.errors import InputError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target, main
 from paced_fast.evaluation import Evaluation, Sample, Sampling, evaluate, prompt_columns
+from paced_fast.metrics import Phases
 from paced_fast.rewards.votes import answer_key
 from paced_fast.sources import parse_source
 
@@ -171,12 +173,15 @@ def test_the_value_meets_the_accuracy_of_its_own_prompt() -> None:
     settings = tiny_run.config(Path("rewards.py"))
     fake = SimpleNamespace(
         config=tiny_run.train.resolve(settings),
+        world=ALONE,
         eval_table=TABLE,
         generator=Script(),
         scorer=SimpleNamespace(score=partly, take_counts=dict),
         tokenizer=None,
         trainer=SimpleNamespace(
             counters=SimpleNamespace(step=3),
+            phases=Phases(),
+            vocabulary=1000,
             log_z=SimpleNamespace(value_of=lambda embeddings: torch.tensor([0.25, 0.5, 0.75, 0.125])),
         ),
         eval_embeddings=torch.zeros(4, 1),

@@ -164,7 +164,7 @@ def test_parts_that_do_not_exist_are_named(tmp_path):
 
 def test_the_tree_has_its_share_of_the_time_and_can_go_on_after_a_crash():
     found = {part.name: part for part in gpu_visit.parts(gpu_visit.Arguments())}
-    assert list(found) == ["phases", "sweep", "priority_tree", "trajectory_balance", "logprobs"]
+    assert list(found) == ["phases", "sweep", "priority_tree", "trainer", "trajectory_balance", "logprobs"]
     tree = found["priority_tree"]
     assert (tree.case, tree.share, tree.resumable) == ("priority_tree", 0.15, True)
     assert tree.options == ("--cell-seconds", "8")

@@ -82,25 +82,35 @@ def test_nemo_rl_divides_by_the_global_batch(monkeypatch: pytest.MonkeyPatch) ->
         next_token_logprobs=new, data=data, global_valid_seqs=torch.tensor(8.0), global_valid_toks=torch.tensor(50.0)
     )
     assert loss.item() == pytest.approx(losses()[:2].sum().item() / 8, rel=1e-5)
+    del data["prev_logprobs"]
+    with pytest.raises(InputError, match="force_on_policy_ratio=false"):
+        function(data=data, next_token_logprobs=new, global_valid_seqs=torch.ones(()), global_valid_toks=torch.ones(()))
 
 
-def test_slime_gets_a_sum_over_ragged_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_pair", [True, False])  # 2fc4883 returns the dictionary alone
+def test_slime_gets_a_sum_over_ragged_sequences(monkeypatch: pytest.MonkeyPatch, is_pair: bool) -> None:
     new, old, advantages, mask = batch()
 
     def ragged(values: Tensor) -> list[Tensor]:
         return [row[:n] for row, n in zip(values, LENGTHS.tolist(), strict=True)]
 
-    def log_probs(logits: Tensor, **_: Any) -> tuple[None, dict[str, list[Tensor]]]:
-        return None, {"log_probs": ragged(new)}
+    def log_probs(logits: Tensor, *, max_seq_lens: list[int], **_: Any) -> Any:
+        assert max_seq_lens == [4, 4, 4]
+        found = {"log_probs": ragged(new)}
+        return (None, found) if is_pair else found
 
     host(monkeypatch, "slime.backends.megatron_utils.loss", get_log_probs_and_entropy=log_probs)
     lists = {"unconcat_tokens": [], "total_lengths": [], "response_lengths": LENGTHS.tolist()}
+    lists["max_seq_lens"] = [4, 4, 4]  # what slime hands on for padded layouts
     given = {**lists, "log_probs": ragged(old), "advantages": ragged(advantages), "loss_masks": ragged(mask.float())}
     args = types.SimpleNamespace(eps_clip_high=0.28)
     loss, _ = other_hosts.slime_loss(args, given, torch.zeros(1), lambda x: x)
     assert loss.item() == pytest.approx(losses().sum().item(), rel=1e-5)
     args.context_parallel_size = 2
     with pytest.raises(InputError, match="context-parallel-size 1"):
+        other_hosts.slime_loss(args, given, torch.zeros(1), lambda x: x)
+    args = types.SimpleNamespace(eps_clip_high=0.28, calculate_per_token_loss=True)
+    with pytest.raises(InputError, match="leave --calculate-per-token-loss out"):
         other_hosts.slime_loss(args, given, torch.zeros(1), lambda x: x)
 
 

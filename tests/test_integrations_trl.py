@@ -21,9 +21,12 @@ import tiny_trl
 
 from paced_fast import pack
 from paced_fast.batch import Completion, Rollouts
+from paced_fast.config import SchedulerConfig
 from paced_fast.errors import InputError
+from paced_fast.integrations.trl_memory import PacedSampler
 from paced_fast.log_z import group_accuracy
 from paced_fast.policy import Policy
+from paced_fast.scheduler import PromptScheduler
 from paced_fast.update import Targets, make_optimizer, update_policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,6 +258,26 @@ def test_rewards_are_weighed_and_not_centred(tmp_path: Path) -> None:
     assert made.batches[0]["rewards"].tolist() == [0.25 * len(text) + 2.0 for text in texts]
 
 
+def infinite(completions: list[str], **_: Any) -> list[float]:
+    return [0.5] * (len(completions) - 1) + [-torch.inf]
+
+
+def test_infinite_rewards_are_refused_by_the_name_of_their_function(tmp_path: Path) -> None:
+    made = tiny_trl.trainer(tmp_path, reward_funcs=[tiny_trl.reward, infinite], max_steps=1)
+    before = [p.detach().clone() for p in made.model.parameters()]
+    with pytest.raises(InputError, match="reward function infinite returned an infinite reward"):
+        made.train()
+    assert all(torch.equal(p, q) for p, q in zip(made.model.parameters(), before, strict=True))
+
+
+def test_data_without_prompts_is_refused(tmp_path: Path) -> None:
+    rows = tiny_trl.data().rename_column("prompt", "question")
+    with pytest.raises(InputError, match="train_dataset has no column 'prompt', but answer, question"):
+        tiny_trl.PacedTrainer(
+            tiny_policy.model(sharpness=2.0), tiny_trl.reward, tiny_trl.settings(tmp_path), train_dataset=rows
+        )
+
+
 def needs_a_column(completions: list[str], solution: list[str], **_: Any) -> list[float]:
     return [0.0] * len(completions)
 
@@ -270,6 +293,8 @@ def needs_a_column(completions: list[str], solution: list[str], **_: Any) -> lis
         ({"log_z": "head"}, "log_z='head': use 'group' or 'learned'"),
         ({"tb_beta": 0.0}, "tb_beta=0.0 must be above 0"),
         ({"replay": 8}, "replay .* log_z='learned'"),
+        ({"replay": 8, "log_z": "learned", "replay_max_age": 0}, "replay_max_age=0 must be at least 1"),
+        ({"prompt_sampling": "paced", "rows": 1}, "1 rows, and a generation batch takes 2 prompts"),
         ({"reward_funcs": needs_a_column}, "needs_a_column needs the column 'solution', and train_dataset has answer"),
     ],
 )
@@ -322,7 +347,7 @@ def test_the_learned_log_z_moves_towards_the_rewards_of_its_prompts(tmp_path: Pa
 
     made = tiny_trl.trainer(tmp_path, reward_funcs=by_prompt, log_z="learned", max_steps=6, log_z_learning_rate=0.2)
     made.train()
-    values = made._values()
+    values = made.memory.values()
     assert values is not None
     seen = torch.cat([batch["prompt_index"] for batch in made.batches])
     for prompt in set(seen.tolist()):
@@ -330,7 +355,7 @@ def test_the_learned_log_z_moves_towards_the_rewards_of_its_prompts(tmp_path: Pa
         is_right = int(made.train_dataset[prompt]["prompt"][0]) % 2 == 1
         assert (values[prompt] > 0.55) == is_right, (prompt, values)
     unseen = set(range(12)) - set(seen.tolist())
-    own = made.log_z_table.own.detach()
+    own = made.memory.table.own.detach()
     assert all(float(own[prompt]) == 0.0 for prompt in unseen)
 
 
@@ -381,12 +406,111 @@ def test_a_checkpoint_holds_what_was_learned_of_prompts(tmp_path: Path) -> None:
     make = other._generate_and_score_completions
 
     def first(inputs: Any) -> Any:
-        seen.append(other._values())
+        seen.append(other.memory.values())
         return make(inputs)
 
     other._generate_and_score_completions = first
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len(seen) == 1
-    assert torch.equal(seen[0], made._values())
+    assert torch.equal(seen[0], made.memory.values())
     assert not torch.equal(seen[0], torch.full((12,), 0.5))
-    assert other._scheduler.visits.sum() == made._scheduler.visits.sum() + 2
+    assert other.memory.scheduler.visits.sum() == made.memory.scheduler.visits.sum() + 2
+
+
+EVERYTHING = {
+    "log_z": "learned",
+    "prompt_sampling": "paced",
+    "replay": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "log_z_learning_rate": 0.2,
+}
+
+
+def assert_resumed(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """To the bit, and not because nothing happened."""
+    for name, value in expected["state"].items():
+        assert torch.equal(found["state"][name], value), name
+    for name, value in expected["table"].items():
+        assert torch.equal(found["table"][name], value), name
+    assert found["ring"] == expected["ring"]
+    assert torch.equal(found["visits"], expected["visits"])
+    assert float(expected["table"]["own"].abs().max()) > 0.01
+    assert expected["ring"]
+
+
+# Twelve prompts make six batches of two an epoch: the first run ends in the first epoch, the second is well into the
+# second one, and its checkpoint is of the last step of the first.
+@pytest.mark.parametrize(("stop", "end"), [(2, 4), (6, 9)])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop: int, end: int) -> None:
+    options = {**EVERYTHING, "save_steps": stop, "max_steps": end}
+    made = tiny_trl.trainer(tmp_path, **options)
+    made.train()
+    other = tiny_trl.trainer(tmp_path, **options)
+    other.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert len(other.batches) == end - stop
+    assert torch.equal(other.batches[0]["completion_ids"], made.batches[stop]["completion_ids"])
+    assert_resumed(tiny_trl.state_of(other), tiny_trl.state_of(made))
+
+
+def test_a_resumed_sampler_repeats_the_batches_that_were_drawn_on_older_estimates() -> None:
+    scheduler = PromptScheduler(
+        12, SchedulerConfig(rule="tree", warmup_steps=0, exploration=0.0), seed=0, device=tiny_policy.CPU
+    )
+    low, high = torch.full((12,), 0.01), torch.full((12,), 0.01)
+    low[:6], high[6:] = 0.5, 0.5
+
+    def sampler(values: Tensor) -> PacedSampler:
+        return PacedSampler(scheduler, lambda: values, group_size=1, batch_size=2, repeat_count=1)
+
+    before = sampler(low)
+    stream = iter(before)
+    drawn = [next(stream) for _ in range(6)]
+    assert max(drawn) < 6
+    after = sampler(high)
+    after.resume(0, before.begin, before.drawn)
+    found = list(after)
+    assert found[:6] == drawn
+    assert min(found[6:8]) >= 6
+    # An epoch later there is nothing to repeat, and the steps go on counting.
+    later = sampler(high)
+    later.resume(1, before.begin, before.drawn)
+    assert min(list(later)[:2]) >= 6
+    assert later.step == 12
+
+
+def test_a_checkpoint_of_another_data_set_is_refused(tmp_path: Path) -> None:
+    options = {**EVERYTHING, "max_steps": 2}
+    tiny_trl.trainer(tmp_path, **options).train()
+    other = tiny_trl.trainer(tmp_path, rows=11, **options)
+    with pytest.raises(InputError, match="log Z of 12 prompts, and train_dataset has 11 rows"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def table_after(batches: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The table from its definition: the mean squared residual over all fresh completions of a step."""
+    shared, own = torch.zeros((), requires_grad=True), torch.zeros(12, requires_grad=True)
+    optimizer = torch.optim.AdamW([shared, own], lr=0.2, betas=(0.0, 0.99), eps=1e-3, weight_decay=0.0)
+    for of_step in batches:
+        rewards = torch.cat([batch["rewards"][batch["is_fresh"]] for batch in of_step])
+        index = torch.cat([batch["prompt_index"][batch["is_fresh"]] for batch in of_step])
+        trained = sum(float(batch["weights"].sum()) for batch in of_step)
+        # The policy is its own reference here, so the residual is the value's distance from the reward.
+        values = torch.sigmoid(shared + own[index])
+        (((values - rewards) ** 2).sum() / (2 * 0.05) / trained).backward()
+        torch.nn.utils.clip_grad_norm_([shared, own], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"shared": shared.detach(), "own": own.detach()}
+
+
+@pytest.mark.slow
+def test_two_processes_learn_one_log_z_and_resume(tmp_path: Path) -> None:
+    options = {**EVERYTHING, "per_device_train_batch_size": 4, "max_steps": 3}
+    made = launch(tmp_path, **options, resume="checkpoint-2")
+    assert_same(made[0]["table"], made[1]["table"])
+    assert_same(made[0]["table"], table_after([list(pair) for pair in zip(*(r["batches"] for r in made), strict=True)]))
+    assert made[0]["ring"] != made[1]["ring"]
+    for rank in made:
+        assert len(rank["resumed"]["batches"]) == 1
+        assert_resumed(rank["resumed"], rank)

@@ -34,7 +34,7 @@ LAYERS = (
     },
     {
         *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
-        *("resolve", "benchmark_sources", "sharding"),
+        *("resolve", "benchmark_sources", "sharding", "guards", "signals", "watchdog"),
     },
     {"policy", "scheduler", "replay", "generate", "cli", "report"},
     {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start"},
@@ -54,12 +54,18 @@ SAME_OR_HIGHER_LAYER = {
 }
 """Exceptions by name, (importer, imported), with their reason."""
 
-KERNEL_USERS = {"policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory", "mismatch"}
+KERNEL_USERS = {"policy.policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory", "mismatch"}
 HOMES = {
     "vllm": {"engine"},
     "wandb": {"metrics"},
     "tensorboard": {"metrics"},
-    "transformers": {"policy", "prompts.tokenizers", "generate.own_model"},
+    "transformers": {
+        *("policy.adapters", "policy.attention", "policy.checkpointing", "policy.liger", "policy.loading"),
+        *("policy.policy", "prompts.tokenizers", "generate.own_model"),
+    },
+    "peft": {"policy.adapters"},
+    "liger_kernel": {"policy.liger"},
+    "flash_attn": {"policy.attention"},
 }
 """Third-party packages and the only modules of `paced_fast` that may name them; integrations are adapters and free."""
 
@@ -341,15 +347,15 @@ DOC = '"""d"""\n'
         (
             packages_keep_to_their_homes,
             "paced_fast",
-            "policy",
+            "policy.policy",
             "from paced_kernels._rows import f",
             "reaches the private",
         ),
-        (packages_keep_to_their_homes, "paced_fast", "policy", "from tests import f", "imports tests"),
+        (packages_keep_to_their_homes, "paced_fast", "policy.policy", "from tests import f", "imports tests"),
         (
             packages_keep_to_their_homes,
             "paced_fast",
-            "policy",
+            "policy.policy",
             "from paced_kernels import f\nimport transformers",
             None,
         ),

@@ -1,4 +1,4 @@
-"""Mapping and aliasing on tensors laid out as vLLM lays them out; a real engine is in tests/vllm."""
+"""Mapping and aliasing on tensors laid out as vLLM lays them out; a real engine is in tests/engine."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_a_rebound_parameter_is_found() -> None:
 def test_push_hands_over_every_weight_and_counts_its_bytes(bucket_bytes: int) -> None:
     made = model("qwen2")
     engine = Engine(engine_of(made))
-    sync = PushedWeights(dict(made.named_parameters()), engine, bucket_bytes=bucket_bytes)
+    sync = PushedWeights(made.named_parameters, engine, bucket_bytes=bucket_bytes)
     with torch.no_grad():
         made.get_parameter(NORM).fill_(7.0)
     figures = sync.after_update()

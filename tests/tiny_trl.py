@@ -1,6 +1,7 @@
 """TRL with the model of `tiny_policy`: a run that keeps what it trained on, in this process or as one of several.
 
-As a program: `tiny_trl.py FOLDER JSON` with the variables of a launcher set; JSON are settings of PacedConfig.
+As a program: `tiny_trl.py FOLDER JSON` with the variables of a launcher set; JSON are settings of PacedConfig, and with
+`resume` a second run in the same process goes on from that checkpoint of the first.
 """
 
 from __future__ import annotations
@@ -16,15 +17,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-TESTS = Path(__file__).resolve().parent
-
-# TRL looks for vllm by name, and a folder tests/vllm beside this file would pass for the package.
-_paths = list(sys.path)
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != TESTS]
-try:
-    from paced_fast.integrations.trl import PacedConfig, PacedTrainer
-finally:
-    sys.path[:] = _paths
+from paced_fast.integrations.trl import PacedConfig, PacedTrainer
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -95,13 +88,32 @@ def trainer(folder: Path, *, reward_funcs: Any = reward, model: Any = None, rows
     )
 
 
+def state_of(made: Recorder) -> dict[str, Any]:
+    """Everything that training moves: parameters, log Z, completions to replay, what the scheduler has seen."""
+    state = {name: p.detach().clone() for name, p in made.accelerator.unwrap_model(made.model).named_parameters()}
+    if made.memory is None:
+        return {"state": state}
+    table = {} if made.memory.table is None else made.memory.table.state_dict()
+    return {
+        "state": state,
+        "table": {name: value.clone() for name, value in table.items()},
+        "ring": [(kept.prompt.tolist(), kept.completion.tolist(), kept.born) for kept in made.memory.replay.ring],
+        "visits": made.memory.scheduler.visits.clone(),
+    }
+
+
 def main() -> None:
     """Train as one process of a launch, and write what it trained on and what came out."""
     folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
+    resume = changes.pop("resume", None)
     made = trainer(folder, ddp_backend="gloo", **changes)
     made.train()
-    state = {name: p.detach() for name, p in made.accelerator.unwrap_model(made.model).named_parameters()}
-    torch.save({"batches": made.batches, "state": state}, folder / f"rank{made.accelerator.process_index}.pt")
+    result = {"batches": made.batches, **state_of(made)}
+    if resume is not None:
+        other = trainer(folder, ddp_backend="gloo", **changes)
+        other.train(resume_from_checkpoint=str(folder / resume))
+        result["resumed"] = {"batches": other.batches, **state_of(other)}
+    torch.save(result, folder / f"rank{made.accelerator.process_index}.pt")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 
-sys.path.pop(0)  # the folder of this file: its tests/vllm would pass for the package
-
 import pytest
 import torch
 import verl  # noqa: F401  (loads the plugins)

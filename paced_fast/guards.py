@@ -1,0 +1,205 @@
+"""Guards on a step's figures: named warnings when a number says that training is going wrong.
+
+They read the step's record and nothing else, so they ask no device for anything, and every rank, which has the same
+record, comes to the same verdict without a word.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import typing
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paced_fast.config import GuardConfig, WarningName
+from paced_fast.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+_HEAD_STEPS = 20
+_HEAD_STEPS_NEEDED = 5
+_HEAD_LOSS_FLOOR = 1.0  # rewards lie in [0, 1], so no honest squared error is larger
+_STUCK_FACTOR = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A warning that holds: its name, the figure and its bound in words, and what to do."""
+
+    name: str
+    text: str
+    remedy: str
+
+
+class Guards:
+    """The warnings of a run. `check` is given every step's record, in order; what it remembers is in checkpoints.
+
+    A warning is logged when it begins to hold and every `repeat_every` steps while it does. Raising is left to `stop`,
+    so that the step that stopped the run is on record.
+    """
+
+    def __init__(self, config: GuardConfig, *, speaks: bool = True) -> None:
+        """`speaks`: whether this rank logs; all decide alike."""
+        self.config, self.speaks = config, speaks
+        self.rewards: deque[float] = deque(maxlen=config.patience)
+        self.head_losses: deque[float] = deque(maxlen=_HEAD_STEPS)
+        self.best_reward = 0.0
+        """Highest mean reward over `patience` steps so far."""
+        self.gap_steps = self.stuck_steps = 0
+        """Steps in a row, up to the last, in which the value was off or stuck."""
+        self.said: dict[str, int] = {}
+        """Warnings that held in the last step, and when each was said last."""
+        self._fatal: Finding | None = None
+
+    def check(self, record: Mapping[str, Any]) -> list[str]:
+        """Names of the warnings that hold in this step; those that begin to, or have held long, go to the log."""
+        step = int(record["step"])
+        found = [finding for finding in self._findings(record) if finding is not None]
+        said: dict[str, int] = {}
+        for finding in found:
+            last = self.said.get(finding.name)
+            is_due = last is None or step - last >= self.config.repeat_every
+            said[finding.name] = step if last is None or is_due else last
+            if is_due and self.speaks:
+                logger.warning("step %d, %s: %s: %s", step, finding.name, finding.text, finding.remedy)
+            if last is None and finding.name in self.config.stop_on and self._fatal is None:
+                self._fatal = finding
+        self.said = said
+        return [finding.name for finding in found]
+
+    def stop(self, step: int) -> None:
+        """Raises TrainingError when a warning of `stop_on` began to hold in the step just checked."""
+        if self._fatal is not None:
+            finding = self._fatal
+            raise TrainingError(f"step {step}, {finding.name}: {finding.text}: {finding.remedy} (--guard.stop-on)")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs to warn as the whole run would have."""
+        said = [(float(_NAMES.index(name)), float(step)) for name, step in self.said.items()]
+        scalars = [self.best_reward, float(self.gap_steps), float(self.stuck_steps)]
+        return {
+            "rewards": torch.tensor(list(self.rewards), dtype=torch.float64),
+            "head_losses": torch.tensor(list(self.head_losses), dtype=torch.float64),
+            "scalars": torch.tensor(scalars, dtype=torch.float64),
+            "said": torch.tensor(said, dtype=torch.float64).reshape(-1, 2),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state_dict()`; an empty one, of a checkpoint older than the guards, starts them anew."""
+        if not state:
+            return
+        self.rewards = deque(state["rewards"].tolist(), maxlen=self.config.patience)
+        self.head_losses = deque(state["head_losses"].tolist(), maxlen=_HEAD_STEPS)
+        self.best_reward, gap, stuck = state["scalars"].tolist()
+        self.gap_steps, self.stuck_steps = int(gap), int(stuck)
+        self.said = {_NAMES[int(number)]: int(step) for number, step in state["said"].tolist()}
+
+    def _findings(self, record: Mapping[str, Any]) -> Iterator[Finding | None]:
+        yield from self._update(record)
+        checks = (self._generator_mismatch, self._truncated, self._reward_collapse, self._value_gap, self._value_stuck)
+        for check in (*checks, self._head_loss):
+            yield check(record)
+
+    def _update(self, record: Mapping[str, Any]) -> Iterator[Finding | None]:
+        """How far the policy moved; after a loss that is no number that is said, and the rest follows from it."""
+        loss, norm = record["loss"], record["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            text = f"loss {loss:.3g}, gradient norm {norm:.3g}"
+            yield Finding("non_finite", text, "the parameters were left as they were; if it lasts the run stops itself")
+            return
+        yield self._above(record, "kl", "kl", self.config.max_kl, _SLOWER)
+        yield self._above(record, "log_ratio", "log_ratio_mean", self.config.max_log_ratio, _SLOWER, size=True)
+        yield self._sample_share(record)
+
+    def _sample_share(self, record: Mapping[str, Any]) -> Finding | None:
+        share, least = record.get("effective_sample_share"), self.config.min_sample_share
+        if share is None or share >= least:
+            return None
+        remedy = "a few completions carry the step: lower --optimizer.learning-rate or --loss.importance-cap"
+        return Finding("sample_share", f"effective_sample_share {share:.3g}, least {least:g}", remedy)
+
+    def _generator_mismatch(self, record: Mapping[str, Any]) -> Finding | None:
+        remedy = (
+            "the generator samples from another distribution than the trainer computes: look at its weights and "
+            "sampling settings, or correct by --mismatch.mode"
+        )
+        key = "generator_mismatch_token_ratio"
+        return self._above(record, "generator_mismatch", key, self.config.max_token_ratio, remedy)
+
+    def _truncated(self, record: Mapping[str, Any]) -> Finding | None:
+        remedy = "completions do not end within --generation.max-completion-tokens: raise it, or look at the stop token"
+        return self._above(record, "truncated", "truncated_share", self.config.max_truncated_share, remedy)
+
+    def _reward_collapse(self, record: Mapping[str, Any]) -> Finding | None:
+        self.rewards.append(float(record["reward_mean"]))
+        if len(self.rewards) < self.config.patience:
+            return None
+        mean = math.fsum(self.rewards) / len(self.rewards)
+        self.best_reward = max(self.best_reward, mean)
+        if self.best_reward < self.config.healthy_reward or mean > self.config.collapsed_reward:
+            return None
+        text = f"mean reward {mean:.3g} over {len(self.rewards)} steps, after {self.best_reward:.3g}"
+        remedy = "look at the rollouts and at the reward; --resume auto goes back to the last checkpoint"
+        return Finding("reward_collapse", text, remedy)
+
+    def _value_gap(self, record: Mapping[str, Any]) -> Finding | None:
+        values, accuracies = record.get("value_fresh"), record.get("accuracy_fresh")
+        if not values or not accuracies:
+            return None
+        value, accuracy = math.fsum(values) / len(values), math.fsum(accuracies) / len(accuracies)
+        gap, most = abs(value - accuracy), self.config.max_value_gap
+        self.gap_steps = 0 if gap <= most else self.gap_steps + 1
+        if self.gap_steps < self.config.patience:
+            return None
+        text = f"value {value:.3g} and accuracy {accuracy:.3g} of the drawn prompts differ by more than {most:g} "
+        remedy = "lower --log-z.learning-rate, or look at what the reward calls right"
+        return Finding("value_gap", f"{text}in {self.gap_steps} steps in a row", remedy)
+
+    def _value_stuck(self, record: Mapping[str, Any]) -> Finding | None:
+        values, accuracies = record.get("value_fresh"), record.get("accuracy_fresh")
+        if not values or not accuracies:
+            return None
+        accuracy, margin = math.fsum(accuracies) / len(accuracies), self.config.stuck_value
+        at_zero = max(values) <= margin and accuracy >= _STUCK_FACTOR * margin
+        at_one = min(values) >= 1 - margin and accuracy <= 1 - _STUCK_FACTOR * margin
+        self.stuck_steps = self.stuck_steps + 1 if at_zero or at_one else 0
+        if self.stuck_steps < self.config.patience:
+            return None
+        text = (
+            f"every value within {margin:g} of {int(at_one)} and accuracy {accuracy:.3g}, in {self.stuck_steps} steps"
+        )
+        return Finding("value_stuck", text, "the head is saturated: lower --log-z.learning-rate and start from before")
+
+    def _head_loss(self, record: Mapping[str, Any]) -> Finding | None:
+        loss = record.get("head_loss")
+        if loss is None:
+            return None
+        usual = statistics.median(self.head_losses) if len(self.head_losses) >= _HEAD_STEPS_NEEDED else math.inf
+        bound = max(self.config.max_head_loss_growth * usual, _HEAD_LOSS_FLOOR)
+        if math.isfinite(loss):
+            self.head_losses.append(float(loss))
+            if loss <= bound:
+                return None
+        text = f"head_loss {loss:.3g}, largest {bound:.3g} ({self.config.max_head_loss_growth:g} times its median)"
+        return Finding("head_loss", text, "log Z diverges: lower --log-z.learning-rate")
+
+    def _above(
+        self, record: Mapping[str, Any], name: str, key: str, most: float, remedy: str, *, size: bool = False
+    ) -> Finding | None:
+        """The warning for a figure above its bound; one that is no number is above any."""
+        figure = record.get(key)
+        if figure is None or (abs(figure) if size else figure) <= most:
+            return None
+        return Finding(name, f"{key} {figure:.4g}, largest {most:g}", remedy)
+
+
+_SLOWER = "the policy moves too far in a step: lower --optimizer.learning-rate or --optimizer.max-grad-norm"
+_NAMES: tuple[str, ...] = typing.get_args(WarningName)
+"""Checkpoints name a warning by its place here."""

@@ -1,0 +1,255 @@
+"""How the policy attends while it is trained: which layout its rows have, and which kernel packed rows are given to.
+
+transformers calls the function registered here for every layer. A packed row travels to it beside the tensors, with its
+kernel; without one (sampling, embedding) it is transformers' own SDPA with its own mask.
+
+L = tokens of a packed row, A = attention heads, K = key heads, D = size of a head.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import util
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from paced_fast.errors import InputError
+from paced_fast.pack import PackedRow
+
+_NAME = "paced_fast"
+"""What the model's configuration calls the function below."""
+
+Kernel = Callable[[Tensor, Tensor, Tensor, "Packed", float, int | None], Tensor]
+"""Query [1, A, L, D], key and value [1, K, L, D], the row, the scale, the window -> output [1, L, A, D]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A packed row, who attends, and the masks of blocks that need one, by window."""
+
+    row: PackedRow
+    kernel: Kernel
+    masks: Mapping[int | None, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What `model.attention` came to. Without a kernel rows share their prompts."""
+
+    name: str
+    reason: str
+    kernel: Kernel | None = None
+
+
+SHARED = Attention("shared", "prompts are computed once for a group")
+
+
+def choose_attention(setting: str, model: PreTrainedModel) -> Attention:
+    """The attention that the setting names, or for `auto` the best that this model can have where it is.
+
+    Raises InputError when the named one is absent or cannot take this model.
+    """
+    if setting == "auto":
+        if model.device.type == "cpu":
+            return SHARED
+        lacking = dict.fromkeys(problem for name in _VARLEN if (problem := _lacks(name, model)) is not None)
+        best = next((name for name in _VARLEN if _lacks(name, model) is None), None)
+        if best is None:
+            return Attention("shared", "; ".join(lacking))
+        return Attention(best, "no padding and no mask", _VARLEN[best].load())
+    if setting == "shared":
+        return SHARED
+    if setting == "packed-sdpa":
+        return Attention(setting, "asked for", sdpa)
+    problem = _lacks(setting, model)
+    if problem is not None:
+        raise InputError(f"--model.attention {setting}: {problem}: take auto, which uses what there is")
+    return Attention(setting, "asked for", _VARLEN[setting].load())
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let the model call the function here; what calls it without a packed row gets what it got before."""
+    AttentionInterface.register(_NAME, _attend)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    model.set_attn_implementation(_NAME)
+
+
+def sdpa_masks(row: PackedRow, windows: set[int | None], dtype: torch.dtype) -> dict[int | None, Tensor]:
+    """For each window the mask [n, p + n] of the longest block after the longest prefix; `sdpa` cuts what it needs.
+
+    0 where a token may look, minus infinity elsewhere: attention would turn a boolean mask into numbers in every layer.
+    """
+    device = row.input_ids.device
+    prefix = max((row.lengths[p] for p in row.prefixes if p >= 0), default=0)
+    query = torch.arange(max(row.lengths), device=device)[:, None]
+    key = torch.arange(-prefix, max(row.lengths), device=device)[None, :]
+    masks = {}
+    for window in windows:
+        seen = key <= query if window is None else (key <= query) & (query - key < window)
+        masks[window] = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+    return masks
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float, window: int | None) -> Tensor:
+    """Block by block with PyTorch's own attention: exact everywhere, and the only one that knows prefixes."""
+    lengths, prefixes = packed.row.lengths, packed.row.prefixes
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    # One split has one gradient; slices would each have one of the size of the whole.
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    outputs = []
+    for k, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
+        before = 0 if prefix < 0 else lengths[prefix]
+        own_key, own_value, mask = keys[k], values[k], None
+        if prefix >= 0:
+            own_key, own_value = torch.cat([keys[prefix], keys[k]], 2), torch.cat([values[prefix], values[k]], 2)
+        if prefix >= 0 or (window is not None and window < length):
+            whole = packed.masks[window]
+            start = whole.shape[1] - whole.shape[0]  # the column of the block's first token
+            mask = whole[:length, start - before : start + length]
+        output = scaled_dot_product_attention(
+            queries[k], own_key, own_value, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,  # [R, A, L, D]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    packed: Packed | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls in every layer, in its own order of arguments."""
+    if packed is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    for option in ("softcap", "s_aux"):
+        if options.get(option) is not None:
+            raise InputError(f"--model.attention: this model's attention has {option}, which packed rows do not know")
+    windowed = getattr(getattr(module, "config", None), "sliding_window", None) is not None
+    if windowed and "sliding_window" not in options:
+        raise InputError("--model.attention: this model does not tell its window to packed rows: take shared")
+    return packed.kernel(query, key, value, packed, scaling, options.get("sliding_window")), None
+
+
+@dataclass(frozen=True, slots=True)
+class _Varlen:
+    """A kernel that takes sequences one after another. `oldest` and `newest` are compute capabilities."""
+
+    module: str
+    install: str
+    oldest: int
+    newest: int
+    load: Callable[[], Kernel]
+
+
+def _flash(module: str) -> Callable[[], Kernel]:
+    """The varlen function of a flash-attn package: versions 2 to 4 agree on these arguments and on little else."""
+
+    def load() -> Kernel:
+        function = importlib.import_module(module).flash_attn_varlen_func
+
+        def attend(
+            query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float, window: int | None
+        ) -> Tensor:
+            row, longest = packed.row, max(packed.row.lengths)
+            output = function(
+                *_flat(query, key, value),
+                cu_seqlens_q=row.cu_seqlens,
+                cu_seqlens_k=row.cu_seqlens,
+                max_seqlen_q=longest,
+                max_seqlen_k=longest,
+                softmax_scale=scale,
+                causal=True,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
+                **({} if window is None else {"window_size": (window - 1, 0)}),
+            )
+            return (output[0] if isinstance(output, tuple) else output)[None]  # some return the log-sum-exp as well
+
+        return attend
+
+    return load
+
+
+def _torch_varlen() -> Kernel:
+    """PyTorch's own varlen attention."""
+    function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    takes_groups = "enable_gqa" in inspect.signature(function).parameters
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float, window: int | None) -> Tensor:
+        row, longest = packed.row, max(packed.row.lengths)
+        options: dict[str, Any] = {"enable_gqa": True} if takes_groups else {}
+        if not takes_groups:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+        left = -1 if window is None else window - 1
+        output = function(
+            *_flat(query, key, value),
+            row.cu_seqlens,
+            row.cu_seqlens,
+            longest,
+            longest,
+            scale=scale,
+            window_size=(left, 0),  # nothing after the token itself
+            **options,
+        )
+        return output[None]
+
+    return attend
+
+
+def _flat(*tensors: Tensor) -> list[Tensor]:
+    """[1, A, L, D] -> [L, A, D], as varlen kernels have it."""
+    return [tensor[0].transpose(0, 1) for tensor in tensors]
+
+
+_VARLEN = {
+    "packed-flash4": _Varlen("flash_attn.cute", "flash-attn-4", 9, 12, _flash("flash_attn.cute")),
+    "packed-flash3": _Varlen("flash_attn_interface", "flash-attn-3", 9, 9, _flash("flash_attn_interface")),
+    "packed-flash2": _Varlen("flash_attn.flash_attn_interface", "flash-attn", 8, 12, _flash("flash_attn")),
+    "packed-torch": _Varlen("torch.nn.attention.varlen", "torch", 8, 12, _torch_varlen),
+}
+"""By what `model.attention` calls them, the one that `auto` prefers first."""
+
+
+def _lacks(name: str, model: PreTrainedModel) -> str | None:
+    """Why this model cannot have the kernel, or None."""
+    kernel, settings = _VARLEN[name], model.config
+    size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    if model.device.type != "cuda":
+        return f"the model is on the {model.device.type} and the kernel needs a GPU"
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        return f"the parameters are {str(model.dtype).removeprefix('torch.')} and varlen kernels need bfloat16"
+    if size % 8 or size > 256:
+        return f"heads have {size} numbers, and varlen kernels need a multiple of 8 up to 256"
+    major = torch.cuda.get_device_capability(model.device)[0]
+    if not kernel.oldest <= major <= kernel.newest:
+        return f"the GPU has compute capability {major}.x, not {kernel.oldest}.x to {kernel.newest}.x"
+    return _absent(kernel)
+
+
+def _absent(kernel: _Varlen) -> str | None:
+    """Why the module cannot be imported, or None; only a GPU asks, so nothing heavy is imported elsewhere."""
+    parent = kernel.module.partition(".")[0]
+    if util.find_spec(parent) is None:
+        return f"{kernel.install} is not installed"
+    try:
+        importlib.import_module(kernel.module)
+    except (ImportError, OSError, RuntimeError) as error:  # absent, or built for another torch or CUDA
+        return f"{kernel.install} is not installed or does not load ({(str(error).splitlines() or [''])[0]})"
+    return None

@@ -1,0 +1,75 @@
+"""liger-kernel's fused RMSNorm, SwiGLU and rotary embedding in the layers of one model; nothing else of it.
+
+Its patches change the classes of transformers for the whole process. Here every layer of the model gets its own.
+"""
+
+from __future__ import annotations
+
+import types
+from importlib import import_module, util
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from paced_fast.errors import InputError
+
+_KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose norm multiplies by the weight itself and whose MLP is SwiGLU of three linear layers."""
+_ROTARY = "apply_rotary_pos_emb"
+
+
+def use_liger(setting: str, model: PreTrainedModel) -> str:
+    """Do what `model.liger` says and say what came of it. Raises InputError when `on` cannot be."""
+    problem = _lacks(model)
+    if setting == "on" and problem is not None:
+        raise InputError(f"--model.liger on: {problem}: give auto, which leaves it out, or off")
+    if setting == "off" or problem is not None:
+        return "off" if setting == "off" else f"off ({problem})"
+    kernels = import_module("liger_kernel.transformers.functional")
+    norms, others = 0, 0
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            module.forward = types.MethodType(_norm(kernels), module)
+            norms += 1
+        elif kind.endswith("MLP") and getattr(model.config, "hidden_act", "") in ("silu", "swish"):
+            module.forward = types.MethodType(_swiglu(kernels), module)
+            others += 1
+        elif kind.endswith("Attention"):
+            module.forward = types.MethodType(_with_rotary(type(module).forward, kernels), module)
+            others += 1
+    return f"on ({norms} RMSNorm, {others} SwiGLU and rotary embeddings)"
+
+
+def _lacks(model: PreTrainedModel) -> str | None:
+    """Why the model cannot have the kernels, or None."""
+    if model.device.type != "cuda":
+        return "its kernels need a GPU"
+    if util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed (pip install 'paced-fast[liger]')"
+    if model.config.model_type not in _KNOWN:
+        return f"models of type {model.config.model_type} are not among {', '.join(_KNOWN)}"
+    return None
+
+
+def _norm(kernels: Any) -> Any:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        return kernels.liger_rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    return forward
+
+
+def _swiglu(kernels: Any) -> Any:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.down_proj(kernels.liger_swiglu(self.gate_proj(x), self.up_proj(x)))
+
+    return forward
+
+
+def _with_rotary(forward: Any, kernels: Any) -> Any:
+    """The layer's own forward pass that finds liger's function where it looks for `apply_rotary_pos_emb`."""
+    names = {**forward.__globals__, _ROTARY: kernels.liger_rope}
+    copy = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy

