@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -9,18 +10,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
 from paced_fast.batch import PromptTable
-from paced_fast.config import Config, flatten, stream_seed
+from paced_fast.config import Config, ModelConfig, flatten, stream_seed
 from paced_fast.distributed import ALONE, World
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
@@ -32,7 +34,8 @@ from paced_fast.policy import Policy, build_tiny, load_model, make_policy, prepa
 from paced_fast.recorded import FILE_NAME, RecordedRollouts
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
-from paced_fast.shapes import shape_of
+from paced_fast.shapes import ModelShape, shape_of
+from paced_fast.sharding import choose_mode, shards_mesh
 from paced_fast.sharing import SharedGenerator, together
 from paced_fast.trainer import Counters, Trainer
 from paced_fast.warm_start import warm_start
@@ -98,28 +101,34 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     if newest is None:
         begin = functools.partial(_begin, config, folder, path, tokenizer, stop_ids[0])
         model = together(world, begin if world.is_lead else lambda: None, patient=True)
-    made = model
-    model = together(world, lambda: made or load_model(config.model, str(folder / "initial")))
+    made, home = model, _home(config, world)
+    model = together(world, lambda: made or load_model(home, str(folder / "initial")))
     checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
+    layout = _layout(config, shape_of(model), len(table), world)
+    is_sharded = layout.mode == "sharded"
+    plan = memory.plan(shape_of(model), config, len(table), layout)
+    console.print(metrics.memory_plan_table(plan, available_bytes=_device_bytes(config, world)))
     # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
-    policy = make_policy(model, config)
+    first = model
+    policy, initial = together(world, lambda: _policies(config, first, world, is_sharded))
     embeddings = eval_embeddings = None
     if config.uses_head:
-        embeddings = policy.embed([row.token_ids for row in table.rows])
-        eval_embeddings = policy.embed([row.token_ids for row in eval_table.rows])
-    initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
+        with policy.whole():
+            embeddings = policy.embed([row.token_ids for row in table.rows])
+            eval_embeddings = policy.embed([row.token_ids for row in eval_table.rows])
     if newest is not None and config.lora.rank == 0:  # adapters lie beside the weights from before training
-        model = together(world, lambda: load_model(config.model, str(newest / "policy")))
-        policy = make_policy(model, config)
-    together(world, lambda: prepare(policy, config))
-    layout = memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=memory.available(policy.device))
-    plan = memory.plan(shape_of(model), config, len(table), layout)
-    console.print(metrics.memory_plan_table(plan, available_bytes=layout.device_bytes))
+        latest = together(world, lambda: load_model(home, str(newest / "policy")))
+        policy, _ = together(world, lambda: _policies(config, latest, world, is_sharded, with_initial=False))
+    if not is_sharded:
+        together(world, lambda: prepare(policy, config))
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
     weights = folder / "initial" if newest is None else newest / "policy"
     generator, guard = together(world, lambda: _generator(config, policy, weights, stop_ids, table, world, layout))
     if world.size > 1:
-        generator = SharedGenerator(generator, world, engine_ranks=config.weight_sync.tensor_parallel)
+        engine_ranks = config.weight_sync.tensor_parallel
+        generator = SharedGenerator(
+            generator, world, engine_ranks=engine_ranks, whole=_sampling_context(config, policy)
+        )
     trainer = Trainer(
         config,
         policy=policy,
@@ -173,6 +182,54 @@ def _continue(trainer: Trainer, config: Config, folder: Path, newest: Path, iden
     if world.is_lead:
         metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
     logger.info("resumed after step %d from %s", trainer.counters.step, newest)
+
+
+def _home(config: Config, world: World) -> ModelConfig:
+    """Where weights are read to: the host while it is not known whether one device can hold them."""
+    is_open = world.size > 1 and config.distributed.mode != "replicated"
+    return dataclasses.replace(config.model, device="cpu") if is_open else config.model
+
+
+def _device_bytes(config: Config, world: World) -> int:
+    """Memory that one rank may think of as its own: a GPU, or its part of the machine."""
+    device = torch.device(config.model.device)
+    return memory.available(device) // (1 if device.type == "cuda" else world.local_size)
+
+
+def _layout(config: Config, shape: ModelShape, num_prompts: int, world: World) -> memory.Layout:
+    """How the run is spread over its ranks: parameters replicated or sharded, which the log says with the reason."""
+    device_bytes = _device_bytes(config, world)
+    layout = memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=device_bytes)
+    parts = memory.at_a_time(memory.plan(shape, config, num_prompts, layout))
+    choice = choose_mode(config.distributed.mode, ranks=world.size, plan=parts, device_bytes=device_bytes)
+    if world.size > 1:
+        logger.info("%s", choice.reason)
+    return dataclasses.replace(layout, mode="sharded" if choice.is_sharded else "replicated")
+
+
+def _policies(
+    config: Config, model: PreTrainedModel, world: World, is_sharded: bool, *, with_initial: bool = True
+) -> tuple[Policy, Policy | None]:
+    """The policy on the device, all of it or this rank's shards, and the reference that flowrl keeps beside it.
+
+    What is split cannot be given adapters or other layers any more, so it gets them before.
+    """
+    device = torch.device(config.model.device)
+    if not is_sharded:
+        cast(torch.nn.Module, model).to(device)
+    policy = make_policy(model, config)
+    initial = policy.frozen_copy() if config.algorithm == "flowrl" and with_initial else None
+    if is_sharded:
+        prepare(policy, config)
+        for one in (policy, initial):
+            if one is not None:
+                one.shard(shards_mesh(world, device), getattr(torch, config.model.dtype))
+    return policy, initial
+
+
+def _sampling_context(config: Config, policy: Policy) -> Callable[[], AbstractContextManager[None]]:
+    """What is around a sampling: an engine has weights of its own, the trainer's model must be gathered."""
+    return policy.whole if config.generator == "transformers" else contextlib.nullcontext
 
 
 def _generator(

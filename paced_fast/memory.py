@@ -18,8 +18,8 @@ from paced_kernels import default_workspace_bytes
 ENGINE_BLOCK = 32
 """Tokens in a block of the engine's key-value cache, at most."""
 MASKED_ROW = 256
-"""On a CPU rows that share a prompt are computed with a mask up to so many tokens, longer ones block by block: of a long
-row's pairs of positions a mask throws most away, of short rows a call for each block takes longer than that."""
+"""On a CPU rows that share a prompt are computed with a mask up to so many tokens, longer ones block by block: of a
+long row's pairs of positions a mask throws most away, of short rows a call for each block takes longer than that."""
 CHECK_TOKENS = 256
 """A check of both sides scores sequences of up to so many tokens: several blocks, or it would miss a stale cache."""
 _SHARE_OF_GPU = 0.6

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -27,12 +28,18 @@ Judge = Callable[[Sequence[PromptRow], Sequence[str]], Scores]
 class SharedGenerator:
     """A generator on every rank as one: each samples a part of the prompts."""
 
-    def __init__(self, own: Generator, world: World, engine_ranks: int = 1) -> None:
-        """`own` is this rank's generator; all hold the same weights.
+    def __init__(
+        self,
+        own: Generator,
+        world: World,
+        engine_ranks: int = 1,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`own` is this rank's generator; all hold the same weights. `whole` is entered by all around a sampling.
 
         Of `engine_ranks` consecutive ranks that share an engine out, all ask it the same and the first one answers.
         """
-        self.own, self.world, self.engine_ranks = own, world, engine_ranks
+        self.own, self.world, self.engine_ranks, self.whole = own, world, engine_ranks, whole
 
     def generate(
         self,
@@ -48,22 +55,23 @@ class SharedGenerator:
         """See `Generator.generate`; every rank gets all completions. What fails on one rank is raised on all."""
         rank, ways = self.world.rank, self.engine_ranks
         part = World(rank // ways, self.world.size // ways).share(len(prompts))
-        completions = together(
-            self.world,
-            lambda: (
-                self.own.generate(
-                    prompts[part.start : part.stop],
-                    group_size=group_size,
-                    max_completion_tokens=max_completion_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=seed,
-                    first=first + part.start,
-                )
-                if part
-                else []
-            ),
-        )
+        with self.whole():
+            completions = together(
+                self.world,
+                lambda: (
+                    self.own.generate(
+                        prompts[part.start : part.stop],
+                        group_size=group_size,
+                        max_completion_tokens=max_completion_tokens,
+                        temperature=temperature,
+                        top_p=top_p,
+                        seed=seed,
+                        first=first + part.start,
+                    )
+                    if part
+                    else []
+                ),
+            )
         return gather_completions(self.world, completions if rank % ways == 0 else [])
 
     def before_training(self) -> None:

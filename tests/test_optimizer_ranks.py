@@ -166,6 +166,7 @@ def check_same_steps(rank: int, way: str, tied: bool, dtype: torch.dtype) -> Non
         assert torch.equal(parameter, found[f"policy.{name}"].to(parameter.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "size", "dtype", "tied"),
     [
@@ -216,6 +217,7 @@ def check_poison(rank: int, way: str) -> None:
     assert not torch.equal(snapshot(optimizer, policy)["model.norm.weight"], before["model.norm.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "size"), [("replicated", 2), ("sharded", 2), ("hybrid", 4)])
 def test_a_number_that_is_not_finite_on_one_rank_stops_the_step_of_all(ranks: RankPool, way: str, size: int) -> None:
     ranks.run(size, check_poison, way)
@@ -244,6 +246,7 @@ def check_loads(rank: int, way: str, dtype: torch.dtype, folder: str, saved: dic
     assert_near(whole(optimizer.named_state()), reference(tied=True, dtype=dtype)[1], TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["replicated", "sharded"])
 def test_what_two_ranks_save_goes_on_with_one_and_with_four_in_either_mode(
@@ -264,6 +267,9 @@ def check_passes(rank: int) -> None:
     prompts = [(1, 2, 3), (4, 5)]
     torch.testing.assert_close(policy.embed(prompts), alone.embed(prompts), rtol=0, atol=1e-5)
     assert all(isinstance(parameter, DTensor) for parameter in policy.named_parameters().values())
+    reference = alone.frozen_copy()
+    reference.shard(init_device_mesh("cpu", (2,)), torch.float32)
+    torch.testing.assert_close(reference.logprobs(batch, 0.7), wanted, rtol=0, atol=1e-4)
     with policy.whole():
         generators = [
             TransformersGenerator(one.model, stop_ids=[tiny_policy.STOP], max_batch_sequences=8)
@@ -288,6 +294,7 @@ def check_passes(rank: int) -> None:
         assert figures == pytest.approx(expected_figures, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_sharded_ranks_sample_as_long_as_each_likes(ranks: RankPool) -> None:
     ranks.run(2, check_passes)
 
@@ -366,6 +373,7 @@ def check_slices(rank: int, dtype: torch.dtype, rows: tuple[int, int]) -> None:
         assert parameter.data_ptr() == engine[cut].data_ptr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [(8, 4), (5, 6), (2, 5)])  # even over 4; rank 3 has fewer or none; too few to split
 def test_rows_of_an_engines_matrix_are_stepped_where_they_lie(ranks: RankPool, rows: tuple[int, int]) -> None:
     ranks.run(4, check_slices, torch.bfloat16, rows)

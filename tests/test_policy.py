@@ -139,3 +139,12 @@ def test_wrong_models_are_refused_in_one_line() -> None:
     made.config.final_logit_softcapping = 30.0
     with pytest.raises(InputError, match=r"scales its logits \(final_logit_softcapping\)"):
         Policy(made, max_tokens=10)
+
+
+def test_a_bfloat16_model_turns_by_float32_frequencies() -> None:
+    """Rounded to 8 bits, a frequency near 1 is off by up to 2^-9, which at position 1000 is two radians."""
+    config = ModelConfig(hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, dtype="bfloat16")
+    made = build_tiny(config, tiny_policy.VOCAB, stop_id=1, pad_id=0, seed=0)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
+    wanted = 10000.0 ** -(torch.arange(4) / 4)
+    torch.testing.assert_close(made.model.rotary_emb.inv_freq, wanted, rtol=1e-6, atol=0)

@@ -3,6 +3,7 @@
 Ranks are processes forked from one that has imported everything, with the environment torchrun would give them.
 """
 
+import dataclasses
 import json
 import multiprocessing as mp
 import os
@@ -10,6 +11,7 @@ import socket
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny_run
@@ -101,6 +103,26 @@ def test_schedule_and_policy_do_not_depend_on_the_number_of_ranks(tmp_path: Path
         for record, other in zip(lines(tmp_path / "of1", "metrics.jsonl"), lines(folder, "metrics.jsonl"), strict=True):
             for key in ("loss", "grad_norm", "kl", "head_loss", "value_mean", "reward_mean"):
                 assert other.get(key) == (None if record.get(key) is None else pytest.approx(record[key], abs=1e-4))
+
+
+def trained_unsaved(rank: int, config: Config) -> str:
+    with mock.patch.object(train, "_save"):
+        train.run(config, tiny_run.quiet())
+    return "done"
+
+
+@pytest.mark.slow
+def test_sharded_ranks_draw_and_learn_as_one(tmp_path: Path) -> None:
+    alone = dataclasses.replace(settings(tmp_path, "of1", "paced"), steps=3)
+    sharded = dataclasses.replace(settings(tmp_path, "of2", "paced", distributed__mode="sharded"), steps=3)
+    assert launch(1, trained_unsaved, alone) == ["done"]
+    assert launch(2, trained_unsaved, sharded) == ["done"] * 2
+    one, two = (lines(tmp_path / name, "rollouts.jsonl") for name in ("of1", "of2"))
+    for key in ("step", "prompt", "completion", "reward", "replayed"):
+        assert [rollout[key] for rollout in two] == [rollout[key] for rollout in one], key
+    for record, other in zip(*(lines(tmp_path / name, "metrics.jsonl") for name in ("of1", "of2")), strict=True):
+        for key in ("loss", "grad_norm", "kl", "head_loss", "value_mean", "reward_mean"):
+            assert other.get(key) == (None if record.get(key) is None else pytest.approx(record[key], abs=1e-4))
 
 
 def fails_on_one(rank: int, kind: type[Exception]) -> tuple[str, str, list[str]]:
