@@ -386,7 +386,7 @@ class Trainer:
         return tensors
 
     def spread_tensors(self) -> dict[str, Tensor]:
-        """Those of them that may be spread over ranks; a resumed run has them filled in place."""
+        """Those that may be spread over ranks; a resumed run has them filled in place."""
         return self.optimizer.named_state()
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:

@@ -11,7 +11,6 @@ import socket
 import traceback
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import tiny_run
@@ -105,18 +104,21 @@ def test_schedule_and_policy_do_not_depend_on_the_number_of_ranks(tmp_path: Path
                 assert other.get(key) == (None if record.get(key) is None else pytest.approx(record[key], abs=1e-4))
 
 
-def trained_unsaved(rank: int, config: Config) -> str:
-    with mock.patch.object(train, "_save"):
-        train.run(config, tiny_run.quiet())
-    return "done"
-
-
 @pytest.mark.slow
 def test_sharded_ranks_draw_and_learn_as_one(tmp_path: Path) -> None:
-    alone = dataclasses.replace(settings(tmp_path, "of1", "paced"), steps=3)
-    sharded = dataclasses.replace(settings(tmp_path, "of2", "paced", distributed__mode="sharded"), steps=3)
-    assert launch(1, trained_unsaved, alone) == ["done"]
-    assert launch(2, trained_unsaved, sharded) == ["done"] * 2
+    alone = settings(tmp_path, "of1", "paced")
+    sharded = settings(tmp_path, "of2", "paced", distributed__mode="sharded")
+    assert launch(1, trained, alone) == ["done"]
+    # Stopped and taken up again, by as many ranks and then by another number of them.
+    assert launch(2, trained, dataclasses.replace(sharded, steps=2)) == ["done"] * 2
+    assert launch(2, trained, dataclasses.replace(sharded, steps=4, resume="auto")) == ["done"] * 2
+    assert launch(1, trained, dataclasses.replace(sharded, resume="auto")) == ["done"]
+    policies = [
+        load_file(tmp_path / name / "checkpoints" / "step_000005" / "policy" / "model.safetensors")
+        for name in ("of1", "of2")
+    ]
+    for name, tensor in policies[0].items():
+        torch.testing.assert_close(policies[1][name], tensor, atol=1e-4, rtol=0)
     one, two = (lines(tmp_path / name, "rollouts.jsonl") for name in ("of1", "of2"))
     for key in ("step", "prompt", "completion", "reward", "replayed"):
         assert [rollout[key] for rollout in two] == [rollout[key] for rollout in one], key
