@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from paced_fast import build, checkpoint, train
-from paced_fast.optimizer import GuardedAdamW
+from paced_fast import build, train
+from paced_fast.checkpoint import save
+from paced_fast.optimizer import PolicyOptimizer
 from paced_fast.policy import Policy
 from paced_fast.rewards import Scorer
 from paced_fast.trainer import Trainer
@@ -104,13 +105,13 @@ def install(fault: Fault) -> None:
     fault.before(train, "evaluate", "evaluate")
     fault.before(_generator_class(), "generate", "generate")
     fault.before(Scorer, "score", "reward")
-    fault.before(GuardedAdamW, "guarded_step", "update")
+    fault.before(PolicyOptimizer, "clip_and_step", "update")
     fault.before(Policy, "embed", "build")
-    # The lead is in the midst of writing; another rank is about to wait for it.
-    if os.environ.get("RANK", "0") == "0":
-        fault.before(checkpoint, "_sha256", "save")
+    # The lead's thread is in the midst of writing, the policy being on the disk; only the main thread can exit.
+    if os.environ.get("RANK", "0") == "0" and fault.kind != "exit":
+        fault.before(save, "describe", "save")
     else:
-        fault.before(train, "_save", "save")
+        fault.before(save.Saver, "save", "save")
 
 
 def _generator_class() -> Any:

@@ -83,8 +83,7 @@ class Trainer:
         self.vocabulary = min(len(tokenizer), policy.head[0].shape[0])
         mesh = None if policy.lockstep else replicas_mesh(world, policy.device)  # sharded parameters know theirs
         self.optimizer = make_optimizer(policy, config.optimizer, mesh)
-        self.counters = Counters()
-        self.guards = Guards(config.guard, speaks=world.is_lead)
+        self.counters, self.guards = Counters(), Guards(config.guard, speaks=world.is_lead)
         device = policy.device
         self.phases = metrics.Phases(*clock_of(device), memory.probe(device))
         self.now = torch.zeros((), dtype=torch.int64, device=device)  # the step, for everything on the device
@@ -386,7 +385,7 @@ class Trainer:
         return tensors
 
     def spread_tensors(self) -> dict[str, Tensor]:
-        """Those that may be spread over ranks; a resumed run has them filled in place."""
+        """Those that may be spread over ranks; filled in place when a run is resumed."""
         return self.optimizer.named_state()
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:

@@ -181,6 +181,7 @@ def test_the_value_meets_the_accuracy_of_its_own_prompt() -> None:
         trainer=SimpleNamespace(
             counters=SimpleNamespace(step=3),
             phases=Phases(),
+            recorded=None,
             vocabulary=1000,
             log_z=SimpleNamespace(value_of=lambda embeddings: torch.tensor([0.25, 0.5, 0.75, 0.125])),
         ),

@@ -39,14 +39,24 @@ def test_flowrl_holds_a_second_copy_of_the_weights() -> None:
 
 
 def test_packed_rows_have_no_mask_and_layers_computed_again_keep_their_input() -> None:
-    model, config = tiny_policy.model(), resolve(preset("tiny"))
+    shape = shape_of(tiny_policy.model())
+    config = tiny_policy.replaced(resolve(preset("tiny")), model__device="cuda")
     again = tiny_policy.replaced(config, model__gradient_checkpointing=True)
-    full, little = (memory.plan(model, each, 1, longest_masked_row=0) for each in (config, again))
+    layout = memory.Layout(capability=(9, 0))
+    full, little = (memory.plan(shape, each, 1, layout) for each in (config, again))
     name = "activations of a micro-batch"
     layer = 12 * 16 + 3 * 24
     assert little[name] * 2 * layer == full[name] * (2 * 16 + layer)
     assert full["attention mask of a micro-batch"] == 0
-    assert memory.plan(model, config, 1)["attention mask of a micro-batch"] > 0
+
+
+def test_long_rows_on_a_cpu_have_no_mask_of_their_length() -> None:
+    shape, config = shape_of(tiny_policy.model()), resolve(preset("tiny"))
+    name = "attention mask of a micro-batch"
+    longer = tiny_policy.replaced(config, generation__max_completion_tokens=4000)
+    tokens = min(longer.optimizer.micro_batch_tokens, memory.step_tokens(longer))
+    assert memory.plan(shape, longer, 1)[name] == tokens * memory.MASKED_ROW * 6
+    assert 0 < memory.plan(shape, config, 1)[name] < tokens * memory.MASKED_ROW * 6
 
 
 def test_memory_held_is_told_while_it_is_held() -> None:

@@ -286,7 +286,7 @@ class PromptMemory:
         path = folder / _SHARED
         if not path.is_file():
             raise InputError(f"{path} is missing: this checkpoint was written without log_z='learned' or sampling")
-        state = torch.load(path, map_location="cpu")
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if self.table is not None:
             found = 0 if state["log_z"] is None else len(state["log_z"]["own"])
             if found != len(self.table.own):
@@ -299,6 +299,6 @@ class PromptMemory:
         self.sampler.resume(**state["sampler"])
         path = folder / _REPLAY.format(self.process_index)
         if path.is_file():
-            self.replay.load_state_dict(torch.load(path, map_location="cpu"))
+            self.replay.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         elif self.args.replay:
             logger.warning("%s is missing: process %d begins with nothing to replay", path, self.process_index)
