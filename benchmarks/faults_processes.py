@@ -28,6 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from benchmarks.faulty_rank import KINDS, PHASES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,7 +251,7 @@ def state_of(folder: Path) -> dict[str, str]:
     run = folder / "run"
     last = run / "checkpoints" / f"step_{STEPS:06d}"
     found = {
-        str(path.relative_to(last)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(last)): _digest(path)
         for path in sorted(last.rglob("*"))
         if path.is_file() and path.name not in ("state.json", "manifest.json")
     }
@@ -259,6 +262,17 @@ def state_of(folder: Path) -> dict[str, str]:
             lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
             found[name] = json.dumps([_timeless(line) for line in lines], sort_keys=True)
     return found
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes, or of the tensors in it: the order of what its header says besides is arbitrary."""
+    if path.suffix != ".safetensors":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    total = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _timeless(value: Any) -> Any:
