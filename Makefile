@@ -67,8 +67,9 @@ test: $(STAMP) $(STAMP_VLLM) ## Everything that must hold before a change lands,
 test-vllm: $(STAMP_VLLM) ## Tests with a real vLLM engine only.
 	$(BIN_VLLM)/python -m pytest tests/engine -m 'slow or not slow'
 
-faults: $(STAMP) ## Kill, resume and failure tests only.
-	$(BIN)/python -m pytest -m 'slow or not slow' -k 'resume or fault or atomic'
+faults: $(STAMP) ## Kills, damage, resumes and failing processes, counted; then signals. Up to 25 minutes.
+	$(BIN)/python -m benchmarks.run faults --json .cache/faults.json
+	$(BIN)/python -m pytest -m faults -k 'not counted and not whole_matrix'
 
 lint: $(STAMP) ## Style and types, no tests.
 	$(BIN)/ruff check .

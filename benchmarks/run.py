@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "weight_sync": ("weight_sync", ()),
     "math_rewards": ("math_rewards", ()),
     "sandbox": ("sandbox", ()),
+    "faults": ("faults", ()),
     "faults_processes": ("faults_processes", ()),
     "train_tiny": ("train_run", ("tiny",)),
     "train_smollm2": ("train_run", ("smollm2",)),

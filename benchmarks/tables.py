@@ -261,6 +261,33 @@ def trainer() -> str:
     return "\n".join([*lines, "", _wrapped(note)])
 
 
+def faults() -> str:
+    """What was broken on purpose and what came of it, as Markdown."""
+    result = json.loads(_path("faults").read_text())
+    found, processes = result["checkpoint"], result["processes"]
+    kill, damage, planted = found["kill"], found["damage"], found["planted_code"]
+    cuts, ablation = found["resume"]["cuts"], found["resume"]["ablation"]
+    kinds = len({outcome["cell"].split("/")[0] for outcome in processes["outcomes"]})
+    phases = len({outcome["cell"].split("/")[1] for outcome in processes["outcomes"]})
+    slowest = ", ".join(f"{kind} {seconds:.0f} s" for kind, seconds in processes["slowest_seconds"].items())
+    lines = [
+        "| broken on purpose | times | result |",
+        "|---|---|---|",
+        f"| process killed, {kill['kills_inside_a_save']} times inside a save | {kill['kills']} | "
+        f"{len(kill['wrong'])} of {kill['acknowledged']} acknowledged checkpoints lost |",
+        f"| checkpoint damaged: {', '.join(damage['by_kind'])} | {damage['damages']} | "
+        f"{len(damage['wrong'])} loaded silently |",
+        f"| code planted in a file of it | {planted['slots']} | ran {planted['code_ran']} times |",
+        f"| run cut and resumed | {cuts['cut_points']} | {len(cuts['wrong'])} differ by a bit from an uncut run |",
+        f"| piece of state left out of the resume | {ablation['pieces']} | {len(ablation['wrong'])} not noticed |",
+        f"| rank of two fails: {kinds} faults in {phases} phases | {processes['cells']} | "
+        f"{processes['recovered_equal_and_clean']} recover, equal to the bit, with nothing left behind |",
+    ]
+    note = f"""Longest time from a fault to the end of the run: {slowest}. All of it in {result["seconds"]:.0f} s.
+        {_environment(result)}."""
+    return "\n".join([*lines, "", _wrapped(note)])
+
+
 def _wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), width=120, break_long_words=False, break_on_hyphens=False)
 
@@ -278,6 +305,7 @@ def render(text: str) -> str:
         "sandbox": sandbox,
         "integrations": integrations,
         "trainer": trainer,
+        "faults": faults,
     }
     for name, make in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

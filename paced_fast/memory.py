@@ -22,8 +22,9 @@ MASKED_ROW = 256
 long row's pairs of positions a mask throws most away, of short rows a call for each block takes longer than that."""
 CHECK_TOKENS = 256
 """A check of both sides scores sequences of up to so many tokens: several blocks, or it would miss a stale cache."""
-_SHARE_OF_GPU = 0.6
-"""What weights, gradients, moments and keys and values may take together; the rest is for activations and graphs."""
+_SHARE_OF_GPU = 0.85
+"""What weights, moments and keys and values may take together while an engine samples; the rest is for its activations
+and graphs."""
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 _GRADIENTS = "gradients"
 _GATHERED = "gathered layers"
@@ -196,11 +197,12 @@ def kv_cache_bytes(shape: ModelShape, config: Config, layout: Layout | None = No
         element = _ITEMSIZE[config.weight_sync.dtype]
     token_bytes = shape.kv_numbers * element
     if config.generator == "vllm" and config.model.device == "cuda" and layout.device_bytes is not None:
-        # Weights on both sides while the engine starts; gradients, moments and masters from the first step on. An
-        # engine whose weights are its own keeps them.
-        engine = _engine_weights(shape, config, layout)
-        own = sum(size for name, size in engine.items() if name != _IF_NOT_SHARED)
-        held = max(sum(training_bytes(shape, config, layout).values()) + own, 2 * shape.parameters * element)
+        # Weights on both sides while the engine starts; moments and masters from the first step on. Gradients are gone
+        # when it samples, as its keys and values are while the policy trains. Sharing may turn out to be impossible.
+        state = training_bytes(shape, config, layout)
+        kept = sum(size for name, size in state.items() if name not in (_GRADIENTS, _GATHERED))
+        engine = sum(_engine_weights(shape, config, layout).values())
+        held = max(kept + engine, 2 * shape.parameters * element)
         left = int(_SHARE_OF_GPU * layout.device_bytes) - held
         least = ENGINE_BLOCK * (-(-engine_tokens(shape, config) // ENGINE_BLOCK) + 1)
         return max(min(tokens * token_bytes, left), least * token_bytes)

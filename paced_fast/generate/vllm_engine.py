@@ -124,6 +124,8 @@ class VLLMGenerator:
                 self._of_model(self._restore_buffers)
         figures = self.sync.after_update() if self.sync is not None else {}
         if self.can_sleep:
+            # What torch keeps of freed gradients is memory that the engine, which has a pool of its own, lacks.
+            torch.cuda.empty_cache()
             with self._named("taking its key-value cache back"):
                 self.engine.wake_up(["kv_cache"])
                 self.engine.wake_up(["scheduling"])

@@ -1,0 +1,48 @@
+"""Faults, counted: kills, damaged and planted files, resumes, forgotten state, and processes that fail.
+
+Whatever is lost, loaded silently, not noticed, different or left behind is a failure of this case, exit status 1.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import faults_checkpoint, faults_processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Faults, counted."""
+
+    kills: int = 100
+    """Processes killed while they save."""
+    damages: int = 200
+    """Damaged checkpoints."""
+    parallel: int = 3
+    """Runs with a failing process at a time; those with a stopped rank mostly wait."""
+
+
+def measure(arguments: Arguments, path: Path | None = None) -> dict[str, Any]:
+    """All figures; the first line that is wrong ends the process when everything has been counted."""
+    started = time.monotonic()
+    checkpoint = faults_checkpoint.measure(arguments.kills, arguments.damages)
+    kill, damage, planted = checkpoint["kill"], checkpoint["damage"], checkpoint["planted_code"]
+    cuts, ablation = checkpoint["resume"]["cuts"], checkpoint["resume"]["ablation"]
+    print(
+        f"kills {kill['kills']} ({kill['kills_inside_a_save']} inside a save), acknowledged checkpoints "
+        f"{kill['acknowledged']}, wrong {kill['wrong']}\ndamaged {damage['damages']}, wrong {damage['wrong']}\n"
+        f"planted code ran {planted['code_ran']} times\ncut points {cuts['cut_points']}, wrong {cuts['wrong']}\n"
+        f"pieces of state left out {ablation['pieces']}, not noticed {ablation['wrong']}",
+        flush=True,
+    )
+    processes = faults_processes.measure(faults_processes.Arguments(parallel=arguments.parallel))
+    wrong = [*kill["wrong"], *damage["wrong"], *cuts["wrong"], *ablation["wrong"], *processes["shared_memory_left"]]
+    wrong += [outcome for outcome in processes["outcomes"] if not outcome["passed"]]
+    if wrong or planted["code_ran"]:
+        sys.stderr.write(f"error: {len(wrong)} faults were not borne; the first: {(wrong or [planted])[0]}\n")
+        raise SystemExit(1)
+    return {"checkpoint": checkpoint, "processes": processes, "seconds": round(time.monotonic() - started, 1)}
