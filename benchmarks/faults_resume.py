@@ -47,7 +47,10 @@ def noisy(prompts, completions, **columns):
 """
 """A third of what a model that knows nothing says is right, but for noise from the ambient generators."""
 
-IDLE = {"scheduler.tree": "rebuilt from the statistics before every draw; its step is set by the draw"}
+IDLE = {
+    "scheduler.tree": "rebuilt from the statistics before every draw; its step is set by the draw",
+    "guards.said": "empty in a run that has warned of nothing; a test of the guards drops it from one that has",
+}
 """State that a resumed run would not miss, and why it is kept all the same."""
 
 
