@@ -109,9 +109,27 @@ def install(fault: Fault) -> None:
     fault.before(Policy, "embed", "build")
     # The lead's thread is in the midst of writing, the policy being on the disk; only the main thread can exit.
     if os.environ.get("RANK", "0") == "0" and fault.kind != "exit":
-        fault.before(save, "describe", "save")
+        _in_the_writing_thread(fault)
     else:
         fault.before(save.Saver, "save", "save")
+
+
+def _in_the_writing_thread(fault: Fault) -> None:
+    """Strike before a file of the step's checkpoint is hashed; the main thread may be a step further."""
+    write, describe = save.Saver._write_own, save.describe
+    saving: list[int] = []
+
+    def writes(self: Any, job: Any, folder: Path) -> Any:
+        saving[:] = [job.step]
+        return write(self, job, folder)
+
+    def describes(path: Path) -> Any:
+        if fault.is_here and fault.phase == "save" and saving == [fault.step]:
+            fault.strike()
+        return describe(path)
+
+    save.Saver._write_own = writes
+    save.describe = describes
 
 
 def _generator_class() -> Any:

@@ -30,13 +30,14 @@ from paced_fast.evaluate import load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.inputs import read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
-from paced_fast.policy import Policy, build_tiny, load_model, make_policy, prepare, smollm2_folder
+from paced_fast.policy import Policy, adapt, build_tiny, load_model, make_policy, prepare, smollm2_folder
 from paced_fast.recorded import FILE_NAME, RecordedRollouts
 from paced_fast.resolve import resolve
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.shapes import ModelShape, shape_of
 from paced_fast.sharding import choose_mode, shards_mesh
 from paced_fast.sharing import SharedGenerator, together
+from paced_fast.skeleton import skeleton
 from paced_fast.trainer import Counters, Trainer
 from paced_fast.warm_start import warm_start
 
@@ -104,9 +105,10 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     made, home = model, _home(config, world)
     model = together(world, lambda: made or load_model(home, str(folder / "initial")))
     checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
-    layout = _layout(config, shape_of(model), len(table), world)
+    shape = _shape(config, model)
+    layout = _layout(config, shape, len(table), world)
     is_sharded = layout.mode == "sharded"
-    plan = memory.plan(shape_of(model), config, len(table), layout)
+    plan = memory.plan(shape, config, len(table), layout)
     console.print(metrics.memory_plan_table(plan, available_bytes=_device_bytes(config, world)))
     # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
     first = model
@@ -194,6 +196,15 @@ def _device_bytes(config: Config, world: World) -> int:
     """Memory that one rank may think of as its own: a GPU, or its part of the machine."""
     device = torch.device(config.model.device)
     return memory.available(device) // (1 if device.type == "cuda" else world.local_size)
+
+
+def _shape(config: Config, model: PreTrainedModel) -> ModelShape:
+    """The sizes of what will be trained: with adapters, which the model does not have yet, those of the adapters."""
+    if config.lora.rank == 0:
+        return shape_of(model)
+    adapted = skeleton(model.config)
+    adapt(adapted, config.lora, seed=0)
+    return shape_of(adapted)
 
 
 def _layout(config: Config, shape: ModelShape, num_prompts: int, world: World) -> memory.Layout:

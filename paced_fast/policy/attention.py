@@ -53,16 +53,18 @@ class Attention:
 SHARED = Attention("shared", "prompts are computed once for a group")
 
 
-def choose_attention(setting: str, model: PreTrainedModel) -> Attention:
-    """The attention that the setting names, or for `auto` the best that this model can have where it is.
+def choose_attention(setting: str, model: PreTrainedModel, device: torch.device | None = None) -> Attention:
+    """The attention that the setting names, or for `auto` the best that this model can have on `device`, by default
+    where it is: a model that is about to be sharded still lies on the host.
 
     Raises InputError when the named one is absent or cannot take this model.
     """
+    device = device or model.device
     if setting == "auto":
-        if model.device.type == "cpu":
+        if device.type == "cpu":
             return SHARED
-        lacking = dict.fromkeys(problem for name in _VARLEN if (problem := _lacks(name, model)) is not None)
-        best = next((name for name in _VARLEN if _lacks(name, model) is None), None)
+        lacking = dict.fromkeys(problem for name in _VARLEN if (problem := _lacks(name, model, device)) is not None)
+        best = next((name for name in _VARLEN if _lacks(name, model, device) is None), None)
         if best is None:
             return Attention("shared", "; ".join(lacking))
         return Attention(best, "no padding and no mask", _VARLEN[best].load())
@@ -70,7 +72,7 @@ def choose_attention(setting: str, model: PreTrainedModel) -> Attention:
         return SHARED
     if setting == "packed-sdpa":
         return Attention(setting, "asked for", sdpa)
-    problem = _lacks(setting, model)
+    problem = _lacks(setting, model, device)
     if problem is not None:
         raise InputError(f"--model.attention {setting}: {problem}: take auto, which uses what there is")
     return Attention(setting, "asked for", _VARLEN[setting].load())
@@ -227,17 +229,17 @@ _VARLEN = {
 """By what `model.attention` calls them, the one that `auto` prefers first."""
 
 
-def _lacks(name: str, model: PreTrainedModel) -> str | None:
+def _lacks(name: str, model: PreTrainedModel, device: torch.device) -> str | None:
     """Why this model cannot have the kernel, or None."""
     kernel, settings = _VARLEN[name], model.config
     size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    if model.device.type != "cuda":
-        return f"the model is on the {model.device.type} and the kernel needs a GPU"
+    if device.type != "cuda":
+        return f"the model is on the {device.type} and the kernel needs a GPU"
     if model.dtype not in (torch.bfloat16, torch.float16):
         return f"the parameters are {str(model.dtype).removeprefix('torch.')} and varlen kernels need bfloat16"
     if size % 8 or size > 256:
         return f"heads have {size} numbers, and varlen kernels need a multiple of 8 up to 256"
-    major = torch.cuda.get_device_capability(model.device)[0]
+    major = torch.cuda.get_device_capability(device)[0]
     if not kernel.oldest <= major <= kernel.newest:
         return f"the GPU has compute capability {major}.x, not {kernel.oldest}.x to {kernel.newest}.x"
     return _absent(kernel)

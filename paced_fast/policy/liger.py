@@ -9,6 +9,7 @@ import types
 from importlib import import_module, util
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,9 +20,12 @@ _KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 _ROTARY = "apply_rotary_pos_emb"
 
 
-def use_liger(setting: str, model: PreTrainedModel) -> str:
-    """Do what `model.liger` says and say what came of it. Raises InputError when `on` cannot be."""
-    problem = _lacks(model)
+def use_liger(setting: str, model: PreTrainedModel, device: torch.device | None = None) -> str:
+    """Do what `model.liger` says and say what came of it; `device` is where the model will be.
+
+    Raises InputError when `on` cannot be.
+    """
+    problem = _lacks(model, device or model.device)
     if setting == "on" and problem is not None:
         raise InputError(f"--model.liger on: {problem}: give auto, which leaves it out, or off")
     if setting == "off" or problem is not None:
@@ -42,9 +46,9 @@ def use_liger(setting: str, model: PreTrainedModel) -> str:
     return f"on ({norms} RMSNorm, {others} SwiGLU and rotary embeddings)"
 
 
-def _lacks(model: PreTrainedModel) -> str | None:
+def _lacks(model: PreTrainedModel, device: torch.device) -> str | None:
     """Why the model cannot have the kernels, or None."""
-    if model.device.type != "cuda":
+    if device.type != "cuda":
         return "its kernels need a GPU"
     if util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed (pip install 'paced-fast[liger]')"

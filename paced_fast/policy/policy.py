@@ -253,7 +253,7 @@ def make_policy(model: PreTrainedModel, config: Config) -> Policy:
     return Policy(
         model,
         max_tokens=config.optimizer.micro_batch_tokens,
-        attention=choose_attention(config.model.attention, model),
+        attention=choose_attention(config.model.attention, model, torch.device(config.model.device)),
         checkpoint=config.model.gradient_checkpointing,
     )
 
@@ -262,7 +262,7 @@ def prepare(policy: Policy, config: Config) -> None:
     """Give the policy that is to be trained its adapters and fused layers, and log what was chosen."""
     if config.lora.rank > 0:
         adapt(policy.model, config.lora, seed=stream_seed(config.seed, 0, "adapters"))
-    fused = use_liger(config.model.liger, policy.model)
+    fused = use_liger(config.model.liger, policy.model, torch.device(config.model.device))
     trained, total = (sum(p.numel() for p in own) for own in (policy.parameters(), policy.model.parameters()))
     chosen = policy.attention
     logger.info(
