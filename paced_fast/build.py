@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
 from paced_fast.batch import PromptTable
 from paced_fast.config import Config, ModelConfig, flatten, stream_seed
-from paced_fast.distributed import ALONE, World
+from paced_fast.distributed import ALONE, World, joined
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import load_config
@@ -98,18 +98,20 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     recorded = None if replay is None else together(world, lambda: RecordedRollouts(replay, config, table))
     stop_ids = prompts.stop_token_ids(tokenizer)
     identity = checkpoint.identity(table, eval_table, tokenizer)
-    model = None
+    model, home = None, _home(config, world)
     if newest is None:
-        begin = functools.partial(_begin, config, folder, path, tokenizer, stop_ids[0])
+        begin = functools.partial(_begin, config, folder, path, tokenizer, stop_ids[0], home)
         model = together(world, begin if world.is_lead else lambda: None, patient=True)
-    made, home = model, _home(config, world)
-    model = together(world, lambda: made or load_model(home, str(folder / "initial")))
+    if model is None:
+        model = together(world, lambda: load_model(home, str(folder / "initial")), patient=True)
+    else:  # where the others have it, too: it may be more than one device can hold
+        cast(torch.nn.Module, together(world, lambda: model, patient=True)).to(home.device)
     checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
     shape = _shape(config, model)
     layout = _layout(config, shape, len(table), world)
     is_sharded = layout.mode == "sharded"
     plan = memory.plan(shape, config, len(table), layout)
-    console.print(metrics.memory_plan_table(plan, available_bytes=_device_bytes(config, world)))
+    console.print(metrics.memory_plan_table(plan, available_bytes=layout.device_bytes or 0))
     # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
     first = model
     policy, initial = together(world, lambda: _policies(config, first, world, is_sharded))
@@ -121,6 +123,7 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     if newest is not None and config.lora.rank == 0:  # adapters lie beside the weights from before training
         latest = together(world, lambda: load_model(home, str(newest / "policy")))
         policy, _ = together(world, lambda: _policies(config, latest, world, is_sharded, with_initial=False))
+        del model, first, latest  # or a second copy would be held while an engine starts
     if not is_sharded:
         together(world, lambda: prepare(policy, config))
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
@@ -158,9 +161,12 @@ def _of_lead(world: World, function: Callable[[], Path | None]) -> Path | None:
     return Path(told) if told else None
 
 
-def _begin(config: Config, folder: Path, path: str, tokenizer: PreTrainedTokenizerBase, stop_id: int) -> Any:
+def _begin(
+    config: Config, folder: Path, path: str, tokenizer: PreTrainedTokenizerBase, stop_id: int, home: ModelConfig
+) -> Any:
     """Make the first model and then the run folder, with its weights in `initial`."""
-    model = _initial_model(path, tokenizer, config, stop_id)
+    warm = config.warm_start.first.steps or config.warm_start.second.steps
+    model = _initial_model(path, tokenizer, config if warm else dataclasses.replace(config, model=home), stop_id)
     if config.generator == "vllm":
         memory.engine_tokens(shape_of(model), config)
         require_head_size(shape_of(model).head_size, config.model.device)
@@ -193,9 +199,10 @@ def _home(config: Config, world: World) -> ModelConfig:
 
 
 def _device_bytes(config: Config, world: World) -> int:
-    """Memory that one rank may think of as its own: a GPU, or its part of the machine."""
+    """Memory that every rank may think of as its own: a GPU, or its part of the machine; the least where they differ."""
     device = torch.device(config.model.device)
-    return memory.available(device) // (1 if device.type == "cuda" else world.local_size)
+    own = memory.available(device) // (1 if device.type == "cuda" else world.local_size)
+    return min(joined(world.gather(torch.tensor([own], dtype=torch.int64))))
 
 
 def _shape(config: Config, model: PreTrainedModel) -> ModelShape:

@@ -164,6 +164,12 @@ def start(device: str, timeout_seconds: float) -> World:
             backend, timeout=wait, store=_store(world, wait), rank=world.rank, world_size=world.size
         )
         _patient[0] = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    started = joined(world.gather(torch.tensor([local_size])))
+    if len(set(started)) > 1:
+        raise InputError(
+            f"the machines started different numbers of processes ({min(started)} and {max(started)}): give all of "
+            "them the same torchrun --nproc-per-node"
+        )
     return world
 
 

@@ -80,15 +80,22 @@ class ParityGuard:
 
         Raises TrainingError when a mean is above the bound, with the causes that fit.
         """
+        return self.judge(step, *self.ask(step))
+
+    def ask(self, step: int) -> tuple[list[Completion], list[list[float]]]:
+        """What the engine samples, and its log-probs of the sequences; the part of a check that can fail on a rank."""
         # Sampling comes first: scoring would leave keys and values of its own in the cache.
-        completions = self._sample(self.prompts, _SAMPLES, _SAMPLED_TOKENS, step)
+        return self._sample(self.prompts, _SAMPLES, _SAMPLED_TOKENS, step), self.engine.score(self.sequences)
+
+    def judge(self, step: int, completions: list[Completion], scores: list[list[float]]) -> dict[str, float]:
+        """The rest of a check: what the policy makes of the same; on sharded ranks they compute it together."""
         repeated = [prompt for prompt in self.prompts for _ in range(_SAMPLES)]
         sampled = self._compare(repeated, completions, self.temperature)
         scored = self._compare(
             [sequence[:1] for sequence in self.sequences],
             [
                 Completion(token_ids=list(sequence[1:]), logprobs=values, stopped=False)
-                for sequence, values in zip(self.sequences, self.engine.score(self.sequences), strict=True)
+                for sequence, values in zip(self.sequences, scores, strict=True)
             ],
             1.0,
         )

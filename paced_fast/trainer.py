@@ -70,10 +70,8 @@ class Trainer:
         guard: ParityGuard | None = None,
         world: World = ALONE,
     ) -> None:
-        """`initial` is needed by `flowrl` only, `embeddings` f32[N, H] by algorithms that learn log Z.
-
-        `guard` checks a generator that has its own engine. With several ranks `generator` gives all of them the whole
-        batch (`sharing.SharedGenerator`).
+        """`initial` is needed by `flowrl` only, `embeddings` f32[N, H] by algorithms that learn log Z, `guard` by an
+        engine. With several ranks `generator` gives all of them the whole batch (`sharing.SharedGenerator`).
         """
         self.guard, self.world = guard, world
         self.recorded: GroupSource | None = None  # gives the groups of a step, where nothing is to be sampled
@@ -124,7 +122,7 @@ class Trainer:
         checked = self.guard is not None and self.guard.due(self.counters.step)
         if self.guard is not None and checked:
             with self.phases.phase("parity"):
-                self.guard.prime()
+                together(self.world, self.guard.prime)
         with self.phases.phase("sync"):
             self.generator.before_training()
         result = self._learn(fresh, replayed, values)
@@ -173,7 +171,8 @@ class Trainer:
         guard = self.guard
         if guard is None:
             return {}
-        return together(self.world, lambda: guard.check(self.counters.step))
+        asked = together(self.world, lambda: guard.ask(self.counters.step))
+        return together(self.world, lambda: guard.judge(self.counters.step, *asked))
 
     def _learn(self, fresh: Fresh, replayed: Rollouts | None, values: Tensor | None) -> StepResult:
         """From what was sampled to new parameters, a new head, and statistics for the next draw; never waits."""
@@ -182,6 +181,7 @@ class Trainer:
         if self.log_z is not None:
             with self.phases.phase("head"):
                 self.log_z.rescore(rollouts.prompt_index)
+                self.world.lead_(self.log_z.values)
         with self.phases.phase("old_logprobs"):
             targets = self._targets(rollouts, fresh, values)
         with self.phases.phase("update"):

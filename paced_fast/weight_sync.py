@@ -193,15 +193,21 @@ class PushedWeights:
         """Copy every parameter; bytes are those handed over."""
         started = time.perf_counter()
         size = 0
+        weights = self._buckets()
 
         def counted() -> Iterator[tuple[str, Tensor]]:
             nonlocal size
-            for name, tensor in self._buckets():
+            for name, tensor in weights:
                 size += tensor.numel() * tensor.element_size()
                 yield name, tensor
 
         with torch.no_grad():
-            self.engine.reload(counted())
+            try:
+                self.engine.reload(counted())
+            finally:
+                # Ranks gather sharded weights together, also those that this rank's engine did not take any more.
+                for _ in weights:
+                    pass
         seconds = time.perf_counter() - started
         logger.debug("pushed %d bytes in %.3f s", size, seconds)
         return {"bytes": float(size), "seconds": seconds}
