@@ -20,7 +20,8 @@ from paced_fast import display, memory, prompts, roofline
 from paced_fast.batch import Completion, Group, PromptRow, PromptTable
 from paced_fast.config import Config, stream_seed
 from paced_fast.devices import Device, device_here
-from paced_fast.distributed import ALONE, World
+from paced_fast.distributed import ALONE, EVERYWHERE, World
+from paced_fast.errors import InputError
 from paced_fast.generate import TransformersGenerator
 from paced_fast.policy import make_policy, prepare
 from paced_fast.rewards import Scorer, Shaper
@@ -69,7 +70,17 @@ class _Totals:
 
 
 def measure(config: Config, *, steps: int, lengths: str, world: World = ALONE) -> dict[str, Any]:
-    """Time `steps` steps; with more than one the first, which warms caches up, is left out of every figure."""
+    """Time `steps` steps; with more than one the first, which warms caches up, is left out of every figure.
+
+    Raises InputError for sharded parameters over several ranks: what is timed replicates them.
+    """
+    if world.size > 1 and config.distributed.mode == "sharded":
+        error = InputError(
+            f"--bench times {world.size} processes with replicated parameters only: leave --distributed.mode sharded "
+            "out"
+        )
+        error.add_note(EVERYWHERE)
+        raise error
     config = dataclasses.replace(
         config, generator="transformers", run=dataclasses.replace(config.run, rollouts_per_step=0)
     )
@@ -168,6 +179,7 @@ def _figures(
         "parameters": shape.parameters,
         "device": _device_name(config),
         "ranks": world.size,
+        "mode": "replicated",
         "steps": len(records),
         "lengths": lengths,
         "prompts_per_step": config.generation.prompts_per_step,
@@ -214,7 +226,8 @@ def tables(result: dict[str, Any]) -> list[Any]:
     mfu = "unknown for this GPU" if peak is None else f"{result['mfu']:.1%} of {peak / 1e12:.3g} TFLOP/s a rank"
     figures = {
         "model": f"{result['model']}, {result['parameters']:,} parameters in {result['dtype']}, random weights",
-        "device": f"{result['device']}, {result['ranks']} rank{'s' * (result['ranks'] > 1)}",
+        "device": f"{result['device']}, {result['ranks']} rank{'s' * (result['ranks'] > 1)}, "
+        f"{result['mode']}",
         "rollouts": f"{result['prompts_per_step']} x {result['group_size']}, prompts of {result['prompt_tokens']}, "
         f"completions {'of' if result['lengths'] == 'full' else 'of 1 to'} {result['completion_tokens']} tokens",
         "step": f"{result['step_seconds']:.4g} s ({result['step_seconds_least']:.4g} to "

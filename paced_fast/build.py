@@ -32,7 +32,7 @@ from paced_fast.inputs import read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, adapt, build_tiny, load_model, make_policy, prepare, smollm2_folder
 from paced_fast.recorded import FILE_NAME, RecordedRollouts
-from paced_fast.resolve import resolve
+from paced_fast.resolve import check_engine_ranks, resolve
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.shapes import ModelShape, shape_of
 from paced_fast.sharding import choose_mode, shards_mesh
@@ -74,13 +74,7 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, and AdamW crawls on those
     metrics.require_sinks(config.run.loggers)
-    if world.size % config.weight_sync.tensor_parallel or (
-        config.generator != "vllm" and config.weight_sync.tensor_parallel > 1
-    ):
-        raise InputError(
-            f"--weight-sync.tensor-parallel {config.weight_sync.tensor_parallel} shares vLLM engines out to groups of "
-            f"ranks, and here are {world.size} with --generator {config.generator}: start a multiple with torchrun"
-        )
+    check_engine_ranks(config, world.size)
     if config.generator == "vllm":
         require_vllm(config.model.device)
         if config.model.name == "tiny":  # known before the warm start

@@ -15,7 +15,7 @@ from paced_fast.config import Config, flatten
 from paced_fast.devices import DEVICES, Device, device_here, device_named
 from paced_fast.errors import InputError
 from paced_fast.policy import adapt
-from paced_fast.resolve import resolve
+from paced_fast.resolve import check_engine_ranks, resolve
 from paced_fast.shapes import ModelShape, shape_of
 from paced_fast.sharding import choose_mode
 from paced_fast.skeleton import model_settings, skeleton
@@ -55,6 +55,7 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
         raise InputError(f"--dry-run {ranks}: {ranks} processes do not fill {nodes} machines evenly")
     notes: list[str] = []
     config = _assume_generator(config, device, notes)
+    check_engine_ranks(config, ranks)
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     chip = _device(config, device, notes)

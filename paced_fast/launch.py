@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ HELP = {
     "--dry-run [RANKS]": "print settings, memory plan and estimated time for so many processes, and start nothing",
     "--dry-run-device NAME": "plan for this device: h100, h200, a100, l40s, 4090 or cpu; the one that is here",
     "--dry-run-nodes NODES": "plan for so many machines; without it eight processes a machine",
-    "--bench [STEPS]": "time training steps on random rollouts, with no generation, rewards, weights or data",
+    "--bench [STEPS]": "time training steps on random rollouts, with no generation, rewards, weights or data; several "
+    "processes replicate the parameters",
     "--bench-lengths full|even": "completions at the limit, or of lengths drawn evenly from 1 to the limit",
     "--bench-json FILE": "write what was measured there too",
     "--replay-rollouts FILE": "train on the rollouts that a run with --run.save-rollouts wrote, and sample none",
@@ -59,7 +61,7 @@ def take(arguments: Sequence[str]) -> tuple[Launch, list[str]]:
             continue
         if option in found:
             raise InputError(f"{option} is given twice")
-        follows = bool(words) and not words[0].startswith("-")
+        follows = bool(words) and re.match("-[^0-9]|-$", words[0]) is None  # a number below 0 is a wrong value
         found[option] = value if equals else words.pop(0) if follows else None
         if found[option] in (None, "") and option not in _SWITCHES:
             raise InputError(f"{option} needs a value")

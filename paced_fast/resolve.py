@@ -160,6 +160,16 @@ def check_value(name: str, value: Any) -> None:
         raise InputError(f"{_option(name)} is empty: give a value, or leave it out")
 
 
+def check_engine_ranks(config: Config, ranks: int) -> None:
+    """Raises InputError when resolved settings split engines over ranks, and so many do not make whole engines."""
+    wanted = config.weight_sync.tensor_parallel
+    if ranks % wanted or (config.generator != "vllm" and wanted > 1):
+        raise InputError(
+            f"--weight-sync.tensor-parallel {wanted} shares vLLM engines out to groups of ranks, and here are {ranks} "
+            f"with --generator {config.generator}: start a multiple with torchrun"
+        )
+
+
 def config_from_dict(kind: Any, raw: Any, name: str = "") -> Any:
     """Rebuild a settings dataclass from `dataclasses.asdict` gone through JSON; an absent setting has its default.
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -293,7 +294,9 @@ def _world(config: Config, console: Console) -> Iterator[tuple[World, Console]]:
 
 def _watchdog(config: Config, world: World) -> Watchdog:
     """The watchdog of this rank; torchrun says where the store of all ranks is, and which attempt this is."""
-    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    address, port = "", 0
+    if world.size > 1:  # or they may be anybody's: Kubernetes gives a service called master a MASTER_PORT of its own
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return Watchdog(
         world,
         stall_seconds=config.distributed.stall_seconds,
@@ -333,6 +336,14 @@ def _bench(config: Config, mode: launch.Launch, console: Console) -> None:
             metrics.write_json_atomic(mode.json, result)
 
 
+def _ranks_here() -> int:
+    """How many processes the environment says there are, for a plan that names no number."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not re.fullmatch("[1-9][0-9]{0,5}", text):
+        raise InputError(f"--dry-run: WORLD_SIZE is {text[:80]!r}, no number of processes: give --dry-run RANKS")
+    return int(text)
+
+
 def _tell(line: str, error: Exception) -> None:
     """One line to the user; of an error that every rank has, the lead's is enough."""
     rank = os.environ.get("RANK", "0")
@@ -351,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mode, words = launch.take(sys.argv[1:] if arguments is None else arguments)
         config = cli.parse(words)
         if mode.dry_run is not None:
-            ranks = mode.dry_run or int(os.environ.get("WORLD_SIZE", "1"))
+            ranks = mode.dry_run or _ranks_here()
             dry_run.show(dry_run.make_plan(config, ranks=ranks, nodes=mode.nodes, device=mode.device), console)
             return
         if mode.bench is not None:

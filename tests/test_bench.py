@@ -17,6 +17,8 @@ from paced_fast import bench, devices, train
 from paced_fast.batch import PromptRow, PromptTable
 from paced_fast.config import Config
 from paced_fast.devices import DEVICES
+from paced_fast.distributed import World
+from paced_fast.errors import InputError
 from paced_fast.generate import TransformersGenerator
 from paced_fast.presets import preset
 from paced_fast.trainer import Trainer
@@ -105,6 +107,13 @@ def test_rollouts_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
     assert len({group.prompt_index for group in groups(1)}) == 4
 
 
+def test_several_ranks_are_timed_replicated_or_not_at_all(tmp_path: Path) -> None:
+    config = small(tmp_path, distributed__mode="sharded")
+    with pytest.raises(InputError, match=r"^--bench times 2 processes with replicated parameters only"):
+        bench.measure(config, steps=1, lengths="full", world=World(0, 2))
+    assert bench.measure(config, steps=1, lengths="full")["mode"] == "replicated", "a process alone shards nothing"
+
+
 @pytest.mark.parametrize("algorithm", ["grpo", "flowrl"])
 def test_other_algorithms_are_timed_too(tmp_path: Path, algorithm: str) -> None:
     result = bench.measure(small(tmp_path, algorithm=algorithm), steps=1, lengths="even")
@@ -137,6 +146,7 @@ def test_the_command_prints_tables_and_writes_json(
         "update",
         "times that",
         "random weights",
+        "1 rank, replicated",
     ):
         assert expected in text
     result = json.loads((tmp_path / "b.json").read_text())

@@ -217,6 +217,28 @@ def test_ranks_that_do_not_fill_the_machines_are_refused() -> None:
         dry_run.make_plan(config, ranks=1, device="cpu")
 
 
+def test_an_engine_over_ranks_that_are_not_there_is_refused_as_a_run_would() -> None:
+    config = tiny_policy.replaced(preset("qwen_math_1_5b"), weight_sync__tensor_parallel=2, weight_sync__mode="push")
+    assert dry_run.make_plan(config, ranks=4, device="h100").layout.ranks == 4
+    with pytest.raises(InputError, match=r"tensor-parallel 2 shares .* here are 3 with --generator vllm"):
+        dry_run.make_plan(config, ranks=3, device="h100")
+    plain = tiny_policy.replaced(config, generator="transformers")
+    with pytest.raises(InputError, match=r"here are 4 with --generator transformers"):
+        dry_run.make_plan(plain, ranks=4, device="h100")
+
+
+def test_an_environment_of_no_number_of_processes_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["tiny", "--dry-run"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: --dry-run: WORLD_SIZE is 'two', no number of processes: give --dry-run RANKS\n"
+    )
+
+
 def test_the_cpu_is_measured() -> None:
     found = devices.measured_cpu("float32")
     assert 1e9 < found.float32_flops < 1e14
@@ -226,6 +248,7 @@ def test_the_cpu_is_measured() -> None:
 MISTAKES = [
     (["--dry-run", "many"], "--dry-run 'many' is not a whole number from 1 to 100000"),
     (["--dry-run=0"], "--dry-run '0' is not a whole number from 1 to 100000"),
+    (["--bench", "-1"], "--bench '-1' is not a whole number from 1 to 100000"),
     (["--dry-run", "--bench"], "--dry-run and --bench exclude each other: give one of them"),
     (["--bench", "--replay-rollouts", "x"], "--bench and --replay-rollouts exclude each other: give one of them"),
     (["--bench", "--bench"], "--bench is given twice"),
