@@ -226,8 +226,7 @@ def tables(result: dict[str, Any]) -> list[Any]:
     mfu = "unknown for this GPU" if peak is None else f"{result['mfu']:.1%} of {peak / 1e12:.3g} TFLOP/s a rank"
     figures = {
         "model": f"{result['model']}, {result['parameters']:,} parameters in {result['dtype']}, random weights",
-        "device": f"{result['device']}, {result['ranks']} rank{'s' * (result['ranks'] > 1)}, "
-        f"{result['mode']}",
+        "device": f"{result['device']}, {result['ranks']} rank{'s' * (result['ranks'] > 1)}, {result['mode']}",
         "rollouts": f"{result['prompts_per_step']} x {result['group_size']}, prompts of {result['prompt_tokens']}, "
         f"completions {'of' if result['lengths'] == 'full' else 'of 1 to'} {result['completion_tokens']} tokens",
         "step": f"{result['step_seconds']:.4g} s ({result['step_seconds_least']:.4g} to "

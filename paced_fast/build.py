@@ -89,7 +89,9 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     tokenizer = together(world, lambda: read_tokenizer(path))
     scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
     table, eval_table, repeated = together(world, lambda: read_tables(config, tokenizer, scorer, shaper))
-    recorded = None if replay is None else together(world, lambda: RecordedRollouts(replay, config, table))
+    recorded = None
+    if replay is not None:
+        recorded = together(world, lambda: RecordedRollouts(replay, config, table, len(tokenizer)))
     stop_ids = prompts.stop_token_ids(tokenizer)
     identity = checkpoint.identity(table, eval_table, tokenizer)
     model, home = None, _home(config, world)
@@ -142,6 +144,8 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
         world=world,
     )
     trainer.recorded = recorded
+    if recorded is not None:  # a model may have fewer ids than its tokenizer
+        recorded.vocabulary = trainer.vocabulary
     if newest is not None:
         _continue(trainer, config, folder, newest, identity)
     held_out = (eval_table, eval_embeddings, repeated)

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +31,7 @@ from paced_fast.errors import InputError
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "rollouts_full.jsonl"
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 _LONG = b', "token_ids": '
 _COUNTS = ("step", "group", "position", "prompt_index", "num_tokens")
 _HEAD = {*_COUNTS, "prompt", "prompt_ids", "dropped", "reward", "shaping", "stopped"}
@@ -105,15 +106,17 @@ def replayed_settings(config: Config, path: Path) -> Config:
 class RecordedRollouts:
     """The groups of a run that was recorded, step by step."""
 
-    def __init__(self, path: Path, config: Config, table: PromptTable) -> None:
-        """Open the rollouts of a file or run folder for a run of these settings and prompts.
+    def __init__(self, path: Path, config: Config, table: PromptTable, vocabulary: int) -> None:
+        """Open the rollouts of a file or run folder for a run of these settings and prompts, ids below `vocabulary`.
 
         Raises InputError, in one line, for a file that is absent, cut off, of other groups, prompts or tokenizer, or
         that lacks a step.
         """
         self.path = path / FILE_NAME if path.is_dir() else path
-        self._config, self._table = config, table
+        self._config, self._table, self.vocabulary = config, table, vocabulary
         self._starts: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}  # of a step's first line
+        self._sizes: dict[int, int] = {}  # lines of a step
         if not self.path.is_file():
             raise InputError(
                 f"--replay-rollouts {path}: there is no such file: --run.save-rollouts makes a run write {FILE_NAME}"
@@ -138,20 +141,33 @@ class RecordedRollouts:
         return groups
 
     def _rows(self, step: int) -> Iterator[dict[str, Any]]:
-        for number, _, line in _lines(self.path, self._starts[step]):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise self._wrong(f"a line of step {step} is not JSON ({error})") from error
-            if row["step"] != step:
-                return
-            count, ids, logprobs = row["num_tokens"], row["token_ids"], row["logprobs"]
-            if not len(ids) == len(logprobs) == count or not all(isinstance(i, int) and i >= 0 for i in ids):
-                raise self._wrong(f"line {number} of step {step} has not {count} token ids and log-probs")
-            yield row
+        lines = itertools.islice(_lines(self.path, self._starts[step]), self._sizes[step])
+        for number, (_, _, line) in enumerate(lines, start=self._numbers[step]):
+            yield self._row(number, line)
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        """The whole record of a line, fit to train on."""
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise self._wrong(f"line {number} is not JSON ({error})") from error
+        count, ids, logprobs = row["num_tokens"], row.get("token_ids"), row.get("logprobs")
+        if not all(isinstance(values, list) and len(values) == count for values in (ids, logprobs)):
+            raise self._wrong(f"line {number} has not {count} token ids and log-probs")
+        unknown = [i for i in ids if type(i) is not int or not 0 <= i < self.vocabulary]
+        if unknown:
+            told = json.dumps(unknown[0])[:80]
+            raise self._wrong(
+                f"line {number} has the token id {told} and the vocabulary is 0 to {self.vocabulary - 1}: give the "
+                "tokenizer and model it was recorded with"
+            )
+        bad = [value for value in logprobs if not _is_number(value)]
+        if bad:
+            raise self._wrong(f"line {number} has the log-prob {json.dumps(bad[0])[:80]}, which is no finite number")
+        return row
 
     def _check(self) -> None:
-        """Read the heads of all lines: what can be wrong with a file is known before anything is trained."""
+        """Read the heads of all lines: what can be wrong with them is known before anything is trained."""
         known: dict[int, tuple[str, str]] = {}
         settings = self._config.generation
         step = position = in_batch = 0
@@ -161,9 +177,7 @@ class RecordedRollouts:
             if head is None and step == self._config.steps and in_batch == self._config.rollouts_per_step:
                 break  # what a kill tore off is not needed
             if head is None:
-                raise self._wrong(
-                    f"line {number} is cut off or no record: --steps {max(step - 1, 0)} takes what is whole"
-                )
+                raise self._wrong(f"line {number} is cut off or no record" + self._whole(step, in_batch))
             if head["step"] > max(self._config.steps, step):
                 break
             if head["step"] != step:
@@ -171,7 +185,7 @@ class RecordedRollouts:
                 if head["step"] != step + 1 and step:
                     raise self._wrong(f"step {step + 1} is missing: after {step} comes {head['step']}")
                 step, position, in_batch = head["step"], 0, 0
-                self._starts[step] = start
+                self._starts[step], self._numbers[step] = start, number
             if head["position"] != position:
                 raise self._wrong(f"line {number} has position {head['position']} of step {step}, not {position}")
             if (head["group"], head["prompt_index"]) != group:
@@ -193,11 +207,14 @@ class RecordedRollouts:
             raise self._wrong(f"step {step} is cut off after {in_batch} completions: give --steps {step - 1}")
         self._check_step(step, position, in_batch)
         self._check_range(step)
+        for _ in self._rows(1):  # the first step in full: another tokenizer shows there
+            pass
 
     def _check_step(self, step: int, position: int, in_batch: int) -> None:
         settings, wanted = self._config.generation, self._config.rollouts_per_step
         if step == 0:
             return
+        self._sizes[step] = position
         if position % settings.group_size:
             raise self._wrong(
                 f"step {step} has {position} completions, no multiple of --generation.group-size {settings.group_size}"
@@ -232,6 +249,13 @@ class RecordedRollouts:
         if last < self._config.steps:
             raise self._wrong(f"step {last + 1} is missing: it ends at step {last}, give --steps {last}")
 
+    def _whole(self, step: int, in_batch: int) -> str:
+        """What to do about a file that ends in `step`."""
+        whole = step if in_batch == self._config.rollouts_per_step else step - 1
+        if whole > 0:
+            return f": --steps {whole} takes what is whole"
+        return f": give a {FILE_NAME} that --run.save-rollouts wrote"
+
     def _wrong(self, words: str) -> InputError:
         return InputError(f"--replay-rollouts {self.path}: {words}")
 
@@ -264,6 +288,10 @@ def _head(line: bytes) -> dict[str, Any] | None:
     if not isinstance(head, dict) or not head.keys() >= _HEAD:
         return None
     numbers = all(type(head[name]) is int for name in _COUNTS)
-    reward = head["reward"]
-    is_score = reward is None or (isinstance(reward, int | float) and math.isfinite(reward))
-    return head if numbers and is_score else None
+    flags = all(type(head[name]) is bool for name in ("stopped", "dropped"))
+    scores = all(head[name] is None or _is_number(head[name]) for name in ("reward", "shaping"))
+    return head if numbers and flags and scores else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _FLOAT32_MAX

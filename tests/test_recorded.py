@@ -126,7 +126,25 @@ BAD_FILES: list[tuple[Callable[[str], str], str]] = [
     (_with(4, prompt="0" * 16), "line 5 has another prompt [0-9]+ than the training data"),
     (_with(4, prompt_ids="0" * 16), "line 5 has other tokens of prompt [0-9]+: give the tokenizer"),
     (_with(4, num_tokens=6), "line 5 has 6 tokens and --generation.max-completion-tokens is 5"),
-    (_with(4, reward=float("nan")), "line 5 is cut off or no record"),
+    (_with(4, reward=float("nan")), "line 5 is cut off or no record: give a rollouts_full.jsonl that"),
+    (_with(4, stopped=1), "line 5 is cut off or no record"),
+    (_with(17, stopped=None), "line 18 is cut off or no record: --steps 1 takes what is whole"),
+    (_with(16, stopped=None), "line 17 is cut off or no record: --steps 1 takes what is whole"),
+    (
+        _with(4, num_tokens=1, token_ids=[17], logprobs=[-1.0]),
+        "line 5 has the token id 17 and the vocabulary is 0 to 16",
+    ),
+    (_with(4, num_tokens=1, token_ids=[-1], logprobs=[-1.0]), "line 5 has the token id -1 "),
+    (_with(4, num_tokens=1, token_ids=[True], logprobs=[-1.0]), "line 5 has the token id true "),
+    (_with(4, num_tokens=1, token_ids=[3], logprobs=[float("nan")]), "line 5 has the log-prob NaN, which is no finite"),
+    (_with(4, num_tokens=1, token_ids=[3], logprobs=[1e39]), "line 5 has the log-prob 1e.39, which is no finite"),
+    (_with(4, num_tokens=1, token_ids=[3], logprobs=["-1"]), "line 5 has the log-prob .-1., which is no finite"),
+    (
+        _with(4, num_tokens=1, token_ids="3", logprobs=["-1"]),
+        "line 5 (has not 1 token ids and|is cut off or no record)",
+    ),
+    (_with(4, num_tokens=1, token_ids=[3], logprobs=[]), "line 5 has not 1 token ids and log-probs"),
+    (lambda text: "# Read me\n", "line 1 is cut off or no record: give a rollouts_full.jsonl that --run.save-rollouts"),
 ]
 
 
@@ -168,6 +186,22 @@ def test_fewer_steps_need_less_of_the_file(recorded: tuple[Config, Path], tmp_pa
     assert (tmp_path / "again" / "summary.json").exists()
 
 
+def test_a_bad_record_of_a_later_step_names_its_line(recorded: tuple[Config, Path], tmp_path: Path) -> None:
+    config, folder = recorded
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(_with(20, num_tokens=1, token_ids=[3], logprobs=[float("-inf")])((folder / FILE_NAME).read_text()))
+    with pytest.raises(InputError, match=r"bad.jsonl: line 21 has the log-prob -Infinity"):
+        replay(config, bad, tmp_path / "again")
+
+
+def test_what_a_kill_tore_off_after_the_last_step_is_not_read(recorded: tuple[Config, Path], tmp_path: Path) -> None:
+    config, folder = recorded
+    torn = tmp_path / "torn.jsonl"
+    lines = (folder / FILE_NAME).read_bytes().splitlines(keepends=True)
+    torn.write_bytes(b"".join(lines[:16]) + lines[16][:-40])
+    replay(dataclasses.replace(config, steps=1), torn, tmp_path / "again")
+
+
 def test_an_absent_file_and_one_in_the_runs_own_folder(recorded: tuple[Config, Path], tmp_path: Path) -> None:
     config, folder = recorded
     with pytest.raises(InputError, match=r"there is no such file: --run.save-rollouts makes a run write"):
@@ -192,7 +226,7 @@ def test_numbers_come_back_as_the_float32_they_were(tmp_path: Path) -> None:
         steps=1, generation__prompts_per_step=2, generation__group_size=2, optimizer__minibatches=1
     )
     Recorder(tmp_path, table).write(1, groups[:2], groups[2:])
-    found = RecordedRollouts(tmp_path, config, table).groups(1)
+    found = RecordedRollouts(tmp_path, config, table, 8).groups(1)
     assert [g.prompt_index for g in found] == [2, 0, 3]
     assert [(g.rewards, g.shaping) for g in found] == [(g.rewards, g.shaping) for g in groups]
     back = [completion for group in found for completion in group.completions]
