@@ -8,17 +8,19 @@ of it. Weights that the optimiser keeps more exactly than the policy itself are 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
+from safetensors import SafetensorError
 
 from paced_fast import checkpoint, cli, metrics
 from paced_fast.config import ModelConfig
@@ -45,26 +47,28 @@ class ExportArguments:
 def export(arguments: ExportArguments) -> Path:
     """Write the folder and return it. Raises InputError for what cannot be read or written, before anything is."""
     source = _source(Path(arguments.run_or_checkpoint).expanduser(), arguments.step)
-    target = Path(arguments.folder).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is there already: give a folder that is empty or not there yet")
-    model = load_model(ModelConfig(device="cpu", dtype="float32"), str(source))
-    _take_exact(source.parent / "tensors", model)
+    target = _target(arguments.folder)
+    # All is read before anything is written, so that an error says which of the two it is about.
+    with _reading(source):
+        model = load_model(ModelConfig(device="cpu", dtype="float32"), str(source))
+        if _is_checkpoint(source):
+            _take_exact(source.parent / "tensors", model)
+        others = {path.name: path.read_bytes() for path in source.iterdir() if not _holds_weights(path)}
     model.to(dtype=getattr(torch, arguments.dtype))  # pyright: ignore[reportCallIssue, reportArgumentType]
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
-        for path in source.iterdir():
-            weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
-            if not weights and not (partial / path.name).exists():
-                shutil.copyfile(path, partial / path.name)
+        for name, content in others.items():
+            if not (partial / name).exists():
+                (partial / name).write_bytes(content)
         if target.exists():
             target.rmdir()
         partial.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{target} cannot be written ({_reason(error)}): give another folder") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{target} cannot be written ({error.strerror}): give another folder") from error
     return target
 
 
@@ -81,10 +85,71 @@ def _source(given: Path, step: int | None) -> Path:
     return given / "policy"
 
 
+def _target(given: str) -> Path:
+    """The folder to write, whole path; what lies there or above it must not be in the way."""
+    try:
+        target = Path(given).expanduser().resolve()
+        if target == Path.cwd():
+            raise InputError(
+                f"{target} is the folder you are in, which would be replaced: give one in it, like ./model"
+            )
+        if inside := [folder for folder in (target, *target.parents) if _belongs_to_run(folder)]:
+            raise InputError(f"{target} lies in {inside[0]}, which a run keeps as it is: give a folder elsewhere")
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(f"{target} is there already: give a folder that is empty or not there yet")
+    except OSError as error:
+        raise InputError(f"{given} cannot be written ({_reason(error)}): give another folder") from error
+    return target
+
+
+def _belongs_to_run(folder: Path) -> bool:
+    """Whether the folder is a checkpoint, the checkpoints of a run, or its policy from before training."""
+    if re.fullmatch(r"step_\d{6,}", folder.name) and (folder / "manifest.json").is_file():
+        return True
+    if folder.name == "checkpoints" and checkpoint.folders(folder):
+        return True
+    return folder.name in ("checkpoints", "initial") and folder.is_dir() and (folder.parent / "config.json").is_file()
+
+
+def _is_checkpoint(source: Path) -> bool:
+    return source.name == "policy"  # the policy from before training is `initial`
+
+
+@contextlib.contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Tells a source that goes away while it is read, as a running training removes old ones, from an unreadable one.
+
+    It is removed by another name first, so one that is there at the end was whole when it was read.
+    """
+    try:
+        yield
+    except (InputError, OSError, SafetensorError) as error:
+        _check_there(source)
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source} cannot be read: {_reason(error)}") from error
+    _check_there(source)
+
+
+def _check_there(source: Path) -> None:
+    needed = (source, source.parent / "tensors") if _is_checkpoint(source) else (source,)
+    if not all(folder.is_dir() for folder in needed):
+        what = f"checkpoint {source.parent}" if _is_checkpoint(source) else f"{source}"
+        raise InputError(
+            f"{what} was removed while it was read: a running training keeps only the newest; export again"
+        )
+
+
+def _holds_weights(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.name.endswith(".index.json")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+
+
 def _take_exact(tensors: Path, model: torch.nn.Module) -> None:
     """Put the float32 parameters of the checkpoint, where it has them, into the float32 `model`."""
-    if not tensors.is_dir():
-        return
     own = checkpoint.prefixed("policy", model.state_dict())
     exact = {name: own[name] for name in checkpoint.tensor_shapes(tensors) if name in own}
     checkpoint.read_tensors(tensors, exact, partly=True)

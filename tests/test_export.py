@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_policy
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from paced_fast import checkpoint
+from paced_fast import export as exporting
+from paced_fast.errors import InputError
 from paced_fast.export import ExportArguments, export, main
 from paced_fast.prompts import character_tokenizer
 
@@ -83,6 +87,70 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.Capt
         main([str(folder), str(tmp_path / "out")])
     assert "is damaged: state.json has changed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_a_running_training_removes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {name: getattr(module, name) for module, name in ((exporting, "load_model"), (exporting, "_take_exact"))}
+    for name, is_before in (("load_model", True), ("load_model", False), ("_take_exact", True), ("_take_exact", False)):
+        run = tmp_path / f"{name} {is_before}"
+        made(run, exact=True)
+        folder = run / "checkpoints" / "step_000004"
+
+        def removing(
+            *arguments: Any, name: str = name, is_before: bool = is_before, folder: Path = folder, **more: Any
+        ) -> Any:
+            if is_before:
+                folder.rename(folder.with_name(".step_000004.removed"))
+            result = own[name](*arguments, **more)
+            if not is_before:
+                folder.rename(folder.with_name(".step_000004.removed"))
+            return result
+
+        with monkeypatch.context() as patched:
+            patched.setattr(exporting, name, removing)
+            told = rf"^checkpoint {folder} was removed while it was read: a running training keeps only the newest; exp"
+            with pytest.raises(InputError, match=told):
+                export(ExportArguments(run_or_checkpoint=str(run), folder=str(tmp_path / "out")))
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path / "run")
+
+    def fill(self: Any, folder: Path) -> None:
+        folder.mkdir()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fill)
+    with pytest.raises(InputError, match=r"out cannot be written \(Error while .* No space left on device"):
+        export(ExportArguments(run_or_checkpoint=str(tmp_path / "run"), folder=str(tmp_path / "out")))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_target_that_would_harm_a_run_or_the_shell_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    made(run)
+    (run / "config.json").write_text("{}")
+    shutil.copytree(run / "checkpoints" / "step_000004" / "policy", run / "initial")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    cases = {
+        str(
+            run / "checkpoints" / "step_000004" / "policy" / "out"
+        ): "lies in .*step_000004, which a run keeps as it is",
+        str(run / "checkpoints" / "step_000004" / "out"): "lies in .*step_000004, which a run",
+        str(run / "checkpoints" / "out"): "lies in .*checkpoints, which a run",
+        "../run/initial/out": "lies in .*initial, which a run",
+        ".": "empty is the folder you are in",
+        "../empty/": "empty is the folder you are in",
+    }
+    for target, told in cases.items():
+        with pytest.raises(InputError, match=told):
+            export(ExportArguments(run_or_checkpoint=str(run), folder=target))
+    assert checkpoint.verify(run / "checkpoints" / "step_000004") is None
+    assert export(ExportArguments(run_or_checkpoint=str(run), step=0, folder=str(run / "out"))) == run / "out"
 
 
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny_policy
 import torch
@@ -129,12 +131,16 @@ def test_weights_depend_on_the_seed_only() -> None:
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
-def test_wrong_models_are_refused_in_one_line() -> None:
+def test_wrong_models_are_refused_in_one_line(tmp_path: Path) -> None:
     config = ModelConfig(hidden_size=18, num_heads=4)
     with pytest.raises(InputError, match=r"^--model.hidden-size 18 must be a multiple of twice --model.num-heads 4$"):
         build_tiny(config, 11, stop_id=1, pad_id=0, seed=0)
-    with pytest.raises(InputError, match=r"^--model.name '/nowhere/at/all' cannot be loaded \([^\n]*\)[^\n]*$"):
-        load_model(config, "/nowhere/at/all")
+    for folder in ("/nowhere/at/all", "runs/a/initial", f"{tmp_path}/gone", "../gone"):
+        with pytest.raises(InputError, match=rf"^there is no model folder {folder}: it was removed, or never there$"):
+            load_model(config, folder)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"^--model.name '[^\n]*' cannot be loaded \([^\n]*\)[^\n]*$"):
+        load_model(config, str(tmp_path))
     made = tiny_policy.model()
     made.config.final_logit_softcapping = 30.0
     with pytest.raises(InputError, match=r"scales its logits \(final_logit_softcapping\)"):

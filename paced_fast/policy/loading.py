@@ -51,6 +51,7 @@ def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: in
 
 def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
     """The model stored at `path`: a folder, or an id of the Hugging Face hub. Code from the folder is never run."""
+    _check_folder(path)
     try:
         AutoConfig.from_pretrained(path)
         # Weights in safetensors only: the older format is a pickle, and reading one runs its code.
@@ -58,9 +59,18 @@ def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
             path, dtype=_DTYPES[config.dtype], attn_implementation="sdpa", use_safetensors=True
         )
     except (OSError, ValueError) as error:
+        _check_folder(path)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"--model.name {path!r} cannot be loaded ({reason}): give a model folder or id") from error
     return _placed(model, config)
+
+
+def _check_folder(path: str) -> None:
+    """Raises InputError for a folder that is not there, which transformers would take for an id of the hub."""
+    parent = Path(path).parent  # an id is `name` or `owner/name`
+    is_folder = path.startswith((".", "~", "/")) or len(Path(path).parts) > 2 or (parent.name and parent.is_dir())
+    if is_folder and not Path(path).is_dir():
+        raise InputError(f"there is no model folder {path}: it was removed, or never there")
 
 
 def _placed(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
