@@ -111,6 +111,16 @@ def test_a_source_that_a_running_training_removes_is_told(tmp_path: Path, monkey
             told = rf"^checkpoint {folder} was removed while it was read: a running training keeps only the newest; exp"
             with pytest.raises(InputError, match=told):
                 export(ExportArguments(run_or_checkpoint=str(run), folder=str(tmp_path / "out")))
+    run = tmp_path / "at the end"
+    made(run)
+
+    def none_left(path: Path) -> bool:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        return True
+
+    monkeypatch.setattr(exporting, "_holds_weights", none_left)
+    with pytest.raises(InputError, match="was removed while it was read"):
+        export(ExportArguments(run_or_checkpoint=str(run), folder=str(tmp_path / "out")))
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 

@@ -164,7 +164,7 @@ def test_a_store_that_is_gone_does_not_end_the_run(lines: Callable[[], list[str]
 def test_a_thread_in_an_exchange_is_seen_there(monkeypatch: pytest.MonkeyPatch) -> None:
     entered, leave = threading.Event(), threading.Event()
 
-    def stuck(parts: list[torch.Tensor], own: torch.Tensor) -> None:
+    def stuck(parts: list[torch.Tensor], own: torch.Tensor, group: None = None) -> None:
         entered.set()
         leave.wait(20)
         for part in parts:
