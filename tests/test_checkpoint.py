@@ -121,6 +121,11 @@ def test_an_error_on_one_rank_is_one_on_all_and_costs_the_save(tmp_path: Path) -
     for told, left in on_ranks(2, acts.bug_on_one, tmp_path / "bug"):
         assert told == "TrainingError: a checkpoint could not be written: rank 1: RuntimeError: a mistake"
         assert left == []
+    for kind in (SystemExit, KeyboardInterrupt):  # the other rank is told, this one ends as it was asked to
+        (told, left), own = on_ranks(2, acts.bug_on_one, tmp_path / kind.__name__, kind)
+        assert told == f"TrainingError: a checkpoint could not be written: rank 1: {kind.__name__}: a mistake"
+        assert own == (f"{kind.__name__}: a mistake", left)
+        assert left == []
 
 
 def test_every_rank_has_its_own_generators(tmp_path: Path) -> None:
