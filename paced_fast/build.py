@@ -199,7 +199,7 @@ def _home(config: Config, world: World) -> ModelConfig:
 
 
 def _device_bytes(config: Config, world: World) -> int:
-    """Memory that every rank may think of as its own: a GPU, or its part of the machine; the least where they differ."""
+    """Memory that every rank may think of as its own: a GPU, or its part of the machine; the least if they differ."""
     device = torch.device(config.model.device)
     own = memory.available(device) // (1 if device.type == "cuda" else world.local_size)
     return min(joined(world.gather(torch.tensor([own], dtype=torch.int64))))
