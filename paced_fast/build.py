@@ -94,7 +94,7 @@ def build(
     lock = lock or RunLock()
     folder = _of_lead(world, lambda: run_folder(config, lock))
     assert folder is not None
-    newest = _newest_checkpoint(config, folder, world) if config.resume == "auto" else None
+    newest = _newest_checkpoint(config, folder, lock, world) if config.resume == "auto" else None
     cache = Path(config.warm_start.cache_dir).expanduser()
     path = config.model.name
     if path == "smollm2":
@@ -335,10 +335,11 @@ _FREE_ON_RESUME = (
 )
 
 
-def _newest_checkpoint(config: Config, folder: Path, world: World) -> Path | None:
+def _newest_checkpoint(config: Config, folder: Path, lock: RunLock, world: World) -> Path | None:
     """What `--resume auto` continues from; None when nothing has been saved yet. Never starts over a damaged run."""
     began = world.is_lead and any((folder / name).exists() for name in OWN_NAMES)
     together(world, lambda: _check_same_run(config, folder) if began else None)
+    together(world, lambda: lock.take(folder) if world.is_lead and folder.is_dir() else None)
     root = folder / "checkpoints"
     newest, error = checkpoint.newest(root, world), None
     if newest is None and (found := checkpoint.folders(root)):

@@ -85,12 +85,13 @@ class RunLock:
 def run_folder(config: Config, lock: RunLock) -> Path:
     """The folder of the run; an automatic name gets a number when it is taken and nothing is to be resumed.
 
-    A folder that is there is locked before anything in it is believed; another one when `claim` makes it.
+    A folder that is there is locked, unless it may be another run's to continue: that is looked at first. One that is
+    not is locked when `claim` makes it.
     """
     folder = _named(config)
-    if folder.is_dir():
-        lock.take(folder)
     _require_free(folder, config)
+    if config.resume == "never" and folder.is_dir():
+        lock.take(folder)
     return folder
 
 

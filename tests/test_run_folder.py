@@ -9,17 +9,23 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from paced_fast import metrics
+from paced_fast.build import _newest_checkpoint
+from paced_fast.distributed import ALONE
 from paced_fast.errors import InputError
 from paced_fast.presets import preset
+from paced_fast.resolve import resolve
 from paced_fast.run_folder import LOCK_NAME, RunLock, claim, run_folder
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
+from paced_fast.resolve import resolve
 from paced_fast.run_folder import RunLock
 RunLock().take(Path(sys.argv[1]))
 child = os.fork()
@@ -44,12 +50,20 @@ def alive(pid: int) -> bool:
 
 
 def test_a_second_run_is_refused_until_the_first_is_gone_whatever_it_forked(tmp_path: Path) -> None:
-    settings = dataclasses.replace(preset("tiny"), run_dir=str(tmp_path), resume="auto")
+    settings = dataclasses.replace(preset("tiny"), run_dir=str(tmp_path), resume="never")
+    settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, overwrite=True))
     (tmp_path / "checkpoints").mkdir()
+    resumed = resolve(dataclasses.replace(settings, resume="auto"))
+    metrics.write_json_atomic(tmp_path / "config.json", dataclasses.asdict(resumed))
     process, child = holder(tmp_path)
     try:
         with RunLock() as lock:
-            for act in (lambda: run_folder(settings, lock), lambda: claim(tmp_path, settings, lock)):
+            acts: list[Callable[[], object]] = [
+                lambda: run_folder(settings, lock),
+                lambda: claim(tmp_path, settings, lock),
+                lambda: _newest_checkpoint(resumed, tmp_path, lock, ALONE),
+            ]
+            for act in acts:
                 with pytest.raises(InputError) as raised:
                     act()
                 assert f"--run-dir {tmp_path} is in use by another run (process {process.pid} on " in str(raised.value)
