@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.faulty_rank import KINDS, PHASES
+from paced_fast.run_folder import LOCK_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
@@ -220,7 +221,8 @@ def left_behind(folder: Path, patience: float = 5.0) -> list[str]:
     found += [str(p.name) for p in (folder / "tmp").iterdir() if not p.name.startswith("torchelastic_")]  # torchrun's
     run = folder / "run"
     words = (".tmp", ".partial", ".lock")
-    found += [str(p.relative_to(folder)) for p in run.rglob("*") if any(word in p.name for word in words)]
+    paths = (path for path in run.rglob("*") if path != run / LOCK_NAME)  # which stays
+    found += [str(path.relative_to(folder)) for path in paths if any(word in path.name for word in words)]
     return found
 
 

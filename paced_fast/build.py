@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -31,9 +30,10 @@ from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.inputs import read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, adapt, build_tiny, load_model, make_policy, prepare, smollm2_folder
-from paced_fast.recorded import FILE_NAME, RecordedRollouts
+from paced_fast.recorded import RecordedRollouts
 from paced_fast.resolve import check_engine_ranks, resolve
 from paced_fast.rewards import Scorer, Shaper
+from paced_fast.run_folder import OWN_NAMES, RunLock, claim, run_folder
 from paced_fast.shapes import ModelShape, shape_of
 from paced_fast.sharding import choose_mode, shards_mesh
 from paced_fast.sharing import SharedGenerator, together
@@ -64,11 +64,17 @@ class Run:
     world: World = ALONE
 
 
-def build(config: Config, console: Console, world: World = ALONE, replay: Path | None = None) -> Run:
+def build(
+    config: Config,
+    console: Console,
+    world: World = ALONE,
+    replay: Path | None = None,
+    lock: RunLock | None = None,
+) -> Run:
     """Load data and model, warm-start or resume, and only then create the run folder.
 
     Of several ranks the lead makes the folder and the first weights, which the others read from it. With `replay` the
-    rollouts of a run that was recorded take the place of sampling.
+    rollouts of a run that was recorded take the place of sampling. The lead takes the `lock`; the caller ends it.
     """
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
@@ -79,9 +85,10 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
         require_vllm(config.model.device)
         if config.model.name == "tiny":  # known before the warm start
             require_head_size(config.model.hidden_size // config.model.num_heads, config.model.device)
-    folder = _of_lead(world, lambda: _run_folder(config))
+    lock = lock or RunLock()
+    folder = _of_lead(world, lambda: run_folder(config, lock))
     assert folder is not None
-    newest = _newest_checkpoint(config, folder, world) if config.resume == "auto" else None
+    newest = _newest_checkpoint(config, folder, lock, world) if config.resume == "auto" else None
     cache = Path(config.warm_start.cache_dir).expanduser()
     path = config.model.name
     if path == "smollm2":
@@ -96,7 +103,7 @@ def build(config: Config, console: Console, world: World = ALONE, replay: Path |
     identity = checkpoint.identity(table, eval_table, tokenizer)
     model, home = None, _home(config, world)
     if newest is None:
-        begin = functools.partial(_begin, config, folder, path, tokenizer, stop_ids[0], home)
+        begin = functools.partial(_begin, config, folder, lock, path, tokenizer, stop_ids[0], home)
         model = together(world, begin if world.is_lead else lambda: None, patient=True)
     if model is None:
         model = together(world, lambda: load_model(home, str(folder / "initial")), patient=True)
@@ -160,7 +167,13 @@ def _of_lead(world: World, function: Callable[[], Path | None]) -> Path | None:
 
 
 def _begin(
-    config: Config, folder: Path, path: str, tokenizer: PreTrainedTokenizerBase, stop_id: int, home: ModelConfig
+    config: Config,
+    folder: Path,
+    lock: RunLock,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_id: int,
+    home: ModelConfig,
 ) -> Any:
     """Make the first model and then the run folder, with its weights in `initial`."""
     warm = config.warm_start.first.steps or config.warm_start.second.steps
@@ -168,7 +181,7 @@ def _begin(
     if config.generator == "vllm":
         memory.engine_tokens(shape_of(model), config)
         require_head_size(shape_of(model).head_size, config.model.device)
-    _claim(folder, config)
+    claim(folder, config, lock)
     model.save_pretrained(folder / "initial")
     tokenizer.save_pretrained(folder / "initial")
     return model
@@ -309,46 +322,6 @@ def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config
     return result
 
 
-# What a run folder holds; a folder with any of these is not ours to write into unless the user says so.
-_OWN_NAMES = (
-    *("metrics.jsonl", "checkpoints", "config.json", "initial", "rollouts.jsonl", FILE_NAME),
-    *("summary.json", "report.html"),
-)
-
-
-def _run_folder(config: Config) -> Path:
-    """The folder of the run; an automatic name gets a number when it is taken and nothing is to be resumed."""
-    if config.run_dir is not None:
-        folder = Path(config.run_dir)
-        found = [name for name in _OWN_NAMES if (folder / name).exists()]
-        if config.resume == "never" and found and not config.run.overwrite:
-            raise InputError(
-                f"--run-dir {folder} already holds a run (it has {found[0]}): --resume auto continues it, "
-                "--run.overwrite replaces it"
-            )
-        return folder
-    base = Path("runs", f"{config.preset}-{config.algorithm}-{config.seed}")
-    folder, number = base, 1
-    while config.resume == "never" and folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder
-
-
-def _claim(folder: Path, config: Config) -> None:
-    """Make the run folder and write the settings; what an earlier run left in it is removed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--run-dir {folder} cannot be made ({error.strerror}): give another") from error
-    for path in (folder / name for name in _OWN_NAMES):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    metrics.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
-
-
 # What may differ between a run and its continuation: how long it goes on, what it keeps and where things lie.
 # What an error message advises to change must be free too.
 _FREE_ON_RESUME = (
@@ -360,10 +333,11 @@ _FREE_ON_RESUME = (
 )
 
 
-def _newest_checkpoint(config: Config, folder: Path, world: World) -> Path | None:
+def _newest_checkpoint(config: Config, folder: Path, lock: RunLock, world: World) -> Path | None:
     """What `--resume auto` continues from; None when nothing has been saved yet. Never starts over a damaged run."""
-    began = world.is_lead and any((folder / name).exists() for name in _OWN_NAMES)
+    began = world.is_lead and any((folder / name).exists() for name in OWN_NAMES)
     together(world, lambda: _check_same_run(config, folder) if began else None)
+    together(world, lambda: lock.take(folder) if world.is_lead and folder.is_dir() else None)
     root = folder / "checkpoints"
     newest, error = checkpoint.newest(root, world), None
     if newest is None and (found := checkpoint.folders(root)):

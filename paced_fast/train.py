@@ -35,6 +35,7 @@ from paced_fast.inputs import without_missing
 from paced_fast.policy import plain_state, quiet
 from paced_fast.recorded import Recorder, replayed_settings
 from paced_fast.resolve import resolve
+from paced_fast.run_folder import RunLock
 from paced_fast.sharing import SharedGenerator, shared_judge, summed_counts
 from paced_fast.signals import StopRequest
 from paced_fast.watchdog import Watchdog, open_board
@@ -313,14 +314,15 @@ def _run(
         config = replayed_settings(config, replay)
     config = without_missing(resolve(config))
     console.print(metrics.config_table(flatten(config)))
-    prepared = build(config, console, world, replay)
-    try:
-        summary = train(prepared, console, stop, watchdog)
-    finally:
-        prepared.scorer.close()
-        prepared.generator.close()
-    if config.run.report and world.is_lead:
-        report.make_report(prepared.folder)
+    with RunLock() as lock:
+        prepared = build(config, console, world, replay, lock)
+        try:
+            summary = train(prepared, console, stop, watchdog)
+        finally:
+            prepared.scorer.close()
+            prepared.generator.close()
+        if config.run.report and world.is_lead:
+            report.make_report(prepared.folder)
     return summary
 
 

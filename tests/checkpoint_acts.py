@@ -117,19 +117,19 @@ def fails_on_one(world: World, root: Path, number: int) -> tuple[str | None, lis
     return failure, left, own.wait()
 
 
-def bug_on_one(world: World, root: Path) -> tuple[str, list[str]]:
+def bug_on_one(world: World, root: Path, bug: type[BaseException] = RuntimeError) -> tuple[str, list[str]]:
     """A save with a mistake in the program on the second rank: what is raised, and what was left."""
     own = saver(root, world)
 
     def broken(self: saving.HostPart, folder: Path) -> None:
         if world.rank == 1:
-            raise RuntimeError("a mistake")
+            raise bug("a mistake")
 
     saving.HostPart.write = broken
     own.save(1, tensors=spread(whole(1), world, "shards"), model=model(1), state={})
     try:
         own.wait()
-    except Exception as error:
+    except BaseException as error:
         world.wait()
         return f"{type(error).__name__}: {error}", [path.name for path in root.iterdir()]
     raise AssertionError("nothing was raised")

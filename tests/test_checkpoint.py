@@ -121,6 +121,11 @@ def test_an_error_on_one_rank_is_one_on_all_and_costs_the_save(tmp_path: Path) -
     for told, left in on_ranks(2, acts.bug_on_one, tmp_path / "bug"):
         assert told == "TrainingError: a checkpoint could not be written: rank 1: RuntimeError: a mistake"
         assert left == []
+    for kind in (SystemExit, KeyboardInterrupt):  # the other rank is told, this one ends as it was asked to
+        (told, left), own = on_ranks(2, acts.bug_on_one, tmp_path / kind.__name__, kind)
+        assert told == f"TrainingError: a checkpoint could not be written: rank 1: {kind.__name__}: a mistake"
+        assert own == (f"{kind.__name__}: a mistake", left)
+        assert left == []
 
 
 def test_every_rank_has_its_own_generators(tmp_path: Path) -> None:
@@ -236,17 +241,73 @@ def test_a_folder_under_another_name_is_damage(tmp_path: Path) -> None:
     assert newest(tmp_path) == folder
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"state.json": "x"}', '{"format": 2}', '{"format": 3}'])
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"format": 2}', '{"format": 3}', "[" * 10**5])
 def test_a_manifest_that_names_too_little_is_damage(tmp_path: Path, content: str) -> None:
     folder = save(tmp_path, 1)
     (folder / "manifest.json").write_text(content)
     assert checkpoint.newest(tmp_path) is None
 
 
+ILL_FORMED: dict[str, dict[str, Any]] = {
+    "files a list": {"files": []},
+    "files null": {"files": None},
+    "entry a number": {"files": {"state.json": 3}},
+    "entry without a hash": {"files": {"state.json": {"bytes": 3}}},
+    "hash a number": {"files": {"state.json": {"bytes": 3, "sha256": 4}}},
+    "bytes true": {"files": {"state.json": {"bytes": True, "sha256": "x"}}},
+    "bytes text": {"files": {"state.json": {"bytes": "3", "sha256": "x"}}},
+    "no step": {"step": None},
+    "step text": {"step": "1"},
+    "step true": {"step": True},
+    "format text": {"format": "2"},
+    "format a list": {"format": [2]},
+}
+
+
+@pytest.mark.parametrize("case", sorted(ILL_FORMED))
+def test_an_ill_formed_manifest_with_its_own_hash_is_damage(tmp_path: Path, case: str) -> None:
+    folder = save(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text()) | ILL_FORMED[case]
+    (folder / "manifest.json").write_text(layout._manifest_text(manifest))
+    assert checkpoint.verify(folder) == "manifest.json has changed"
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_manifest_nested_too_deep_is_damage(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    for depth in (100, 300, 900, 3000, 10**5):  # too deep to write comes before too deep to read
+        (folder / "manifest.json").write_text('{"format": 2, "step": ' + '{"a": ' * depth + "1" + "}" * (depth + 1))
+        problem = checkpoint.verify(folder)
+        assert problem is not None
+        assert problem.startswith("manifest.json ")
+        assert checkpoint.newest(tmp_path) is None
+
+
 def test_another_format_is_named(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / "manifest.json").write_text('{"policy/config.json": "00"}')
     assert checkpoint.verify(folder) == "written in format 1, this version reads format 2"
+    with pytest.raises(InputError, match=r"step_000001 is written in format 1 and .* version of paced_fast that wrote"):
+        checkpoint.newest(tmp_path)
+
+
+def test_one_of_another_format_is_neither_passed_over_nor_removed(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path / "checkpoints", step)
+    folder = tmp_path / "checkpoints" / "step_000002"
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"format": layout.FORMAT + 1}
+    (folder / "manifest.json").write_text(layout._manifest_text(manifest))
+    told = f"{folder} is written in format 3 and this version reads format 2: use the version of paced_fast that wrote"
+    for find in (
+        lambda: checkpoint.newest(folder.parent),
+        lambda: checkpoint.policy_folder(tmp_path, None),
+        lambda: checkpoint.policy_folder(tmp_path, 2),
+    ):
+        with pytest.raises(InputError) as raised:
+            find()
+        assert told in str(raised.value)
+    save(folder.parent, 3, keep=1)
+    assert names(folder.parent) == ["step_000002", "step_000003"]
 
 
 class Killed(BaseException):

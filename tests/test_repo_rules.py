@@ -37,7 +37,7 @@ LAYERS = (
         *("resolve", "benchmark_sources", "sharding", "guards", "signals", "watchdog"),
         *("devices", "launch", "recorded"),
     },
-    {"policy", "scheduler", "replay", "generate", "cli", "report", "roofline"},
+    {"policy", "scheduler", "replay", "generate", "cli", "report", "roofline", "run_folder"},
     {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start", "skeleton"},
     {"record", "evaluate", "inputs", "export", "dry_run"},
     {"trainer"},

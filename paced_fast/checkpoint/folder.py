@@ -50,9 +50,11 @@ def folders(root: Path) -> list[Path]:
 def newest(root: Path, world: World = ALONE) -> Path | None:
     """The newest checkpoint whose files are all there and unchanged, the same on every rank.
 
-    The log names the damaged ones passed over. Every rank calls this; they share the reading.
+    The log names the damaged ones passed over. Every rank calls this; they share the reading. Raises InputError, on
+    every rank, when any is of another format: it is whole, and to go on from an older one would cost it.
     """
     names = world.gather_text("\n".join(path.name for path in folders(root)) if world.is_lead else "")[0]
+    world.agree(_of_another_version(folders(root)) if world.is_lead else None)
     for name in reversed(names.split("\n") if names else []):
         problem = verify(root / name, world)
         if problem is None:
@@ -60,6 +62,24 @@ def newest(root: Path, world: World = ALONE) -> Path | None:
         if world.is_lead:
             logger.warning("checkpoint %s is damaged (%s): trying the one before", root / name, problem)
     return None
+
+
+def _of_another_version(candidates: Iterable[Path]) -> InputError | None:
+    for folder in candidates:
+        if (found := _format_of(folder)) is not None:
+            return InputError(
+                f"checkpoint {folder} is written in format {found} and this version reads format {FORMAT}: "
+                "use the version of paced_fast that wrote it, or another --run-dir"
+            )
+    return None
+
+
+def _format_of(folder: Path) -> int | None:
+    """The format of a checkpoint that another version wrote; None for this one's, and for a damaged one."""
+    try:
+        return _other_format(json.loads((folder / "manifest.json").read_text()))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def verify(folder: Path, world: World = ALONE) -> str | None:
@@ -77,7 +97,7 @@ def verify(folder: Path, world: World = ALONE) -> str | None:
 def policy_folder(run_dir: Path, step: int | None) -> Path:
     """The policy in a run folder: of the checkpoint of `step`, 0 being before training, or of the newest one.
 
-    Raises InputError for a step that is not there, or damaged.
+    Raises InputError for a step that is not there, damaged, or of another format.
     """
     if step == 0:
         if not (run_dir / "initial").is_dir():
@@ -89,6 +109,8 @@ def policy_folder(run_dir: Path, step: int | None) -> Path:
         wanted = "checkpoint yet" if step is None else f"checkpoint of step {step}"
         held = ", ".join(str(int(path.name[5:])) for path in folders(root))
         raise InputError(f"{run_dir} has no {wanted}: {root} holds {f'those of step {held}' if held else 'none'}")
+    if step is not None and (error := _of_another_version([folder])) is not None:
+        raise error
     if step is not None and (problem := verify(folder)) is not None:
         raise InputError(f"checkpoint {folder} is damaged: {problem}")
     return folder / "policy"
@@ -102,13 +124,15 @@ def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Any]]:
         text = (folder / "manifest.json").read_text()
         manifest = json.loads(text)
         present = {name for name in _names(folder) if name != "manifest.json"}
-    except (OSError, ValueError) as error:
+        found = _other_format(manifest)
+        is_ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT and text == _manifest_text(manifest)
+    except (OSError, ValueError, RecursionError) as error:
         return f"manifest.json cannot be read: {error}", {}
-    if isinstance(manifest, dict) and manifest.get("format", 1) != FORMAT:
-        return f"written in format {manifest.get('format', 1)}, this version reads format {FORMAT}", {}
-    if not isinstance(manifest, dict) or text != _manifest_text(manifest):
+    if found is not None:
+        return f"written in format {found}, this version reads format {FORMAT}", {}
+    step, files = (manifest.get("step"), manifest.get("files")) if is_ours else (None, None)
+    if type(step) is not int or not isinstance(files, dict) or not all(map(_is_description, files.values())):
         return "manifest.json has changed", {}
-    step, files = manifest["step"], manifest["files"]
     if folder.name != step_folder(folder, step).name:
         return f"it is the checkpoint of step {step} under another name", {}
     if missing := (_ALWAYS | files.keys()) - present:
@@ -116,6 +140,26 @@ def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Any]]:
     if extra := present - files.keys():
         return f"{min(extra)} does not belong to it", {}
     return None, files
+
+
+def _is_description(entry: Any) -> bool:
+    """Whether it has the form of what `describe` returns."""
+    is_mapping = isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}
+    return is_mapping and type(entry["bytes"]) is int and isinstance(entry["sha256"], str)
+
+
+def _other_format(manifest: Any) -> int | None:
+    """The format of a manifest that another version wrote; None for this one's, and for a damaged one.
+
+    Format 1 had the hash of each file by its name. Every later one has its number, and the hash of itself.
+    """
+    if not isinstance(manifest, dict):
+        return None
+    number = manifest.get("format")
+    if number is None and manifest and all(isinstance(entry, str) for entry in manifest.values()):
+        return 1
+    own = hashlib.sha256(_body(manifest)).hexdigest()
+    return number if type(number) is int and number != FORMAT and manifest.get("sha256") == own else None
 
 
 def _names(folder: Path) -> list[str]:
@@ -144,9 +188,13 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _manifest_text(manifest: Mapping[str, Any]) -> str:
     """The manifest with the hash of itself, so that no change of it goes unseen."""
+    own = hashlib.sha256(_body(manifest)).hexdigest()
+    return json.dumps({**manifest, "sha256": own}, sort_keys=True, indent=1)
+
+
+def _body(manifest: Mapping[str, Any]) -> bytes:
     body = {name: value for name, value in manifest.items() if name != "sha256"}
-    own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps(body | {"sha256": own}, sort_keys=True, indent=1)
+    return json.dumps(body, sort_keys=True).encode()
 
 
 def fresh(root: Path, step: int) -> Path:
@@ -197,7 +245,7 @@ def retain(root: Path, folder: Path, keep: int, trusted: Iterable[Path]) -> None
     valid = [path for path in folders(root) if path in known or verify(path) is None]
     kept = {folder, *valid[-keep:]}
     for path in folders(root):
-        if path not in kept:
+        if path not in kept and _format_of(path) is None:
             _remove(path)
     for leftover in root.glob(".step_*.removed"):
         shutil.rmtree(leftover, ignore_errors=True)

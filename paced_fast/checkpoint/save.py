@@ -69,6 +69,7 @@ class Saver:
         self._written: list[int] = []  # steps whose checkpoints are known to be whole
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self._pending: Future[str | None] | None = None
+        self._stopped: BaseException | None = None  # what asked this rank to end while it wrote
 
     def save(
         self,
@@ -190,8 +191,9 @@ class Saver:
             return {"disk": self._told(error, job)}
         except InputError as error:
             return {"input": str(error)}
-        except Exception as error:  # raised on every rank by _failure
+        except BaseException as error:  # raised on every rank by _failure; one that ends this rank is told first, too
             logger.exception("a checkpoint could not be written")
+            self._stopped = None if isinstance(error, Exception) else error
             return {"error": f"{type(error).__name__}: {error}"}
 
     def _told(self, error: Exception, job: _Job) -> str:
@@ -207,7 +209,10 @@ class Saver:
         return [json.loads(text) for text in self._world.gather_text(json.dumps(own))]
 
     def _failure(self, answers: list[dict[str, Any]]) -> str | None:
-        """What the disk had against it on some rank. Raises any other error on all."""
+        """What the disk had against it on some rank. Raises any other error on all, and what ends this rank on it."""
+        stopped, self._stopped = self._stopped, None
+        if stopped is not None:
+            raise stopped
         for kind, raised in (("input", InputError), ("error", TrainingError)):
             if told := self._by_rank(answers, kind):
                 raise _of_all(raised(told if kind == "input" else f"a checkpoint could not be written: {told}"))

@@ -4,8 +4,8 @@ These hosts hand over log-probs and advantages. With the old policy as reference
 its mean reward, so an advantage of reward - group mean, *not* divided by a deviation, holds all that the loss needs:
 u = beta * log ratio - advantage, loss w u^2 / (2 beta) a sequence. Each function wants such advantages on every token
 of a completion and refuses others. Signatures: prime-rl 559b447 (0.8), SkyRL a956457 (0.4) and ec60959, NeMo-RL 7ea279a
-and 8c6a8a8, slime 624b824 (0.3.1) and 2fc4883, OpenRLHF 3c3be62 (0.11.2; f5b3f08 is older and takes three values of a
-loss, not four). B = sequences, L = padded length, T = tokens.
+and 8c6a8a8, slime 624b824 (0.3.1) and 2fc4883, OpenRLHF 3c3be62 (0.11.2; f5b3f08 is older, its loss
+returns three values, not four). B = sequences, L = padded length, T = tokens.
 """
 
 from __future__ import annotations
