@@ -671,9 +671,9 @@ def test_what_a_message_advises_may_change_on_resume_and_older_folders_lack_sett
     assert records(tmp_path / "run")[-1]["step"] == 6
 
 
-def test_several_processes_are_refused(rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_must_be_torchrun_s(rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="several processes cannot train together yet: start one, without torchrun"):
+    with pytest.raises(InputError, match="several processes: RANK is not set: start them with torchrun"):
         go(config(rewards), tmp_path / "run")
 
 
