@@ -220,7 +220,7 @@ def test_evaluation_does_not_touch_training(rewards: Path, tmp_path: Path) -> No
     first, second = everything(tmp_path / "often", 8), everything(tmp_path / "never", 8)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     states = [
-        json.loads((tmp_path / name / "checkpoints" / "step_000008" / "state.json").read_text())["random"]
+        (tmp_path / name / "checkpoints" / "step_000008" / "random" / "rank_00000.json").read_text()
         for name in ("often", "never")
     ]
     assert states[0] == states[1], "it draws nothing from the ambient generators"
@@ -507,7 +507,7 @@ def test_steps_that_stay_non_finite_stop_the_run(rewards: Path, tmp_path: Path, 
 def test_a_run_that_stops_itself_ends_with_status_three(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stops(*_: Any) -> None:
+    def stops(*_: Any, **__: Any) -> None:
         raise TrainingError("non-finite loss in 3 steps in a row")
 
     monkeypatch.setattr(train, "run", stops)
