@@ -27,6 +27,7 @@ FILES = {
     "math_rewards": "math_rewards.json",
     "sandbox": "sandbox.json",
     "integrations": "integrations.json",
+    "faults": "faults.json",
     "trainer": "trainer.json",
 }
 
@@ -279,7 +280,8 @@ def faults() -> str:
         f"{len(damage['wrong'])} loaded silently |",
         f"| code planted in a file of it | {planted['slots']} | ran {planted['code_ran']} times |",
         f"| run cut and resumed | {cuts['cut_points']} | {len(cuts['wrong'])} differ by a bit from an uncut run |",
-        f"| piece of state left out of the resume | {ablation['pieces']} | {len(ablation['wrong'])} not noticed |",
+        f"| piece of state left out of the resume | {ablation['pieces']} | {len(ablation['wrong'])} not noticed, "
+        f"{len(ablation['idle'])} that a run does not miss |",
         f"| rank of two fails: {kinds} faults in {phases} phases | {processes['cells']} | "
         f"{processes['recovered_equal_and_clean']} recover, equal to the bit, with nothing left behind |",
     ]
