@@ -2,8 +2,9 @@
 
 A thread of each rank looks whether the main thread still goes on from phase to phase. The ranks tell each other where
 they are through torchrun's key-value store, by a connection of the thread's own: it works while the main thread is
-stuck in a collective, and what a stopped rank said last stays there. A run that stalls is told about, not ended:
-`distributed.timeout_seconds` does that, in the exchange or, where one has no limit, here.
+stuck in a collective, and what a stopped rank said last stays there. A run that stalls is told about, again each
+time the stall has doubled, and not ended: `distributed.timeout_seconds` does that, in the exchange or, where one has no
+limit, here.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class Watchdog:
         self.world, self.stall_seconds, self.gone_seconds, self.board = world, stall_seconds, gone_seconds, board
         self.count: Callable[[], int] = lambda: 0
         """The step under way, or the last."""
-        self.reports = 0
-        """Stalls reported so far."""
+        self.reports: list[float] = []
+        """How many seconds the main thread had stood still, at each report."""
         self._key = f"paced_fast/watchdog/{name}"
         self._phase, self._beats, self._marks = "start", 0, 0
         self._stop = threading.Event()
@@ -120,16 +121,16 @@ class Watchdog:
         self._thread.join(_STORE_SECONDS)
 
     def _watch(self) -> None:
-        seen, since, told = -1, time.monotonic(), False
+        seen, since, patience = -1, time.monotonic(), self.stall_seconds
         while not self._stop.wait(self._every):
             now = time.monotonic()
             if seen != self._marks:
-                seen, since, told = self._marks, now, False
+                seen, since, patience = self._marks, now, self.stall_seconds
             self._write(now - since)
             if now - since > _LOOKS_UNTIL_SILENT * self._every:
                 self._leave_if_alone()
-            if now - since > self.stall_seconds and not told:
-                told = True
+            if now - since > patience:
+                patience = 2 * (now - since)  # a first report may have come before all ranks were heard of
                 # What the others said last may be as old as a look: a moment, and all have found the stall.
                 if self.world.size > 1 and self._stop.wait(2 * self._every):
                     return
@@ -168,7 +169,7 @@ class Watchdog:
             os._exit(1)
 
     def _report(self, still_seconds: float) -> None:
-        self.reports += 1
+        self.reports.append(still_seconds)
         own = self._place(still_seconds)
         message = f"rank {own.rank}: no progress for {still_seconds:.0f} s in phase {own.phase} of step {own.step}"
         places = {**self._read(), own.rank: own}

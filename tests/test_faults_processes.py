@@ -118,7 +118,7 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(bench: Bench, cell: C
     assert outcome.status == 0, bench.log(cell)[-4000:]
     assert outcome.attempts == 1  # a clean stop is none of torchrun's restarts
     assert outcome.left == []
-    assert outcome.seconds < 30
+    assert outcome.seconds < 90  # 10 s on a free machine
     assert not (folder / "run" / "summary.json").exists()
     checkpoints = sorted(path.name for path in (folder / "run").glob("checkpoints/step_*"))
     assert checkpoints[-1:] == ([f"step_{step:06d}"] if step else [])
@@ -150,14 +150,13 @@ def test_a_hung_rank_is_named_and_torchrun_itself_passes_a_signal_on(tmp_path: P
     with log.open("wb") as output:
         process = subprocess.Popen(words, env=env, cwd=folder, stdout=output, stderr=output, start_new_session=True)
     try:
-        end = time.monotonic() + 90
+        end = time.monotonic() + 240  # 10 s on a free machine
         # Who is behind, and the stack of the rank that hangs.
-        while not all(word in log.read_text(errors="replace") for word in ("is behind", "in strike")):
+        expected = ("rank 1 is behind, in reward, step 3; rank 0 waiting in", "in strike")
+        while not all(words in log.read_text(errors="replace") for words in expected):
             assert process.poll() is None, log.read_text(errors="replace")[-4000:]
-            assert time.monotonic() < end
+            assert time.monotonic() < end, log.read_text(errors="replace")[-4000:]
             time.sleep(0.2)
-        text = log.read_text(errors="replace")
-        assert "rank 1 is behind, in reward, step 3; rank 0 waiting in" in text
         process.send_signal(signal.SIGTERM)
         time.sleep(SAME_REQUEST_SECONDS + 0.5)
         for path in processes_in(folder):  # the hung rank, which would be killed after 30 s
