@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from steady import Steady
 
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
@@ -158,9 +159,9 @@ def test_boxes():
     assert boxes(r"<think>\boxed{1}</think>\boxed {2}") == ["2"]
     assert boxes(r"\boxed{1} \boxed{2") == []
     assert boxes(r"\boxed{1}" * 21) == []
-    start = time.perf_counter()
+    start = time.process_time()
     assert boxes(r"\boxed{" * 200_000) == []
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_trees():
@@ -200,12 +201,12 @@ def test_the_tagged_answer():
     "text", ["<answer>" * 12_500, "5" + " " * 100_000 + "x", " " * 100_000 + "i", r"\sqrt(" * 16_000, "|" * 100_000]
 )
 def test_long_texts_are_read_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     tree_of(text)
     is_absurd(text[:400], text)
     for reward in ("math", "reasoning_gym"):
         answer_key(reward, text)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_rows_that_their_task_cannot_judge():
@@ -277,9 +278,9 @@ def test_a_hostile_answer_costs_the_limit_and_a_second_from_any_thread(tmp_path,
     slowest: list[tuple[float, str]] = []
 
     def work(pair: tuple[str, str]) -> float | None:
-        start = time.perf_counter()
-        reward = verdict(judge, *pair)
-        slowest.append((time.perf_counter() - start, pair[1][:60]))
+        with Steady() as clock:
+            reward = verdict(judge, *pair)
+        slowest.append((clock.seconds, pair[1][:60]))
         return reward
 
     pairs = attacks(tmp_path)
@@ -344,13 +345,12 @@ def test_a_batch_with_hostile_requests_judges_the_others_and_ends_in_time(sleepy
     pool = sleepy(workers, seconds=3.0)
     pool.warm()
     requests = [["spin", 100.0] if i % 10 == 3 else ["echo", i] for i in range(60)]
-    start = time.perf_counter()
-    replies = pool.run(requests)
-    took = time.perf_counter() - start
+    with Steady() as clock:
+        replies = pool.run(requests)
     for i, reply in enumerate(replies):
         assert reply == (("timeout", None) if i % 10 == 3 else ("answered", i)), i
     # Six spin: a turn each (four by the clock at most, on a crowded machine), then the limit for all of them together.
-    assert took < 3.0 + 6 * 4 * TURN_SECONDS / workers + 1.0
+    assert clock.seconds < 3.0 + 6 * 4 * TURN_SECONDS / workers + 1.0
 
 
 def test_threads_of_hostile_requests_each_end_in_time(sleepy):
@@ -359,9 +359,9 @@ def test_threads_of_hostile_requests_each_end_in_time(sleepy):
     took: list[float] = []
 
     def ask(_: int) -> str:
-        start = time.perf_counter()
-        kind = pool.run([["spin", 100.0]])[0].kind
-        took.append(time.perf_counter() - start)
+        with Steady() as clock:
+            kind = pool.run([["spin", 100.0]])[0].kind
+        took.append(clock.seconds)
         return kind
 
     with ThreadPoolExecutor(8) as threads:
@@ -375,9 +375,9 @@ def test_an_honest_request_behind_hostile_ones_is_judged(sleepy):
     with ThreadPoolExecutor(3) as threads:
         hostile = [threads.submit(pool.run, [["spin", 100.0]]) for _ in range(2)]
         time.sleep(0.1)
-        start = time.perf_counter()
-        assert pool.run([["echo", 7]])[0] == ("answered", 7)
-        assert time.perf_counter() - start < 2.0
+        with Steady() as clock:
+            assert pool.run([["echo", 7]])[0] == ("answered", 7)
+        assert clock.seconds < 2.0
         assert [future.result()[0].kind for future in hostile] == ["timeout"] * 2
 
 

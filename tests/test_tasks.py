@@ -179,9 +179,9 @@ def test_demonstration_weights():
 
 def test_demonstrations_are_fast():
     signed_sums_demonstrations(size=1000, seed=0)
-    start = time.perf_counter()
+    start = time.process_time()
     signed_sums_demonstrations(size=60000, seed=0, flip_probability=0.6)
-    assert 60000 / (time.perf_counter() - start) > 30000
+    assert 60000 / (time.process_time() - start) > 30000
 
 
 @pytest.mark.parametrize(

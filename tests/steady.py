@@ -1,0 +1,40 @@
+"""A clock for limits on waits, which leaves out the time in which the machine itself stood still."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+
+_TICK = 0.05
+_LATE = 0.2
+
+
+class Steady:
+    """`with Steady() as clock: ...; clock.seconds` is the wall time of the block, less that of stalls.
+
+    A second thread sleeps in short ticks: where one takes far longer, nothing on this machine ran. For waits on other
+    processes and threads only: code that holds the interpreter's lock keeps the ticks from coming as well, and is
+    timed by `time.process_time`.
+    """
+
+    def __enter__(self) -> Steady:
+        self._lost, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+        self._thread.start()
+        self._start = time.perf_counter()
+        return self
+
+    def _tick(self) -> None:
+        last = time.perf_counter()
+        while not self._stop.wait(_TICK):
+            now = time.perf_counter()
+            if now - last > _LATE:
+                self._lost += now - last - _TICK
+            last = now
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.seconds = time.perf_counter() - self._start
+        self._stop.set()
+        self._thread.join()
+        self.seconds -= self._lost
