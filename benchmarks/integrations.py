@@ -54,7 +54,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
                 found = process.turn()
                 if turn:
                     taken[process.name].append(found)
-        device = processes[0].ready["device"]
+        ready = processes[0].ready
     rows = []
     for method, turns in taken.items():
         seconds = [turn["seconds"] for turn in turns]
@@ -64,10 +64,11 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
             "least_seconds": min(seconds),
             "largest_seconds": max(seconds),
             "peak_bytes": max(turn["peak_bytes"] for turn in turns),
-            "device": device,
+            "device": ready["device"],
+            "threads": ready["threads"],
         }
         rows.append(row)
-        print(f"{method:<28}{row['median_seconds']:>9.3f} s{row['peak_bytes'] / 2**20:>10.0f} MiB  {device}")
+        print(f"{method:<28}{row['median_seconds']:>9.3f} s{row['peak_bytes'] / 2**20:>10.0f} MiB  {row['device']}")
     return {"arguments": asdict(arguments), "interleaved": True, "rows": rows}
 
 
@@ -142,7 +143,7 @@ def run(method: str, arguments: Arguments) -> None:
 
     step()  # libraries allocate at their first use
     turns.count_memory_from_here()
-    turns.ready(device=torch.cuda.get_device_name() if on_gpu else "cpu")
+    turns.ready(device=torch.cuda.get_device_name() if on_gpu else "cpu", threads=torch.get_num_threads())
     while True:
         turns.begin()
         step()

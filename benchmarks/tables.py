@@ -29,6 +29,7 @@ FILES = {
     "integrations": "integrations.json",
     "faults": "faults.json",
     "trainer": "trainer.json",
+    "trainer_longer": "trainer_longer.json",
 }
 
 
@@ -227,37 +228,37 @@ def integrations() -> str:
         lines.append(f"| {row['method']} | {seconds} | {row['peak_bytes'] / 2**20:,.0f} MiB |")
     note = f"""
         {given["tokens"]} completion tokens, vocabulary {given["vocabulary"]}, hidden size {given["hidden"]},
-        {given["layers"]} layers, float32, 1 thread: medians of {given["repeats"]}, each method in a process of its own,
-        {"in turns" if result.get("interleaved") else "one after the other"}; memory above model and batch.
+        {given["layers"]} layers, float32, threads: {result["rows"][0]["threads"]}; medians of {given["repeats"]},
+        each method in a process of its own, {"in turns" if result.get("interleaved") else "one after the other"};
+        memory above model and batch.
         {_environment(result)}."""
     return "\n".join([*lines, "", _wrapped(note)])
 
 
-def trainer() -> str:
+def trainer(section: str = "trainer") -> str:
     """The training phase in TRL and in ours, as Markdown."""
-    result = json.loads(_path("trainer").read_text())
+    result = json.loads(_path(section).read_text())
     given, rows = result["arguments"], result["rows"]
     lines = [
-        "| training phase | threads | seconds | completion tokens a second | peak memory |",
-        "|---|---|---|---|---|",
+        "| training phase | threads | seconds | completion tokens a second | peak memory | ours beside it |",
+        "|---|---|---|---|---|---|",
     ]
+    compared = {
+        (c["against"], c["threads"]): f"{c['speed']:.2f} x the speed, {c['memory']:.2f} x the memory"
+        for c in result["comparisons"]
+    }
     for row in rows:
         seconds = f"{row['median_seconds']:.2f} ({row['least_seconds']:.2f} to {row['largest_seconds']:.2f})"
-        threads, memory = row["threads"] or "GPU", f"{row['peak_bytes'] / 2**20:,.0f} MiB"
-        lines.append(f"| {row['method']} | {threads} | {seconds} | {row['tokens_per_second']:,.0f} | {memory} |")
-    found = "; ".join(
-        f"{c['speed']:.2f} x the speed of {c['against']} and {c['memory']:.2f} x its memory"
-        + (f" on {c['threads']} threads" if c["threads"] > 1 else " on one thread" if c["threads"] else "")
-        for c in result["comparisons"]
-    )
+        cells = [row["method"], row["threads"] or "GPU", seconds, f"{row['tokens_per_second']:,.0f}"]
+        cells += [f"{row['peak_bytes'] / 2**20:,.0f} MiB", compared.get((row["method"], row["threads"]), "")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     first = rows[0]
     note = f"""
-        Log-probs of the sampling policy, forward, backward and {given["updates"]} optimiser steps on
+        {given["updates"]} optimiser steps on
         {given["prompts"]} prompts x {given["completions"]} completions of {given["shortest"]} to {given["longest"]}
         tokens ({first["tokens"]:,} in all, {first["padded_tokens"]:,} padded; lengths even on a logarithmic scale),
         weights of {first["weights"]}, {first["precision"]}; TRL with its defaults in micro-batches of
-        {given["sequences"]} sequences, ours in as many tokens. Medians of {first["turns"]} (least to largest), each
-        method in a process of its own, in turns; memory above the imported libraries. paced_fast: {found}.
+        {given["sequences"]} sequences, ours in as many tokens. Medians of {first["turns"]} (least to largest).
         {_environment(result)}."""
     return "\n".join([*lines, "", _wrapped(note)])
 
@@ -307,6 +308,7 @@ def render(text: str) -> str:
         "sandbox": sandbox,
         "integrations": integrations,
         "trainer": trainer,
+        "trainer_longer": lambda: trainer("trainer_longer"),
         "faults": faults,
     }
     for name, make in sections.items():

@@ -101,8 +101,8 @@ def test_the_table_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "trainer.json").write_text(json.dumps(result))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = " ".join(tables.trainer().split())
-    assert "| paced_fast | 1 | 2.00 (1.90 to 2.20) | 500 | 1,024 MiB |" in text
-    assert "paced_fast: 2.50 x the speed of trl and 0.50 x its memory on one thread" in text
+    assert "| paced_fast | 1 | 2.00 (1.90 to 2.20) | 500 | 1,024 MiB | |" in text
+    assert "| trl | 1 | 5.00 (1.90 to 2.20) | 500 | 2,048 MiB | 2.50 x the speed, 0.50 x the memory |" in text
     assert "1,000 in all, 2,000 padded" in text
 
 
