@@ -65,7 +65,8 @@ def prime_rl_loss(inputs: Any, beta: float = 0.05, importance_cap: float = 1.28)
     A call sees one sequence, so log Z can come from nowhere but the advantage; a learned one is not possible here.
     prime-rl divides the sum of the losses by the sum of its token weights: a number of tokens, which scales the step,
     or with "prompt", where a token weighs 1 / (tokens of its group), the number of prompts. Those weights are the
-    host's divisor and no part of a residual. Leave out `length_penalty` and `length_weighted_baseline`: both move the mean.
+    host's divisor and no part of a residual. Leave out
+    `length_penalty` and `length_weighted_baseline`: both move the mean.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
