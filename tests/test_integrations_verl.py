@@ -64,7 +64,7 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, core.__name__, core)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    module = importlib.import_module(MODULE)
+    module: Any = importlib.import_module(MODULE)
     module.registered = registered
     yield module
     sys.modules.pop(MODULE, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from verl.models.transformers.monkey_patch import patch_forward_with_backends
 
 from paced_fast.errors import InputError
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 37,
     "hidden_size": 16,
     "intermediate_size": 32,
