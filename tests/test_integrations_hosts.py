@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -40,34 +41,89 @@ def host(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
         setattr(sys.modules[name], key, value)
 
 
-def test_prime_rl_gets_one_sequence_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+class LossInputs(NamedTuple):
+    """prime-rl's dataclass in src/prime_rl/trainer/rl/loss.py; the last three have defaults there too."""
+
+    trainer_logprobs: Tensor  # [seq]
+    inference_logprobs: Tensor  # [seq]
+    ref_logprobs: Tensor | None
+    advantages: Tensor  # [seq]
+    loss_mask: Tensor  # bool[seq]
+    loss_weights: Tensor | None = None  # [seq]
+    trainer_mask_logprobs: Tensor | None = None
+    inference_mask_logprobs: Tensor | None = None
+
+
+def prime_rl(function: Callable[..., Any], inputs: LossInputs, kwargs: dict[str, Any]) -> Any:
+    """CustomLoss.loss of the same file."""
+    return function(inputs, **kwargs)
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])  # loss_aggregation = "prompt": 1 / (tokens of the group)
+def test_prime_rl_gets_one_sequence_at_a_time(monkeypatch: pytest.MonkeyPatch, is_weighted: bool) -> None:
     host(monkeypatch, "prime_rl.trainer.rl.loss", LossOutputs=types.SimpleNamespace)
     new, old, advantages, mask = batch()
     for i in range(3):
-        inputs = types.SimpleNamespace(
-            trainer_logprobs=new[i],
-            inference_logprobs=old[i],
-            ref_logprobs=None,
-            advantages=advantages[i],
-            loss_mask=mask[i],
-            loss_weights=None,
-        )
-        out = other_hosts.prime_rl_loss(inputs, beta=BETA)
+        weights = mask[i] / 8.0 if is_weighted else None
+        inputs = LossInputs(new[i], old[i], None, advantages[i], mask[i], weights)
+        out = prime_rl(other_hosts.prime_rl_loss, inputs, {"beta": BETA})
         assert out.loss.item() == pytest.approx(losses()[i].item(), rel=1e-5)
+    inputs = LossInputs(new[0], old[0], None, advantages[0], mask[0], torch.arange(4.0))
+    with pytest.raises(InputError, match="loss_weights differ between tokens"):
+        prime_rl(other_hosts.prime_rl_loss, inputs, {})
 
 
-def test_skyrl_sums_what_it_has_scaled() -> None:
+class AlgorithmConfig(NamedTuple):
+    """What is read of SkyRL's AlgorithmConfig (skyrl/train/config/config.py), with its defaults."""
+
+    loss_reduction: str = "token_mean"
+    max_seq_len: int | None = None
+    grpo_norm_by_std: bool = True
+    advantage_batch_normalize: bool = False
+    use_kl_loss: bool = True
+
+
+def skyrl(function: Callable[..., Any], config: AlgorithmConfig, rows: slice, sequences: int = 3) -> Any:
+    """A micro-batch of SkyRL 03d74ca: advantages divided by `apply_loss_reduction_to_advantages_minibatch`, then
+    three positional and three keyword arguments, as in `_forward_backward_micro` of workers/worker.py.
+    """
     new, old, advantages, mask = batch()
-    loss, metrics = other_hosts.skyrl_policy_loss(scale=1 / 24)(
-        new, old, advantages / 24, config=None, loss_mask=mask.float(), rollout_logprobs=None
+    scaled = advantages / (sequences * (config.max_seq_len or 1))
+    return function(
+        new[rows], old[rows], scaled[rows], config=config, loss_mask=mask[rows].float(), rollout_logprobs=None
     )
-    assert loss.item() == pytest.approx(losses().sum().item() / 24, rel=1e-5)
-    assert metrics["clip_ratio"] == 0.0
+
+
+def test_skyrl_undoes_its_division_and_sums_to_a_mean() -> None:
+    function = other_hosts.skyrl_policy_loss(sequences=3)
+    config = AlgorithmConfig("seq_mean_token_sum_norm", 50, False, False, False)
+    parts = [skyrl(function, config, rows) for rows in (slice(0, 2), slice(2, 3))]
+    assert sum(part[0].item() for part in parts) == pytest.approx(losses().mean().item(), rel=1e-5)
+    assert parts[0][1]["clip_ratio"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_reduction": "sequence_mean"}, "loss_reduction=sequence_mean divides sequences by different numbers"),
+        ({"grpo_norm_by_std": True}, "grpo_norm_by_std=false"),
+        ({"advantage_batch_normalize": True}, "advantage_batch_normalize=false"),
+        ({"use_kl_loss": True}, "use_kl_loss=false"),
+    ],
+)
+def test_skyrl_refuses_what_its_configuration_does_to_advantages(change: dict[str, Any], message: str) -> None:
+    config = AlgorithmConfig("seq_mean_token_sum_norm", 50, False, False, False)._replace(**change)
+    with pytest.raises(InputError, match=message):
+        skyrl(other_hosts.skyrl_policy_loss(sequences=3), config, slice(0, 3))
 
 
 def test_nemo_rl_divides_by_the_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = types.SimpleNamespace(SEQUENCE_LEVEL="sequence", LOGPROB="logprob")
+    kinds = types.SimpleNamespace(SEQUENCE_LEVEL="sequence", LOGPROB="logprob", SEQUENCES="sequences", NONE="none")
     host(monkeypatch, "nemo_rl.algorithms.loss.interfaces", LossType=kinds, LossInputType=kinds)
+    sys.modules["nemo_rl.algorithms.loss"].interfaces = sys.modules["nemo_rl.algorithms.loss.interfaces"]  # pyright: ignore
+    assert not hasattr(other_hosts.NemoRlLoss(), "metric_normalizations")  # 7ea279a has no MetricNormalizer
+    sys.modules["nemo_rl.algorithms.loss.interfaces"].MetricNormalizer = kinds  # pyright: ignore
+    assert other_hosts.NemoRlLoss().metric_normalizations == {"loss": "sequences", "num_valid_samples": "none"}
     new, old, advantages, mask = batch()
     first = torch.full((3, 1), 7.0)  # the first column predicts nothing
     data = {

@@ -64,7 +64,7 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, core.__name__, core)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    module = importlib.import_module(MODULE)
+    module: Any = importlib.import_module(MODULE)
     module.registered = registered
     yield module
     sys.modules.pop(MODULE, None)
@@ -166,6 +166,12 @@ def test_wrong_use_is_refused(adapter: Any) -> None:
         call(adapter, data, rollout_is_weights=data["old"].exp())
     with pytest.raises(InputError, match="use_kl_loss=False"):
         call(adapter, data, config=actor(use_kl_loss=True))
+    given = (data["old"], data["log_prob"], torch.ones(6, 1) * data["mask"], data["mask"])
+    for change in ({"use_kl_loss": True}, {"entropy_coeff": 0.1}):
+        with pytest.raises(InputError, match="loss_mode=paced_flowrl takes no further terms"):
+            adapter.flowrl_policy_loss(*given, config=actor(**change))
+    with pytest.raises(InputError, match="loss_agg_mode=seq-mean-token-sum: FlowRL averages"):
+        adapter.flowrl_policy_loss(*given, loss_agg_mode="seq-mean-token-sum", config=actor())
     with pytest.raises(InputError, match="group 'c' has one completion"):
         adapter.group_advantage(data["rewards"], data["mask"], index=list("aaabbc"))
     with pytest.raises(InputError, match="needs the batch's uid"):
@@ -198,14 +204,31 @@ def test_the_names_verl_will_ask_for(adapter: Any) -> None:
 needs_verl = pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="needs verl: pip install verl")
 
 
-@needs_verl
-@pytest.mark.slow
-def test_verl_finds_it_by_its_entry_point_and_calls_it(tmp_path: Path) -> None:
+def run_program(name: str, tmp_path: Path) -> None:
     """In a process of its own: importing verl starts what it starts."""
-    found = [p for p in importlib.metadata.entry_points(group="verl.plugins") if p.value == MODULE]
-    if not found:
-        pytest.skip("paced-fast is not installed: pip install -e .")
-    code = Path(__file__).with_name("verl_calls.py")
+    code = Path(__file__).with_name(name)
     done = subprocess.run([sys.executable, str(code)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-1] == "fine"
+
+
+@needs_verl
+@pytest.mark.slow
+def test_verl_finds_it_by_its_entry_point_and_calls_it(tmp_path: Path) -> None:
+    found = [p for p in importlib.metadata.entry_points(group="verl.plugins") if p.value == MODULE]
+    if not found:
+        pytest.skip("paced-fast is not installed: pip install -e .")
+    run_program("verl_calls.py", tmp_path)
+
+
+@needs_verl
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("hydra") is None, reason="needs hydra: pip install hydra-core")
+def test_verl_composes_the_settings_of_the_docstrings(tmp_path: Path) -> None:
+    run_program("verl_config_calls.py", tmp_path)
+
+
+@needs_verl
+@pytest.mark.slow
+def test_the_fused_op_equals_verls_torch_backend(tmp_path: Path) -> None:
+    run_program("verl_fused_calls.py", tmp_path)

@@ -3,9 +3,11 @@
 These hosts hand over log-probs and advantages. With the old policy as reference the group's estimate of beta * log Z is
 its mean reward, so an advantage of reward - group mean, *not* divided by a deviation, holds all that the loss needs:
 u = beta * log ratio - advantage, loss w u^2 / (2 beta) a sequence. Each function wants such advantages on every token
-of a completion and refuses others. Signatures: prime-rl 559b447 (0.8), SkyRL a956457 (0.4) and ec60959, NeMo-RL 7ea279a
-and 8c6a8a8, slime 624b824 (0.3.1) and 2fc4883, OpenRLHF 3c3be62 (0.11.2; f5b3f08 is older, its loss
-returns three values, not four). B = sequences, L = padded length, T = tokens.
+of a completion and refuses others. A division by the deviation cannot be seen in the numbers; where a host hands over
+its configuration it is refused there. Signatures: prime-rl 559b447 (0.8) and a later loss.py, SkyRL a956457 (0.4),
+ec60959 and 03d74ca, NeMo-RL 7ea279a, 8c6a8a8, 002cdc2 (loss interface) and 00925dd (advantages), slime 624b824 (0.3.1),
+2fc4883 and 00c2d6d, OpenRLHF 3c3be62 (0.11.2) and 012aae8 (f5b3f08 is older, its loss returns three values, not four).
+B = sequences, L = padded length, T = tokens.
 """
 
 from __future__ import annotations
@@ -56,13 +58,20 @@ def prime_rl_loss(inputs: Any, beta: float = 0.05, importance_cap: float = 1.28)
         import_path = "paced_fast.integrations.other_hosts.prime_rl_loss"
         [trainer.loss.kwargs]
         beta = 0.05
+        [orchestrator.algo]
+        type = "grpo"                        # reward minus the group's mean, never divided by a deviation
+        loss_aggregation = "prompt"          # later versions; without it the divisor is a number of tokens
 
-    A call sees one sequence, so log Z can come from nowhere but the advantage: configure it as reward - group mean
-    without division by the deviation. A learned log Z is not possible here. prime-rl divides the sum of the losses by
-    a number of tokens, which scales the step.
+    A call sees one sequence, so log Z can come from nowhere but the advantage; a learned one is not possible here.
+    prime-rl divides the sum of the losses by the sum of its token weights: a number of tokens, which scales the step,
+    or with "prompt", where a token weighs 1 / (tokens of its group), the number of prompts. Those weights are the
+    host's divisor and no part of a residual. Leave out
+    `length_penalty` and `length_weighted_baseline`: both move the mean.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
+    if inputs.loss_weights is not None:
+        one_a_row("loss_weights", inputs.loss_weights[None], inputs.loss_mask[None], "one weight a sequence")
     out = from_advantages(
         inputs.trainer_logprobs[None],
         inputs.inference_logprobs[None],
@@ -76,19 +85,22 @@ def prime_rl_loss(inputs: Any, beta: float = 0.05, importance_cap: float = 1.28)
 
 
 def skyrl_policy_loss(
-    *, scale: float, beta: float = 0.05, importance_cap: float = 1.28
+    *, sequences: int, beta: float = 0.05, importance_cap: float = 1.28
 ) -> Callable[..., tuple[Tensor, dict[str, float]]]:
-    """A policy loss for SkyRL's registry.
+    """A policy loss for SkyRL's registry; register it in your entry point, before the run starts.
 
     ::
 
         from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
-        PolicyLossRegistry.register("paced_tb", skyrl_policy_loss(scale=1 / policy_mini_batch_size))
-        # trainer.algorithm.policy_loss_type=paced_tb trainer.algorithm.grpo_norm_by_std=false
-        # trainer.algorithm.use_kl_loss=false
+        PolicyLossRegistry.register("paced_tb", skyrl_policy_loss(sequences=policy_mini_batch_size * samples))
+        # trainer.algorithm.policy_loss_type=paced_tb trainer.algorithm.advantage_estimator=grpo
+        # trainer.algorithm.grpo_norm_by_std=false trainer.algorithm.use_kl_loss=false
+        # trainer.algorithm.loss_reduction=seq_mean_token_sum_norm trainer.algorithm.max_seq_len=4096
+        # with samples = generator.n_samples_per_prompt
 
-    SkyRL scales advantages before the loss and then sums. `scale` is that factor of a sequence; it is divided out of
-    the residual and put before the square. Reductions whose factor differs between sequences cannot be used.
+    SkyRL divides advantages before the loss, then sums over micro-batches and ranks. Of its reductions only
+    "seq_mean_token_sum_norm" divides every sequence of every mini-batch by one number, `sequences` * max_seq_len; that
+    is undone here, and the loss is a mean over the `sequences` of a mini-batch (prompts times samples).
     """
 
     def paced_tb(
@@ -99,16 +111,24 @@ def skyrl_policy_loss(
         loss_mask: Tensor | None = None,
         rollout_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        del config, rollout_logprobs
+        del rollout_logprobs
+        if config.loss_reduction != "seq_mean_token_sum_norm":
+            raise InputError(
+                f"trainer.algorithm.loss_reduction={config.loss_reduction} divides sequences by different numbers: "
+                "set seq_mean_token_sum_norm"
+            )
+        wrong = [n for n in ("grpo_norm_by_std", "advantage_batch_normalize", "use_kl_loss") if getattr(config, n)]
+        if wrong:
+            raise InputError(f"policy_loss_type=paced_tb wants raw rewards: set trainer.algorithm.{wrong[0]}=false")
         mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
         out = from_advantages(
             log_probs,
             old_log_probs,
-            advantages / scale,
+            advantages * (sequences * config.max_seq_len),
             mask=mask,
             beta=beta,
             importance_cap=importance_cap,
-            denominator=1.0 / scale,
+            denominator=float(sequences),
         )
         return out.loss, {"clip_ratio": 0.0, "tb_residual": out.residual.square().mean().sqrt().item()}
 
@@ -121,14 +141,23 @@ class NemoRlLoss:
     ::
 
         loss_fn = NemoRlLoss(beta=0.05)
-        # grpo.normalize_rewards=false grpo.use_leave_one_out_baseline=false; no KL penalty
+        # grpo.adv_estimator.name=grpo grpo.adv_estimator.normalize_rewards=false
+        # grpo.adv_estimator.use_leave_one_out_baseline=false (older: grpo.normalize_rewards=false ...)
+        # loss_fn.reference_policy_kl_penalty=0 loss_fn.force_on_policy_ratio=false
         policy.train(data, loss_fn)
+
+    Both defaults are true: a baseline that leaves the sequence out is G / (G - 1) times this one, no log Z. NeMo-RL
+    divides by the sequences of the global batch, which it hands over.
     """
 
     def __init__(self, beta: float = 0.05, importance_cap: float = 1.28) -> None:
-        from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
+        from nemo_rl.algorithms.loss import interfaces
 
-        self.loss_type, self.input_type = LossType.SEQUENCE_LEVEL, LossInputType.LOGPROB
+        self.loss_type = interfaces.LossType.SEQUENCE_LEVEL
+        self.input_type = interfaces.LossInputType.LOGPROB
+        kinds = getattr(interfaces, "MetricNormalizer", None)  # later versions undo the division of each metric
+        if kinds is not None:
+            self.metric_normalizations = {"loss": kinds.SEQUENCES, "num_valid_samples": kinds.NONE}
         self.beta, self.importance_cap = beta, importance_cap
 
     def __call__(
@@ -203,7 +232,8 @@ class OpenRlhfLoss(nn.Module):
 
         import openrlhf.trainer.ray.ppo_actor as ppo_actor
         ppo_actor.PolicyLoss = OpenRlhfLoss        # before the trainer is built, in every actor
-        # --advantage_estimator dr_grpo --n_samples_per_prompt 8 --init_kl_coef 0
+        # --algo.advantage.estimator dr_grpo --rollout.n_samples_per_prompt 8 --algo.kl.init_coef 0
+        # (before the dotted flags: --advantage_estimator dr_grpo --n_samples_per_prompt 8 --init_kl_coef 0)
 
     OpenRLHF averages the micro-batches of a step, so this is a mean over the micro-batch's sequences.
     """

@@ -15,12 +15,29 @@ that the loss has to know: residual = beta * log ratio - advantage. For a frozen
 `algorithm.use_kl_in_reward=True algorithm.kl_penalty=kl algorithm.kl_ctrl.kl_coef=0.05` (the same beta): the rewards
 then are reward - beta * (log pi_old - log pi_ref), and their group mean is beta * log Z under that reference.
 
-FlowRL's settings (arXiv:2509.15207: scale 15, means in the residual, weights up to 10) are `paced_flowrl` with
-`algorithm.adv_estimator=grpo`, the old policy as reference. `flowrl_loss` has the frozen reference of the paper, as a
-loss of the engine worker.
+FlowRL's settings (arXiv:2509.15207: scale 15, means in the residual, weights up to 10) on verl 0.9.1, where its own
+recipe no longer imports (`verl.workers.actor.dp_actor` is gone)::
 
-Written against verl 0.9.1. Its engines hand log-probs to a loss and never hidden states: what keeps the logits small
-there is verl's own `use_fused_kernels`. B = sequences, L = longest response.
+    algorithm.adv_estimator=grpo                          # divided by the deviation, as FlowRL does
+    algorithm.norm_adv_by_std_in_grpo=True
+    algorithm.use_kl_in_reward=False
+    actor_rollout_ref.actor.policy_loss.loss_mode=paced_flowrl
+    actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
+    actor_rollout_ref.actor.use_kl_loss=False
+    actor_rollout_ref.actor.entropy_coeff=0
+    actor_rollout_ref.actor.ppo_mini_batch_size=32
+    actor_rollout_ref.rollout.n=8
+    data.train_batch_size=512
+    data.max_prompt_length=2048
+    data.max_response_length=8192
+
+The reference is then the old policy. `flowrl_loss` has the frozen reference of the paper, as a loss of the engine
+worker; no configuration chooses it (`engine_workers.py` builds its loss itself), a worker of one's own must call
+`set_loss_fn`.
+
+Written against verl 0.9.1. Its engines hand log-probs to a loss and never hidden states (`prepare_model_outputs` of
+workers/engine/fsdp/transformer_impl.py gives `log_probs` and `entropy`); `verl_fused` puts the fused op where verl has
+the hidden states, in the model's forward. B = sequences, L = longest response.
 """
 
 from __future__ import annotations
@@ -75,8 +92,7 @@ def policy_loss(
             f"loss_agg_mode={loss_agg_mode} weighs tokens, and trajectory balance has one residual a response: "
             f"use {' or '.join(_REDUCTIONS)}"
         )
-    if config.entropy_coeff or config.use_kl_loss:
-        raise InputError("loss_mode=paced_tb takes no further terms: set use_kl_loss=False and entropy_coeff=0")
+    _no_further_terms("paced_tb", config)
     beta = config.policy_loss.get("dro_beta")
     out = loss_from_logprobs(
         log_prob,
@@ -106,6 +122,7 @@ def flowrl_policy_loss(
     """FlowRL's residual and weights with the old policy as reference, where the group's log Z is 0."""
     if loss_agg_mode != "seq-mean-token-mean":
         raise InputError(f"loss_agg_mode={loss_agg_mode}: FlowRL averages over tokens, use seq-mean-token-mean")
+    _no_further_terms("paced_flowrl", config)
     signal = one_a_row("advantages", advantages, response_mask, "adv_estimator=grpo")
     return _flowrl(
         log_prob, old_log_prob, None, torch.zeros_like(signal), signal, response_mask, rollout_is_weights, config
@@ -166,6 +183,12 @@ def _flowrl(
         reduction="mean",
     )
     return out.loss * (2.0 / beta), _metrics(out)  # FlowRL squares nats and takes no half
+
+
+def _no_further_terms(name: str, config: Any) -> None:
+    """verl would add them to the loss after this one."""
+    if config.entropy_coeff or config.use_kl_loss:
+        raise InputError(f"loss_mode={name} takes no further terms: set use_kl_loss=False and entropy_coeff=0")
 
 
 def _denominator(config: Any, mask: Tensor) -> float | Tensor:
