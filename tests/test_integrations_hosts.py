@@ -143,31 +143,92 @@ def test_nemo_rl_divides_by_the_global_batch(monkeypatch: pytest.MonkeyPatch) ->
         function(data=data, next_token_logprobs=new, global_valid_seqs=torch.ones(()), global_valid_toks=torch.ones(()))
 
 
-@pytest.mark.parametrize("is_pair", [True, False])  # 2fc4883 returns the dictionary alone
-def test_slime_gets_a_sum_over_ragged_sequences(monkeypatch: pytest.MonkeyPatch, is_pair: bool) -> None:
+def ragged(values: Tensor) -> list[Tensor]:
+    return [row[:n] for row, n in zip(values, LENGTHS.tolist(), strict=True)]
+
+
+def slime_batch(old: Tensor | None, advantages: Tensor, mask: Tensor) -> dict[str, Any]:
+    found = {"unconcat_tokens": [], "total_lengths": [], "response_lengths": LENGTHS.tolist()}
+    found |= {"max_seq_lens": [4, 4, 4]}  # what slime hands on for padded layouts
+    found |= {"advantages": ragged(advantages), "loss_masks": ragged(mask.float())}
+    return found if old is None else found | {"log_probs": ragged(old)}
+
+
+@pytest.mark.parametrize("version", ["2fc4883", "624b824", "00c2d6d"])
+def test_slime_gets_a_sum_over_ragged_sequences(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     new, old, advantages, mask = batch()
+    own = {"log_probs": ragged(new)}
 
-    def ragged(values: Tensor) -> list[Tensor]:
-        return [row[:n] for row, n in zip(values, LENGTHS.tolist(), strict=True)]
-
-    def log_probs(logits: Tensor, *, max_seq_lens: list[int], **_: Any) -> Any:
+    def log_probs(
+        logits: Tensor,
+        *,
+        args: Any,
+        unconcat_tokens: list[Tensor],
+        total_lengths: list[int],
+        response_lengths: list[int],
+        with_entropy: bool = False,
+        non_loss_data: bool = True,
+        max_seq_lens: list[int] | None = None,
+    ) -> Any:
         assert max_seq_lens == [4, 4, 4]
-        found = {"log_probs": ragged(new)}
-        return (None, found) if is_pair else found
+        return own if version == "2fc4883" else (None, own)
 
-    host(monkeypatch, "slime.backends.megatron_utils.loss", get_log_probs_and_entropy=log_probs)
-    lists = {"unconcat_tokens": [], "total_lengths": [], "response_lengths": LENGTHS.tolist()}
-    lists["max_seq_lens"] = [4, 4, 4]  # what slime hands on for padded layouts
-    given = {**lists, "log_probs": ragged(old), "advantages": ragged(advantages), "loss_masks": ragged(mask.float())}
+    def newest(
+        logits: Tensor,
+        *,
+        args: Any,
+        unconcat_tokens: list[Tensor],
+        total_lengths: list[int],
+        response_lengths: list[int],
+        with_entropy: bool = False,
+        non_loss_data: bool = True,
+        top_p_token_ids: list[list[int]] | None = None,
+        top_p_token_offsets: list[list[int]] | None = None,
+    ) -> Any:
+        return torch.empty(0), own
+
+    name = "slime.backends.megatron_utils.loss"
+    host(monkeypatch, name, get_log_probs_and_entropy=newest if version == "00c2d6d" else log_probs)
     args = types.SimpleNamespace(eps_clip_high=0.28)
+    loss, _ = other_hosts.slime_loss(args, slime_batch(old, advantages, mask), torch.zeros(1), lambda x: x)
+    assert loss.item() == pytest.approx(losses().sum().item(), rel=1e-5)
+
+
+def test_slime_takes_the_old_policy_that_its_own_loss_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    new, old, advantages, mask = batch()
+    name = "slime.backends.megatron_utils.loss"
+    host(monkeypatch, name, get_log_probs_and_entropy=lambda *_, **__: (None, {"log_probs": ragged(new)}))
+    args = types.SimpleNamespace(eps_clip_high=0.28, use_rollout_logprobs=True)
+    given = slime_batch(new.detach(), advantages, mask) | {"rollout_log_probs": ragged(old)}
     loss, _ = other_hosts.slime_loss(args, given, torch.zeros(1), lambda x: x)
     assert loss.item() == pytest.approx(losses().sum().item(), rel=1e-5)
-    args.context_parallel_size = 2
-    with pytest.raises(InputError, match="context-parallel-size 1"):
-        other_hosts.slime_loss(args, given, torch.zeros(1), lambda x: x)
-    args = types.SimpleNamespace(eps_clip_high=0.28, calculate_per_token_loss=True)
-    with pytest.raises(InputError, match="leave --calculate-per-token-loss out"):
-        other_hosts.slime_loss(args, given, torch.zeros(1), lambda x: x)
+    # slime leaves the pass out where the policy that samples is the one that learns: no ratio, yet a gradient.
+    args.use_rollout_logprobs = False
+    loss, _ = other_hosts.slime_loss(args, slime_batch(None, advantages, mask), torch.zeros(1), lambda x: x)
+    assert loss.item() == pytest.approx((SIGNAL.square() / (2 * BETA)).sum().item(), rel=1e-5)
+    loss.backward()
+    assert new.grad is not None
+    torch.testing.assert_close(new.grad, -SIGNAL[:, None] * mask)
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ({"context_parallel_size": 2}, "--context-parallel-size 1"),
+        ({"calculate_per_token_loss": True}, "leave --calculate-per-token-loss out"),
+        ({"grpo_std_normalization": True}, "--disable-grpo-std-normalization"),
+        ({"normalize_advantages": True}, "leave --normalize-advantages out"),
+        ({"rollout_top_p": 0.9}, "leave --rollout-top-p at 1"),
+    ],
+)
+def test_slime_without_raw_whole_sequences_is_refused(
+    monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any], remedy: str
+) -> None:
+    host(monkeypatch, "slime.backends.megatron_utils.loss", get_log_probs_and_entropy=None)
+    _, old, advantages, mask = batch()
+    args = types.SimpleNamespace(eps_clip_high=0.28, **setting)
+    with pytest.raises(InputError, match=remedy):
+        other_hosts.slime_loss(args, slime_batch(old, advantages, mask), torch.zeros(1), lambda x: x)
 
 
 def test_openrlhf_gets_a_mean_and_four_values() -> None:

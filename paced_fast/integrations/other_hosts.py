@@ -12,6 +12,7 @@ B = sequences, L = padded length, T = tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -65,8 +66,9 @@ def prime_rl_loss(inputs: Any, beta: float = 0.05, importance_cap: float = 1.28)
     A call sees one sequence, so log Z can come from nowhere but the advantage; a learned one is not possible here.
     prime-rl divides the sum of the losses by the sum of its token weights: a number of tokens, which scales the step,
     or with "prompt", where a token weighs 1 / (tokens of its group), the number of prompts. Those weights are the
-    host's divisor and no part of a residual. Leave out
-    `length_penalty` and `length_weighted_baseline`: both move the mean.
+    host's divisor and no part of a residual. Leave out `length_penalty` and `length_weighted_baseline`: both move the
+    mean. Samples of groups that are all right or all wrong are filtered before the loss by default: they have a
+    residual as soon as the policy has moved, and are missing then.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
@@ -193,15 +195,16 @@ def slime_loss(
         --kl-coef 0 --entropy-coef 0
 
     slime divides by the global batch itself, so this is a sum over sequences. beta is 0.05, the cap 1 + eps_clip_high
-    of `args`. Without context parallelism: a rank that holds a part of a sequence cannot sum it.
+    of `args`. Without context parallelism: a rank that holds a part of a sequence cannot sum it. The old policy is
+    the one slime's own loss takes: the rollouts' with --use-rollout-logprobs, else that of the trainer, and where slime
+    leaves that pass out, because the policy is still the same, the policy itself.
     """
     from slime.backends.megatron_utils.loss import get_log_probs_and_entropy
 
     del sum_of_sample_mean
-    if getattr(args, "context_parallel_size", 1) > 1:
-        raise InputError("slime_loss needs whole sequences on a rank: set --context-parallel-size 1")
-    if getattr(args, "calculate_per_token_loss", False):
-        raise InputError("slime_loss is a sum over sequences: leave --calculate-per-token-loss out")
+    _check_slime(args)
+    padded = {"max_seq_lens": batch.get("max_seq_lens")}  # older versions only, 00c2d6d does not know it
+    known = inspect.signature(get_log_probs_and_entropy).parameters
     found = get_log_probs_and_entropy(
         logits,
         args=args,
@@ -209,13 +212,15 @@ def slime_loss(
         total_lengths=batch["total_lengths"],
         response_lengths=batch["response_lengths"],
         with_entropy=False,
-        max_seq_lens=batch.get("max_seq_lens"),
+        **{name: value for name, value in padded.items() if name in known},
     )
     found = found[1] if isinstance(found, tuple) else found  # a dictionary alone before 0.3
+    own = list(found["log_probs"])
+    old = batch["rollout_log_probs"] if getattr(args, "use_rollout_logprobs", False) else batch.get("log_probs")
     pad = nn.utils.rnn.pad_sequence
     out = from_advantages(
-        pad(list(found["log_probs"]), batch_first=True),
-        pad(list(batch["log_probs"]), batch_first=True),
+        pad(own, batch_first=True),
+        pad([row.detach() for row in old or own], batch_first=True),
         pad(list(batch["advantages"]), batch_first=True),
         mask=pad(list(batch["loss_masks"]), batch_first=True),
         beta=0.05,
@@ -223,6 +228,18 @@ def slime_loss(
         denominator=1.0,
     )
     return out.loss, {"tb_residual": out.residual.abs().sum(), "tb_log_ratio": out.log_ratio.sum()}
+
+
+def _check_slime(args: Any) -> None:
+    for name, right, remedy in (
+        ("context_parallel_size", 1, "needs whole sequences on a rank: set --context-parallel-size 1"),
+        ("calculate_per_token_loss", False, "is a sum over sequences: leave --calculate-per-token-loss out"),
+        ("grpo_std_normalization", False, "wants raw rewards: set --disable-grpo-std-normalization"),
+        ("normalize_advantages", False, "wants raw rewards: leave --normalize-advantages out"),
+        ("rollout_top_p", 1.0, "scores the whole vocabulary: leave --rollout-top-p at 1"),
+    ):
+        if getattr(args, name, right) != right:
+            raise InputError(f"slime_loss {remedy}")
 
 
 class OpenRlhfLoss(nn.Module):
