@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.ranks import import_ahead, on_ranks
 from paced_fast import memory, pack
+from paced_fast.config import LoraConfig
 from paced_fast.distributed import World
 from paced_fast.generate import TransformersGenerator
 from paced_fast.optimizer import GuardedAdamW, PolicyOptimizer
-from paced_fast.policy import Policy
+from paced_fast.policy import Policy, adapt, plain_parameters
 from paced_fast.sharding import choose_mode, replicas_mesh, shards_mesh
 from paced_fast.update import Targets, _micro_loss, make_optimizer
 
@@ -175,6 +176,72 @@ def check_same_steps(world: World, way: str, tied: bool, dtype: torch.dtype) -> 
 )
 def test_any_spread_takes_the_steps_of_one_rank(way: str, size: int, dtype: torch.dtype, tied: bool) -> None:
     on_ranks(size, check_same_steps, way, tied, dtype)
+
+
+def check_adapters(world: World, dtype: torch.dtype) -> None:
+    """Low-rank matrices in shards beside frozen weights in shards."""
+
+    def adapted() -> Policy:
+        policy = made_policy(tied=False, dtype=dtype)
+        adapt(policy.model, LoraConfig(rank=3, alpha=6), seed=3)
+        with torch.no_grad():
+            for name, parameter in policy.model.named_parameters():
+                if ".lora_B." in name:
+                    parameter.normal_(std=0.1)
+        return policy
+
+    torch.manual_seed(1)
+    alone = adapted()
+    optimizer = made_optimizer(alone)
+    start = whole(optimizer.named_state())
+    steps = trained(alone, optimizer, 0, 1)
+    wanted = whole(optimizer.named_state())
+    names = [name for name in wanted if name.startswith("policy.")]
+    assert len(names) == 2 * 2 * 7
+    assert all(not torch.equal(wanted[name], start[name]) for name in names)
+    torch.manual_seed(1)
+    policy = adapted()
+    policy.shard(shards_mesh(world, policy.device), dtype)
+    optimizer = made_optimizer(policy)
+    for found, expected in zip(trained(policy, optimizer, world.rank, world.size), steps, strict=True):
+        assert found == pytest.approx(expected, rel=5 * TOLERANCE[dtype])
+    assert_near(whole(optimizer.named_state()), wanted, TOLERANCE[dtype])
+    merged, plain = (
+        {name: value.float() for name, value in whole(dict(plain_parameters(one.model))).items()}
+        for one in (policy, alone)
+    )
+    assert_near(merged, plain, TOLERANCE[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_in_shards_take_the_steps_of_one_rank(dtype: torch.dtype) -> None:
+    on_ranks(2, check_adapters, dtype)
+
+
+def check_computed_again(world: World, dtype: torch.dtype) -> None:
+    """Layers whose parameters are gathered once more, for the second time that they are computed."""
+    steps, wanted, _ = reference(tied=True, dtype=dtype)
+    calls = {}
+    for again in (False, True):
+        made = made_policy(tied=True, dtype=dtype)
+        policy = Policy(made.model, max_tokens=4096, checkpoint=again)
+        policy.shard(shards_mesh(world, policy.device), dtype)
+        optimizer = made_optimizer(policy)
+        seen: list[int] = []
+        layer: Any = policy.model.model.layers[0]
+        layer.mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        for found, expected in zip(trained(policy, optimizer, world.rank, world.size), steps, strict=True):
+            assert found == pytest.approx(expected, rel=5 * TOLERANCE[dtype])
+        assert_near(whole(optimizer.named_state()), wanted, TOLERANCE[dtype])
+        calls[again] = len(seen)
+    assert calls == {False: 2 * STEPS, True: 4 * STEPS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_in_shards_are_computed_again_for_the_steps_of_one_rank(dtype: torch.dtype) -> None:
+    on_ranks(2, check_computed_again, dtype)
 
 
 def snapshot(optimizer: PolicyOptimizer, policy: Policy) -> dict[str, Tensor]:
