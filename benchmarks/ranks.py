@@ -63,7 +63,8 @@ def started(
 ) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
     """`size` processes that call `act(world, *arguments)`, and where each sends what it found; killed at the end."""
     wait = datetime.timedelta(seconds=EXCHANGE_SECONDS)
-    store = dist.TCPStore(  # the ranks' meeting place, as torchrun keeps one
+    # The ranks' meeting place, as torchrun keeps one.
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait
     )
     task = pickle.dumps((act, arguments))

@@ -265,8 +265,8 @@ class PolicyOptimizer(GuardedAdamW):
         self._works.append(_all_reduce(counts))
         for work in self._works:
             work.wait()
-        for part, count in zip(self._parts, counts.tolist(), strict=True):
-            if count == 0:  # on no rank: left as it is, not stepped by zeros, which would decay it
+        for part, is_found in zip(self._parts, _are_found(counts), strict=True):
+            if not is_found:  # on no rank: left as it is, not stepped by zeros, which would decay it
                 part.master.grad = None
         for part in self._split:
             part.parameter.grad = None  # before the step: the whole gradients are R times what the masters need
@@ -298,6 +298,11 @@ def _own_rows(part: _Part, whole: Tensor) -> Tensor:
     assert part.mesh is not None
     start, stop = part.rows[part.mesh.get_local_rank()]
     return whole[start:stop]
+
+
+def _are_found(counts: Tensor) -> list[bool]:
+    """Whether each of the counts, which lie on the host, is above 0."""
+    return [count > 0 for count in counts.tolist()]
 
 
 def _all_reduce(tensor: Tensor) -> dist.Work:

@@ -275,11 +275,11 @@ def _whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     # What is still to be summed would be rounded before the sum.
     is_final = not any(placement.is_partial() for placement in tensor.placements)
-    if dtype is not None and dtype.itemsize < tensor.dtype.itemsize and is_final:
-        tensor = tensor.to(dtype)
-    whole = tensor.full_tensor()
-    assert isinstance(whole, Tensor)
-    return whole
+    if dtype is None or dtype.itemsize >= tensor.dtype.itemsize or not is_final:
+        return tensor.full_tensor()
+    rounded = tensor.to(dtype)
+    assert isinstance(rounded, DTensor)
+    return rounded.full_tensor()
 
 
 def _short(tensor: Tensor) -> str:
