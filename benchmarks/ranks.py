@@ -1,46 +1,59 @@
-"""Processes that begin in milliseconds and may be killed: forked from a server that has imported torch already."""
+"""Processes that begin in milliseconds and may be killed: forked from a server that has imported what they need.
+
+Several are ranks with gloo, in the environment that torchrun would give them. Every call has fresh ones, so nothing of
+one is left for the next.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import multiprocessing
-import tempfile
+import os
+import pickle
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from paced_fast import distributed
-from paced_fast.distributed import ALONE, World
+from paced_fast.distributed import ALONE
+
+EXCHANGE_SECONDS = 60.0
+"""After so long an exchange fails that some rank does not join."""
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["benchmarks.ranks", "paced_fast.checkpoint", "torch.distributed.device_mesh"])
+_AHEAD = ["benchmarks.ranks", "paced_fast.checkpoint", "torch.distributed.device_mesh"]
+_SERVER.set_forkserver_preload(_AHEAD)
 
 
-Started = tuple[list[BaseProcess], list[Connection]]
+def import_ahead(*modules: str) -> None:
+    """Let processes begin with `modules` imported, too; counts before the first of them starts."""
+    _AHEAD.extend(modules)
+    _SERVER.set_forkserver_preload(_AHEAD)
 
 
-def import_ahead(module: str) -> None:
-    """Let processes begin with `module` imported; counts before the first of them starts."""
-    _SERVER.set_forkserver_preload(["benchmarks.ranks", module])
-
-
-def _enter(rank: int, size: int, meeting: str, answer: Connection, act: Callable[..., Any], arguments: Any) -> None:
+def _enter(rank: int, size: int, port: int, answer: Connection, task: bytes) -> None:
     torch.set_num_threads(1)
-    world = ALONE
-    if size > 1:
-        store = dist.FileStore(meeting, size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-        world = World(rank, size, rank, size)
-        distributed._patient[0] = dist.new_group(backend="gloo")
+    failure, result = None, None
     try:
-        answer.send((None, act(world, *arguments)))
-    except Exception as error:  # the caller raises it
-        answer.send((f"{type(error).__name__}: {error}", None))
+        world = ALONE
+        if size > 1:
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in own.items()}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            world = distributed.start("cpu", EXCHANGE_SECONDS)
+        act, arguments = pickle.loads(task)
+        result = act(world, *arguments)
+    except BaseException:  # the caller raises it
+        failure = traceback.format_exc()
+    # By value: what multiprocessing sends of a tensor is a handle, and ends with this process.
+    answer.send_bytes(pickle.dumps((failure, result)))
     distributed.stop()
 
 
@@ -48,37 +61,47 @@ def _enter(rank: int, size: int, meeting: str, answer: Connection, act: Callable
 def started(
     size: int, act: Callable[..., Any], *arguments: Any
 ) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
-    """`size` processes that call `act(world, *arguments)`, and where each sends (error, result); killed at the end."""
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = str(Path(folder, "store"))
-        processes, answers = [], []
+    """`size` processes that call `act(world, *arguments)`, and where each sends what it found; killed at the end."""
+    wait = datetime.timedelta(seconds=EXCHANGE_SECONDS)
+    # The ranks' meeting place, as torchrun keeps one.
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait
+    )
+    task = pickle.dumps((act, arguments))
+    processes: list[BaseProcess] = []
+    answers: list[Connection] = []
+    try:
         for rank in range(size):
             answer, sender = _SERVER.Pipe(duplex=False)
-            process = _SERVER.Process(target=_enter, args=(rank, size, meeting, sender, act, arguments))
+            process = _SERVER.Process(target=_enter, args=(rank, size, store.port, sender, task), daemon=True)
             process.start()
             sender.close()  # a rank that dies ends the pipe
             processes.append(process)
             answers.append(answer)
-        try:
-            yield processes, answers
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-            for answer in answers:
-                answer.close()
+        yield processes, answers
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        for answer in answers:
+            answer.close()
 
 
 def on_ranks(size: int, act: Callable[..., Any], *arguments: Any, seconds: float = 120.0) -> list[Any]:
-    """What `act(world, *arguments)` returned on each of `size` ranks. Raises AssertionError when it failed on any."""
-    results = []
+    """What `act(world, *arguments)` returned on each of `size` ranks.
+
+    Raises AssertionError with the tracebacks of those where it failed, and the names of those that died or are late.
+    """
+    results, failures, ends = [], [], time.monotonic() + seconds
     with started(size, act, *arguments) as (_, answers):
         for rank, answer in enumerate(answers):
-            assert answer.poll(seconds), f"rank {rank}: nothing after {seconds} s"
-            try:
-                error, result = answer.recv()
-            except EOFError:
-                error, result = "it died", None
-            assert error is None, f"rank {rank}: {error}"
+            failure, result = f"nothing after {seconds} s", None
+            with contextlib.suppress(EOFError):
+                if answer.poll(max(0.0, ends - time.monotonic())):
+                    failure = "it died"
+                    failure, result = pickle.loads(answer.recv_bytes())
             results.append(result)
+            if failure is not None:
+                failures.append(f"rank {rank}: {failure}")
+    assert not failures, "\n".join(failures)
     return results

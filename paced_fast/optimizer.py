@@ -95,6 +95,8 @@ class PolicyOptimizer(GuardedAdamW):
             loss.backward()                         # a sum over the batch, so ranks add up
         step = optimizer.clip_and_step(loss, max_norm)
 
+    As torch's AdamW has it, a parameter without a gradient (on any rank) is not stepped, so it is not decayed either.
+
     Between the last `before_backward` and `clip_and_step` no other exchange between ranks may be begun: a rank without
     a micro-batch sends its gradients later than the others.
     """
@@ -246,6 +248,8 @@ class PolicyOptimizer(GuardedAdamW):
                 grad = part.parameter.grad
                 part.master.grad = grad.to_local() if isinstance(grad, DTensor) else grad
             return
+        # Told from host to host: nobody waits for a device. A rank without a micro-batch has no gradient of any.
+        counts = torch.tensor([part.parameter.grad is not None for part in self._parts], dtype=torch.int32)
         while self._num_sent < len(self._split):
             self._send()
         small = [part for part in self._parts if not part.rows]
@@ -258,8 +262,12 @@ class PolicyOptimizer(GuardedAdamW):
             self._works.append(_all_reduce(flat))
             for part, grad in zip(small, flat.split([part.master.numel() for part in small]), strict=True):
                 part.master.grad = grad.view_as(part.master)
+        self._works.append(_all_reduce(counts))
         for work in self._works:
             work.wait()
+        for part, is_found in zip(self._parts, _are_found(counts), strict=True):
+            if not is_found:  # on no rank: left as it is, not stepped by zeros, which would decay it
+                part.master.grad = None
         for part in self._split:
             part.parameter.grad = None  # before the step: the whole gradients are R times what the masters need
 
@@ -290,6 +298,11 @@ def _own_rows(part: _Part, whole: Tensor) -> Tensor:
     assert part.mesh is not None
     start, stop = part.rows[part.mesh.get_local_rank()]
     return whole[start:stop]
+
+
+def _are_found(counts: Tensor) -> list[bool]:
+    """Whether each of the counts, which lie on the host, is above 0."""
+    return [count > 0 for count in counts.tolist()]
 
 
 def _all_reduce(tensor: Tensor) -> dist.Work:

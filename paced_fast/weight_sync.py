@@ -13,10 +13,11 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from paced_fast.config import WeightSyncConfig
@@ -184,10 +185,18 @@ class PushedWeights:
     mode = "push"
 
     def __init__(
-        self, trainer: Callable[[], Iterable[tuple[str, Tensor]]], engine: Engine, *, bucket_bytes: int
+        self,
+        trainer: Callable[[], Iterable[tuple[str, Tensor]]],
+        engine: Engine,
+        *,
+        bucket_bytes: int,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """`trainer` gives the named weights as they are now. Nothing is copied yet: the engine has just loaded them."""
-        self.trainer, self.engine, self.bucket_bytes = trainer, engine, bucket_bytes
+        """`trainer` gives the named weights as they are now. Nothing is copied yet: the engine has just loaded them.
+
+        Sharded weights travel in the engine's `dtype` where that is the smaller one: it would round them itself.
+        """
+        self.trainer, self.engine, self.bucket_bytes, self.dtype = trainer, engine, bucket_bytes, dtype
 
     def after_update(self) -> dict[str, float]:
         """Copy every parameter; bytes are those handed over."""
@@ -198,7 +207,7 @@ class PushedWeights:
         def counted() -> Iterator[tuple[str, Tensor]]:
             nonlocal size
             for name, tensor in weights:
-                size += tensor.numel() * tensor.element_size()
+                size += tensor.nbytes
                 yield name, tensor
 
         with torch.no_grad():
@@ -217,8 +226,8 @@ class PushedWeights:
         bucket: list[tuple[str, Tensor]] = []
         held = 0
         for name, tensor in self.trainer():
-            bucket.append((name, _whole(tensor.detach())))
-            held += tensor.numel() * tensor.element_size()
+            bucket.append((name, _whole(tensor.detach(), self.dtype)))
+            held += bucket[-1][1].nbytes
             if held >= self.bucket_bytes:
                 yield from bucket
                 bucket, held = [], 0
@@ -246,7 +255,8 @@ def connect(engine: Engine, model: PreTrainedModel, config: WeightSyncConfig) ->
                     f"--weight-sync.mode shared: {error}: give push, or auto to fall back to it"
                 ) from error
             logger.warning("weights are pushed after every update, not shared: %s", error)
-    return PushedWeights(lambda: plain_parameters(model), engine, bucket_bytes=config.bucket_mib << 20)
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    return PushedWeights(lambda: plain_parameters(model), engine, bucket_bytes=config.bucket_mib << 20, dtype=dtype)
 
 
 def share(engine: Engine, model_type: str, trainer: Mapping[str, torch.nn.Parameter]) -> SharedWeights:
@@ -259,9 +269,17 @@ def share(engine: Engine, model_type: str, trainer: Mapping[str, torch.nn.Parame
     return SharedWeights(trainer, parameters, slices)
 
 
-def _whole(tensor: Any) -> Tensor:
-    """A sharded tensor gathered from its ranks; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A sharded tensor gathered from its ranks, rounded to a smaller `dtype` before it travels; any other as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # What is still to be summed would be rounded before the sum.
+    is_final = not any(placement.is_partial() for placement in tensor.placements)
+    if dtype is None or dtype.itemsize >= tensor.dtype.itemsize or not is_final:
+        return tensor.full_tensor()
+    rounded = tensor.to(dtype)
+    assert isinstance(rounded, DTensor)
+    return rounded.full_tensor()
 
 
 def _short(tensor: Tensor) -> str:

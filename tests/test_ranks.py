@@ -1,14 +1,10 @@
 """Whole runs on one, two and four ranks: the same prompts, the same rewards, the same policy; errors that all share.
 
-Ranks are processes forked from one that has imported everything, with the environment torchrun would give them.
+Ranks have the environment that torchrun would give them, and a run joins their group.
 """
 
 import dataclasses
 import json
-import multiprocessing as mp
-import os
-import socket
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import tiny_run
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.ranks import import_ahead, on_ranks
 from paced_fast import distributed, pack, train
 from paced_fast.batch import Completion
 from paced_fast.config import Config
@@ -24,44 +21,12 @@ from paced_fast.distributed import ALONE, World
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.sharing import gather_completions, gather_scores, shared_judge, summed_counts, together
 
-SECONDS = 180
+import_ahead("pytest", "paced_fast.train", "tiny_run")
 
-context = mp.get_context("forkserver")
-context.set_forkserver_preload(["paced_fast.train", "tiny_run"])
-
-
-def launch(size: int, function: Any, *arguments: Any) -> list[Any]:
-    """What `function(rank, *arguments)` returns on each of `size` ranks, or the traceback it ended with."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    answers = context.Queue()
-    ranks = [
-        context.Process(target=serve, args=(rank, size, port, answers, function, arguments), daemon=True)
-        for rank in range(size)
-    ]
-    for process in ranks:
-        process.start()
-    try:
-        found = dict(answers.get(timeout=SECONDS) for _ in ranks)
-    finally:
-        for process in ranks:
-            process.join(5)
-            process.kill()
-    return [found[rank] for rank in range(size)]
+SECONDS = 180.0
 
 
-def serve(rank: int, size: int, port: int, answers: Any, function: Any, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    try:
-        answers.put((rank, function(rank, *arguments)))
-    except BaseException:
-        answers.put((rank, traceback.format_exc()))
-
-
-def trained(rank: int, config: Config) -> str:
+def trained(world: World, config: Config) -> str:
     train.run(config, tiny_run.quiet())
     return "done"
 
@@ -83,7 +48,7 @@ def test_schedule_and_policy_do_not_depend_on_the_number_of_ranks(tmp_path: Path
     """Rollouts are drawn by seed and place, so even the tokens agree; gradients differ by the order of sums."""
     for size in (1, 2, 4):
         config = settings(tmp_path, f"of{size}", algorithm)
-        assert launch(size, trained, config) == ["done"] * size
+        assert on_ranks(size, trained, config, seconds=SECONDS) == ["done"] * size
     one = lines(tmp_path / "of1", "rollouts.jsonl")
     assert len({rollout["prompt"] for rollout in one}) > 8
     assert algorithm != "paced" or any(rollout["replayed"] for rollout in one)
@@ -108,11 +73,11 @@ def test_schedule_and_policy_do_not_depend_on_the_number_of_ranks(tmp_path: Path
 def test_sharded_ranks_draw_and_learn_as_one(tmp_path: Path) -> None:
     alone = settings(tmp_path, "of1", "paced")
     sharded = settings(tmp_path, "of2", "paced", distributed__mode="sharded")
-    assert launch(1, trained, alone) == ["done"]
+    assert on_ranks(1, trained, alone, seconds=SECONDS) == ["done"]
     # Stopped and taken up again, by as many ranks and then by another number of them.
-    assert launch(2, trained, dataclasses.replace(sharded, steps=2)) == ["done"] * 2
-    assert launch(2, trained, dataclasses.replace(sharded, steps=4, resume="auto")) == ["done"] * 2
-    assert launch(1, trained, dataclasses.replace(sharded, resume="auto")) == ["done"]
+    assert on_ranks(2, trained, dataclasses.replace(sharded, steps=2), seconds=SECONDS) == ["done"] * 2
+    assert on_ranks(2, trained, dataclasses.replace(sharded, steps=4, resume="auto"), seconds=SECONDS) == ["done"] * 2
+    assert on_ranks(1, trained, dataclasses.replace(sharded, resume="auto"), seconds=SECONDS) == ["done"]
     policies = [
         load_file(tmp_path / name / "checkpoints" / "step_000005" / "policy" / "model.safetensors")
         for name in ("of1", "of2")
@@ -127,11 +92,9 @@ def test_sharded_ranks_draw_and_learn_as_one(tmp_path: Path) -> None:
             assert other.get(key) == (None if record.get(key) is None else pytest.approx(record[key], abs=1e-4))
 
 
-def fails_on_one(rank: int, kind: type[Exception]) -> tuple[str, str, list[str]]:
-    world = distributed.start("cpu", 60)
-
+def fails_on_one(world: World, kind: type[Exception]) -> tuple[str, str, list[str]]:
     def work() -> int:
-        if rank == 1:
+        if world.rank == 1:
             raise kind("out of paper")
         return 3
 
@@ -139,8 +102,6 @@ def fails_on_one(rank: int, kind: type[Exception]) -> tuple[str, str, list[str]]
         together(world, work)
     except (InputError, TrainingError) as error:
         return type(error).__name__, str(error), list(error.__notes__)
-    finally:
-        distributed.stop()
     return "", "", []
 
 
@@ -148,11 +109,11 @@ def fails_on_one(rank: int, kind: type[Exception]) -> tuple[str, str, list[str]]
 @pytest.mark.parametrize("kind", [InputError, TrainingError])
 def test_an_error_on_one_rank_is_raised_on_all(kind: type[Exception]) -> None:
     expected = (kind.__name__, "rank 1: out of paper", [distributed.EVERYWHERE])
-    assert launch(2, fails_on_one, kind) == [expected, expected]
+    assert on_ranks(2, fails_on_one, kind) == [expected, expected]
 
 
-def exchanged(rank: int) -> dict[str, Any]:
-    world = distributed.start("cpu", 60)
+def exchanged(world: World) -> dict[str, Any]:
+    rank = world.rank
     own = [Completion(token_ids=[rank, 7], logprobs=[-0.1, -0.2 * rank], stopped=rank == 1)] * rank  # none on rank 0
     judged: list[int] = []
 
@@ -170,13 +131,12 @@ def exchanged(rank: int) -> dict[str, Any]:
         "texts": world.gather_text("r" * rank),
         "any": (world.any(False), world.any(rank == 1)),
     }
-    distributed.stop()
     return found
 
 
 @pytest.mark.slow
 def test_what_ranks_tell_each_other_arrives_in_order_of_rank() -> None:
-    zero, one = launch(2, exchanged)
+    zero, one = on_ranks(2, exchanged)
     assert zero["share"] + one["share"] == list(range(7))
     assert zero["count"] == [1]
     assert one["count"] == [2]

@@ -247,6 +247,7 @@ HOT_MODULES = {"log_z", "mismatch", "optimizer", "pack", "record", "replay", "sc
 
 MAY_ASK_THE_DEVICE = {
     ("priority_tree", "status"): "its docstring says so",
+    ("optimizer", "_are_found"): "counts that hosts tell each other, on no device",
     ("update", "_minibatches"): "a permutation that never left the host",
 }
 """(module, function) and why."""
