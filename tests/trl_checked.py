@@ -1,7 +1,7 @@
 """A `PacedTrainer` that compares every micro-batch with the formula, and engines that stand in for vLLM's.
 
-As a program: `trl_checked.py FOLDER JSON` trains the model in FOLDER with a real vLLM in this process; JSON are settings
-of PacedConfig.
+As a program: `trl_checked.py FOLDER JSON` trains the model in FOLDER with a real vLLM in this process; JSON
+are settings of PacedConfig.
 """
 
 from __future__ import annotations
