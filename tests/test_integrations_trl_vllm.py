@@ -121,7 +121,7 @@ def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "changes",
     [
