@@ -159,18 +159,59 @@ def test_the_loss_is_the_formula_under_every_option(
 
 
 # The fields that GRPOConfig adds to those of transformers. A field that is in neither list is one nobody has looked at.
-WORKS = """
-model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout cast_lm_head_to_fp32 num_generations
-num_generations_eval max_completion_length ds3_gather_for_generation shuffle_dataset pad_to_multiple_of
-generation_batch_size steps_per_generation temperature top_p top_k min_p generation_kwargs chat_template_kwargs
-repetition_penalty cache_implementation use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode
-vllm_structured_outputs_regex vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
-vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size num_iterations reward_weights
-mask_truncated_completions max_tool_calling_iterations vllm_importance_sampling_correction vllm_importance_sampling_mode
-vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_cap log_completions
-log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
-use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged
-""".split()
+WORKS = [
+    "model_init_kwargs",
+    "trust_remote_code",
+    "router_aux_loss_coef",
+    "disable_dropout",
+    "cast_lm_head_to_fp32",
+    "num_generations",
+    "num_generations_eval",
+    "max_completion_length",
+    "ds3_gather_for_generation",
+    "shuffle_dataset",
+    "pad_to_multiple_of",
+    "generation_batch_size",
+    "steps_per_generation",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "repetition_penalty",
+    "cache_implementation",
+    "use_vllm",
+    "vllm_mode",
+    "vllm_model_impl",
+    "vllm_enable_sleep_mode",
+    "vllm_structured_outputs_regex",
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_group_port",
+    "vllm_gpu_memory_utilization",
+    "vllm_max_model_length",
+    "vllm_tensor_parallel_size",
+    "num_iterations",
+    "reward_weights",
+    "mask_truncated_completions",
+    "max_tool_calling_iterations",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_cap",
+    "log_completions",
+    "log_multimodal",
+    "num_completions_to_print",
+    "log_unique_prompts",
+    "log_completions_hub_repo",
+    "use_transformers_continuous_batching",
+    "transformers_continuous_batching_config",
+    "use_transformers_paged",
+]
 
 # Those of transformers and TRL's base that would be a part of a loss; the others are about optimizers, logs and files.
 LOSS_OF_TRANSFORMERS = {"label_smoothing_factor"}
