@@ -262,3 +262,18 @@ def test_padded_and_packed_are_one_loss_and_a_split_group_is_an_error() -> None:
         group_log_z(torch.zeros(3), ["a", "a", "b"], group_size=2)
     found = group_log_z(torch.tensor([1.0, 3.0, 8.0, 5.0]), [0, 1, 1, 0], scored=torch.tensor([1, 1, 0, 1]).bool())
     assert found.tolist() == [3.0, 3.0, 3.0, 3.0]
+
+
+def test_as_many_sequences_as_tokens_are_not_taken_for_one_another() -> None:
+    # Four tokens in four sequences, two of them empty: four sums would be read as the log-probs of four tokens.
+    out = loss_from_logprobs(
+        torch.tensor([-1.0, -2.0, -3.0, -4.0], requires_grad=True),
+        cu_seqlens=torch.tensor([0, 3, 4, 4, 4]),
+        rewards=torch.tensor([1.0, 0.0, 0.0, 1.0]),
+        log_z=torch.tensor([10.0, 8.0, 6.0, 20.0]),
+        beta=0.05,
+        denominator=1.0,
+    )
+    # The policy is its own reference: value - reward.
+    assert out.residual.tolist() == pytest.approx([-0.5, 0.4, 0.3, 0.0], abs=1e-6)
+    assert out.log_ratio.tolist() == [0.0] * 4

@@ -41,9 +41,9 @@ def reward(prompts: list[str], completions: list[str], answer: list[str], **_: A
     return [0.5 * (a in c) + 0.125 * (sum(map(ord, c)) % 5) for a, c in zip(answer, completions, strict=True)]
 
 
-def settings(folder: Path, **changes: Any) -> PacedConfig:
+def settings(folder: Path, *, config: Any = PacedConfig, **changes: Any) -> Any:
     """Eight sequences an optimizer step, on a CPU in float32, three steps."""
-    return PacedConfig(
+    return config(
         output_dir=str(folder),
         **{
             "per_device_train_batch_size": 8,

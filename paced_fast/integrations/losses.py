@@ -154,7 +154,8 @@ def loss_from_logprobs(
         rewards=rewards,
         log_z=log_z,
         beta=beta,
-        ref_logprobs=_per_sequence(old if ref_logprobs is None else ref_logprobs, here, reduction),
+        # Of tokens, never of sequences: with as many sequences as tokens, some empty, the op could not tell them apart.
+        ref_logprobs=(old if ref_logprobs is None else ref_logprobs).detach(),
         weights=weight * (beta / 2),
         reduction=reduction,
         denominator=denominator,
@@ -228,9 +229,3 @@ def loss_from_hidden(
 def _importance(log_ratio: Tensor, weights: Tensor | None, cap: float) -> Tensor:
     importance = log_ratio.clamp(max=math.log(cap)).exp()
     return importance if weights is None else torch.where(weights == 0, 0.0, weights * importance)
-
-
-def _per_sequence(logprobs: Tensor, cu_seqlens: Tensor, reduction: str) -> Tensor:
-    """Summed here, because per token and per sequence look alike where every completion has one token."""
-    sums = segment_sum(logprobs.detach(), cu_seqlens)
-    return sums / cu_seqlens.diff().clamp(min=1) if reduction == "mean" else sums

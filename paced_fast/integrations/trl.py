@@ -106,6 +106,11 @@ class PacedTrainer(GRPOTrainer):
             return super()._get_train_sampler(dataset)
         return self.memory.sampler
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.memory is not None and _INDEX not in self._signature_columns:  # else every prompt is number 0
+            self._signature_columns.append(_INDEX)
+
     def create_optimizer(self, model: Any = None) -> Any:
         """TRL's optimizer, with a group for the learned log Z: without momentum, so that unseen prompts stay, and with
         an eps well above rounding errors, because Adam's first step on a prompt is a whole one, however small its

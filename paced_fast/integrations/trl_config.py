@@ -29,6 +29,18 @@ REFUSED = {
     "use_adaptive_entropy": "adds a term to GRPO's loss",
     "sync_ref_model": "there is no reference model: the old policy is the reference",
     "use_bias_correction_kl": "belongs to GRPO's KL term",
+    **dict.fromkeys(
+        ("ref_model_mixup_alpha", "ref_model_sync_steps"), "moves a reference model: the old policy is the reference"
+    ),
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), "belongs to the loss SAPO"),
+    **dict.fromkeys(
+        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), "belongs to the loss VESPO"
+    ),
+    **dict.fromkeys(
+        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+        "steers the entropy term of GRPO's loss",
+    ),
+    "label_smoothing_factor": "smooths a cross entropy, and there is none",
 }
 """Options of GRPOConfig that mean nothing here, and why."""
 
@@ -81,11 +93,18 @@ class PacedConfig(GRPOConfig):
             if not getattr(self, name) > low:
                 raise InputError(f"{name}={getattr(self, name)} must be above {low:g}")
         correction = self.use_vllm and self.vllm_importance_sampling_correction
-        if correction and not self.vllm_importance_sampling_mode.startswith("sequence"):
+        if correction and self.vllm_importance_sampling_mode not in ("sequence_mask", "sequence_truncate"):
             raise InputError(
-                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} weighs tokens, and trajectory "
-                "balance weighs sequences: use 'sequence_mask' or 'sequence_truncate'"
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} is not a weight of sequences, "
+                "which is what trajectory balance weighs: use 'sequence_mask' or 'sequence_truncate'"
             )
+        if self.prompt_sampling == "paced" and not self.shuffle_dataset:
+            raise InputError(
+                "shuffle_dataset=False keeps the order of the data, and prompt_sampling='paced' draws its own: use one"
+            )
+        self._check_replay(correction)
+
+    def _check_replay(self, correction: bool) -> None:
         assert self.steps_per_generation is not None
         if self.replay < 0 or self.replay % self.steps_per_generation:
             raise InputError(
@@ -99,6 +118,19 @@ class PacedConfig(GRPOConfig):
             raise InputError(f"replay_max_age={self.replay_max_age} must be at least 1: at 0 nothing is ever replayed")
         if self.replay and self.replay_capacity < self.replay:
             raise InputError(f"replay_capacity={self.replay_capacity} must be at least replay={self.replay}")
+        # Replayed rows have no log-probs of an old policy, so none of their batch may need them.
+        if self.replay and correction:
+            raise InputError(
+                "replay has no log-probs of vLLM to correct by: set vllm_importance_sampling_correction=False with it, "
+                "or replay=0"
+            )
+        every = self.steps_per_generation * self.num_iterations
+        if self.replay and self.gradient_accumulation_steps % every:
+            raise InputError(
+                f"replay trains on what the policy of the step generated, and here {every} micro-batches (steps_per_"
+                f"generation * num_iterations) do not divide the {self.gradient_accumulation_steps} of a step: set "
+                "replay=0"
+            )
 
 
 HANDED_BY_TRL = frozenset(

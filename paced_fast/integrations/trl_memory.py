@@ -260,6 +260,7 @@ class PromptMemory:
         output["prompt_index"], output["is_fresh"] = index, torch.ones_like(index, dtype=torch.bool)
         if self.table is None or not self.args.replay:
             return None
+        output.pop("sampling_per_token_logps", None)  # of vLLM; only weights would need them
         others = set(output) - _REPLAYABLE
         if others:
             raise InputError(f"replay does not know {min(others)} of this batch: set replay=0")
