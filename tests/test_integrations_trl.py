@@ -49,7 +49,7 @@ def rollouts_of(batches: list[dict[str, Tensor]], step: int) -> Rollouts:
     return pack.pack(completions, prompts, index, rewards, step, tiny_policy.CPU)
 
 
-def our_parameters(batches: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+def our_parameters(batches: list[list[dict[str, Tensor]]], model: Any = None) -> dict[str, Tensor]:
     """Parameters after our trainer's updates on the rollouts of every step."""
     config = tiny_policy.settings(
         "tb_group",
@@ -61,7 +61,7 @@ def our_parameters(batches: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
         optimizer__max_grad_norm=1.0,
     )
     assert (config.loss.beta, config.loss.importance_cap) == (0.05, 1.28)
-    policy = Policy(tiny_policy.model(sharpness=2.0), max_tokens=4096)
+    policy = Policy(tiny_policy.model(sharpness=2.0) if model is None else model, max_tokens=4096)
     optimizer = make_optimizer(policy, config.optimizer)
     for step, of_step in enumerate(batches):
         rollouts = rollouts_of(of_step, step)
@@ -116,8 +116,8 @@ def free_port() -> int:
         return held.getsockname()[1]
 
 
-def launch(folder: Path, **changes: Any) -> list[dict[str, Any]]:
-    """Two gloo processes of `tiny_trl`; what each wrote."""
+def launch(folder: Path, *, program: str = "tiny_trl.py", **changes: Any) -> list[dict[str, Any]]:
+    """Two gloo processes of `program`; what each wrote."""
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
@@ -127,7 +127,7 @@ def launch(folder: Path, **changes: Any) -> list[dict[str, Any]]:
         "LOCAL_WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(ROOT / "tests" / "tiny_trl.py"), str(folder), json.dumps(changes)]
+    command = [sys.executable, str(ROOT / "tests" / program), str(folder), json.dumps(changes)]
     ranks = [
         subprocess.Popen(
             command,
@@ -139,7 +139,7 @@ def launch(folder: Path, **changes: Any) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

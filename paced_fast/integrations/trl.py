@@ -139,7 +139,6 @@ class PacedTrainer(GRPOTrainer):
             (bool(scaled), f"this model scales its logits ({', '.join(scaled)})"),
             (getattr(self, "_is_vlm", False), "this model takes images"),
             (self.aux_loss_enabled, "this model has a router loss"),
-            (self.is_deepspeed_enabled, "DeepSpeed may split the output layer"),
         ):
             if is_wrong:
                 raise InputError(f"{what}, which the fused loss does not know: set fused=False")
