@@ -23,6 +23,7 @@ from paced_fast import pack
 from paced_fast.batch import Completion, Rollouts
 from paced_fast.config import SchedulerConfig
 from paced_fast.errors import InputError
+from paced_fast.integrations.trl import add_state_call
 from paced_fast.integrations.trl_memory import PacedSampler
 from paced_fast.log_z import group_accuracy
 from paced_fast.policy import Policy
@@ -338,6 +339,25 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
     moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all("lora_" in name for name in moved)
+
+
+def test_a_split_output_layer_is_refused() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = tiny_policy.model()
+    add_state_call(model)
+    ids = torch.tensor([[2, 3, 4]])
+    assert model(input_ids=ids, state_call=lambda hidden, weight, bias: weight) is model.lm_head.weight
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(model.lm_head.weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        model.lm_head.weight = torch.nn.Parameter(weight)
+        with pytest.raises(InputError, match=r"the output layer is split.*fused=False"):
+            model(input_ids=ids, state_call=lambda hidden, weight, bias: weight)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_learned_log_z_moves_towards_the_rewards_of_its_prompts(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """`tiny_trl` with the model split over processes by FSDP2, FSDP1 or ZeRO: several runs of one process of a launch.
 
 As a program: `tiny_trl_sharded.py FOLDER JSON` with the variables of a launcher set; JSON has under `runs` the settings
-of PacedConfig of each run by its name, and among them `is_tied`, `has_lora`, and `sharding` (options of FSDP) or `stage`
-(of ZeRO), without which the run is DDP's.
+of PacedConfig of each run by its name, and among them `is_tied`, `has_lora`, and `sharding` (options of FSDP) or
+`stage` (of ZeRO), without which the run is DDP's.
 """
 
 from __future__ import annotations
