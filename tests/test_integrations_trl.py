@@ -23,6 +23,7 @@ from paced_fast import pack
 from paced_fast.batch import Completion, Rollouts
 from paced_fast.config import SchedulerConfig
 from paced_fast.errors import InputError
+from paced_fast.integrations.trl import add_state_call
 from paced_fast.integrations.trl_memory import PacedSampler
 from paced_fast.log_z import group_accuracy
 from paced_fast.policy import Policy
@@ -49,7 +50,7 @@ def rollouts_of(batches: list[dict[str, Tensor]], step: int) -> Rollouts:
     return pack.pack(completions, prompts, index, rewards, step, tiny_policy.CPU)
 
 
-def our_parameters(batches: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+def our_parameters(batches: list[list[dict[str, Tensor]]], model: Any = None) -> dict[str, Tensor]:
     """Parameters after our trainer's updates on the rollouts of every step."""
     config = tiny_policy.settings(
         "tb_group",
@@ -61,7 +62,7 @@ def our_parameters(batches: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
         optimizer__max_grad_norm=1.0,
     )
     assert (config.loss.beta, config.loss.importance_cap) == (0.05, 1.28)
-    policy = Policy(tiny_policy.model(sharpness=2.0), max_tokens=4096)
+    policy = Policy(tiny_policy.model(sharpness=2.0) if model is None else model, max_tokens=4096)
     optimizer = make_optimizer(policy, config.optimizer)
     for step, of_step in enumerate(batches):
         rollouts = rollouts_of(of_step, step)
@@ -116,8 +117,8 @@ def free_port() -> int:
         return held.getsockname()[1]
 
 
-def launch(folder: Path, **changes: Any) -> list[dict[str, Any]]:
-    """Two gloo processes of `tiny_trl`; what each wrote."""
+def launch(folder: Path, *, program: str = "tiny_trl.py", **changes: Any) -> list[dict[str, Any]]:
+    """Two gloo processes of `program`; what each wrote."""
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
@@ -127,7 +128,7 @@ def launch(folder: Path, **changes: Any) -> list[dict[str, Any]]:
         "LOCAL_WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(ROOT / "tests" / "tiny_trl.py"), str(folder), json.dumps(changes)]
+    command = [sys.executable, str(ROOT / "tests" / program), str(folder), json.dumps(changes)]
     ranks = [
         subprocess.Popen(
             command,
@@ -139,7 +140,7 @@ def launch(folder: Path, **changes: Any) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -338,6 +339,25 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
     moved = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all("lora_" in name for name in moved)
+
+
+def test_a_split_output_layer_is_refused() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = tiny_policy.model()
+    add_state_call(model)
+    ids = torch.tensor([[2, 3, 4]])
+    assert model(input_ids=ids, state_call=lambda hidden, weight, bias: weight) is model.lm_head.weight
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(model.lm_head.weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        model.lm_head.weight = torch.nn.Parameter(weight)
+        with pytest.raises(InputError, match=r"the output layer is split.*fused=False"):
+            model(input_ids=ids, state_call=lambda hidden, weight, bias: weight)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_learned_log_z_moves_towards_the_rewards_of_its_prompts(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ __all__ = ["PacedConfig", "PacedTrainer"]
 # What a policy's own forward would do to its logits, and the fused op does not.
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
+StateCall = Callable[[Tensor, Tensor, Tensor | None], Balance]
+
 # The column that numbers the prompts; reward functions do not see it.
 _INDEX = "paced_prompt_index"
 
@@ -142,7 +144,6 @@ class PacedTrainer(GRPOTrainer):
             (bool(scaled), f"this model scales its logits ({', '.join(scaled)})"),
             (getattr(self, "_is_vlm", False), "this model takes images"),
             (self.aux_loss_enabled, "this model has a router loss"),
-            (self.is_deepspeed_enabled, "DeepSpeed may split the output layer"),
         ):
             if is_wrong:
                 raise InputError(f"{what}, which the fused loss does not know: set fused=False")
@@ -278,19 +279,30 @@ class PacedTrainer(GRPOTrainer):
 def add_state_call(model: Any) -> None:
     """Let `model(..., state_call=f)` return `f(hidden states, head weight, head bias)` instead of logits.
 
-    The loss has to be computed inside the model's forward, because that is where DDP, FSDP and autocast have the
-    weights ready; the model keeps its own forward for every other call. The loss travels as a function, because
-    wrappers round the tensors they are handed (rewards in bfloat16).
+    The loss has to be computed inside the forward of the output layer, within that of the model: there DDP, FSDP, ZeRO
+    and autocast have the weights ready, and reduce their gradients afterwards. Both modules keep their own forward for
+    every other call. The loss travels as a function, because wrappers round the tensors they are handed (rewards in
+    bfloat16).
     """
-    plain = model.forward
 
-    @functools.wraps(plain)
-    def forward(self: Any, *args: Any, state_call: Callable[..., Balance] | None = None, **options: Any) -> Any:
-        if state_call is None:
-            return plain(*args, **options)
+    def states(self: Any, *args: Any, state_call: StateCall, **options: Any) -> Any:
         hidden = self.base_model(*args, use_cache=False, **options).last_hidden_state
-        head = self.get_output_embeddings()
-        weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
-        return state_call(hidden.to(weight.device), weight, bias)
+        return self.get_output_embeddings()(hidden, state_call=state_call)
 
-    model.forward = types.MethodType(forward, model)
+    def loss(self: Any, hidden: Tensor, *, state_call: StateCall) -> Any:
+        if isinstance(self.weight, DTensor):  # not by FSDP, which has put it together by now
+            raise InputError("the output layer is split, which the fused loss does not know: set fused=False")
+        return state_call(hidden.to(self.weight.device), self.weight, self.bias)
+
+    for module, instead in ((model, states), (model.get_output_embeddings(), loss)):
+        module.forward = types.MethodType(_or_own(module.forward, instead), module)
+
+
+def _or_own(own: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    """`instead` where a call has `state_call`, else `own`, which is bound."""
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        return instead(self, *args, **options) if options.get("state_call") is not None else own(*args, **options)
+
+    return forward
