@@ -194,7 +194,8 @@ class PushedWeights:
     ) -> None:
         """`trainer` gives the named weights as they are now. Nothing is copied yet: the engine has just loaded them.
 
-        Sharded weights travel in the engine's `dtype` where that is the smaller one: it would round them itself.
+        Sharded matrices travel in the engine's `dtype` where that is the smaller one: it would round them itself.
+        Vectors travel as they are: they are small, and engines keep some of them in float32.
         """
         self.trainer, self.engine, self.bucket_bytes, self.dtype = trainer, engine, bucket_bytes, dtype
 
@@ -275,7 +276,7 @@ def _whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     # What is still to be summed would be rounded before the sum.
     is_final = not any(placement.is_partial() for placement in tensor.placements)
-    if dtype is None or dtype.itemsize >= tensor.dtype.itemsize or not is_final:
+    if dtype is None or dtype.itemsize >= tensor.dtype.itemsize or tensor.ndim < 2 or not is_final:
         return tensor.full_tensor()
     rounded = tensor.to(dtype)
     assert isinstance(rounded, DTensor)

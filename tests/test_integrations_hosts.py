@@ -81,6 +81,9 @@ class AlgorithmConfig(NamedTuple):
     grpo_norm_by_std: bool = True
     advantage_batch_normalize: bool = False
     use_kl_loss: bool = True
+    use_entropy_loss: bool = False
+    advantage_estimator: str = "grpo"
+    off_policy_correction: Any = None
 
 
 def skyrl(function: Callable[..., Any], config: AlgorithmConfig, rows: slice, sequences: int = 3) -> Any:
@@ -109,6 +112,9 @@ def test_skyrl_undoes_its_division_and_sums_to_a_mean() -> None:
         ({"grpo_norm_by_std": True}, "grpo_norm_by_std=false"),
         ({"advantage_batch_normalize": True}, "advantage_batch_normalize=false"),
         ({"use_kl_loss": True}, "use_kl_loss=false"),
+        ({"use_entropy_loss": True}, "use_entropy_loss=false"),
+        ({"advantage_estimator": "rloo"}, "advantage_estimator=rloo is not reward minus the group's mean"),
+        ({"off_policy_correction": types.SimpleNamespace(tis_ratio_type="token")}, "tis_ratio_type has no place"),
     ],
 )
 def test_skyrl_refuses_what_its_configuration_does_to_advantages(change: dict[str, Any], message: str) -> None:
@@ -216,6 +222,7 @@ def test_slime_takes_the_old_policy_that_its_own_loss_takes(monkeypatch: pytest.
     [
         ({"context_parallel_size": 2}, "--context-parallel-size 1"),
         ({"calculate_per_token_loss": True}, "leave --calculate-per-token-loss out"),
+        ({"rewards_normalization": False}, "leave --disable-rewards-normalization out"),
         ({"grpo_std_normalization": True}, "--disable-grpo-std-normalization"),
         ({"normalize_advantages": True}, "leave --normalize-advantages out"),
         ({"rollout_top_p": 0.9}, "leave --rollout-top-p at 1"),
@@ -240,6 +247,13 @@ def test_openrlhf_gets_a_mean_and_four_values() -> None:
     loss.backward()
     assert new.grad is not None
     assert torch.equal(new.grad != 0, mask)
+
+
+@pytest.mark.parametrize("setting", [{"policy_loss_type": "gspo"}, {"enable_vllm_is_correction": True}])
+def test_openrlhf_is_not_asked_for_another_loss(setting: dict[str, Any]) -> None:
+    other_hosts.OpenRlhfLoss(clip_eps_low=0.2, policy_loss_type="ppo", enable_vllm_is_correction=False)
+    with pytest.raises(InputError, match="belongs to the loss that OpenRlhfLoss replaces"):
+        other_hosts.OpenRlhfLoss(**setting)
 
 
 def test_advantages_of_tokens_are_refused() -> None:

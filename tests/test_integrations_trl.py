@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import socket
@@ -471,6 +472,92 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, stop: int
     assert len(other.batches) == end - stop
     assert torch.equal(other.batches[0]["completion_ids"], made.batches[stop]["completion_ids"])
     assert_resumed(tiny_trl.state_of(other), tiny_trl.state_of(made))
+
+
+def test_generation_goes_on_where_it_would_have_been_after_a_resume(tmp_path: Path) -> None:
+    """Two optimizer steps a generation: TRL alone counts from 0 again and generates at the odd ones after this."""
+    options = {**EVERYTHING, "replay": 0, "gradient_accumulation_steps": 1, "steps_per_generation": 2}
+    options |= {"per_device_train_batch_size": 4, "save_steps": 1, "max_steps": 4}
+    made = tiny_trl.trainer(tmp_path, **options)
+    made.train()
+    for stop, left in ((2, 1), (3, 1)):  # at the end of a generation, and within the second
+        other = tiny_trl.trainer(tmp_path, **options)
+        other.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+        assert (other._step, len(other.batches)) == (4, left)
+        if stop == 2:
+            found, expected = tiny_trl.state_of(other), tiny_trl.state_of(made)
+            for name, value in {**expected["state"], **expected["table"]}.items():
+                assert torch.equal({**found["state"], **found["table"]}[name], value), name
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_policy_is_as_likely_as_itself_in_bfloat16(tmp_path: Path, fused: bool) -> None:
+    made = tiny_trl.trainer(
+        tmp_path,
+        bf16=True,
+        fused=fused,
+        learning_rate=0.0,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        steps_per_generation=2,  # the old policy is scored apart
+        max_completion_length=24,
+    )
+    made.train()
+    assert all("old_per_token_logps" in batch for batch in made.batches)
+    logs = [entry for entry in made.state.log_history if "tb/log_ratio" in entry]
+    assert len(logs) == 3
+    for entry in logs:
+        assert abs(entry["tb/log_ratio"]) < 1e-5
+        assert entry["tb/importance_weight"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_old_logprobs_are_those_of_full_logits(tmp_path: Path) -> None:
+    made = tiny_trl.trainer(tmp_path, temperature=0.7)
+    inputs = micro_batch(made, old_shift=None)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    shown = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    with torch.no_grad():
+        expected = brute_logprobs(made, inputs)
+        found, entropy, _ = made._get_per_token_logps_and_entropies(
+            made.model, ids, shown, 6, batch_size=2, compute_entropy=True
+        )
+        made.args.fused = False
+        theirs = made._get_per_token_logps_and_entropies(made.model, ids, shown, 6, compute_entropy=True)
+    assert entropy is not None
+    mask = inputs["completion_mask"].bool()
+    torch.testing.assert_close(found[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[mask], theirs[0][mask], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy[mask], theirs[1][mask], rtol=1e-4, atol=1e-5)
+
+
+def test_the_forward_keeps_its_parameters(tmp_path: Path) -> None:
+    """PEFT's prompt and prefix tuning look for input_ids."""
+    plain = inspect.signature(tiny_policy.model(sharpness=2.0).forward).parameters
+    assert list(inspect.signature(tiny_trl.trainer(tmp_path).model.forward).parameters) == list(plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits_soft_cap": 30.0}, "scales its logits .logits_soft_cap.*set fused=False"),
+        ({"unpadded_vocab_size": 7}, "unpadded_vocab_size"),
+        ({"lm_head": torch.nn.Identity()}, "transforms its states before the output layer"),
+        ({"cls": torch.nn.Identity()}, "transforms its states before the output layer"),
+    ],
+)
+def test_a_model_that_does_more_than_its_output_layer_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_policy.model(sharpness=2.0)
+    for name, value in change.items():
+        if isinstance(value, torch.nn.Module):
+            head = model.get_output_embeddings()
+            monkeypatch.setattr(type(model), "get_output_embeddings", lambda self, head=head: head)
+            setattr(model, name, value)
+        else:
+            setattr(model.config, name, value)
+    with pytest.raises(InputError, match=message):
+        tiny_trl.trainer(tmp_path, model=model)
 
 
 def test_a_resumed_sampler_repeats_the_batches_that_were_drawn_on_older_estimates() -> None:

@@ -96,11 +96,13 @@ def check_push(world: World, lora_rank: int) -> None:
     for name, tensor in whole.items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, before[name], rtol=1e-6, atol=1e-6)
-        assert rounded[name].dtype == torch.bfloat16
-        assert torch.equal(rounded[name], tensor.bfloat16()), f"{name}: rounding before the gather is rounding after"
-    assert num_bytes == plain_bytes / 2
+        expected = tensor.bfloat16() if tensor.ndim > 1 else tensor
+        assert rounded[name].dtype == expected.dtype
+        assert torch.equal(rounded[name], expected), f"{name}: rounding before the gather is rounding after"
+    vectors = sum(tensor.nbytes for tensor in whole.values() if tensor.ndim < 2)
+    assert num_bytes == (plain_bytes + vectors) / 2
     if lora_rank == 0:  # to merge, the low-rank matrices are exchanged in float32 first
-        assert traffic == plain_traffic / 2 > 0
+        assert traffic == (plain_traffic + vectors / world.size) / 2 > 0
     assert 0 < traffic < 0.75 * plain_traffic
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from verl.models.transformers.monkey_patch import patch_forward_with_backends
 
@@ -53,6 +56,14 @@ def main() -> None:
     assert len(calls) == 2
     with pytest.raises(InputError, match="set impl_backend=torch"):
         module.FusedLinear(impl_backend="liger")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    split = distribute_tensor(torch.randn(37, 16), mesh, [Shard(0)]).requires_grad_()
+    hidden, ids = torch.randn(1, 4, 16), torch.ones(1, 4, dtype=torch.int64)
+    for weight in (split, split.full_tensor()):  # what fsdp2 leaves, and what some of verl's models make of it
+        with pytest.raises(InputError, match="set actor.strategy=fsdp"):
+            module.FusedLinear()(hidden, weight, ids)
+    dist.destroy_process_group()
     sys.stdout.write("fine\n")
 
 

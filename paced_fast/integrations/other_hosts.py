@@ -102,7 +102,8 @@ def skyrl_policy_loss(
 
     SkyRL divides advantages before the loss, then sums over micro-batches and ranks. Of its reductions only
     "seq_mean_token_sum_norm" divides every sequence of every mini-batch by one number, `sequences` * max_seq_len; that
-    is undone here, and the loss is a mean over the `sequences` of a mini-batch (prompts times samples).
+    is undone here, and the loss is a mean over the `sequences` of a mini-batch (prompts times samples). That number
+    must be exact, for it scales the advantage within the residual: no step-wise training, where it changes.
     """
 
     def paced_tb(
@@ -119,9 +120,7 @@ def skyrl_policy_loss(
                 f"trainer.algorithm.loss_reduction={config.loss_reduction} divides sequences by different numbers: "
                 "set seq_mean_token_sum_norm"
             )
-        wrong = [n for n in ("grpo_norm_by_std", "advantage_batch_normalize", "use_kl_loss") if getattr(config, n)]
-        if wrong:
-            raise InputError(f"policy_loss_type=paced_tb wants raw rewards: set trainer.algorithm.{wrong[0]}=false")
+        _check_skyrl(config)
         mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
         out = from_advantages(
             log_probs,
@@ -135,6 +134,25 @@ def skyrl_policy_loss(
         return out.loss, {"clip_ratio": 0.0, "tb_residual": out.residual.square().mean().sqrt().item()}
 
     return paced_tb
+
+
+def _check_skyrl(config: Any) -> None:
+    for name in ("grpo_norm_by_std", "advantage_batch_normalize", "use_kl_loss", "use_entropy_loss", "use_tis"):
+        if getattr(config, name, False):
+            raise InputError(
+                f"policy_loss_type=paced_tb takes raw rewards and no further terms: set trainer.algorithm.{name}=false"
+            )
+    if getattr(config, "advantage_estimator", "grpo") != "grpo":
+        raise InputError(
+            f"trainer.algorithm.advantage_estimator={config.advantage_estimator} is not reward minus the group's mean: "
+            "set grpo"
+        )
+    correction = getattr(config, "off_policy_correction", None)
+    for name in ("tis_ratio_type", "sequence_mask_metric"):
+        if getattr(correction, name, None) is not None:
+            raise InputError(
+                f"trainer.algorithm.off_policy_correction.{name} has no place in policy_loss_type=paced_tb: set null"
+            )
 
 
 class NemoRlLoss:
@@ -234,6 +252,7 @@ def _check_slime(args: Any) -> None:
     for name, right, remedy in (
         ("context_parallel_size", 1, "needs whole sequences on a rank: set --context-parallel-size 1"),
         ("calculate_per_token_loss", False, "is a sum over sequences: leave --calculate-per-token-loss out"),
+        ("rewards_normalization", True, "wants the group's mean taken off: leave --disable-rewards-normalization out"),
         ("grpo_std_normalization", False, "wants raw rewards: set --disable-grpo-std-normalization"),
         ("normalize_advantages", False, "wants raw rewards: leave --normalize-advantages out"),
         ("rollout_top_p", 1.0, "scores the whole vocabulary: leave --rollout-top-p at 1"),
@@ -255,8 +274,13 @@ class OpenRlhfLoss(nn.Module):
     OpenRLHF averages the micro-batches of a step, so this is a mean over the micro-batch's sequences.
     """
 
-    def __init__(self, beta: float = 0.05, importance_cap: float = 1.28, **_: Any) -> None:
+    def __init__(self, beta: float = 0.05, importance_cap: float = 1.28, **settings: Any) -> None:
         super().__init__()
+        for name, value in settings.items():  # the host's; clipping has no counterpart and no effect
+            if (name in ("policy_loss_type", "loss_mode") and value not in (None, "ppo")) or (
+                "is_correction" in name and value
+            ):
+                raise InputError(f"{name}={value!r} belongs to the loss that OpenRlhfLoss replaces: leave it out")
         self.beta, self.importance_cap = beta, importance_cap
 
     def forward(

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from paced_fast.errors import InputError
 from paced_fast.integrations.losses import (
@@ -37,6 +39,7 @@ from paced_fast.integrations.losses import (
 )
 from paced_fast.integrations.trl_config import PacedConfig, check_prompts, check_reward_columns
 from paced_fast.integrations.trl_memory import PromptMemory, ReduceTable
+from paced_kernels import linear_logprobs
 
 try:
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -47,8 +50,9 @@ __all__ = ["PacedConfig", "PacedTrainer"]
 
 # What a policy's own forward would do to its logits, and the fused op does not.
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+_SCALED_LOGITS += ("logits_soft_cap", "output_logit_soft_cap", "logits_mup_width_multiplier", "unpadded_vocab_size")
 
-StateCall = Callable[[Tensor, Tensor, Tensor | None], Balance]
+StateCall = Callable[[Tensor, Tensor, Tensor | None], Any]
 
 # The column that numbers the prompts; reward functions do not see it.
 _INDEX = "paced_prompt_index"
@@ -134,10 +138,17 @@ class PacedTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.memory is not None and checkpoint is not None:
-            self.memory.load(Path(checkpoint))
+        if checkpoint is not None:
+            # TRL counts micro-batches from 0 again: it would generate at other steps than an unstopped run.
+            done = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
+            self._step = done * self.args.gradient_accumulation_steps
+            if self.memory is not None:
+                self.memory.load(Path(checkpoint))
 
     def _check_fused(self, base: Any) -> None:
+        head = base.get_output_embeddings()
+        if getattr(base, "lm_head", head) is not head or hasattr(base, "cls"):
+            raise InputError(f"{type(base).__name__} transforms its states before the output layer, unknown to TRL too")
         settings = base.config.get_text_config()
         scaled = [n for n in _SCALED_LOGITS if getattr(settings, n, None) not in (None, 1, 1.0)]
         for is_wrong, what in (
@@ -193,6 +204,42 @@ class PacedTrainer(GRPOTrainer):
         return "train" if self.model.training else "eval"
 
     # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,  # [B, P + C]
+        attention_mask: Tensor,  # [B, P + C]
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs of the old policy [B, C], rounded as those of the loss are: TRL's are not, in bfloat16, and the
+        ratio of a policy to itself would shrink with every token."""
+        if not self.args.fused:
+            options |= {"batch_size": batch_size, "compute_entropy": compute_entropy}
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, **options
+            )
+        size, found = batch_size or len(input_ids), []
+        for ids, shown in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            mask = shown[:, -logits_to_keep:]
+
+            def scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor = ids, mask: Tensor = mask):
+                width = mask.shape[1]
+                rows = packed(hidden[:, -width - 1 : -1], mask).to(weight.dtype)
+                tokens = packed(ids[:, -width:], mask)
+                return linear_logprobs(
+                    rows, weight, tokens, bias=bias, temperature=self.temperature, return_entropy=True
+                )
+
+            with self.accelerator.autocast():
+                values = model(input_ids=ids, attention_mask=shown, state_call=scores)
+            empty = torch.zeros_like(mask, dtype=torch.float32)
+            found.append([empty.masked_scatter(mask.bool(), value) for value in values])
+        logprobs, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return logprobs, entropy if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = self._mode
@@ -301,7 +348,7 @@ def add_state_call(model: Any) -> None:
 def _or_own(own: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
     """`instead` where a call has `state_call`, else `own`, which is bound."""
 
-    @functools.wraps(own)
+    @functools.wraps(getattr(own, "__func__", own))  # with its `self`, or the first argument would look bound
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         return instead(self, *args, **options) if options.get("state_call") is not None else own(*args, **options)
 

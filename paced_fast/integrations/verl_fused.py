@@ -12,7 +12,8 @@ forward functions (models/transformers/dense_common.py and those beside it) look
 utils/experimental/torch_functional.py, and hand it the hidden states and the output layer. So importing this module,
 which `external_lib` does in every worker, puts another class there: every model that verl's "torch" backend supports
 then computes its log-probs and entropies here, for any loss. The losses of this package are then fused from the hidden
-states to the log-probs, not beyond. FSDP engines only; "triton" and "liger" are not touched.
+states to the log-probs, not beyond. "triton" and "liger" are not touched. For `strategy: fsdp`, verl's default: under
+fsdp2 verl reads the weight of a unit of its own from outside of it, so that its gradient is not summed over ranks.
 
 B = sequences, L = tokens of one, H = hidden size, V = vocabulary.
 """
@@ -20,6 +21,7 @@ B = sequences, L = tokens of one, H = hidden size, V = vocabulary.
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from verl.utils.experimental import torch_functional as host
 
 from paced_fast.errors import InputError
@@ -43,6 +45,8 @@ class FusedLinear(nn.Module):
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies in the shape of `input_ids`, float32."""
+        if isinstance(vocab_weights, DTensor) or "ToTorchTensor" in type(vocab_weights.grad_fn).__name__:
+            raise InputError("under fsdp2 the gradient of the output layer is not summed: set actor.strategy=fsdp")
         logprobs, entropy = linear_logprobs(
             hidden_states.flatten(0, -2),
             vocab_weights,
