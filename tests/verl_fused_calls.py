@@ -61,7 +61,7 @@ def main() -> None:
     split = distribute_tensor(torch.randn(37, 16), mesh, [Shard(0)]).requires_grad_()
     hidden, ids = torch.randn(1, 4, 16), torch.ones(1, 4, dtype=torch.int64)
     for weight in (split, split.full_tensor()):  # what fsdp2 leaves, and what some of verl's models make of it
-        with pytest.raises(InputError, match="set actor.strategy=fsdp"):
+        with pytest.raises(InputError, match=r"set actor\.strategy=fsdp"):
             module.FusedLinear()(hidden, weight, ids)
     dist.destroy_process_group()
     sys.stdout.write("fine\n")

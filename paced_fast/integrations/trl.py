@@ -214,7 +214,7 @@ class PacedTrainer(GRPOTrainer):
         batch_size: int | None = None,
         compute_entropy: bool = False,
         **options: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Any, Any]:
         """Log-probs of the old policy [B, C], rounded as those of the loss are: TRL's are not, in bfloat16, and the
         ratio of a policy to itself would shrink with every token."""
         if not self.args.fused:
