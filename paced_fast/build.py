@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
 from paced_fast.batch import PromptTable
 from paced_fast.config import Config, ModelConfig, flatten, stream_seed
+from paced_fast.devices import require_float32_products
 from paced_fast.distributed import ALONE, World, joined
 from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
@@ -78,6 +79,8 @@ def build(
     """
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
+    if (config.model.device, config.model.dtype) == ("cpu", "float32"):
+        require_float32_products()
     torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, and AdamW crawls on those
     metrics.require_sinks(config.run.loggers)
     check_engine_ranks(config, world.size)
@@ -350,7 +353,10 @@ def _newest_checkpoint(config: Config, folder: Path, lock: RunLock, world: World
 
 
 def _check_same_run(config: Config, folder: Path) -> None:
-    old = flatten(resolve(load_config(folder)))  # a folder older than a setting has its default, which may be `auto`
+    try:
+        old = flatten(resolve(load_config(folder)))  # a folder older than a setting has its default, maybe `auto`
+    except InputError as error:
+        raise InputError(f"--resume auto: {folder} was trained with settings refused today: {error}") from None
     for name, value in flatten(config).items():
         if not name.startswith(_FREE_ON_RESUME) and old[name] != value:
             raise InputError(

@@ -25,6 +25,7 @@ from paced_fast import checkpoint, cli, metrics, prompts
 from paced_fast.batch import PromptTable
 from paced_fast.benchmark_sources import BENCHMARKS, benchmark_sources
 from paced_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, stream_seed
+from paced_fast.devices import require_float32_products
 from paced_fast.display import evaluation_tables
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluation import Sample, Sampling, check_headline, evaluate
@@ -125,6 +126,8 @@ def evaluate_target(
             )
         kind = "the run has no held-out prompts" if target.is_run else "a model has no held-out prompts of its own"
         raise InputError(f"nothing to evaluate {name} on, as {kind}: {remedy}")
+    if (config.model.device, config.model.dtype) == ("cpu", "float32"):
+        require_float32_products()
     tokenizer = prompts.load_tokenizer(target.path)
     model = load_model(config.model, target.path)
     sampling = _sampling(arguments, config)

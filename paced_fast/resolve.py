@@ -248,6 +248,11 @@ def _check(config: Config) -> None:
         )
     hottest = max(config.generation.temperature, config.evaluation.temperature)
     coldest = min(config.generation.temperature, config.evaluation.temperature or 1.0)  # 0 is no sampling
+    if config.model.device == "cpu" and config.model.matmul_precision != "highest":
+        raise InputError(
+            f"--model.matmul-precision {config.model.matmul_precision} rounds float32 products on some CPUs and not on "
+            "others: give highest, the same numbers everywhere"
+        )
     if config.model.device == "cpu" and config.model.liger == "on":
         raise InputError("--model.liger on: its kernels need a GPU: give auto, which leaves them out on a CPU, or off")
     if config.model.device == "cpu" and config.model.attention not in ("auto", "shared", "packed-sdpa"):

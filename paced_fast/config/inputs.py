@@ -17,8 +17,8 @@ class ModelConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the policy lives."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Of float32 matrix products, as `torch.set_float32_matmul_precision` has it. On a CPU `medium` takes oneDNN: about
-    twice as fast on AMD and no less exact there; on a CPU or GPU with bfloat16 tiles the inputs are rounded to it."""
+    """Of float32 matrix products on a GPU, as `torch.set_float32_matmul_precision` has it: below `highest` their inputs
+    are rounded. A CPU takes `highest` only, because which of them round, and how, depends on the processor."""
     attention: Literal[
         "auto", "shared", "packed-sdpa", "packed-torch", "packed-flash2", "packed-flash3", "packed-flash4"
     ] = "auto"

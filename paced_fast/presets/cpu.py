@@ -59,7 +59,7 @@ def smollm2() -> Config:
     return Config(
         preset="smollm2",
         steps=24,
-        model=ModelConfig(name="smollm2", matmul_precision="medium"),
+        model=ModelConfig(name="smollm2"),
         data=DataConfig(
             train=(
                 *_word_problems("0.4:0.8"),
