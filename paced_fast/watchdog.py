@@ -170,10 +170,11 @@ class Watchdog:
 
     def _report(self, still_seconds: float) -> None:
         self.reports.append(still_seconds)
+        others = self._read()
         own = self._place(still_seconds)
         message = f"rank {own.rank}: no progress for {still_seconds:.0f} s in phase {own.phase} of step {own.step}"
-        places = {**self._read(), own.rank: own}
-        now, silent_seconds = time.time(), _LOOKS_UNTIL_SILENT * self._every
+        places = {**others, own.rank: own}
+        now, silent_seconds = own.looked, _LOOKS_UNTIL_SILENT * self._every  # this rank is heard, however late it is
         # The lead says who is where, or the first rank after it that can.
         if self.world.size > 1 and min(_heard(places, now, silent_seconds), default=own.rank) == own.rank:
             message += f"; {describe(places, self.world.size, now, silent_seconds)}"

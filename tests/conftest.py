@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import random
+import subprocess
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before any kernel module
 
+# Of processes that tests start, too: several tests run at once.
+os.environ["OMP_NUM_THREADS"] = "1"
 # The shapes here are too small to share among threads, and sums in one order repeat to the bit.
 torch.set_num_threads(1)
 
@@ -24,15 +28,22 @@ settings.register_profile("paced", deadline=None, derandomize=True, database=Non
 settings.load_profile("paced")
 
 
+_LONGEST: tuple[str, ...] = ()
+"""Modules of tests by what they take, the longest first; all others take less than ten seconds."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips what this machine cannot run; everything below tests/gpu needs a GPU without saying so.
 
-    Tests marked `faults` run only when asked for by that name, whatever else is selected.
+    Tests marked `faults` or `exhaustive` run only when asked for by that name, whatever else is selected. Files that
+    take long come first: of what is left when one worker has nothing more to do, little is left.
     """
-    if "faults" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("faults")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    for name in ("faults", "exhaustive"):
+        if name not in config.option.markexpr:
+            left_out = [item for item in items if item.get_closest_marker(name)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker(name)]
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
     here = Path(__file__).parent
     for item in items:
         if here / "gpu" in item.path.parents:
@@ -41,6 +52,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
         elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where tests that start processes are left out, one that does so all the same is told to say so; git may run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "not process" in request.config.option.markexpr:
+            for owner, name in (
+                (os, "fork"),
+                (os, "posix_spawn"),
+                (BaseProcess, "start"),
+                (subprocess.Popen, "__init__"),
+            ):
+                patch.setattr(owner, name, _refusing(getattr(owner, name)))
+        yield
+
+
+def _refusing(start: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        words = args[1] if len(args) > 1 else ""
+        if "git" in (words, *words[:1]):
+            return start(*args, **kwargs)
+        pytest.fail("starts a process, which `make check` leaves out: mark this test `process`")
+
+    return wrapper
 
 
 @pytest.fixture(autouse=True)

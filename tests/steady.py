@@ -1,9 +1,10 @@
-"""A clock for limits on waits, which leaves out the time in which the machine itself stood still."""
+"""Waits and limits that do not depend on what else the machine does."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 _TICK = 0.05
@@ -38,3 +39,31 @@ class Steady:
         self._stop.set()
         self._thread.join()
         self.seconds -= self._lost
+
+
+LIMIT_SECONDS = 120.0
+"""Of waits for something that comes in milliseconds on a free machine."""
+
+
+def wait_for(condition: Callable[[], object], seconds: float = LIMIT_SECONDS) -> None:
+    """Until `condition()` is true. What fails in the end is the wait, and it says so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"limit of time met: not so after {seconds:g} s")
+        time.sleep(0.005)
+
+
+def takes_less(
+    limit: float, work: Callable[[], object], clock: Callable[[], float] = time.process_time, tries: int = 7
+) -> bool:
+    """Whether one of a few calls of `work` takes less than `limit` seconds of `clock`; others may have been disturbed.
+
+    For limits far above what the right code takes and far below what the wrong one does.
+    """
+    for _ in range(tries):
+        began = clock()
+        work()
+        if clock() - began < limit:
+            return True
+    return False

@@ -85,6 +85,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert (manifest["step"], manifest["format"]) == (7, 2)
 
 
+@pytest.mark.process
 def test_shards_of_two_ranks_are_loaded_whole_and_in_other_shards(tmp_path: Path) -> None:
     on_ranks(2, acts.save_steps, tmp_path, "shards", [3, 4])
     assert names(tmp_path) == ["step_000003", "step_000004"]
@@ -99,6 +100,7 @@ def test_shards_of_two_ranks_are_loaded_whole_and_in_other_shards(tmp_path: Path
                 assert got == acts.as_lists(expected), (size, kind)
 
 
+@pytest.mark.process
 def test_what_several_ranks_hold_whole_is_written_once(tmp_path: Path) -> None:
     on_ranks(2, acts.save_steps, tmp_path, "whole", [5])
     on_ranks(4, acts.save_steps, tmp_path / "halves", "halves", [5])
@@ -110,6 +112,7 @@ def test_what_several_ranks_hold_whole_is_written_once(tmp_path: Path) -> None:
         assert_of_step(root / "step_000005", 5)
 
 
+@pytest.mark.process
 def test_an_error_on_one_rank_is_one_on_all_and_costs_the_save(tmp_path: Path) -> None:
     for failure, left, second in on_ranks(2, acts.fails_on_one, tmp_path, errno.ENOSPC):
         assert failure is not None
@@ -128,12 +131,14 @@ def test_an_error_on_one_rank_is_one_on_all_and_costs_the_save(tmp_path: Path) -
         assert left == []
 
 
+@pytest.mark.process
 def test_every_rank_has_its_own_generators(tmp_path: Path) -> None:
     drawn = on_ranks(2, acts.generators_of_ranks, tmp_path)
     assert all(first == again for first, again in drawn)
     assert drawn[0] != drawn[1]
 
 
+@pytest.mark.process
 def test_every_rank_goes_on_from_the_same_checkpoint(tmp_path: Path) -> None:
     """Damage that one rank finds passes the checkpoint over on all."""
     on_ranks(2, acts.save_steps, tmp_path, "shards", [3, 4])
@@ -141,6 +146,7 @@ def test_every_rank_goes_on_from_the_same_checkpoint(tmp_path: Path) -> None:
     assert [found[0] for found in on_ranks(2, acts.loaded, tmp_path, "shards")] == ["step_000003"] * 2
 
 
+@pytest.mark.process
 def test_a_file_that_cannot_be_written_costs_the_save_and_the_last_one_is_an_error(tmp_path: Path) -> None:
     """A limit of the kernel, met in the write itself."""
     save(tmp_path, 1)
@@ -556,6 +562,7 @@ def test_no_module_unpickles() -> None:
     assert found == {}
 
 
+@pytest.mark.process
 def test_no_file_is_a_pickle(tmp_path: Path) -> None:
     on_ranks(2, acts.save_steps, tmp_path, "shards", [1])
     policy = tiny_policy.policy()

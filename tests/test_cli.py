@@ -111,6 +111,7 @@ def test_help_names_every_setting_with_its_sentence(
         assert sentence in plain, sentence
 
 
+@pytest.mark.process
 def test_the_real_process_says_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "paced_fast.train", "tiny", "--optimizer.learning-rat", "1"],

@@ -135,6 +135,7 @@ SHAPES: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("columns", "program"), [row[1:] for row in SHAPES], ids=[row[0] for row in SHAPES])
 def test_every_shape_of_tests_is_read(reward: CodeReward, columns: dict[str, Any], program: str) -> None:
     assert reward.problem(columns) is None
@@ -202,6 +203,7 @@ PROBLEMS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("columns", "message"), PROBLEMS, ids=[message[:40] for _, message in PROBLEMS])
 def test_a_row_that_cannot_be_judged_is_named(reward: CodeReward, columns: dict[str, Any], message: str) -> None:
     problem = reward.problem(columns)
@@ -211,6 +213,7 @@ def test_a_row_that_cannot_be_judged_is_named(reward: CodeReward, columns: dict[
     assert "\n" not in problem
 
 
+@pytest.mark.process
 def test_no_pickle_is_opened(reward: CodeReward) -> None:
     class Trap:
         def __reduce__(self) -> Any:
@@ -290,6 +293,7 @@ HUMAN_EVAL = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["column", "text", "chat"])
 def test_a_completion_goes_on_from_the_prompt(reward: CodeReward, where: str) -> None:
     columns = {key: text for key, text in HUMAN_EVAL.items() if where == "column" or key != "prompt"}
@@ -349,6 +353,7 @@ def test_extraction_takes_linear_time(start: str, unit: str) -> None:
     assert time.thread_time() - began < 0.4
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("program", "kind"),
     [
@@ -370,6 +375,7 @@ def test_verdicts_of_programs(reward: CodeReward, program: str, kind: str) -> No
     assert verdict(reward, fenced(program), tests=SUM) == kind
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("program", "kind"),
     [
@@ -393,6 +399,7 @@ def test_verdicts_of_functions(reward: CodeReward, program: str, kind: str) -> N
     assert verdict(reward, fenced(program), tests={"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"}) == kind
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("expected", "value", "kind"),
     [("5", 5, "right"), ("5", "5", "right"), ("5", "6", "wrong"), ("true", True, "right"), ("true", "true", "right")],
@@ -408,6 +415,7 @@ def test_lines_of_arguments_end_at_line_feeds_only() -> None:
     assert suite.cases[0].arguments == ("a\u2028b\x85", 2)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("function", [None, "f"])
 def test_a_row_has_a_time_of_its_own(reward: CodeReward, monkeypatch: pytest.MonkeyPatch, function: str | None) -> None:
     monkeypatch.setattr("paced_fast.rewards.code._ROW_BUDGET", 1)
@@ -419,6 +427,7 @@ def test_a_row_has_a_time_of_its_own(reward: CodeReward, monkeypatch: pytest.Mon
     assert verdict(reward, slow, tests={**tests, "inputs": ["[1]"], "outputs": ["1"]}) == "right"
 
 
+@pytest.mark.process
 def test_an_empty_expected_output_makes_no_crash_a_pass(reward: CodeReward) -> None:
     tests = {"inputs": ["1", ""], "outputs": ["1", ""]}
     assert verdict(reward, fenced("import sys\nt = sys.stdin.read()\nif t: print(t)"), tests=tests) == "right"
@@ -427,6 +436,7 @@ def test_an_empty_expected_output_makes_no_crash_a_pass(reward: CodeReward) -> N
     )
 
 
+@pytest.mark.process
 def test_all_tests_must_pass_and_the_first_failure_ends_it(reward: CodeReward) -> None:
     tests = {"inputs": ["1", "2", "x"], "outputs": ["1", "3", "x"]}
     assert (
@@ -435,6 +445,7 @@ def test_all_tests_must_pass_and_the_first_failure_ends_it(reward: CodeReward) -
     )
 
 
+@pytest.mark.process
 def test_a_broken_sandbox_is_no_verdict(reward: CodeReward, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> Any:
         raise SandboxError("gone")
@@ -539,6 +550,7 @@ def f(x):
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_forged_verdict_is_a_pass(backend: str) -> None:
     judge = made(backend, workers=3)
@@ -639,6 +651,7 @@ def test_arguments_that_json_would_change_go_as_python() -> None:
     assert json.loads(request_of(suite.cases[1])) == {"arguments": [[1], "x"]}
 
 
+@pytest.mark.process
 def test_the_scorer_takes_it_by_name() -> None:
     made("auto").close()
     scorer = Scorer(["code"], RewardConfig(code_seconds=1.0, workers=1))
@@ -655,6 +668,7 @@ def test_a_missing_sandbox_is_refused_when_the_reward_is_made(monkeypatch: pytes
         load_reward("code", RewardConfig(sandbox="bubblewrap"))
 
 
+@pytest.mark.process
 def test_a_row_without_tests_is_an_error_not_a_zero(reward: CodeReward) -> None:
     with pytest.raises(InputError, match="reward 'code': a row has no tests"):
         reward(["p"], [fenced("print(1)")], answer=["1"])

@@ -213,6 +213,7 @@ def workspace(rows: int, dtype: torch.dtype) -> dict[str, Any]:
 SHORT, LONG = [4, 3, 2, 0, 5], [4, 3, 300, 2]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("cut", [7, 22])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
@@ -232,6 +233,7 @@ def test_a_split_vocabulary_gives_the_loss_and_gradients_of_a_whole_one(
     ranks.run(check_split_loss, dtype, cut, lengths, way, 0, {**options, **workspace(rows, dtype)})
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rows", [3, 100])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_split_log_probs_and_entropies_have_the_gradients_of_whole_ones(
@@ -240,6 +242,7 @@ def test_split_log_probs_and_entropies_have_the_gradients_of_whole_ones(
     ranks.run(check_split_logprobs, dtype, 7, 0, workspace(rows, dtype))
 
 
+@pytest.mark.process
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter, which a GPU turns off")
 @pytest.mark.parametrize("stage", [1, 2])
 def test_split_vocabularies_in_triton(ranks: Ranks, stage: int) -> None:
@@ -261,6 +264,7 @@ def check_bfloat16_rows_agree(rank: int) -> None:
         assert_same_on_all_ranks(out.loss)
 
 
+@pytest.mark.process
 def test_unequal_shards_of_a_bfloat16_head_take_the_same_rows(ranks: Ranks) -> None:
     ranks.run(check_bfloat16_rows_agree)
 
@@ -326,6 +330,7 @@ def check_fsdp(rank: int, wraps_head: bool, is_tied: bool, is_mixed: bool) -> No
         assert error < (1e-2 if is_mixed else 1e-5), (name, error)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("wraps_head", "is_tied"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("is_mixed", [False, True])
 def test_fsdp_gives_the_loss_and_gradients_of_one_rank(
@@ -343,5 +348,6 @@ def check_sharded_weight_is_refused(rank: int) -> None:
         linear_logprobs(*inputs)
 
 
+@pytest.mark.process
 def test_a_sharded_weight_outside_its_module_is_refused(ranks: Ranks) -> None:
     ranks.run(check_sharded_weight_is_refused)

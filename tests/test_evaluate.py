@@ -376,6 +376,7 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder: Path, capsys: Any
     assert before["model"] == str(run / "initial")
 
 
+@pytest.mark.process
 def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path, capsys: Any, monkeypatch: Any) -> None:
     source = f"task:signed_sums?split=eval&size=9&slice=sums&reward={run_folder / 'rewards.py'}:odd"
     words = [run_folder / "run" / "initial", "--benchmarks", "aime24", "--sources", source, "--data-dir", run_folder]

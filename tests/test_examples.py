@@ -14,6 +14,7 @@ import tiny_policy
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("loss", ["trajectory_balance", "reinforce"])
 def test_the_plain_loop_learns_before_and_after_the_swap(loss: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
@@ -40,6 +41,7 @@ def test_the_plain_loop_needs_torch_and_the_kernels_alone() -> None:
     assert after.group().count("\n") - 1 <= 10, "the swap is ten lines"
 
 
+@pytest.mark.process
 def test_the_hugging_face_trainer_learns() -> None:
     environment = {
         **os.environ,

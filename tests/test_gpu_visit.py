@@ -139,6 +139,7 @@ def test_junit_counts_and_names_failures(tmp_path):
     }
 
 
+@pytest.mark.process
 def test_a_part_that_hangs_is_ended_and_named_and_restarted_without_its_culprit(monkeypatch, tmp_path):
     # Stands in for a case of the benchmarks: hangs on "bad" unless told to leave it out.
     script = tmp_path / "part.py"
@@ -171,6 +172,7 @@ def test_the_tree_has_its_share_of_the_time_and_can_go_on_after_a_crash():
     assert [part.name for part in gpu_visit.parts(gpu_visit.Arguments(parts=("priority_tree",)))] == ["priority_tree"]
 
 
+@pytest.mark.process
 def test_the_tree_runs_as_a_part_of_a_visit_on_a_cpu(tmp_path):
     given = gpu_visit.Arguments(out=str(tmp_path), device="cpu", parts=("priority_tree",), only=("rescan", "numpy"))
     (part,) = gpu_visit.parts(given)

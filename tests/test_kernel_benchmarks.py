@@ -332,6 +332,7 @@ def test_json_is_replaced_whole_and_holds_no_nan(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
 
 
+@pytest.mark.process
 def test_memory_probe_measures_what_a_method_allocates(batch):
     shape = "T256-H32-V65536"  # one float32 logits matrix is 64 MiB
     naive = memory_probe.in_subprocess(memory_probe.Spec("logprobs", "naive", shape, "float32"))

@@ -49,6 +49,7 @@ def verdict(judge, gold: str, completion: str) -> float | None:
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("answer", "completion", "reward"),
     [
@@ -110,6 +111,7 @@ def test_the_table_is_large_varied_and_has_no_row_twice():
     assert all(row["math"] or not row["math_strict"] for row in TABLE), "what is right strictly is right"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["math", "math_strict"])
 def test_the_table_has_no_errors_but_the_published_ones(judges, name):
     found = judges[name](
@@ -340,6 +342,7 @@ def sleepy(tmp_path):
         pool.close()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_batch_with_hostile_requests_judges_the_others_and_ends_in_time(sleepy, workers):
     pool = sleepy(workers, seconds=3.0)
@@ -353,6 +356,7 @@ def test_a_batch_with_hostile_requests_judges_the_others_and_ends_in_time(sleepy
     assert clock.seconds < 3.0 + 6 * 4 * TURN_SECONDS / workers + 1.0
 
 
+@pytest.mark.process
 def test_threads_of_hostile_requests_each_end_in_time(sleepy):
     pool = sleepy(1)
     pool.warm()
@@ -369,6 +373,7 @@ def test_threads_of_hostile_requests_each_end_in_time(sleepy):
     assert max(took) < 1.0 + 0.5
 
 
+@pytest.mark.process
 def test_an_honest_request_behind_hostile_ones_is_judged(sleepy):
     pool = sleepy(1, seconds=3.0)
     pool.warm()
@@ -381,6 +386,7 @@ def test_an_honest_request_behind_hostile_ones_is_judged(sleepy):
         assert [future.result()[0].kind for future in hostile] == ["timeout"] * 2
 
 
+@pytest.mark.process
 def test_a_request_slower_than_a_turn_is_answered(sleepy):
     assert sleepy(1, seconds=5.0).run([["spin", 2 * TURN_SECONDS], ["echo", 1]]) == [
         ("answered", 2 * TURN_SECONDS),
@@ -388,6 +394,7 @@ def test_a_request_slower_than_a_turn_is_answered(sleepy):
     ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("word", ["kill", "stop"])
 def test_a_request_whose_worker_is_lost_twice_has_died_and_the_others_are_answered(sleepy, word):
     pool = sleepy(2)
@@ -396,17 +403,20 @@ def test_a_request_whose_worker_is_lost_twice_has_died_and_the_others_are_answer
     assert [reply.value for reply in replies if reply.kind == "answered"] == [0, 2, 3, 5]
 
 
+@pytest.mark.process
 def test_a_lost_request_is_tried_once_more(sleepy, tmp_path):
     path = str(tmp_path / "been here")
     assert sleepy(1).run([["once", path]]) == [("answered", path)]
 
 
+@pytest.mark.process
 def test_memory_is_limited_and_a_grown_worker_is_replaced(sleepy):
     pool = sleepy(1)
     assert pool.run([["grow", 8 << 30]])[0].kind == "died"  # MemoryError ends the worker; the machine goes on
     assert pool.run([["echo", 1]])[0] == ("answered", 1)
 
 
+@pytest.mark.process
 def test_killing_workers_from_outside_costs_no_verdict(judges):
     judge = judges["math_strict"]
     golds = [rf"{k}\sqrt{{2}}" for k in range(2, 150)]
@@ -430,6 +440,7 @@ def test_killing_workers_from_outside_costs_no_verdict(judges):
     assert rewards == [1.0] * len(golds)
 
 
+@pytest.mark.process
 def test_the_process_that_forks_is_replaced_when_killed(sleepy):
     pool = sleepy(2)
     first = pool.run([["pid", 0]])[0].value
@@ -441,6 +452,7 @@ def test_the_process_that_forks_is_replaced_when_killed(sleepy):
     assert not alive(first)
 
 
+@pytest.mark.process
 def test_lost_and_late_answers_are_unscored_and_counted(tmp_path, monkeypatch, caplog):
     program = tmp_path / "judge.py"
     program.write_text(
@@ -464,6 +476,7 @@ def test_lost_and_late_answers_are_unscored_and_counted(tmp_path, monkeypatch, c
     judge.close()
 
 
+@pytest.mark.process
 def test_verdicts_are_remembered(judges, monkeypatch):
     judge = judges["math_strict"]
     assert verdict(judge, r"3\sqrt{5}", r"\boxed{\sqrt{45}}") == 1.0
@@ -503,6 +516,7 @@ def eventually(condition, seconds: float = 5.0) -> bool:
     return False
 
 
+@pytest.mark.process
 def test_a_thousand_calls_and_a_close_leave_nothing(sleepy):
     before = set(children(os.getpid())), len(os.listdir("/proc/self/fd")), threading.active_count()
     pool = sleepy(2)
@@ -523,6 +537,7 @@ def test_a_thousand_calls_and_a_close_leave_nothing(sleepy):
     assert pool.run([["echo", 1]])[0] == ("answered", 1), "a closed pool starts again"
 
 
+@pytest.mark.process
 def test_workers_end_with_their_pool_object(sleepy, tmp_path):
     pool = WorkerPool(tmp_path / "judge.py", name="sleepy", num_workers=1, seconds=1.0)
     worker = pool.run([["pid", 0]])[0].value
@@ -530,6 +545,7 @@ def test_workers_end_with_their_pool_object(sleepy, tmp_path):
     assert eventually(lambda: not alive(worker))
 
 
+@pytest.mark.process
 def test_workers_end_when_the_trainer_is_killed(sleepy, tmp_path):
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom paced_fast.rewards.pool import WorkerPool\n"
@@ -546,6 +562,7 @@ def test_workers_end_when_the_trainer_is_killed(sleepy, tmp_path):
     assert eventually(lambda: not alive(worker))
 
 
+@pytest.mark.process
 def test_a_forked_process_gets_workers_of_its_own(sleepy):
     pool = sleepy(1)
     ours = pool.run([["pid", 0]])[0].value
@@ -566,6 +583,7 @@ def test_a_forked_process_gets_workers_of_its_own(sleepy):
     assert eventually(lambda: not alive(theirs))
 
 
+@pytest.mark.process
 def test_workers_that_do_not_start_are_one_clear_error(tmp_path, monkeypatch):
     program = tmp_path / "judge.py"
     program.write_text("import no_such_verifier\n")

@@ -270,6 +270,7 @@ def test_tables_show_the_numbers() -> None:
     assert "runs/x" in final
 
 
+@pytest.mark.process
 def test_importing_metrics_needs_no_torch() -> None:
     code = "import sys, paced_fast.metrics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -349,6 +349,7 @@ def test_shards_that_cannot_be_are_refused() -> None:
         linear_logprobs(case["hidden"], case["head_weight"], case["token_ids"] + 20, shard=VocabShard(group, 9, 20))
 
 
+@pytest.mark.process
 def test_triton_without_a_gpu_or_interpreter_says_what_to_do() -> None:
     code = (
         "import torch\n"

@@ -263,6 +263,7 @@ def test_int32_indices_and_offsets_are_accepted() -> None:
     assert torch.equal(trajectory_balance_loss(**arguments, backend="reference").loss, expected)
 
 
+@pytest.mark.process
 def test_import_is_inert_and_needs_only_torch() -> None:
     folder = Path(paced_kernels.__file__).parents[1]
     assert not (folder / "__init__.py").exists()

@@ -106,6 +106,7 @@ def check_push(world: World, lora_rank: int) -> None:
     assert 0 < traffic < 0.75 * plain_traffic
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_sharded_weights_travel_as_small_as_the_engine_keeps_them(lora_rank: int) -> None:
     on_ranks(2, check_push, lora_rank)
@@ -134,6 +135,7 @@ def failing_push(world: World) -> tuple[str, int, str]:
     return first, len(before) - len(engine.taken), second
 
 
+@pytest.mark.process
 def test_an_engine_that_fails_in_a_push_fails_on_all_ranks_and_leaves_them_in_step() -> None:
     assert on_ranks(2, failing_push) == [("rank 1: vllm failed at loading the pushed weights", 0, "")] * 2
 
@@ -170,6 +172,7 @@ def failing_checks(world: World) -> dict[str, str]:
     return found
 
 
+@pytest.mark.process
 def test_a_check_that_goes_wrong_on_one_rank_goes_wrong_on_all_and_they_stay_in_step() -> None:
     zero, one = on_ranks(2, failing_checks)
     assert zero == one
@@ -187,6 +190,7 @@ def chosen_mode(world: World, folder: Path) -> tuple[str, int | None]:
     return layout.mode, layout.device_bytes
 
 
+@pytest.mark.process
 def test_the_least_memory_of_the_ranks_decides_for_all(tmp_path: Path) -> None:
     tiny_run.write_rewards(tmp_path)
     assert on_ranks(2, chosen_mode, tmp_path) == [("sharded", 100_000)] * 2
@@ -209,6 +213,7 @@ def first_home(world: World, config: Config) -> tuple[str, list[str]]:
     return told(lambda: build.build(resolve(config), tiny_run.quiet(), world)), moves
 
 
+@pytest.mark.process
 def test_the_whole_model_is_on_no_device_where_it_may_be_sharded(tmp_path: Path) -> None:
     config = tiny_run.config(
         tiny_run.write_rewards(tmp_path),
@@ -237,6 +242,7 @@ def drifting_heads(world: World, config: Config) -> list[list[float]]:
     return [part.tolist() for part in world.gather(trainer.log_z.values)]
 
 
+@pytest.mark.process
 def test_values_brought_up_to_date_are_the_leads_on_every_rank(tmp_path: Path) -> None:
     rewards = tiny_run.write_rewards(tmp_path)
     config = tiny_run.config(rewards, run_dir=str(tmp_path / "run"), log_z__scored_per_step=7)

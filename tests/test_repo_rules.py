@@ -424,6 +424,7 @@ def test_kernels_is_a_plain_folder() -> None:
     assert not (ROOT / "tests" / "kernels").exists()
 
 
+@pytest.mark.process
 def test_importing_the_packages_starts_nothing() -> None:
     code = (
         "import sys, paced_fast, paced_kernels\n"
@@ -498,6 +499,7 @@ def test_the_tested_set_pins_what_an_install_asks_for() -> None:
         assert pins[wanted.name] in wanted.specifier, f"{wanted} excludes the tested {pins[wanted.name]}"
 
 
+@pytest.mark.process
 def test_the_version_is_written_once_and_the_same() -> None:
     code = "import paced_fast; print(paced_fast.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -512,6 +514,7 @@ def test_ci_runs_what_people_run() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_targets_run_the_documented_commands() -> None:
     def commands(*arguments: str) -> str:

@@ -358,6 +358,7 @@ def test_the_smoothed_line_is_a_mean_of_neighbours_also_at_the_ends() -> None:
     assert flat.tolist() == pytest.approx([0.5] * 45), "no droop where the window leaves the run"
 
 
+@pytest.mark.process
 def test_importing_report_needs_no_torch_and_no_window_system() -> None:
     code = "import sys, paced_fast.report; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -49,6 +49,7 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
+@pytest.mark.process
 def test_a_second_run_is_refused_until_the_first_is_gone_whatever_it_forked(tmp_path: Path) -> None:
     settings = dataclasses.replace(preset("tiny"), run_dir=str(tmp_path), resume="never")
     settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, overwrite=True))

@@ -100,6 +100,7 @@ def test_every_attack_is_held_where_the_trainer_is_no_root(backend: str) -> None
     assert {name: found for name, found in results.items() if found} == {}
 
 
+@pytest.mark.process
 def test_honest_programs_run_as_usual(box: Sandbox) -> None:
     with ThreadPoolExecutor(2) as pool:
         outcomes = pool.map(lambda case: box.run(case[0], case[1].encode()), HONEST)
@@ -108,6 +109,7 @@ def test_honest_programs_run_as_usual(box: Sandbox) -> None:
         assert outcome.stdout.decode().strip() == expected, program
 
 
+@pytest.mark.process
 def test_a_function_is_not_the_main_module_and_finds_no_input(box: Sandbox) -> None:
     program = "import sys\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\ndef g(): return sys.stdin.read(), __name__\n"
     program += "def h(n): return 0 if n == 0 else max(map(h, [n - 1])) + 1\ndef digits(): return len(str(10 ** 5000))\n"
@@ -123,6 +125,7 @@ def test_a_function_is_not_the_main_module_and_finds_no_input(box: Sandbox) -> N
     assert answers == [{"value": value} for value in wanted]
 
 
+@pytest.mark.process
 def test_threads_of_one_program_do_not_count_for_another() -> None:
     box = opened("fork_server", workers=2, threads=8)
     many = (
@@ -137,6 +140,7 @@ def test_threads_of_one_program_do_not_count_for_another() -> None:
         box.close()
 
 
+@pytest.mark.process
 def test_exit_status_and_errors_are_told(box: Sandbox) -> None:
     assert box.run("raise SystemExit(3)").status == 3
     assert box.run("import sys; sys.exit('words')").status == 1
@@ -147,6 +151,7 @@ def test_exit_status_and_errors_are_told(box: Sandbox) -> None:
     assert box.run("import os; os.kill(os.getpid(), 11) or os.abort()").ended == "signal"
 
 
+@pytest.mark.process
 def test_a_function_is_called_with_one_request_after_the_other(box: Sandbox) -> None:
     session = box.session("seen = []\ndef f(*a):\n    seen.append(a)\n    return seen", "f")
     assert json.loads(session.ask(b'{"arguments": [1, "x"]}') or b"") == {"value": [[1, "x"]]}
@@ -162,6 +167,7 @@ def test_a_function_is_called_with_one_request_after_the_other(box: Sandbox) -> 
     assert session.finish().status == 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_limits_are_kept_within_ten_percent(backend: str) -> None:
     given = {"cpu_seconds": 10, "memory_mib": 256, "file_mib": 4, "output_kib": 64, "threads": 16}
@@ -221,6 +227,7 @@ def descendants(pids: list[int]) -> list[int]:
     return found
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to read the memory of others")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_not_given_is_nowhere_in_the_sandbox(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +263,7 @@ def test_what_is_not_given_is_nowhere_in_the_sandbox(backend: str, monkeypatch: 
         reward.close()
 
 
+@pytest.mark.process
 def test_auto_takes_the_first_complete_backend() -> None:
     for name in BACKENDS:
         opened(name, workers=1).close()
@@ -289,6 +297,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.process
 def test_auto_refuses_rather_than_fall_back(tmp_path: Path) -> None:
     # No namespaces, and bwrap is not to be found.
     done = run_refusing(NAMESPACES, OPEN.format(name="auto"), PATH=str(tmp_path))
@@ -300,18 +309,21 @@ def test_auto_refuses_rather_than_fall_back(tmp_path: Path) -> None:
     assert done.stdout.count("\n") == 1
 
 
+@pytest.mark.process
 def test_auto_goes_on_to_bubblewrap_only_when_that_is_complete() -> None:
     done = run_refusing(NAMESPACES, OPEN.format(name="auto"))
     assert done.stdout.startswith("refused: "), done  # bwrap is there but can have no namespaces either
     assert "bubblewrap lacks" in done.stdout
 
 
+@pytest.mark.process
 def test_the_fork_server_by_name_makes_do_without_namespaces_and_says_so() -> None:
     done = run_refusing(NAMESPACES, OPEN.format(name="fork_server"))
     assert re.match(r"fork_server: (uid \d+, )?Landlock \d+, seccomp, resource limits\n", done.stdout), done
     assert "weaker than it could be: it lacks namespaces (unshare: Operation not permitted)" in done.stderr
 
 
+@pytest.mark.process
 def test_the_fork_server_refuses_without_landlock() -> None:
     done = run_refusing({**NAMESPACES, **LANDLOCK}, OPEN.format(name="fork_server"))
     assert done.stdout.startswith(
@@ -321,6 +333,7 @@ def test_the_fork_server_refuses_without_landlock() -> None:
     assert done.stdout == "unsafe: resource limits only, no isolation\n"
 
 
+@pytest.mark.process
 def test_the_fork_server_without_namespaces_refuses_an_old_landlock() -> None:
     old = "from paced_fast.sandbox import client\nclient._BOOT = client._BOOT.replace('import keeper', "
     old += "'import kernel, keeper\\nkernel.landlock_abi = lambda: 2', 1)\n"
@@ -338,6 +351,7 @@ def test_bubblewrap_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPat
         open_sandbox("bubblewrap")
 
 
+@pytest.mark.process
 def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     opened("fork_server", workers=1).close()
     monkeypatch.setattr("paced_fast.sandbox.choice._KINDS", {"fork_server": "plain", "bubblewrap": "plain"})
@@ -348,6 +362,7 @@ def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch
         open_sandbox("fork_server")
 
 
+@pytest.mark.process
 def test_unsafe_still_limits_and_reaps() -> None:
     box = opened("unsafe", workers=1, seconds=0.5)
     try:
@@ -371,6 +386,7 @@ def _bytes(path: Path) -> bytes:
         return b""
 
 
+@pytest.mark.process
 def test_a_keeper_that_dies_costs_one_retry(box: Sandbox) -> None:
     assert box.run("print(1)").stdout == b"1\n"
     for keeper in box.keepers():
@@ -389,6 +405,7 @@ def test_a_keeper_that_hangs_is_replaced() -> None:
         box.close()
 
 
+@pytest.mark.process
 def test_a_sandbox_that_fails_twice_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     box = opened("fork_server", workers=1)
     try:
@@ -403,6 +420,7 @@ def test_a_sandbox_that_fails_twice_says_so(monkeypatch: pytest.MonkeyPatch) -> 
         box.close()
 
 
+@pytest.mark.process
 def test_programs_from_many_threads_keep_apart(box: Sandbox) -> None:
     with ThreadPoolExecutor(8) as pool:
         outputs = list(pool.map(lambda i: box.run(f"print({i}, input())", str(i).encode()).stdout, range(64)))
@@ -457,6 +475,7 @@ def test_a_thousand_runs_leave_nothing() -> None:
     check_that_runs_leave_nothing("fork_server", 1000)
 
 
+@pytest.mark.process
 def test_closing_ends_every_process() -> None:
     box = opened("fork_server", workers=2)
     with ThreadPoolExecutor(2) as pool:
@@ -561,6 +580,7 @@ box.close()
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_package_may_lie_in_the_folder_that_is_scratch_inside(backend: str, tmp_path: Path) -> None:
     """As a clone in /tmp does; and installed packages are nothing that a program finds."""

@@ -143,6 +143,7 @@ def _start(*words: str) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.process
 def test_a_process_that_hangs_in_c_leaves_at_the_second_signal() -> None:
     process = _start(_HUNG)
     try:
@@ -158,6 +159,7 @@ def test_a_process_that_hangs_in_c_leaves_at_the_second_signal() -> None:
         process.communicate()
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
 def test_a_rank_whose_launcher_is_gone_stops() -> None:
     launcher = _start(_LEFT, _RANK)

@@ -44,10 +44,12 @@ def begin(folder: Path, *words: str, **more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(["bash", str(SCRIPT), *words], env=environment, text=True, stderr=subprocess.PIPE)
 
 
+@pytest.mark.process
 def test_the_recipe_is_bash() -> None:
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
 
 
+@pytest.mark.process
 def test_without_a_run_folder_it_says_how_it_is_used(tmp_path: Path) -> None:
     script = begin(tmp_path, "qwen_math_7b")
     _, complaint = script.communicate(timeout=20)
@@ -55,6 +57,7 @@ def test_without_a_run_folder_it_says_how_it_is_used(tmp_path: Path) -> None:
     assert "--run-dir FOLDER" in complaint
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("status", ["0", "3"])
 def test_the_ranks_are_asked_to_stop_and_the_job_is_queued_again(tmp_path: Path, status: str) -> None:
     script = begin(tmp_path, "qwen_math_7b", "--run-dir", "runs/x", RANKS_END_WITH=status)

@@ -93,6 +93,7 @@ def run_ranks(folder: Path, backends: tuple[str, ...]) -> list[list]:
             process.join()
 
 
+@pytest.mark.process
 def test_replicas_on_two_ranks_are_equal_and_draw_the_same(tmp_path: Path) -> None:
     """One rank runs the kernels, the other the reference: not even the implementation splits them."""
     answers = run_ranks(tmp_path, ("triton" if IS_INTERPRETED else "reference", "reference"))

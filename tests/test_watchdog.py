@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
+from steady import LIMIT_SECONDS, wait_for
 
 from paced_fast import distributed, train, watchdog
 from paced_fast.distributed import ALONE, World
@@ -37,11 +38,52 @@ def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
         yield lambda: [record.getMessage() for record in caplog.records]
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+class Simulated:
+    """A clock that stands in for the module `time` in the watchdog, and moves when all that watch are waiting."""
+
+    def __init__(self, dogs: list[Watchdog]) -> None:
+        self.now, self.is_over, self.moved = 1000.0, False, threading.Condition()
+        self.waiting: dict[int, float] = {}  # by number of the dog, until when
+        self.dogs = dogs
+        for i, dog in enumerate(dogs):
+            dog._stop = _Waits(self, i)  # type: ignore[assignment]
+
+    def monotonic(self) -> float:
+        return self.now
+
+    time = monotonic
+
+    def advance(self, seconds: float) -> None:
+        """Let so much time pass; of those whose waits end together the first dog goes on first."""
+        end = self.now + seconds
+        while True:
+            wait_for(lambda: len(self.waiting) == len(self.dogs))
+            with self.moved:
+                until, first = min((until, i) for i, until in self.waiting.items())
+                self.now = max(self.now, min(until, end))
+                if until > end:
+                    return
+                del self.waiting[first]
+                self.moved.notify_all()
+
+
+@dataclass
+class _Waits:
+    """An event as the watchdog uses it, on the simulated clock."""
+
+    clock: Simulated
+    number: int
+
+    def wait(self, seconds: float) -> bool:
+        with self.clock.moved:
+            self.clock.waiting[self.number] = self.clock.now + seconds
+            self.clock.moved.wait_for(lambda: self.clock.is_over or self.number not in self.clock.waiting)
+        return self.clock.is_over
+
+    def set(self) -> None:
+        with self.clock.moved:
+            self.clock.is_over = True
+            self.clock.moved.notify_all()
 
 
 def test_a_stall_is_reported_with_phase_step_and_stacks(
@@ -70,13 +112,20 @@ def test_a_stall_that_goes_on_is_reported_each_time_it_has_doubled(lines: Callab
 
 
 @pytest.mark.parametrize("call", ["phase", "progress"])
-def test_nothing_is_said_while_the_run_goes_on(lines: Callable[[], list[str]], call: str) -> None:
-    with Watchdog(ALONE, stall_seconds=0.5) as dog:
-        for _ in range(60):  # far longer than a stall in all, and each wait far shorter
+def test_nothing_is_said_while_the_run_goes_on(
+    lines: Callable[[], list[str]], call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dog = Watchdog(ALONE, stall_seconds=10.0)
+    clock = Simulated([dog])
+    monkeypatch.setattr(watchdog, "time", clock)
+    with dog:
+        for _ in range(20):  # twenty stalls long in all, and each wait a little shorter than one
             dog.phase("generate") if call == "phase" else dog.progress()
-            time.sleep(0.02)
+            clock.advance(8.9)
         assert dog.reports == []
-    assert lines() == []
+        assert lines() == []
+        clock.advance(4.0)
+        assert [10 < seconds < 12 for seconds in dog.reports] == [True]
 
 
 def place(rank: int, phase: str = "update", beats: int = 5, exchange: str = "", looked: float = 100.0) -> Place:
@@ -117,15 +166,20 @@ def test_who_is_behind_and_what_the_others_wait_for(places: list[Place], expecte
     assert describe({p.rank: p for p in places}, size, now=100.0, silent_seconds=9.0) == expected
 
 
-def test_ranks_see_each_other_and_the_lead_speaks(lines: Callable[[], list[str]]) -> None:
+def test_ranks_see_each_other_and_the_lead_speaks(
+    lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     notes = Notes()
-    dogs = [Watchdog(World(rank, 2), stall_seconds=0.3, board=notes, name="x") for rank in (0, 1)]
+    dogs = [Watchdog(World(rank, 2), stall_seconds=30.0, board=notes, name="x") for rank in (0, 1)]
+    clock = Simulated(dogs)
+    monkeypatch.setattr(watchdog, "time", clock)
     with dogs[0], dogs[1]:
         for dog in dogs:
             dog.count = lambda: 2
             dog.phase("generate")
         dogs[1].phase("update")
-        wait_for(lambda: all(dog.reports for dog in dogs))
+        clock.advance(45.0)
+    assert [len(dog.reports) for dog in dogs] == [1, 1]
     said = {line.split(":")[0]: line for line in lines()}
     assert said["rank 0"].endswith(
         "; rank 0 is behind, in generate, step 2; rank 1 waiting in update, step 2; its stacks:"
@@ -173,7 +227,7 @@ def test_a_thread_in_an_exchange_is_seen_there(monkeypatch: pytest.MonkeyPatch) 
 
     def stuck(parts: list[torch.Tensor], own: torch.Tensor, group: None = None) -> None:
         entered.set()
-        leave.wait(20)
+        leave.wait(LIMIT_SECONDS)
         for part in parts:
             part.copy_(own)
 
@@ -184,7 +238,7 @@ def test_a_thread_in_an_exchange_is_seen_there(monkeypatch: pytest.MonkeyPatch) 
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    entered.wait(20)
+    assert entered.wait(LIMIT_SECONDS)
     try:
         frame = watchdog.sys._current_frames()[thread.ident or 0]
         assert watchdog._exchange_of(frame) == "any"

@@ -18,11 +18,13 @@ from paced_fast.errors import InputError
 from paced_fast.sandbox.client import Box
 from paced_fast.sandbox.harness import SCRATCH
 from paced_fast.sandbox.kernel import NOBODY, TRUNCATION
-from paced_fast.sandbox.limits import Limits, Sandbox, SandboxError
+from paced_fast.sandbox.limits import Limits, Sandbox, SandboxError, SandboxTimeout
 
 logger = logging.getLogger(__name__)
 
 _KINDS = {"fork_server": "fork", "bubblewrap": "bwrap", "unsafe": "plain"}
+_PATIENT = Limits(seconds=120.0, start_seconds=120.0, cpu_seconds=60)
+"""Of the program that tries the sandbox: a user's limits are for programs to be judged, and may be far tighter."""
 _NAMESPACES = "namespaces (pid, net, ipc, uts, mount)"
 _ANYWAY = "--reward.sandbox unsafe runs programs without isolation, as yourself"
 
@@ -67,7 +69,7 @@ def open_sandbox(name: str = "auto", limits: Limits | None = None, workers: int 
     must be asked for by name.
 
     Raises:
-        InputError: this machine cannot isolate as asked; says what is missing.
+        InputError: this machine cannot isolate as asked; says what is missing, or that it was not known in time.
     """
     limits = limits or Limits()
     workers = workers or os.cpu_count() or 1
@@ -113,6 +115,12 @@ def _try(name: str, limits: Limits, workers: int) -> tuple[Box | None, str]:
             broken = _self_test(box)
             weak = broken != ""
             missing += [broken] if weak else []
+    except SandboxTimeout as error:
+        box.close()
+        raise InputError(
+            f"--reward.sandbox {name}: {error}, which is a limit of time and says nothing of what it lacks: try again "
+            "when this machine is less busy"
+        ) from error
     except SandboxError as error:
         weak, missing = True, [f"a working start ({error})"]
     reason = " and ".join(missing)
@@ -130,15 +138,20 @@ def _is_weak(name: str, layers: dict[str, Any]) -> bool:
 
 
 def _self_test(box: Box) -> str:
-    """What the sandbox lacks, as a few attacks show; empty when they are held and an honest program works."""
+    """What the sandbox lacks, as a few attacks show; empty when they are held and an honest program works.
+
+    Raises SandboxTimeout when that is not known in time.
+    """
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         secret, target = Path(folder, "secret"), Path(folder, "written")
         secret.write_text("secret")
         secret.chmod(0o644)
         given = json.dumps([os.getpid(), str(secret), str(target)])
-        outcome = box.run(_SELF_TEST, given.encode())
+        outcome = box.run(_SELF_TEST, given.encode(), _PATIENT)
         written = target.exists()
+    if outcome.ended == "timeout":
+        raise SandboxTimeout(f"a program that tries it does not end within {_PATIENT.seconds:g} s")
     try:
         first, *more = outcome.stdout.splitlines()
         got = {*json.loads(first), *(["a program"] if more else [])}

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from paced_fast.sandbox.limits import Ending, Limits, Outcome, SandboxError
+from paced_fast.sandbox.limits import Ending, Limits, Outcome, SandboxError, SandboxTimeout
 
 _PACKAGE = str(Path(__file__).resolve().parent)
 # Makes the modules of this folder importable under their names without what else the trainer's packages import.
@@ -31,6 +31,7 @@ from paced_fast.sandbox import keeper
 """
 _CHUNK = 1 << 16
 _GRACE_SECONDS = 10.0
+_HELLO_SECONDS = 60.0
 
 
 class Keeper:
@@ -58,7 +59,7 @@ class Keeper:
             theirs.close()
         self._socket = ours
         try:
-            hello = self._receive(time.monotonic() + 60.0)
+            hello = self._receive(_HELLO_SECONDS)
             if "failed" in hello:
                 raise SandboxError(hello["failed"])
         except SandboxError:
@@ -75,6 +76,8 @@ class Keeper:
             socket.send_fds(self._socket, [json.dumps({"limits": request}).encode()], descriptors)
             self._socket.settimeout(limits.start_seconds)
             message, received, _, _ = socket.recv_fds(self._socket, 8, 1)
+        except TimeoutError as error:
+            raise SandboxTimeout(f"its keeper starts no process within {limits.start_seconds:g} s") from error
         except OSError as error:
             raise SandboxError(f"its keeper failed: {error}") from error
         if message != b"started\n" or len(received) != 1:
@@ -83,7 +86,7 @@ class Keeper:
 
     def status(self) -> dict[str, Any]:
         """Of the process last started, which has ended."""
-        return self._receive(time.monotonic() + _GRACE_SECONDS)
+        return self._receive(_GRACE_SECONDS)
 
     def close(self) -> None:
         """End it; what it still runs ends with it."""
@@ -94,12 +97,14 @@ class Keeper:
             self._process.kill()
             self._process.wait()
 
-    def _receive(self, deadline: float) -> dict[str, Any]:
-        data = b""
+    def _receive(self, seconds: float) -> dict[str, Any]:
+        data, deadline = b"", time.monotonic() + seconds
         while not data.endswith(b"\n"):
             self._socket.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 part = self._socket.recv(_CHUNK)
+            except TimeoutError as error:
+                raise SandboxTimeout(f"its keeper does not answer within {seconds:g} s") from error
             except OSError as error:
                 raise SandboxError(f"its keeper does not answer: {error}") from error
             if not part:
@@ -136,6 +141,8 @@ class Program:
         if ready != b"ready":
             reason = ready or bytes(self._received[self._stderr])
             self.release()
+            if self._ending == "timeout":
+                raise SandboxTimeout(f"no program gets ready within {limits.start_seconds:g} s")
             raise SandboxError(f"no program gets ready: {reason.decode(errors='replace').strip() or 'it died'}")
         self._began = time.monotonic()
 

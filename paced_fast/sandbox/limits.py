@@ -52,6 +52,10 @@ class SandboxError(RuntimeError):
     """The sandbox failed, so nothing is known of the program: it is neither right nor wrong."""
 
 
+class SandboxTimeout(SandboxError):
+    """The sandbox did not get ready in time: it may lack nothing and the machine be busy."""
+
+
 class Session(Protocol):
     """A program whose function is called again and again."""
 
