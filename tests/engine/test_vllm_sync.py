@@ -59,3 +59,24 @@ def test_two_types_are_pushed_to(llama: Any) -> None:
     other = tiny_llama(dtype=torch.bfloat16)
     with pytest.raises(InputError, match=r"embed_tokens.weight is bfloat16 and the engine's is float32"):
         connect(llama.generator, other, WeightSyncConfig(mode="shared"))
+
+
+def test_engines_of_others_keep_plain_matrices_while_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without starting one: the loader takes the mark that the packing of every processor respects."""
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from paced_fast.engine import plain_matrices
+
+    monkeypatch.setattr(DefaultModelLoader, "load_weights", lambda *arguments: None)
+    layer = torch.nn.Module()
+    layer.quant_method = object()
+    usual = type(get_model_loader(LoadConfig()))
+    with plain_matrices():
+        get_model_loader(LoadConfig()).load_weights(layer, None)
+        assert layer._cpu_skip_gemm_dispatch is True
+        with pytest.raises(KeyError), plain_matrices():
+            raise KeyError
+        assert type(get_model_loader(LoadConfig())) is not usual
+    assert type(get_model_loader(LoadConfig())) is usual

@@ -45,6 +45,7 @@ def test_three_generations_of_a_colocated_engine(tmp_path: Path, changes: dict[s
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
+    assert found["packed"] == []
     assert found["batches"] == 3
     assert found["moved"] > 9e-3
     ratios = found["ratios"]
