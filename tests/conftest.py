@@ -28,8 +28,26 @@ settings.register_profile("paced", deadline=None, derandomize=True, database=Non
 settings.load_profile("paced")
 
 
-_LONGEST: tuple[str, ...] = ()
-"""Modules of tests by what they take, the longest first; all others take less than ten seconds."""
+_LONGEST = (
+    "test_optimizer_ranks",
+    "test_ranks",
+    "test_faults_processes",
+    "test_integrations_trl_sharded",
+    "test_seeded_faults",
+    "test_train_cpu",
+    "test_math_rewards",
+    "test_faults_checkpoint",
+    "test_triton_rows",
+    "test_compile",
+    "test_trainer_benchmark",
+    "test_scheduler",
+    "test_operators",
+    "test_distributed_head",
+    "test_integrations_trl",
+    "test_integrations_trl_vllm",
+    "test_vllm_train",
+)
+"""Modules of tests that take long, the longest first; each of the others takes seconds."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

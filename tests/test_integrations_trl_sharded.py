@@ -6,6 +6,7 @@ a GPU.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("trl", reason="needs trl: pip install 'paced-fast[trl]'")
 import tiny_trl_sharded
 from test_integrations_trl import assert_same, launch, our_parameters
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.process]
 
 SPLIT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 FSDP2: dict[str, Any] = {**SPLIT, "sharding": {"version": 2}}
@@ -52,19 +53,38 @@ ZERO_RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+# What `make test` runs of those: each version of FSDP, each loss, each kind of weights, each stage that splits more.
+SAMPLED = ("fsdp2", "fsdp2, tied, log-probs", "fsdp1, tied", "twice", "lora, log-probs", "zero 2", "zero 3, tied")
+
+
+def marked(runs: dict[str, Any]) -> list[Any]:
+    """The names of `runs`, those that are not sampled for `make test-all` only."""
+    return [name if name in SAMPLED else pytest.param(name, marks=pytest.mark.exhaustive) for name in runs]
+
+
+def chosen(request: pytest.FixtureRequest) -> set[str]:
+    """The names of the runs that this session looks at."""
+    here = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    return {item.callspec.params["name"] for item in here}
+
+
 @pytest.fixture(scope="module")
-def fsdp(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def fsdp(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     pytest.importorskip("peft", reason="needs peft: pip install 'paced-fast[trl]'")
-    runs = {**FSDP_RUNS, "learned": {**FSDP2, "log_z": "learned"}}
-    for name, changes in OTHERS.items():
-        runs |= {f"{name}, ddp": changes, f"{name}, fsdp2": {**changes, "sharding": {"version": 2}}}
+    names = chosen(request)
+    runs = {name: changes for name, changes in FSDP_RUNS.items() if name in names}
+    runs["learned"] = {**FSDP2, "log_z": "learned"}
+    for name in OTHERS.keys() & names:
+        runs |= {f"{name}, ddp": OTHERS[name], f"{name}, fsdp2": {**OTHERS[name], "sharding": {"version": 2}}}
     return launch(tmp_path_factory.mktemp("fsdp"), program="tiny_trl_sharded.py", runs=runs)
 
 
 @pytest.fixture(scope="module")
-def zero(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def zero(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     pytest.importorskip("deepspeed", reason="needs deepspeed: pip install deepspeed")
-    runs = {**ZERO_RUNS, "learned": {**SPLIT, "stage": 2, "log_z": "learned"}}
+    names = chosen(request)
+    runs = {name: changes for name, changes in ZERO_RUNS.items() if name in names}
+    runs |= {"learned": {**SPLIT, "stage": 2, "log_z": "learned"}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         return launch(tmp_path_factory.mktemp("zero"), program="tiny_trl_sharded.py", runs=runs)
@@ -82,7 +102,7 @@ def assert_ours(first: dict[str, Any], second: dict[str, Any], *, is_tied: bool)
     assert_same(state, our_parameters(steps, tiny_trl_sharded.model(is_tied=is_tied)))
 
 
-@pytest.mark.parametrize("name", FSDP_RUNS)
+@pytest.mark.parametrize("name", marked(FSDP_RUNS))
 def test_fsdp_makes_the_updates_of_our_trainer(fsdp: list[dict[str, Any]], name: str) -> None:
     first, second = (rank[name] for rank in fsdp)
     assert any(unit.endswith("model.layers.1") for unit in first["units"])
@@ -90,7 +110,7 @@ def test_fsdp_makes_the_updates_of_our_trainer(fsdp: list[dict[str, Any]], name:
     assert_ours(first, second, is_tied="tied" in name)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", marked(OTHERS))
 def test_fsdp_makes_the_updates_of_ddp(fsdp: list[dict[str, Any]], name: str) -> None:
     for rank in fsdp:
         found, expected = rank[f"{name}, fsdp2"], rank[f"{name}, ddp"]
@@ -102,7 +122,7 @@ def test_fsdp_makes_the_updates_of_ddp(fsdp: list[dict[str, Any]], name: str) ->
         assert_same(found["state"], expected["state"])
 
 
-@pytest.mark.parametrize("name", ZERO_RUNS)
+@pytest.mark.parametrize("name", marked(ZERO_RUNS))
 def test_zero_makes_the_updates_of_our_trainer(zero: list[dict[str, Any]], name: str) -> None:
     first, second = (rank[name] for rank in zero)
     assert_ours(first, second, is_tied="tied" in name)
