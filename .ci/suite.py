@@ -76,6 +76,7 @@ class Step:
             (i for i, line in enumerate(self.lines) if "short test summary info" in line), default=len(self.lines)
         )
         named = [line for line in self.lines[start:] if line.startswith(("FAILED ", "ERROR "))]
+        named = [re.sub(r"@\w+(?= |$)", "", line, count=1) for line in named]  # the group that xdist adds to a name
         return [f"{self.name}: {line}" for line in named] or [f"{self.name}: ended with status {self.status}"]
 
 
@@ -94,8 +95,8 @@ def workers() -> str:
 def rounds(tier: str, options: list[str]) -> list[list[Step]]:
     """The steps of a tier."""
 
-    def tests(name: str, kinds: str, *where: str, folder: str = ".venv", at_once: bool = True) -> Step:
-        spread = ["-n", workers(), "--dist", "loadfile", "--no-loadscope-reorder"] if at_once else []
+    def tests(name: str, kinds: str, *where: str, folder: str = ".venv", spread_by: str = "loadfile") -> Step:
+        spread = ["-n", workers(), "--dist", spread_by, "--no-loadscope-reorder"] if spread_by else []
         words = [f"{folder}/bin/python", "-m", "pytest", *where, "-q", "-rfE", "-m", kinds, *spread]
         return Step(name, [*words, "--durations", "15", *options])
 
@@ -105,12 +106,12 @@ def rounds(tier: str, options: list[str]) -> list[list[Step]]:
     rest = " and (exhaustive or not exhaustive)" if tier == "test-all" else " and not exhaustive"
     found = [
         [*lint, tests("tests", f"not alone and not faults{rest}")],
-        [tests("tests, one at a time", f"alone and not faults{rest}", at_once=False)],
-        [tests("engine", f"not faults{rest}", "tests/engine", folder=".venv-vllm")],
+        [tests("tests, one at a time", f"alone and not faults{rest}", spread_by="")],
+        [tests("engine", f"not faults{rest}", "tests/engine", folder=".venv-vllm", spread_by="loadgroup")],
     ]
     if tier == "test-all":
         counted = [".venv/bin/python", "-m", "benchmarks.run", "faults", "--json", ".cache/faults.json"]
-        matrix = tests("faults", "faults", "-k", "not counted and not whole_matrix", at_once=False)
+        matrix = tests("faults", "faults", "-k", "not counted and not whole_matrix", spread_by="")
         found += [[Step("faults, counted", counted)], [matrix]]
         # Other sets of versions come here, a round for each.
     return found

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from paced_fast import distributed
 from paced_fast.distributed import ALONE
 
-EXCHANGE_SECONDS = 60.0
+EXCHANGE_SECONDS = 180.0
 """After so long an exchange fails that some rank does not join."""
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -87,7 +87,7 @@ def started(
             answer.close()
 
 
-def on_ranks(size: int, act: Callable[..., Any], *arguments: Any, seconds: float = 120.0) -> list[Any]:
+def on_ranks(size: int, act: Callable[..., Any], *arguments: Any, seconds: float = 600.0) -> list[Any]:
     """What `act(world, *arguments)` returned on each of `size` ranks.
 
     Raises AssertionError with the tracebacks of those where it failed, and the names of those that died or are late.

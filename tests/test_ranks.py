@@ -23,7 +23,7 @@ from paced_fast.sharing import gather_completions, gather_scores, shared_judge, 
 
 import_ahead("pytest", "paced_fast.train", "tiny_run")
 
-SECONDS = 180.0
+SECONDS = 600.0
 
 
 def trained(world: World, config: Config) -> str:

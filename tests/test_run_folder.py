@@ -31,10 +31,10 @@ RunLock().take(Path(sys.argv[1]))
 child = os.fork()
 if child:
     print(child, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 else:
     os.close(1)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

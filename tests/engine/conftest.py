@@ -12,9 +12,15 @@ import torch
 from transformers import PreTrainedModel
 from vllm_sides import Side, tiny_llama, tiny_qwen2
 
+_SHARING = ("test_vllm_generate", "test_vllm_parity", "test_vllm_sync")
+"""Modules whose tests use the engines below: one worker has them all, so that each engine is started once."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips everything here where vLLM is not installed."""
+    """Says which tests share a worker, and skips everything here where vLLM is not installed."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.xdist_group("engines" if item.path.stem in _SHARING else item.path.stem))
     if util.find_spec("vllm") is None:
         here = Path(__file__).parent
         for item in items:

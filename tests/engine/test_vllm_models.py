@@ -94,7 +94,12 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("make", [tiny_mistral, tiny_qwen3, tiny_gemma, tiny_gemma3])
+rest = pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize(
+    "make", [pytest.param(tiny_mistral, marks=rest), tiny_qwen3, pytest.param(tiny_gemma, marks=rest), tiny_gemma3]
+)
 def test_other_families_are_shared_and_follow_every_update(
     make: Callable[[], PreTrainedModel], start: Callable[..., Any]
 ) -> None:

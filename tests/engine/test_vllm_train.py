@@ -141,7 +141,9 @@ def test_a_failure_while_sampling_ends_the_run_with_its_checkpoint(finished: tup
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_000002"]
 
 
-@pytest.mark.parametrize("options", [("shared",), ("push", "--weight-sync.tensor-parallel", "2")])
+@pytest.mark.parametrize(
+    "options", [pytest.param(("shared",), marks=pytest.mark.exhaustive), ("push", "--weight-sync.tensor-parallel", "2")]
+)
 def test_two_ranks_take_the_steps_of_one(finished: tuple[Path, Path], tmp_path: Path, options: tuple[str, ...]) -> None:
     """Each with an engine of its own, or both with the halves of one."""
     whole, cache = finished

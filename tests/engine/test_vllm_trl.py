@@ -21,13 +21,16 @@ pytestmark = pytest.mark.skipif(util.find_spec("trl") is None, reason="needs trl
     "changes",
     [
         {},
-        {
-            "vllm_importance_sampling_mode": "sequence_truncate",
-            "vllm_importance_sampling_clip_max": 1.001,
-            "steps_per_generation": 2,
-            "per_device_train_batch_size": 4,
-            "max_steps": 6,
-        },
+        pytest.param(
+            {
+                "vllm_importance_sampling_mode": "sequence_truncate",
+                "vllm_importance_sampling_clip_max": 1.001,
+                "steps_per_generation": 2,
+                "per_device_train_batch_size": 4,
+                "max_steps": 6,
+            },
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=["defaults", "truncated"],
 )
