@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TIERS = ("check", "test", "test-all")
 GIB_A_WORKER = 3
 """The largest tests hold about two."""
 LINT = ["ruff check .", "ruff format --check .", "pyright --pythonpath .venv/bin/python"]
@@ -63,10 +64,10 @@ class Step:
         return f"\n>>> {self.name}: {' '.join(self.words)}"
 
     def summary(self) -> str:
-        """How it ended, in pytest's own words where it is one."""
-        closing = [line.strip("= ") for line in self.lines if re.match(r"=+ .* in \d[\d.]*s", line)]
+        """How it ended, and under it the line with which a pytest closed."""
+        closing = [line for line in self.lines if re.match(r"=* ?(\d+|no) [a-z]+.* in \d[\d.]*s", line)]
         state = "ok" if self.status == 0 else f"FAILED ({self.status})"
-        return f"{self.name}: {state} after {self.seconds:.0f} s" + (f": {closing[-1]}" if closing else "")
+        return "\n".join([f"{self.name}: {state} after {self.seconds:.0f} s", *closing[-1:]])
 
     def failures(self) -> list[str]:
         """The tests that failed, or the step itself where no test says why."""
@@ -97,7 +98,7 @@ def rounds(tier: str, options: list[str]) -> list[list[Step]]:
 
     def tests(name: str, kinds: str, *where: str, folder: str = ".venv", spread_by: str = "loadfile") -> Step:
         spread = ["-n", workers(), "--dist", spread_by, "--no-loadscope-reorder"] if spread_by else []
-        words = [f"{folder}/bin/python", "-m", "pytest", *where, "-q", "-rfE", "-m", kinds, *spread]
+        words = [f"{folder}/bin/python", "-m", "pytest", *where, "-rfE", "-m", kinds, *spread]
         return Step(name, [*words, "--durations", "15", *options])
 
     lint = [Step(line.split()[0], [f".venv/bin/{line.split()[0]}", *line.split()[1:]]) for line in LINT]
@@ -136,4 +137,6 @@ def main(tier: str, *options: str) -> int:
 
 
 if __name__ == "__main__":
+    if not set(sys.argv[1:2]) & set(TIERS):
+        sys.exit(f"suite.py: name a tier: {', '.join(TIERS)}")
     sys.exit(main(*sys.argv[1:]))
