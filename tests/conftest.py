@@ -49,6 +49,18 @@ _LONGEST = (
 )
 """Modules of tests that take long, the longest first; each of the others takes seconds."""
 
+_SAMPLED = (
+    "test_triton_rows",
+    "test_scheduler",
+    "test_operators",
+    "test_integrations_trl_vllm",
+    "test_kernel_edges",
+    "test_tree_ranks",
+    "test_kernel_memory",
+    "test_triton_tree",
+)
+"""Modules of which `make check` runs every fifth test: the kernels in the interpreter, and statistics."""
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips what this machine cannot run; everything below tests/gpu needs a GPU without saying so.
@@ -61,6 +73,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out = [item for item in items if item.get_closest_marker(name)]
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if not item.get_closest_marker(name)]
+    if _is_check(config):
+        left_out = [item for k, item in enumerate(items) if item.path.stem in _SAMPLED and k % 5]
+        config.hook.pytest_deselected(items=left_out)
+        kept = set(items) - set(left_out)
+        items[:] = [item for item in items if item in kept]
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
     here = Path(__file__).parent
     for item in items:
@@ -72,11 +89,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def _is_check(config: pytest.Config) -> bool:
+    """Whether this is `make check`, which leaves out what starts processes."""
+    return "not process" in config.option.markexpr
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_process(request: pytest.FixtureRequest) -> Iterator[None]:
     """Where tests that start processes are left out, one that does so all the same is told to say so; git may run."""
     with pytest.MonkeyPatch.context() as patch:
-        if "not process" in request.config.option.markexpr:
+        if _is_check(request.config):
             for owner, name in (
                 (os, "fork"),
                 (os, "posix_spawn"),
