@@ -100,3 +100,13 @@ def test_a_model_without_such_layers_is_refused() -> None:
     made.supports_gradient_checkpointing = False
     with pytest.raises(InputError, match=f"^--model.gradient-checkpointing: {monkey.__name__} has no layers"):
         Policy(made, max_tokens=10, checkpoint=True)
+
+
+def test_layers_that_no_forward_pass_reaches_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny_families.model("llama")
+    policy = Policy(made, max_tokens=4096, checkpoint=True)
+    for layer in made.model.layers:
+        monkeypatch.delattr(layer, "forward")  # as if the model called them by another way
+    policy.hidden(ROLLOUTS)
+    with pytest.raises(InputError, match=r"^--model.gradient-checkpointing: the layers of LlamaForCausalLM are not"):
+        policy.hidden(ROLLOUTS)

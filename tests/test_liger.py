@@ -68,6 +68,33 @@ def test_a_model_computes_the_same_through_them(family: str, norms: int, calls: 
     assert {name: calls.count(name) for name in set(calls)} == {"norm": norms, "swiglu": 2, "rope": 2}
 
 
+def plain(self: Any, hidden_states: Tensor, **options: Any) -> tuple[Tensor, None]:
+    return hidden_states, None
+
+
+def test_attention_without_the_rotary_function_is_named(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", plain)
+    said = use_liger("auto", tiny_families.model("llama"))
+    assert said == "on (5 RMSNorm, 2 SwiGLU and rotary embeddings; 2 rotary embeddings are left as they are)"
+    with pytest.raises(
+        InputError, match=r"^--model.liger on: 2 attention layers of llama do not call apply_rotary_pos"
+    ):
+        use_liger("on", tiny_families.model("llama"))
+
+
+def test_decorated_attention_is_followed(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = modeling_llama.LlamaAttention.forward
+
+    def decorated(self: Any, *args: Any, **options: Any) -> Any:
+        return inner(self, *args, **options)
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", decorated)
+    made = tiny_families.model("llama")
+    use_liger("on", made)
+    Policy(made, max_tokens=4096).logprobs(ROLLOUTS, 1.0)
+    assert calls.count("rope") == 2
+
+
 def test_no_other_model_is_changed(calls: list[str]) -> None:
     one, other = tiny_families.model("llama"), tiny_families.model("llama")
     rotary = modeling_llama.apply_rotary_pos_emb

@@ -1,14 +1,23 @@
-"""Gradient checkpointing: the backward pass computes a layer again instead of keeping its activations."""
+"""Gradient checkpointing: the backward pass computes a layer again instead of keeping its activations.
+
+transformers has a switch of its own for this; what it asks of a layer changes with the release, and where it is not met
+the switch does nothing. So the layers are wrapped here, one by one, and it is checked that they ran through it.
+"""
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from paced_fast.errors import InputError
+
+_ARMED = "_computes_again"
+"""Attribute of a layer: its next forward pass keeps its input only."""
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -19,25 +28,35 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
             f"--model.gradient-checkpointing: {type(model).__name__} has no layers that can be computed again: "
             "leave it out"
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.disable_input_require_grads()  # embeddings get a gradient where they are trained, and need none elsewhere
     for layer in layers:
-        if _calm not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(_calm)
+        layer.forward = types.MethodType(_forward, layer)
 
 
 def checkpoint_next_forward(model: PreTrainedModel) -> None:
-    """The layers of the next forward pass keep their input only.
+    """The layers of the next forward pass keep their input only, if it keeps gradients at all.
 
-    transformers checkpoints a layer that is in train mode when it is called. It is so until it runs, alone and without
-    its parts: dropout stays off, and sampling, which keeps keys and values, is not affected.
+    Sampling, which keeps keys and values, is not affected: it arms nothing. Raises InputError when none of the layers
+    was reached by the forward pass before this one.
     """
-    for layer in _layers(model):
-        layer.training = True
+    layers = _layers(model)
+    if all(getattr(layer, _ARMED, False) for layer in layers):
+        raise InputError(
+            f"--model.gradient-checkpointing: the layers of {type(model).__name__} are not called by this version of "
+            "transformers: leave it out"
+        )
+    for layer in layers:
+        setattr(layer, _ARMED, True)
 
 
-def _calm(layer: torch.nn.Module, _: Any) -> None:
-    layer.training = False
+def _forward(layer: torch.nn.Module, *args: Any, **options: Any) -> Any:
+    """The forward pass of the layer's class, computed again by the backward pass if the layer is armed."""
+    forward = types.MethodType(type(layer).forward, layer)
+    armed = getattr(layer, _ARMED, False)
+    setattr(layer, _ARMED, False)
+    if armed and torch.is_grad_enabled():
+        # The layers are in evaluation mode and draw no random numbers.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
+    return forward(*args, **options)
 
 
 def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:

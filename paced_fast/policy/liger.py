@@ -31,7 +31,7 @@ def use_liger(setting: str, model: PreTrainedModel, device: torch.device | None 
     if setting == "off" or problem is not None:
         return "off" if setting == "off" else f"off ({problem})"
     kernels = import_module("liger_kernel.transformers.functional")
-    norms, others = 0, 0
+    norms, others, without_rotary = 0, 0, 0
     for module in model.modules():
         kind = type(module).__name__
         if kind.endswith("RMSNorm"):
@@ -41,9 +41,19 @@ def use_liger(setting: str, model: PreTrainedModel, device: torch.device | None 
             module.forward = types.MethodType(_swiglu(kernels), module)
             others += 1
         elif kind.endswith("Attention"):
-            module.forward = types.MethodType(_with_rotary(type(module).forward, kernels), module)
-            others += 1
-    return f"on ({norms} RMSNorm, {others} SwiGLU and rotary embeddings)"
+            forward = _with_rotary(type(module).forward, kernels)
+            if forward is None:
+                without_rotary += 1
+            else:
+                module.forward = types.MethodType(forward, module)
+                others += 1
+    if without_rotary and setting == "on":
+        raise InputError(
+            f"--model.liger on: {without_rotary} attention layers of {model.config.model_type} do not call "
+            f"{_ROTARY} in this version of transformers: give auto, which takes the rest, or off"
+        )
+    left = f"; {without_rotary} rotary embeddings are left as they are" if without_rotary else ""
+    return f"on ({norms} RMSNorm, {others} SwiGLU and rotary embeddings{left})"
 
 
 def _lacks(model: PreTrainedModel, device: torch.device) -> str | None:
@@ -72,8 +82,19 @@ def _swiglu(kernels: Any) -> Any:
 
 
 def _with_rotary(forward: Any, kernels: Any) -> Any:
-    """The layer's own forward pass that finds liger's function where it looks for `apply_rotary_pos_emb`."""
+    """The layer's own forward pass that finds liger's function where it looks for `apply_rotary_pos_emb`.
+
+    None where it does not look for it. Decorators are followed through what they close over.
+    """
+    cells, found = [], _ROTARY in forward.__code__.co_names
+    for cell in forward.__closure__ or ():
+        inside = cell.cell_contents
+        rebuilt = _with_rotary(inside, kernels) if isinstance(inside, types.FunctionType) else None
+        found = found or rebuilt is not None
+        cells.append(cell if rebuilt is None else types.CellType(rebuilt))
+    if not found:
+        return None
     names = {**forward.__globals__, _ROTARY: kernels.liger_rope}
-    copy = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, tuple(cells))
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy
