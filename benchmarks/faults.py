@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import faults_checkpoint, faults_processes
+from benchmarks.faults_resume import CUTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +25,30 @@ class Arguments:
     """Damaged checkpoints."""
     parallel: int = 3
     """Runs with a failing process at a time; those with a stopped rank mostly wait."""
+    cuts: tuple[str, ...] = tuple(map(str, CUTS))
+    """Steps after which a run is killed and resumed."""
+    pieces: tuple[str, ...] = ()
+    """Pieces of state to leave out of a resume whose name contains one of these words; none means all."""
+    cells: tuple[str, ...] = ()
+    """Failing processes to try, FAULT/PHASE; none means all."""
 
 
 def measure(arguments: Arguments, path: Path | None = None) -> dict[str, Any]:
     """All figures; the first line that is wrong ends the process when everything has been counted."""
     started = time.monotonic()
-    checkpoint = faults_checkpoint.measure(arguments.kills, arguments.damages)
+    cuts = tuple(map(int, arguments.cuts))
+    checkpoint = faults_checkpoint.measure(arguments.kills, arguments.damages, cuts, arguments.pieces)
     kill, damage, planted = checkpoint["kill"], checkpoint["damage"], checkpoint["planted_code"]
-    cuts, ablation = checkpoint["resume"]["cuts"], checkpoint["resume"]["ablation"]
+    cut, ablation = checkpoint["resume"]["cuts"], checkpoint["resume"]["ablation"]
     print(
         f"kills {kill['kills']} ({kill['kills_inside_a_save']} inside a save), acknowledged checkpoints "
         f"{kill['acknowledged']}, wrong {kill['wrong']}\ndamaged {damage['damages']}, wrong {damage['wrong']}\n"
-        f"planted code ran {planted['code_ran']} times\ncut points {cuts['cut_points']}, wrong {cuts['wrong']}\n"
+        f"planted code ran {planted['code_ran']} times\ncut points {cut['cut_points']}, wrong {cut['wrong']}\n"
         f"pieces of state left out {ablation['pieces']}, not noticed {ablation['wrong']}",
         flush=True,
     )
-    processes = faults_processes.measure(faults_processes.Arguments(parallel=arguments.parallel))
-    wrong = [*kill["wrong"], *damage["wrong"], *cuts["wrong"], *ablation["wrong"], *processes["shared_memory_left"]]
+    processes = faults_processes.measure(faults_processes.Arguments(parallel=arguments.parallel, only=arguments.cells))
+    wrong = [*kill["wrong"], *damage["wrong"], *cut["wrong"], *ablation["wrong"], *processes["shared_memory_left"]]
     wrong += [outcome for outcome in processes["outcomes"] if not outcome["passed"]]
     if wrong or planted["code_ran"]:
         sys.stderr.write(f"error: {len(wrong)} faults were not borne; the first: {(wrong or [planted])[0]}\n")

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.faults_resume import measure_resume
+from benchmarks.faults_resume import CUTS, measure_resume
 from benchmarks.ranks import import_ahead, on_ranks, started
 from paced_fast import checkpoint
 from paced_fast.checkpoint.folder import FORMAT, _manifest_text, describe
@@ -268,14 +268,16 @@ def _quiet() -> Any:
         logging.disable(level)
 
 
-def measure(kills: int = 100, damages: int = 200) -> dict[str, Any]:
+def measure(
+    kills: int = 100, damages: int = 200, cuts: tuple[int, ...] = CUTS, pieces: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """All figures; a good one is 0 wherever the name says lost, silent, undetected, different or ran."""
     figures: dict[str, Any] = {}
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "kill": lambda: measure_kills(kills),
         "damage": lambda: measure_damage(damages),
         "planted_code": measure_planted_code,
-        "resume": measure_resume,
+        "resume": lambda: measure_resume(cuts, pieces),
     }
     import_ahead("benchmarks.faults_checkpoint")
     with _quiet():

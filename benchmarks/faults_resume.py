@@ -219,8 +219,11 @@ def _resumed(config: Config, forgotten: str) -> str:
     return f"{begun['consecutive_skips']} {_digest(trainer)}"
 
 
-def ablate(world: World, config: Config) -> dict[str, str]:
-    """Piece of the state -> digest of the run that forgot it; "" is the one that forgot nothing."""
+def ablate(world: World, config: Config, only: tuple[str, ...] = ()) -> dict[str, str]:
+    """Piece of the state -> digest of the run that forgot it; "" is the one that forgot nothing.
+
+    `only` leaves the pieces whose name contains one of its words.
+    """
     logging.disable(logging.WARNING)
     quiet()
     place = checkpoint.step_folder(Path(config.run_dir or "", "checkpoints"), _ABLATED_AT)
@@ -231,21 +234,22 @@ def ablate(world: World, config: Config) -> dict[str, str]:
         *(f"counter {name}" for name in counters),
         *(f"generator {name}" for name in checkpoint.random_state()),
     ]
-    return {piece: _resumed(config, piece) for piece in ("", "", *pieces)}
+    wanted = [piece for piece in pieces if not only or any(word in piece for word in only)]
+    return {piece: _resumed(config, piece) for piece in ("", "", *wanted)}
 
 
-def measure_ablation() -> dict[str, Any]:
+def measure_ablation(only: tuple[str, ...] = ()) -> dict[str, Any]:
     """Forget each piece of the state in turn on resume: the run must become another one."""
     with tempfile.TemporaryDirectory() as folder:
         config = settings(Path(folder))
         on_ranks(1, run, dataclasses.replace(config, steps=_ABLATED_AT), seconds=300)
         resumed = dataclasses.replace(config, resume="auto")
-        [found] = on_ranks(1, ablate, resumed, seconds=600)
+        [found] = on_ranks(1, ablate, resumed, only, seconds=600)
     whole = found.pop("")
     undetected = [piece for piece, digest in found.items() if digest == whole and piece not in IDLE]
     return {"pieces": len(found), "idle": IDLE, "undetected": len(undetected), "wrong": undetected}
 
 
-def measure_resume() -> dict[str, Any]:
+def measure_resume(cuts: tuple[int, ...] = CUTS, pieces: tuple[str, ...] = ()) -> dict[str, Any]:
     """Both."""
-    return {"cuts": measure_cuts(), "ablation": measure_ablation()}
+    return {"cuts": measure_cuts(cuts), "ablation": measure_ablation(pieces)}

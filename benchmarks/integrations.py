@@ -45,6 +45,8 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     del path
     if arguments.tokens % 8:
         raise InputError(f"--tokens {arguments.tokens} must be a multiple of 8, for eight completions")
+    if arguments.hidden < 64 or arguments.hidden % 64:
+        raise InputError(f"--hidden {arguments.hidden} must be a multiple of 64, the size of a head")
     taken: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
     with ExitStack() as stack:
         words = json.dumps(asdict(arguments))

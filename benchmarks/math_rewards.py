@@ -49,6 +49,8 @@ class Arguments:
     """Batches of each kind; the methods take turns."""
     seed: int = 0
     """Seed of the batches."""
+    rows: int = 0
+    """Rows of the labelled table, evenly spread over it; 0 means all."""
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
         raise InputError("a batch has 8 answers or more, and there is at least one")
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     rows = [json.loads(line) for line in TABLE.read_text().splitlines()]
+    rows = rows[:: max(1, len(rows) // arguments.rows)] if arguments.rows else rows
     errors = table_errors(rows)
     speeds = throughput(arguments)
     result = {

@@ -12,6 +12,7 @@ import functools
 import multiprocessing
 import statistics
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import curves
-from paced_fast import metrics, train
+from benchmarks.quick import quick
+from paced_fast import train
 from paced_fast.config import Config
 from paced_fast.errors import InputError
 from paced_fast.presets import preset
@@ -72,12 +74,14 @@ class Arguments:
     arms: tuple[str, ...] = tuple(ARMS)
     """Arms to run; `grpo` always runs."""
     workers: int = 2
-    """Runs at a time, one thread each."""
+    """Runs at a time, one thread each; 0 runs them one after another in this process."""
+    quick: bool = False
+    """Toy sizes, to see that everything works."""
 
 
-def arm_config(name: str, seed: int, steps: int) -> Config:
+def arm_config(name: str, seed: int, steps: int, *, toy: bool = False) -> Config:
     """The settings of one run."""
-    config = preset("tiny")
+    config = quick(preset("tiny")) if toy else preset("tiny")
     for key, value in ARMS[name][1].items():
         config = _replace(config, key, value)
     config = dataclasses.replace(
@@ -96,10 +100,10 @@ def _replace(config: Any, key: str, value: Any) -> Any:
     return dataclasses.replace(config, **{head: inner})
 
 
-def run_arm(job: tuple[str, int], *, steps: int, eval_every: int, seconds: float) -> dict[str, Any]:
+def run_arm(job: tuple[str, int], *, steps: int, eval_every: int, seconds: float, toy: bool) -> dict[str, Any]:
     """Train one arm until both the rollout budget and `seconds` of training are used up; its curve and final scores."""
     name, seed = job
-    config = arm_config(name, seed, steps)
+    config = arm_config(name, seed, steps, toy=toy)
     budget, interval = steps * config.rollouts_per_step, eval_every * config.rollouts_per_step
     console = Console(quiet=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,17 +145,14 @@ def _point(run: train.Run, evaluation: Any, rollouts: int, seconds: float) -> di
     point = {
         "rollouts": rollouts,
         "train_seconds": seconds,
-        "accuracy": evaluation.accuracy,
-        "pass_at_8": evaluation.pass_at_8,
-        "distinct_correct": evaluation.distinct_correct,
-        "trivial": evaluation.slices["trivial"]["accuracy"],
+        "accuracy": evaluation.overall.accuracy,
+        "pass_at_8": evaluation.overall.pass_at_8,
+        "distinct_correct": evaluation.overall.distinct_correct,
+        "trivial": evaluation.slices["trivial"].accuracy,
     }
-    log_z = run.trainer.log_z
-    if log_z is not None and run.config.value_is_accuracy and run.eval_embeddings is not None:
-        values, accuracy = log_z.value_of(run.eval_embeddings).tolist(), evaluation.prompt_accuracy
-        point["value_brier"] = metrics.brier_score(values, accuracy)
-        point["value_ece"] = metrics.expected_calibration_error(values, accuracy)
-        point["value_rank_correlation"] = metrics.rank_correlation(values, accuracy)
+    value = train.value_on_held_out(run, evaluation)
+    if value is not None:
+        point |= {f"value_{name}": value[name] for name in ("brier", "ece", "rank_correlation")}
     return point
 
 
@@ -162,15 +163,14 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
         raise InputError(f"unknown arm {unknown[0]!r}: the arms are {', '.join(ARMS)}")
     names = ["grpo", *(name for name in arguments.arms if name != "grpo")]
     seeds = range(arguments.seeds)
-    common = {"steps": arguments.steps, "eval_every": arguments.eval_every}
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.workers, maxtasksperchild=1) as pool:
+    common = {"steps": arguments.steps, "eval_every": arguments.eval_every, "toy": arguments.quick}
+    with _pool(arguments.workers) as pool:
         baseline = _map(pool, functools.partial(run_arm, seconds=0.0, **common), [("grpo", seed) for seed in seeds])
         seconds = statistics.median(run["at_budget"]["train_seconds"] for run in baseline)
         jobs = [(name, seed) for name in names[1:] for seed in seeds]
         others = _map(pool, functools.partial(run_arm, seconds=seconds, **common), jobs)
     runs = {name: [run for run in (*baseline, *others) if run["arm"] == name] for name in names}
-    budget = arguments.steps * arm_config("grpo", 0, arguments.steps).rollouts_per_step
+    budget = arguments.steps * arm_config("grpo", 0, arguments.steps, toy=arguments.quick).rollouts_per_step
     rows = [curves.summarise(name, runs, budget, seconds) for name in names]
     Console(width=170).print(_table(rows))
     titles = {name: ARMS[name][0] for name in names}
@@ -185,9 +185,17 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     }
 
 
+def _pool(workers: int) -> AbstractContextManager[Any]:
+    """Processes that do one job each, or None: this one does them all."""
+    if not workers:
+        return nullcontext()
+    return multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1)
+
+
 def _map(pool: Any, function: Any, jobs: list[tuple[str, int]]) -> list[dict[str, Any]]:
     results = []
-    for done, result in enumerate(pool.imap_unordered(function, jobs), start=1):
+    found = map(function, jobs) if pool is None else pool.imap_unordered(function, jobs)
+    for done, result in enumerate(found, start=1):
         final = result["at_budget"]
         line = f"{done}/{len(jobs)} {result['arm']} seed {result['seed']}: accuracy {result['start']['accuracy']:.3f}"
         print(f"{line} -> {final['accuracy']:.3f} in {final['train_seconds']:.1f} s", flush=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.quick import quick
 from paced_fast import train
 from paced_fast.errors import InputError
 from paced_fast.presets import preset
@@ -36,6 +37,8 @@ class Arguments:
     """First steps left out: warm-up of the scheduler, of caches, of the allocator."""
     seed: int = 0
     """Seed of the run."""
+    quick: bool = False
+    """Toy sizes but for the number of steps, to see that everything works."""
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     del path
     if not 0 <= arguments.skip < arguments.steps:
         raise InputError(f"--skip must be below --steps, got {arguments.skip} and {arguments.steps}")
-    config = preset(arguments.preset)
+    config = quick(preset(arguments.preset)) if arguments.quick else preset(arguments.preset)
     evaluation = dataclasses.replace(config.evaluation, every=0, final_samples=1)
     with tempfile.TemporaryDirectory() as folder:
         run = dataclasses.replace(

@@ -1,6 +1,7 @@
-"""Write the tables of the READMEs from the committed results: `python -m benchmarks.tables` (`--check` only compares).
+"""Write the tables of the READMEs from the committed results: `python -m benchmarks.tables`.
 
-A section is the text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; without its result file it stays as it is.
+`--check` only compares. `--stale` lists the tables whose code has changed since they were measured. A section is the
+text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; without its result file it stays as it is.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compile_kernels, curves, kernel_report
+from benchmarks import compile_kernels, curves, kernel_report, run, stale
 from benchmarks import sandbox as sandbox_case
 
 ROOT = Path(__file__).parent.parent
@@ -19,22 +22,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 READMES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
-FILES = {
-    "sample_efficiency": "sample_efficiency.json",
-    "kernels": "trajectory_balance.json",
-    "compile": "compile.json",
-    "weight_sync": "weight_sync.json",
-    "math_rewards": "math_rewards.json",
-    "sandbox": "sandbox.json",
-    "integrations": "integrations.json",
-    "faults": "faults.json",
-    "trainer": "trainer.json",
-    "trainer_longer": "trainer_longer.json",
-}
-
-
-def _path(section: str) -> Path:
-    return RESULTS / FILES.get(section, f"train_{section}.json")
 
 
 def _environment(result: dict[str, Any]) -> str:
@@ -45,9 +32,8 @@ def _environment(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def sample_efficiency() -> str:
+def sample_efficiency(result: dict[str, Any]) -> str:
     """The comparison of the algorithms as Markdown."""
-    result = json.loads((_path("sample_efficiency")).read_text())
     rows, titles = result["rows"], result["titles"]
     lines = [f"| {' | '.join(curves.COLUMNS)} |", "|" + "---|" * len(curves.COLUMNS)]
     lines += [f"| {titles[row['arm']]} | {' | '.join(curves.cells(row))} |" for row in rows]
@@ -64,9 +50,8 @@ def sample_efficiency() -> str:
     return "\n".join([table, "", _wrapped(note), "", picture])
 
 
-def train_run(name: str) -> str:
+def train_run(result: dict[str, Any]) -> str:
     """A sentence on one run of a preset."""
-    result = json.loads((_path(name)).read_text())
     summary = result["summary"]
 
     def rise(key: str) -> str:
@@ -93,9 +78,8 @@ KERNEL_COLUMNS = (
 )
 
 
-def kernels() -> str:
+def kernels(result: dict[str, Any]) -> str:
     """The comparison of the trajectory-balance loss with peers, its first cell, as Markdown."""
-    result = json.loads(_path("kernels").read_text())
     cell = result["cells"][0]
     lines = [f"| {' | '.join(KERNEL_COLUMNS)} |", "|" + "---|" * len(KERNEL_COLUMNS)]
     lines += [f"| {' | '.join(_kernel_cells(row))} |" for row in kernel_report.ordered(cell) if not row["ceiling"]]
@@ -139,9 +123,8 @@ def _kernel_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def weight_sync() -> str:
+def weight_sync(result: dict[str, Any]) -> str:
     """The ways to get weights into an engine, and short runs with each, as Markdown."""
-    result = json.loads(_path("weight_sync").read_text())
     lines = [
         "| weights | MB copied | seconds (least to largest) | MB resident | MB at the peak |",
         "|---|---|---|---|---|",
@@ -159,16 +142,15 @@ def weight_sync() -> str:
         {_environment(result)}."""
     runs = ["| run of `tiny` | seed | generate s | train s | sync s | reward, last steps | accuracy after |"]
     runs.append("|---|---|---|---|---|---|---|")
-    for run in result["runs"]:
-        seconds = " | ".join(f"{run[key]:.3f}" for key in ("generate", "train", "sync"))
-        name = f"{run['name']} | {run['seed']}"
-        runs.append(f"| {name} | {seconds} | {run['reward']:.3f} | {run['accuracy_after']:.3f} |")
-    return "\n".join([*lines, "", _wrapped(note), "", *runs])
+    for row in result.get("runs", ()):
+        seconds = " | ".join(f"{row[key]:.3f}" for key in ("generate", "train", "sync"))
+        name = f"{row['name']} | {row['seed']}"
+        runs.append(f"| {name} | {seconds} | {row['reward']:.3f} | {row['accuracy_after']:.3f} |")
+    return "\n".join([*lines, "", _wrapped(note), *(["", *runs] if result.get("runs") else [])])
 
 
-def math_rewards() -> str:
+def math_rewards(result: dict[str, Any]) -> str:
     """Errors of the math rewards on the labelled table and their speed, as Markdown."""
-    result = json.loads(_path("math_rewards").read_text())
     table, speeds = result["table"], result["throughput"]
     columns = ["judged by", "wrong answers passed", "right answers failed", "the same, held-out rows only"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
@@ -197,17 +179,15 @@ def math_rewards() -> str:
     return "\n".join([*lines, "", *rates, "", _wrapped(note)])
 
 
-def compiled() -> str:
+def compiled(result: dict[str, Any]) -> str:
     """What the compiler says of every kernel, as Markdown."""
-    result = json.loads(_path("compile").read_text())
     where = result["environment"]
     note = f"Compiled without a GPU, {where['date']}, commit {where['commit']}, triton {where['versions']['triton']}."
     return "\n".join([*compile_kernels.table(result["rows"]), "", note])
 
 
-def sandbox() -> str:
+def sandbox(result: dict[str, Any]) -> str:
     """What each way to run programs holds and costs, as Markdown."""
-    result = json.loads(_path("sandbox").read_text())
     rows = result["rows"]
     ways = "; ".join(row["strength"] for row in rows.values() if row["strength"])
     note = f"""
@@ -216,9 +196,8 @@ def sandbox() -> str:
     return "\n".join([*sandbox_case.table(rows), "", _wrapped(note)])
 
 
-def integrations() -> str:
+def integrations(result: dict[str, Any]) -> str:
     """A step's loss and gradients in TRL and in ours, as Markdown."""
-    result = json.loads(_path("integrations").read_text())
     given = result["arguments"]
     lines = ["| loss and gradients | seconds | peak memory |", "|---|---|---|"]
     for row in result["rows"]:
@@ -235,9 +214,8 @@ def integrations() -> str:
     return "\n".join([*lines, "", _wrapped(note)])
 
 
-def trainer(section: str = "trainer") -> str:
+def trainer(result: dict[str, Any]) -> str:
     """The training phase in TRL and in ours, as Markdown."""
-    result = json.loads(_path(section).read_text())
     given, rows = result["arguments"], result["rows"]
     lines = [
         "| training phase | threads | seconds | completion tokens a second | peak memory | ours beside it |",
@@ -263,9 +241,8 @@ def trainer(section: str = "trainer") -> str:
     return "\n".join([*lines, "", _wrapped(note)])
 
 
-def faults() -> str:
+def faults(result: dict[str, Any]) -> str:
     """What was broken on purpose and what came of it, as Markdown."""
-    result = json.loads(_path("faults").read_text())
     found, processes = result["checkpoint"], result["processes"]
     kill, damage, planted = found["kill"], found["damage"], found["planted_code"]
     cuts, ablation = found["resume"]["cuts"], found["resume"]["ablation"]
@@ -295,32 +272,76 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), width=120, break_long_words=False, break_on_hyphens=False)
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of a README that is made from the result of a case."""
+
+    case: str
+    """The case of `benchmarks.run` that measures it."""
+    make: Callable[[dict[str, Any]], str]
+    """Markdown from the result."""
+    file: str = ""
+    """Name of the committed result; the case's own if empty."""
+
+    @property
+    def path(self) -> Path:
+        """Where the committed result is."""
+        return RESULTS / (self.file or f"{self.case}.json")
+
+
+SECTIONS = {
+    "sample_efficiency": Section("sample_efficiency", sample_efficiency),
+    "tiny": Section("train_tiny", train_run),
+    "smollm2": Section("train_smollm2", train_run),
+    "kernels": Section("trajectory_balance", kernels),
+    "compile": Section("compile", compiled),
+    "weight_sync": Section("weight_sync", weight_sync),
+    "math_rewards": Section("math_rewards", math_rewards),
+    "sandbox": Section("sandbox", sandbox),
+    "integrations": Section("integrations", integrations),
+    "trainer": Section("trainer", trainer),
+    "trainer_longer": Section("trainer", trainer, "trainer_longer.json"),
+    "faults": Section("faults", faults),
+}
+"""By the name between the marks."""
+
+
 def render(text: str) -> str:
     """`text` with every generated section replaced."""
-    sections = {
-        "sample_efficiency": sample_efficiency,
-        "tiny": lambda: train_run("tiny"),
-        "smollm2": lambda: train_run("smollm2"),
-        "kernels": kernels,
-        "compile": compiled,
-        "weight_sync": weight_sync,
-        "math_rewards": math_rewards,
-        "sandbox": sandbox,
-        "integrations": integrations,
-        "trainer": trainer,
-        "trainer_longer": lambda: trainer("trainer_longer"),
-        "faults": faults,
-    }
-    for name, make in sections.items():
+    for name, section in SECTIONS.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, found, rest = text.partition(begin)
-        if found and _path(name).is_file():
-            text = f"{before}{begin}\n{make()}\n{end}{rest.partition(end)[2]}"
+        if found and section.path.is_file():
+            made = section.make(json.loads(section.path.read_text()))
+            text = f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
     return text
+
+
+def stale_lines() -> list[str]:
+    """A line for every section whose code has changed since it was measured, or whose commit is not known here."""
+    lines = []
+    for name, section in SECTIONS.items():
+        if not section.path.is_file():
+            continue
+        commit = json.loads(section.path.read_text())["environment"]["commit"]
+        changed = stale.changed_since(commit, f"benchmarks.{run.CASES[section.case][0]}")
+        if changed is None:
+            lines.append(f"{name}: measured at {commit}, which is not in this clone")
+        elif changed:
+            shown = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
+            lines.append(f"{name}: {len(changed)} files have changed since {commit}: {shown}")
+    return lines
 
 
 def main() -> None:
     """Entry point; exit status 1 when `--check` finds a README out of date."""
+    unknown = set(sys.argv[1:]) - {"--check", "--stale"}
+    if unknown:
+        sys.stderr.write(f"error: unknown option {min(unknown)!r}: the options are --check and --stale\n")
+        raise SystemExit(2)
+    if "--stale" in sys.argv:
+        print("\n".join(stale_lines()) or "every table was measured with the code as it is")
+        return
     is_current = True
     for path in READMES:
         old = path.read_text()

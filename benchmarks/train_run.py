@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.quick import quick
 from paced_fast import train
 from paced_fast.presets import preset
 from paced_fast.resolve import resolve
@@ -26,11 +27,13 @@ class Arguments:
     """Seed of the run."""
     fresh: bool = True
     """Make the warm start anew instead of taking a cached one."""
+    quick: bool = False
+    """Toy sizes, to see that everything works."""
 
 
 def measure(name: str, arguments: Arguments, path: Path) -> dict[str, Any]:
     """Train by the preset `name`; its summary, wall-clock seconds and whether the warm start came from the cache."""
-    config = dataclasses.replace(preset(name), seed=arguments.seed)
+    config = dataclasses.replace(quick(preset(name)) if arguments.quick else preset(name), seed=arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         cached = cache_folder(resolve(config))
         if arguments.fresh and cached.is_dir():

@@ -51,6 +51,8 @@ class Arguments:
     """Steps of a run of `tiny` by each generator (at width 128: the engine has a kernel for its heads); 0 for none."""
     seeds: int = 1
     """Seeds of those runs, from 0."""
+    modes: tuple[str, ...] = MODES
+    """Ways to compare; `shared` always is."""
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
@@ -59,7 +61,8 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     require_vllm("cpu")
     folder = str(smollm2_folder(Path("~/.cache/paced_fast").expanduser())) if arguments.model == "smollm2" else None
     folder = folder or arguments.model
-    modes = {mode: _child("probe", mode, folder, arguments.dtype, str(arguments.updates)) for mode in MODES}
+    wanted = [mode for mode in MODES if mode == "shared" or mode in arguments.modes]
+    modes = {mode: _child("probe", mode, folder, arguments.dtype, str(arguments.updates)) for mode in wanted}
     print(table(modes))
     result: dict[str, Any] = {"model": arguments.model, "dtype": arguments.dtype, "modes": modes}
     if arguments.runs:
@@ -130,7 +133,11 @@ def probe(mode: str, folder: str, dtype: Any, updates: int) -> dict[str, float]:
         copied = generator.after_update()["bytes"]
         seconds.append(time.perf_counter() - started)
     peak = status_bytes("VmHWM") - before
-    ids = tuple(torch.randint(2, 1000, (200,), generator=torch.Generator().manual_seed(0)).tolist())
+    ids = tuple(
+        torch.randint(
+            2, min(1000, model.config.vocab_size), (200,), generator=torch.Generator().manual_seed(0)
+        ).tolist()
+    )
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, :-1].float()
     wanted = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]

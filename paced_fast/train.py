@@ -166,21 +166,24 @@ def _final_evaluation(run: Run) -> dict[str, Any]:
     evaluation = evaluate_now(run, run.config.evaluation.final_samples)
     if evaluation is None:
         return {}
-    record: dict[str, Any] = {"eval": evaluation.record()}
-    if run.trainer.log_z is not None and run.config.value_is_accuracy and run.eval_embeddings is not None:
-        predicted = zip(
-            run.trainer.log_z.value_of(run.eval_embeddings).tolist(), evaluation.prompt_accuracy, strict=True
-        )
-        scored = [(value, accuracy) for value, accuracy in predicted if accuracy is not None]
-        values, accuracy = [value for value, _ in scored], [accuracy for _, accuracy in scored]
-        record["eval_value"] = {
-            "brier": metrics.brier_score(values, accuracy),
-            "ece": metrics.expected_calibration_error(values, accuracy),
-            "rank_correlation": metrics.rank_correlation(values, accuracy),
-            "values": values,
-            "accuracies": accuracy,
-        }
-    return record
+    value = value_on_held_out(run, evaluation)
+    return {"eval": evaluation.record()} | ({} if value is None else {"eval_value": value})
+
+
+def value_on_held_out(run: Run, evaluation: Evaluation) -> dict[str, Any] | None:
+    """How well the value foretells the accuracies of `evaluation`; None where it is no accuracy or knows no prompts."""
+    if run.trainer.log_z is None or not run.config.value_is_accuracy or run.eval_embeddings is None:
+        return None
+    predicted = zip(run.trainer.log_z.value_of(run.eval_embeddings).tolist(), evaluation.prompt_accuracy, strict=True)
+    scored = [(value, accuracy) for value, accuracy in predicted if accuracy is not None]
+    values, accuracy = [value for value, _ in scored], [accuracy for _, accuracy in scored]
+    return {
+        "brier": metrics.brier_score(values, accuracy),
+        "ece": metrics.expected_calibration_error(values, accuracy),
+        "rank_correlation": metrics.rank_correlation(values, accuracy),
+        "values": values,
+        "accuracies": accuracy,
+    }
 
 
 _COMPARED = (

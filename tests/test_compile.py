@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from kept import kept
 
-from benchmarks import compile_kernels
+from benchmarks import compile_kernels, tables
 from paced_kernels import _launch
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,9 @@ def compiled(choice: str, folder: Path) -> list[dict[str, Any]]:
     command += ["--widest"] if choice == "widest" else []
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(path.read_text())["rows"]
+    result = json.loads(path.read_text())
+    assert result["environment"]["commit"] in tables.compiled(result)
+    return result["rows"]
 
 
 def test_every_kernel_and_configuration_is_there(rows: list[dict[str, Any]], choice: str) -> None:

@@ -1,0 +1,86 @@
+"""Which code a benchmark runs, and what of it has changed since a commit.
+
+The code of a case is its module and everything that it imports of this repository, directly or not. A change of
+comments, docstrings or layout alone is none.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"benchmarks": ROOT, "paced_fast": ROOT, "paced_kernels": ROOT / "kernels"}
+WITHOUT_EFFECT = ("paced_fast/report/", "paced_fast/display.py", "paced_fast/dry_run.py", "benchmarks/environment.py")
+"""Code that a measurement passes through, and that no figure depends on."""
+
+
+def changed_since(commit: str, module: str) -> list[str] | None:
+    """Files of the repository that `module` runs and that differ from `commit`, sorted; None for an unknown commit.
+
+    Files that are new since then count; so do changes that are not committed.
+    """
+    if subprocess.run(
+        ["git", "-C", str(ROOT), "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True
+    ).returncode:
+        return None
+    names = (path.relative_to(ROOT).as_posix() for path in files_of(module))
+    return sorted(
+        name
+        for name in names
+        if not name.startswith(WITHOUT_EFFECT) and _meaning(_then(commit, name)) != _meaning((ROOT / name).read_text())
+    )
+
+
+def files_of(module: str) -> set[Path]:
+    """The file of a module of this repository and of every one that it imports, wherever the import stands."""
+    found: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        path = _path(waiting.pop())
+        if path is not None and path not in found:
+            found.add(path)
+            waiting += _imports(path)
+    return found
+
+
+def _path(module: str) -> Path | None:
+    """Where a module of this repository is; None for others, and for names inside of modules."""
+    top, *_ = module.split(".")
+    if top not in PACKAGES:
+        return None
+    base = PACKAGES[top].joinpath(*module.split("."))
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Names that may be modules: `a.b` and `a.b.c` for `from a.b import c`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _then(commit: str, name: str) -> str:
+    """The text of a file at a commit; empty where it was not there."""
+    words = ["git", "-C", str(ROOT), "show", f"{commit}:{name}"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _meaning(source: str) -> str:
+    """The syntax tree without docstrings and sentences under fields."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [item for item in body if not _is_text(item)]  # pyright: ignore[reportAttributeAccessIssue]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
