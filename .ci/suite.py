@@ -114,7 +114,9 @@ def rounds(tier: str, options: list[str]) -> list[list[Step]]:
         counted = [".venv/bin/python", "-m", "benchmarks.run", "faults", "--json", ".cache/faults.json"]
         matrix = tests("faults", "faults", "-k", "not counted and not whole_matrix", spread_by="")
         found += [[Step("faults, counted", counted)], [matrix]]
-        # Other sets of versions come here, a round for each.
+        found += [[Step("extras", [".venv/bin/python", ".ci/resolve.py"])]]
+        fast = "not slow and not exhaustive and not faults"
+        found += [[tests(f"{name} versions", fast, folder=f".venv-{name}")] for name in ("newest", "oldest")]
     return found
 
 
