@@ -27,7 +27,7 @@ from math_verify import parse, verify
 
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
-from paced_fast.rewards.answers import final_answer
+from paced_fast.rewards.answers import key_text
 from paced_fast.rewards.math import MathReward
 
 TABLE = Path(__file__).parent.parent / "tests" / "verdicts" / "math.jsonl"
@@ -95,7 +95,7 @@ def table_errors(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
         judge = MathReward(RewardConfig(workers=2, math_seconds=10.0), strict=strict)
         verdicts[judge.name] = _judged(judge)(golds, completions)
         judge.close()
-    verdicts[DIRECT] = direct([final_answer(gold) for gold in golds], completions)
+    verdicts[DIRECT] = direct([key_text(gold) for gold in golds], completions)
     verdicts[f"{DIRECT}, strict labels"] = verdicts[DIRECT]
     words = {1.0: "right", 0.0: "wrong", None: "unscored"}
     return {

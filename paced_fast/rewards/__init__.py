@@ -9,7 +9,7 @@ when the data are read, of the columns and the `prompt`; `counts`, a Counter of 
 
     exact            the text is the answer, white space aside; numbers by value (43 is 43.0)
     number           the last number of the text is the answer
-    math             math-verify on the last \boxed{}, else on what follows the last ####, else "answer is", else on all
+    math             math-verify on what the text commits to at its end: a box, "the answer is", a closing sentence
     math_strict      one value in the last \boxed{}, written out and exactly the answer; the rules are in `math`
     code             a program that passes all tests of its row, run in a sandbox
     reasoning_gym    the score of the data set's own scorer

@@ -1,4 +1,4 @@
-"""From a completion to the text of its answer, and what no verifier should be asked to compute."""
+"""The text of an answer: in boxes, in answer keys, without its dress; and what no verifier should be asked to compute."""
 
 from __future__ import annotations
 
@@ -45,15 +45,22 @@ _ABSURD = re.compile(
 )
 # What follows a number and may be left out: not the words that change it.
 _CHANGES = r"(?!\s*(?:pi|hundred|thousand|[mbtr]+illion|dozen|half|squared|cubed|to|or|and)\b)"
-_UNIT = re.compile(rf"(?<=[0-9])(?:\s*\\text\{{{_CHANGES}[A-Za-z ]+\}}|\s+{_CHANGES}[A-Za-z]{{3,}}[A-Za-z ]*)$")
+_VERBS = (
+    r"(?![A-Za-z ]*\b(?:no|not|or|and|but|if|unless|do|does|is|are|was|were|be|will|would|can|cannot|could|may|might"
+    r"|leads|implies|fails|gives|yields)\b)"
+)
+_UNIT = re.compile(
+    rf"(?<=[0-9])(?:\s*\\text\{{{_CHANGES}[A-Za-z ]+\}}|\s+{_CHANGES}{_VERBS}[A-Za-z]{{3,}}[A-Za-z ]*"
+    r"|\s+(?:km|mi|m|ft|cm|kg|g)/(?:h|hr|s|min|L|m))$"
+)
 _OPENING = re.compile(r"(\\[{}]|[][(){}])")
 
 
-def final_answer(text: str) -> str:
-    r"""What a text commits to: its last \boxed{}, else the line after ####, else after "answer is", else all."""
+def key_text(text: str) -> str:
+    r"""The answer in an answer key: its last \boxed{}, else the line after ####, else after "answer is", else all."""
     start = text.rfind("\\boxed{")
     if start >= 0:
-        return _braced(text, start + len("\\boxed{")) or ""
+        return braced(text, start + len("\\boxed{")) or ""
     for pattern in (r"####", r"(?i:\banswer(?: is|:))"):
         pieces = re.split(pattern, text)
         if len(pieces) > 1:
@@ -66,14 +73,14 @@ def boxes(text: str) -> list[str]:
     text = text[text.rfind("</think>") + 1 :]
     found: list[str] = []
     for match in _BOX.finditer(text):
-        inside = _braced(text, match.end())
+        inside = braced(text, match.end())
         if inside is None or len(found) == _MAX_BOXES:
             return []
         found.append(inside)
     return found
 
 
-def _braced(text: str, begin: int) -> str | None:
+def braced(text: str, begin: int) -> str | None:
     """From `begin`, which follows a brace, to the one that closes it; None where that is far away or missing."""
     depth = 0
     for end in range(begin, min(len(text), begin + 4 * MAX_CHARACTERS)):

@@ -19,61 +19,10 @@ from collections.abc import Collection
 from fractions import Fraction
 from typing import Any
 
-from paced_fast.rewards.text import INVISIBLE
+from paced_fast.rewards.notation import has_degrees, plain
 
 Tree = list[Any]
 
-_UNICODE = {
-    "\N{MINUS SIGN}": "-",
-    "\N{EN DASH}": "-",
-    "\N{MULTIPLICATION SIGN}": r"\times ",
-    "\N{MIDDLE DOT}": r"\cdot ",
-    "\N{DIVISION SIGN}": "/",
-    "\N{FRACTION SLASH}": "/",
-    "\N{GREEK SMALL LETTER PI}": r"\pi ",
-    "\N{INFINITY}": r"\infty ",
-    "\N{SQUARE ROOT}": r"\sqrt ",
-    "\N{DEGREE SIGN}": r"^\circ",
-    "\N{SUPERSCRIPT TWO}": "^2",
-    "\N{SUPERSCRIPT THREE}": "^3",
-    "\N{VULGAR FRACTION ONE HALF}": r"\frac{1}{2}",
-    "\N{LESS-THAN OR EQUAL TO}": r"\le ",
-    "\N{GREATER-THAN OR EQUAL TO}": r"\ge ",
-    "\N{UNION}": r"\cup ",
-    "\N{PLUS-MINUS SIGN}": r"\pm ",
-    "\N{ELEMENT OF}": r"\in ",
-    "\N{EMPTY SET}": r"\emptyset ",
-    "\N{NO-BREAK SPACE}": " ",
-    "\N{EURO SIGN}": r"\$",
-    "\N{POUND SIGN}": r"\$",
-}
-_DRESS = re.compile(
-    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?"
-    r"|(?<!\\)\\(?:[!,;:> ]|q?quad(?![A-Za-z]))|\\?\$|~"
-)
-_REWRITES = (
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\(?:mathrm|textbf|mathbf|textrm|textit|mathit|mbox|operatorname|textsf)(?=\s*\{)"), r"\\text"),
-    (re.compile(r"\\lbrace(?![A-Za-z])"), r"\\{"),
-    (re.compile(r"\\rbrace(?![A-Za-z])"), r"\\}"),
-    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
-    (re.compile(r"\{\}(?=\^)"), ""),
-    (re.compile(r"\\log_\s*(\w)"), r"\\log_{\1}"),
-    (re.compile(r"(?<![A-Za-z\\])\s*i(?![A-Za-z])"), " i "),
-    (re.compile(r"\{([,:])\}"), r"\1"),
-    (re.compile(r"(?<![\w}\]^\\ ])\{([0-9.]+)\}(?![0-9{])"), r"\1"),  # lone braces: {3}/{8}
-    (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
-    (re.compile(r"\\frac\s*(\d)\s*\{"), r"\\frac{\1}{"),
-    (re.compile(r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|ln|log|infty)(?![A-Za-z])"), r"\\\1"),
-    (re.compile(r"\\sqrt\s*(\d)"), r"\\sqrt{\1}"),
-    (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
-    (re.compile(r"\\begin\{[bvB]matrix\}"), r"\\begin{pmatrix}"),
-    (re.compile(r"\\end\{[bvB]matrix\}"), r"\\end{pmatrix}"),
-    (re.compile(r"\s*(?:\\text\s*\{\s*percent\s*\}|(?<=\d) percent$)"), r"\\%"),
-    (re.compile(r"\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])"), ""),
-    (re.compile(r",?\s*(?:\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*"), ", "),
-    (re.compile(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])"), ""),
-)
 INTERVALS = frozenset(("()", "(]", "[)", "[]"))
 """Kinds of trees that may be intervals."""
 _OPENING = {"(", "[", "{", r"\{", r"\langle"}
@@ -173,7 +122,7 @@ def tree_of(text: str) -> tuple[Tree, str] | None:
     """The tree of an answer and its unit, "" without one; None for what is not one value in one form."""
     if len(text) > _MAX_CHARACTERS:
         return None
-    text = _plain(text)
+    text = plain(text)
     unit = ""
     match = _UNIT.search(text)
     if match is not None:
@@ -189,13 +138,13 @@ def tree_of(text: str) -> tuple[Tree, str] | None:
 
 def has_slips(text: str, gold: str) -> bool:
     """Whether an answer has strokes, subscripts, stray operators or the like, which its gold has not."""
-    text, gold = (re.sub(r"\\text\s*\{[^{}]*\}", "()", _plain(one[:_MAX_CHARACTERS])) for one in (text, gold))
+    text, gold = (re.sub(r"\\text\s*\{[^{}]*\}", "()", plain(one[:_MAX_CHARACTERS])) for one in (text, gold))
     return any(slip.search(text) and not slip.search(gold) for slip in _SLIPS)
 
 
 def is_calculation(text: str) -> bool:
-    """Whether a text leaves numbers to be added or multiplied."""
-    return _CALCULATION.search(text) is not None
+    """Whether a text leaves numbers to be added or multiplied, or a sine to be looked up."""
+    return _CALCULATION.search(text) is not None or has_degrees(text)
 
 
 def value_of_assignment(tree: Tree) -> Tree | None:
@@ -236,17 +185,6 @@ def as_interval(tree: Tree) -> Tree:
     if names == [False, True]:
         return ["[("[signs[0] == "<"] + ")", sides[0], ["expression", r"\infty"]]
     return tree
-
-
-def _plain(text: str) -> str:
-    """The text in the one spelling that the rules below are written for."""
-    text = " ".join(text.strip(INVISIBLE).split())  # runs of spaces would make the patterns slow
-    for character, replacement in _UNICODE.items():
-        text = text.replace(character, replacement)
-    text = _DRESS.sub("", text)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    return " ".join(text.split()).removesuffix(".").strip()
 
 
 def _tree(text: str, depth: int) -> Tree | None:

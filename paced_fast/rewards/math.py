@@ -1,6 +1,6 @@
 r"""Mathematics judged by math-verify in killable workers: the lenient `math` and the strict `math_strict`.
 
-`math` reads what a completion commits to (`answers.final_answer`) and asks math-verify, dress and units aside.
+`math` reads what a completion commits to (`endings.final_answer`) and asks math-verify, dress and units aside.
 
 `math_strict` wants the last \boxed{} (after the last </think>, where there is one) to hold one value, written out:
 
@@ -30,8 +30,11 @@ from typing import Any
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
 from paced_fast.rewards import forms
-from paced_fast.rewards.answers import boxes, final_answer, has_words, is_absurd, is_one_value, tidy
+from paced_fast.rewards.answers import boxes, has_words, is_absurd, is_one_value, key_text, tidy
+from paced_fast.rewards.endings import final_answer
+from paced_fast.rewards.notation import spelled
 from paced_fast.rewards.pool import WorkerPool
+from paced_fast.rewards.roundings import is_rounding
 from paced_fast.rewards.text import answers_of
 
 logger = logging.getLogger(__name__)
@@ -152,7 +155,7 @@ class MathReward:
 
 
 def _gold(answer: Any) -> str:
-    return final_answer(str(answer))
+    return key_text(str(answer))
 
 
 def _decide(gold: str, answer: str) -> str | Request:
@@ -163,7 +166,7 @@ def _decide(gold: str, answer: str) -> str | Request:
     trees = None if isinstance(strictly, str) else strictly[0]
     if _is_settled(gold, answer):
         return [trees, None] if trees else "wrong"
-    gold, answer = tidy(gold), tidy(answer)
+    gold, answer = spelled(tidy(gold)), spelled(tidy(answer))
     if answer.casefold() == gold.casefold():
         return "right"
     numbers = [forms.number_of(text) for text in (gold, answer)]
@@ -171,7 +174,7 @@ def _decide(gold: str, answer: str) -> str | Request:
         values = [Fraction(str(number)) for number in numbers]
         if values[0] == values[1]:
             return "right"
-        if abs(values[0] - values[1]) > _ROUNDING or values[0].denominator == values[1].denominator == 1:
+        if "." not in gold + answer or abs(values[0] - values[1]) > _ROUNDING or not is_rounding(*values):
             return "wrong"
     # A gold of words is not mathematics: math-verify would read it as a product of letters.
     texts = None if has_words(gold) or not is_one_value(answer, gold) else [gold, answer]

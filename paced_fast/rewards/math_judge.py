@@ -1,28 +1,33 @@
-"""What the workers of the math rewards run: math-verify, and the exact comparison of `math_strict`.
+"""What the workers of the math rewards run: math-verify, and the exact comparison.
 
 A program for `fork_server`, in processes of its own: math-verify's time limit is an alarm signal, which works in the
 main thread only and does not stop every computation, so it is off here and the pool kills what takes too long.
 
 A request is `[trees, texts]`: gold and answer as the trees that `forms` makes, to compare exactly, and as LaTeX, to ask
 math-verify; either may be None. The reply is `right` when one comparison says so, else `wrong`, or `unreadable` when
-the gold is no mathematics to the parser.
+the gold is no mathematics to the parser. Where no decimal point allows a rounding, the exact comparison has the last
+word on numbers: math-verify takes what is nearly 0 for 0.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import random
+import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
-_DIGITS = 100
-_ZERO = sympy.Float("1e-80")
 _CLEARLY_DIFFERENT = 1e-3
+_NEARLY_NOTHING = 1e-9
+_MOST_DIGITS = 2_000
 # Kinds of points to compare at: functions of pieces, as max(1, x), agree with others on one side of 1 or 0.
 _BELOW, _ABOVE, _BOTH, _NEGATIVE, _WHOLE = "below 1", "above 1", "both", "negative", "whole"
 _BOUNDS = {
@@ -33,6 +38,8 @@ _BOUNDS = {
     _WHOLE: (2, 9),
 }
 _UNEVALUATED = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
+_IMAGINARY = sympy.Symbol("i", real=False)
+_INFINITE = (sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
 _STEPS = (sympy.floor, sympy.ceiling, sympy.Mod)
 _STRICT = (LatexExtractionConfig(normalization_config=NormalizationConfig(True, False, True, True, "all", False)),)
 _WARMING = (
@@ -60,6 +67,20 @@ _WARMING = (
 )
 
 
+def _beside(name: str) -> Any:
+    """A module of this folder, which is no package to a worker."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+constants = _beside("constants")
+roundings = _beside("roundings")
+
+
 def prepare() -> None:
     """Fills the caches of the parser and of sympy, before the first fork: a cold pair takes ten times as long."""
     logging.disable(logging.CRITICAL)
@@ -77,7 +98,7 @@ def judge(request: Sequence[Any]) -> str:
     exactly = _verdict(_same, trees) if trees else ""
     if exactly == "right" or not texts:
         return exactly
-    if trees and _verdict(_differ, trees) == "right":
+    if trees and _verdict(functools.partial(_differ, is_decimal=_is_decimal(texts)), trees) == "right":
         return "wrong"
     return _verdict(_verified, texts)
 
@@ -101,7 +122,13 @@ def _verified(gold_text: str, answer_text: str) -> bool:
     if not gold:
         raise UnreadableError
     answer = parse(f"\\boxed{{{answer_text}}}", parsing_timeout=0, fallback_mode="no_fallback")
-    if not answer or is_clearly_different(gold[0], answer[0]):
+    texts = gold_text, answer_text
+    if not answer or is_clearly_different(gold[0], answer[0], is_decimal=_is_decimal(texts)):
+        return False
+    if (
+        "%" not in f"{texts}"
+        and _verdict(functools.partial(_part_differs, is_decimal=_is_decimal(texts)), texts) == "right"
+    ):
         return False
     return bool(verify(list(gold), answer, timeout_seconds=None))
 
@@ -111,33 +138,96 @@ def _parsed(gold: str) -> tuple[Any, ...]:
     return tuple(parse(f"\\boxed{{{gold}}}", parsing_timeout=0, fallback_mode="no_fallback"))
 
 
-def _differ(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
-    """Whether two trees of one form have parts in the same place that no rounding makes equal."""
+def _is_decimal(texts: Sequence[str]) -> bool:
+    return any(re.search(r"\.[0-9]|[0-9]\.", text) for text in texts)
+
+
+def _differ(gold: Sequence[Any], answer: Sequence[Any], *, is_decimal: bool) -> bool:
+    """Whether two trees have parts that must be equal, and that no rounding makes equal.
+
+    Without a decimal point in gold or answer nothing is rounded.
+    """
+    gold, answer = (tree[1] if tree[0] == "set" and len(tree) == 2 else tree for tree in (gold, answer))
     kind, other = gold[0], answer[0]
     if {kind, other} <= {"number", "expression"}:
-        return is_clearly_different(_read(gold[1], is_gold=True), _read(answer[1]))
-    if kind != other or len(gold) != len(answer) or kind not in ("()", "[]", "(]", "[)"):
+        return _part_differs(gold[1], answer[1], is_decimal=is_decimal)
+    if kind != other or len(gold) != len(answer):
         return False
-    return any(map(_differ, gold[1:], answer[1:]))
+    if kind == "relation":
+        sides = list(zip(gold[1::2], answer[1::2], strict=True))
+        if len(sides) != 2 or gold[2] != answer[2]:
+            return False
+        return any(_same(*sides[i]) and _differ(*sides[1 - i], is_decimal=is_decimal) for i in (0, 1))
+    if kind in ("()", "[]", "(]", "[)"):
+        return any(_differ(*parts, is_decimal=is_decimal) for parts in zip(gold[1:], answer[1:], strict=True))
+    if kind not in ("set", "union"):
+        return False
+    left = list(answer[1:])
+    for part in gold[1:]:
+        found = [i for i, one in enumerate(left) if not _differ(part, one, is_decimal=is_decimal)]
+        if not found:
+            return True
+        del left[found[0]]
+    return False
 
 
-def is_clearly_different(gold: Any, answer: Any) -> bool:
+def _part_differs(gold_text: str, answer_text: str, *, is_decimal: bool) -> bool:
+    gold, answer = _read(gold_text, is_gold=True), _read(answer_text)
+    if is_clearly_different(gold, answer, is_decimal=is_decimal):
+        return True
+    if isinstance(gold, sympy.MatrixBase) and isinstance(answer, sympy.MatrixBase):
+        if gold.shape != answer.shape:
+            return False
+        return any(_value_differs(*pair, is_decimal) for pair in zip(gold.flat(), answer.flat(), strict=True))
+    return _value_differs(gold, answer, is_decimal)
+
+
+def _value_differs(gold: Any, answer: Any, is_decimal: bool) -> bool:
+    if not _is_plain(gold, answer) or gold.free_symbols != answer.free_symbols:
+        return False
+    if is_decimal and not gold.free_symbols:
+        return not roundings.is_rounding(*(constants.fraction(one) or _fraction(one) for one in (gold, answer)))
+    return not is_decimal and not _equal(gold, answer)
+
+
+def _fraction(one: sympy.Expr) -> Fraction:
+    """A constant to thirty digits. ValueError: it is not real."""
+    value = one.evalf(30)
+    if not isinstance(value, sympy.Float | sympy.Rational):
+        raise ValueError("not real")
+    return Fraction(*(int(part) for part in sympy.Rational(value).as_numer_denom()))
+
+
+def _is_plain(*values: Any) -> bool:
+    """Whether all are expressions of numbers, variables and known functions."""
+    return all(
+        isinstance(one, sympy.Expr) and not one.has(sympy.UnevaluatedExpr, sympy.core.function.AppliedUndef, *_INFINITE)
+        for one in values
+    )
+
+
+def is_clearly_different(gold: Any, answer: Any, *, is_decimal: bool = True) -> bool:
     """Whether two expressions differ at some point by more than any rounding of math-verify forgives.
 
     Its proof that they differ, `simplify`, takes ten times as long. Percentages and single symbols have rules of their
     own there.
     """
-    for one in (gold, answer):
-        if not isinstance(one, sympy.Expr) or isinstance(one, sympy.Symbol) or one.has(sympy.UnevaluatedExpr):
-            return False
-    if gold.has(sympy.core.function.AppliedUndef) or answer.has(sympy.core.function.AppliedUndef):
+    if not _is_plain(gold, answer) or isinstance(gold, sympy.Symbol) or isinstance(answer, sympy.Symbol):
         return False
     try:
         points = _points(gold, answer, _ABOVE)
-        values = [complex(one.evalf(20, subs=points, maxn=100)) for one in (gold, answer)]
+        values = [one.evalf(20, subs=points, maxn=100) for one in (gold, answer)]
+        try:
+            values = [complex(value) for value in values]
+        except OverflowError:
+            sizes = [constants.magnitude(constants.value_of(value)) for value in values]
+            return abs(sizes[0] - sizes[1]) > 1
     except (ArithmeticError, TypeError, ValueError, AttributeError):
         return False
-    return abs(values[0] - values[1]) > _CLEARLY_DIFFERENT * (1 + max(map(abs, values)))
+    larger = max(map(abs, values))
+    if not is_decimal and larger < _NEARLY_NOTHING:
+        return False  # perhaps two zeros
+    return abs(values[0] - values[1]) > _CLEARLY_DIFFERENT * (larger + is_decimal)
 
 
 def _same(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
@@ -178,15 +268,17 @@ def _same_relation(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
     if not difference.free_symbols or difference.free_symbols != other.free_symbols:
         return False
     ratios: list[sympy.Expr] = []
+    digits = _digits(difference, other)
     for draw in _draws(difference, other):
         points = _points(difference, other, draw)
-        values = [_value(one, points, draw) for one in (difference, other)]
+        values = [_value(one, points, draw, digits) for one in (difference, other)]
         if draw in (_NEGATIVE, _WHOLE) and not all(value.is_real and value for value in values):
             continue
         if not all(value.is_number and value.is_finite and value for value in values):
             return False
         ratios.append(values[0] / values[1])
-    if any(not abs(ratio - ratios[0]) < _ZERO * (1 + abs(ratio)) for ratio in ratios):
+    least = sympy.Float(10, digits) ** (20 - digits)
+    if any(not abs(ratio - ratios[0]) < least * abs(ratio) for ratio in ratios):
         return False
     return gold[1] in ("=", "!=") or bool(ratios[0].is_positive)
 
@@ -206,13 +298,15 @@ def _read(text: str, *, is_gold: bool = False) -> Any:
 
 
 def _exact(value: Any) -> Any:
-    """Decimals as the fractions they are."""
+    """Decimals as the fractions they are, and the letter i as the imaginary unit unless it counts something."""
     if isinstance(value, sympy.MatrixBase):
         return value.applyfunc(_exact)
     if not isinstance(value, sympy.Basic):
         return value
-    floats = {number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)}
-    return value.xreplace(floats) if floats else value
+    exact: dict[Any, Any] = {number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)}
+    if _IMAGINARY in value.free_symbols and not value.has(*_UNEVALUATED):
+        exact[_IMAGINARY] = sympy.I
+    return value.xreplace(exact) if exact else value
 
 
 def _equal(gold: Any, answer: Any) -> bool:
@@ -225,22 +319,32 @@ def _equal(gold: Any, answer: Any) -> bool:
 
 
 def _is_zero(gold: sympy.Expr, answer: sympy.Expr) -> bool:
-    """Whether the difference vanishes: to 80 digits, with variables at random points of every kind."""
+    """Whether the difference vanishes, with variables at random points of every kind."""
     if not answer.free_symbols <= gold.free_symbols:
         return False
     gold, answer = (one.doit() if one.has(*_UNEVALUATED) else one for one in (gold, answer))
+    if gold.has(*_INFINITE) or answer.has(*_INFINITE):
+        return bool(sympy.simplify(gold - answer) == 0)
+    if not gold.free_symbols:
+        return bool(constants.same(gold, answer))
+    digits = _digits(gold, answer)
     for draw in _draws(gold, answer):
         points = _points(gold, answer, draw)
-        values = [_value(one, points, draw) for one in (gold, answer)]
+        values = [_value(one, points, draw, digits) for one in (gold, answer)]
         if draw in (_NEGATIVE, _WHOLE) and not all(value.is_real for value in values):
             continue
         if any(not value.is_number or value.has(sympy.nan, sympy.zoo) for value in values):
             return bool(sympy.simplify(gold - answer) == 0)
         if values[0] == values[1]:
             continue
-        if not abs(values[0] - values[1]) < _ZERO * (1 + abs(values[0])):
+        if not constants.agree(*map(constants.value_of, values), digits):
             return False
     return True
+
+
+def _digits(gold: sympy.Expr, answer: sympy.Expr) -> int:
+    """How many digits are compared: at least as many as the numbers in the two expressions have between them."""
+    return min(max(constants.DIGITS, int(constants.bits_to_tell(gold, answer) / 3)), _MOST_DIGITS)
 
 
 def _draws(gold: sympy.Expr, answer: sympy.Expr) -> tuple[str, ...]:
@@ -251,11 +355,11 @@ def _draws(gold: sympy.Expr, answer: sympy.Expr) -> tuple[str, ...]:
     return (_BELOW, _ABOVE, _BOTH, _NEGATIVE, *([_WHOLE] if steps else []))
 
 
-def _value(one: sympy.Expr, points: dict[sympy.Basic, sympy.Basic | float], draw: str) -> sympy.Expr:
+def _value(one: sympy.Expr, points: dict[sympy.Basic, sympy.Basic | float], draw: str, digits: int) -> sympy.Expr:
     """An expression at a point. Substituted, powers of fractions would be worked out exactly, digits without end."""
     if draw == _WHOLE:
-        return sympy.N(one.subs(list(points.items())), _DIGITS)
-    return one.evalf(_DIGITS, subs=points, maxn=2 * _DIGITS)
+        return sympy.N(one.subs(list(points.items())), digits)
+    return one.evalf(digits, subs=points, maxn=2 * digits)
 
 
 def _points(gold: sympy.Expr, answer: sympy.Expr, draw: str) -> dict[sympy.Basic, sympy.Basic | float]:

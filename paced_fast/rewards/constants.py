@@ -1,0 +1,225 @@
+"""Whether two constants are equal: rational numbers exactly, others to as many digits as could tell them apart.
+
+Run by the workers of the math rewards alone, which load it by its path.
+
+Two different numbers made of integers by + - * / and roots differ by no less than a bound that follows from their sizes
+(Burnikel, Funke, Mehlhorn, Schirra, Schmitt: A separation bound for real algebraic expressions, Algorithmica 2009); so
+many digits prove them equal. Where functions as exp or sin come in there is no proof: the same count, with the sizes of
+their values and arguments, is what a difference written in the expressions themselves would need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import sympy
+from mpmath import libmp
+
+DIGITS = 100
+"""At least this many are compared."""
+_MOST_DIGITS = 20_000
+_MOST_BITS = 1 << 22
+_MOST_DENOMINATOR_BITS = 1 << 18
+_SLACK_BITS = 12
+_ROUNDING_BITS = 70
+_LEAST_KNOWN_BITS = 16
+_EXACT = 1 << 30
+_BITS = math.log2(10)
+
+Points = Mapping[sympy.Basic, sympy.Basic | float]
+
+
+def same(gold: sympy.Expr, answer: sympy.Expr) -> bool:
+    """Whether two constants are equal; what is too large to tell is not."""
+    exactly = fraction(gold), fraction(answer)
+    if exactly[0] is not None and exactly[1] is not None:
+        return exactly[0] == exactly[1]
+    values = [evaluated(one, {}, DIGITS) for one in (gold, answer)]
+    if not agree(*values, DIGITS):
+        return False
+    bits = bits_to_tell(gold, answer)
+    digits = math.ceil((bits + max(0, *map(magnitude, values))) / _BITS) + 10
+    if digits > _MOST_DIGITS:
+        # Too many to compute: products alone cannot differ by less than that, but a sum could hide its last term.
+        if gold.has(sympy.Add) or answer.has(sympy.Add):
+            return False
+        digits = _MOST_DIGITS
+    if digits <= DIGITS:
+        return True
+    return agree(*(evaluated(one, {}, digits) for one in (gold, answer)), digits)
+
+
+def fraction(one: sympy.Expr) -> Fraction | None:
+    """The value of a rational expression, None for another, or for one of more digits than can be worked out."""
+    try:
+        return _fraction(one)
+    except (_TooLargeError, ZeroDivisionError):
+        return None
+
+
+class _TooLargeError(Exception):
+    """An exact value would take too many digits."""
+
+
+def _fraction(one: Any) -> Fraction | None:
+    if isinstance(one, sympy.Rational):
+        return _bounded(Fraction(int(one.p), int(one.q)))
+    if not isinstance(one, _RATIONAL):
+        return None
+    parts = [_fraction(part) for part in one.args]
+    values = [part for part in parts if part is not None]
+    if len(values) < len(parts):
+        return None
+    if isinstance(one, sympy.Add | sympy.Mul):
+        total = Fraction(isinstance(one, sympy.Mul))
+        for value in values:
+            total = _bounded(total + value if isinstance(one, sympy.Add) else total * value)
+        return total
+    if isinstance(one, sympy.Abs):
+        return abs(values[0])
+    if any(value.denominator != 1 for value in values[isinstance(one, sympy.Pow) :]):
+        return None
+    first, whole = values[0], int(values[-1])
+    if isinstance(one, sympy.Pow):
+        _allow(abs(whole) * (first.numerator.bit_length() + first.denominator.bit_length()))
+        return _bounded(first**whole)
+    top = int(first)
+    if top < 0 or whole < 0:
+        return None
+    if isinstance(one, sympy.factorial):
+        _allow(top * top.bit_length())
+        return Fraction(math.factorial(top))
+    _allow(min(whole, abs(top - whole)) * top.bit_length())
+    return Fraction(math.comb(top, whole))
+
+
+_RATIONAL = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Abs, sympy.factorial, sympy.binomial)
+
+
+def _allow(bits: int) -> None:
+    if bits > _MOST_BITS:
+        raise _TooLargeError
+
+
+def _bounded(value: Fraction) -> Fraction:
+    _allow(value.numerator.bit_length())
+    if value.denominator.bit_length() > _MOST_DENOMINATOR_BITS:
+        raise _TooLargeError
+    return value
+
+
+def bits_to_tell(gold: sympy.Expr, answer: sympy.Expr) -> float:
+    """Binary digits after the point in which the two differ, if they differ."""
+    degrees: dict[Any, int] = {}
+    upper, lower = _sizes(sympy.Add(gold, sympy.Mul(-1, answer, evaluate=False), evaluate=False), degrees)
+    return lower + (min(math.prod(degrees.values()), 1 << 40) - 1) * upper
+
+
+def _sizes(one: Any, degrees: dict[Any, int]) -> tuple[float, float]:
+    """log2 of the bounds of numerator and denominator and all their conjugates; adds to the degree of the field."""
+    if isinstance(one, sympy.Rational):
+        return _log2(abs(int(one.p))), _log2(int(one.q))
+    if isinstance(one, sympy.Add):
+        upper, lower = -math.inf, 0.0
+        for part in one.args:
+            more, under = _sizes(part, degrees)
+            upper, lower = max(upper + under, more + lower) + 1, lower + under
+        return max(upper, 0.0), lower
+    if isinstance(one, sympy.Mul | sympy.Abs):
+        sizes = [_sizes(part, degrees) for part in one.args]
+        return sum(upper for upper, _ in sizes), sum(lower for _, lower in sizes)
+    if one is sympy.I:
+        degrees[one] = 2
+        return 0.0, 0.0
+    if isinstance(one, sympy.Symbol):
+        return 2.0, 0.0
+    if isinstance(one, sympy.Pow) and (exponent := fraction(one.exp)) is not None and _log2(exponent.denominator) < 32:
+        return _sizes_of_power(one.base, exponent, degrees)
+    # Not algebraic, or not known to be: its value, and twice what its arguments hold.
+    sizes = [_sizes(part, degrees) for part in one.args if isinstance(part, sympy.Expr)]
+    more = 2 * sum(map(sum, sizes))
+    size = 2.0 if one.free_symbols else float(magnitude(evaluated(one, {}, 15)))
+    return max(size, 0.0) + more, max(-size, 0.0) + more
+
+
+def _sizes_of_power(base: Any, exponent: Fraction, degrees: dict[Any, int]) -> tuple[float, float]:
+    upper, lower = _sizes(base, degrees)
+    root = exponent.denominator
+    if root > 1:
+        degrees[base, root] = root
+        if upper >= lower:
+            upper = (upper + (root - 1) * lower) / root
+        else:
+            lower = ((root - 1) * upper + lower) / root
+    if exponent < 0:
+        upper, lower = lower, upper
+    times = abs(exponent.numerator)
+    return upper * times, lower * times
+
+
+def _log2(value: int) -> float:
+    return float(value.bit_length()) if value > 1 else 0.0
+
+
+Value = tuple[tuple[Any, int], tuple[Any, int]]
+"""Real and imaginary part, each a number of mpmath and its bits that are known; 0 bits for what is 0 so far."""
+
+
+def evaluated(one: sympy.Expr, points: Points, digits: int) -> Value:
+    """The value to so many digits.
+
+    Raises:
+        ValueError: it is no number, or infinite.
+    """
+    return value_of(one.evalf(digits, subs=dict(points), maxn=2 * digits))
+
+
+def value_of(number: sympy.Expr) -> Value:
+    """A number that `evalf` made, with the digits it has.
+
+    Raises:
+        ValueError: it is no number, or infinite.
+    """
+    if not number.is_number or number.has(sympy.nan, sympy.zoo, sympy.oo):
+        raise ValueError("no number")
+    real, imaginary = number.as_real_imag()
+    return _part(real), _part(imaginary)
+
+
+def _part(part: Any) -> tuple[Any, int]:
+    if isinstance(part, sympy.Rational):
+        return libmp.from_rational(int(part.p), int(part.q), 4 * _MOST_DIGITS if part else 53), _EXACT
+    if not isinstance(part, sympy.Float):
+        raise ValueError("no number")
+    known = part._prec
+    return part._mpf_, known if known > _LEAST_KNOWN_BITS else 0
+
+
+def agree(one: Value, other: Value, digits: int) -> bool:
+    """Whether two values are the same in all digits that both have, up to rounding, and those are about `digits`."""
+    known = max(map(_error, (*one, *other)))
+    if known > max(0, magnitude(one)) - digits * _BITS + _ROUNDING_BITS:
+        return False
+    precision = max(bits for _, bits in (*one, *other, (None, 4 * 53)) if bits < _EXACT) + 64
+    for (left, _), (right, _) in zip(one, other, strict=True):
+        difference = libmp.mpf_sub(left, right, precision, "n")
+        if difference[1] and difference[2] + difference[3] > known + _SLACK_BITS:
+            return False
+    return True
+
+
+def _error(part: tuple[Any, int]) -> float:
+    """log2 of the error of a part."""
+    (_, mantissa, exponent, count), bits = part
+    if not mantissa:
+        return -math.inf
+    return exponent + count - (bits if bits < _EXACT else math.inf)
+
+
+def magnitude(value: Value) -> int:
+    """log2 of a value, -2^30 for 0."""
+    found = [number[2] + number[3] for number, bits in value if number[1] and bits]
+    return max(found, default=-_EXACT)

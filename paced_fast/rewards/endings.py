@@ -1,0 +1,299 @@
+r"""What a completion commits to at its end: the answer that `math` judges.
+
+A box counts before anything else, then <answer>, ####, "the answer is", a heading "Answer", and last a closing sentence
+or line that says one value and nothing else: `So x = 73.`, `\[73\]`. The last of a kind counts. Thoughts up to </think>
+are no answer, nor is what is asked, doubted or taken back. A list of guesses is handed on as the list it is, which
+equals no single answer.
+"""
+
+from __future__ import annotations
+
+import re
+
+from paced_fast.rewards import phrases
+from paced_fast.rewards.answers import MAX_CHARACTERS, braced, has_words, tidy
+
+_MAX_BOXES = 20
+_TAIL_CHARACTERS = 4000
+_SOON_CHARACTERS = 300
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(\{)|([0-9A-Za-z]))")
+_JOINED = re.compile(r"(?:[\s$,;&/]|\\[()\[\]]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)*")
+_COMMANDS = re.compile(r"\\[A-Za-z]+")
+_PLAIN_NUMBER = re.compile(r"[-+]?[0-9][0-9.,/]*")
+_LONE_DOLLAR = re.compile(r"\\[()\[\]](?!\d+pt)|\$\$|(?<!\\)\$(?=\s*$)")
+_GAP = re.compile(r"[\s*_`:=>\uff1a]*")
+
+
+def final_answer(text: str) -> str:
+    """What a completion commits to, "" for nothing; all of a text of one line that says nothing else."""
+    text = _spoken(text).rstrip()
+    while found := phrases.SPECIAL.search(text, max(0, len(text) - 50)):
+        text = text[: found.start()].rstrip()
+    rest = text
+    boxed = _boxed(text)
+    if boxed is not None:
+        answer, end = boxed
+        rest = text[end:]
+        taken_back = phrases.TAKEN_BACK.search(rest[:_SOON_CHARACTERS])
+        if not taken_back:
+            later = _marked(rest, only_final=True)
+            return later[0] if later and later[0] and _is_bare(later[0]) else answer
+        rest = rest[taken_back.start() :]
+    found = _marked(rest)
+    if found is not None:
+        answer, follows = found
+        if _is_bare(answer) or not answer:
+            return answer
+        concluded = _concluded(follows)
+        return concluded or answer
+    if boxed is not None:
+        return _concluded(rest)
+    concluded = _concluded(text)
+    if concluded:
+        return concluded
+    text = text.strip()
+    return text if "\n" not in text and len(text) <= MAX_CHARACTERS else ""
+
+
+def _spoken(text: str) -> str:
+    """What follows the thoughts; nothing where they never end."""
+    begin = 0
+    for last in phrases.THOUGHTS_END.finditer(text):
+        begin = last.end()
+    opened = phrases.THOUGHTS.search(text, begin)
+    return text[begin : opened.start() if opened else len(text)]
+
+
+def _boxed(text: str) -> tuple[str, int] | None:
+    """The last box, or the boxes listed together there, and where they end; None without one."""
+    starts = list(_BOX.finditer(text))[-_MAX_BOXES:]
+    if not starts:
+        return None
+    found: list[tuple[str, int, int]] = []  # inside, begin, end
+    for match in starts:
+        if found and match.start() < found[-1][2]:
+            continue
+        inside = match[2] if match[1] is None else braced(text, match.end())
+        if inside is None:
+            found = []  # one that is not closed: what stands before it is no last word
+            continue
+        found.append((inside, match.start(), match.end() + (len(inside) + 1 if match[1] else 0)))
+    if not found or starts[-1].start() >= found[-1][2]:
+        return "", len(text)
+    group = [found[-1]]
+    for one in reversed(found[:-1]):
+        if not _JOINED.fullmatch(text[one[2] : group[0][1]]):
+            break
+        group.insert(0, one)
+    insides = list(dict.fromkeys(re.sub(r"\s", "", inside) for inside, _, _ in group))
+    answer = found[-1][0] if len(insides) == 1 else ", ".join(inside for inside, _, _ in group)
+    nested = _BOX.match(answer.strip())
+    if nested and nested[1] and braced(answer.strip(), nested.end()) == answer.strip()[nested.end() : -1]:
+        answer = answer.strip()[nested.end() : -1]
+    return answer, found[-1][2]
+
+
+def _marked(text: str, *, only_final: bool = False) -> tuple[str, str] | None:
+    """What the last mark of an answer announces, and all that follows the mark; None without one."""
+    marks: list[tuple[int, int]] = []
+    for pattern in (phrases.HASHES, phrases.TAG, phrases.MARK, phrases.HEADING):
+        for match in list(pattern.finditer(text))[-3:]:
+            before = text[max(0, match.start() - 9) : match.end()].lower()
+            if only_final and pattern in (phrases.MARK, phrases.HEADING) and "final" not in before:
+                continue
+            marks.append((match.start(), match.end()))
+    said: list[tuple[int, int, str, int]] = []
+    for begin, end in sorted(marks):
+        if said and said[-1][1] > begin and text[said[-1][0]] == "<":
+            continue  # inside of the tag
+        if (one := _said(text, begin, end)) is not None:
+            said.append((begin, *one, end))
+    if not said:
+        return None
+    begin, end, answer, _ = said[-1]
+    if len(said) > 1 and said[-2][2] != answer and _is_next_guess(text[said[-2][1] : begin], text[said[-2][3] : begin]):
+        return "", ""
+    rest = text[end:]
+    if phrases.ALTERNATIVE.search(rest[:_SOON_CHARACTERS]):
+        return "", ""
+    if phrases.TAKEN_BACK.search(rest[:_SOON_CHARACTERS]):
+        return _concluded(rest), ""
+    return answer, text[begin:]
+
+
+def _is_next_guess(between: str, since: str) -> bool:
+    """Whether nothing but another guess led from one mark to the next: the text between, and from the first mark on."""
+    if phrases.TAKEN_BACK.search(since):
+        return False
+    if not between:  # one sentence
+        return re.search("[0-9]", since) is not None
+    return not re.search(r"[0-9=]|[A-Za-z]{3,}.*[A-Za-z]{5,}", between, re.DOTALL)
+
+
+def _said(text: str, begin: int, end: int) -> tuple[int, str] | None:
+    """Where the sentence after a mark ends, and the answer it gives; None for a question or a doubt."""
+    if text[begin : begin + 1] == "<":
+        closing = phrases.TAG_END.search(text, end)
+        inside = text[end : closing.start() if closing else len(text)].strip()
+        return (closing.end() if closing else len(text)), final_answer(inside) or _value(inside)
+    before = re.split(r"[.!?\n]", text[max(0, begin - 200) : begin])[-1]
+    if phrases.QUESTION.search(before):
+        return None
+    sentence, stop = _sentence(text, end)
+    if "?" in text[stop - 1 : stop + 2] or not sentence.strip():
+        return None
+    return stop, _value(sentence)
+
+
+def _sentence(text: str, begin: int) -> tuple[str, int]:
+    """From `begin` to the end of the sentence, of the displayed formula or of the line, and where that is."""
+    gap = _GAP.match(text, begin)
+    assert gap is not None
+    fence = text.rfind("```", begin, gap.end())
+    begin = fence if fence >= 0 else gap.end()
+    block = phrases.BLOCK.match(text, begin)
+    if block:
+        return next(part for part in block.groups() if part is not None), block.end()
+    for match in phrases.NEXT.finditer(text, begin, begin + 2 * MAX_CHARACTERS):
+        if match["end"]:
+            return text[begin : match.start()], match.end()
+    stop = min(len(text), begin + 2 * MAX_CHARACTERS)
+    return text[begin:stop], stop
+
+
+def _value(sentence: str) -> str:
+    """The answer in a sentence, without what is said around it; the sentence where that is unclear."""
+    text = _undressed(sentence)
+    remark = phrases.REMARK.search(text)
+    cut = text[: remark.start()] if remark else text
+    if remark and "(" in remark[0] and phrases.DOUBT.search(remark[0]):
+        return text
+    is_remark = remark and (re.search("[0-9]", cut) or re.match(r"\s*(?:[,;(]|because|since)", remark[0]))
+    if _is_bare(text) and not is_remark:
+        return _reduced(text)
+    if phrases.DOUBT.search(cut):
+        return text
+    cut = _undressed(cut)
+    if cut and _is_bare(cut):
+        return _reduced(cut)
+    return _only_value(sentence) or text
+
+
+def _undressed(text: str) -> str:
+    """The text without stress, delimiters of mathematics, symbols, filling words and closing marks."""
+    text = phrases.SYMBOLS.sub("", phrases.ALIGNED.sub("", text))
+    text = phrases.STRESSED.sub(r"\2", text).rstrip(" !")  # 10! is a factorial inside of dollar signs only
+    text = re.sub(phrases.MATH, lambda match: match[0].strip("$"), text)
+    text = _LONE_DOLLAR.sub("", text)
+    text = phrases.FILLER.sub("", text.strip())
+    text = text.strip().strip("`*\"'").strip().rstrip(".,;:\u3002").strip().removesuffix("**").strip()
+    text = text.removesuffix("\u3067\u3059")
+    return text.rstrip("}\"' ") if text.count("}") > text.count("{") else text
+
+
+def _is_bare(text: str) -> bool:
+    """Whether a text is mathematics or a word or two, not a sentence."""
+    if phrases.UNFINISHED.search(text) or phrases.SMALL_WORDS.search(text):
+        return False
+    return not has_words(tidy(text)) or not re.search(r"[0-9]", text)
+
+
+def _only_value(sentence: str) -> str:
+    """The one value of a sentence of words, or what follows its last sign of equality; "" where there is none."""
+    if phrases.DOUBT.search(sentence) or phrases.UNFINISHED.search(sentence):
+        return ""
+    plain = phrases.STRESSED.sub(r"\2", phrases.SYMBOLS.sub("", sentence))
+    chunks = [
+        chunk for chunk in phrases.CHUNK.finditer(plain) if chunk["number"] or not phrases.NAME.fullmatch(chunk["math"])
+    ]
+    if len(chunks) == 1:
+        chunk = chunks[0]
+        if (chunk["after"] and phrases.CHANGES.match(chunk["after"])) or phrases.SUBJECT.match(
+            plain, chunk.end("math" if chunk["math"] else "number")
+        ):
+            return ""
+        answer = _reduced(_undressed(chunk["math"] or chunk["number"]))
+        return answer if _is_bare(answer) else ""
+    if len(phrases.STATED.findall(plain)) > 1 and re.search(r"[,;]|\b(?:and|or)\b", plain):
+        return ""
+    ending = _undressed(phrases.COPULA.sub("", plain.rstrip().rstrip(".!"), count=1))
+    return ending if len(list(phrases.CHUNK.finditer(ending))) == 1 and _is_bare(ending) else ""
+
+
+def _concluded(text: str) -> str:
+    """The value that the last sentence or line of a text concludes with, "" where it does not."""
+    text = text[-_TAIL_CHARACTERS:].strip()
+    lines = [line for line in _joined_lines(text) if not phrases.CLOSER.match(line)]
+    if not lines:
+        return ""
+    line, before = lines[-1], lines[-2] if len(lines) > 1 else ""
+    alone = _reduced(_undressed(line))
+    if _is_value(alone):
+        previous = tidy(_undressed(before))
+        return "" if _PLAIN_NUMBER.fullmatch(previous) and previous != tidy(alone) and line[:1] != "=" else alone
+    label = phrases.LABEL.match(line)
+    if (
+        label
+        and not phrases.DOUBT.search(label[0])
+        and not phrases.SETS_OUT.search(label[0])
+        and (value := _value(line[label.end() :]))
+        and _is_value(value)
+    ):
+        return "" if phrases.LABEL.match(before) and re.search("[0-9]", before) else value
+    sentences = [one for one in _sentences(line) if not phrases.CLOSER.match(one)]
+    if not sentences:
+        return ""
+    last = sentences[-1]
+    if (match := phrases.IS_ANSWER.fullmatch(last)) and _is_value(answer := _undressed(match[1])):
+        return answer
+    if last.rstrip().endswith("?") or phrases.DOUBT.search(last) or phrases.SETS_OUT.search(last):
+        return ""
+    if phrases.CONCLUDES.match(last) or phrases.NAMES_RESULT.match(last) or phrases.STRESSED.search(last):
+        return _only_value(last)
+    return ""
+
+
+def _joined_lines(text: str) -> list[str]:
+    """The lines that say something, a displayed formula on one line."""
+    text = phrases.BLOCK.sub(lambda match: " ".join(match[0].strip("`").removeprefix("text").split()), text)
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _sentences(line: str) -> list[str]:
+    found, begin = [], 0
+    for match in phrases.NEXT.finditer(line):
+        if match["end"]:
+            found.append(line[begin : match.end()])
+            begin = match.end()
+    return [one for one in (*found, line[begin:]) if one.strip()]
+
+
+def _reduced(text: str) -> str:
+    """The last member of a chain of equations, or of a sum worked out; another text as it is."""
+    if "&" in text and r"\begin" not in text:
+        text = text.split("\\\\")[-1].replace("&", "")
+    members = text.split("=")
+    if (
+        len(members) < 2
+        or members[0].strip() == members[-1].strip()
+        or re.search(r"[,;<>]|\\(?:le|ge|ne|text|cup|quad)|\b(?:or|and)\b", text)
+    ):
+        return text
+    if (
+        not members[0].strip()
+        or len(members) > 2
+        or (re.search("[0-9]", members[0]) and not re.search("[A-Za-z]", _COMMANDS.sub("", members[0])))
+    ):
+        return members[-1].strip()
+    return text
+
+
+def _is_value(text: str) -> bool:
+    """Whether a text is a value alone, or an equation."""
+    if (
+        not re.search(r"[0-9]|\\[a-z]|[A-Za-z]\s*=", text)
+        or phrases.UNFINISHED.search(text)
+        or len(text) > MAX_CHARACTERS
+    ):
+        return False
+    return not has_words(tidy(text)) and not re.match(r"[0-9]+[.)]\s|[A-Za-z]{2,}\s|[A-Za-z]+'", text)
