@@ -1,4 +1,4 @@
-"""The text of an answer: in boxes, in answer keys, without its dress; and what no verifier should be asked to compute."""
+"""The text of an answer: in boxes, in answer keys, without its dress; and what no verifier is asked to compute."""
 
 from __future__ import annotations
 

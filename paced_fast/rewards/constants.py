@@ -20,7 +20,7 @@ from mpmath import libmp
 
 DIGITS = 100
 """At least this many are compared."""
-_MOST_DIGITS = 20_000
+_MOST_DIGITS = 6_000
 _MOST_BITS = 1 << 22
 _MOST_DENOMINATOR_BITS = 1 << 18
 _SLACK_BITS = 12
@@ -37,19 +37,19 @@ def same(gold: sympy.Expr, answer: sympy.Expr) -> bool:
     exactly = fraction(gold), fraction(answer)
     if exactly[0] is not None and exactly[1] is not None:
         return exactly[0] == exactly[1]
-    values = [evaluated(one, {}, DIGITS) for one in (gold, answer)]
-    if not agree(*values, DIGITS):
+    left, right = (evaluated(one, {}, DIGITS) for one in (gold, answer))
+    if not agree(left, right, DIGITS):
         return False
-    bits = bits_to_tell(gold, answer)
-    digits = math.ceil((bits + max(0, *map(magnitude, values))) / _BITS) + 10
-    if digits > _MOST_DIGITS:
-        # Too many to compute: products alone cannot differ by less than that, but a sum could hide its last term.
-        if gold.has(sympy.Add) or answer.has(sympy.Add):
-            return False
-        digits = _MOST_DIGITS
+    upper, lower, degree = sizes(gold, answer)
+    # Products alone cannot differ by less than the digits that are compared, but a sum could hide its last term.
+    if upper + lower > _MOST_DIGITS * _BITS and (gold.has(sympy.Add) or answer.has(sympy.Add)):
+        return False
+    bits = lower + (degree - 1) * upper + max(0, magnitude(left), magnitude(right))
+    digits = min(math.ceil(bits / _BITS) + 10, _MOST_DIGITS)
     if digits <= DIGITS:
         return True
-    return agree(*(evaluated(one, {}, digits) for one in (gold, answer)), digits)
+    left, right = (evaluated(one, {}, digits) for one in (gold, answer))
+    return agree(left, right, digits)
 
 
 def fraction(one: sympy.Expr) -> Fraction | None:
@@ -111,11 +111,11 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
-def bits_to_tell(gold: sympy.Expr, answer: sympy.Expr) -> float:
-    """Binary digits after the point in which the two differ, if they differ."""
+def sizes(gold: sympy.Expr, answer: sympy.Expr) -> tuple[float, float, int]:
+    """log2 of bounds u and l, and a degree d, with |gold - answer| >= 1 / (l u^(d - 1)) unless the two are equal."""
     degrees: dict[Any, int] = {}
     upper, lower = _sizes(sympy.Add(gold, sympy.Mul(-1, answer, evaluate=False), evaluate=False), degrees)
-    return lower + (min(math.prod(degrees.values()), 1 << 40) - 1) * upper
+    return upper, lower, min(math.prod(degrees.values()), 1 << 40)
 
 
 def _sizes(one: Any, degrees: dict[Any, int]) -> tuple[float, float]:
@@ -129,18 +129,17 @@ def _sizes(one: Any, degrees: dict[Any, int]) -> tuple[float, float]:
             upper, lower = max(upper + under, more + lower) + 1, lower + under
         return max(upper, 0.0), lower
     if isinstance(one, sympy.Mul | sympy.Abs):
-        sizes = [_sizes(part, degrees) for part in one.args]
-        return sum(upper for upper, _ in sizes), sum(lower for _, lower in sizes)
+        parts = [_sizes(part, degrees) for part in one.args]
+        return sum(upper for upper, _ in parts), sum(lower for _, lower in parts)
     if one is sympy.I:
         degrees[one] = 2
         return 0.0, 0.0
     if isinstance(one, sympy.Symbol):
-        return 2.0, 0.0
+        return 0.0, 0.0
     if isinstance(one, sympy.Pow) and (exponent := fraction(one.exp)) is not None and _log2(exponent.denominator) < 32:
         return _sizes_of_power(one.base, exponent, degrees)
     # Not algebraic, or not known to be: its value, and twice what its arguments hold.
-    sizes = [_sizes(part, degrees) for part in one.args if isinstance(part, sympy.Expr)]
-    more = 2 * sum(map(sum, sizes))
+    more = 2 * sum(sum(_sizes(part, degrees)) for part in one.args if isinstance(part, sympy.Expr))
     size = 2.0 if one.free_symbols else float(magnitude(evaluated(one, {}, 15)))
     return max(size, 0.0) + more, max(-size, 0.0) + more
 

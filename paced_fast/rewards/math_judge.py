@@ -344,7 +344,8 @@ def _is_zero(gold: sympy.Expr, answer: sympy.Expr) -> bool:
 
 def _digits(gold: sympy.Expr, answer: sympy.Expr) -> int:
     """How many digits are compared: at least as many as the numbers in the two expressions have between them."""
-    return min(max(constants.DIGITS, int(constants.bits_to_tell(gold, answer) / 3)), _MOST_DIGITS)
+    upper, lower, _ = constants.sizes(gold, answer)
+    return min(max(constants.DIGITS, int((upper + lower) / 3) + 10), _MOST_DIGITS)
 
 
 def _draws(gold: sympy.Expr, answer: sympy.Expr) -> tuple[str, ...]:
