@@ -9,6 +9,7 @@ equals no single answer.
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from paced_fast.rewards import phrases
 from paced_fast.rewards.answers import MAX_CHARACTERS, braced, has_words, tidy
@@ -52,7 +53,9 @@ def final_answer(text: str) -> str:
     if concluded:
         return concluded
     text = text.strip()
-    return text if "\n" not in text and len(text) <= MAX_CHARACTERS else ""
+    if "\n" in text or len(text) > MAX_CHARACTERS:
+        return ""
+    return _undressed(text) if phrases.STRESSED.fullmatch(text) else text
 
 
 def _spoken(text: str) -> str:
@@ -93,36 +96,49 @@ def _boxed(text: str) -> tuple[str, int] | None:
     return answer, found[-1][2]
 
 
+class _Said(NamedTuple):
+    """A mark of kind `kind` from `begin` to `end`, and the answer of its sentence, which ends at `stop`."""
+
+    begin: int
+    end: int
+    kind: int
+    stop: int
+    answer: str
+
+
 def _marked(text: str, *, only_final: bool = False) -> tuple[str, str] | None:
     """What the last mark of an answer announces, and all that follows the mark; None without one."""
-    marks: list[tuple[int, int]] = []
-    for pattern in (phrases.HASHES, phrases.TAG, phrases.MARK, phrases.HEADING):
+    marks: list[tuple[int, int, int]] = []
+    for kind, pattern in enumerate((phrases.MARK, phrases.HEADING, phrases.HASHES, phrases.TAG)):
         for match in list(pattern.finditer(text))[-3:]:
-            before = text[max(0, match.start() - 9) : match.end()].lower()
-            if only_final and pattern in (phrases.MARK, phrases.HEADING) and "final" not in before:
-                continue
-            marks.append((match.start(), match.end()))
-    said: list[tuple[int, int, str, int]] = []
-    for begin, end in sorted(marks):
-        if said and said[-1][1] > begin and text[said[-1][0]] == "<":
+            is_final = (
+                pattern in (phrases.HASHES, phrases.TAG)
+                or "final" in text[max(0, match.start() - 9) : match.end()].lower()
+            )
+            if is_final or not only_final:
+                marks.append((*match.span(), kind))
+    said: list[_Said] = []
+    for begin, end, kind in sorted(marks):
+        if said and said[-1].stop > begin and text[said[-1].begin] == "<":
             continue  # inside of the tag
         if (one := _said(text, begin, end)) is not None:
-            said.append((begin, *one, end))
+            said.append(_Said(begin, end, kind, *one))
     if not said:
         return None
-    begin, end, answer, _ = said[-1]
-    if len(said) > 1 and said[-2][2] != answer and _is_next_guess(text[said[-2][1] : begin], text[said[-2][3] : begin]):
+    last, before = said[-1], said[-2] if len(said) > 1 else said[-1]
+    if before.answer != last.answer and before.kind == last.kind and _is_next_guess(text, before, last):
         return "", ""
-    rest = text[end:]
+    rest = text[last.stop :]
     if phrases.ALTERNATIVE.search(rest[:_SOON_CHARACTERS]):
         return "", ""
     if phrases.TAKEN_BACK.search(rest[:_SOON_CHARACTERS]):
         return _concluded(rest), ""
-    return answer, text[begin:]
+    return last.answer, text[last.begin :]
 
 
-def _is_next_guess(between: str, since: str) -> bool:
-    """Whether nothing but another guess led from one mark to the next: the text between, and from the first mark on."""
+def _is_next_guess(text: str, before: _Said, last: _Said) -> bool:
+    """Whether nothing but another guess led from one mark to the next of its kind."""
+    since, between = text[before.end : last.begin], text[before.stop : last.begin]
     if phrases.TAKEN_BACK.search(since):
         return False
     if not between:  # one sentence
