@@ -34,6 +34,8 @@ class PromptRow:
     """What names the row in messages: its file and line, or its source and number."""
     demonstration: str | None = None
     """A completion to imitate in the supervised warm start, without the stop token."""
+    in_chat: bool = False
+    """Whether the chat template wrote the prompt, so that an answer closes a turn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -114,6 +114,7 @@ def _trainer(config: Config, lengths: str, world: World) -> tuple[Trainer, Rando
     embeddings = None
     if config.uses_head:
         embeddings = torch.randn(len(table), settings.hidden_size, generator=source).to(policy.device)
+    tokenizer = prompts.character_tokenizer(SIGNED_SUMS_ALPHABET, pad=SIGNED_SUMS_PAD, stop=SIGNED_SUMS_STOP)
     trainer = Trainer(
         config,
         policy=policy,
@@ -121,7 +122,7 @@ def _trainer(config: Config, lengths: str, world: World) -> tuple[Trainer, Rando
         generator=TransformersGenerator(model, stop_ids=[0], max_batch_sequences=1),
         scorer=Scorer(settings=config.reward),
         shaper=Shaper(config.reward),
-        tokenizer=prompts.character_tokenizer(SIGNED_SUMS_ALPHABET, pad=SIGNED_SUMS_PAD, stop=SIGNED_SUMS_STOP),
+        decode=prompts.Decoder(tokenizer, prompts.stop_token_ids(tokenizer)),
         table=table,
         embeddings=embeddings,
         world=world,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import logging
 import os
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
-from paced_fast.batch import PromptTable
+from paced_fast.batch import PromptRow, PromptTable
 from paced_fast.config import Config, ModelConfig, flatten, stream_seed
 from paced_fast.devices import require_float32_products
 from paced_fast.distributed import ALONE, World, joined
@@ -28,7 +29,7 @@ from paced_fast.engine import EngineSettings, require_head_size, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
-from paced_fast.inputs import read_table, read_tables, read_tokenizer
+from paced_fast.inputs import read_ends, read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, adapt, build_tiny, load_model, make_policy, prepare, smollm2_folder
 from paced_fast.recorded import RecordedRollouts
@@ -91,22 +92,24 @@ def build(
     lock = lock or RunLock()
     folder = _of_lead(world, lambda: run_folder(config, lock))
     assert folder is not None
+    config = _dated(config, folder, world)
     newest = _newest_checkpoint(config, folder, lock, world) if config.resume == "auto" else None
     cache = Path(config.warm_start.cache_dir).expanduser()
     path = config.model.name
     if path == "smollm2":
         path = str(_of_lead(world, lambda: smollm2_folder(cache)))
     tokenizer = together(world, lambda: read_tokenizer(path))
+    config, stops, decode = together(world, lambda: read_ends(config, path, tokenizer))
     scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
     table, eval_table, repeated = together(world, lambda: read_tables(config, tokenizer, scorer, shaper))
     recorded = None
     if replay is not None:
-        recorded = together(world, lambda: RecordedRollouts(replay, config, table, len(tokenizer)))
-    stop_ids = prompts.stop_token_ids(tokenizer)
-    identity = checkpoint.identity(table, eval_table, tokenizer)
+        recorded = together(world, lambda: RecordedRollouts(replay, config, table, prompts.num_ids(tokenizer)))
+    identity = checkpoint.identity(table, eval_table, tokenizer, str(stops))
     model, home = None, _home(config, world)
     if newest is None:
-        begin = functools.partial(_begin, config, folder, lock, path, tokenizer, stop_ids[0], home)
+        rows = (*table.rows, *eval_table.rows)
+        begin = functools.partial(_begin, config, folder, lock, path, tokenizer, stops, home, rows)
         model = together(world, begin if world.is_lead else lambda: None, patient=True)
     if model is None:
         model = together(world, lambda: load_model(home, str(folder / "initial")), patient=True)
@@ -134,7 +137,7 @@ def build(
         together(world, lambda: prepare(policy, config))
     # Before the trainer makes the optimiser: sharing gives the parameters other memory.
     weights = folder / "initial" if newest is None else newest / "policy"
-    generator, guard = together(world, lambda: _generator(config, policy, weights, stop_ids, table, world, layout))
+    generator, guard = together(world, lambda: _generator(config, policy, weights, stops.ids, table, world, layout))
     if world.size > 1:
         engine_ranks = config.weight_sync.tensor_parallel
         generator = SharedGenerator(
@@ -147,7 +150,7 @@ def build(
         generator=generator,
         scorer=scorer,
         shaper=shaper,
-        tokenizer=tokenizer,
+        decode=decode,
         table=table,
         embeddings=embeddings,
         guard=guard,
@@ -175,12 +178,13 @@ def _begin(
     lock: RunLock,
     path: str,
     tokenizer: PreTrainedTokenizerBase,
-    stop_id: int,
+    stops: prompts.Stops,
     home: ModelConfig,
+    rows: Sequence[PromptRow],
 ) -> Any:
     """Make the first model and then the run folder, with its weights in `initial`."""
     warm = config.warm_start.first.steps or config.warm_start.second.steps
-    model = _initial_model(path, tokenizer, config if warm else dataclasses.replace(config, model=home), stop_id)
+    model = _initial_model(path, tokenizer, config if warm else dataclasses.replace(config, model=home), stops, rows)
     if config.generator == "vllm":
         memory.engine_tokens(shape_of(model), config)
         require_head_size(shape_of(model).head_size, config.model.device)
@@ -304,25 +308,49 @@ def _generator(
     return generator, ParityGuard(generator, policy, config, sequences=sequences)
 
 
-def _initial_model(path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stop_id: int) -> Any:
+def _initial_model(
+    path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stops: prompts.Stops, rows: Sequence[PromptRow]
+) -> Any:
+    """The model before training, after its warm start; refused before that when it has no embedding for a prompt."""
     if path == "tiny":
         pad_id = tokenizer.convert_tokens_to_ids(tasks.SIGNED_SUMS_PAD)
         assert isinstance(pad_id, int)
         seed = stream_seed(config.warm_start.seed, 0, "initial weights")
-        model = build_tiny(config.model, len(tokenizer), stop_id=stop_id, pad_id=pad_id, seed=seed)
+        model = build_tiny(config.model, len(tokenizer), stop_id=stops.text_end, pad_id=pad_id, seed=seed)
     else:
         model = load_model(config.model, path)
+    embedded = model.get_input_embeddings().weight.shape[0]
+    prompts.check_embedded([(row.where, row.token_ids) for row in rows], tokenizer, embedded)
+    if min(stops.ids) >= embedded:
+        raise InputError(
+            f"completions end at {stops}, and the model has {embedded} tokens only: name others by "
+            "--generation.stop-tokens"
+        )
     started = time.perf_counter()
     result = warm_start(
         model,
         tokenizer,
         config,
         load=lambda sources: read_table(sources, tokenizer, config),
-        stop_id=stop_id,
+        stops=stops,
         report=logger.info,
     )
     logger.info("warm start: done after %.0f s", time.perf_counter() - started)
     return result
+
+
+def _dated(config: Config, folder: Path, world: World) -> Config:
+    """The settings with the day of the run: that of one that is continued, else today."""
+    if config.data.date is not None:
+        return config
+    today = ""
+    if world.is_lead:
+        today = datetime.date.today().isoformat()
+        if config.resume == "auto" and (folder / "config.json").is_file():
+            with contextlib.suppress(InputError):  # what is wrong with it is said when the settings are compared
+                today = load_config(folder).data.date or today
+    date = world.gather_text(today)[0]
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
 
 
 # What may differ between a run and its continuation: how long it goes on, what it keeps and where things lie.
@@ -331,6 +359,7 @@ _FREE_ON_RESUME = (
     *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger")),
     *("steps", "resume", "run_dir", "run.", "distributed.", "guard."),
     *("warm_start.cache_dir", "generation.max_batch_sequences"),
+    "generation.stop_tokens",  # compared by what they come to, which the checkpoint says
     *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib", "tensor_parallel")),
     *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
 )
@@ -358,6 +387,8 @@ def _check_same_run(config: Config, folder: Path) -> None:
     except InputError as error:
         raise InputError(f"--resume auto: {folder} was trained with settings refused today: {error}") from None
     for name, value in flatten(config).items():
+        if name == "data.date" and old[name] is None:  # of a run that is older than the setting
+            continue
         if not name.startswith(_FREE_ON_RESUME) and old[name] != value:
             raise InputError(
                 f"--resume auto: --{name.replace('_', '-')} was {old[name]} in {folder} and is {value} now: "

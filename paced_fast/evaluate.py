@@ -6,6 +6,7 @@ python -m paced_fast.evaluate RUN_OR_MODEL [--benchmarks gsm8k,aime24] [--source
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import json
 import logging
@@ -31,8 +32,9 @@ from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluation import Sample, Sampling, check_headline, evaluate
 from paced_fast.generate import TransformersGenerator
 from paced_fast.policy import load_model, quiet, smollm2_folder
-from paced_fast.resolve import config_from_dict
+from paced_fast.resolve import check_chats, config_from_dict, named
 from paced_fast.rewards import Scorer
+from paced_fast.sources import parse_day, template_arguments
 
 __all__ = ["EvaluateArguments", "check_headline", "config_from_dict", "evaluate_target", "load_config", "main"]
 
@@ -62,6 +64,16 @@ class EvaluateArguments:
     template: str | None = None
     """How a prompt is written: text with {prompt} in it, or `chat`; without one the run's, else `chat` for a model with
     a chat template."""
+    system_prompt: str | None = None
+    """System message of chats that have none of their own; without one the run's."""
+    template_args: tuple[str, ...] = ()
+    """Arguments of the chat template, each `name=value` or a JSON object; without any the run's."""
+    date: str | None = None
+    """Day that a chat template takes for today, as YYYY-MM-DD; without one the run's, else today."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a completion, by text or id, `auto` for the model's own; without any the run's, else `auto`."""
+    keep_special_tokens: tuple[str, ...] = ()
+    """Special tokens that rewards see, as in `--data.keep-special-tokens`; without any the run's, else `tags`."""
     limit: int | None = None
     """Evaluate on so many prompts of each slice, chosen by the seed."""
     seed: int = 0
@@ -129,9 +141,12 @@ def evaluate_target(
     if (config.model.device, config.model.dtype) == ("cpu", "float32"):
         require_float32_products()
     tokenizer = prompts.load_tokenizer(target.path)
+    stops = prompts.find_stops(tokenizer, config.generation.stop_tokens, prompts.declared_stop_ids(target.path))
+    decode = prompts.Decoder(tokenizer, stops.ids, config.data.keep_special_tokens)
     model = load_model(config.model, target.path)
     sampling = _sampling(arguments, config)
     template = arguments.template or (config.data.template if target.is_run else _own_template(tokenizer))
+    check_chats(given or config.data.eval, template, arguments.system_prompt, arguments.template_args, prefix="--")
     own = not given and arguments.max_prompt_tokens is None
     room = _room(model, sampling)
     scorer = Scorer(settings=config.reward)
@@ -139,6 +154,7 @@ def evaluate_target(
         given or config.data.eval,
         tokenizer=tokenizer,
         template=template,
+        chat=prompts.ChatSettings.of(config.data),
         max_prompt_tokens=config.data.max_prompt_tokens if own else (arguments.max_prompt_tokens or room),
         data_dir=data_dir,
         too_long=config.data.too_long if own else "error",
@@ -148,6 +164,8 @@ def evaluate_target(
     )
     if arguments.limit is not None:
         table = _limited(table, arguments.limit, arguments.seed)
+    embedded = model.get_input_embeddings().weight.shape[0]
+    prompts.check_embedded([(row.where, row.token_ids) for row in table.rows], tokenizer, embedded)
     longest = max(table.rows, key=lambda row: len(row.token_ids), default=None)
     if longest is not None and len(longest.token_ids) > room:
         raise InputError(
@@ -157,13 +175,13 @@ def evaluate_target(
         )
     generator = TransformersGenerator(
         model,
-        stop_ids=prompts.stop_token_ids(tokenizer),
+        stop_ids=stops.ids,
         max_batch_sequences=arguments.max_batch_sequences or config.generation.max_batch_sequences,
     )
     logger.info(
-        "%s: %d prompts, %d samples each, temperature %g, top-p %g, up to %d tokens",
+        "%s: %d prompts, %d samples each, temperature %g, top-p %g, up to %d tokens, the end at %s",
         *(target.path, len(table), sampling.samples, sampling.temperature, sampling.top_p),
-        sampling.max_completion_tokens,
+        *(sampling.max_completion_tokens, stops),
     )
     try:
         evaluation = evaluate(
@@ -171,7 +189,8 @@ def evaluate_target(
             table,
             score=scorer.score,
             take_counts=scorer.take_counts,
-            decode=lambda ids: prompts.decode(tokenizer, ids),
+            decode=decode,
+            vocabulary=prompts.num_ids(tokenizer),
             sampling=sampling,
             headline=() if given else config.data.headline,
             keep=keep,
@@ -235,7 +254,8 @@ def _target(arguments: EvaluateArguments) -> _Target:
         raw = _read_config(folder)
         if not raw.keys() & {"model_type", "architectures"}:
             config = _config(folder, raw)
-            return _Target(str(checkpoint.policy_folder(folder, arguments.step)), _placed(arguments, config), True)
+            config = _with_text(arguments, _placed(arguments, config))
+            return _Target(str(checkpoint.policy_folder(folder, arguments.step)), config, True)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
         here = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(str(folder), here, n=1)
@@ -248,7 +268,7 @@ def _target(arguments: EvaluateArguments) -> _Target:
     path = str(folder) if folder.is_dir() else name
     if name == "smollm2" and not folder.is_dir():
         path = str(smollm2_folder(Path(config.warm_start.cache_dir).expanduser()))
-    return _Target(path, _placed(arguments, config), False)
+    return _Target(path, _with_text(arguments, _placed(arguments, config)), False)
 
 
 def _placed(arguments: EvaluateArguments, config: Config) -> Config:
@@ -264,6 +284,21 @@ def _placed(arguments: EvaluateArguments, config: Config) -> Config:
         logger.warning("the run used a GPU and torch sees none here: evaluating on the CPU")
         settings = dataclasses.replace(settings, device="cpu")
     return dataclasses.replace(config, model=settings)
+
+
+def _with_text(arguments: EvaluateArguments, config: Config) -> Config:
+    """The settings with what was asked for of chats, stop tokens and text. Raises InputError when one is not right."""
+    named("--template-args", lambda: template_arguments(arguments.template_args))
+    date = arguments.date or config.data.date or datetime.date.today().isoformat()
+    named("--date", lambda: parse_day(date))
+    given = {name: getattr(arguments, name) for name in ("system_prompt", "template_args", "keep_special_tokens")}
+    given = {name: value for name, value in given.items() if value not in (None, ())}
+    stop_tokens = arguments.stop_tokens or config.generation.stop_tokens
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, date=date, **given),
+        generation=dataclasses.replace(config.generation, stop_tokens=stop_tokens),
+    )
 
 
 def _sampling(arguments: EvaluateArguments, config: Config) -> Sampling:

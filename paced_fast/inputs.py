@@ -28,6 +28,24 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return prompts.load_tokenizer(path)
 
 
+def read_ends(
+    config: Config, path: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Config, prompts.Stops, prompts.Decoder]:
+    """Where completions of the model at `path` end, in the settings too, and what of them is text.
+
+    Raises:
+        InputError: a setting names what is no token, or nothing ends a completion.
+    """
+    declared = () if path == "tiny" else prompts.declared_stop_ids(path)
+    stops = prompts.find_stops(tokenizer, config.generation.stop_tokens, declared)
+    logger.info("completions end at %s", stops)
+    if prompts.reads_date(tokenizer):
+        logger.info("the chat template takes %s for today", config.data.date)
+    decode = prompts.Decoder(tokenizer, stops.ids, config.data.keep_special_tokens)
+    generation = dataclasses.replace(config.generation, stop_tokens=stops.names)
+    return dataclasses.replace(config, generation=generation), stops, decode
+
+
 def without_missing(config: Config) -> Config:
     """The settings without optional sources whose file is absent; one log line names the files."""
     data, warm = config.data, config.warm_start
@@ -80,6 +98,7 @@ def read_table(
         sources,
         tokenizer=tokenizer,
         template=config.data.template,
+        chat=prompts.ChatSettings.of(config.data),
         max_prompt_tokens=config.data.max_prompt_tokens,
         data_dir=config.data.dir,
         too_long=config.data.too_long,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import typing
+from collections.abc import Callable, Iterable, Sequence
 from importlib import util
 from typing import Any, Literal
 
 from paced_fast.config import Config, flatten
 from paced_fast.errors import InputError
-from paced_fast.sources import is_template, parse_source
+from paced_fast.sources import is_template, parse_day, parse_source, template_arguments
 
 
 def resolve(config: Config) -> Config:
@@ -150,12 +152,17 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
+_MAY_BE_EMPTY = {"data.system_prompt"}
+
+
 def check_value(name: str, value: Any) -> None:
     """Raises InputError when the value of the setting `name` is out of range, or an empty text."""
     if name in _BOUNDS:
         low, high = _BOUNDS[name]
         if not low <= value <= high:  # a NaN fails every comparison, so it ends here too
             raise InputError(f"{_option(name)} is {value}: give a value from {low:g} to {high:g}")
+    if name in _MAY_BE_EMPTY:
+        return
     if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, tuple) else [value])):
         raise InputError(f"{_option(name)} is empty: give a value, or leave it out")
 
@@ -215,12 +222,10 @@ def _check(config: Config) -> None:
         check_value(name, value)
     for name in ("data.train", "data.eval", "warm_start.first.sources", "warm_start.second.sources"):
         for spec in flatten(config)[name]:
-            try:
-                parse_source(spec)
-            except InputError as error:
-                raise InputError(f"{_option(name)}: {error}") from None
+            named(_option(name), functools.partial(parse_source, spec))
     if not is_template(config.data.template):
         raise InputError(f"--data.template {config.data.template!r} must be chat, plain or text with {{prompt}} in it")
+    _check_text(config)
     if config.model.name == "tiny" and config.model.hidden_size % config.model.num_heads:
         raise InputError(
             f"--model.hidden-size {config.model.hidden_size} is no multiple of --model.num-heads "
@@ -283,6 +288,42 @@ def _check(config: Config) -> None:
             f"--optimizer.minibatches is {config.optimizer.minibatches} but a step draws only "
             f"{config.generation.prompts_per_step} prompts: lower it or raise --generation.prompts-per-step"
         )
+
+
+def _check_text(config: Config) -> None:
+    """Settings of the text around prompts and completions, as far as they can be told without a tokenizer."""
+    data, warm = config.data, config.warm_start
+    named("--data.template-args", lambda: template_arguments(data.template_args))
+    if (date := data.date) is not None:
+        named("--data.date", lambda: parse_day(date))
+    if not data.keep_special_tokens:
+        raise InputError("--data.keep-special-tokens names nothing: give tags, all, none or tokens by their text")
+    if not config.generation.stop_tokens:
+        raise InputError("--generation.stop-tokens names none: completions must be able to end; give auto, or some")
+    sources = (*data.train, *data.eval, *warm.first.sources, *warm.second.sources)
+    check_chats(sources, data.template, data.system_prompt, data.template_args, prefix="--data.")
+
+
+def check_chats(
+    sources: Iterable[str], template: str, system_prompt: str | None, template_args: Sequence[str], *, prefix: str
+) -> None:
+    """Raises InputError for what belongs to chats, where no source is written by the chat template.
+
+    `prefix` is that of the options of the command line.
+    """
+    if any((parse_source(spec).template or template) == "chat" for spec in sources):
+        return
+    for name, value in (("system-prompt", system_prompt), ("template-args", template_args or None)):
+        if value is not None:
+            raise InputError(f"{prefix}{name} belongs to chats: give {prefix}template chat, or leave it out")
+
+
+def named(option: str, read: Callable[[], object]) -> None:
+    """Call `read`; what it refuses is refused in the name of `option`."""
+    try:
+        read()
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
 
 
 def _check_schedule(config: Config) -> None:

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from paced_fast import bench, checkpoint, cli, distributed, dry_run, launch, metrics, prompts, report, signals
+from paced_fast import bench, checkpoint, cli, distributed, dry_run, launch, metrics, report, signals
 from paced_fast.build import Run, build
 from paced_fast.config import Config, flatten, stream_seed
 from paced_fast.distributed import EVERYWHERE, World
@@ -154,7 +154,7 @@ def evaluate_now(run: Run, samples: int) -> Evaluation | None:
             run.eval_table,
             score=shared_judge(run.world, run.scorer.score),
             take_counts=lambda: summed_counts(run.world, run.scorer.take_counts()),
-            decode=lambda ids: prompts.decode(run.tokenizer, ids),
+            decode=run.trainer.decode,
             sampling=sampling,
             headline=config.data.headline,
             vocabulary=run.trainer.vocabulary,

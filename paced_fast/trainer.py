@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from paced_fast import memory, metrics, pack, prompts
 from paced_fast.batch import Completion, Group, PromptRow, PromptTable, Rollouts, score_sampled, without_unknown_ids
@@ -64,7 +63,7 @@ class Trainer:
         generator: Generator,
         scorer: Scorer,
         shaper: Shaper,
-        tokenizer: PreTrainedTokenizerBase,
+        decode: prompts.Decoder,
         table: PromptTable,
         embeddings: Tensor | None,
         guard: ParityGuard | None = None,
@@ -77,8 +76,8 @@ class Trainer:
         self.recorded: GroupSource | None = None  # gives the groups of a step, where nothing is to be sampled
         self.config, self.policy, self.initial = config, policy, initial
         self.generator, self.scorer, self.shaper = generator, scorer, shaper
-        self.tokenizer, self.table = tokenizer, table
-        self.vocabulary = min(len(tokenizer), policy.head[0].shape[0])
+        self.decode, self.table = decode, table
+        self.vocabulary = min(prompts.num_ids(decode.tokenizer), policy.head[0].shape[0])
         mesh = None if policy.lockstep else replicas_mesh(world, policy.device)  # sharded parameters know theirs
         self.optimizer = make_optimizer(policy, config.optimizer, mesh)
         self.counters, self.guards = Counters(), Guards(config.guard, speaks=world.is_lead)
@@ -163,7 +162,7 @@ class Trainer:
             self.table,
             step=counters.step,
             limit=self.config.run.rollouts_per_step,
-            decode=lambda ids: prompts.decode(self.tokenizer, ids),
+            decode=self.decode,
         )
 
     def check_parity(self) -> dict[str, float]:
@@ -300,7 +299,7 @@ class Trainer:
 
     def _judge(self, rows: Sequence[PromptRow], completions: Sequence[Completion]) -> tuple[Scores, list[float]]:
         """Rewards of this rank's part, and what shaping adds to each, empty without any."""
-        texts = [prompts.decode(self.tokenizer, completion.token_ids) for completion in completions]
+        texts = [self.decode(completion.token_ids) for completion in completions]
         rewards = score_sampled(self.scorer.score, rows, texts, completions)
         self.scorer.check_failures()
         limit = self.config.generation.max_completion_tokens

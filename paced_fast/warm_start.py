@@ -6,14 +6,14 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import paced_fast
-from paced_fast import pack
+from paced_fast import pack, prompts
 from paced_fast.batch import Completion, PromptTable
 from paced_fast.config import Config, WarmStartPhase, digest, stream_seed
 from paced_fast.errors import InputError, TrainingError
@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 _CODE = ("tasks.py", "sources/*.py", "prompts/*.py", "pack.py", "policy/*.py", "warm_start.py")
 
 
-def cache_folder(config: Config) -> Path:
-    """Where the warm start of `config` is kept: its name is a digest of settings, data and code."""
+def cache_folder(config: Config, beside: Sequence[object] = ()) -> Path:
+    """Where the warm start of `config` is kept: its name is a digest of settings, data, code, and what lies `beside`
+    them, such as the day in a prompt."""
     package = Path(paced_fast.__file__).parent
     code = [path.read_text() for pattern in _CODE for path in sorted(package.glob(pattern))]
     phases = (config.warm_start.first, config.warm_start.second)
@@ -37,7 +38,8 @@ def cache_folder(config: Config) -> Path:
     data = ["absent" if path is None else digest(path.read_bytes().hex()) for path in files]
     settings = (config.model, config.warm_start.first, config.warm_start.second, config.warm_start.seed)
     rows = (config.data.template, config.data.max_prompt_tokens, config.data.too_long, config.data.bad_rows)
-    key = digest(*settings, *rows, code, data, torch.__version__)
+    chat = (config.data.system_prompt, config.data.template_args)
+    key = digest(*settings, *rows, *chat, list(beside), code, data, torch.__version__)
     return Path(config.warm_start.cache_dir).expanduser() / f"warm-start-{key}"
 
 
@@ -47,23 +49,27 @@ def warm_start(
     config: Config,
     *,
     load: Callable[[tuple[str, ...]], PromptTable],
-    stop_id: int,
+    stops: prompts.Stops,
     report: Callable[[str], None],
 ) -> PreTrainedModel:
     """The model after both phases, from the cache when it holds them.
 
-    `load` turns sources into rows; `report` is told how it goes. Raises InputError when a row has no demonstration.
+    `load` turns sources into rows; `report` is told how it goes. Raises InputError when a row has no demonstration, one
+    that goes on behind a stop token, or a token that the model has no embedding for.
     """
     phases = [phase for phase in (config.warm_start.first, config.warm_start.second) if phase.steps > 0]
     if not phases:
         return model
-    folder = cache_folder(config)
+    folder = cache_folder(config, _beside(config, tokenizer, stops))
     if (folder / "config.json").is_file():  # the folder got its name when it was complete
         report(f"warm start: from the cache ({folder})")
         return load_model(config.model, str(folder))
     policy = make_policy(model, config)
     for number, phase in enumerate(phases, start=1):
-        _run_phase(policy, tokenizer, phase, config, number, load(phase.sources), stop_id, report)
+        table = load(phase.sources)
+        completions = _demonstrations(table, tokenizer, stops)
+        _check_embedded(table, completions, tokenizer, policy.model)
+        _run_phase(policy, phase, config, number, table, completions, report)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
@@ -76,15 +82,13 @@ def warm_start(
 
 def _run_phase(
     policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
     phase: WarmStartPhase,
     config: Config,
     number: int,
     table: PromptTable,
-    stop_id: int,
+    completions: Sequence[Completion],
     report: Callable[[str], None],
 ) -> None:
-    completions = _demonstrations(table, tokenizer, stop_id)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=phase.learning_rate, betas=(0.9, phase.beta2), weight_decay=0.01
     )
@@ -125,13 +129,39 @@ def _run_phase(
             report(f"warm start: phase {number}, step {step + 1}/{phase.steps}, loss {loss:.3f} nat a token")
 
 
-def _demonstrations(table: PromptTable, tokenizer: PreTrainedTokenizerBase, stop_id: int) -> list[Completion]:
-    """The demonstrations as completions that end with the stop token."""
+def _beside(config: Config, tokenizer: PreTrainedTokenizerBase, stops: prompts.Stops) -> list[object]:
+    """What demonstrations hang on that neither the settings nor the model name: the day, and unusual ends."""
+    today = [config.data.date] if prompts.reads_date(tokenizer) else []
+    ends = [end for end in (stops.text_end, stops.turn_end) if end != tokenizer.eos_token_id]
+    return [*today, *ends]
+
+
+def _demonstrations(table: PromptTable, tokenizer: PreTrainedTokenizerBase, stops: prompts.Stops) -> list[Completion]:
+    """The demonstrations as completions that end with the stop token of their kind of prompt, once."""
     texts = [row.demonstration for row in table.rows if row.demonstration is not None]
     if len(texts) < len(table):
         raise InputError(
             f"warm start: {len(table) - len(texts)} of {len(table)} rows have no demonstration: "
             "name the field that holds it by demonstration=FIELD"
         )
+    completions: list[Completion] = []
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [Completion(token_ids=[*ids, stop_id], logprobs=[0.0] * (len(ids) + 1), stopped=True) for ids in encoded]
+    for row, ids in zip(table.rows, encoded, strict=True):
+        while ids and ids[-1] in stops.ids:  # written out at the end of the text already
+            ids = ids[:-1]
+        early = next((token for token in ids if token in stops.ids), None)
+        if early is not None:
+            raise InputError(
+                f"warm start: the demonstration of {row.where or 'a row'} goes on behind the stop token "
+                f"{tokenizer.convert_ids_to_tokens(early)}, which ends a completion: cut it there"
+            )
+        ids = [*ids, stops.turn_end if row.in_chat else stops.text_end]
+        completions.append(Completion(token_ids=ids, logprobs=[0.0] * len(ids), stopped=True))
+    return completions
+
+
+def _check_embedded(
+    table: PromptTable, completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
+    sequences = [(row.where, [*row.token_ids, *c.token_ids]) for row, c in zip(table.rows, completions, strict=True)]
+    prompts.check_embedded(sequences, tokenizer, model.get_input_embeddings().weight.shape[0])

@@ -52,6 +52,15 @@ class DataConfig:
     """Slices of the held-out prompts whose accuracy is the headline figure; none means all of them."""
     template: str = "{prompt}"
     """How a prompt is written: text with {prompt} in it, or `chat` for the tokenizer's chat template."""
+    system_prompt: str | None = None
+    """System message of every chat that has none of its own; an empty text stands for an empty message."""
+    template_args: tuple[str, ...] = ()
+    """Arguments of the chat template, each `name=value` (the value is JSON where it is that) or a JSON object."""
+    date: str | None = None
+    """Day that a chat template takes for today, as YYYY-MM-DD; without one, that on which the run began."""
+    keep_special_tokens: tuple[str, ...] = ("tags",)
+    """Special tokens that rewards see in the text of a completion: `tags` (those that are part of an answer, such as
+    <think>, and not of the chat's frame), `all` (but what begins, ends and pads), `none`, and tokens by their text."""
     dir: str | None = None
     """Folder in which relative paths of jsonl and parquet sources are looked up before the working directory; without
     one, the working directory, then `data` and `../shared/data` below it."""
@@ -142,5 +151,8 @@ class GenerationConfig:
     """Completions are cut here; a cut completion is scored like any other."""
     temperature: float = 1.0
     """Sampling temperature; log-probs everywhere are at this temperature."""
+    stop_tokens: tuple[str, ...] = ("auto",)
+    """Tokens that end a completion, by text or id; `auto` stands for all that the model's generation settings, its
+    configuration, its tokenizer and its chat template end with. The run folder keeps what they were."""
     max_batch_sequences: int = 256
     """Sequences decoded at once."""

@@ -91,7 +91,7 @@ class VLLMGenerator:
         seeds = [stream_seed(seed, i, f"sample/{j}") for i in places for j in range(group_size)]
         sampling = [self._sampling(max_completion_tokens, temperature, each, top_p) for each in seeds]
         outputs = self._answer([prompt for prompt in prompts for _ in range(group_size)], sampling)
-        return [_completion(output.outputs[0]) for output in outputs]
+        return [self._completion(output.outputs[0]) for output in outputs]
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
         """Log-probs of every token but the first, at temperature 1; the prefix cache has no part in it."""
@@ -187,6 +187,14 @@ class VLLMGenerator:
                 "continues from the last checkpoint, and fewer --generation.max-batch-sequences need less memory"
             ) from error
 
+    def _completion(self, output: Any) -> Completion:
+        flat, ids = output.logprobs, list(output.token_ids)
+        return Completion(
+            token_ids=ids,
+            logprobs=[float(flat.logprobs[start]) for start in flat.start_indices],
+            stopped=output.finish_reason == "stop" or (bool(ids) and ids[-1] in self.stop_ids),
+        )
+
     def _run(self, prompts: Sequence[tuple[int, ...]], sampling: Sequence[Any]) -> list[Any]:
         """The finished request of every prompt, in order."""
         self.calls += 1
@@ -204,12 +212,3 @@ class VLLMGenerator:
                 told = now
                 logger.info("vllm: %d of %d completions after %.0f s", len(found), len(prompts), now - started)
         return [found[i] for i in range(len(prompts))]
-
-
-def _completion(output: Any) -> Completion:
-    flat = output.logprobs
-    return Completion(
-        token_ids=list(output.token_ids),
-        logprobs=[float(flat.logprobs[start]) for start in flat.start_indices],
-        stopped=output.finish_reason == "stop",
-    )

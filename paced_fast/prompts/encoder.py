@@ -11,24 +11,34 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from paced_fast.errors import InputError
+from paced_fast.prompts.chat import ChatSettings, check_chat_settings, is_begun_reply, render, with_system
+from paced_fast.prompts.completions import hidden_ids
 from paced_fast.sources import BadRow, Messages, is_template
 
 _ENCODE_CHUNK = 4096
 
 
 class Encoder:
-    """Prompts to ids. Control tokens (added tokens that are not blank) come from templates only, never from a row."""
+    """Prompts to ids. Control tokens (added tokens that are not blank) come from templates only, never from a row.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    One exception: where the last message of a chat begins the reply, tags such as <think> in it are the tokens that the
+    policy writes itself.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings | None = None) -> None:
+        self.tokenizer, self.chat = tokenizer, chat or ChatSettings()
+        self.read_as_text = 0
+        """Prompts so far whose text reads like a control token."""
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
         self.control = added
         self.control_ids = set(added.values())
         self.control_pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
         begin = tokenizer.bos_token_id
         self.begins = begin is not None and tokenizer("", verbose=False)["input_ids"][:1] == [begin]
-        self._bare: dict[tuple[str, ...], tuple[list[str | int], list[int]]] = {}
-        self._plain: Tokenizer | None = None
+        self.tags = set(added) - {content for content, i in added.items() if i in hidden_ids(tokenizer, (), ("tags",))}
+        self._is_checked = False
+        self._bare: dict[tuple[str | bool, ...], tuple[list[str | int], list[int]]] = {}
+        self._plain: dict[bool, Tokenizer] = {}
 
     def encode(
         self,
@@ -49,6 +59,9 @@ class Encoder:
             raise InputError(
                 f"the tokenizer {name!r} has no chat template: give a template with {{prompt}} in it, or plain"
             )
+        if template == "chat" and not self._is_checked:
+            check_chat_settings(self.tokenizer, self.chat)
+            self._is_checked = True
         if not is_template(template):
             raise InputError(f"template {template!r} must be chat, plain or text with {{prompt}} in it")
         result: list[list[int] | None] = []
@@ -102,26 +115,44 @@ class Encoder:
             if ids is None:
                 continue
             try:
-                parts, expected = self._bare_template(prompts[i], template)
-                if self._controls(ids) != expected:
-                    ids = self._encode_plainly(prompts[i], texts[i], parts, expected, wheres[i])
+                ids = self._with_controls_of_template(prompts[i], template, texts[i], ids, wheres[i])
             except BadRow as bad:
                 refuse(bad)
                 continue
-            result[i] = [cast(int, self.tokenizer.bos_token_id), *ids] if template != "chat" and self.begins else ids
+            begin = self.tokenizer.bos_token_id
+            if template != "chat" and self.begins and ids[:1] != [begin]:  # unless the template wrote it
+                ids = [cast(int, begin), *ids]
+            result[i] = ids
         return result
+
+    def _with_controls_of_template(
+        self, prompt: str | Messages, template: str, text: str, ids: list[int], where: str
+    ) -> list[int]:
+        """The ids of a rendered prompt; encoded again where its text reads like control tokens."""
+        parts, expected = self._bare_template(prompt, template, where)
+        messages = prompt if template != "chat" else self._messages(prompt)
+        has_begun = is_begun_reply(messages, template)
+        if has_begun:
+            begun = self._encode_text(cast(Messages, messages)[-1]["content"], with_tags=True)
+            expected = [*expected, *self._controls(begun)]
+        if self._controls(ids) == expected:
+            return ids
+        self.read_as_text += 1
+        return self._encode_plainly(messages, text, parts, expected, where, has_begun=has_begun)
 
     def _render(self, prompt: str | Messages, template: str, where: str) -> str:
         if template != "chat":
             if not isinstance(prompt, str):
                 raise InputError(f"{where}: the prompt is a chat of {len(prompt)} messages: use template=chat")
             return template.replace("{prompt}", prompt)
+        return render(self.tokenizer, self._messages(prompt), self.chat, where)
+
+    def _messages(self, prompt: str | Messages) -> Messages:
+        """A prompt as the chat template gets it: a system prompt first, and no blank reply, which begins nothing."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are programs of their own
-            raise BadRow(f"{where}: the chat template refuses the prompt: {' '.join(str(error).split())}") from error
-        return str(text)
+        if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
+            messages = messages[:-1]
+        return with_system(messages, self.chat.system_prompt)
 
     def _bulk(
         self, texts: Sequence[str], wheres: Sequence[str], refuse: Callable[[BadRow], None]
@@ -141,14 +172,21 @@ class Encoder:
                 *self._bulk(texts[middle:], wheres[middle:], refuse),
             ]
 
-    def _bare_template(self, prompt: str | Messages, template: str) -> tuple[list[str | int], list[int]]:
-        """The template as pieces of text and message numbers, and the control tokens of its pieces."""
-        roles = ("user",) if isinstance(prompt, str) else tuple(message["role"] for message in prompt)
-        key = (template, *roles)
+    def _bare_template(self, prompt: str | Messages, template: str, where: str) -> tuple[list[str | int], list[int]]:
+        """The template as pieces of text and message numbers, and the control tokens of its pieces.
+
+        Raises BadRow when the template leaves a message out.
+        """
+        messages = self._messages(prompt) if template == "chat" else []
+        # The system prompt of the settings is part of the template, one of a row is text of the row.
+        is_own = bool(messages) and messages[0]["role"] == "system" and not self._has_system(prompt)
+        key = (template, is_own, *(message["role"] for message in messages))
         if key not in self._bare:
             if template == "chat":
-                marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
-                pieces = re.split("\ue000([0-9]+)\ue001", self._render(marked, template, "the bare template"))
+                marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
+                marked[: int(is_own)] = messages[: int(is_own)]
+                bare = render(self.tokenizer, marked, self.chat, "the bare template")
+                pieces = re.split("\ue000([0-9]+)\ue001", bare)
             else:
                 pieces = re.split(r"\{(prompt)\}", template)
             parts = [piece if i % 2 == 0 else int(piece.replace("prompt", "0")) for i, piece in enumerate(pieces)]
@@ -159,15 +197,32 @@ class Encoder:
                 for token in self._controls(ids or [])
             ]
             self._bare[key] = parts, controls
-        return self._bare[key]
+        parts, controls = self._bare[key]
+        for i, message in enumerate(messages):
+            if i >= int(is_own) and i not in parts and message["content"].strip():
+                raise BadRow(
+                    f"{where}: the chat template leaves out a message of the role {message['role']}: clean the row"
+                )
+        return parts, controls
+
+    @staticmethod
+    def _has_system(prompt: str | Messages) -> bool:
+        return not isinstance(prompt, str) and prompt[0]["role"] == "system"
 
     def _controls(self, ids: Sequence[int]) -> list[int]:
         return [token for token in ids if token in self.control_ids]
 
     def _encode_plainly(
-        self, prompt: str | Messages, text: str, parts: Sequence[str | int], expected: list[int], where: str
+        self,
+        prompt: str | Messages,
+        text: str,
+        parts: Sequence[str | int],
+        expected: list[int],
+        where: str,
+        *,
+        has_begun: bool,
     ) -> list[int]:
-        """The ids with control tokens from the template's pieces only."""
+        """The ids with control tokens from the template's pieces only, and tags from a reply that `has_begun`."""
         contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
         for users in (contents, [content.strip() for content in contents]):
             if text == "".join(part if isinstance(part, str) else users[part] for part in parts):
@@ -178,7 +233,11 @@ class Encoder:
         pending = ""
         for part in parts:
             if isinstance(part, int):
-                pending += users[part]
+                if has_begun and part == len(contents) - 1:
+                    ids += [*self._encode_text(pending), *self._encode_text(users[part], with_tags=True)]
+                    pending = ""
+                else:
+                    pending += users[part]
                 continue
             begin = 0
             for match in self.control_pattern.finditer(part):
@@ -190,9 +249,9 @@ class Encoder:
             raise BadRow(f"{where}: the tokenizer can only read some of the text as a control token: clean the row")
         return ids
 
-    def _encode_text(self, text: str) -> list[int]:
-        """Ids of text in which nothing is a control token."""
-        plain = self._plain_tokenizer()
+    def _encode_text(self, text: str, *, with_tags: bool = False) -> list[int]:
+        """Ids of text in which nothing is a control token, `with_tags` but for those that a policy writes itself."""
+        plain = self._plain_tokenizer(with_tags=with_tags)
         if plain is None:
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
             return cast(list[int], encoded["input_ids"])
@@ -205,15 +264,18 @@ class Encoder:
             return [(i, i + 1) for i in range(len(text))]
         return plain.encode(text, add_special_tokens=False).offsets
 
-    def _plain_tokenizer(self) -> Any:
+    def _plain_tokenizer(self, *, with_tags: bool = False) -> Any:
         """The tokenizer without control tokens, None when it is not one of the Rust library."""
         backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
-        if self._plain is None and backend is not None:
+        if with_tags not in self._plain and backend is not None:
+            kept = self.tags if with_tags else set[str]()
             state = json.loads(backend.to_str())
-            state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].strip()]
+            state["added_tokens"] = [
+                token for token in state["added_tokens"] if not token["content"].strip() or token["content"] in kept
+            ]
             state["truncation"] = state["padding"] = None
-            self._plain = Tokenizer.from_str(json.dumps(state))
-        return self._plain
+            self._plain[with_tags] = Tokenizer.from_str(json.dumps(state))
+        return self._plain.get(with_tags)
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int]], excess: int, keep: str) -> str:

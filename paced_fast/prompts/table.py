@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from paced_fast.batch import PromptRow, PromptTable
 from paced_fast.errors import InputError
+from paced_fast.prompts.chat import ChatSettings, with_system
 from paced_fast.prompts.encoder import Encoder
-from paced_fast.sources import BadRows, Check, Draft, read_drafts
+from paced_fast.sources import BadRows, Check, Draft, Messages, read_drafts
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ def load_table(
     *,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
+    chat: ChatSettings | None = None,
     max_prompt_tokens: int,
     data_dir: str | None = None,
     too_long: TooLong = "error",
@@ -34,7 +36,8 @@ def load_table(
     """All rows of all sources, in order, with the token ids that the policy reads.
 
     `template` is `chat` (the tokenizer's chat template with a generation prompt), `plain`, or text with
-    `{prompt}` in it; a source's own `template=` comes first. Relative paths are looked up in `data_dir`, then in the
+    `{prompt}` in it; a source's own `template=` comes first. `chat` is what the chat template gets beside the messages;
+    a row's own system message comes before that of `chat`. Relative paths are looked up in `data_dir`, then in the
     working directory; without a `data_dir` also in `data` and `../shared/data`.
 
     A prompt of more than `max_prompt_tokens` is refused, left out, or its text is cut at the end (`keep_start`) or at
@@ -53,18 +56,20 @@ def load_table(
         raise InputError(
             f"data source {repeated[0]!r} is given twice: remove one, or give it another seed or other rows"
         )
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, chat)
     bad = BadRows(bad_rows, max_bad_share)
     rows: list[PromptRow] = []
     for spec in sources:
         source, drafts = read_drafts(spec, data_dir, bad_rows=bad, check=check)
         prompts, wheres = [draft.prompt for draft in drafts], [draft.where for draft in drafts]
-        encoded = encoder.encode(prompts, source.template or template, wheres, refuse=bad.add)
+        written, before = source.template or template, encoder.read_as_text
+        encoded = encoder.encode(prompts, written, wheres, refuse=bad.add)
+        _tell(spec, prompts, encoder.read_as_text - before, chat if written == "chat" else None)
         good = [(draft, ids) for draft, ids in zip(drafts, encoded, strict=True) if ids is not None]
         bad.settle(spec, len(good))
         if not good:
             raise InputError(f"every row of {spec!r} is bad: mend them, or name the right fields")
-        kept = _within_limit(encoder, good, source.template or template, max_prompt_tokens, too_long)
+        kept = _within_limit(encoder, good, written, max_prompt_tokens, too_long)
         if not kept:
             raise InputError(f"every row of {spec!r} is longer than max_prompt_tokens={max_prompt_tokens}: raise it")
         if len(kept) < len(good):
@@ -74,8 +79,25 @@ def load_table(
         if cut and too_long in ("keep_start", "keep_end"):
             side = "end" if too_long == "keep_start" else "beginning"
             logger.warning("%s: cut the %s of %d of %d prompts", spec, side, cut, len(good))
-        rows += [_row(draft, ids) for draft, ids in kept]
+        rows += [_row(draft, ids, in_chat=written == "chat") for draft, ids in kept]
     return PromptTable(rows=tuple(rows))
+
+
+def _tell(spec: str, prompts: Sequence[str | Messages], as_text: int, chat: ChatSettings | None) -> None:
+    """What a user may not expect of the prompts of a source."""
+    if as_text:
+        logger.warning(
+            "%s: %d of %d prompts read like control tokens in places, which are encoded as text: a prompt that is "
+            "written with its template already should be the messages, with template=chat",
+            *(spec, as_text, len(prompts)),
+        )
+    if chat is not None and chat.system_prompt is not None:
+        own = sum(with_system(prompt, "") is prompt for prompt in prompts if not isinstance(prompt, str))
+        if own:
+            logger.info(
+                "%s: %d of %d prompts have a system message of their own, which stands for --data.system-prompt",
+                *(spec, own, len(prompts)),
+            )
 
 
 def _within_limit(
@@ -99,7 +121,7 @@ def _within_limit(
     return kept
 
 
-def _row(draft: Draft, ids: Sequence[int]) -> PromptRow:
+def _row(draft: Draft, ids: Sequence[int], *, in_chat: bool) -> PromptRow:
     return PromptRow(
         prompt=draft.prompt,
         token_ids=tuple(ids),
@@ -108,4 +130,5 @@ def _row(draft: Draft, ids: Sequence[int]) -> PromptRow:
         columns=draft.columns,
         where=draft.where,
         demonstration=draft.demonstration,
+        in_chat=in_chat,
     )

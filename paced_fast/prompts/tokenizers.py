@@ -1,17 +1,16 @@
-"""Tokenizers: made from an alphabet or loaded, where completions end, and their text."""
+"""Tokenizers: made from an alphabet or loaded, and where their models say that they stop."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
 
 from paced_fast.errors import InputError
-
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 
 
 def character_tokenizer(alphabet: str, *, pad: str, stop: str) -> PreTrainedTokenizerFast:
@@ -52,25 +51,54 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         raise InputError(f"cannot load the tokenizer {name_or_path!r}: {reason}") from error
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The end-of-text token first, then the end-of-turn tokens that the tokenizer knows.
+def declared_stop_ids(path: str) -> tuple[int, ...]:
+    """Where the model in a folder, or of a hub id, says that it stops: in its generation settings and configuration.
 
     Raises:
-        InputError: the tokenizer names no end-of-text token.
+        InputError: a file is damaged, or names something that is no token id.
     """
-    first: Any = tokenizer.eos_token_id
-    if first is None:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no eos_token: set one, completions must be able to end"
-        )
-    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-    ids = [*(first if isinstance(first, list) else [first]), *(added[token] for token in _TURN_ENDS if token in added)]
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            continue
+        try:
+            settings = json.loads(Path(found).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{found} is damaged ({error}): fetch the model again") from error
+        parts = [settings, settings.get("text_config")] if isinstance(settings, dict) else []
+        for part in parts:
+            value = part.get("eos_token_id") if isinstance(part, dict) else None
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and (type(token) is not int or token < 0):
+                    raise InputError(f"{found}: eos_token_id {json.dumps(value)[:80]} is no token id: mend the file")
+                ids += [] if token is None else [token]
     return tuple(dict.fromkeys(ids))
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of a completion without stop and other special tokens; a special token that is a space stays a space."""
-    special = {token for token in tokenizer.all_special_ids if str(tokenizer.convert_ids_to_tokens(token)).strip()}
-    hidden = special | set(stop_token_ids(tokenizer))
-    kept = [token for token in token_ids if token not in hidden]
-    return str(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def check_embedded(
+    sequences: Iterable[tuple[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, rows: int
+) -> None:
+    """Refuse token ids that a model of `rows` embeddings cannot read; ids beyond them that never occur are fine.
+
+    `sequences` are token ids, each with what names it in a message.
+
+    Raises:
+        InputError: naming both sizes, the first such token, and where it is.
+    """
+    size = num_ids(tokenizer)
+    if size <= rows:
+        return
+    for where, ids in sequences:
+        beyond = next((token for token in ids if token >= rows), None)
+        if beyond is not None:
+            raise InputError(
+                f"the tokenizer has {size} ids and the model embeds {rows}: {where or 'a prompt'} has the token "
+                f"{tokenizer.convert_ids_to_tokens(beyond)} ({beyond}): give the tokenizer that the model was made "
+                "with, or resize the model's embeddings to the tokenizer and save it"
+            )
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One above the largest id; more than `len(tokenizer)` where ids were left out."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1

@@ -21,6 +21,7 @@ text to imitate, `@answer` for the bare answer, or `@equation` for one line of a
 Files are read as streams: memory is that of the rows kept, and nothing behind `stop` is read.
 """
 
+from paced_fast.sources.chat import parse_day, template_arguments
 from paced_fast.sources.drafts import Check, Draft, read_drafts
 from paced_fast.sources.faults import BadRow, BadRows
 from paced_fast.sources.read import drop_missing, find_file, looked_at
@@ -37,6 +38,8 @@ __all__ = [
     "find_file",
     "is_template",
     "looked_at",
+    "parse_day",
     "parse_source",
     "read_drafts",
+    "template_arguments",
 ]

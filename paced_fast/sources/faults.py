@@ -85,6 +85,8 @@ def checked_prompt(prompt: Any, name: str, where: str) -> str | Messages:
     result: Any = prompt
     texts: list[Any] = [prompt]
     if isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt):
+        for message in prompt:
+            _check_message(message, name, where)
         result = [{"role": message.get("role"), "content": message.get("content")} for message in prompt]
         texts = [message["content"] for message in result]
     if not all(isinstance(text, str) for text in texts):
@@ -101,6 +103,19 @@ def checked_prompt(prompt: Any, name: str, where: str) -> str | Messages:
     for text in texts:
         _check_characters(text, "prompt", name, where, _MAX_PROMPT_CHARACTERS)
     return result
+
+
+_UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Parts of a message beside its content that a template may write."""
+
+
+def _check_message(message: Mapping[str, Any], name: str, where: str) -> None:
+    """Raises BadRow for a message that says more than its content."""
+    for key in _UNREAD:
+        if message.get(key):
+            raise BadRow(
+                f"{where}: a message of the prompt in {name!r} has {key!r}, which would be lost: write it into content"
+            )
 
 
 def checked_answer(answer: Any, name: str, where: str) -> Any:
