@@ -39,6 +39,7 @@ class Encoder:
         self._is_checked = False
         self._bare: dict[tuple[str | bool, ...], tuple[list[str | int], list[int]]] = {}
         self._plain: dict[bool, Tokenizer] = {}
+        self._numbers: dict[bool, dict[int, int]] = {}
 
     def encode(
         self,
@@ -255,7 +256,9 @@ class Encoder:
         if plain is None:
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
             return cast(list[int], encoded["input_ids"])
-        return plain.encode(text, add_special_tokens=False).ids if text else []
+        numbers = self._numbers[with_tags]
+        ids = plain.encode(text, add_special_tokens=False).ids if text else []
+        return [numbers.get(token, token) for token in ids]
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
         """First and last character of each token of a text as plain text; its characters where nobody can tell."""
@@ -274,7 +277,10 @@ class Encoder:
                 token for token in state["added_tokens"] if not token["content"].strip() or token["content"] in kept
             ]
             state["truncation"] = state["padding"] = None
-            self._plain[with_tags] = Tokenizer.from_str(json.dumps(state))
+            self._plain[with_tags] = plain = Tokenizer.from_str(json.dumps(state))
+            # Tokens behind one that is left out move up: these are their own numbers.
+            names = [(token["id"], token["content"]) for token in state["added_tokens"]]
+            self._numbers[with_tags] = {cast(int, plain.token_to_id(name)): number for number, name in names}
         return self._plain.get(with_tags)
 
 
