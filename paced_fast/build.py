@@ -62,7 +62,7 @@ class Run:
     """Training prompts that are held-out prompts."""
     resumed: bool
     identity: dict[str, str]
-    """Hashes of data and tokenizer; a continuation must have the same."""
+    """Hashes of data and tokenizer, and the stop tokens; a continuation must have the same."""
     world: World = ALONE
 
 
@@ -105,7 +105,7 @@ def build(
     recorded = None
     if replay is not None:
         recorded = together(world, lambda: RecordedRollouts(replay, config, table, prompts.num_ids(tokenizer)))
-    identity = checkpoint.identity(table, eval_table, tokenizer, str(stops))
+    identity = checkpoint.identity(table, eval_table, tokenizer) | {"stop tokens": str(stops)}
     model, home = None, _home(config, world)
     if newest is None:
         rows = (*table.rows, *eval_table.rows)

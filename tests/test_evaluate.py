@@ -183,13 +183,12 @@ def test_the_value_meets_the_accuracy_of_its_own_prompt() -> None:
             phases=Phases(),
             recorded=None,
             vocabulary=1000,
+            decode=lambda ids: str(ids[0]),
             log_z=SimpleNamespace(value_of=lambda embeddings: torch.tensor([0.25, 0.5, 0.75, 0.125])),
         ),
         eval_embeddings=torch.zeros(4, 1),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_run.train.prompts, "decode", lambda tokenizer, ids: str(ids[0]))
-        record = tiny_run.train._final_evaluation(fake)  # pyright: ignore[reportArgumentType]
+    record = tiny_run.train._final_evaluation(fake)  # pyright: ignore[reportArgumentType]
     assert record["eval"]["prompt_accuracy"] == [1.0, None, 1.0, 0.5]
     assert record["eval_value"]["values"] == [0.25, 0.75, 0.125]
     assert record["eval_value"]["accuracies"] == [1.0, 1.0, 0.5]

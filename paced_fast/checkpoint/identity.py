@@ -21,16 +21,13 @@ logger = logging.getLogger(__name__)
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "paced-fast")
 
 
-def identity(
-    table: PromptTable, eval_table: PromptTable, tokenizer: PreTrainedTokenizerBase, stops: str
-) -> dict[str, str]:
-    """Short hashes, and `stops` in words, by the name a message gives to the thing."""
+def identity(table: PromptTable, eval_table: PromptTable, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Short hashes by the name a message gives to the thing."""
     return {
         "training prompts": _table(table),
         "held-out prompts": _table(eval_table),
         "tokenizer": _hash(_tokenizer(tokenizer)),
         "chat template": _hash(getattr(tokenizer, "chat_template", None)),
-        "stop tokens": stops,
     }
 
 
