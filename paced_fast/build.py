@@ -92,13 +92,13 @@ def build(
     lock = lock or RunLock()
     folder = _of_lead(world, lambda: run_folder(config, lock))
     assert folder is not None
-    config = _dated(config, folder, world)
     newest = _newest_checkpoint(config, folder, lock, world) if config.resume == "auto" else None
     cache = Path(config.warm_start.cache_dir).expanduser()
     path = config.model.name
     if path == "smollm2":
         path = str(_of_lead(world, lambda: smollm2_folder(cache)))
     tokenizer = together(world, lambda: read_tokenizer(path))
+    config = _dated(config, folder, tokenizer, world)
     config, stops, decode = together(world, lambda: read_ends(config, path, tokenizer))
     scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
     table, eval_table, repeated = together(world, lambda: read_tables(config, tokenizer, scorer, shaper))
@@ -339,16 +339,15 @@ def _initial_model(
     return result
 
 
-def _dated(config: Config, folder: Path, world: World) -> Config:
-    """The settings with the day of the run: that of one that is continued, else today."""
-    if config.data.date is not None:
+def _dated(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, world: World) -> Config:
+    """The settings with the day of the run, where prompts hang on it: that of one that is continued, else today."""
+    if config.data.date is not None or not prompts.reads_date(tokenizer):
         return config
     today = ""
     if world.is_lead:
         today = datetime.date.today().isoformat()
         if config.resume == "auto" and (folder / "config.json").is_file():
-            with contextlib.suppress(InputError):  # what is wrong with it is said when the settings are compared
-                today = load_config(folder).data.date or today
+            today = load_config(folder).data.date or today
     date = world.gather_text(today)[0]
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
 
@@ -387,7 +386,7 @@ def _check_same_run(config: Config, folder: Path) -> None:
     except InputError as error:
         raise InputError(f"--resume auto: {folder} was trained with settings refused today: {error}") from None
     for name, value in flatten(config).items():
-        if name == "data.date" and old[name] is None:  # of a run that is older than the setting
+        if name == "data.date" and value is None:  # the run's own is taken
             continue
         if not name.startswith(_FREE_ON_RESUME) and old[name] != value:
             raise InputError(

@@ -109,6 +109,14 @@ def _stop() -> Any:
     raise StopIteration
 
 
+def test_a_day_that_no_prompt_holds_is_no_part_of_a_run(tmp_path: Path, monkeypatch) -> None:
+    """Seeds of one setting that began on two days are runs of one setting."""
+    config = settings(tmp_path, tiny_chat.save(tmp_path / "model", tiny_chat.tokenizer()))
+    clock(monkeypatch, "2026-02-28")
+    build(config)
+    assert kept(tmp_path)["data"]["date"] is None
+
+
 def test_another_end_of_completions_is_another_run(tmp_path: Path) -> None:
     made = tiny_chat.tokenizer()
     model = tiny_chat.save(tmp_path / "model", made, stops=256)

@@ -235,7 +235,9 @@ def changed_settings(config: Mapping[str, object]) -> tuple[list[list[str]], lis
     for name, default in flatten(PRESETS[preset]()).items():
         plain = list(default) if isinstance(default, tuple) else default
         if name in config and name != "run_dir" and config[name] != plain:
-            (decided if default == "auto" else changed).append([name, shown(plain), shown(config[name])])
+            (decided if default in ("auto", ("auto",)) or name == "data.date" else changed).append(
+                [name, shown(plain), shown(config[name])]
+            )
     return changed, decided
 
 
