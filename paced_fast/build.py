@@ -33,7 +33,7 @@ from paced_fast.inputs import read_ends, read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
 from paced_fast.policy import Policy, adapt, build_tiny, load_model, make_policy, prepare, smollm2_folder
 from paced_fast.recorded import RecordedRollouts
-from paced_fast.resolve import check_engine_ranks, resolve
+from paced_fast.resolve import check_engine_ranks, resolve, writes_chats
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.run_folder import OWN_NAMES, RunLock, claim, run_folder
 from paced_fast.shapes import ModelShape, shape_of
@@ -341,7 +341,7 @@ def _initial_model(
 
 def _dated(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, world: World) -> Config:
     """The settings with the day of the run, where prompts hang on it: that of one that is continued, else today."""
-    if config.data.date is not None or not prompts.reads_date(tokenizer):
+    if config.data.date is not None or not (writes_chats(config) and prompts.reads_date(tokenizer)):
         return config
     today = ""
     if world.is_lead:

@@ -39,7 +39,7 @@ def read_ends(
     declared = () if path == "tiny" else prompts.declared_stop_ids(path)
     stops = prompts.find_stops(tokenizer, config.generation.stop_tokens, declared)
     logger.info("completions end at %s", stops)
-    if prompts.reads_date(tokenizer):
+    if config.data.date is not None and prompts.reads_date(tokenizer):
         logger.info("the chat template takes %s for today", config.data.date)
     decode = prompts.Decoder(tokenizer, stops.ids, config.data.keep_special_tokens)
     generation = dataclasses.replace(config.generation, stop_tokens=stops.names)

@@ -292,7 +292,7 @@ def _check(config: Config) -> None:
 
 def _check_text(config: Config) -> None:
     """Settings of the text around prompts and completions, as far as they can be told without a tokenizer."""
-    data, warm = config.data, config.warm_start
+    data = config.data
     named("--data.template-args", lambda: template_arguments(data.template_args))
     if (date := data.date) is not None:
         named("--data.date", lambda: parse_day(date))
@@ -300,8 +300,21 @@ def _check_text(config: Config) -> None:
         raise InputError("--data.keep-special-tokens names nothing: give tags, all, none or tokens by their text")
     if not config.generation.stop_tokens:
         raise InputError("--generation.stop-tokens names none: completions must be able to end; give auto, or some")
-    sources = (*data.train, *data.eval, *warm.first.sources, *warm.second.sources)
-    check_chats(sources, data.template, data.system_prompt, data.template_args, prefix="--data.")
+    check_chats(_all_sources(config), data.template, data.system_prompt, data.template_args, prefix="--data.")
+
+
+def writes_chats(config: Config) -> bool:
+    """Whether the chat template writes some of the prompts."""
+    return _has_chats(_all_sources(config), config.data.template)
+
+
+def _all_sources(config: Config) -> tuple[str, ...]:
+    data, warm = config.data, config.warm_start
+    return (*data.train, *data.eval, *warm.first.sources, *warm.second.sources)
+
+
+def _has_chats(sources: Iterable[str], template: str) -> bool:
+    return any((parse_source(spec).template or template) == "chat" for spec in sources)
 
 
 def check_chats(
@@ -311,7 +324,7 @@ def check_chats(
 
     `prefix` is that of the options of the command line.
     """
-    if any((parse_source(spec).template or template) == "chat" for spec in sources):
+    if _has_chats(sources, template):
         return
     for name, value in (("system-prompt", system_prompt), ("template-args", template_args or None)):
         if value is not None:

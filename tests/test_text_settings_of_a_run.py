@@ -111,10 +111,14 @@ def _stop() -> Any:
 
 def test_a_day_that_no_prompt_holds_is_no_part_of_a_run(tmp_path: Path, monkeypatch) -> None:
     """Seeds of one setting that began on two days are runs of one setting."""
-    config = settings(tmp_path, tiny_chat.save(tmp_path / "model", tiny_chat.tokenizer()))
     clock(monkeypatch, "2026-02-28")
-    build(config)
-    assert kept(tmp_path)["data"]["date"] is None
+    for template, written in ((tiny_chat.CHAT, "chat"), (tiny_chat.DATED, "{prompt}")):
+        model = tiny_chat.save(tmp_path / written / "model", tiny_chat.tokenizer(template))
+        config = settings(tmp_path / written, model, data__template=written)
+        if written != "chat":
+            (tmp_path / written / "a.jsonl").write_text('{"prompt": "hi", "answer": "yes"}\n' * 2)
+        build(config)
+        assert kept(tmp_path / written)["data"]["date"] is None
 
 
 def test_another_end_of_completions_is_another_run(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from paced_fast.errors import InputError
 from paced_fast.prompts.chat import frame
-from paced_fast.prompts.tokenizers import num_ids
 
 _TURN_ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>"),
@@ -51,9 +50,9 @@ def find_stops(
     Raises:
         InputError: a word is no token, or there is no stop token at all.
     """
-    size, own = num_ids(tokenizer), frame(tokenizer).turn_end
+    known, own = set(tokenizer.get_vocab().values()), frame(tokenizer).turn_end
     ends = _as_list(tokenizer.eos_token_id)
-    ends += [token for token in declared if token < size and token not in ends]
+    ends += [token for token in declared if token in known and token not in ends]  # others are padding of the model's
     ids: list[int] = []
     for word in words:
         if word == "auto":

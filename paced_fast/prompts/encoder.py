@@ -35,7 +35,8 @@ class Encoder:
         self.control_pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
         begin = tokenizer.bos_token_id
         self.begins = begin is not None and tokenizer("", verbose=False)["input_ids"][:1] == [begin]
-        self.tags = set(added) - {content for content, i in added.items() if i in hidden_ids(tokenizer, (), ("tags",))}
+        frame = hidden_ids(tokenizer, (), ("tags",))
+        self.tags = {content for content, i in added.items() if i not in frame}
         self._is_checked = False
         self._bare: dict[tuple[str | bool, ...], tuple[list[str | int], list[int]]] = {}
         self._plain: dict[bool, Tokenizer] = {}
