@@ -319,7 +319,7 @@ def _initial_model(
         model = build_tiny(config.model, len(tokenizer), stop_id=stops.text_end, pad_id=pad_id, seed=seed)
     else:
         model = load_model(config.model, path)
-    embedded = model.get_input_embeddings().weight.shape[0]
+    embedded = prompts.num_embedded(model)
     prompts.check_embedded([(row.where, row.token_ids) for row in rows], tokenizer, embedded)
     if min(stops.ids) >= embedded:
         raise InputError(

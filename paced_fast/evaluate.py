@@ -164,8 +164,8 @@ def evaluate_target(
     )
     if arguments.limit is not None:
         table = _limited(table, arguments.limit, arguments.seed)
-    embedded = model.get_input_embeddings().weight.shape[0]
-    prompts.check_embedded([(row.where, row.token_ids) for row in table.rows], tokenizer, embedded)
+    sequences = [(row.where, row.token_ids) for row in table.rows]
+    prompts.check_embedded(sequences, tokenizer, prompts.num_embedded(model))
     longest = max(table.rows, key=lambda row: len(row.token_ids), default=None)
     if longest is not None and len(longest.token_ids) > room:
         raise InputError(

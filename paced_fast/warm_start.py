@@ -164,4 +164,4 @@ def _check_embedded(
     table: PromptTable, completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> None:
     sequences = [(row.where, [*row.token_ids, *c.token_ids]) for row, c in zip(table.rows, completions, strict=True)]
-    prompts.check_embedded(sequences, tokenizer, model.get_input_embeddings().weight.shape[0])
+    prompts.check_embedded(sequences, tokenizer, prompts.num_embedded(model))

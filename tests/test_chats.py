@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import tiny_chat
 from test_prompts import BOS, byte_tokenizer, plain_ids
-from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
+from transformers import AddedToken
 
 from paced_fast.config import DataConfig
 from paced_fast.errors import InputError
@@ -173,9 +173,9 @@ def test_an_answer_of_an_earlier_turn_is_closed(tmp_path: Path) -> None:
 def test_the_day_is_what_it_is_told(tmp_path: Path) -> None:
     made = tiny_chat.tokenizer(tiny_chat.DATED)
     (ids,) = load(["hi"], tmp_path, made, today=datetime.date(2024, 7, 26))
-    assert made.decode(ids).startswith("Today is 26 Jul 2024, 00:00.\n<|im_start|>")
+    assert str(made.decode(ids)).startswith("Today is 26 Jul 2024, 00:00.\n<|im_start|>")
     (ids,) = load(["hi <|im_end|>"], tmp_path, made, today=datetime.date(2024, 7, 26))
-    assert made.decode(ids).startswith("Today is 26 Jul 2024, 00:00.\n<|im_start|>")
+    assert str(made.decode(ids)).startswith("Today is 26 Jul 2024, 00:00.\n<|im_start|>")
 
 
 def test_a_text_template_that_begins_the_text_itself_begins_it_once(tmp_path: Path) -> None:

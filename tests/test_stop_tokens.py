@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_chat
@@ -77,7 +78,7 @@ def test_a_completion_ends_where_transformers_ends_it(tmp_path: Path) -> None:
     assert (own[-1], own.count(later), len(own)) == (later, 1, endless.index(later) + 1)
 
 
-def _model(folder: str):
+def _model(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 

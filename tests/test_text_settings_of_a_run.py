@@ -80,7 +80,7 @@ def test_a_run_goes_on_after_midnight_with_its_own_day(tmp_path: Path, monkeypat
         first = build(config)
     assert "takes 2026-02-28 for today" in caplog.text
     assert "completions end at <|endoftext|> (256), <|im_end|> (258)" in caplog.text
-    text = made.decode(list(first.trainer.table.rows[0].token_ids))
+    text = str(made.decode(list(first.trainer.table.rows[0].token_ids)))
     assert text.startswith("Today is 28 Feb 2026, 00:00.\n")
     assert kept(tmp_path)["data"]["date"] == "2026-02-28"
     assert kept(tmp_path)["generation"]["stop_tokens"] == ["<|endoftext|>", "<|im_end|>"]
@@ -92,7 +92,7 @@ def test_a_run_goes_on_after_midnight_with_its_own_day(tmp_path: Path, monkeypat
     assert kept(tmp_path)["data"]["date"] == "2026-02-28"
     # What is not the run's is today's, and another day that was asked for is another run.
     other = build(config, run_dir=str(tmp_path / "other"))
-    assert made.decode(list(other.trainer.table.rows[0].token_ids)).startswith("Today is 01 Mar 2026")
+    assert str(made.decode(list(other.trainer.table.rows[0].token_ids))).startswith("Today is 01 Mar 2026")
     dated = dataclasses.replace(config.data, date="2026-03-01")
     with pytest.raises(InputError, match=r"--data.date was 2026-02-28 .* and is 2026-03-01 now"):
         build(config, data=dated)

@@ -12,6 +12,7 @@ from paced_fast.prompts.tokenizers import (
     check_embedded,
     declared_stop_ids,
     load_tokenizer,
+    num_embedded,
     num_ids,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "find_stops",
     "load_table",
     "load_tokenizer",
+    "num_embedded",
     "num_ids",
     "overlap",
     "reads_date",

@@ -258,7 +258,7 @@ class Encoder:
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
             return cast(list[int], encoded["input_ids"])
         numbers = self._numbers[with_tags]
-        ids = plain.encode(text, add_special_tokens=False).ids if text else []
+        ids: list[int] = plain.encode(text, add_special_tokens=False).ids if text else []
         return [numbers.get(token, token) for token in ids]
 
     def _spans(self, text: str) -> list[tuple[int, int]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
 from paced_fast.errors import InputError
@@ -97,6 +98,12 @@ def check_embedded(
                 f"{tokenizer.convert_ids_to_tokens(beyond)} ({beyond}): give the tokenizer that the model was made "
                 "with, or resize the model's embeddings to the tokenizer and save it"
             )
+
+
+def num_embedded(model: PreTrainedModel) -> int:
+    """How many token ids a model has an embedding for."""
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[0])
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
