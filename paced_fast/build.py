@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
-from paced_fast.batch import PromptRow, PromptTable
+from paced_fast.batch import PromptTable
 from paced_fast.config import Config, ModelConfig, flatten, stream_seed
 from paced_fast.devices import require_float32_products
 from paced_fast.distributed import ALONE, World, joined
@@ -93,10 +93,9 @@ def build(
     folder = _of_lead(world, lambda: run_folder(config, lock))
     assert folder is not None
     newest = _newest_checkpoint(config, folder, lock, world) if config.resume == "auto" else None
-    cache = Path(config.warm_start.cache_dir).expanduser()
     path = config.model.name
     if path == "smollm2":
-        path = str(_of_lead(world, lambda: smollm2_folder(cache)))
+        path = str(_of_lead(world, lambda: smollm2_folder(Path(config.warm_start.cache_dir).expanduser())))
     tokenizer = together(world, lambda: read_tokenizer(path))
     config = _dated(config, folder, tokenizer, world)
     config, stops, decode = together(world, lambda: read_ends(config, path, tokenizer))
@@ -108,8 +107,7 @@ def build(
     identity = checkpoint.identity(table, eval_table, tokenizer) | {"stop tokens": str(stops)}
     model, home = None, _home(config, world)
     if newest is None:
-        rows = (*table.rows, *eval_table.rows)
-        begin = functools.partial(_begin, config, folder, lock, path, tokenizer, stops, home, rows)
+        begin = functools.partial(_begin, config, folder, lock, path, tokenizer, stops, home, (table, eval_table))
         model = together(world, begin if world.is_lead else lambda: None, patient=True)
     if model is None:
         model = together(world, lambda: load_model(home, str(folder / "initial")), patient=True)
@@ -180,11 +178,11 @@ def _begin(
     tokenizer: PreTrainedTokenizerBase,
     stops: prompts.Stops,
     home: ModelConfig,
-    rows: Sequence[PromptRow],
+    tables: Sequence[PromptTable],
 ) -> Any:
     """Make the first model and then the run folder, with its weights in `initial`."""
     warm = config.warm_start.first.steps or config.warm_start.second.steps
-    model = _initial_model(path, tokenizer, config if warm else dataclasses.replace(config, model=home), stops, rows)
+    model = _initial_model(path, tokenizer, config if warm else dataclasses.replace(config, model=home), stops, tables)
     if config.generator == "vllm":
         memory.engine_tokens(shape_of(model), config)
         require_head_size(shape_of(model).head_size, config.model.device)
@@ -309,7 +307,7 @@ def _generator(
 
 
 def _initial_model(
-    path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stops: prompts.Stops, rows: Sequence[PromptRow]
+    path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stops: prompts.Stops, tables: Sequence[PromptTable]
 ) -> Any:
     """The model before training, after its warm start; refused before that when it has no embedding for a prompt."""
     if path == "tiny":
@@ -320,7 +318,8 @@ def _initial_model(
     else:
         model = load_model(config.model, path)
     embedded = prompts.num_embedded(model)
-    prompts.check_embedded([(row.where, row.token_ids) for row in rows], tokenizer, embedded)
+    rows = [(row.where, row.token_ids) for table in tables for row in table.rows]
+    prompts.check_embedded(rows, tokenizer, embedded)
     if min(stops.ids) >= embedded:
         raise InputError(
             f"completions end at {stops}, and the model has {embedded} tokens only: name others by "
