@@ -20,7 +20,8 @@ from paced_fast.errors import InputError
 from paced_fast.rewards import Scorer, load_reward
 from paced_fast.rewards.code import CodeReward
 from paced_fast.rewards.code_blocks import program_in
-from paced_fast.rewards.code_tests import UnusableTests, request_of, suite_of
+from paced_fast.rewards.code_cases import request_of
+from paced_fast.rewards.code_tests import suite_of
 from paced_fast.rewards.verdicts import JSON_ERRORS, read_json, same_text, same_value
 from paced_fast.sandbox import SandboxError
 
@@ -185,8 +186,8 @@ PROBLEMS: list[tuple[dict[str, Any], str]] = [
     ({"test": "def check(", "entry_point": "f"}, "that is not Python"),
     ({"test": "def check(candidate): pass", "entry_point": "f"}, "has no test cases"),
     (
-        {"test": "def check(candidate):\n    for i in range(9):\n        assert candidate(i) == i", "entry_point": "f"},
-        "cannot be taken apart into a call and its expected value: for i in range(9):",
+        {"test": "def check(candidate):\n    for i in range(9):\n        candidate(i)", "entry_point": "f"},
+        "has a function check that asserts nothing",
     ),
     (
         {"tests": {"inputs": [[1]], "outputs": [["x" * 70000]], "fn_name": "f"}},
@@ -206,7 +207,7 @@ PROBLEMS: list[tuple[dict[str, Any], str]] = [
         {"tests": '{"inputs": ["a"], "outputs": [["\\udfff"]]}'},
         "test case 0 whose input or output holds half a character",
     ),
-    ({"test": "def check(c):\n    assert False", "entry_point": "f"}, "cannot be taken apart"),
+    ({"test": "def check(c):\n    assert False", "entry_point": "f"}, "that never calls the program"),
     ({"test": "def check(c):\n    assert abs(c(1) - 1) < 1e999", "entry_point": "f"}, "is infinite"),
     ({"tests": {"inputs": ["1"], "outputs": ["x" * 70000]}}, "expects more output than --reward.code-output-kib"),
 ]
@@ -270,28 +271,6 @@ def test_asserts_are_taken_apart(text: str, good: Any, bad: Any) -> None:
     (case,) = suite.cases
     assert _verdict(json.dumps({"value": good}).encode(), case) == "right"
     assert _verdict(json.dumps({"value": bad}).encode(), case) == "wrong"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "for _ in range(3): assert candidate(1) == 1",
-        "assert candidate(x) == 1",
-        "assert candidate(1) == other(1)",
-        "assert candidate(1) != 2",
-        "assert candidate(1) in (1, 2)",
-        "assert candidate(1) == {1, 2}",
-        "assert candidate(candidate(1)) == 1",
-        "assert all(candidate(i) for i in [1])",
-        "assert candidate(9 ** 9 ** 9) == 1",
-        "assert candidate([0] * 10 ** 9) == 1",
-        "assert candidate(n=1) == 1",
-        "x = 1",
-    ],
-)
-def test_asserts_that_cannot_be_taken_apart_are_refused(text: str) -> None:
-    with pytest.raises(UnusableTests, match="cannot be taken apart"):
-        suite_of({"test": f"def check(candidate):\n    {text}\n", "entry_point": "f"})
 
 
 HUMAN_EVAL = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import logging
@@ -17,8 +16,10 @@ from typing import Any
 
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
-from paced_fast.rewards.code_blocks import fenced, program_in
-from paced_fast.rewards.code_tests import WRAPPERS, Case, Suite, UnusableTests, request_of, suite_of
+from paced_fast.rewards.code_blocks import code_in_prompt, program_in
+from paced_fast.rewards.code_cases import WRAPPERS, Case, Suite, UnusableTests, request_of
+from paced_fast.rewards.code_checks import NoVerdict, judge
+from paced_fast.rewards.code_tests import suite_of
 from paced_fast.rewards.verdicts import JSON_ERRORS, read_json, same_text, same_value
 from paced_fast.sandbox import Limits, Outcome, Sandbox, SandboxError, open_sandbox
 
@@ -50,7 +51,8 @@ class CodeReward:
             output_kib=settings.code_output_kib,
             threads=settings.code_threads,
         )
-        self._sandbox: Sandbox = open_sandbox(settings.sandbox, self._limits, self._workers)
+        # A test that is run has a process beside the program's.
+        self._sandbox: Sandbox = open_sandbox(settings.sandbox, self._limits, 2 * self._workers)
 
     @property
     def strength(self) -> str:
@@ -64,7 +66,7 @@ class CodeReward:
         except UnusableTests as error:
             return f"reward 'code': the row {error}"
         limit = self._settings.code_output_kib * 1024
-        if max(_size(case, is_text=suite.function is None) for case in suite.cases) > limit:
+        if max((_size(case, is_text=suite.function is None) for case in suite.cases), default=0) > limit:
             return "reward 'code': the row expects more output than --reward.code-output-kib allows"
         return None
 
@@ -72,8 +74,9 @@ class CodeReward:
         self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float | None]:
         rows = [{key: values[i] for key, values in columns.items()} for i in range(len(completions))]
+        rows = [{**row, "prompt": row.get("prompt") or prompt} for prompt, row in zip(prompts, rows, strict=True)]
         with ThreadPoolExecutor(self._workers, "code") as pool:
-            verdicts = list(pool.map(self._judge, prompts, completions, rows))
+            verdicts = list(pool.map(self._judge, completions, rows))
         self.counts.update(verdicts)
         return [None if verdict == "unscored" else float(verdict == "right") for verdict in verdicts]
 
@@ -81,7 +84,7 @@ class CodeReward:
         """End the sandbox's processes."""
         self._sandbox.close()
 
-    def _judge(self, prompt: Any, completion: str, columns: Mapping[str, Any]) -> str:
+    def _judge(self, completion: str, columns: Mapping[str, Any]) -> str:
         try:
             suite = suite_of(columns)
         except UnusableTests as error:
@@ -91,8 +94,10 @@ class CodeReward:
             block = completion
         if block is None:
             return "no_code"
-        program = _continued(prompt, columns, block, suite) if suite.continues_prompt else block
+        program = _continued(columns["prompt"], block, suite.function) if suite.continues_prompt else block
         try:
+            if suite.check is not None:
+                return self._checked(program, suite)
             return self._calls(program, suite) if suite.function else self._runs(program, suite)
         except SandboxError as error:
             logger.warning("code: the sandbox failed, the completion stays unscored: %s", error)
@@ -111,6 +116,23 @@ class CodeReward:
             if not same_text(outcome.stdout, case.expected):
                 return "wrong"
         return "right"
+
+    def _checked(self, program: str, suite: Suite) -> str:
+        """One process for the program and one for its test."""
+        assert suite.check is not None
+        assert suite.function is not None
+        budget = _ROW_BUDGET * self._limits.seconds
+        for attempt in (0, 1):
+            try:
+                found = judge(self._sandbox, program, suite.function, suite.check, self._limits, budget)
+                return found if isinstance(found, str) else _failure(found, self._limits)
+            except NoVerdict as error:
+                logger.warning("code: %s; the completion stays unscored", error)
+                return "unscored"
+            except SandboxError:
+                if attempt:
+                    raise
+        raise AssertionError
 
     def _calls(self, program: str, suite: Suite) -> str:
         """One process for all cases, one call after the other; a failure of the sandbox is tried again once."""
@@ -180,21 +202,9 @@ def _failure(outcome: Outcome, limits: Limits) -> str:
     return kinds.get(last.partition(":")[0], "crashed")
 
 
-def _continued(prompt: Any, columns: Mapping[str, Any], block: str, suite: Suite) -> str:
+def _continued(prompt: Any, block: str, function: str | None) -> str:
     """The prompt's code, for its imports and helpers, with the completion after it: a whole function or its body."""
-    text = columns.get("prompt") or prompt
-    if not isinstance(text, str):
-        text = next((m["content"] for m in reversed(text) if m["role"] == "user"), "")
-    blocks = [body for _, body in fenced(text) if f"def {suite.function}" in body]
-    code = blocks[-1] if blocks else text
-    start = re.search(r"^(?:from|import|def|class|@)\b.*", code, re.DOTALL | re.MULTILINE)
-    code = start[0] if start else ""
-    try:
-        ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        code = ""  # words around the code: the completion has to stand alone
-    return (
-        f"{code}\n{block}"
-        if re.search(rf"^def {suite.function}\b", block, re.MULTILINE)
-        else f"{code.rstrip()}\n{block}"
-    )
+    assert function is not None
+    code = code_in_prompt(prompt, function)
+    is_whole = re.search(rf"^def {function}\b", block, re.MULTILINE)
+    return f"{code}\n{block}" if is_whole else f"{code.rstrip()}\n{block}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _PYTHON = re.compile(r"(?:python|pypy|py)[0-9.]*")
 _TAG = re.compile(r"[\w+.#-]*")
@@ -67,6 +68,21 @@ def program_in(completion: str) -> str | None:
         return marked[-1]
     first = completion.lstrip()[:_FIRST_LINE].partition("\n")[0]
     return completion if not blocks and _BEGINS_LIKE_CODE.match(first) else None
+
+
+def code_in_prompt(prompt: Any, function: str) -> str:
+    """The code with which a prompt (text or messages) ends, of which `function` is a part; empty where it is none."""
+    if not isinstance(prompt, str):
+        prompt = next((m["content"] for m in reversed(prompt or ()) if m["role"] == "user"), "")
+    blocks = [body for _, body in fenced(prompt) if f"def {function}" in body]
+    code = blocks[-1] if blocks else prompt
+    start = re.search(r"^(?:from|import|def|class|@)\b.*", code, re.DOTALL | re.MULTILINE)
+    code = start[0] if start else ""
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""  # words around the code: the completion has to stand alone
+    return code
 
 
 def _fence(text: str, start: int) -> Fence | None:

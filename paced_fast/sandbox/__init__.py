@@ -15,7 +15,19 @@ is, and shares its limit of threads with the trainer's user unless that is root.
     unsafe        a plain process with limits; must be asked for by name
 """
 
+from paced_fast.sandbox.calls import CALL, VERDICT
 from paced_fast.sandbox.choice import open_sandbox
+from paced_fast.sandbox.harness import known_names
 from paced_fast.sandbox.limits import Limits, Outcome, Sandbox, SandboxError, Session
 
-__all__ = ["Limits", "Outcome", "Sandbox", "SandboxError", "Session", "open_sandbox"]
+__all__ = [
+    "CALL",
+    "VERDICT",
+    "Limits",
+    "Outcome",
+    "Sandbox",
+    "SandboxError",
+    "Session",
+    "known_names",
+    "open_sandbox",
+]

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,11 +295,14 @@ class Box:
                     raise
         raise AssertionError
 
-    def session(self, program: str, function: str, limits: Limits | None = None) -> _Session:
+    def session(
+        self, program: str, function: str, limits: Limits | None = None, *, more: Mapping[str, Any] | None = None
+    ) -> _Session:
         """As `Sandbox` says."""
+        first = json.dumps({"program": program, "function": function, **(more or {})}).encode()
         for attempt in (0, 1):
             try:
-                return _Session(self._program(limits or self._limits), program, function)
+                return _Session(self._program(limits or self._limits), first)
             except SandboxError:
                 if attempt:
                     raise
@@ -357,19 +360,19 @@ class Box:
 class _Session:
     """A program whose function is called; its keeper serves nobody else until `finish`."""
 
-    def __init__(self, program: contextlib.AbstractContextManager[Program], text: str, function: str) -> None:
+    def __init__(self, program: contextlib.AbstractContextManager[Program], first: bytes) -> None:
         self._context = program
         self._program = program.__enter__()
-        self._first: bytes | None = json.dumps({"program": text, "function": function}).encode()
+        self._first: bytes | None = first
 
-    def ask(self, request: bytes) -> bytes | None:
+    def ask(self, request: bytes | None) -> bytes | None:
         """As `Session` says."""
         # The program goes first and the first arguments with it: it is read, and runs, before they are.
-        if self._first is None:
-            self._program.send(request)
-        else:
-            self._program.send(self._first + b"\n" + request, stdin=b"")
+        if self._first is not None:
+            self._program.send(self._first if request is None else self._first + b"\n" + request, stdin=b"")
             self._first = None
+        elif request is not None:
+            self._program.send(request)
         return self._program.answer()
 
     def finish(self) -> Outcome:

@@ -1,7 +1,8 @@
 """What runs inside the sandbox: give up every right, then run one program. No test and no expected output gets here.
 
 Descriptors: 0 to 2 are the program's own, REQUESTS brings one JSON object a line, ANSWERS takes one back.
-The first request holds the program. With a function's name in it, each further request holds the arguments of one call.
+The first request holds the program. With a function's name in it, each further request holds the arguments of one call,
+or with `test` the program is what a test needs, and the test calls a function elsewhere (see `calls`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import atexit
 import builtins
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -23,7 +25,7 @@ import traceback
 import types
 from typing import Any
 
-from paced_fast.sandbox import kernel, seccomp
+from paced_fast.sandbox import calls, kernel, seccomp
 
 REQUESTS, ANSWERS = 3, 4
 SCRATCH = "/tmp"
@@ -94,8 +96,10 @@ def run() -> None:
         else:
             sys.setrecursionlimit(_RECURSION_LIMIT)
         exec(compile(first["program"], "program.py", "exec", dont_inherit=True), module.__dict__)
-        if function is not None:
-            _answer_calls(requests, function, module.__dict__)
+        if "test" in first:
+            calls.run_test(first, module.__dict__, requests.readline, _send)
+        elif function is not None:
+            _answer_calls(requests, function, module.__dict__, plain=first.get("plain", False))
         status = 0
     except SystemExit as stop:
         code = stop.code
@@ -112,6 +116,14 @@ def run() -> None:
     except BaseException:
         status = status or 120
     os._exit(status)
+
+
+@functools.cache
+def known_names() -> frozenset[str]:
+    """What a program may use without defining it."""
+    names: dict[str, Any] = {}
+    exec(_PRELUDE, names)
+    return frozenset(names.keys() | vars(builtins).keys())
 
 
 def _prepare(name: str) -> types.ModuleType:
@@ -183,18 +195,28 @@ def _stream(number: int) -> io.TextIOWrapper:
     return open(number, "r" if number in (0, REQUESTS) else "w", encoding="utf-8", errors=errors, closefd=False)
 
 
-def _answer_calls(requests: io.TextIOWrapper, name: str, names: dict[str, Any]) -> None:
-    """One line of JSON for each call: {"value": ...} or {"error": ...}."""
+def _answer_calls(requests: io.TextIOWrapper, name: str, names: dict[str, Any], *, plain: bool) -> None:
+    """One line of JSON for each call: {"value": ...} or {"error": ...}, or with `plain` what `calls` reads."""
+
+    def find() -> Any:
+        solution = names.get("Solution")
+        is_method = name not in names and hasattr(solution, name)
+        return getattr(solution(), name) if is_method and solution is not None else names[name]
+
+    held: dict[int, Any] = {}
     for line in requests:
+        if plain:
+            _send(calls.answer(line, find, held))
+            continue
         request = json.loads(line)
         arguments = ast.literal_eval(request["literal"]) if "literal" in request else request["arguments"]
         try:
-            solution = names.get("Solution")
-            is_method = name not in names and hasattr(solution, name)
-            function = getattr(solution(), name) if is_method and solution is not None else names[name]
-            answer = json.dumps({"value": function(*arguments)})
+            answer = json.dumps({"value": find()(*arguments)})
         except Exception as error:
             answer = json.dumps({"error": f"{type(error).__name__}: {error}"[:200]})
-        data = answer.encode() + b"\n"
-        while data:
-            data = data[os.write(ANSWERS, data) :]
+        _send(answer.encode() + b"\n")
+
+
+def _send(data: bytes) -> None:
+    while data:
+        data = data[os.write(ANSWERS, data) :]

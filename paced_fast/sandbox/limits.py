@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Ending = Literal["exit", "signal", "timeout", "output", "stopped"]
 
@@ -59,8 +59,8 @@ class SandboxTimeout(SandboxError):
 class Session(Protocol):
     """A program whose function is called again and again."""
 
-    def ask(self, request: bytes) -> bytes | None:
-        """The answer to one line of JSON; None when the program ended, or was ended, without one."""
+    def ask(self, request: bytes | None) -> bytes | None:
+        """The answer to one line of JSON, or with none what it says by itself; None when it ended, or was ended."""
         ...
 
     def finish(self) -> Outcome:
@@ -82,8 +82,12 @@ class Sandbox(Protocol):
         """
         ...
 
-    def session(self, program: str, function: str, limits: Limits | None = None) -> Session:
+    def session(
+        self, program: str, function: str, limits: Limits | None = None, *, more: Mapping[str, Any] | None = None
+    ) -> Session:
         """Start a program whose `function` is to be called; `finish` must be called in the end.
+
+        `more` goes to the harness with it: `plain` for calls as `calls` makes them, `test` for one that makes them.
 
         Raises:
             SandboxError: the sandbox failed twice.

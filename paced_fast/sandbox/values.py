@@ -1,0 +1,180 @@
+"""Values as they go from one process to another: a list of nodes in JSON, of which only plain data can be made again.
+
+None, booleans, integers, floats and text stand for themselves; every other value is a node `[kind, part, ...]`, and
+where it is a part of another it is written `[number of its node]`. So what is shared or contains itself stays so, and
+nothing is nested. Subclasses become what they are made of: a Counter a dictionary, a named tuple a tuple.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+Node = list[Any]
+
+_SCALARS = (bool, int, float, str)
+_CHANGING: dict[str, type] = {"list": list, "dict": dict, "set": set, "bytearray": bytearray}
+_VIEWS: dict[type, str] = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
+_MISSING = object()
+
+
+class NotPlain(TypeError):
+    """A value that does not go from one process to another."""
+
+
+def pack(
+    roots: Sequence[Any], known: Sequence[Any] = (), hold: Callable[[Iterator[Any]], int] | None = None
+) -> tuple[list[Node], list[Any], list[Any]]:
+    """The nodes of all that `roots` reach, the roots as parts, and the object of each node.
+
+    `known` are the objects of the first nodes, of which only what can be changed is written again. An iterator is read
+    to its end, or `hold` gives it a number by which it can be asked for its next value.
+
+    Raises:
+        NotPlain: an object that is no plain data.
+    """
+    objects = list(known)
+    places = {id(thing): place for place, thing in enumerate(objects)}
+
+    def part(value: Any) -> Any:
+        if value is None or isinstance(value, _SCALARS):
+            return value
+        place = places.setdefault(id(value), len(objects))
+        if place == len(objects):
+            objects.append(value)
+        return [place]
+
+    given = [part(value) for value in roots]
+    nodes: list[Node] = []
+    while len(nodes) < len(objects):
+        thing = objects[len(nodes)]
+        is_same = len(nodes) < len(known) and not isinstance(thing, tuple(_CHANGING.values()))
+        nodes.append(["same"] if is_same else _node(thing, part, hold))
+    return nodes, given, objects
+
+
+def _node(value: Any, part: Callable[[Any], Any], hold: Callable[[Iterator[Any]], int] | None) -> Node:
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return [kind.__name__, *map(part, value)]
+    if isinstance(value, dict):
+        return ["dict", *(part(side) for pair in value.items() for side in pair)]
+    if isinstance(value, bytes | bytearray):
+        return ["bytearray" if isinstance(value, bytearray) else "bytes", value.hex()]
+    if isinstance(value, complex):
+        return ["complex", value.real, value.imag]
+    if isinstance(value, range):
+        return ["range", value.start, value.stop, value.step]
+    if isinstance(value, Fraction):
+        return ["fraction", value.numerator, value.denominator]
+    if isinstance(value, Decimal):
+        return ["decimal", str(value)]
+    if type(value) in _VIEWS:
+        return ["view", _VIEWS[type(value)], part(dict(value.mapping))]
+    if hasattr(type(value), "__next__"):
+        return ["iterator", *map(part, value)] if hold is None else ["held", hold(value)]
+    raise NotPlain(f"a value of the type {type(value).__name__} is no plain data")
+
+
+def is_changing(node: Node) -> bool:
+    """Whether what the node stands for can be changed in its place."""
+    return node[0] in _CHANGING
+
+
+def unpack(
+    nodes: Sequence[Node],
+    given: Sequence[Any],
+    known: Sequence[Any] = (),
+    *,
+    changed: Sequence[int] = (),
+    follow: Callable[[int], Iterator[Any]] | None = None,
+    finite: bool = False,
+) -> tuple[list[Any], list[Any]]:
+    """The roots, and the object of each node.
+
+    `known` are objects that the first nodes stand for; of them those in `changed` get the contents of their nodes.
+    `follow` makes an iterator of the number of one that is held. With `finite` a number that is not is refused.
+
+    Raises:
+        ValueError, TypeError, IndexError, KeyError, ArithmeticError: the nodes are not what `pack` makes.
+    """
+    objects = [*known, *[_MISSING] * (len(nodes) - len(known))]
+
+    def value(part: Any) -> Any:
+        if isinstance(part, list):
+            (place,) = part
+            if type(place) is not int or place < 0:
+                raise ValueError("a part of no node")
+            return objects[place]
+        if part is not None and type(part) not in _SCALARS:
+            raise TypeError("a part of no kind")
+        if finite and isinstance(part, float) and not math.isfinite(part):
+            raise ValueError("a number that is not finite")
+        return part
+
+    for place in range(len(known), len(nodes)):
+        if is_changing(nodes[place]):
+            objects[place] = _CHANGING[nodes[place][0]]()
+    begun = set[int]()
+    for start in range(len(nodes)):
+        waiting = [start]
+        while waiting:
+            place = waiting[-1]
+            if objects[place] is not _MISSING:
+                waiting.pop()
+                continue
+            missing = [part[0] for part in nodes[place][1:] if isinstance(part, list) and value(part) is _MISSING]
+            if not missing:
+                objects[place] = _made(nodes[place], value, follow)
+            elif place in begun:
+                raise ValueError("a value that contains itself and cannot")
+            begun.add(place)
+            waiting += missing
+    for place in (*changed, *range(len(known), len(nodes))):
+        if is_changing(nodes[place]):
+            _fill(objects[place], nodes[place], value)
+    return [value(part) for part in given], objects
+
+
+def _made(node: Node, value: Callable[[Any], Any], follow: Callable[[int], Iterator[Any]] | None) -> Any:
+    kind, *parts = node
+    if kind == "held" and follow is not None:
+        return follow(int(parts[0]))
+    if kind == "bytes":
+        return bytes.fromhex(parts[0])
+    if kind == "decimal":
+        return Decimal(value(parts[0]))
+    values = [value(part) for part in parts]
+    if kind == "view" and isinstance(values[1], dict):
+        return {"keys": values[1].keys, "values": values[1].values, "items": values[1].items}[values[0]]()
+    several: dict[str, Callable[..., Any]] = {"tuple": tuple, "frozenset": frozenset, "iterator": iter}
+    if kind in several:
+        return several[kind](values)
+    return {"complex": complex, "range": range, "fraction": Fraction}[kind](*values)
+
+
+def _fill(thing: Any, node: Node, value: Callable[[Any], Any]) -> None:
+    kind, *parts = node
+    if not isinstance(thing, _CHANGING[kind]):
+        raise TypeError("a change of the kind")
+    if kind == "bytearray":
+        thing[:] = bytes.fromhex(parts[0])
+        return
+    values = [value(part) for part in parts]
+    if kind == "list":
+        thing[:] = values
+    elif kind == "set":
+        thing.clear()
+        thing.update(values)
+    else:
+        thing.clear()
+        thing.update(zip(values[::2], values[1::2], strict=True))
+
+
+def line_of(message: dict[str, Any]) -> bytes:
+    """A message as one line of JSON."""
+    return json.dumps(message).encode() + b"\n"
