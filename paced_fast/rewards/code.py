@@ -205,6 +205,6 @@ def _failure(outcome: Outcome, limits: Limits) -> str:
 def _continued(prompt: Any, block: str, function: str | None) -> str:
     """The prompt's code, for its imports and helpers, with the completion after it: a whole function or its body."""
     assert function is not None
-    code = code_in_prompt(prompt, function)
-    is_whole = re.search(rf"^def {function}\b", block, re.MULTILINE)
+    is_whole = re.search(rf"^def {function}\b", block, re.MULTILINE) is not None
+    code = code_in_prompt(prompt, function, whole=is_whole)
     return f"{code}\n{block}" if is_whole else f"{code.rstrip()}\n{block}"

@@ -38,7 +38,7 @@ def human_eval(columns: Mapping[str, Any]) -> Suite:
     try:
         cases = tuple(_cases(check, called))
     except (*JSON_ERRORS, ArithmeticError):
-        helpers = code_in_prompt(columns.get("prompt"), name)
+        helpers = code_in_prompt(columns.get("prompt"), name, whole=True)
         found = check_of(tree, check, entry=name, test=str(columns["test"]), helpers=helpers)
         return Suite(check=found, function=name, continues_prompt=True)
     return Suite(cases=cases, function=name, continues_prompt=True)

@@ -70,19 +70,24 @@ def program_in(completion: str) -> str | None:
     return completion if not blocks and _BEGINS_LIKE_CODE.match(first) else None
 
 
-def code_in_prompt(prompt: Any, function: str) -> str:
-    """The code with which a prompt (text or messages) ends, of which `function` is a part; empty where it is none."""
+def code_in_prompt(prompt: Any, function: str, *, whole: bool) -> str:
+    """The code with which a prompt (text or messages) ends, of which `function` is a part; empty where it is none.
+
+    With `whole` a function that ends before its body gets one of nothing.
+    """
     if not isinstance(prompt, str):
         prompt = next((m["content"] for m in reversed(prompt or ()) if m["role"] == "user"), "")
     blocks = [body for _, body in fenced(prompt) if f"def {function}" in body]
     code = blocks[-1] if blocks else prompt
     start = re.search(r"^(?:from|import|def|class|@)\b.*", code, re.DOTALL | re.MULTILINE)
     code = start[0] if start else ""
-    try:
-        ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ""  # words around the code: the completion has to stand alone
-    return code
+    for closed in (code, f"{code.rstrip()}\n    pass\n"):
+        try:
+            ast.parse(closed)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+        return closed if whole else code
+    return ""  # words around the code: the completion has to stand alone
 
 
 def _fence(text: str, start: int) -> Fence | None:
