@@ -8,8 +8,6 @@ P = prompts.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
 import os
@@ -19,7 +17,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import nvtx
@@ -27,6 +25,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from paced_fast.display import Progress, config_table, configure_logging, final_table, memory_plan_table
 from paced_fast.errors import InputError
+from paced_fast.journal import Journal
+from paced_fast.loggers import Logger, require_sinks
 
 __all__ = [
     "MetricsWriter",
@@ -109,6 +109,8 @@ def _average_ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 # Files
 
+_KEPT_BYTES = 1 << 26
+
 
 def write_json_atomic(path: str | Path, obj: object) -> None:
     """Replaces the file at `path` by `obj` as indented JSON; a reader sees the old file or the new one, never a part.
@@ -152,21 +154,27 @@ class MetricsWriter:
         self, run_dir: str | Path, *, sinks: Sequence[str] = (), config: Mapping[str, object] | None = None
     ) -> None:
         self.run_dir = Path(run_dir)
-        self._sinks = [_open_sink(name, self.run_dir, config or {}) for name in sinks]
+        self._sinks = [Logger(name, self.run_dir, _plain(config or {})) for name in sinks]
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._paths = {name: self.run_dir / f"{name}.jsonl" for name in ("metrics", "rollouts")}
-        self._files: dict[str, TextIO] = {}
+        self._files = {
+            name: Journal(self.run_dir / f"{name}.jsonl", keep_bytes=_KEPT_BYTES) for name in ("metrics", "rollouts")
+        }
+        for sink in self._sinks:
+            sink.open()
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Appends one step's record and flushes it; keys keep their order, non-finite floats become null."""
+        """Appends one step's record at once; keys keep their order, non-finite floats become null.
+
+        Neither a disk that takes no line nor a sink that fails ends the run: each is told of, and tried again.
+        """
         plain = {str(key): _plain(value) for key, value in record.items()}
         step = plain.get("step")
         if not isinstance(step, int):
             raise ValueError(f"a metrics record needs an integer step, got {step!r}")
         self._append("metrics", [plain])
         scalars = dict(_scalars(plain))
-        for log, _ in self._sinks:
-            log(scalars, step)
+        for sink in self._sinks:
+            sink.log(scalars, step)
 
     def write_rollouts(self, rows: Iterable[Mapping[str, object]]) -> None:
         """Appends sample rollouts: step, prompt, completion, reward, value, slice, replayed."""
@@ -174,15 +182,15 @@ class MetricsWriter:
 
     def drop_from(self, step: int) -> None:
         """Forgets every record of `step` and later, for a run that resumes there; each file changes atomically."""
-        self._close_files()
-        for path in self._paths.values():
-            drop_steps(path, step)
+        for file in self._files.values():
+            drop_steps(file.path, step)
 
     def close(self) -> None:
         """Closes the files and the sinks; a second call does nothing."""
-        self._close_files()
-        for _, close in self._sinks:
-            close()
+        for file in self._files.values():
+            file.close()
+        for sink in self._sinks:
+            sink.close()
         self._sinks = []
 
     def __enter__(self) -> MetricsWriter:
@@ -192,15 +200,7 @@ class MetricsWriter:
         self.close()
 
     def _append(self, name: str, records: Sequence[object]) -> None:
-        if name not in self._files:
-            self._files[name] = self._paths[name].open("a", encoding="utf-8")
-        self._files[name].writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        self._files[name].flush()
-
-    def _close_files(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files = {}
+        self._files[name].append([json.dumps(record, allow_nan=False) for record in records])
 
 
 def _replace(path: Path, text: str) -> None:
@@ -240,41 +240,6 @@ def _scalars(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
             yield from _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield prefix + key, float(value)
-
-
-Sink = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
-"""How to log one step's scalars, and how to close."""
-
-_SINK_MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
-
-
-def require_sinks(names: Sequence[str]) -> None:
-    """Raises InputError when the package of a sink is not installed; imports none of them."""
-    for name in names:
-        if name not in _SINK_MODULES:
-            raise InputError(f"unknown metrics sink {name!r}: choose from {', '.join(_SINK_MODULES)}")
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"metrics sink {name!r} is not installed: pip install 'paced-fast[{name}]'")
-
-
-def _open_sink(name: str, run_dir: Path, config: Mapping[str, object]) -> Sink:
-    if name not in _SINK_MODULES:
-        raise InputError(f"unknown metrics sink {name!r}: choose from {', '.join(_SINK_MODULES)}")
-    try:
-        module = importlib.import_module(_SINK_MODULES[name])
-    except ImportError as error:
-        raise InputError(f"metrics sink {name!r} is not installed: pip install 'paced-fast[{name}]'") from error
-    if name == "wandb":
-        run_dir.mkdir(parents=True, exist_ok=True)
-        run = module.init(project="paced_fast", name=run_dir.name, dir=str(run_dir), config=_plain(config))
-        return lambda scalars, step: run.log(scalars, step=step), run.finish
-    writer = module.SummaryWriter(str(run_dir / "tensorboard"))
-
-    def log(scalars: dict[str, float], step: int) -> None:
-        for key, value in scalars.items():
-            writer.add_scalar(key, value, step)
-
-    return log, writer.close
 
 
 # Time

@@ -27,10 +27,12 @@ from typing import Any, Protocol
 from paced_fast.batch import Completion, Group, PromptTable
 from paced_fast.config import Config
 from paced_fast.errors import InputError
+from paced_fast.journal import Journal
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "rollouts_full.jsonl"
+_KEPT_BYTES = 1 << 28
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 _LONG = b', "token_ids": '
 _COUNTS = ("step", "group", "position", "prompt_index", "num_tokens")
@@ -50,6 +52,7 @@ class Recorder:
 
     def __init__(self, folder: Path, table: PromptTable) -> None:
         self.path, self._table = folder / FILE_NAME, table
+        self._file = Journal(self.path, keep_bytes=_KEPT_BYTES)
 
     def write(self, step: int, groups: Sequence[Group], dropped: Sequence[Group]) -> None:
         """Append the completions of one step."""
@@ -73,10 +76,13 @@ class Recorder:
                     # Nine digits are every float32.
                     "logprobs": [float(f"{value:.9g}") for value in completion.logprobs],
                 }
-                lines.append(json.dumps(row) + "\n")
+                lines.append(json.dumps(row))
                 position += 1
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+        self._file.append(lines)
+
+    def close(self) -> None:
+        """A last attempt at what the disk did not take."""
+        self._file.close()
 
     def drop_from(self, step: int) -> None:
         """Cut off the records of `step` and later, and a torn last line, for a run that resumes there."""

@@ -14,13 +14,14 @@ from pathlib import Path
 from paced_fast import metrics
 from paced_fast.config import Config
 from paced_fast.errors import InputError
+from paced_fast.loggers import WANDB_FILE
 from paced_fast.recorded import FILE_NAME
 
 logger = logging.getLogger(__name__)
 
 OWN_NAMES = (
     *("metrics.jsonl", "checkpoints", "config.json", "initial", "rollouts.jsonl", FILE_NAME),
-    *("summary.json", "report.html"),
+    *("summary.json", "report.html", WANDB_FILE),
 )
 """What a run folder holds; a folder with any of these is not ours to write into unless the user says so."""
 

@@ -71,7 +71,8 @@ def train(
                 writer.write_rollouts(shown or [])
                 progress.update(record)
 
-        recorder = Recorder(folder, trainer.table) if config.run.save_rollouts and world.is_lead else None
+        recording = config.run.save_rollouts and world.is_lead
+        recorder = stack.enter_context(contextlib.closing(Recorder(folder, trainer.table))) if recording else None
         _stop_if_asked(run, saver, stop, began)
         # A resumed run loads the engine anew, so it is checked like a new one.
         parity = trainer.check_parity()
@@ -110,9 +111,13 @@ def train(
                 _save(run, saver, last=last)
     if not world.is_lead:
         return {}
-    summary = summarise(folder, config)
-    metrics.write_json_atomic(folder / "summary.json", summary)
-    return summary
+    try:
+        summary = summarise(folder, config)
+        metrics.write_json_atomic(folder / "summary.json", summary)
+        return summary
+    except (OSError, ValueError, LookupError) as error:  # of a disk that took no metrics
+        logger.warning("there is no summary.json (%r): the checkpoints are whole", error)
+        return {}
 
 
 def _stop_if_asked(run: Run, saver: checkpoint.Saver, stop: StopRequest | None, began: int) -> None:
@@ -325,8 +330,15 @@ def _run(
             prepared.scorer.close()
             prepared.generator.close()
         if config.run.report and world.is_lead:
-            report.make_report(prepared.folder)
+            _report(prepared.folder)
     return summary
+
+
+def _report(folder: Path) -> None:
+    try:
+        report.make_report(folder)
+    except Exception as error:  # the run is whole without it
+        logger.warning("no report was made (%r): python -m paced_fast.report %s makes it again", error, folder)
 
 
 def _bench(config: Config, mode: launch.Launch, console: Console) -> None:

@@ -279,7 +279,7 @@ def test_importing_metrics_needs_no_torch() -> None:
 def test_a_missing_sink_is_found_before_any_work(monkeypatch):
     with pytest.raises(InputError, match="unknown metrics sink 'wandbb'"):
         metrics.require_sinks(["wandbb"])
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("paced_fast.loggers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'paced-fast\[tensorboard\]'"):
         metrics.require_sinks(["tensorboard"])
     metrics.require_sinks([])

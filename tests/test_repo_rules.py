@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {
         *("errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "sources"),
-        *("sandbox", "estimates", "shapes"),
+        *("sandbox", "estimates", "shapes", "journal", "loggers"),
     },
     {
         *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
@@ -50,6 +50,7 @@ SAME_OR_HIGHER_LAYER = {
     ("tasks", "errors"): "tasks refuse unknown names",
     ("sources", "errors"): "sources refuse what they cannot read",
     ("sources", "tasks"): "procedural tasks are one kind of source",
+    ("loggers", "errors"): "a logger that is not installed is an input error",
     ("sandbox", "errors"): "weak isolation that nobody asked for is an input error",
     ("distributed", "errors"): "a launch that cannot work is an input error",
 }
@@ -58,8 +59,8 @@ SAME_OR_HIGHER_LAYER = {
 KERNEL_USERS = {"policy.policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory", "mismatch"}
 HOMES = {
     "vllm": {"engine"},
-    "wandb": {"metrics"},
-    "tensorboard": {"metrics"},
+    "wandb": {"loggers"},
+    "tensorboard": {"loggers"},
     "transformers": {
         *("policy.adapters", "policy.attention", "policy.checkpointing", "policy.liger", "policy.loading"),
         *("policy.policy", "skeleton", "prompts.tokenizers", "generate.own_model"),
