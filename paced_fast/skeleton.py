@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from paced_fast import hub
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
 from paced_fast.policy.loading import tiny_settings
@@ -24,8 +25,9 @@ def model_settings(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
         except (OSError, ValueError):
             entry = dict(KNOWN[config.name])
             return AutoConfig.for_model(entry.pop("model_type"), **entry)
+    place = hub.place_of(config.name, f"--model.name {config.name!r}")
     try:
-        return AutoConfig.from_pretrained(config.name)
+        return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

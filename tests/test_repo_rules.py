@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {
         *("errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "sources"),
-        *("sandbox", "estimates", "shapes", "journal", "loggers"),
+        *("sandbox", "estimates", "shapes", "journal", "loggers", "hub"),
     },
     {
         *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
@@ -50,6 +50,8 @@ SAME_OR_HIGHER_LAYER = {
     ("tasks", "errors"): "tasks refuse unknown names",
     ("sources", "errors"): "sources refuse what they cannot read",
     ("sources", "tasks"): "procedural tasks are one kind of source",
+    ("hub", "errors"): "a hub out of reach is an input error",
+    ("sources", "hub"): "data sets come from the hub",
     ("loggers", "errors"): "a logger that is not installed is an input error",
     ("sandbox", "errors"): "weak isolation that nobody asked for is an input error",
     ("distributed", "errors"): "a launch that cannot work is an input error",

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from paced_fast import hub
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
 
@@ -52,11 +53,12 @@ def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: in
 def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
     """The model stored at `path`: a folder, or an id of the Hugging Face hub. Code from the folder is never run."""
     _check_folder(path)
+    place = hub.place_of(path, f"--model.name {path!r}")
     try:
-        AutoConfig.from_pretrained(path)
+        AutoConfig.from_pretrained(place)
         # Weights in safetensors only: the older format is a pickle, and reading one runs its code.
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_DTYPES[config.dtype], attn_implementation="sdpa", use_safetensors=True
+            place, dtype=_DTYPES[config.dtype], attn_implementation="sdpa", use_safetensors=True
         )
     except (OSError, ValueError) as error:
         _check_folder(path)

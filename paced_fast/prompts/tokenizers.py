@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
+from paced_fast import hub
 from paced_fast.errors import InputError
 
 
@@ -45,8 +46,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not path.is_dir():
         raise InputError(f"no tokenizer at {name_or_path!r}: there is no such folder")
+    place = path if path.is_dir() else hub.place_of(name_or_path, f"the tokenizer {name_or_path!r}")
     try:
-        return AutoTokenizer.from_pretrained(path if path.is_dir() else name_or_path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot load the tokenizer {name_or_path!r}: {reason}") from error

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol, cast
 
+from paced_fast import hub
 from paced_fast.errors import InputError
 from paced_fast.sources.faults import BadRow
 from paced_fast.sources.spec import Source, parse_source
@@ -217,8 +218,8 @@ class HubRows:
                 f"hf:{source.name} needs datasets: install the extra, pip install 'paced-fast[data]'"
             ) from error
         self.name, split = source.name, source.split or "train"
+        _ask_hub(source.name)
         try:
-            _ask_hub(source.name)
             self._rows: Any = datasets.load_dataset(source.name, source.config, split=split)
         except Exception as error:  # the hub client fails in many ways
             reason = " ".join(str(error).split())[:200]
@@ -242,12 +243,11 @@ class HubRows:
 
 
 def _ask_hub(name: str) -> None:
-    """Raises when the hub is out of reach and nothing of the data set is cached: its client tries for half a minute."""
+    """Raises InputError when the hub is out of reach and nothing of the data set is cached."""
     from datasets import config
-    from huggingface_hub import get_session
 
-    if not config.HF_HUB_OFFLINE and not Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).exists():
-        get_session().head(config.HF_ENDPOINT, timeout=10.0)
+    if not Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).exists():
+        hub.place_of(name, f"hf:{name}", "dataset")
 
 
 class MadeRows:

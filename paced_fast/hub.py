@@ -1,0 +1,71 @@
+"""Whether the Hugging Face hub is there, asked once and briefly: its own client tries again and again for a minute."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from pathlib import Path
+from typing import Literal
+
+from paced_fast.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_SECONDS = 5.0
+
+
+def place_of(name: str, what: str, kind: Literal["model", "dataset"] = "model") -> str:
+    """Where `name` is to be read from: a folder, or an id on the hub, for which its client asks that.
+
+    `what` says in an error what is wanted, such as `--model.name x`. What was fetched before is a folder of the cache
+    while the hub is out of reach. Raises InputError, in one line and within a few seconds, for what was not.
+    """
+    from huggingface_hub import constants
+
+    if Path(name).expanduser().is_dir() or constants.HF_HUB_OFFLINE:
+        return name  # nobody asks the hub
+    reason = why_out_of_reach(constants.ENDPOINT)
+    if reason is None:
+        return name
+    cached = _cached(name, kind)
+    if cached is None:
+        raise InputError(
+            f"{what} has to come from {constants.ENDPOINT}, which cannot be reached ({reason}): give a local path, or "
+            "fetch it where there is a network into the cache that HF_HOME names and set HF_HUB_OFFLINE=1"
+        )
+    logger.warning("%s cannot be reached (%s): %s is read from %s", constants.ENDPOINT, reason, name, cached)
+    return str(cached)
+
+
+def _cached(name: str, kind: str) -> Path | None:
+    """The snapshot of the main branch that was fetched last."""
+    from huggingface_hub import constants
+
+    root = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
+    try:
+        folder = root / "snapshots" / (root / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    return folder if folder.is_dir() else None
+
+
+@functools.cache
+def why_out_of_reach(endpoint: str) -> str | None:
+    """Why the hub does not answer, None when it does; asked once a process."""
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        from huggingface_hub import get_session
+
+        try:
+            status = get_session().head(endpoint, timeout=_SECONDS).status_code
+            answers.append(f"it answers {status}" if status >= 500 else None)
+        except Exception as error:  # the client's own, of its proxy, of the name's look-up
+            answers.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+
+    # In a thread of its own, for a look-up of the name has no limit of time.
+    asking = threading.Thread(target=ask, name="hub", daemon=True)
+    asking.start()
+    asking.join(_SECONDS)
+    return answers[0] if answers else f"no answer within {_SECONDS:g} s"
