@@ -74,6 +74,7 @@ REFUSED: list[tuple[str, str, str]] = [
     ),
     ("    import sys\n    sys.stdin = 1\n    assert candidate(1)", "def f(x):\n", "process (stdin)"),
     ("    for i in (1, 2):\n        yield\n        assert candidate(i)", "def f(x):\n", "yields, so that calling it"),
+    ("    for i in (1, 2):\n        assert candidate(i)\nreturn 1", "def f(x):\n", "is not Python ('return' outside"),
     ("    for i in (1, 2):\n        assert candidate(i).x", "class f:\n    pass\n", "tests the class f"),
 ]
 
@@ -258,7 +259,7 @@ def f(x):
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [BACKENDS[0], pytest.param(BACKENDS[1], marks=pytest.mark.slow)])
 def test_no_forged_verdict_of_a_test_is_a_pass(backend: str) -> None:
     judge = made(backend, workers=3)
     try:

@@ -60,7 +60,11 @@ def check_of(tree: ast.Module, check: ast.FunctionDef, *, entry: str, test: str,
         stores = isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store)
         if name in _LOOK_INSIDE or (name in _STREAMS and stores):
             raise UnusableTests(f"has a test that changes or watches the program's process ({name})")
-    unknown = sorted(_unknown_names(test, helpers) - {entry})
+    try:
+        compile(test, "test.py", "exec", dont_inherit=True)
+        unknown = sorted(_unknown_names(test, helpers) - {entry})
+    except SyntaxError as error:  # of what only a compiler sees, such as a return outside of a function
+        raise UnusableTests(f"has a test that is not Python ({error.msg})") from None
     if unknown:
         raise UnusableTests(f"has a test that uses {unknown[0]}, which neither the test nor the prompt defines")
     texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]

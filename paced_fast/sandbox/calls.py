@@ -37,6 +37,7 @@ def answer(line: str, find: Callable[[], Callable[..., Any]], held: dict[int, It
     (arguments, named), objects = unpack(request["nodes"], request["given"])
     before = [json.dumps(node) for node in pack([], objects)[0]]
     said: dict[str, Any] = {"id": request["id"]}
+    words = ""
     try:
         roots = [next(held[request["next"]]) if "next" in request else find()(*arguments, **named)]
     except Exception as error:
