@@ -23,7 +23,7 @@ from paced_fast.sandbox.values import NotPlain, pack, unpack
 
 @pytest.fixture(scope="module")
 def reward() -> Iterator[CodeReward]:
-    judge = made("fork_server")
+    judge = made("fork_server", code_seconds=20.0)  # so that a busy machine changes no verdict
     yield judge
     judge.close()
 
@@ -47,7 +47,7 @@ def test_each_kind_of_test_is_judged(reward: CodeReward, name: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_both_sandboxes_run_tests(backend: str) -> None:
-    judge = made(backend, workers=1)
+    judge = made(backend, workers=1, code_seconds=20.0)
     try:
         for name in ("a tolerance and a helper of the prompt", "a generator"):
             one = ROWS[name]
@@ -98,7 +98,6 @@ def test_what_cannot_be_run_is_refused_by_name(reward: CodeReward, test: str, pr
         "    assert candidate(1) == 1 and candidate(object()) == 1 or candidate(check)",
         "    for i in range(0):\n        assert candidate(i)",
         "    assert [0] * 10 ** 9 == candidate(1)",
-        "    while True:\n        pass\n    assert candidate(1)",
         "    import os\n    os._exit(0)\n    assert candidate(1)",
     ],
 )
@@ -108,6 +107,24 @@ def test_a_test_that_ends_by_itself_is_no_verdict(
     columns = row(test)
     assert verdict(reward, "    return 1\n", **columns) == "unscored"
     assert "the test of f gives no verdict (" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_test_that_hangs_is_no_verdict_unless_the_program_was_called(caplog: pytest.LogCaptureFixture) -> None:
+    judge = made("fork_server", code_seconds=0.3)
+    hang = "    while True:\n        pass\n    assert candidate(1)"
+    try:
+        assert verdict(judge, "    return 1\n", **row(hang)) == "unscored"
+        assert "the test of f gives no verdict (it ended by timeout)" in caplog.text
+    finally:
+        judge.close()
+    slow = made("fork_server", code_seconds=3.0)
+    try:
+        columns = row("    for i in range(2):\n        candidate(i)\n        while True:\n            assert i == 0")
+        assert verdict(slow, "    return 1\n", **columns) == "timeout"
+        assert "ended without a verdict (it ended by timeout): the program counts as wrong" in caplog.text
+    finally:
+        slow.close()
 
 
 def test_inputs_are_the_same_every_time(reward: CodeReward) -> None:
@@ -266,9 +283,12 @@ def test_no_forged_verdict_of_a_test_is_a_pass(backend: str) -> None:
         texts = [fenced(text) for text in FORGERIES.values()]
         values = judge(["p"] * len(texts), texts, **{key: [value] * len(texts) for key, value in HIDDEN.items()})
         assert dict(zip(FORGERIES, values, strict=True)) == dict.fromkeys(FORGERIES, 0.0)
-        assert verdict(judge, f"    return '{SECRET}' + str(x)\n", **HIDDEN) == "right"
     finally:
         judge.close()
+
+
+def test_what_the_forgeries_are_after_is_right(reward: CodeReward) -> None:
+    assert verdict(reward, f"    return '{SECRET}' + str(x)\n", **HIDDEN) == "right"
 
 
 def test_nothing_of_the_test_reaches_the_program(reward: CodeReward, monkeypatch: pytest.MonkeyPatch) -> None:
