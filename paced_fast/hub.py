@@ -23,7 +23,8 @@ def place_of(name: str, what: str, kind: Literal["model", "dataset"] = "model") 
     """
     from huggingface_hub import constants
 
-    if Path(name).expanduser().is_dir() or constants.HF_HUB_OFFLINE:
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
+    if is_path or constants.HF_HUB_OFFLINE:
         return name  # nobody asks the hub
     reason = why_out_of_reach(constants.ENDPOINT)
     if reason is None:

@@ -106,6 +106,8 @@ def test_what_is_here_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = tmp_path / "model"
     tiny_policy.model().save_pretrained(folder)
     assert load_model(ModelConfig(name=str(folder)), str(folder)) is not None
+    for path in ("./a/b", "/a", "~/a", "a/b/c"):
+        assert hub.place_of(path, "x") == path
     assert hub.why_out_of_reach.cache_info().misses == 0, "nobody asked"
     snapshot = tmp_path / "cache" / "models--some--model" / "snapshots" / ("0" * 40)
     tiny_policy.model().save_pretrained(snapshot)
