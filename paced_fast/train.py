@@ -330,15 +330,8 @@ def _run(
             prepared.scorer.close()
             prepared.generator.close()
         if config.run.report and world.is_lead:
-            _report(prepared.folder)
+            report.try_report(prepared.folder)
     return summary
-
-
-def _report(folder: Path) -> None:
-    try:
-        report.make_report(folder)
-    except Exception as error:  # the run is whole without it
-        logger.warning("no report was made (%r): python -m paced_fast.report %s makes it again", error, folder)
 
 
 def _bench(config: Config, mode: launch.Launch, console: Console) -> None:

@@ -202,7 +202,7 @@ def test_a_report_that_fails_leaves_the_run_whole(
     def fail(folder: Path) -> Path:
         raise RuntimeError("no\nfonts")
 
-    monkeypatch.setattr("paced_fast.report.make_report", fail)
+    monkeypatch.setattr("paced_fast.report.run_page.make_report", fail)
     settings = config(write_rewards(tmp_path), steps=1, evaluation__every=0, run__report=True)
     assert train.run(_in(settings, tmp_path / "run"), quiet())["steps"] == 1
     assert warnings(caplog)[-1] == (

@@ -46,6 +46,14 @@ __all__ = ["changed_settings", "make_report"]
 logger = logging.getLogger(__name__)
 
 
+def try_report(run_dir: str | Path) -> None:
+    """The page of a finished run, which is whole without it: what keeps it from being made is only logged."""
+    try:
+        make_report(run_dir)
+    except Exception as error:
+        logger.warning("no report was made (%r): python -m paced_fast.report %s makes it again", error, run_dir)
+
+
 def make_report(run_dir: str | Path) -> Path:
     """Draws every figure the run has data for, writes `report.html`, and returns its path.
 
