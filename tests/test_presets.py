@@ -1,7 +1,8 @@
-"""Presets: each resolves, `smollm2` loads with and without the data files, the GPU preset says what it needs."""
+"""Presets: each resolves, `smollm2` is the same everywhere, the GPU preset says what it needs."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -17,12 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from paced_fast import inputs, prompts, train
 from paced_fast.batch import PromptTable
 from paced_fast.config import Config
-from paced_fast.errors import InputError
 from paced_fast.presets import PRESETS, preset
 from paced_fast.resolve import resolve
 from paced_fast.sources import parse_source
-
-FILES = ("mawps_singleop.jsonl", "mawps_addsub.jsonl", "gsm8k_train.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -90,62 +88,48 @@ def test_the_gpu_preset_is_refused_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_smollm2_without_the_files_trains_on_made_problems(
+def test_smollm2_is_the_same_everywhere(
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    whole = resolve(preset("smollm2"))
-    with pytest.raises(InputError, match="no such file"):
-        tables(whole, tokenizer)
-    with caplog.at_level(logging.WARNING, logger="paced_fast"):
-        config = inputs.without_missing(whole)
-    assert len(caplog.records) == 1
-    for name in FILES:
-        assert name in caplog.text
+    config = resolve(preset("smollm2"))
+    phases = (config.warm_start.first, config.warm_start.second)
+    specs = (*config.data.train, *config.data.eval, *(spec for phase in phases for spec in phase.sources))
+    assert {parse_source(spec).kind for spec in specs} == {"rg"}, "made on the spot, by a package that it names"
     made = tables(config, tokenizer)
     check_splits(config, made)
-    assert {row.slice for row in made["train"].rows} >= {"two_terms", "three_terms"}
-    assert all(not row.slice.startswith("mawps") for table in made.values() for row in table.rows)
-
-
-def test_smollm2_with_made_files(
-    tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The same preset on files of the right form, found in `data` below the working directory."""
-    (tmp_path / "data").mkdir()
-    for name in FILES:
-        gsm8k = name.startswith("gsm8k")
-        rows = [
-            {"question": f"{name} {i} and {i}?", "answer": f"so\n#### {2 * i:,}"}
-            if gsm8k
-            else {"input": f"{name} {i % 500} and {i % 500}?", "target": 2.0 * (i % 500)}
-            for i in range(600)
-        ]
-        (tmp_path / "data" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    levels = {"three_digits", "two_numbers", "three_numbers", "large_numbers", "products"}
+    assert {name: {row.slice for row in table.rows} for name, table in made.items()} == {
+        "train": levels | {"beyond"},
+        "eval": levels,
+        "warm start": levels,
+    }
+    shown = config.warm_start.first.steps * config.warm_start.first.batch_size
+    assert len(made["warm start"]) >= shown, "no row is shown twice"
+    assert len(made["eval"]) >= 100
+    # Elsewhere, beside files of any name and without them.
+    for name in ("mawps_singleop.jsonl", "gsm8k_train.jsonl"):
+        (tmp_path / name).write_text("{}\n")
     monkeypatch.chdir(tmp_path)
-    config = resolve(preset("smollm2"))
     with caplog.at_level(logging.WARNING, logger="paced_fast"):
         assert inputs.without_missing(config) == config
     assert not caplog.records
-    made = tables(config, tokenizer)
-    check_splits(config, made)
-    for name in ("train", "eval", "warm start"):
-        assert {"mawps_singleop", "mawps_addsub"} <= {row.slice for row in made[name].rows}
+    assert tables(config, tokenizer) == made
 
 
-def test_smollm2_with_the_files_of_the_project(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = resolve(preset("smollm2"))
-    if inputs.without_missing(config) != config:
-        pytest.skip(f"needs {', '.join(FILES)} in data or ../shared/data")
-    made = tables(config, tokenizer)
-    check_splits(config, made)
-    assert len(made["eval"]) >= 100
+def test_optional_files_that_are_absent_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = resolve(preset("tiny"))
+    gone = "jsonl:gone.jsonl?optional=true&slice=far"
+    more = dataclasses.replace(
+        whole.data, train=(*whole.data.train, gone), headline=(*whole.data.headline, "far"), dir=str(tmp_path)
+    )
+    with caplog.at_level(logging.WARNING, logger="paced_fast"):
+        found = inputs.without_missing(dataclasses.replace(whole, data=more))
+    assert found == dataclasses.replace(whole, data=dataclasses.replace(whole.data, dir=str(tmp_path)))
+    (record,) = caplog.records
+    assert "gone.jsonl" in record.getMessage()
 
 
 @pytest.mark.slow

@@ -51,10 +51,10 @@ def tiny() -> Config:
 
 
 def smollm2() -> Config:
-    """SmolLM2-135M on a CPU: sums and one-step word problems; training finds out that writing the equation pays.
+    """SmolLM2-135M on a CPU: sums and products in words, from a few that it knows by heart to some far beyond it.
 
-    The raw model solves almost none of them. The warm start shows word problems answered in two ways, by a bare number
-    and by one line of arithmetic; only the second tends to be right. No prompt is in two of the three splits.
+    The raw model solves almost none of them. The warm start shows it answers, each once: what was seen many times is
+    answered with certainty, right or wrong, and nothing is left to find out. No prompt is in two of the three splits.
     """
     return Config(
         preset="smollm2",
@@ -62,33 +62,21 @@ def smollm2() -> Config:
         model=ModelConfig(name="smollm2"),
         data=DataConfig(
             train=(
-                *_word_problems("0.4:0.8"),
-                *_sums("0.5:0.8", two=400, three=200, products=200),
+                *_sums("0.5:0.8", size=220),
                 # Far too hard for this model: prompts for the scheduler to leave alone.
-                "jsonl:gsm8k_train.jsonl?prompt=question&answer_after=####&reward=number&optional=true&rows=0:150",
+                "rg:products?size=30&seed=60000&min_digits=3&max_digits=4&slice=beyond&reward=number",
             ),
-            eval=(*_word_problems("0.8:1"), *_sums("0.8:1", two=150, three=150, products=150)),
+            eval=_sums("0.8:1", size=140),
             template="{prompt}\nAnswer: ",
             max_prompt_tokens=120,
             too_long="skip",
         ),
         warm_start=WarmStartConfig(
             first=WarmStartPhase(
-                sources=_sums("0:0.5", two=2000, three=800, products=1000, demonstration="@answer"),
-                steps=30,
+                sources=_sums("0:0.5", size=960, demonstration="@answer"),
+                steps=60,
                 batch_size=32,
                 learning_rate=3e-4,
-                warmup_steps=5,
-            ),
-            second=WarmStartPhase(
-                sources=(
-                    *_word_problems("0:0.4", demonstration="@equation"),
-                    *_word_problems("0:0.3", demonstration="@answer"),
-                    *_sums("0:0.5", two=100, three=50, products=50, demonstration="@answer"),
-                ),
-                steps=36,
-                batch_size=32,
-                learning_rate=2e-4,
                 warmup_steps=5,
             ),
         ),
@@ -102,19 +90,18 @@ def smollm2() -> Config:
     )
 
 
-def _sums(share: str, *, two: int, three: int, products: int, **more: str) -> tuple[str, ...]:
-    """Sums of two and of three numbers and products, of one and two digits; sizes count before the share is taken."""
-    keys = "".join(f"&{key}={value}" for key, value in more.items())
-    numbers = f"min_digits=1&max_digits=2&reward=number&share={share}{keys}"
-    return (
-        f"rg:chain_sum?size={two}&seed=1&min_terms=2&max_terms=2&slice=two_terms&{numbers}",
-        f"rg:chain_sum?size={three}&seed=2&min_terms=3&max_terms=3&slice=three_terms&{numbers}",
-        f"rg:products?size={products}&seed=3&{numbers}",
-    )
+_LEVELS = (
+    # Far apart: reasoning-gym makes row i of seed s like row 0 of seed s + i.
+    ("chain_sum?seed=10000&slice=three_digits&min_terms=3&max_terms=3&min_digits=1&max_digits=1", 1.0),
+    ("chain_sum?seed=20000&slice=two_numbers&min_terms=2&max_terms=2&min_digits=2&max_digits=2", 1.0),
+    ("chain_sum?seed=30000&slice=three_numbers&min_terms=3&max_terms=3&min_digits=2&max_digits=2", 1.0),
+    ("chain_sum?seed=40000&slice=large_numbers&min_terms=2&max_terms=2&min_digits=3&max_digits=3", 1.0),
+    ("products?seed=50000&slice=products&min_digits=1&max_digits=1", 0.4),  # there are few
+)
+"""Tasks of reasoning-gym from easy to hard, and their rows as a share of the first one's."""
 
 
-def _word_problems(share: str, **more: str) -> tuple[str, ...]:
-    """Word problems of one step; the rows of addsub left out are mostly decimals."""
+def _sums(share: str, *, size: int, **more: str) -> tuple[str, ...]:
+    """Sums of two and of three numbers and products; about `size` rows a level, of which the share is taken."""
     keys = "".join(f"&{key}={value}" for key, value in more.items())
-    fields = f"prompt=input&answer=target&reward=number&optional=true&share={share}{keys}"
-    return (f"jsonl:mawps_singleop.jsonl?{fields}", f"jsonl:mawps_addsub.jsonl?rows=0:120&{fields}")
+    return tuple(f"rg:{level}&size={round(size * part)}&share={share}&reward=number{keys}" for level, part in _LEVELS)
