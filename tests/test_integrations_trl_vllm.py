@@ -222,7 +222,7 @@ OTHER_VALUES = {
     "epsilon": 0.1,
     "epsilon_high": 0.3,
     "delta": 2.0,
-    "importance_sampling_level": "sequence",
+    "importance_sampling_level": "word",
     "scale_rewards": "batch",
     "multi_objective_aggregation": "normalize_then_sum",
     "off_policy_mask_threshold": 0.5,

@@ -17,15 +17,15 @@ B = sequences of a micro-batch, C = longest completion, H = hidden size.
 from __future__ import annotations
 
 import functools
-import types
-from collections.abc import Callable
+import inspect
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
@@ -36,28 +36,34 @@ from paced_fast.integrations.losses import (
     group_log_z,
     loss_from_hidden,
     loss_from_logprobs,
-    offsets,
-    packed,
 )
-from paced_fast.integrations.trl_config import PacedConfig, check_prompts, check_reward_columns
+from paced_fast.integrations.trl_config import PacedConfig
+from paced_fast.integrations.trl_data import INDEX, Numbered, check_rows, columns_of, number_of
+from paced_fast.integrations.trl_head import (
+    FUSED,
+    HOST,
+    LOGITS,
+    Completions,
+    add_state_call,
+    find_head,
+    scores_of_logits,
+)
 from paced_fast.integrations.trl_memory import PromptMemory, ReduceTable
 from paced_kernels import linear_logprobs
 
 try:
     from trl.trainer.grpo_trainer import GRPOTrainer
+    from trl.trainer.utils import get_config_model_id
 except ImportError as error:
     raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
 
 __all__ = ["PacedConfig", "PacedTrainer"]
 
-# What a policy's own forward would do to its logits, and the fused op does not.
-_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
-_SCALED_LOGITS += ("logits_soft_cap", "output_logit_soft_cap", "logits_mup_width_multiplier", "unpadded_vocab_size")
+logger = logging.getLogger(__name__)
 
-StateCall = Callable[[Tensor, Tensor, Tensor | None], Any]
-
-# The column that numbers the prompts; reward functions do not see it.
-_INDEX = "paced_prompt_index"
+# What TRL hands to a model with images, beside its ids.
+_OF_IMAGES = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles")
+_OF_IMAGES += ("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
 
 
 class PacedTrainer(GRPOTrainer):
@@ -73,28 +79,27 @@ class PacedTrainer(GRPOTrainer):
 
     args: PacedConfig
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, **options: Any) -> None:
+    @functools.wraps(GRPOTrainer.__init__)
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        given = inspect.signature(GRPOTrainer.__init__).bind(self, *positional, **named)
+        given.apply_defaults()
+        options = given.arguments
+        if options["args"] is None:
+            model = options["model"]
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            options["args"] = PacedConfig(f"{name.split('/')[-1]}-{self._name}")
+        args = options["args"]
         if not isinstance(args, PacedConfig):
             raise InputError(f"args is {type(args).__name__}: PacedTrainer takes a PacedConfig, a GRPOConfig with more")
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        for name in ("train_dataset", "eval_dataset"):
-            data = options.get(name)
-            for part, rows in data.items() if isinstance(data, dict) else [("", data)]:
-                label = f"{name}[{part!r}]" if part else name
-                columns = getattr(rows, "column_names", None)
-                columns = columns if isinstance(columns, list) else None
-                if options.get("environment_factory") is None:  # an environment makes prompts of its own
-                    check_prompts(columns, label)
-                check_reward_columns(functions, columns, label)
-        rows: Any = options.get("train_dataset")
+        self._check_data(options)
+        rows = options["train_dataset"]
         remembers = args.log_z == "learned" or args.prompt_sampling == "paced"
-        if remembers:
-            if not hasattr(rows, "add_column") or not hasattr(rows, "__len__"):
-                raise InputError("log_z='learned' and prompt_sampling='paced' need a train_dataset with a length")
-            options["train_dataset"] = rows.add_column(_INDEX, list(range(len(rows))))
+        if remembers and not isinstance(rows, Dataset):
+            raise InputError("log_z='learned' and prompt_sampling='paced' need a train_dataset with a length")
         self.memory: PromptMemory | None = None
+        self._rewards_per_function: Tensor | None = None
         with plain_matrices() if args.use_vllm and args.vllm_mode == "colocate" else nullcontext():
-            super().__init__(model, reward_funcs, args, **options)
+            super().__init__(*given.args[1:], **given.kwargs)
         if remembers:
             process = self.accelerator.process_index
             self.memory = PromptMemory(args, len(rows), device=self.accelerator.device, process_index=process)
@@ -104,21 +109,53 @@ class PacedTrainer(GRPOTrainer):
                         "log_z='learned' has an optimizer group that DeepSpeed and FSDP do not take: use 'group'"
                     )
                 self.add_callback(ReduceTable(self.memory.table, self.accelerator))
-        if args.fused:
-            base = self.accelerator.unwrap_model(self.model)
-            base = base.get_base_model() if hasattr(base, "get_base_model") else base
-            self._check_fused(base)
+        base = self.accelerator.unwrap_model(self.model)
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        self.head = find_head(
+            base,
+            takes_images=self._is_vlm,
+            is_whole=not (self.is_deepspeed_enabled or self.is_fsdp_enabled),
+            has_router_loss=self.aux_loss_enabled,
+        )
+        if self.head.way == FUSED and args.fused:
             add_state_call(base)
+        elif self.head.way == FUSED:
+            self.head = self.head._replace(way=HOST, why="fused=False")
+        elif args.fused or self.head.way == LOGITS:
+            whose = "TRL's own head" if self.head.way == HOST else "the model's own logits, which exist in full"
+            logger.warning("%s: its log-probs come from %s instead of the fused loss", self.head.why, whose)
+
+    @staticmethod
+    def _check_data(options: dict[str, Any]) -> None:
+        """Refuse data whose columns are known and lack what TRL would miss later."""
+        functions = options["reward_funcs"]
+        for name in ("train_dataset", "eval_dataset"):
+            data = options[name]
+            for part, rows in data.items() if isinstance(data, dict) else [("", data)]:
+                columns = columns_of(rows)
+                if columns is not None:
+                    check_rows(
+                        columns,
+                        f"{name}[{part!r}]" if part else name,
+                        functions=functions if isinstance(functions, list) else [functions],
+                        makes_prompts=options["environment_factory"] is not None,
+                        adds_fields=options["rollout_func"] is not None,
+                    )
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **options: Any) -> Any:
+        if self.memory is not None and description == "Training":
+            dataset = Numbered(self._remove_unused_columns(dataset, description))
+        return super()._get_dataloader(dataset, description, *args, **options)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if self.memory is not None and description == "Training":  # `_get_dataloader` has removed them
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         if self.memory is None or self.args.prompt_sampling == "uniform":
             return super()._get_train_sampler(dataset)
         return self.memory.sampler
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if self.memory is not None and _INDEX not in self._signature_columns:  # else every prompt is number 0
-            self._signature_columns.append(_INDEX)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """TRL's optimizer, with a group for the learned log Z: without momentum, so that unseen prompts stay, and with
@@ -148,20 +185,6 @@ class PacedTrainer(GRPOTrainer):
             if self.memory is not None:
                 self.memory.load(Path(checkpoint))
 
-    def _check_fused(self, base: Any) -> None:
-        head = base.get_output_embeddings()
-        if getattr(base, "lm_head", head) is not head or hasattr(base, "cls"):
-            raise InputError(f"{type(base).__name__} transforms its states before the output layer, unknown to TRL too")
-        settings = base.config.get_text_config()
-        scaled = [n for n in _SCALED_LOGITS if getattr(settings, n, None) not in (None, 1, 1.0)]
-        for is_wrong, what in (
-            (bool(scaled), f"this model scales its logits ({', '.join(scaled)})"),
-            (getattr(self, "_is_vlm", False), "this model takes images"),
-            (self.aux_loss_enabled, "this model has a router loss"),
-        ):
-            if is_wrong:
-                raise InputError(f"{what}, which the fused loss does not know: set fused=False")
-
     # ---- rewards: raw, with log Z beside them -----------------------------------------------------------------------
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -173,10 +196,22 @@ class PacedTrainer(GRPOTrainer):
         return per_function
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        index = torch.tensor([row.get(_INDEX, 0) for row in inputs], device=self.accelerator.device)
-        inputs = [{name: value for name, value in row.items() if name != _INDEX} for row in inputs]
+        index = None
+        if self.memory is not None and self._mode == "train":
+            index = torch.tensor([number_of(row) for row in inputs], device=self.accelerator.device)
+            inputs = [{name: value for name, value in row.items() if name != INDEX} for row in inputs]
+        check_rows(
+            inputs[0],
+            f"a row of the {self._mode} dataset",
+            functions=self.reward_funcs,
+            makes_prompts=self.environment_factories is not None,
+            adds_fields=self.rollout_func is not None,
+        )
+        self._rewards_per_function = None
         output = super()._generate_and_score_completions(inputs)
         per_function = self._rewards_per_function
+        if per_function is None:
+            raise InputError("_calculate_rewards is overridden without a call of super(): its rewards are not known")
         scored = ~per_function.isnan().all(1)
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
         group_size = int((self.num_generations if self._mode == "train" else self.num_generations_eval) or 1)
@@ -189,7 +224,7 @@ class PacedTrainer(GRPOTrainer):
         has_tokens = output["completion_mask"].bool().any(1)  # TRL empties the mask of a truncated completion
         output["rewards"], output["log_z"] = rewards[here], log_z[here]
         output["weights"] = (scored[here] & has_tokens).float()
-        if self.memory is not None and self._mode == "train":
+        if self.memory is not None and index is not None:
             every = self.accelerator.gather(index)
             assert isinstance(every, Tensor)
             accuracy = log_z * self.args.tb_beta
@@ -216,33 +251,65 @@ class PacedTrainer(GRPOTrainer):
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Any, Any]:
-        """Log-probs of the old policy [B, C], rounded as those of the loss are: TRL's are not, in bfloat16, and the
-        ratio of a policy to itself would shrink with every token."""
-        if not self.args.fused:
+        """Log-probs and, where asked for, entropies [B, C] and the router loss.
+
+        Those of the old policy are rounded as those of the loss are: TRL's are not, in bfloat16, and the ratio of a
+        policy to itself would shrink with every token.
+        """
+        if self.head.way == HOST:
             options |= {"batch_size": batch_size, "compute_entropy": compute_entropy}
+            options |= {"compute_aux_loss": compute_aux_loss}
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, **options
             )
-        size, found = batch_size or len(input_ids), []
+        size, found, router = batch_size or len(input_ids), [], []
         for ids, shown in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            mask = shown[:, -logits_to_keep:]
+            rows = Completions(ids[:, -logits_to_keep:], shown[:, -logits_to_keep:])
+            values = self._scores(model, ids, shown, rows, compute_entropy, compute_aux_loss)
+            found.append(values[:2])
+            router.append(values[2])
+        logprobs, entropy = zip(*found, strict=True)
+        return (
+            torch.cat(logprobs),
+            torch.cat(entropy) if compute_entropy else None,
+            torch.stack(router).mean() if compute_aux_loss else None,
+        )
 
-            def scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor = ids, mask: Tensor = mask):
-                width = mask.shape[1]
-                rows = packed(hidden[:, -width - 1 : -1], mask).to(weight.dtype)
-                tokens = packed(ids[:, -width:], mask)
-                return linear_logprobs(
-                    rows, weight, tokens, bias=bias, temperature=self.temperature, return_entropy=True
-                )
-
+    def _scores(
+        self,
+        model: Any,
+        input_ids: Tensor,  # [B, P + C]
+        attention_mask: Tensor,  # [B, P + C]
+        rows: Completions,
+        with_entropy: bool,
+        with_router_loss: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs [B, C], entropies [B, C] and the router loss, by the fused op or from the model's own logits."""
+        handed = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.head.way == LOGITS:
+            handed |= {"output_router_logits": True} if with_router_loss else {}
             with self.accelerator.autocast():
-                values = model(input_ids=ids, attention_mask=shown, state_call=scores)
-            empty = torch.zeros_like(mask, dtype=torch.float32)
-            found.append([empty.masked_scatter(mask.bool(), value) for value in values])
-        logprobs, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return logprobs, entropy if compute_entropy else None, None
+                out = model(**handed, use_cache=False)
+            scores = scores_of_logits(out.logits, rows, temperature=self.temperature, with_entropy=with_entropy)
+            return *scores, out.aux_loss if with_router_loss else None
+
+        def scores_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            return linear_logprobs(
+                rows.states(hidden, weight.dtype),
+                weight,
+                rows.token_ids,
+                bias=bias,
+                temperature=self.temperature / self.head.scale,
+                return_entropy=with_entropy,
+            )
+
+        with self.accelerator.autocast():
+            values, router = model(**handed, state_call=scores_of, router_loss=with_router_loss)
+        logprobs, entropy = values if with_entropy else (values, None)
+        return rows.pad(logprobs), None if entropy is None else rows.pad(entropy), router
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = self._mode
@@ -265,41 +332,42 @@ class PacedTrainer(GRPOTrainer):
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         old = inputs.get("old_per_token_logps")
-        if self.args.fused:
+        rows = Completions(inputs["completion_ids"], mask)
+        if self.head.way == FUSED:
 
             def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Balance:
-                width = mask.shape[1]
                 return loss_from_hidden(
-                    packed(hidden[:, -width - 1 : -1], mask).to(weight.dtype),
+                    rows.states(hidden, weight.dtype),
                     weight,
-                    packed(inputs["completion_ids"], mask),
-                    offsets(mask),
+                    rows.token_ids,
+                    rows.offsets,
                     bias=bias,
-                    temperature=self.temperature,
-                    old_logprobs=None if old is None else packed(old, mask),
+                    temperature=self.temperature / self.head.scale,
+                    old_logprobs=None if old is None else rows.pack(old),
                     **settings,
                 )
 
-            out = model(input_ids=input_ids, attention_mask=attention_mask, state_call=loss_of)
-            loss = out.loss
+            handed = {"input_ids": input_ids, "attention_mask": attention_mask}
+            out, router_loss = model(**handed, state_call=loss_of, router_loss=self.aux_loss_enabled)
         else:
-            names = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes")
-            names += ("num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
-            logprobs, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+            logprobs, entropy, router_loss = self._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
                 attention_mask,
                 mask.shape[1],
                 compute_entropy=True,
                 compute_aux_loss=self.aux_loss_enabled,
-                **{name: inputs.get(name) for name in names},
+                **{name: inputs.get(name) for name in _OF_IMAGES},
             )
             out = loss_from_logprobs(logprobs, mask=mask, old_logprobs=old, **settings)
-            out = out._replace(entropy=packed(entropy.detach(), mask))
-            loss = out.loss
-            if self.aux_loss_enabled:
-                micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
-                loss = loss + self.router_aux_loss_coef * aux_loss / micro_batches
+            out = out._replace(entropy=rows.pack(entropy.detach()))
+        loss = out.loss
+        if self.aux_loss_enabled:
+            micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
+            loss = loss + self.router_aux_loss_coef * router_loss / micro_batches
+            every = self.accelerator.gather_for_metrics(router_loss.detach())
+            assert isinstance(every, Tensor)
+            self._metrics[mode]["aux_loss"].append(every.mean().item())
         self._log_balance(out, inputs["weights"] > 0, mode)
         return loss
 
@@ -324,35 +392,3 @@ class PacedTrainer(GRPOTrainer):
         metrics["tb/log_ratio"].append(ratios / max(count, 1))
         metrics["tb/importance_weight"].append(weights / max(count, 1))
         metrics["entropy"].append(entropy / max(tokens, 1))
-
-
-def add_state_call(model: Any) -> None:
-    """Let `model(..., state_call=f)` return `f(hidden states, head weight, head bias)` instead of logits.
-
-    The loss has to be computed inside the forward of the output layer, within that of the model: there DDP, FSDP, ZeRO
-    and autocast have the weights ready, and reduce their gradients afterwards. Both modules keep their own forward for
-    every other call. The loss travels as a function, because wrappers round the tensors they are handed (rewards in
-    bfloat16).
-    """
-
-    def states(self: Any, *args: Any, state_call: StateCall, **options: Any) -> Any:
-        hidden = self.base_model(*args, use_cache=False, **options).last_hidden_state
-        return self.get_output_embeddings()(hidden, state_call=state_call)
-
-    def loss(self: Any, hidden: Tensor, *, state_call: StateCall) -> Any:
-        if isinstance(self.weight, DTensor):  # not by FSDP, which has put it together by now
-            raise InputError("the output layer is split, which the fused loss does not know: set fused=False")
-        return state_call(hidden.to(self.weight.device), self.weight, self.bias)
-
-    for module, instead in ((model, states), (model.get_output_embeddings(), loss)):
-        module.forward = types.MethodType(_or_own(module.forward, instead), module)
-
-
-def _or_own(own: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    """`instead` where a call has `state_call`, else `own`, which is bound."""
-
-    @functools.wraps(getattr(own, "__func__", own))  # with its `self`, or the first argument would look bound
-    def forward(self: Any, *args: Any, **options: Any) -> Any:
-        return instead(self, *args, **options) if options.get("state_call") is not None else own(*args, **options)
-
-    return forward

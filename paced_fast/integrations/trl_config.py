@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from paced_fast.errors import InputError
 
@@ -43,6 +40,9 @@ REFUSED = {
     "label_smoothing_factor": "smooths a cross entropy, and there is none",
 }
 """Options of GRPOConfig that mean nothing here, and why."""
+
+ASKS_FOR_OURS = {"scale_rewards": ("none",), "importance_sampling_level": ("sequence",)}
+"""Values beside the default that ask for what trajectory balance does anyway: raw rewards, weights of sequences."""
 
 
 @dataclass
@@ -84,7 +84,8 @@ class PacedConfig(GRPOConfig):
         super().__post_init__()
         defaults = {f.name: f.default for f in fields(GRPOConfig)}
         for name, reason in REFUSED.items():
-            if name in defaults and getattr(self, name) != defaults[name]:
+            accepted = (defaults.get(name), *ASKS_FOR_OURS.get(name, ()))
+            if name in defaults and getattr(self, name) not in accepted:
                 raise InputError(f"{name}={getattr(self, name)!r} {reason}: leave {name} out of PacedConfig")
         for name, choices in (("log_z", ("group", "learned")), ("prompt_sampling", ("uniform", "paced"))):
             if getattr(self, name) not in choices:
@@ -131,48 +132,3 @@ class PacedConfig(GRPOConfig):
                 f"generation * num_iterations) do not divide the {self.gradient_accumulation_steps} of a step: set "
                 "replay=0"
             )
-
-
-HANDED_BY_TRL = frozenset(
-    ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
-)
-
-
-def check_prompts(columns: Iterable[str] | None, data: str) -> None:
-    """Refuse data without prompts, which TRL finds missing when it generates."""
-    present = None if columns is None else set(columns)
-    if present is not None and "prompt" not in present:
-        raise InputError(
-            f"{data} has no column 'prompt', but {', '.join(sorted(present))}: rename the one with the prompts"
-        )
-
-
-def check_reward_columns(functions: Iterable[Any], columns: Iterable[str] | None, data: str) -> None:
-    """Refuse data without a column that a reward function cannot be called without."""
-    if columns is None:
-        return
-    present = set(columns)
-    for function in functions:
-        if not callable(function) or isinstance(function, str) or hasattr(function, "forward"):
-            continue
-        name = getattr(function, "__name__", type(function).__name__)
-        parameters = _parameters(function)
-        missing = [
-            p.name
-            for p in parameters
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-            and p.default is p.empty
-            and p.name not in present | HANDED_BY_TRL
-        ]
-        if missing:
-            raise InputError(
-                f"reward function {name} needs the column {missing[0]!r}, and {data} has {', '.join(sorted(present))}: "
-                "add the column, or rename it or the parameter"
-            )
-
-
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    try:
-        return list(inspect.signature(function).parameters.values())
-    except ValueError:  # some builtins have no signature to read
-        return []

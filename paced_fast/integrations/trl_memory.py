@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 # In a checkpoint: what all processes share, and the completions that each keeps for replay.
 _SHARED, _REPLAY = "paced_prompts.pt", "paced_replay_{}.pt"
 
+# How far a sum of rewards whose weights are 1 together may leave [0, 1] in float32.
+_ROUNDING = 1e-5
+
 # What a generation batch may hold for rows to be added to it: no old log-probs, which those rows would need too.
 _REPLAYABLE = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"}
 _REPLAYABLE |= {"rewards", "log_z", "weights", "prompt_index", "is_fresh"}
@@ -200,6 +203,18 @@ class Replay:
                 )
 
 
+def _check_accuracies(
+    rewards: Tensor,  # [all processes * B]
+    *,
+    learned: bool,
+) -> None:
+    """Refuse rewards whose mean is no accuracy, but for the rounding of a weighted sum."""
+    if bool(((rewards - rewards.clamp(0.0, 1.0)).abs() > _ROUNDING).any()):
+        found = f"rewards from {float(rewards.min()):g} to {float(rewards.max()):g} have no accuracy as their mean"
+        option, other = ("log_z='learned'", "log_z='group'") if learned else ("prompt_sampling='paced'", "'uniform'")
+        raise InputError(f"{option} estimates an accuracy, and {found}: scale them to [0, 1], or use {other}")
+
+
 class PromptMemory:
     """All of it, for one process: table, scheduler and sampler are alike on every process, the ring is its own."""
 
@@ -251,8 +266,7 @@ class PromptMemory:
         scored: Tensor,
     ) -> int | None:
         """Tell the scheduler the accuracy of every group, and add what is replayed to `output`: how many rows."""
-        if self.table is not None and bool(((rewards < 0) | (rewards > 1)).any()):
-            raise InputError("log_z='learned' estimates an accuracy: scale the rewards to [0, 1], or use log_z='group'")
+        _check_accuracies(rewards, learned=self.table is not None)
         known = scored.view(-1, self.group_size).any(1).cpu()
         self.observed += 1
         first = slice(None, None, self.group_size)

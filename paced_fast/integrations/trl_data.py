@@ -1,0 +1,113 @@
+"""The rows that `PacedTrainer` trains on: their numbers, and refusals of rows that TRL could not use."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from datasets import Dataset
+from torch.utils.data import Dataset as Rows
+
+from paced_fast.errors import InputError
+
+# The field that numbers the prompts; reward functions do not see it.
+INDEX = "paced_prompt_index"
+
+_HANDED_BY_TRL = frozenset(
+    ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+)
+
+
+class Numbered(Rows[dict[str, Any]]):
+    """The rows of `data`, each with its number under `INDEX`: outside of the data, where no transform or format of
+    theirs can drop it."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """What a loader calls for a batch; transforms work on batches."""
+        rows = self.data.__getitems__(numbers)
+        if len(rows) != len(numbers):
+            raise InputError(
+                f"the transform of train_dataset makes {len(rows)} rows of {len(numbers)}, where each row has its number: "
+                "let it keep the number of rows, or map the data before"
+            )
+        if rows and INDEX in rows[0]:
+            raise InputError(f"train_dataset has a column {INDEX!r}, which PacedTrainer uses itself: rename the column")
+        return [{**row, INDEX: number} for row, number in zip(rows, numbers, strict=True)]
+
+
+def number_of(row: dict[str, Any]) -> int:
+    """The number of a row that a training loader gave; InputError where another loader gave it."""
+    if INDEX not in row:
+        raise InputError(
+            "log_z='learned' and prompt_sampling='paced' number the prompts in PacedTrainer's own loader: do not "
+            "override get_train_dataloader or _get_dataloader with them"
+        )
+    return row[INDEX]
+
+
+def columns_of(data: Any) -> list[str] | None:
+    """The columns that rows of `data` will have; None where only a row can tell: a stream, or a transform of rows."""
+    if isinstance(data, Dataset) and data.format["type"] == "custom":
+        return None
+    columns = getattr(data, "column_names", None)
+    return columns if isinstance(columns, list) else None
+
+
+def check_rows(
+    columns: Iterable[str],
+    data: str,
+    *,
+    functions: Iterable[Any],
+    makes_prompts: bool,
+    adds_fields: bool,
+) -> None:
+    """Refuse rows without what TRL looks for in them.
+
+    Args:
+        columns: of the rows.
+        data: the name of the data set, for the message.
+        functions: reward functions and models.
+        makes_prompts: an environment hands over the prompts.
+        adds_fields: a rollout function may hand reward functions more than the rows have.
+
+    Raises:
+        InputError: there are no prompts, or a reward function cannot be called without a column that is missing.
+    """
+    present = set(columns)
+    shown = ", ".join(sorted(present - {INDEX}))
+    if not makes_prompts and "prompt" not in present:
+        raise InputError(f"{data} has no column 'prompt', but {shown}: rename the one with the prompts")
+    for function in () if adds_fields else functions:
+        missing = [name for name in _required(function) if name not in present | _HANDED_BY_TRL]
+        if missing:
+            name = getattr(function, "__name__", type(function).__name__)
+            raise InputError(
+                f"reward function {name} needs the column {missing[0]!r}, and {data} has {shown}: "
+                "add the column, or rename it or the parameter"
+            )
+
+
+def _required(function: Any) -> list[str]:
+    """Names of arguments without which a call is an error; the parameters of what is called, not of what it wraps."""
+    if not callable(function) or hasattr(function, "forward") or hasattr(function, "__signature__"):
+        return []
+    try:
+        parameters = _signature(function).parameters.values()
+    except (ValueError, TypeError):  # some callables have no signature to read
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in named and p.default is p.empty]
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function, follow_wrapped=False)
