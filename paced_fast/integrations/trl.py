@@ -24,30 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from paced_fast.engine import plain_matrices
 from paced_fast.errors import InputError
-from paced_fast.integrations.losses import (
-    Balance,
-    group_log_z,
-    loss_from_hidden,
-    loss_from_logprobs,
-)
+from paced_fast.integrations import trl_data
+from paced_fast.integrations.losses import Balance, group_log_z, loss_from_hidden, loss_from_logprobs
 from paced_fast.integrations.trl_config import PacedConfig
-from paced_fast.integrations.trl_data import INDEX, Numbered, check_rows, columns_of, number_of
-from paced_fast.integrations.trl_head import (
-    FUSED,
-    HOST,
-    LOGITS,
-    Completions,
-    add_state_call,
-    find_head,
-    scores_of_logits,
-)
+from paced_fast.integrations.trl_head import FUSED, HOST, LOGITS, Completions, add_state_call, find_head, scores
 from paced_fast.integrations.trl_memory import PromptMemory, ReduceTable
 from paced_kernels import linear_logprobs
 
@@ -91,10 +77,10 @@ class PacedTrainer(GRPOTrainer):
         args = options["args"]
         if not isinstance(args, PacedConfig):
             raise InputError(f"args is {type(args).__name__}: PacedTrainer takes a PacedConfig, a GRPOConfig with more")
-        self._check_data(options)
+        trl_data.check_data(options)
         rows = options["train_dataset"]
         remembers = args.log_z == "learned" or args.prompt_sampling == "paced"
-        if remembers and not isinstance(rows, Dataset):
+        if remembers and not isinstance(rows, trl_data.Dataset):
             raise InputError("log_z='learned' and prompt_sampling='paced' need a train_dataset with a length")
         self.memory: PromptMemory | None = None
         self._rewards_per_function: Tensor | None = None
@@ -109,6 +95,9 @@ class PacedTrainer(GRPOTrainer):
                         "log_z='learned' has an optimizer group that DeepSpeed and FSDP do not take: use 'group'"
                     )
                 self.add_callback(ReduceTable(self.memory.table, self.accelerator))
+        plain = not self._is_vlm and self.rollout_func is None and self.environment_factories is None
+        if plain and not self.processing_class(text=[""])["input_ids"][0]:
+            trl_data.check_empty_prompts(options)
         base = self.accelerator.unwrap_model(self.model)
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
         self.head = find_head(
@@ -125,26 +114,9 @@ class PacedTrainer(GRPOTrainer):
             whose = "TRL's own head" if self.head.way == HOST else "the model's own logits, which exist in full"
             logger.warning("%s: its log-probs come from %s instead of the fused loss", self.head.why, whose)
 
-    @staticmethod
-    def _check_data(options: dict[str, Any]) -> None:
-        """Refuse data whose columns are known and lack what TRL would miss later."""
-        functions = options["reward_funcs"]
-        for name in ("train_dataset", "eval_dataset"):
-            data = options[name]
-            for part, rows in data.items() if isinstance(data, dict) else [("", data)]:
-                columns = columns_of(rows)
-                if columns is not None:
-                    check_rows(
-                        columns,
-                        f"{name}[{part!r}]" if part else name,
-                        functions=functions if isinstance(functions, list) else [functions],
-                        makes_prompts=options["environment_factory"] is not None,
-                        adds_fields=options["rollout_func"] is not None,
-                    )
-
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **options: Any) -> Any:
         if self.memory is not None and description == "Training":
-            dataset = Numbered(self._remove_unused_columns(dataset, description))
+            dataset = trl_data.Numbered(self._remove_unused_columns(dataset, description))
         return super()._get_dataloader(dataset, description, *args, **options)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
@@ -198,9 +170,9 @@ class PacedTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         index = None
         if self.memory is not None and self._mode == "train":
-            index = torch.tensor([number_of(row) for row in inputs], device=self.accelerator.device)
-            inputs = [{name: value for name, value in row.items() if name != INDEX} for row in inputs]
-        check_rows(
+            index = torch.tensor([trl_data.number_of(row) for row in inputs], device=self.accelerator.device)
+            inputs = [{name: value for name, value in row.items() if name != trl_data.INDEX} for row in inputs]
+        trl_data.check_rows(
             inputs[0],
             f"a row of the {self._mode} dataset",
             functions=self.reward_funcs,
@@ -235,6 +207,16 @@ class PacedTrainer(GRPOTrainer):
                 self._metrics["train"]["tb/replayed"].append(float(found))
         output["num_trained"] = self.accelerator.reduce(output["weights"].sum(), reduction="sum")
         return output
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        found = super()._tokenize_prompts(prompts)
+        trl_data.check_tokens(prompts, found[0])
+        return found
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        found = super()._generate(prompts)
+        trl_data.check_tokens(prompts, found[0])  # those of a rollout function
+        return found
 
     @property
     def _mode(self) -> str:
@@ -293,8 +275,8 @@ class PacedTrainer(GRPOTrainer):
             handed |= {"output_router_logits": True} if with_router_loss else {}
             with self.accelerator.autocast():
                 out = model(**handed, use_cache=False)
-            scores = scores_of_logits(out.logits, rows, temperature=self.temperature, with_entropy=with_entropy)
-            return *scores, out.aux_loss if with_router_loss else None
+            found = scores(out.logits, rows, temperature=self.temperature, with_entropy=with_entropy)
+            return *found, out.aux_loss if with_router_loss else None
 
         def scores_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
             return linear_logprobs(

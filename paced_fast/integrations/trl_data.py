@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from datasets import Dataset
 from torch.utils.data import Dataset as Rows
 
 from paced_fast.errors import InputError
+
+try:
+    from datasets import Dataset
+except ImportError as error:
+    raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
 
 # The field that numbers the prompts; reward functions do not see it.
 INDEX = "paced_prompt_index"
@@ -37,8 +41,8 @@ class Numbered(Rows[dict[str, Any]]):
         rows = self.data.__getitems__(numbers)
         if len(rows) != len(numbers):
             raise InputError(
-                f"the transform of train_dataset makes {len(rows)} rows of {len(numbers)}, where each row has its number: "
-                "let it keep the number of rows, or map the data before"
+                f"the transform of train_dataset makes {len(rows)} rows of {len(numbers)}, and a prompt goes by the "
+                "number of its row: let the transform keep the number of rows, or map the data before"
             )
         if rows and INDEX in rows[0]:
             raise InputError(f"train_dataset has a column {INDEX!r}, which PacedTrainer uses itself: rename the column")
@@ -53,6 +57,55 @@ def number_of(row: dict[str, Any]) -> int:
             "override get_train_dataloader or _get_dataloader with them"
         )
     return row[INDEX]
+
+
+def check_data(options: dict[str, Any]) -> None:
+    """Refuse, of what GRPOTrainer's arguments name as data, rows whose columns are known and lack something.
+
+    Raises:
+        InputError: see `check_rows`.
+    """
+    functions = options["reward_funcs"]
+    for label, rows in _datasets(options):
+        columns = columns_of(rows)
+        if columns is not None:
+            check_rows(
+                columns,
+                label,
+                functions=functions if isinstance(functions, list) else [functions],
+                makes_prompts=options["environment_factory"] is not None,
+                adds_fields=options["rollout_func"] is not None,
+            )
+
+
+def check_empty_prompts(options: dict[str, Any]) -> None:
+    """Refuse rows whose prompt is the empty text, for a tokenizer that makes no token of it; TRL would stop there, but
+    not before it comes to that row.
+
+    Raises:
+        InputError: there is one.
+    """
+    for label, rows in _datasets(options):
+        if columns_of(rows) is None or not isinstance(rows, Dataset) or "prompt" not in rows.column_names:
+            continue
+        if getattr(rows.features["prompt"], "dtype", None) == "string":
+            for number, prompt in enumerate(rows.with_format(None)["prompt"]):
+                if prompt == "":
+                    raise InputError(f"row {number} of {label} has an empty prompt: leave such rows out")
+
+
+def check_tokens(prompts: Iterable[Any], prompt_ids: Iterable[Sequence[int]]) -> None:
+    """Refuse a prompt without tokens: there is nothing to predict its first token from."""
+    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+        if not len(ids):
+            raise InputError(f"the prompt {prompt!r} has no tokens: leave such rows out, or give it a chat template")
+
+
+def _datasets(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in ("train_dataset", "eval_dataset"):
+        data = options[name]
+        for part, rows in data.items() if isinstance(data, dict) else [("", data)]:
+            yield f"{name}[{part!r}]" if part else name, rows
 
 
 def columns_of(data: Any) -> list[str] | None:

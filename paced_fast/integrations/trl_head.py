@@ -137,7 +137,7 @@ class Completions:
         return offsets(self.mask)
 
 
-def scores_of_logits(
+def scores(
     logits: Tensor,  # [B, P + C, V]
     completions: Completions,
     *,
