@@ -16,6 +16,7 @@ import tiny_policy
 import tiny_trl
 import transformers
 
+from paced_fast.errors import InputError
 from paced_fast.integrations.trl_head import FUSED, HOST, LOGITS
 
 SIZES: dict[str, Any] = {
@@ -124,6 +125,15 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(tmp_path: Path, n
 def test_routers_are_part_of_the_families_above(tmp_path: Path) -> None:
     for name in ("qwen3_moe", "gpt_oss", "mixtral"):
         assert tiny_trl.trainer(tmp_path, model=model(name)).aux_loss_enabled
+
+
+def test_a_router_loss_of_no_routers_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.DogeConfig(**SIZES, is_moe=False, router_aux_loss_coef=0.1)
+    with pytest.raises(InputError, match=r"DogeForCausalLM returns no router logits .* set router_aux_loss_coef=0"):
+        tiny_trl.trainer(tmp_path, model=transformers.DogeForCausalLM(config))
+    made = tiny_trl.trainer(tmp_path, model=transformers.DogeForCausalLM(config), router_aux_loss_coef=0.0)
+    assert made.head.way == FUSED
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,13 @@ def find_head(model: Any, *, takes_images: bool, is_whole: bool, has_router_loss
         takes_images: it comes with a processor; only TRL knows what to hand such a model.
         is_whole: its weights are here and in one piece, so that it can be asked what it does to its states.
         has_router_loss: it trains with the loss of its routers.
+
+    Raises:
+        InputError: it trains with that loss, and has no routers that it shows.
     """
     name = type(model).__name__
+    if has_router_loss and is_whole and not takes_images and not _shows_routers(model):
+        raise InputError(f"{name} returns no router logits to compute a router loss of: set router_aux_loss_coef=0")
     if takes_images:
         return Head(HOST, 1.0, f"{name} comes with a processor of images")
     settings = model.config.get_text_config()
@@ -78,21 +83,30 @@ def logit_scale(settings: Any) -> float:
 
 
 @torch.no_grad()
-def _is_linear(model: Any, head: nn.Module, scale: float) -> bool:
-    """Whether the logits of `model` are its last states times the output layer times `scale`, asked on four tokens."""
+def _asked(model: Any, module: Any, **options: Any) -> Any:
+    """What `module`, `model` or a part of it, makes of four tokens."""
     embedding = model.get_input_embeddings().weight
     ids = torch.arange(4, device=embedding.device)[None] % embedding.shape[0]
     was_training = model.training
     model.eval()
     try:
-        options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        found = model(**options).logits
-        states = getattr(model.base_model(**options), "last_hidden_state", None)
+        return module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
     finally:
         model.train(was_training)
+
+
+def _shows_routers(model: Any) -> bool:
+    return bool(getattr(_asked(model, model.base_model, output_router_logits=True), "router_logits", None))
+
+
+def _is_linear(model: Any, head: nn.Module, scale: float) -> bool:
+    """Whether the logits of `model` are its last states times the output layer times `scale`."""
+    found = _asked(model, model).logits
+    states = getattr(_asked(model, model.base_model), "last_hidden_state", None)
     if states is None or not hasattr(head, "weight"):
         return False
-    expected = head(states.to(head.weight.device).to(head.weight.dtype)) * scale
+    with torch.no_grad():
+        expected = head(states.to(head.weight.device).to(head.weight.dtype)) * scale
     if expected.shape != found.shape:
         return False
     # A factor in half precision rounds each logit; whatever else a model does is not as small as that.
