@@ -19,6 +19,7 @@ from trl import GRPOTrainer, TrlParser
 
 from paced_fast.errors import InputError
 from paced_fast.integrations.trl import PacedConfig, PacedTrainer
+from paced_fast.integrations.trl_config import REFUSED
 from paced_fast.integrations.trl_data import INDEX, Numbered
 
 LEARNED = {"log_z": "learned"}
@@ -366,3 +367,9 @@ def test_options_that_ask_for_what_the_loss_does_change_nothing(tmp_path: Path, 
     assert torch.equal(made.batches[0]["completion_ids"], plain.batches[0]["completion_ids"])
     for p, q in zip(made.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_the_readme_names_every_option_that_is_refused() -> None:
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("### TRL, verl and others") : text.index("In verl, ")]
+    assert [name for name in REFUSED if f"`{name}`" not in section] == []
