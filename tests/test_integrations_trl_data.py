@@ -345,7 +345,7 @@ def test_settings_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_wrong_argument_is_a_type_error_as_in_trl(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'train_data'"):
-        PacedTrainer(tiny_policy.model(), half, tiny_trl.settings(tmp_path), train_data=tiny_trl.data())  # pyright: ignore[reportCallIssue]
+        PacedTrainer(tiny_policy.model(), half, tiny_trl.settings(tmp_path), train_data=tiny_trl.data())
 
 
 def test_settings_are_read_by_trls_parser(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ _OF_IMAGES = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_m
 _OF_IMAGES += ("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
 
 
+def _as_grpo(own: Callable[..., None]) -> Callable[..., None]:
+    """`own` with the signature of the installed GRPOTrainer, by position and by keyword."""
+    return functools.wraps(GRPOTrainer.__init__)(own)
+
+
 class PacedTrainer(GRPOTrainer):
     """GRPOTrainer with the trajectory-balance loss; the same arguments, `args` a `PacedConfig`."""
 
@@ -65,7 +71,7 @@ class PacedTrainer(GRPOTrainer):
 
     args: PacedConfig
 
-    @functools.wraps(GRPOTrainer.__init__)
+    @_as_grpo
     def __init__(self, *positional: Any, **named: Any) -> None:
         given = inspect.signature(GRPOTrainer.__init__).bind(self, *positional, **named)
         given.apply_defaults()
@@ -96,7 +102,8 @@ class PacedTrainer(GRPOTrainer):
                     )
                 self.add_callback(ReduceTable(self.memory.table, self.accelerator))
         plain = not self._is_vlm and self.rollout_func is None and self.environment_factories is None
-        if plain and not self.processing_class(text=[""])["input_ids"][0]:
+        tokenizer: Any = self.processing_class
+        if plain and not tokenizer(text=[""])["input_ids"][0]:
             trl_data.check_empty_prompts(options)
         base = self.accelerator.unwrap_model(self.model)
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
