@@ -74,6 +74,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "reward.workers": (0, 1024),
     "reward.math_seconds": (0.01, 3600.0),
     "reward.async_seconds": (0.01, 86400.0),
+    "reward.function_seconds": (0.01, 86400.0),
+    "reward.task_seconds": (0.01, 3600.0),
     "reward.max_unscored_share": (0.0, 1.0),
     "reward.overlong_share": (1e-6, 1.0),
     "reward.code_seconds": (0.1, 3600.0),

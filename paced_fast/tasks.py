@@ -3,7 +3,7 @@
 `signed_sums` is the small task of the `tiny` preset. A prompt such as `     1951=2:` gives shuffled digits and a
 target; any expression that uses each digit once with + and - and reaches the target is right, here `9-5-1-1`. No sum of
 six digits reaches a target of 100 or more: there, and only there, `*` is allowed.
-`reasoning_gym` rows come from the package of that name and are judged by its own scorers.
+`reasoning_gym` rows come from the package of that name; how they are judged is in `rewards.task_rules`.
 
 k = digits in a problem, n = problems drawn at once.
 """
@@ -15,7 +15,7 @@ import itertools
 import logging
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal
@@ -142,7 +142,7 @@ def check_signed_sum(prompt: str, completion: str) -> float:
 
 
 def reasoning_gym_rows(name: str, size: int, seed: int, **params: Any) -> list[Row]:
-    """Rows of the reasoning-gym data set `name`; each keeps the entry that the data set's own scorer needs later.
+    """Rows of the reasoning-gym data set `name`; each keeps the entry that its verdict needs later.
 
     Raises:
         InputError: no such data set, an unknown parameter, or values that the data set refuses.
@@ -167,15 +167,6 @@ def reasoning_gym_rows(name: str, size: int, seed: int, **params: Any) -> list[R
         }
         for entry in entries
     ]
-
-
-def reasoning_gym_scorer(name: str, settings: Mapping[str, Any]) -> Callable[[str, Mapping[str, Any]], float]:
-    """A function `(answer, entry) -> score in [0, 1]`: the scorer of the data set `name` built with `settings`.
-
-    Raises:
-        InputError: no such data set, an unknown setting, or values that the data set refuses.
-    """
-    return _reasoning_gym_dataset(name, settings).score_answer
 
 
 def equation(text: str, answer: str) -> str:

@@ -151,22 +151,6 @@ def test_reasoning_gym_scores_as_they_are():
         scorer.score([row("reasoning_gym", answer="1")], ["1"])
 
 
-def test_reasoning_gym_scorer_that_fails_on_a_text_gives_zero_with_a_log_line(monkeypatch, caplog):
-
-    def fragile(text, entry):
-        return float(int(text) == int(entry["answer"]))
-
-    from paced_fast.rewards import tasks
-
-    monkeypatch.setattr(tasks, "reasoning_gym_scorer", lambda name, settings: fragile)
-    good = row("reasoning_gym", task="t", settings={}, entry={"answer": "3"})
-    assert Scorer().score([good, good], ["3", "junk"]) == [1.0, 0.0]
-    assert "reasoning_gym t cannot score 'junk'" in caplog.text
-    broken = row("reasoning_gym", task="t", settings={}, entry={"answer": "junk"})
-    with pytest.raises(InputError, match="'reasoning_gym' failed: ValueError"):
-        Scorer().score([broken], ["x"])
-
-
 class TestScorer:
     def write(self, folder: Path, body: str, signature: str = "prompts, completions, **columns") -> str:
         path = folder / "own.py"

@@ -9,12 +9,12 @@ import pytest
 from steady import takes_less
 
 from paced_fast.errors import InputError
+from paced_fast.rewards.tasks import ReasoningGymReward
 from paced_fast.tasks import (
     SIGNED_SUMS_ALPHABET,
     check_signed_sum,
     equation,
     reasoning_gym_rows,
-    reasoning_gym_scorer,
     signed_sums_demonstrations,
     signed_sums_rows,
 )
@@ -211,14 +211,15 @@ def test_errors_name_the_thing(call, message):
     assert "\n" not in str(caught.value)
 
 
-def test_reasoning_gym_rows_carry_what_their_scorer_needs():
+def test_reasoning_gym_rows_carry_what_their_verdict_needs():
     rows = reasoning_gym_rows("chain_sum", 5, 1, min_terms=2, max_terms=3)
     assert rows[0]["prompt"] == "State the final answer to the following arithmetic problem: 4 - 1 ="
     assert rows[0]["answer"] == "3"
     assert rows == reasoning_gym_rows("chain_sum", 5, 1, min_terms=2, max_terms=3)
-    scorer = reasoning_gym_scorer("chain_sum", rows[0]["settings"])
-    assert [scorer(row["answer"], row["entry"]) for row in rows] == [1.0] * 5
-    assert scorer("4", rows[0]["entry"]) == 0.0
+    columns = {key: [row[key] for row in rows] for key in ("task", "settings", "entry")}
+    reward, prompts = ReasoningGymReward(), [row["prompt"] for row in rows]
+    assert reward(prompts, [row["answer"] for row in rows], **columns) == [1.0] * 5
+    assert reward(prompts, ["4"] * 5, **columns)[0] == 0.0
 
 
 @pytest.mark.parametrize(

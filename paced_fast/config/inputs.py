@@ -118,6 +118,10 @@ class RewardConfig:
     """Processes that judge answers and run programs; 0 for one a core."""
     math_seconds: float = 3.0
     """Longest time for one answer of the `math` rewards, in seconds."""
+    task_seconds: float = 5.0
+    """Processor time after which one answer of a task of reasoning-gym that needs a sandbox is wrong, in seconds."""
+    function_seconds: float = 600.0
+    """Longest time for one call of a plain reward function of yours, in seconds; after it the run ends."""
     async_seconds: float = 120.0
     """Longest wait for an async reward function, in seconds; after it the completions are unscored."""
     max_unscored_share: float = 0.1

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import math
 import numbers
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
 
 from paced_fast.batch import PromptRow
+from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
+from paced_fast.rewards.time_limit import TimeLimit, TookTooLong
 
 # A column of the first name would meet the object itself, where the function is a method of one.
 _RESERVED_COLUMNS = ("self", "prompts", "completions")
+_LATE_SECONDS = 10.0  # for the end of an event loop whose functions have had their time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +41,8 @@ class Call:
     high: float = 1.0
     more_columns: Mapping[str, Sequence[Any]] | None = None
     """Columns beside those of the rows, one entry a completion; they win over a row's own."""
+    is_ours: bool = False
+    """Whether the function keeps its own limits of time, as those of this package do."""
 
     @property
     def is_async(self) -> bool:
@@ -43,29 +52,58 @@ class Call:
         called = getattr(self.function, "__call__", None)  # noqa: B004
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(called)
 
-    def run(self) -> list[float | None]:
-        """The function's numbers, one a completion.
+    def run(self, limit: TimeLimit, seconds: float) -> list[float | None]:
+        """The function's numbers, one a completion; a plain function of a user's has `seconds` for them.
 
         Raises:
-            InputError: it failed, or returned something other than a number in range, or None, for each completion.
+            InputError: it failed, took longer, or returned something other than a number in range, or None, for each
+                completion.
         """
+        given = self._arguments()
+        what = f"the reward function {self.name!r}"
         try:
-            return self._checked(self.function(**self._arguments()))
-        except InputError:
+            with contextlib.nullcontext() if self.is_ours else limit(what, seconds):
+                returned = self.function(**given)
+        except TookTooLong as late:
+            raise InputError(
+                f"{what} did not return within --reward.function-seconds {seconds:g}, called with "
+                f"{len(self.completions)} completions: it stands {self._place(late.frame)}"
+            ) from None
+        except (InputError, KeyboardInterrupt):
             raise
-        except Exception as error:
-            raise InputError(f"the reward function {self.name!r} failed: {reason(error)}") from error
+        except BaseException as error:
+            raise self._failure(error) from error
+        return self._checked(returned)
 
     async def run_async(self, seconds: float) -> list[float | None]:
         """The same for an async function; after `seconds` without an answer all its completions are unscored."""
         try:
-            return self._checked(await asyncio.wait_for(self.function(**self._arguments()), seconds))
+            return self._checked(await asyncio.wait_for(self._awaited(), seconds))
         except TimeoutError:
             return [None] * len(self.completions)
-        except InputError:
+
+    async def _awaited(self) -> Any:
+        try:
+            return await self.function(**self._arguments())
+        except (InputError, TimeoutError, asyncio.CancelledError):
             raise
-        except Exception as error:
-            raise InputError(f"the reward function {self.name!r} failed: {reason(error)}") from error
+        except BaseException as error:  # SystemExit too, which would end the thread without a word
+            raise self._failure(error) from error
+
+    def _failure(self, error: BaseException) -> InputError:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        place = self._place(frames[-1]) if len(frames) > 1 else ""
+        return InputError(f"the reward function {self.name!r} failed: {reason(error)}{f' ({place})' if place else ''}")
+
+    def _place(self, frame: FrameType | None) -> str:
+        """Where a call has got to: the innermost line of the function's own file on the way to `frame`."""
+        function = inspect.unwrap(self.function)
+        code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+        found = frame
+        while found is not None and (code is None or found.f_code.co_filename != code.co_filename):
+            found = found.f_back
+        found = found or frame
+        return "" if found is None else f"at {found.f_code.co_filename}:{found.f_lineno} in {found.f_code.co_name}"
 
     def _arguments(self) -> dict[str, Any]:
         """All columns for a function with `**columns`, else those it names."""
@@ -101,28 +139,35 @@ class Call:
         return float(value)
 
 
-def run_all(calls: Sequence[Call], seconds: float) -> list[list[float | None]]:
-    """The numbers of every call, in order; async ones wait together, beside the plain ones, for at most `seconds`."""
+def run_all(calls: Sequence[Call], settings: RewardConfig, limit: TimeLimit) -> list[list[float | None]]:
+    """The numbers of every call, in order; async ones wait together, beside the plain ones.
+
+    Raises:
+        InputError: as `Call.run`; also for an async function that blocks its thread instead of waiting.
+    """
     waiting = [i for i, call in enumerate(calls) if call.is_async]
     results: list[list[float | None]] = [[] for _ in calls]
 
     async def gather() -> None:
-        found = await asyncio.gather(*(calls[i].run_async(seconds) for i in waiting))
+        found = await asyncio.gather(*(calls[i].run_async(settings.async_seconds) for i in waiting))
         for i, numbers_ in zip(waiting, found, strict=True):
             results[i] = numbers_
 
-    with _Background(gather() if waiting else None):
+    with _Background(gather() if waiting else None, [calls[i] for i in waiting], limit, settings.async_seconds):
         for i, call in enumerate(calls):
             if i not in waiting:
-                results[i] = call.run()
+                results[i] = call.run(limit, settings.function_seconds)
     return results
 
 
 class _Background:
     """Runs a coroutine in a thread of its own, since the caller's may have an event loop already; joined at the end."""
 
-    def __init__(self, work: Coroutine[Any, Any, None] | None) -> None:
-        self._work = work
+    def __init__(
+        self, work: Coroutine[Any, Any, None] | None, calls: Sequence[Call], limit: TimeLimit, seconds: float
+    ) -> None:
+        self._work, self._calls, self._limit = work, calls, limit
+        self._seconds = seconds + _LATE_SECONDS
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="async rewards", daemon=True)
 
@@ -131,10 +176,20 @@ class _Background:
             self._thread.start()
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        if self._work is not None:
-            self._thread.join()
-            if self._error is not None and error is None:
-                raise self._error
+        if self._work is None:
+            return
+        names = ", ".join(repr(call.name) for call in self._calls)
+        try:
+            with self._limit(f"one of the async reward functions {names}", self._seconds):
+                self._thread.join()
+        except TookTooLong:
+            frame = sys._current_frames().get(self._thread.ident or 0)
+            raise InputError(
+                f"one of the async reward functions {names} blocks instead of waiting, for more than "
+                f"--reward.async-seconds: it stands {self._calls[0]._place(frame)}"
+            ) from None
+        if self._error is not None and error is None:
+            raise self._error
 
     def _run(self) -> None:
         assert self._work is not None

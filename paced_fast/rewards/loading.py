@@ -19,7 +19,8 @@ from paced_fast.tasks import nearest
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
-_NAMES = ("exact", "number", "math", "math_strict", "code", "reasoning_gym", "signed_sums")
+BUILT_IN = ("exact", "number", "math", "math_strict", "code", "reasoning_gym", "signed_sums")
+"""The rewards of this package, by their names."""
 
 
 def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFunction:
@@ -34,7 +35,7 @@ def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFuncti
     if name == "code":
         return CodeReward(settings)
     if name == "reasoning_gym":
-        return ReasoningGymReward()
+        return ReasoningGymReward(settings)
     if plain := {"exact": exact, "number": number, "signed_sums": signed_sums}.get(name):
         return plain
     if name in ("verl:", "trl:"):
@@ -44,7 +45,7 @@ def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFuncti
             return adapter(name, import_function(name.removeprefix(prefix), "reward"))
     if ":" not in name:
         raise InputError(
-            f"unknown reward {name!r}{nearest(name, _NAMES)}: use one of {', '.join(_NAMES)}, "
+            f"unknown reward {name!r}{nearest(name, BUILT_IN)}: use one of {', '.join(BUILT_IN)}, "
             "package.module:function or path/to/file.py:function"
         )
     return import_function(name, "reward")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,12 @@ if "ptrace" not in got:  # a traced process stops where it would become another 
 """
 
 
-def open_sandbox(name: str = "auto", limits: Limits | None = None, workers: int = 0) -> Sandbox:
+def open_sandbox(
+    name: str = "auto", limits: Limits | None = None, workers: int = 0, modules: Sequence[str] = ()
+) -> Sandbox:
     """The sandbox of that name for `workers` programs at a time (0: one a core), its strength tried and logged.
+
+    Programs may import installed packages when `modules` names some; a fork server has loaded those before it forks.
 
     `auto` is fork_server with all of its layers, else bubblewrap with all of its own, and never less: weaker isolation
     must be asked for by name.
@@ -79,7 +85,7 @@ def open_sandbox(name: str = "auto", limits: Limits | None = None, workers: int 
     if name == "auto":
         reasons = []
         for choice in ("fork_server", "bubblewrap"):
-            box, reason = _try(choice, limits, workers)
+            box, reason = _try(choice, limits, workers, modules)
             if box is not None and not reason:
                 return box
             if box is not None:
@@ -91,7 +97,7 @@ def open_sandbox(name: str = "auto", limits: Limits | None = None, workers: int 
         )
     if name not in _KINDS:
         raise InputError(f"--reward.sandbox {name} is unknown: use auto, {', '.join(_KINDS)}")
-    box, reason = _try(name, limits, workers)
+    box, reason = _try(name, limits, workers, modules)
     if box is None:
         raise InputError(f"--reward.sandbox {name} does not work on this machine: it lacks {reason}. {_ANYWAY}")
     if reason:
@@ -99,9 +105,11 @@ def open_sandbox(name: str = "auto", limits: Limits | None = None, workers: int 
     return box
 
 
-def _try(name: str, limits: Limits, workers: int) -> tuple[Box | None, str]:
+def _try(name: str, limits: Limits, workers: int, modules: Sequence[str]) -> tuple[Box | None, str]:
     """The sandbox, None when it is not to be trusted, and what it lacks."""
-    settings: dict[str, Any] = {"kind": _KINDS[name], "uids": _free_uids(), **_paths(name)}
+    packages = _packages(modules)
+    settings: dict[str, Any] = {"kind": _KINDS[name], "uids": _free_uids(), **_paths(name, packages)}
+    settings |= {"modules": list(modules), "packages": list(packages)}
     if name == "bubblewrap":
         settings["bwrap"] = shutil.which("bwrap")
         if settings["bwrap"] is None:
@@ -197,8 +205,21 @@ def _free_uids() -> list[int]:
     return [uid for uid in random.SystemRandom().sample(known, min(len(known), 1024)) if uid != NOBODY]
 
 
+def _packages(modules: Sequence[str]) -> tuple[str, ...]:
+    """The folders of installed packages, those of `modules` among them; none unless some are named."""
+    if not modules:
+        return ()
+    found = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
+    for module in modules:
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise SandboxError(f"there is no module {module}")
+        found.append(str(Path(spec.origin).parents[1 if spec.submodule_search_locations else 0]))
+    return tuple(dict.fromkeys(os.path.realpath(path) for path in found if os.path.isdir(path)))
+
+
 @functools.cache
-def _paths(name: str) -> dict[str, Any]:
+def _paths(name: str, packages: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a Python interpreter reads, as `binds` in an order that works, and `links` between them."""
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib"]
     # Not what sysconfig says unasked: in a virtual environment that is where its packages are.
@@ -208,7 +229,7 @@ def _paths(name: str) -> dict[str, Any]:
     if name == "bubblewrap":
         files += [os.path.realpath(sys.executable)]
     links = {path: os.readlink(path) for path in libraries if os.path.islink(path)}
-    wanted = {os.path.realpath(path) for path in [*libraries, *standard] if os.path.isdir(path)}
+    wanted = {os.path.realpath(path) for path in [*libraries, *standard, *packages] if os.path.isdir(path)}
     wanted |= {path for path in files if os.path.exists(path)}
     binds = [path for path in sorted(wanted) if not any(path.startswith(f"{other}/") for other in wanted - {path})]
     return {"binds": binds, "links": links}

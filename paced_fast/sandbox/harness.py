@@ -80,6 +80,13 @@ def lock(settings: dict[str, Any]) -> None:
         kernel.apply_filter(seccomp.lowest_filter(os.getpid(), has_scratch=settings["scratch"]))
 
 
+def add_packages(folders: list[str]) -> None:
+    """Let programs import what is installed in these folders, in one thread: a filter may forbid to start more."""
+    sys.path += folders
+    if folders:
+        os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+
+
 def run() -> None:
     """Run the program that REQUESTS brings and end the process; what the program does is its own affair."""
     status, module = 1, None

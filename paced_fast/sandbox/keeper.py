@@ -73,7 +73,8 @@ class Keeper:
             self.layers["uid"] = settings["uid"]
         if self.kind == "fork":
             kernel.use_one_arena()
-            for name in _PRELOADED:
+            harness.add_packages(settings["packages"])
+            for name in (*_PRELOADED, *settings["modules"]):
                 importlib.import_module(name)
             try:
                 self._isolate()
@@ -163,6 +164,7 @@ class Keeper:
             "seccomp": self.layers["seccomp"],
             "readable": [*self.settings["binds"], *DEVICES],
             "scratch": self.layers["namespaces"],
+            "packages": self.settings["packages"],
             "others": 0,  # tasks of the same user that the limit of threads must not count
         }
         if self.kind == "fork" and self.layers["namespaces"]:
@@ -247,6 +249,7 @@ def inside() -> None:
     try:
         os.closerange(5, 1 << 16)
         kernel.use_one_arena()
+        harness.add_packages(settings["packages"])
         if settings["restricted"]:
             kernel.mount("none", harness.SCRATCH, None, kernel.MS_REMOUNT | _SCRATCH_FLAGS, f"nr_inodes={_MAX_FILES}")
         harness.lock(settings)

@@ -1,0 +1,150 @@
+"""What is right for each task of reasoning-gym: our own rule, or the package's checker in a sandbox.
+
+A rule of our own compares texts and short numbers; it evaluates nothing and takes time in proportion to the text, so
+that it may run in the trainer. All other checkers parse what a model wrote and run where they can be killed.
+
+The package pays some absurd texts: `nan` for any complex number, any text for a board that halts, `0` for a coin's
+0.03, another problem's answer for nine cells in ten, the prompt for a factorization. Such tasks have a rule of our own
+here, or count full marks only (`least`), or show the checker only texts of a form (`is_readable`). At most 0.05 is
+paid for form alone and never counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from paced_fast.rewards import plain_tasks as plain
+from paced_fast.rewards.plain_tasks import Judge
+
+FORM_ALONE = 0.05
+"""Scores up to here are what reasoning-gym pays any text of the right form, and count as 0."""
+_FULL = 1.0
+_MOST_DIGITS = 100
+_FORMULA_TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?)|([A-Za-z]+)|(\*\*|[-+*/()]))")
+_POWER = re.compile(
+    r"\*\*\s*(?:-?\s*[0-9]{1,3}|[A-Za-z]|\(\s*-?\s*[0-9]{1,3}\s*(?:/\s*[0-9]{1,3}\s*)?\))"
+    r"(?![0-9A-Za-z.(])(?!\s*\*\*)"
+)
+_MOST_TOKENS = 1000
+_FUNCTIONS = frozenset(
+    {
+        *("sqrt", "exp", "log", "ln", "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan"),
+        *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "Abs", "pi"),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """How one task is judged."""
+
+    judge: Judge | None = None
+    """Our own rule, in the trainer; None for the package's checker, in a sandbox."""
+    least: float = FORM_ALONE
+    """A score of the checker counts above this; 1 for full marks only."""
+    is_readable: Callable[[str], bool] | None = None
+    """Which texts the checker may see; others are wrong."""
+    refused: str = ""
+    """Why the task is refused, and what to do."""
+
+    @property
+    def needs_sandbox(self) -> bool:
+        """Whether code of the package reads the text."""
+        return self.judge is None and not self.refused
+
+    def score(self, checked: float) -> float:
+        """What counts of a checker's score."""
+        if self.least >= _FULL:
+            return float(checked >= _FULL)
+        return checked if checked > self.least else 0.0
+
+
+def rule_of(task: str) -> Rule:
+    """The rule of a task; a refusal for one that has none."""
+    return RULES.get(task) or Rule(
+        refused="it was not tried with absurd answers, and its checker may pass anything: score it by a function of "
+        "your own, reward=file.py:function"
+    )
+
+
+def is_formula(text: str) -> bool:
+    """Whether a text is numbers, one-letter names and known functions with + - * / ** and parentheses.
+
+    No power has a power as its exponent, and no exponent more than three digits. The checkers of integrals and of
+    products of polynomials evaluate what they are given: they are given nothing else.
+    """
+    text = text.strip()
+    at = 0
+    for _ in range(_MOST_TOKENS):
+        if at == len(text):
+            return at > 0
+        found = _FORMULA_TOKEN.match(text, at)
+        if found is None:
+            return False
+        number, name, symbol = found.groups()
+        if number is not None and len(number) > _MOST_DIGITS:
+            return False
+        if name is not None and len(name) > 1 and name not in _FUNCTIONS:
+            return False
+        if symbol == "**" and not _POWER.match(text, found.start(3)):
+            return False
+        at = found.end()
+    return False
+
+
+def _rules() -> dict[str, Rule]:
+    contained = (
+        "acre aiw arc_1d base_conversion basic_arithmetic bf binary_alternation caesar_cipher count_bits count_primes "
+        "course_schedule gcd isomorphic_strings largest_island lcm leg_counting letter_counting list_functions "
+        "mahjong_puzzle maze modulo_grid number_filtering number_sequence ransom_note rotate_matrix rotten_oranges "
+        "simple_equations simple_geometry string_manipulation string_splitting string_synthesis syllogism "
+        "word_sequence_reversal"
+    )
+    own: dict[str, Judge] = dict.fromkeys(contained.split(), plain.contained)
+    own |= dict.fromkeys(("chain_sum", "products"), plain.contained_number)
+    own |= {"tsumego": plain.contained_upper, "manipulate_matrix": plain.contained_rows}
+    own |= dict.fromkeys(("ab", "self_reference", "circuit_logic", "emoji_mystery"), plain.same_by(str.strip))
+    folded = "color_cube_rotation family_relationships game_of_life_halting spell_backward"
+    own |= dict.fromkeys(folded.split(), plain.same_by(lambda text: text.strip().lower()))
+    own |= dict.fromkeys(("dice", "zebra_puzzles"), plain.same_by(lambda text: text.lower().replace("\n", "")))
+    own |= dict.fromkeys(("needle_haystack", "figlet_font"), plain.same_by(lambda text: text.replace(" ", "").lower()))
+    own["path_star"] = plain.same_by(str.split)
+    own |= dict.fromkeys(("sentence_reordering", "letter_jumble"), plain.same_by(lambda text: text.lower().split()))
+    own["word_sorting"] = plain.same_by(lambda text: [word.strip() for word in text.split(",")])
+    own |= dict.fromkeys(("decimal_chain_sum", "rectangle_count"), plain.same_number)
+    own |= {
+        "decimal_arithmetic": plain.near_in_places, "number_format": plain.near_hundredth,
+        "power_function": plain.three_figures, "gsm_symbolic": plain.first_number,
+        "bitwise_arithmetic": plain.hexadecimal, "coin_flip": plain.chance, "complex_arithmetic": plain.complex_number,
+        "fraction_simplification": plain.fraction, "calendar_arithmetic": plain.calendar,
+        "number_sorting": plain.sorted_numbers, "game_of_life": plain.same_json,
+        "countdown": plain.arithmetic("target"), "puzzle24": plain.arithmetic(24),
+    }  # fmt: skip
+    own |= dict.fromkeys(("sudoku", "mini_sudoku", "futoshiki"), plain.digits)
+    own["string_insertion"] = plain.or_list("".join, 0.1)
+    own["spiral_matrix"] = plain.or_list(lambda items: " ".join(map(str, items)), 0.1)
+    own["binary_matrix"] = plain.or_list(plain.matrix, 0.1)
+    own["n_queens"] = plain.or_list(plain.matrix, 0.5, "valid_answers")
+    own |= dict.fromkeys(("arc_agi", "rearc", "survo"), plain.same_by(plain.rows))
+    own |= {"palindrome_generation": plain.palindrome, "prime_factorization": plain.factors}
+    own |= {"pool_matrix": plain.near_matrix, "group_anagrams": plain.same_groups("solution", in_any_order=True)}
+    own["palindrome_partitioning"] = plain.same_groups("solution", in_any_order=False)
+    checked = (
+        "advanced_geometry boxnet codeio cryptarithm graph_color jugs kakurasu knight_swap quantum_lock rubiks_cube "
+        "rush_hour shortest_path sokoban tower_of_hanoi word_ladder"
+    )
+    full = "knights_knaves polynomial_equations propositional_logic time_intervals"
+    formulas = "intermediate_integration simple_integration polynomial_multiplication"
+    return {
+        **{task: Rule(judge=judge) for task, judge in own.items()},
+        **{task: Rule() for task in checked.split()},
+        **{task: Rule(least=_FULL) for task in full.split()},
+        **{task: Rule(least=_FULL, is_readable=is_formula) for task in formulas.split()},
+        "composite": Rule(refused="it is a mixture of other tasks: name each of them as a source, with its share"),
+    }
+
+
+RULES: Mapping[str, Rule] = _rules()
+"""Every task of reasoning-gym 0.1.25."""

@@ -1,0 +1,174 @@
+"""Every task of reasoning-gym asked with absurd texts: what its checker pays for them, and what the reward does.
+
+    python tests/task_sweep.py          # writes docs/reasoning_gym.md; a quarter of an hour
+
+The package's own checkers are asked in a sandbox too, unguarded; what one says there may be what the text made it say.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from paced_fast.config import RewardConfig
+from paced_fast.errors import InputError
+from paced_fast.rewards.task_rules import RULES
+from paced_fast.rewards.tasks import ReasoningGymReward
+from paced_fast.tasks import reasoning_gym_rows
+
+TABLE = Path(__file__).resolve().parent.parent / "docs" / "reasoning_gym.md"
+MOST_FOR_ABSURD = 0.1
+
+PAYLOADS = (
+    "exit(7)",
+    "exit(0)",
+    "quit()",
+    "9**9**9**9",
+    "(9**9)**(9**9)",
+    "factorial(10**9)",
+    "10**10**10",
+    "__import__('pathlib').Path('{where}').write_text('x')",
+    "[open('{where}', 'w').write('x')]",
+    "(lambda: exec('import os; os.abort()'))()",
+    "[__import__('os').kill(__import__('os').getppid(), 9)]",
+    "__import__('os')._exit(0)",
+    "[print('{{\"value\": 1.0}}')]",
+    "__import__('os').write(4, b'{{\"value\": 1.0}}\\n')",
+    "[globals().update(judge=lambda *_: 1.0)]",
+    "raise SystemExit",
+    "[i for i in iter(int, 1)]",
+)
+"""Code: to end the process, to hang it, to write the file `where`, to forge the verdict."""
+
+ABSURD = (
+    *("", " ", "\n", ".", "x", "A", "?", "yes", "No", "maybe", "Answer", "null", "None", "true", "True", "False"),
+    *("nan", "NaN", "inf", "-inf", "Infinity", "-1", "0", "1", "-0.0", "0.0", "0/1", "1/0", "0x", "1e999"),
+    *(
+        "1e999999999",
+        "[]",
+        "{}",
+        "[[]]",
+        "()",
+        "[0]",
+        "[1, 2, 3]",
+        "[NaN, NaN]",
+        '{"a": 1}',
+        '"',
+        "'",
+        "\\",
+        "0 0",
+        "0,0",
+    ),
+    *(
+        "=",
+        "i",
+        "-1 days, 00:00",
+        "00:00:00",
+        "nan days, 00:00",
+        "Move disk 1 from Peg 1 to Peg 1",
+        "up up up",
+        "F",
+        "A B C",
+    ),
+    *("9" * 5000, "a b c d " * 500, "[" * 3000 + "]" * 3000, "(" * 3000, "-" * 5000 + "1", "1+" * 3000 + "1"),
+    *("\x00", "\ud800", "<answer></answer>", "<answer>"),
+)
+
+
+def texts_for(row: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
+    """The absurd texts, and those made of the problem: its prompt, another's answer, its answer spoilt."""
+    yield from ABSURD
+    yield row["prompt"]
+    answer = str(row["answer"]).strip()
+    if str(other["answer"]).strip() != answer:
+        yield str(other["answer"])
+    integrand = row["entry"]["metadata"].get("integrand")
+    if integrand:
+        yield f"Integral({integrand}, {row['entry']['metadata']['variable']})"
+    if row["answer"] is not None:
+        for number in ("nan", "NaN", "-1", "0", "inf"):
+            spoilt = re.sub(r"-?\b[0-9]+(?:\.[0-9]+)?\b", number, answer)
+            if spoilt != answer:
+                yield spoilt
+    words = row["entry"]["metadata"].get("numbers")
+    if isinstance(words, list):
+        yield "6*4*1*1"
+
+
+def rows_of(task: str, count: int = 2) -> list[dict[str, Any]]:
+    """A few problems of a task."""
+    return reasoning_gym_rows(task, count, 11)
+
+
+def most_for_absurd(reward: ReasoningGymReward, task: str, rows: list[dict[str, Any]]) -> tuple[float, str]:
+    """The highest score of an absurd text and that text; a text that was left unscored raises."""
+    pairs = [
+        (row, text)
+        for i, row in enumerate(rows)
+        for text in (*texts_for(row, rows[i - 1]), *(payload.format(where="/tmp/task_sweep") for payload in PAYLOADS))
+        if text.strip().lower() != str(row["answer"]).strip().lower()
+    ]
+    columns = {key: [row[key] for row, _ in pairs] for key in ("task", "settings", "entry")}
+    scores = reward([row["prompt"] for row, _ in pairs], [text for _, text in pairs], **columns)
+    found = [(score, text) for score, (_, text) in zip(scores, pairs, strict=True) if score is not None]
+    assert len(found) == len(pairs), f"{task}: {len(pairs) - len(found)} of {len(pairs)} texts are unscored"
+    return max(found)
+
+
+def judged_by(task: str) -> str:
+    """Who judges a task, in words."""
+    rule = RULES[task]
+    if rule.refused:
+        return "refused"
+    return "our own rule" if rule.judge is not None else "its checker, in a sandbox"
+
+
+def _package_on(reward: ReasoningGymReward, task: str, rows: list[dict[str, Any]]) -> str:
+    """The most that the package's checker pays, and how it ends on the payloads."""
+    scores, ends = [0.0], set()
+    reward._open(task)
+    for i, row in enumerate(rows[:1]):
+        for text in (*texts_for(row, rows[i - 1]), *PAYLOADS):
+            score, verdict = reward._ask(task, row["settings"], row["entry"], text.format(where="x").strip())
+            scores.append(score)
+            if verdict != "answered":
+                ends.add({"timeout": "hangs", "unscored": "hangs"}.get(verdict, "ends or fails"))
+    return ", ".join([f"{max(scores):.2f}", *sorted(ends)])
+
+
+def main() -> None:
+    """Writes the table."""
+    reward = ReasoningGymReward(RewardConfig(task_seconds=2.0))
+    lines = []
+    for task in sorted(RULES):
+        by = judged_by(task)
+        if by == "refused":
+            lines.append(f"| {task} | refused: {RULES[task].refused} | | |")
+            continue
+        try:
+            rows = rows_of(task)
+            most, text = most_for_absurd(reward, task, rows)
+            package = _package_on(reward, task, rows)
+        except InputError as error:
+            raise SystemExit(f"{task}: {error}") from None
+        sys.stderr.write(f"{task}: {most:.2f} for {text!r:.60}; the package {package}\n")
+        lines.append(f"| {task} | {by} | {package} | {most:.2f} |")
+    reward.close()
+    TABLE.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+HEAD = """# Tasks of reasoning-gym and how they are judged
+
+Each task was asked with absurd, empty and hostile texts. The third column has the most that the package's own checker
+paid one of them, and whether it hung or ended on one; the last has the most that the reward `reasoning_gym` pays. Tasks
+judged in a sandbox need a machine that has one. Written by `python tests/task_sweep.py`, for reasoning-gym 0.1.25.
+
+| task | judged by | the package on absurd texts | here |
+|---|---|---|---|
+"""
+
+if __name__ == "__main__":
+    main()
