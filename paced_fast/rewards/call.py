@@ -12,7 +12,6 @@ import threading
 import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import numpy as np
 from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
-from paced_fast.rewards.time_limit import TimeLimit, TookTooLong
+from paced_fast.rewards.time_limit import TimeLimit, TookTooLong, stack_of
 
 # A column of the first name would meet the object itself, where the function is a method of one.
 _RESERVED_COLUMNS = ("self", "prompts", "completions")
@@ -67,7 +66,7 @@ class Call:
         except TookTooLong as late:
             raise InputError(
                 f"{what} did not return within --reward.function-seconds {seconds:g}, called with "
-                f"{len(self.completions)} completions: it stands {self._place(late.frame)}"
+                f"{len(self.completions)} completions: it stands {self._place(late.stack)}"
             ) from None
         except (InputError, KeyboardInterrupt):
             raise
@@ -91,19 +90,15 @@ class Call:
             raise self._failure(error) from error
 
     def _failure(self, error: BaseException) -> InputError:
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        place = self._place(frames[-1]) if len(frames) > 1 else ""
+        place = self._place(traceback.extract_tb(error.__traceback__)[1:])
         return InputError(f"the reward function {self.name!r} failed: {reason(error)}{f' ({place})' if place else ''}")
 
-    def _place(self, frame: FrameType | None) -> str:
-        """Where a call has got to: the innermost line of the function's own file on the way to `frame`."""
+    def _place(self, stack: Sequence[traceback.FrameSummary]) -> str:
+        """Where a call has got to: the innermost line of the function's own file in a stack, else the innermost."""
         function = inspect.unwrap(self.function)
         code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-        found = frame
-        while found is not None and (code is None or found.f_code.co_filename != code.co_filename):
-            found = found.f_back
-        found = found or frame
-        return "" if found is None else f"at {found.f_code.co_filename}:{found.f_lineno} in {found.f_code.co_name}"
+        own = [one for one in stack if code is not None and one.filename == code.co_filename]
+        return "".join(f"at {one.filename}:{one.lineno} in {one.name}" for one in (own or stack)[-1:])
 
     def _arguments(self) -> dict[str, Any]:
         """All columns for a function with `**columns`, else those it names."""
@@ -183,10 +178,10 @@ class _Background:
             with self._limit(f"one of the async reward functions {names}", self._seconds):
                 self._thread.join()
         except TookTooLong:
-            frame = sys._current_frames().get(self._thread.ident or 0)
+            stack = stack_of(sys._current_frames().get(self._thread.ident or 0))
             raise InputError(
                 f"one of the async reward functions {names} blocks instead of waiting, for more than "
-                f"--reward.async-seconds: it stands {self._calls[0]._place(frame)}"
+                f"--reward.async-seconds: it stands {self._calls[0]._place(stack)}"
             ) from None
         if self._error is not None and error is None:
             raise self._error

@@ -165,9 +165,12 @@ class ReasoningGymReward:
             is_late = outcome.ended == "signal" and outcome.cpu_seconds >= 0.9 * self._limits.cpu_seconds
             return 0.0, "timeout" if is_late else "crashed"
         try:
-            score = read_json(reply)["value"]
-        except (*JSON_ERRORS, KeyError):
+            read = read_json(reply)
+        except JSON_ERRORS:
             return 0.0, "crashed"
+        if isinstance(read, dict) and "error" in read:
+            return 0.0, "answered"
+        score = read.get("value") if isinstance(read, dict) else None
         is_score = isinstance(score, float) and 0.0 <= score <= 1.0
         return (score, "answered") if is_score else (0.0, "crashed")
 

@@ -1,9 +1,9 @@
 """A limit for functions that stay in this process, because of the models or connections they hold.
 
-No thread of this process can promise one: `9**9**9**9` holds the interpreter's lock and nothing else runs. So another
-process keeps the time. At the limit it signals this one, whose main thread raises in the function, wherever that is.
-A function that does not end by that, or was called from another thread, ends the whole process a few seconds later,
-after a line that names it and a dump of the stacks.
+No thread of this process can promise one: `sum(range(10**14))` holds the interpreter's lock, and nothing else runs. So
+another process keeps the time. At the limit it signals this one, whose main thread raises in the function, wherever
+that is. A function that does not end by that, or was called from another thread, ends the whole process a few seconds
+later, after a line that names it and a dump of the stacks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,10 +32,10 @@ _NOW, _DUMP = (getattr(signal, "SIGRTMAX", signal.SIGUSR2) - i for i in (0, 1))
 class TookTooLong(BaseException):
     """Raised in a function at its limit; `except Exception` does not stop it."""
 
-    def __init__(self, frame: FrameType | None) -> None:
+    def __init__(self, stack: Sequence[traceback.FrameSummary]) -> None:
         super().__init__()
-        self.frame = frame
-        """Where the main thread stood."""
+        self.stack = stack
+        """Where the main thread stood, the innermost call last."""
 
 
 class TimeLimit:
@@ -92,7 +93,12 @@ class TimeLimit:
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if self._is_armed:
             self._is_armed = False
-            raise TookTooLong(frame)
+            raise TookTooLong(stack_of(frame))
+
+
+def stack_of(frame: FrameType | None) -> list[traceback.FrameSummary]:
+    """The calls that led to a frame, as they stand now."""
+    return list(traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False))[::-1] if frame else []
 
 
 def _stop(process: subprocess.Popen[bytes], pid: int) -> None:
