@@ -12,7 +12,7 @@ when the data are read, of the columns and the `prompt`; `counts`, a Counter of 
     math             math-verify on what the text commits to at its end: a box, "the answer is", a closing sentence
     math_strict      one value in the last \boxed{}, written out and exactly the answer; the rules are in `math`
     code             a program that passes all tests of its row, run in a sandbox
-    reasoning_gym    the score of the data set's own scorer
+    reasoning_gym    the rule of the row's task: our own, or the package's checker in a sandbox (`task_rules`)
     signed_sums      the exact checker of that task
     package.module:function, path/to/file.py:function
     verl:..., trl:...  functions written for those trainers (see `adapters`)

@@ -135,7 +135,7 @@ def chance(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     """A probability, as a decimal or a fraction, to 1e-4."""
 
     def value(number: str) -> Fraction | None:
-        parts = [_number(part) for part in number.replace(",", "").split("/")]
+        parts = [_number(part) for part in number.replace(",", "").split("/", 2)]
         if len(parts) > 2 or None in parts:
             return None
         top, bottom = parts[0], parts[1] if len(parts) == 2 else Fraction(1)
