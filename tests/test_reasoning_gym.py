@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_run
 from task_sweep import (
+    EVALUATING,
     MOST_FOR_ABSURD,
     PAYLOADS,
     TABLE,
@@ -25,15 +26,15 @@ from paced_fast import train
 from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
-from paced_fast.rewards import Scorer, tasks
+from paced_fast.rewards import Scorer, task_rules, tasks
+from paced_fast.rewards.formulas import is_formula, is_integral, is_sum
 from paced_fast.rewards.plain_tasks import value_of
-from paced_fast.rewards.task_rules import RULES, is_formula
+from paced_fast.rewards.task_rules import RULES, Rule
 from paced_fast.rewards.tasks import ReasoningGymReward
 from paced_fast.sandbox import SandboxError
 
 OURS = sorted(task for task, rule in RULES.items() if rule.judge is not None)
 CHECKED = sorted(task for task, rule in RULES.items() if rule.needs_sandbox)
-EVALUATING = ("string_insertion", "spiral_matrix", "binary_matrix", "n_queens", "countdown", "puzzle24")
 SLOW_TO_MAKE = {"arc_agi", "group_anagrams", "rearc", "simple_equations", "zebra_puzzles", "puzzle24", "spell_backward"}
 
 
@@ -58,7 +59,8 @@ def test_every_task_of_the_package_has_a_rule():
 def test_our_own_rules(task):
     reward, rows = ReasoningGymReward(), rows_of(task)
     assert [problem(reward, row) for row in rows] == [None, None]
-    assert scored(reward, rows, [f"so <answer> {row['answer']} </answer>" for row in rows]) == [1.0, 1.0]
+    if task != "intermediate_integration":  # the package cannot solve some of its own
+        assert scored(reward, rows, [f"so <answer> {row['answer']} </answer>" for row in rows]) == [1.0, 1.0]
     most, text = most_for_absurd(reward, task, rows)
     assert most <= MOST_FOR_ABSURD, text
 
@@ -105,7 +107,7 @@ def test_code_in_a_completion_is_a_wrong_answer(task, tmp_path):
     assert not target.exists()
 
 
-def test_only_checkers_that_are_shown_formulas_evaluate_text():
+def test_no_checker_in_the_sandbox_evaluates_text():
     """The package's code for the tasks whose checkers it brings, searched for what turns text into code."""
     from reasoning_gym.factory import DATASETS
 
@@ -116,9 +118,7 @@ def test_only_checkers_that_are_shown_formulas_evaluate_text():
             evaluating.add(task)
     # The problems of codeio are programs of the package, run when they are made; propositional_logic has a parser of
     # its own by that name.
-    assert evaluating - {"codeio", "propositional_logic"} == {
-        task for task, rule in RULES.items() if rule.is_readable is not None
-    }
+    assert evaluating == {"codeio", "propositional_logic"}
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,73 @@ def test_only_checkers_that_are_shown_formulas_evaluate_text():
 )
 def test_formulas(text, expected):
     assert is_formula(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "integrand", "right"),
+    [
+        ("x**2", "2*x", True),
+        ("C + x*x - 7", "2*x", True),
+        ("(x**3)/x + k", "2*x", True),
+        ("x**2 + x", "2*x", False),
+        ("Integral(2*x, x)", "2*x", False),
+        ("2*x", "2*x", False),
+        ("nan", "2*x", False),
+        ("", "2*x", False),
+        ("0.5*x**2", "x", True),
+        ("0.333333333333*x**3", "x**2", False),
+        ("x**3/3", "x**2", True),
+        ("log(x)", "1/x", True),
+        ("log(2*x)", "1/x", True),
+        ("log(x)/2 + log(x**2)/4", "1/x", True),
+        ("x**(1/2)", "1/(2*sqrt(x))", True),
+        ("sqrt(x**2)", "1", False),  # not for x below 0
+        ("-exp(-x**2)/2", "x*exp(-x**2)", True),
+        ("exp(-x**2)/2", "x*exp(-x**2)", False),
+        ("sin(x)**2/2", "sin(x)*cos(x)", True),
+        ("-cos(x)**2/2", "sin(x)*cos(x)", True),
+        ("-log(cos(x))", "tan(x)", True),
+        ("log(sec(x))", "tan(x)", True),
+        ("-log(cos(x)) + pi", "sin(x)/cos(x)", True),
+        ("tan(x)", "sec(x)**2", True),
+        ("-cot(x)", "csc(x)**2", True),
+        ("sec(x) - csc(x)", "sec(x)*tan(x) + csc(x)*cot(x)", True),
+        ("asin(x) + acos(x)", "0", True),
+        ("x*asin(2*x) + sqrt(1 - 4*x**2)/2", "asin(2*x)", True),
+        ("3*x*atan(x) - 3*log(x**2 + 1)/2", "3*atan(x)", True),
+        ("cosh(x) + sinh(x)", "exp(x)", True),
+        ("log(cosh(x)) + x*tanh(x)", "2*tanh(x) + x*(1 - tanh(x)**2)", True),
+        ("asinh(x) + atanh(x)", "1/sqrt(1 + x**2) + 1/(1 - x**2)", True),
+        ("acosh(x)", "1/(sqrt(x - 1)*sqrt(x + 1))", True),
+        ("E**x", "exp(x)", True),
+        ("ln(x)", "x**-1", True),
+        ("(((9**999)**999)**999)**999*x", "2*x", False),
+        ("exp(exp(exp(x)**999))", "2*x", False),
+        ("sin(9**999)", "0", False),
+        ("1/(x - x)", "0", False),
+        ("log(0)", "0", False),
+    ],
+)
+def test_integrals(text, integrand, right):
+    assert is_integral(text, integrand, "x") is right
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("x**2 - 1", True),
+        ("-1 + x*x", True),
+        ("x**2 - 1.0", True),
+        ("x**(2) - 1", True),
+        ("(x - 1)*(x + 1)", False),  # what was to be multiplied
+        ("x**2", False),
+        ("x**2 - 1 + 1/10**30", False),
+        ("y**2 - 1", False),
+        ("", False),
+    ],
+)
+def test_products_are_multiplied_out(text, right):
+    assert is_sum(text, "x**2 - 1") is right
 
 
 @pytest.mark.parametrize(
@@ -386,8 +453,6 @@ def in_sandbox() -> Iterator[ReasoningGymReward]:
 @pytest.mark.parametrize("task", CHECKED)
 def test_checkers_in_the_sandbox(task, in_sandbox, tmp_path):
     rows = rows_of(task, 1)
-    if task == "intermediate_integration":  # of the two, one whose answer is a formula
-        rows = [row for row in rows_of(task, 4) if is_formula(row["answer"])][:1]
     assert problem(in_sandbox, rows[0]) is None
     if isinstance(rows[0]["answer"], str):
         spaced = f"<answer>\n{rows[0]['answer']}\n</answer>"
@@ -398,19 +463,9 @@ def test_checkers_in_the_sandbox(task, in_sandbox, tmp_path):
 
 
 @pytest.mark.slow
-def test_checkers_read_formulas_in_other_words(in_sandbox):
-    entry = {"answer": "x**2 + C", "metadata": {"variable": "x", "integrand": "2*x"}}
-    settings = {"size": 1, "seed": 1}
-    row = {"prompt": "p", "task": "simple_integration", "settings": settings, "entry": entry}
-    texts = ["C + x*x", "x**2", "x**2 + x", "(x**3)/x + 7", "9**9**9**9", "((9**999)**999)**999"]
-    assert scored(in_sandbox, [row] * 6, texts) == [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
-
-
-@pytest.mark.slow
 def test_a_text_that_hangs_its_checker_is_wrong_and_harms_no_other(in_sandbox, tmp_path, monkeypatch):
-    """With the grammar away, as if the package began to evaluate somewhere else."""
-    rule = RULES["simple_integration"]
-    monkeypatch.setitem(tasks.rule_of.__globals__["RULES"], "simple_integration", type(rule)(least=1.0))
+    """With the package's checker, which evaluates, for a task that has a rule of our own."""
+    monkeypatch.setitem(task_rules.RULES, "simple_integration", Rule(least=1.0))  # type: ignore[arg-type]
     rows = rows_of("simple_integration", 1)
     target = tmp_path / "written"
     target.touch(mode=0o666)

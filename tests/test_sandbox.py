@@ -670,3 +670,30 @@ def test_the_package_may_lie_in_the_folder_that_is_scratch_inside(backend: str, 
     command = [sys.executable, "-c", _FROM_ELSEWHERE, backend, installed]
     said = subprocess.run(command, cwd="/", env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert said.stdout.strip() == str(b"False\n"), said.stderr
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, "unsafe"])
+def test_installed_packages_can_be_imported_only_where_some_are_named(name):
+    program = "import packaging, sys\nprint(packaging.__name__, 'packaging' in sys.modules)"
+    plain = opened(name, 1)
+    try:
+        assert b"No module named 'packaging'" in plain.run(program).stderr
+    finally:
+        plain.close()
+    try:
+        box = open_sandbox(name, Limits(), 1, modules=("packaging",))
+    except InputError as error:
+        pytest.skip(str(error))
+    try:
+        assert box.run(program).stdout == b"packaging True\n"
+        if name != "unsafe":
+            write = "import packaging\nopen(packaging.__path__[0] + '/written', 'w')"
+            assert b"Error" in box.run(write).stderr
+            assert box.run("import os\nprint(os.listdir('/'))").stdout.count(b"root") == 0
+    finally:
+        box.close()
+
+
+def test_a_module_that_is_not_installed_is_named():
+    with pytest.raises(InputError, match="there is no module a_module_of_tomorrow"):
+        open_sandbox("unsafe", Limits(), 1, modules=("a_module_of_tomorrow",))

@@ -1,39 +1,26 @@
 """What is right for each task of reasoning-gym: our own rule, or the package's checker in a sandbox.
 
-A rule of our own compares texts and short numbers; it evaluates nothing and takes time in proportion to the text, so
-that it may run in the trainer. All other checkers parse what a model wrote and run where they can be killed.
+A rule of our own compares texts, short numbers and formulas; it evaluates nothing and takes time in proportion to the
+text, so that it may run in the trainer. All other checkers parse what a model wrote and run where they can be killed.
 
 The package pays some absurd texts: `nan` for any complex number, any text for a board that halts, `0` for a coin's
 0.03, another problem's answer for nine cells in ten, the prompt for a factorization. Such tasks have a rule of our own
-here, or count full marks only (`least`), or show the checker only texts of a form (`is_readable`). At most 0.05 is
-paid for form alone and never counts.
+here, or count full marks only (`least`). At most 0.05 is paid for form alone and never counts.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from paced_fast.rewards import plain_tasks as plain
+from paced_fast.rewards.formulas import is_formula, is_integral, is_sum
 from paced_fast.rewards.plain_tasks import Judge
 
 FORM_ALONE = 0.05
 """Scores up to here are what reasoning-gym pays any text of the right form, and count as 0."""
 _FULL = 1.0
-_MOST_DIGITS = 100
-_FORMULA_TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?)|([A-Za-z]+)|(\*\*|[-+*/()]))")
-_POWER = re.compile(
-    r"\*\*\s*(?:-?\s*[0-9]{1,3}|[A-Za-z]|\(\s*-?\s*[0-9]{1,3}\s*(?:/\s*[0-9]{1,3}\s*)?\))"
-    r"(?![0-9A-Za-z.(])(?!\s*\*\*)"
-)
-_MOST_TOKENS = 1000
-_FUNCTIONS = frozenset(
-    {
-        *("sqrt", "exp", "log", "ln", "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan"),
-        *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "Abs", "pi"),
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +32,7 @@ class Rule:
     least: float = FORM_ALONE
     """A score of the checker counts above this; 1 for full marks only."""
     is_readable: Callable[[str], bool] | None = None
-    """Which texts the checker may see; others are wrong."""
+    """Which answers of the package the rule can read; a row with another one is judged all the same."""
     refused: str = ""
     """Why the task is refused, and what to do."""
 
@@ -69,29 +56,13 @@ def rule_of(task: str) -> Rule:
     )
 
 
-def is_formula(text: str) -> bool:
-    """Whether a text is numbers, one-letter names and known functions with + - * / ** and parentheses.
+def _integral(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
+    facts = entry["metadata"]
+    return float(is_integral(text, facts["integrand"], facts["variable"]))
 
-    No power has a power as its exponent, and no exponent more than three digits. The checkers of integrals and of
-    products of polynomials evaluate what they are given: they are given nothing else.
-    """
-    text = text.strip()
-    at = 0
-    for _ in range(_MOST_TOKENS):
-        if at == len(text):
-            return at > 0
-        found = _FORMULA_TOKEN.match(text, at)
-        if found is None:
-            return False
-        number, name, symbol = found.groups()
-        if number is not None and len(number) > _MOST_DIGITS:
-            return False
-        if name is not None and len(name) > 1 and name not in _FUNCTIONS:
-            return False
-        if symbol == "**" and not _POWER.match(text, found.start(3)):
-            return False
-        at = found.end()
-    return False
+
+def _product(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
+    return float(is_sum(text, str(entry["answer"])))
 
 
 def _rules() -> dict[str, Rule]:
@@ -131,17 +102,19 @@ def _rules() -> dict[str, Rule]:
     own |= {"palindrome_generation": plain.palindrome, "prime_factorization": plain.factors}
     own |= {"pool_matrix": plain.near_matrix, "group_anagrams": plain.same_groups("solution", in_any_order=True)}
     own["palindrome_partitioning"] = plain.same_groups("solution", in_any_order=False)
+    own["polynomial_multiplication"] = _product
+    # The package could not solve some of its integrals: their answers are integrals again.
+    integrals = "intermediate_integration simple_integration"
     checked = (
         "advanced_geometry boxnet codeio cryptarithm graph_color jugs kakurasu knight_swap quantum_lock rubiks_cube "
         "rush_hour shortest_path sokoban tower_of_hanoi word_ladder"
     )
     full = "knights_knaves polynomial_equations propositional_logic time_intervals"
-    formulas = "intermediate_integration simple_integration polynomial_multiplication"
     return {
         **{task: Rule(judge=judge) for task, judge in own.items()},
         **{task: Rule() for task in checked.split()},
         **{task: Rule(least=_FULL) for task in full.split()},
-        **{task: Rule(least=_FULL, is_readable=is_formula) for task in formulas.split()},
+        **{task: Rule(judge=_integral, is_readable=is_formula) for task in integrals.split()},
         "composite": Rule(refused="it is a mixture of other tasks: name each of them as a source, with its share"),
     }
 

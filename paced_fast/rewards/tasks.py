@@ -129,8 +129,6 @@ class ReasoningGymReward:
                 return _named(rule.score(rule.judge(text, entry, settings)))
             except RecursionError:  # lists in lists without end
                 return _named(0.0)
-        if rule.is_readable is not None and not rule.is_readable(text):
-            return _named(0.0)
         return _named(1.0) if text and text == entry["answer"] else None
 
     def _checked(
@@ -180,12 +178,12 @@ class ReasoningGymReward:
         if rule.refused:
             return f"reasoning-gym task {task!r} is refused: {rule.refused}"
         if rule.judge is not None:
-            return _own_answer_flaw(rule.judge, task, settings, entry)
+            return _own_answer_flaw(rule.judge, rule, task, settings, entry)
         key = repr((task, sorted(settings.items())))
         with self._lock:
             if key not in self._tried:
                 self._open(task)
-                self._tried[key] = self._trial(task, settings, entry, rule)
+                self._tried[key] = self._trial(task, settings, entry)
             return self._tried[key]
 
     def _open(self, task: str) -> None:
@@ -198,14 +196,13 @@ class ReasoningGymReward:
                 f"reasoning-gym task {task!r}: its checker parses what a model writes and needs a sandbox: {error}"
             ) from None
 
-    def _trial(self, task: str, settings: Mapping[str, Any], entry: Mapping[str, Any], rule: Rule) -> str | None:
+    def _trial(self, task: str, settings: Mapping[str, Any], entry: Mapping[str, Any]) -> str | None:
         answer = entry["answer"] if isinstance(entry["answer"], str) else None
-        is_known = answer is not None and (rule.is_readable is None or rule.is_readable(answer.strip()))
         try:
-            score, verdict = self._ask(task, settings, entry, answer.strip() if answer and is_known else "")
+            score, verdict = self._ask(task, settings, entry, (answer or "").strip())
         except SandboxError as error:
             return f"reasoning-gym task {task!r}: its checker does not start in the sandbox: {error}"
-        if is_known and score < 1.0:
+        if answer is not None and score < 1.0:
             return (
                 f"reasoning-gym task {task!r}: its checker gives the row's own answer {answer!r:.80} "
                 f"{score:g} ({verdict}) instead of 1"
@@ -213,13 +210,20 @@ class ReasoningGymReward:
         return None
 
 
-def _own_answer_flaw(judge: Judge, task: str, settings: Mapping[str, Any], entry: Mapping[str, Any]) -> str | None:
+def _own_answer_flaw(
+    judge: Judge, rule: Rule, task: str, settings: Mapping[str, Any], entry: Mapping[str, Any]
+) -> str | None:
     """That a row does not hold what its rule needs, as one made elsewhere may not."""
     try:
         score = judge(str(entry["answer"]).strip(), entry, settings)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         return f"reasoning-gym task {task!r}: the row is none that rg: makes: {reason(error)}"
-    return None if score >= 1.0 else f"reasoning-gym task {task!r}: the row's own answer is not right by its own rule"
+    is_known = rule.is_readable is None or rule.is_readable(str(entry["answer"]))
+    return (
+        None
+        if score >= 1.0 or not is_known
+        else f"reasoning-gym task {task!r}: the row's own answer is not right by its own rule"
+    )
 
 
 def _text(completion: str) -> str:

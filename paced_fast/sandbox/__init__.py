@@ -4,8 +4,8 @@
     outcome = sandbox.run("print(input()[::-1])", b"abc")
 
 A program gets no expected output, no environment, no file system but Python's library and a scratch folder of its own,
-no network, no sockets, no child processes; it may start threads. Installed packages it can read only in a sandbox opened
-with `modules`. A fault in the kernel is outside of what this holds.
+no network, no sockets, no child processes; it may start threads. It can read installed packages only in a sandbox that
+was opened with `modules`. A fault in the kernel is outside of what this holds.
 
 Where there are no namespaces, a fork server asked for by name makes do with Landlock and seccomp: a program then has no
 scratch folder, reads and changes nothing outside of Python's library, but can tell that a file exists and how large it

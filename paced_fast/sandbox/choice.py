@@ -213,7 +213,7 @@ def _packages(modules: Sequence[str]) -> tuple[str, ...]:
     for module in modules:
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
-            raise SandboxError(f"there is no module {module}")
+            raise InputError(f"there is no module {module}: pip install {module.replace('_', '-')}")
         found.append(str(Path(spec.origin).parents[1 if spec.submodule_search_locations else 0]))
     return tuple(dict.fromkeys(os.path.realpath(path) for path in found if os.path.isdir(path)))
 
