@@ -7,6 +7,7 @@ The package's own checkers are asked in a sandbox too, unguarded; what one says 
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 from paced_fast.config import RewardConfig
 from paced_fast.rewards.task_rules import RULES
 from paced_fast.rewards.tasks import ReasoningGymReward
+from paced_fast.sandbox import Session
 from paced_fast.tasks import reasoning_gym_rows
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "reasoning_gym.md"
@@ -25,6 +27,20 @@ EVALUATING = (
     *("polynomial_multiplication", "simple_integration", "intermediate_integration"),
 )
 """Tasks whose checkers in the package turn text into code."""
+
+ASK_PACKAGE = """
+import sys
+from reasoning_gym.factory import DATASETS
+sys.setrecursionlimit(1000)
+sys.set_int_max_str_digits(4300)
+made = {}
+def judge(task, settings, entry, text):
+    make_dataset, make_config = DATASETS[task]
+    if task not in made:
+        made[task] = make_dataset(config=make_config(**settings))
+    return float(made[task].score_answer(text, entry))
+"""
+"""As `task_judge`, for many texts."""
 
 PAYLOADS = (
     "exit(7)",
@@ -132,18 +148,31 @@ def judged_by(task: str) -> str:
 
 def _package_on(reward: ReasoningGymReward, task: str, rows: list[dict[str, Any]]) -> str:
     """The most that the package's checker pays for an absurd text, and how it ends on those and on the payloads."""
-    scores, ends = [0.0], set()
+    scores, ends = [0.0], set[str]()
     reward._open(task)
-    row = rows[0]
     evaluates = task in EVALUATING
-    texts = [*texts_for(row, rows[-1]), *(PAYLOADS if evaluates else PAYLOADS[:4])]
-    for text in texts:
-        if text.strip().lower() == str(row["answer"]).strip().lower():
-            continue
-        score, verdict = reward._ask(task, row["settings"], row["entry"], text.strip())
-        scores.append(score)
-        if verdict != "answered":
-            ends.add("hangs" if verdict in ("timeout", "unscored") else "ends its process")
+    assert reward._sandbox is not None
+    session: Session | None = None
+    for i, row in enumerate(rows):
+        for text in (*texts_for(row, rows[i - 1]), *(PAYLOADS if evaluates else PAYLOADS[:4])):
+            if text.strip().lower() == str(row["answer"]).strip().lower():
+                continue
+            asked = json.dumps({"literal": repr([task, row["settings"], row["entry"], text.strip()])}).encode()
+            # One process for many texts may run out of time before one text does: then a new one is asked again.
+            for is_new in (session is None, True):
+                if session is None or is_new:
+                    session = reward._sandbox.session(ASK_PACKAGE, "judge", reward._limits)
+                reply = session.ask(asked)
+                if reply is not None:
+                    scores.append(json.loads(reply).get("value", 0.0))
+                    break
+                outcome, session = session.finish(), None
+                if is_new:
+                    is_late = outcome.ended == "timeout" or outcome.cpu_seconds > 1.5
+                    ends.add("hangs" if is_late else "ends its process")
+                    break
+    if session is not None:
+        session.finish()
     return ", ".join([f"{max(scores):.2f}", *(["evaluates text"] if evaluates else []), *sorted(ends)])
 
 

@@ -169,8 +169,9 @@ class ReasoningGymReward:
         if isinstance(read, dict) and "error" in read:
             return 0.0, "answered"
         score = read.get("value") if isinstance(read, dict) else None
-        is_score = isinstance(score, float) and 0.0 <= score <= 1.0
-        return (score, "answered") if is_score else (0.0, "crashed")
+        if isinstance(score, float) and 0.0 <= score <= 1.0:
+            return score, "answered"
+        return 0.0, "crashed"
 
     def _flaw(self, task: str, settings: Mapping[str, Any], entry: Mapping[str, Any]) -> str | None:
         """Why rows like this one cannot be judged; the checker is tried once on the answer of such a row."""

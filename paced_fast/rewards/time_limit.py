@@ -74,8 +74,8 @@ class TimeLimit:
 
     def _start(self) -> None:
         self._end()
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # standard error may be none
-            faulthandler.register(_DUMP, file=sys.__stderr__, all_threads=True)
+        with contextlib.suppress(OSError, ValueError):  # standard error may be no file
+            faulthandler.register(_DUMP, file=2, all_threads=True)
         command = [sys.executable, "-I", "-S", str(_TIMEKEEPER), str(os.getpid()), str(int(_DUMP))]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
