@@ -19,7 +19,7 @@ import numpy as np
 from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
-from paced_fast.rewards.time_limit import TimeLimit, TookTooLong, stack_of
+from paced_fast.rewards.time_limit import TookTooLong, limited, stack_of
 
 # A column of the first name would meet the object itself, where the function is a method of one.
 _RESERVED_COLUMNS = ("self", "prompts", "completions")
@@ -51,7 +51,7 @@ class Call:
         called = getattr(self.function, "__call__", None)  # noqa: B004
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(called)
 
-    def run(self, limit: TimeLimit, seconds: float) -> list[float | None]:
+    def run(self, seconds: float) -> list[float | None]:
         """The function's numbers, one a completion; a plain function of a user's has `seconds` for them.
 
         Raises:
@@ -61,7 +61,7 @@ class Call:
         given = self._arguments()
         what = f"the reward function {self.name!r}"
         try:
-            with contextlib.nullcontext() if self.is_ours else limit(what, seconds):
+            with contextlib.nullcontext() if self.is_ours else limited(what, seconds):
                 returned = self.function(**given)
         except TookTooLong as late:
             raise InputError(
@@ -134,7 +134,7 @@ class Call:
         return float(value)
 
 
-def run_all(calls: Sequence[Call], settings: RewardConfig, limit: TimeLimit) -> list[list[float | None]]:
+def run_all(calls: Sequence[Call], settings: RewardConfig) -> list[list[float | None]]:
     """The numbers of every call, in order; async ones wait together, beside the plain ones.
 
     Raises:
@@ -148,20 +148,18 @@ def run_all(calls: Sequence[Call], settings: RewardConfig, limit: TimeLimit) -> 
         for i, numbers_ in zip(waiting, found, strict=True):
             results[i] = numbers_
 
-    with _Background(gather() if waiting else None, [calls[i] for i in waiting], limit, settings.async_seconds):
+    with _Background(gather() if waiting else None, [calls[i] for i in waiting], settings.async_seconds):
         for i, call in enumerate(calls):
             if i not in waiting:
-                results[i] = call.run(limit, settings.function_seconds)
+                results[i] = call.run(settings.function_seconds)
     return results
 
 
 class _Background:
     """Runs a coroutine in a thread of its own, since the caller's may have an event loop already; joined at the end."""
 
-    def __init__(
-        self, work: Coroutine[Any, Any, None] | None, calls: Sequence[Call], limit: TimeLimit, seconds: float
-    ) -> None:
-        self._work, self._calls, self._limit = work, calls, limit
+    def __init__(self, work: Coroutine[Any, Any, None] | None, calls: Sequence[Call], seconds: float) -> None:
+        self._work, self._calls = work, calls
         self._seconds = seconds + _LATE_SECONDS
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="async rewards", daemon=True)
@@ -175,7 +173,7 @@ class _Background:
             return
         names = ", ".join(repr(call.name) for call in self._calls)
         try:
-            with self._limit(f"one of the async reward functions {names}", self._seconds):
+            with limited(f"one of the async reward functions {names}", self._seconds):
                 self._thread.join()
         except TookTooLong:
             stack = stack_of(sys._current_frames().get(self._thread.ident or 0))

@@ -12,7 +12,6 @@ from paced_fast.errors import InputError, TrainingError
 from paced_fast.rewards.call import Call, missing_column, reason, run_all
 from paced_fast.rewards.loading import BUILT_IN, RewardFunction, load_reward
 from paced_fast.rewards.terms import Term, parse_reward
-from paced_fast.rewards.time_limit import TimeLimit
 
 _WINDOW = 256
 """Completions over which the share without a verdict is taken, or one call's where that has more."""
@@ -36,7 +35,6 @@ class Scorer:
         self._sums: dict[str, tuple[Term, ...]] = {}
         self._unscored: Counter[str] = Counter()
         self._recent: dict[str, deque[tuple[int, int]]] = {}
-        self._limit = TimeLimit()
         for name in names:
             self._terms(name)
 
@@ -77,7 +75,6 @@ class Scorer:
 
     def close(self) -> None:
         """Ends the processes of the reward functions that have some."""
-        self._limit.close()
         for function in self._functions.values():
             close = getattr(function, "close", None)
             if close is not None:
@@ -112,7 +109,7 @@ class Scorer:
             for name, chosen in members.items()
         ]
         verdicts: dict[str, dict[int, float | None]] = {}
-        for name, found in zip(members, run_all(calls, self.settings, self._limit), strict=True):
+        for name, found in zip(members, run_all(calls, self.settings), strict=True):
             verdicts[name] = dict(zip(members[name], found, strict=True))
             missing = sum(value is None for value in found)
             self._unscored[name] += missing

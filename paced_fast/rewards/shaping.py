@@ -22,7 +22,6 @@ from paced_fast.errors import InputError
 from paced_fast.rewards.call import Call, run_all
 from paced_fast.rewards.loading import import_function
 from paced_fast.rewards.terms import parse_terms
-from paced_fast.rewards.time_limit import TimeLimit
 from paced_fast.tasks import nearest
 
 ShapingFunction = Callable[..., Sequence[float | None]]
@@ -39,7 +38,6 @@ class Shaper:
         self.settings = settings
         self._terms = parse_terms("+".join(settings.shaping)) if settings.shaping else ()
         self._functions = {term.name: self._load(term.name) for term in self._terms}
-        self._limit = TimeLimit()
 
     def __bool__(self) -> bool:
         return bool(self._terms)
@@ -73,7 +71,7 @@ class Shaper:
             )
             for term in self._terms
         ]
-        found = run_all(calls, self.settings, self._limit)
+        found = run_all(calls, self.settings)
         return [
             sum(term.weight * (numbers[i] or 0.0) for term, numbers in zip(self._terms, found, strict=True))
             for i in range(len(texts))
