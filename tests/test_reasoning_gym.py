@@ -450,6 +450,7 @@ def in_sandbox() -> Iterator[ReasoningGymReward]:
 
 
 @pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("task", CHECKED)
 def test_checkers_in_the_sandbox(task, in_sandbox, tmp_path):
     rows = rows_of(task, 1)
@@ -463,6 +464,7 @@ def test_checkers_in_the_sandbox(task, in_sandbox, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_a_text_that_hangs_its_checker_is_wrong_and_harms_no_other(in_sandbox, tmp_path, monkeypatch):
     """With the package's checker, which evaluates, for a task that has a rule of our own."""
     monkeypatch.setitem(task_rules.RULES, "simple_integration", Rule(least=1.0))  # type: ignore[arg-type]

@@ -672,6 +672,7 @@ def test_the_package_may_lie_in_the_folder_that_is_scratch_inside(backend: str, 
     assert said.stdout.strip() == str(b"False\n"), said.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", [*BACKENDS, "unsafe"])
 def test_installed_packages_can_be_imported_only_where_some_are_named(name):
     program = "import packaging, sys\nprint(packaging.__name__, 'packaging' in sys.modules)"
