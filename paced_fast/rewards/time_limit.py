@@ -1,15 +1,18 @@
 """A limit for functions that stay in this process, because of the models or connections they hold.
 
-Nothing can end such a function from outside but the end of its process. So at the limit a signal makes the main thread
-raise in it, wherever that is, which ends all but code that never looks for signals. What goes on all the same, or was
-called from another thread, ends the whole process a few seconds later: after a line that names it and a dump of the
-stacks, or after the stacks alone when it holds the interpreter's lock, as `sum(range(10**14))` does.
+Nothing can end such a function from outside but the end of its process. So at the limit a signal, of the kernel's own
+clock, makes the main thread raise in it, wherever that is: `9**9**9**9`, which lets no other thread run, ends by it,
+and all but code that never looks for signals. What goes on all the same, or was called from another thread, ends the
+whole process a few seconds later: after a line that names it and a dump of the stacks, or after the stacks alone when
+it holds the interpreter's lock, as `sum(range(10**14))` does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
+import functools
 import os
 import signal
 import sys
@@ -21,6 +24,7 @@ from types import FrameType
 GRACE_SECONDS = 5.0
 # One that nobody else uses: rewards of other people set alarms of their own.
 _SIGNAL = getattr(signal, "SIGRTMAX", signal.SIGUSR2)
+_MONOTONIC, _THREAD = 1, 4  # CLOCK_MONOTONIC, SIGEV_THREAD_ID
 
 
 class TookTooLong(BaseException):
@@ -45,9 +49,11 @@ def limited(what: str, seconds: float) -> Iterator[None]:
         if not ended.is_set():
             raise TookTooLong(stack_of(frame))
 
-    is_main = threading.current_thread() is threading.main_thread()
+    is_main = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
+    timer = None
     if is_main:
         signal.signal(_SIGNAL, interrupt)  # and stays: the signal may come when the call has just ended
+        timer = _start_timer(seconds)
     watch = threading.Thread(target=_watch, args=(what, seconds, ended, is_main), name="time limit", daemon=True)
     watch.start()
     faulthandler.dump_traceback_later(seconds + 2 * GRACE_SECONDS, exit=True, file=2)
@@ -55,6 +61,8 @@ def limited(what: str, seconds: float) -> Iterator[None]:
         yield
     finally:
         ended.set()
+        if timer is not None:
+            _library().timer_delete(timer)
         faulthandler.cancel_dump_traceback_later()
         watch.join()
 
@@ -64,13 +72,46 @@ def stack_of(frame: FrameType | None) -> list[traceback.FrameSummary]:
     return list(traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False))[::-1] if frame else []
 
 
+class _Event(ctypes.Structure):
+    """`struct sigevent` of Linux, 64 bytes."""
+
+    _fields_ = (
+        ("value", ctypes.c_void_p),
+        ("signal", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("thread", ctypes.c_int),
+        ("rest", ctypes.c_byte * 44),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    # Before version 2.34 of the C library timers were in another.
+    return library if hasattr(library, "timer_create") else ctypes.CDLL("librt.so.1", use_errno=True)
+
+
+def _start_timer(seconds: float) -> ctypes.c_void_p:
+    """A timer of the kernel that signals this thread, once."""
+    timer = ctypes.c_void_p()
+    event = _Event(None, int(_SIGNAL), _THREAD, threading.get_native_id())
+    whole, rest = divmod(seconds, 1.0)
+    times = (ctypes.c_long * 4)(
+        0, 0, int(whole), max(1, int(rest * 1e9))
+    )  # seconds and nanoseconds, to repeat and first
+    if (
+        _library().timer_create(_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)) != 0
+        or _library().timer_settime(timer, 0, times, None) != 0
+    ):
+        raise OSError(ctypes.get_errno(), f"no timer: {os.strerror(ctypes.get_errno())}")
+    return timer
+
+
 def _watch(what: str, seconds: float, ended: threading.Event, is_main: bool) -> None:
     if ended.wait(seconds):
         return
-    if is_main:
-        signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
-        if ended.wait(GRACE_SECONDS):
-            return
+    if is_main and ended.wait(GRACE_SECONDS):
+        return
     with contextlib.suppress(OSError, ValueError):  # nobody may be left to read it
         sys.stderr.write(f"\nerror: {what} did not end within {seconds:g} s: the run ends\n")
         sys.stderr.flush()
