@@ -123,11 +123,13 @@ def rows_of(task: str, count: int = 2) -> list[dict[str, Any]]:
     return reasoning_gym_rows(task, count, 11)
 
 
-def most_for_absurd(reward: ReasoningGymReward, task: str, rows: list[dict[str, Any]]) -> tuple[float, str]:
-    """The highest score of an absurd text and that text; a text that was left unscored raises."""
+def most_for_absurd(
+    reward: ReasoningGymReward, task: str, rows: list[dict[str, Any]], asked: int = 2
+) -> tuple[float, str]:
+    """The highest score of an absurd text for the first rows and that text; a text that was left unscored raises."""
     pairs = [
         (row, text)
-        for i, row in enumerate(rows)
+        for i, row in enumerate(rows[:asked])
         for text in (*texts_for(row, rows[i - 1]), *(payload.format(where="/tmp/task_sweep") for payload in PAYLOADS))
         if text.strip().lower() != str(row["answer"]).strip().lower()
     ]
@@ -164,7 +166,8 @@ def _package_on(reward: ReasoningGymReward, task: str, rows: list[dict[str, Any]
                     session = reward._sandbox.session(ASK_PACKAGE, "judge", reward._limits)
                 reply = session.ask(asked)
                 if reply is not None:
-                    scores.append(json.loads(reply).get("value", 0.0))
+                    if b'"value"' in reply and not evaluates:  # what evaluates text says what the text says
+                        scores.append(json.loads(reply)["value"])
                     break
                 outcome, session = session.finish(), None
                 if is_new:
@@ -173,7 +176,7 @@ def _package_on(reward: ReasoningGymReward, task: str, rows: list[dict[str, Any]
                     break
     if session is not None:
         session.finish()
-    return ", ".join([f"{max(scores):.2f}", *(["evaluates text"] if evaluates else []), *sorted(ends)])
+    return ", ".join([*(["evaluates text"] if evaluates else [f"{max(scores):.2f}"]), *sorted(ends)])
 
 
 def main() -> None:
@@ -186,13 +189,18 @@ def main() -> None:
         by = judged_by(task)
         if by == "refused":
             lines[task] = f"| {task} | refused: {RULES[task].refused} | | |"
+            _write(lines)
             continue
         rows = rows_of(task)
-        most, text = most_for_absurd(reward, task, rows)
+        most, text = most_for_absurd(reward, task, rows, 1 if RULES[task].needs_sandbox else 2)
         package = _package_on(reward, task, rows)
         sys.stderr.write(f"{task}: {most:.2f} for {text!r:.60}; the package {package}\n")
         lines[task] = f"| {task} | {by} | {package} | {most:.2f} |"
+        _write(lines)
     reward.close()
+
+
+def _write(lines: dict[str, str]) -> None:
     lines.pop("task", None)
     TABLE.write_text(HEAD + "\n".join(lines[task] for task in sorted(lines)) + "\n", encoding="utf-8")
 

@@ -294,6 +294,10 @@ def test_arithmetic_of_whole_numbers(text, value):
         ("pool_matrix", "3.67 4", {}, "0 0", 0.0),
         ("calendar_arithmetic", "Monday", {}, "Tuesday", 0.0),
         ("calendar_arithmetic", "22", {}, "22.0", 1.0),
+        ("knights_knaves", "Ann is a sage, and Bob is a fool.", {}, "Bob is a fool and Ann a sage", 1.0),
+        ("knights_knaves", "Ann is a sage, and Bob is a fool.", {}, "Ann is a fool, and Bob is a fool.", 0.0),
+        ("knights_knaves", "Ann is a sage, and Bob is a fool.", {}, "Ann is a sage", 0.0),
+        ("knights_knaves", "Ann is a sage, and Bob is a fool.", {}, "Ann: sage fool, Bob: fool sage", 0.0),
         ("rotate_matrix", "1 2", {}, "turn it\n1 2", 0.0),  # the prompt again
         ("rotate_matrix", "1 2", {}, "it is\n1 2", 3 / 9),
     ],
@@ -322,6 +326,11 @@ def test_a_row_made_elsewhere_that_lacks_what_its_rule_needs():
     assert "'countdown': the row is none that rg: makes: KeyError" in str(problem(ReasoningGymReward(), row))
     row["entry"] = {"answer": "1+2", "metadata": {"numbers": [1, 2], "target": 4}}
     assert "own answer is not right" in str(problem(ReasoningGymReward(), row))
+
+
+def test_a_row_that_cannot_be_written_down_for_a_checker():
+    row = {"task": "jugs", "settings": {}, "entry": {"answer": "1", "metadata": {"x": float("nan")}}}
+    assert "'jugs': the row holds more than texts" in str(problem(ReasoningGymReward(), row))
 
 
 def test_without_a_sandbox_only_the_tasks_that_need_one_are_refused(monkeypatch):
@@ -452,13 +461,13 @@ def in_sandbox() -> Iterator[ReasoningGymReward]:
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("task", CHECKED)
-def test_checkers_in_the_sandbox(task, in_sandbox, tmp_path):
-    rows = rows_of(task, 1)
+def test_checkers_in_the_sandbox(task, in_sandbox):
+    rows = rows_of(task)
     assert problem(in_sandbox, rows[0]) is None
     if isinstance(rows[0]["answer"], str):
         spaced = f"<answer>\n{rows[0]['answer']}\n</answer>"
-        assert scored(in_sandbox, rows, [spaced]) == [1.0]
-    most, text = most_for_absurd(in_sandbox, task, rows)
+        assert scored(in_sandbox, rows[:1], [spaced]) == [1.0]
+    most, text = most_for_absurd(in_sandbox, task, rows, 1)
     assert most <= MOST_FOR_ABSURD, text
     assert not Path("/tmp/task_sweep").exists()
 

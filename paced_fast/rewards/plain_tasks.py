@@ -239,6 +239,24 @@ def factors(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) ->
     return float(given == wanted)
 
 
+def assignments(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
+    """1 for who is what, in any order: `Ann is a knight, and Bob is a knave.`"""
+
+    def words(sentence: str) -> list[str]:
+        plain = re.sub(r"[.,()]", " ", sentence.lower()).split()
+        return [word for word in plain if word not in ("is", "a", "an", "and")]
+
+    answer = words(_answer(entry))
+    roles, pairs, name = set(answer[1::2]), set[tuple[str, str]](), ""
+    for word in words(text):
+        if word not in roles:
+            name = word
+        elif name:
+            pairs.add((name, word))
+            name = ""
+    return float(pairs == set(zip(answer[::2], answer[1::2], strict=False)))
+
+
 def near_matrix(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
     """1 for a matrix whose numbers are within one in a hundred of the answer's."""
     given, wanted = ([line.split() for line in rows(one).split("\n")] for one in (text, _answer(entry)))

@@ -102,14 +102,14 @@ def _rules() -> dict[str, Rule]:
     own |= {"palindrome_generation": plain.palindrome, "prime_factorization": plain.factors}
     own |= {"pool_matrix": plain.near_matrix, "group_anagrams": plain.same_groups("solution", in_any_order=True)}
     own["palindrome_partitioning"] = plain.same_groups("solution", in_any_order=False)
-    own["polynomial_multiplication"] = _product
+    own |= {"polynomial_multiplication": _product, "knights_knaves": plain.assignments}
     # The package could not solve some of its integrals: their answers are integrals again.
     integrals = "intermediate_integration simple_integration"
     checked = (
         "advanced_geometry boxnet codeio cryptarithm graph_color jugs kakurasu knight_swap quantum_lock rubiks_cube "
         "rush_hour shortest_path sokoban tower_of_hanoi word_ladder"
     )
-    full = "knights_knaves polynomial_equations propositional_logic time_intervals"
+    full = "polynomial_equations propositional_logic time_intervals"
     return {
         **{task: Rule(judge=judge) for task, judge in own.items()},
         **{task: Rule() for task in checked.split()},

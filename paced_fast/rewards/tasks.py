@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import math
@@ -180,6 +181,10 @@ class ReasoningGymReward:
             return f"reasoning-gym task {task!r} is refused: {rule.refused}"
         if rule.judge is not None:
             return _own_answer_flaw(rule.judge, rule, task, settings, entry)
+        try:
+            ast.literal_eval(repr([dict(settings), dict(entry)]))
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return f"reasoning-gym task {task!r}: the row holds more than texts, numbers, lists and mappings of them"
         key = repr((task, sorted(settings.items())))
         with self._lock:
             if key not in self._tried:
