@@ -159,7 +159,9 @@ def _package_on(reward: ReasoningGymReward, task: str, rows: list[dict[str, Any]
         for text in (*texts_for(row, rows[i - 1]), *(PAYLOADS if evaluates else PAYLOADS[:4])):
             if text.strip().lower() == str(row["answer"]).strip().lower():
                 continue
-            asked = json.dumps({"literal": repr([task, row["settings"], row["entry"], text.strip()])}).encode()
+            asked = json.dumps(
+                {"arguments": [task, row["settings"], row["entry"], text.strip()]}, default=repr
+            ).encode()
             # One process for many texts may run out of time before one text does: then a new one is asked again.
             for is_new in (session is None, True):
                 if session is None or is_new:
