@@ -22,7 +22,7 @@ from task_sweep import (
     rows_of,
 )
 
-from paced_fast import train
+from paced_fast import prompts, train
 from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
@@ -423,11 +423,11 @@ def test_a_run_whose_policy_writes_code(tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     said: list[str] = []
 
-    def speak(tokenizer: Any, token_ids: Any) -> str:
+    def speak(self: Any, token_ids: Any) -> str:
         said.append(texts[len(said) % len(texts)])
         return said[-1]
 
-    monkeypatch.setattr("paced_fast.trainer.prompts.decode", speak)
+    monkeypatch.setattr(prompts.Decoder, "__call__", speak)
     source = "jsonl:{}?prompt=prompt&answer=answer&reward=reasoning_gym&slice=rg"
     config = tiny_run.config(
         tiny_run.write_rewards(tmp_path),
