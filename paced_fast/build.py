@@ -25,13 +25,24 @@ from paced_fast.batch import PromptTable
 from paced_fast.config import Config, ModelConfig, flatten, stream_seed
 from paced_fast.devices import require_float32_products
 from paced_fast.distributed import ALONE, World, joined
-from paced_fast.engine import EngineSettings, require_head_size, require_vllm
+from paced_fast.engine import EngineSettings, require_head_size, require_pushable_experts, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.inputs import read_ends, read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
-from paced_fast.policy import Policy, adapt, build_tiny, load_model, make_policy, prepare, smollm2_folder
+from paced_fast.policy import (
+    Policy,
+    adapt,
+    build_tiny,
+    generation_settings,
+    has_experts,
+    load_model,
+    make_policy,
+    prepare,
+    save_model,
+    smollm2_folder,
+)
 from paced_fast.recorded import RecordedRollouts
 from paced_fast.resolve import check_engine_ranks, resolve, writes_chats
 from paced_fast.rewards import Scorer, Shaper
@@ -186,8 +197,10 @@ def _begin(
     if config.generator == "vllm":
         memory.engine_tokens(shape_of(model), config)
         require_head_size(shape_of(model).head_size, config.model.device)
+        require_pushable_experts(has_experts(model), config.model.device)
     claim(folder, config, lock)
-    model.save_pretrained(folder / "initial")
+    generation = None if path == "tiny" else generation_settings(path)
+    save_model(model, folder / "initial", generation=generation)
     tokenizer.save_pretrained(folder / "initial")
     return model
 

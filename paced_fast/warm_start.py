@@ -17,7 +17,7 @@ from paced_fast import pack, prompts
 from paced_fast.batch import Completion, PromptTable
 from paced_fast.config import Config, WarmStartPhase, digest, stream_seed
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.policy import Policy, load_model, make_policy
+from paced_fast.policy import Policy, load_model, make_policy, save_model
 from paced_fast.sources import find_file, parse_source
 from paced_kernels import linear_logprobs
 
@@ -71,7 +71,7 @@ def warm_start(
         _check_embedded(table, completions, tokenizer, policy.model)
         _run_phase(policy, phase, config, number, table, completions, report)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    model.save_pretrained(temporary)
+    save_model(model, temporary)
     tokenizer.save_pretrained(temporary)
     if folder.exists():  # another run was faster
         shutil.rmtree(temporary)

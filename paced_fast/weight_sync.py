@@ -2,13 +2,14 @@
 
 Shared: every parameter of the trainer's model becomes a view into the engine's tensor, so an optimiser step in place
 is all the engine needs. Done once and never rebound: the engine, and the graphs it captured, hold the addresses. Push:
-vLLM reloads from an iterator over the trainer's parameters.
+vLLM reloads from an iterator over the trainer's parameters, by the names that checkpoints have.
 
 V = vocabulary, H = hidden size; engines pad V, and keep q, k, v and gate, up as one matrix each.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 
 from paced_fast.config import WeightSyncConfig
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.policy import is_adapted, plain_parameters
+from paced_fast.policy import StoredNames, is_adapted, plain_buffers, plain_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -191,13 +192,17 @@ class PushedWeights:
         *,
         bucket_bytes: int,
         dtype: torch.dtype | None = None,
+        names: Callable[[str, Tensor], Iterable[tuple[str, Tensor]]] = lambda name, tensor: [(name, tensor)],
     ) -> None:
         """`trainer` gives the named weights as they are now. Nothing is copied yet: the engine has just loaded them.
+
+        `names` turns a whole weight into those that a checkpoint has in its place, which is what an engine reads.
 
         Sharded matrices travel in the engine's `dtype` where that is the smaller one: it would round them itself.
         Vectors travel as they are: they are small, and engines keep some of them in float32.
         """
         self.trainer, self.engine, self.bucket_bytes, self.dtype = trainer, engine, bucket_bytes, dtype
+        self.names = names
 
     def after_update(self) -> dict[str, float]:
         """Copy every parameter; bytes are those handed over."""
@@ -227,8 +232,9 @@ class PushedWeights:
         bucket: list[tuple[str, Tensor]] = []
         held = 0
         for name, tensor in self.trainer():
-            bucket.append((name, _whole(tensor.detach(), self.dtype)))
-            held += bucket[-1][1].nbytes
+            whole = _whole(tensor.detach(), self.dtype)
+            bucket += self.names(name, whole)
+            held += whole.nbytes
             if held >= self.bucket_bytes:
                 yield from bucket
                 bucket, held = [], 0
@@ -238,7 +244,8 @@ class PushedWeights:
 def connect(engine: Engine, model: PreTrainedModel, config: WeightSyncConfig) -> WeightSync:
     """Share the weights, or set up pushing, as `config.mode` says; call it before the optimiser is made.
 
-    Raises InputError in mode `shared` when the layouts do not allow it, with the reason.
+    Raises InputError in mode `shared` when the layouts do not allow it, with the reason, and for a model whose weights
+    cannot be pushed.
     """
     trainer = dict(model.named_parameters())
     if config.mode != "push" and is_adapted(model):
@@ -257,7 +264,14 @@ def connect(engine: Engine, model: PreTrainedModel, config: WeightSyncConfig) ->
                 ) from error
             logger.warning("weights are pushed after every update, not shared: %s", error)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    return PushedWeights(lambda: plain_parameters(model), engine, bucket_bytes=config.bucket_mib << 20, dtype=dtype)
+    return PushedWeights(
+        # An engine that gets one weight of a layer takes the others for new ones, too, also those that never change.
+        lambda: itertools.chain(plain_parameters(model), plain_buffers(model)),
+        engine,
+        bucket_bytes=config.bucket_mib << 20,
+        dtype=dtype,
+        names=StoredNames(model).of,
+    )
 
 
 def share(engine: Engine, model_type: str, trainer: Mapping[str, torch.nn.Parameter]) -> SharedWeights:

@@ -65,7 +65,7 @@ HOMES = {
     "tensorboard": {"loggers"},
     "transformers": {
         *("policy.adapters", "policy.attention", "policy.checkpointing", "policy.liger", "policy.loading"),
-        *("policy.policy", "skeleton", "prompts.tokenizers", "generate.own_model"),
+        *("policy.policy", "policy.saving", "policy.stored", "skeleton", "prompts.tokenizers", "generate.own_model"),
     },
     "peft": {"policy.adapters"},
     "liger_kernel": {"policy.liger"},

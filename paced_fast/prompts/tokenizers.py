@@ -48,10 +48,16 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         raise InputError(f"no tokenizer at {name_or_path!r}: there is no such folder")
     place = path if path.is_dir() else hub.place_of(name_or_path, f"the tokenizer {name_or_path!r}")
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot load the tokenizer {name_or_path!r}: {reason}") from error
+    if not found.get_vocab().keys() - set(found.all_special_tokens):  # what some classes are without their files
+        raise InputError(
+            f"cannot load the tokenizer {name_or_path!r}: it has special tokens only, so its files are missing: "
+            "fetch tokenizer.json and tokenizer_config.json of the model, too"
+        )
+    return found
 
 
 def declared_stop_ids(path: str) -> tuple[int, ...]:
