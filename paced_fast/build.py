@@ -31,18 +31,8 @@ from paced_fast.evaluate import load_config
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.inputs import read_ends, read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
-from paced_fast.policy import (
-    Policy,
-    adapt,
-    build_tiny,
-    generation_settings,
-    has_experts,
-    load_model,
-    make_policy,
-    prepare,
-    save_model,
-    smollm2_folder,
-)
+from paced_fast.policy import Policy, adapt, build_tiny, has_experts, load_model, make_policy, prepare, smollm2_folder
+from paced_fast.policy.saving import generation_settings, save_model
 from paced_fast.recorded import RecordedRollouts
 from paced_fast.resolve import check_engine_ranks, resolve, writes_chats
 from paced_fast.rewards import Scorer, Shaper
