@@ -437,7 +437,7 @@ def test_one_save_is_in_flight_and_the_step_does_not_wait_for_it(
 
     def held(*args: Any) -> Path:
         running.append(1)
-        gate.wait(10)
+        gate.wait(600)
         time.sleep(0.05)
         assert len(running) == 1
         running.clear()

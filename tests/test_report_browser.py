@@ -77,7 +77,7 @@ def browse(page: Path, *arguments: str) -> str:
         *arguments,
         page.as_uri(),
     ]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
 
 
 def probed(page: Path, *arguments: str, screenshot: Path | None = None) -> dict[str, Any]:

@@ -325,7 +325,7 @@ def run_refusing(
     )
     given = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment}
     words = [sys.executable, "-c", setup + code]
-    return subprocess.run(words, env=given, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(words, env=given, capture_output=True, text=True, check=False, timeout=600)
 
 
 NAMESPACES = {"unshare": (272, 97), "clone3": (435, 435), "mount": (165, 40)}

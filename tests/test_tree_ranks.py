@@ -27,7 +27,7 @@ BACKENDS = ("reference", pytest.param("triton", marks=interpreted))
 MODES = ("systematic", "stratified", "iid")
 ONE = 2**27
 WORLD_SIZE = 2
-SECONDS = 90
+SECONDS = 600
 N, B = 2000, 300
 
 
