@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "compile": ("compile_kernels", ()),
     "gemm_sweep": ("gemm_sweep", ()),
     "phases": ("phases", ()),
+    "model_types": ("model_types", ()),
     "gpu_visit": ("gpu_visit", ()),
     "integrations": ("integrations", ()),
     "sample_efficiency": ("sample_efficiency", ()),

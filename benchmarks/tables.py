@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-READMES = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+READMES = (ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "docs" / "model-types.md")
 
 
 def _environment(result: dict[str, Any]) -> str:
@@ -196,6 +197,23 @@ def sandbox(result: dict[str, Any]) -> str:
     return "\n".join([*sandbox_case.table(rows), "", _wrapped(note)])
 
 
+def model_types(result: dict[str, Any]) -> str:
+    """Which types are exact, which are refused, as Markdown."""
+    rows = result["rows"]
+    counts = Counter(row["outcome"] for row in rows)
+    order = ("exact", "wrong", "refused", "not built")
+    lines = ["; ".join(f"{counts[name]} {name}" for name in order if counts[name]) + f", of {len(rows)} types.", ""]
+    lines += ["| type | outcome | layouts | sampling | largest error, nats |", "|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (order.index(row["outcome"]), row["type"])):
+        if row["outcome"] in ("exact", "wrong"):
+            error = "-" if row["error"] is None else f"{row['error']:.0e}"
+            cells = (row["type"], row["outcome"], row["layout"], row["sampling"], error)
+        else:
+            cells = (row["type"], f"{row['outcome']}: {row['why']}", "", "", "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _wrapped(f"{_environment(result)}.")])
+
+
 def integrations(result: dict[str, Any]) -> str:
     """A step's loss and gradients in TRL and in ours, as Markdown."""
     given = result["arguments"]
@@ -298,6 +316,7 @@ SECTIONS = {
     "weight_sync": Section("weight_sync", weight_sync),
     "math_rewards": Section("math_rewards", math_rewards),
     "sandbox": Section("sandbox", sandbox),
+    "model_types": Section("model_types", model_types),
     "integrations": Section("integrations", integrations),
     "trainer": Section("trainer", trainer),
     "trainer_longer": Section("trainer", trainer, "trainer_longer.json"),

@@ -28,6 +28,7 @@ from paced_fast.distributed import ALONE, World, joined
 from paced_fast.engine import EngineSettings, require_head_size, require_pushable_experts, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import load_config
+from paced_fast.families import examine, planned
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.inputs import read_ends, read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
@@ -115,10 +116,10 @@ def build(
     else:  # where the others have it, too: it may be more than one device can hold
         cast(torch.nn.Module, together(world, lambda: model, patient=True)).to(home.device)
     checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
-    shape = _shape(config, model)
-    layout = _layout(config, shape, len(table), world)
+    shape, as_planned = _shape(config, model), planned(config, model.config)
+    layout = _layout(as_planned, shape, len(table), world)
     is_sharded = layout.mode == "sharded"
-    plan = memory.plan(shape, config, len(table), layout)
+    plan = memory.plan(shape, as_planned, len(table), layout)
     console.print(metrics.memory_plan_table(plan, available_bytes=layout.device_bytes or 0))
     # Embeddings, and the reference of flowrl, belong to the policy as it was before training.
     first = model
@@ -328,6 +329,11 @@ def _initial_model(
             f"completions end at {stops}, and the model has {embedded} tokens only: name others by "
             "--generation.stop-tokens"
         )
+    family = examine(model)
+    planned(config, model.config)
+    _shape(config, model)  # what cannot be adapted is refused before anything is made of it
+    longest, held_out = (max((len(row.token_ids) for row in table.rows), default=0) for table in tables)
+    memory.check_positions(family.limit, config, longest=longest, longest_held_out=held_out)
     started = time.perf_counter()
     result = warm_start(
         model,

@@ -14,9 +14,10 @@ from paced_fast import display, memory, roofline
 from paced_fast.config import Config, flatten
 from paced_fast.devices import DEVICES, Device, device_here, device_named
 from paced_fast.errors import InputError
+from paced_fast.families import planned
 from paced_fast.policy import adapt
 from paced_fast.resolve import check_engine_ranks, resolve
-from paced_fast.shapes import ModelShape, shape_of
+from paced_fast.shapes import ModelShape, Positions, positions, shape_of, text_settings
 from paced_fast.sharding import choose_mode
 from paced_fast.skeleton import model_settings, skeleton
 from paced_fast.sources import parse_source
@@ -59,7 +60,10 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     chip = _device(config, device, notes)
-    model = skeleton(model_settings(config.model, len(SIGNED_SUMS_ALPHABET)))
+    settings = model_settings(config.model, len(SIGNED_SUMS_ALPHABET))
+    config = planned(config, settings)
+    _check_positions(config, positions(text_settings(settings)), notes)
+    model = skeleton(settings)
     if config.lora.rank > 0:
         adapt(model, config.lora, seed=0)
     shape = shape_of(model)
@@ -87,6 +91,19 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
         seconds=roofline.estimate(shape, config, layout, chip),
         notes=notes,
     )
+
+
+def _check_positions(config: Config, limit: Positions, notes: list[str]) -> None:
+    """Raises InputError when completions alone are longer than the model can place; shorter prompts are a note."""
+    cut = max(config.generation.max_completion_tokens, config.evaluation.max_completion_tokens)
+    if limit.longest is None or config.data.max_prompt_tokens + cut <= limit.longest:
+        return
+    if cut >= limit.longest:
+        raise InputError(
+            f"--generation.max-completion-tokens: completions may have {cut} tokens, and this is {limit.why}: lower "
+            "it, or take a model with more positions"
+        )
+    notes.append(f"no prompt has more than {limit.longest - cut} tokens: with its completion, this is {limit.why}")
 
 
 def show(plan: Plan, console: Console) -> None:

@@ -30,10 +30,12 @@ from paced_fast.devices import require_float32_products
 from paced_fast.display import evaluation_tables
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluation import Sample, Sampling, check_headline, evaluate
+from paced_fast.families import examine
 from paced_fast.generate import TransformersGenerator
 from paced_fast.policy import load_model, quiet, smollm2_folder
 from paced_fast.resolve import check_chats, config_from_dict, named
 from paced_fast.rewards import Scorer
+from paced_fast.shapes import positions, text_settings
 from paced_fast.sources import parse_day, template_arguments
 
 __all__ = ["EvaluateArguments", "check_headline", "config_from_dict", "evaluate_target", "load_config", "main"]
@@ -144,6 +146,7 @@ def evaluate_target(
     stops = prompts.find_stops(tokenizer, config.generation.stop_tokens, prompts.declared_stop_ids(target.path))
     decode = prompts.Decoder(tokenizer, stops.ids, config.data.keep_special_tokens)
     model = load_model(config.model, target.path)
+    examine(model)
     sampling = _sampling(arguments, config)
     template = arguments.template or (config.data.template if target.is_run else _own_template(tokenizer))
     check_chats(given or config.data.eval, template, arguments.system_prompt, arguments.template_args, prefix="--")
@@ -319,11 +322,11 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _room(model: PreTrainedModel, sampling: Sampling) -> int:
     """Longest prompt that leaves room for a completion."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
-    room = positions - sampling.max_completion_tokens
+    limit = positions(text_settings(model.config))
+    room = (limit.longest or 1 << 20) - sampling.max_completion_tokens
     if room < 1:
         raise InputError(
-            f"--max-completion-tokens is {sampling.max_completion_tokens} and the model has {positions} positions: "
+            f"--max-completion-tokens is {sampling.max_completion_tokens} and this is {limit.why}: "
             "give fewer, so that a prompt has room too"
         )
     return room

@@ -262,8 +262,10 @@ def _check(config: Config) -> None:
         )
     if config.model.device == "cpu" and config.model.liger == "on":
         raise InputError("--model.liger on: its kernels need a GPU: give auto, which leaves them out on a CPU, or off")
-    if config.model.device == "cpu" and config.model.attention not in ("auto", "shared", "packed-sdpa"):
-        raise InputError(f"--model.attention {config.model.attention} needs a GPU: give auto, shared or packed-sdpa")
+    if config.model.device == "cpu" and config.model.attention not in ("auto", "shared", "padded", "packed-sdpa"):
+        raise InputError(
+            f"--model.attention {config.model.attention} needs a GPU: give auto, shared, padded or packed-sdpa"
+        )
     if config.lora.rank > 0 and util.find_spec("peft") is None:
         raise InputError("--lora.rank needs PEFT: pip install 'paced-fast[lora]', or leave it at 0")
     if config.lora.rank > 0 and not config.lora.targets:

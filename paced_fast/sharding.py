@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from paced_fast.distributed import World
 from paced_fast.errors import InputError
+from paced_fast.shapes import layer_list
 
 T = TypeVar("T")
 
@@ -79,10 +80,10 @@ class Shards:
 
         Shards are float32 and the optimiser's masters. Passes compute in `dtype`, gradients are summed in float32.
         """
-        layers = getattr(model.base_model, "layers", None)
-        if not isinstance(layers, nn.ModuleList):
+        layers = layer_list(model)
+        if layers is None:
             raise InputError(
-                f"--distributed.mode sharded: a {model.config.model_type} model has no list named layers to split by: "
+                f"--distributed.mode sharded: a {model.config.model_type} model has no list of layers to split by: "
                 "use replicated"
             )
         rounded = dtype if dtype != torch.float32 else None

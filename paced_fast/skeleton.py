@@ -49,7 +49,5 @@ def random_model(config: ModelConfig, settings: PreTrainedConfig, *, seed: int) 
     """A model of these settings with fresh weights, made where `config` wants it."""
     with torch.random.fork_rng(), torch.device(config.device):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            settings, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))
     return model.eval()

@@ -135,7 +135,7 @@ def _watch(run: Run, watchdog: Watchdog) -> None:
     """Let the watchdog see every phase of the run, and every pass through the policy and the engine within one."""
     watchdog.count = lambda: run.trainer.counters.step
     run.trainer.phases.listener = watchdog.phase
-    run.trainer.policy.model.base_model.register_forward_pre_hook(lambda *_: watchdog.progress())
+    run.trainer.policy.body.register_forward_pre_hook(lambda *_: watchdog.progress())
     own = run.generator.own if isinstance(run.generator, SharedGenerator) else run.generator
     if isinstance(own, VLLMGenerator):
         own.progress = watchdog.progress

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from paced_fast.distributed import ALONE, World
 from paced_fast.optimizer import PolicyOptimizer
 from paced_fast.policy import Policy
 from paced_kernels import (
-    linear_logprobs,
     segment_sum,
     trajectory_balance_from_logprobs,
     trajectory_balance_loss,
@@ -70,27 +69,29 @@ def trajectory_balance(
 ) -> MicroOutput:
     """mean_i w_i u_i^2 / (2 b), u = value + b (s - s_old) - reward, w = weight min(exp(s - s_old), cap) detached."""
     beta = config.loss.beta
-    weight, bias = policy.head
     old = segment_sum(targets.old_logprobs, micro.cu_seqlens)
     # On the host the offsets are the plan of the chunks too; on the device the op would have to project twice.
     host = torch.device("cpu")
     offsets = pinned(pack.cu_seqlens(micro.lengths, host, torch.int64), policy.device)
-    out = trajectory_balance_loss(
-        hidden,
-        weight,
-        micro.token_ids,
-        offsets,
-        rewards=targets.signal,
-        log_z=targets.intercept / beta,
-        beta=beta,
-        ref_logprobs=targets.ref_logprobs,
-        weights=targets.weights * (beta / 2),  # residual = u / b, so this is u^2 / (2 b)
-        behavior_logprobs=targets.old_logprobs,
-        importance_cap=config.loss.importance_cap,
-        bias=bias,
-        temperature=config.generation.temperature,
-        denominator=denominator,
-    )
+    terms: dict[str, Any] = {
+        "rewards": targets.signal,
+        "log_z": targets.intercept / beta,
+        "beta": beta,
+        "ref_logprobs": targets.ref_logprobs,
+        "weights": targets.weights * (beta / 2),  # residual = u / b, so this is u^2 / (2 b)
+        "behavior_logprobs": targets.old_logprobs,
+        "importance_cap": config.loss.importance_cap,
+        "denominator": denominator,
+    }
+    temperature = config.generation.temperature
+    if policy.family.cap is not None:  # bounded logits are not linear in the states, as the fused op has it
+        logprobs = policy.token_logprobs(hidden, micro.token_ids, temperature)
+        out = trajectory_balance_from_logprobs(logprobs, micro.cu_seqlens, **terms)
+    else:
+        weight, bias = policy.head
+        out = trajectory_balance_loss(
+            hidden, weight, micro.token_ids, offsets, bias=bias, temperature=temperature, **terms
+        )
     log_ratio = out.seq_logprobs - old
     importance = log_ratio.clamp(max=math.log(config.loss.importance_cap)).exp()
     return MicroOutput(out.loss, log_ratio, targets.weights * importance)
@@ -103,8 +104,7 @@ def flowrl(
 
     arXiv 2509.15207 as its code has it: means inside the residual, a sum inside the weight.
     """
-    weight, bias = policy.head
-    logprobs = linear_logprobs(hidden, weight, micro.token_ids, bias=bias, temperature=config.generation.temperature)
+    logprobs = policy.token_logprobs(hidden, micro.token_ids, config.generation.temperature)
     log_ratio = segment_sum(logprobs.detach() - targets.old_logprobs, micro.cu_seqlens)
     cap = math.log(config.loss.flowrl_importance_cap)
     importance = targets.weights * log_ratio.clamp(max=cap).exp()
@@ -127,8 +127,7 @@ def grpo(
 ) -> MicroOutput:
     """-mean_i w_i mean_t min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = exp(log pi - log pi_old); arXiv 2402.03300,
     eq. 3 without its KL term."""
-    weight, bias = policy.head
-    logprobs = linear_logprobs(hidden, weight, micro.token_ids, bias=bias, temperature=config.generation.temperature)
+    logprobs = policy.token_logprobs(hidden, micro.token_ids, config.generation.temperature)
     lengths = micro.cu_seqlens.diff().long()
     advantage = targets.signal.repeat_interleave(lengths, output_size=micro.num_tokens)
     ratio = (logprobs - targets.old_logprobs).exp()

@@ -19,7 +19,6 @@ from paced_fast.config import Config, WarmStartPhase, digest, stream_seed
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.policy import Policy, load_model, make_policy, save_model
 from paced_fast.sources import find_file, parse_source
-from paced_kernels import linear_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,8 @@ def _run_phase(
     order = torch.cat(
         [torch.randperm(len(table), generator=source) for _ in range(-(-phase.steps * phase.batch_size // len(table)))]
     ).tolist()
-    weight, bias = policy.head
+    for row, completion in zip(table.rows, completions, strict=True):
+        policy.check_length(len(row.token_ids), len(completion.token_ids))
     for step in range(phase.steps):
         rising = min(1.0, (step + 1) / max(phase.warmup_steps, 1))
         falling = 1.0 - 0.95 * max(0.0, (step - phase.warmup_steps) / max(phase.steps - phase.warmup_steps, 1))
@@ -115,7 +115,7 @@ def _run_phase(
         loss = 0.0
         for sequences in policy.micro_batches(rollouts, range(len(chosen))):
             micro = pack.select(rollouts, sequences)
-            logprobs = linear_logprobs(policy.hidden(micro), weight, micro.token_ids, bias=bias)
+            logprobs = policy.token_logprobs(policy.hidden(micro), micro.token_ids, 1.0)
             part = -logprobs.sum() / rollouts.num_tokens
             part.backward()
             loss += float(part.detach())

@@ -174,9 +174,10 @@ def test_the_host_does_not_look_for_sequences_in_a_packed_row(monkeypatch: pytes
     def reads(*_: Any) -> None:
         raise AssertionError("the host waits for the positions")
 
+    policies = [policy_of(tiny_families.model(family), "packed-sdpa", monkeypatch) for family in tiny_families.FAMILIES]
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", reads)
-    for family in tiny_families.FAMILIES:
-        policy_of(tiny_families.model(family), "packed-sdpa", monkeypatch).hidden(batch())
+    for policy in policies:
+        policy.hidden(batch())
     made, ids, positions = tiny_families.model("llama"), torch.tensor([[1, 2]]), torch.tensor([[0, 0]])
     with pytest.raises(AssertionError, match="waits"):
         made(input_ids=ids, position_ids=positions, use_cache=False)
@@ -272,7 +273,7 @@ def test_kernels_are_called_as_they_are_documented(
 
 def on_gpu(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> Any:
     """What the choice reads of a model."""
-    settings = types.SimpleNamespace(head_dim=head_dim, hidden_size=128, num_attention_heads=2)
+    settings = types.SimpleNamespace(model_type="llama", head_dim=head_dim, hidden_size=128, num_attention_heads=2)
     return types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype, config=settings)
 
 
@@ -343,5 +344,5 @@ def test_attention_that_packed_rows_do_not_know_is_refused(monkeypatch: pytest.M
     with pytest.raises(InputError, match="does not tell its window"):
         attention._attend(layer, one, one, one, None, scaling=1.0, packed=row)
     policy.model.config.attn_logit_softcapping = 50.0
-    with pytest.raises(InputError, match="caps its attention scores"):
-        Policy(made, max_tokens=10)
+    with pytest.raises(InputError, match=r"caps its attention scores, .*: take auto or padded"):
+        Policy(made, max_tokens=10, attention=SHARED)

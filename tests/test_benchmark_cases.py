@@ -26,6 +26,7 @@ WORDS = {
     "sample_efficiency": "--quick --seeds 1 --steps 2 --eval-every 1 --arms grpo paced --workers 0",
     "step": "--quick --preset tiny --steps 2 --skip 1",
     "math_rewards": "--answers 8 --repeats 1 --rows 12",
+    "model_types": "--types llama mamba2 bert cpmant",
     "sandbox": "--runs 2 --no-attacks",
     "faults": "--kills 1 --damages 6 --parallel 1 --cuts 3 --pieces 'counter step' --cells raise/update",
     "train_tiny": "--quick",

@@ -14,6 +14,7 @@ from paced_fast import pack
 from paced_fast.batch import Completion
 from paced_fast.generate import TransformersGenerator
 from paced_fast.generate.own_model import _Batch, _sample
+from paced_fast.generate.reading import Reading
 
 PROMPTS = [(3, 4, 5, 6, 7), (2,), (9, 8, 7), (5, 5, 4), (10, 9)]
 
@@ -63,12 +64,12 @@ def test_a_stop_in_the_last_place_counts_as_stopped() -> None:
 def test_padding_changes_nothing() -> None:
     made, stop = tiny_policy.model(), torch.tensor([tiny_policy.STOP])
     uniforms = torch.rand(len(PROMPTS), 3, 10, dtype=torch.float64)
-    together = _Batch(made, PROMPTS, uniforms, 1.0, 1.0, stop)
+    together = _Batch(made, PROMPTS, uniforms, 1.0, 1.0, stop, Reading("padded"))
     assert together.padded
     with torch.inference_mode():
         batched = together.run()
         for i, prompt in enumerate(PROMPTS):
-            alone = _Batch(made, [prompt], uniforms[i : i + 1], 1.0, 1.0, stop).run()
+            alone = _Batch(made, [prompt], uniforms[i : i + 1], 1.0, 1.0, stop, Reading("padded")).run()
             group = batched[3 * i : 3 * i + 3]
             assert as_lists(alone) == as_lists(group)
             for one, other in zip(alone, group, strict=True):

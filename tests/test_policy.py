@@ -76,7 +76,9 @@ def test_a_sliding_window_counts_along_a_sequence_and_not_along_a_row(family: st
 def test_layers_of_other_kinds_are_refused() -> None:
     model = sliding_model("qwen3")
     model.config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(InputError, match="layers of linear_attention, and rows that share a prompt need attention"):
+    with pytest.raises(
+        InputError, match=r"this model of type qwen3 cannot be run on text alone \('linear_attention'\)"
+    ):
         Policy(model, max_tokens=10)
 
 
@@ -141,10 +143,6 @@ def test_wrong_models_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"^--model.name '[^\n]*' cannot be loaded \([^\n]*\)[^\n]*$"):
         load_model(config, str(tmp_path))
-    made = tiny_policy.model()
-    made.config.final_logit_softcapping = 30.0
-    with pytest.raises(InputError, match=r"scales its logits \(final_logit_softcapping\)"):
-        Policy(made, max_tokens=10)
 
 
 def test_a_bfloat16_model_turns_by_float32_frequencies() -> None:

@@ -35,7 +35,7 @@ LAYERS = (
     {
         *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
         *("resolve", "benchmark_sources", "sharding", "guards", "signals", "watchdog"),
-        *("devices", "launch", "recorded"),
+        *("devices", "launch", "recorded", "families"),
     },
     {"policy", "scheduler", "replay", "generate", "cli", "report", "roofline", "run_folder"},
     {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start", "skeleton"},
@@ -53,6 +53,7 @@ SAME_OR_HIGHER_LAYER = {
     ("hub", "errors"): "a hub out of reach is an input error",
     ("sources", "hub"): "data sets come from the hub",
     ("loggers", "errors"): "a logger that is not installed is an input error",
+    ("shapes", "errors"): "a configuration that names several texts is an input error",
     ("sandbox", "errors"): "weak isolation that nobody asked for is an input error",
     ("distributed", "errors"): "a launch that cannot work is an input error",
 }
@@ -65,7 +66,7 @@ HOMES = {
     "tensorboard": {"loggers"},
     "transformers": {
         *("policy.adapters", "policy.attention", "policy.checkpointing", "policy.liger", "policy.loading"),
-        *("policy.policy", "policy.saving", "policy.stored", "skeleton", "prompts.tokenizers", "generate.own_model"),
+        *("policy.policy", "policy.saving", "policy.stored", "skeleton", "prompts.tokenizers", "generate.reading"),
     },
     "peft": {"policy.adapters"},
     "liger_kernel": {"policy.liger"},

@@ -20,11 +20,12 @@ class ModelConfig:
     """Of float32 matrix products on a GPU, as `torch.set_float32_matmul_precision` has it: below `highest` their inputs
     are rounded. A CPU takes `highest` only, because which of them round, and how, depends on the processor."""
     attention: Literal[
-        "auto", "shared", "packed-sdpa", "packed-torch", "packed-flash2", "packed-flash3", "packed-flash4"
+        "auto", "shared", "padded", "packed-sdpa", "packed-torch", "packed-flash2", "packed-flash3", "packed-flash4"
     ] = "auto"
     """How training attends: `shared` (a prompt is computed once for its completions), `packed-...` (prompts and
-    completions one after another without padding, for PyTorch's or flash-attn's kernels), or `auto`: shared on a CPU,
-    packed with the newest kernel there is on a GPU."""
+    completions one after another without padding, for PyTorch's or flash-attn's kernels), `padded` (every sequence has
+    a row of its own, exact for every causal model), or `auto`: shared on a CPU, packed with the newest kernel there is
+    on a GPU, and padded for models that are not known to be exact otherwise (docs/model-types.md)."""
     gradient_checkpointing: bool = False
     """Compute every layer again in the backward pass instead of keeping its activations: less memory, a third more
     work."""

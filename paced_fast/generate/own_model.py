@@ -6,23 +6,31 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from paced_fast.batch import Completion
+from paced_fast.families import check_length, refuse
+from paced_fast.generate.reading import Reading, reading_of
+from paced_fast.shapes import positions, text_settings
 
 
 class TransformersGenerator:
     """Batched sampling with a key-value cache on the trainer's own model, so there are no weights to push.
 
     A prompt is read once and its cache repeated for the group. Every sequence owns its uniform random numbers, so what
-    it samples does not depend on its neighbours in the batch. Sequences that ended leave the batch when half have.
+    it samples does not depend on its neighbours in the batch. Sequences that ended leave the batch when half have. A
+    model that cannot be trusted with a cache or with padding reads as `Reading` says.
     """
 
     def __init__(self, model: PreTrainedModel, *, stop_ids: Sequence[int], max_batch_sequences: int) -> None:
-        """Sample from `model`; `stop_ids` end a completion and belong to it."""
+        """Sample from `model`; `stop_ids` end a completion and belong to it. Raises InputError for a model that has no
+        log-probs of completions."""
+        refuse(model.config)
         self.model = model
         self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=model.device)
         self.max_batch_sequences = max_batch_sequences
+        self.limit = positions(text_settings(model.config))
+        self._reading: Reading | None = None
 
     @torch.inference_mode()
     def generate(
@@ -37,6 +45,10 @@ class TransformersGenerator:
         first: int = 0,
     ) -> list[Completion]:
         """See `Generator.generate`."""
+        longest = max(map(len, prompts), default=0) + max_completion_tokens
+        check_length(self.limit, longest, "lower the limit of prompts or of completions")
+        if self._reading is None:
+            self._reading = reading_of(self.model)
         source = torch.Generator().manual_seed(seed)
         shape = (first + len(prompts), group_size, max_completion_tokens)
         uniforms = torch.rand(shape, generator=source, dtype=torch.float64)[first:].to(self.model.device)
@@ -45,10 +57,9 @@ class TransformersGenerator:
         # Prompts of similar length go together: less padding. The order of the result is the caller's.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         result: list[list[Completion]] = [[] for _ in prompts]
-        for start in range(0, len(order), per_call):
-            chosen = order[start : start + per_call]
+        for chosen in self._reading.batches(order, [len(prompt) for prompt in prompts], per_call):
             for numbers in uniforms[chosen].split(part, dim=1):
-                options = (numbers, temperature, top_p, self.stop_ids)
+                options = (numbers, temperature, top_p, self.stop_ids, self._reading)
                 completions = _Batch(self.model, [prompts[i] for i in chosen], *options).run()
                 for k, i in enumerate(chosen):
                     result[i] += completions[k * numbers.shape[1] : (k + 1) * numbers.shape[1]]
@@ -76,7 +87,9 @@ class _Batch:
         temperature: float,
         top_p: float,
         stop_ids: Tensor,
+        reading: Reading,
     ) -> None:
+        self.reading = reading
         self.model, self.temperature, self.top_p, self.stop_ids = model, temperature, top_p, stop_ids
         self.group_size = uniforms.shape[1]
         self.uniforms = uniforms.flatten(0, 1)
@@ -97,7 +110,8 @@ class _Batch:
         logprobs = torch.zeros(num_sequences, max_tokens, dtype=torch.float32, device=device)
         lengths = torch.full((num_sequences,), max_tokens, dtype=torch.int64, device=device)
         stopped = torch.zeros(num_sequences, dtype=torch.bool, device=device)
-        logits, cache, mask, positions = self._read_prompts()
+        reader = self.reading.reader(self.model)
+        logits = reader.read(self.prompt_ids, self.prompt_mask if self.padded else None, self.group_size)
         live = torch.arange(num_sequences, device=device)  # sequence of each row of the batch
         for t in range(max_tokens):
             token, logprob = _sample(logits, self.uniforms[live, t], self.temperature, self.top_p)
@@ -113,36 +127,10 @@ class _Batch:
                 break
             if num_running <= len(live) // 2:
                 keep = running.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                live, token, positions = live[keep], token[keep], positions[keep]
-                mask = None if mask is None else mask[keep]
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            logits = self._forward(token[:, None], mask, positions[:, None] + t, cache)
+                reader.keep(keep)
+                live, token = live[keep], token[keep]
+            logits = reader.next(token)
         return _completions(tokens, logprobs, lengths, stopped)
-
-    def _read_prompts(self) -> tuple[Tensor, DynamicCache, Tensor | None, Tensor]:
-        """Logits [S, V] of the first token, the cache repeated for each group, mask [S, L] and next position [S]."""
-        cache = DynamicCache(config=self.model.config)
-        mask = self.prompt_mask if self.padded else None
-        lengths = self.prompt_mask.sum(1)
-        positions = (self.prompt_mask.cumsum(1) - 1).clamp(min=0)
-        logits = self._forward(self.prompt_ids, mask, positions, cache)
-        repeats = self.group_size
-        cache.batch_repeat_interleave(repeats)
-        mask = None if mask is None else mask.repeat_interleave(repeats, 0)
-        return logits.repeat_interleave(repeats, 0), cache, mask, lengths.repeat_interleave(repeats, 0)
-
-    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
 
 
 def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,11 @@ def adapt(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # told of every layer of a GPT-2
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(options, torch.nn.ModuleDict({"model": model}), _ADAPTER)
+        try:
+            peft.inject_adapter_in_model(options, torch.nn.ModuleDict({"model": model}), _ADAPTER)
+        except ValueError as error:  # PEFT knows of layers that it cannot adapt
+            reason = (str(error).strip().splitlines() or ["ValueError"])[0]
+            raise InputError(f"--lora.targets: {reason}: name other layers") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # float32 masters are the optimiser's affair, as for all others

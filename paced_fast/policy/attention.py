@@ -23,7 +23,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from paced_fast.errors import InputError
+from paced_fast.families import unshareable
 from paced_fast.pack import PackedRow
+from paced_fast.shapes import head_size, text_settings
 
 _NAME = "paced_fast"
 """What the model's configuration calls the function below."""
@@ -51,6 +53,7 @@ class Attention:
 
 
 SHARED = Attention("shared", "prompts are computed once for a group")
+PADDED = Attention("padded", "every sequence has a row of its own")
 
 
 def choose_attention(setting: str, model: PreTrainedModel, device: torch.device | None = None) -> Attention:
@@ -60,6 +63,13 @@ def choose_attention(setting: str, model: PreTrainedModel, device: torch.device 
     Raises InputError when the named one is absent or cannot take this model.
     """
     device = device or model.device
+    why = unshareable(model.config)
+    if setting == "padded":
+        return PADDED
+    if why is not None:
+        if setting != "auto":
+            raise InputError(f"--model.attention {setting}: {why}: take auto or padded")
+        return Attention("padded", why)
     if setting == "auto":
         if device.type == "cpu":
             return SHARED
@@ -138,11 +148,13 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every layer, in its own order of arguments."""
-    if packed is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     for option in ("softcap", "s_aux"):
         if options.get(option) is not None:
-            raise InputError(f"--model.attention: this model's attention has {option}, which packed rows do not know")
+            raise InputError(
+                f"--model.attention: this model's attention has {option}, which shared and packed rows do not know"
+            )
+    if packed is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     windowed = getattr(getattr(module, "config", None), "sliding_window", None) is not None
     if windowed and "sliding_window" not in options:
         raise InputError("--model.attention: this model does not tell its window to packed rows: take shared")
@@ -232,7 +244,7 @@ _VARLEN = {
 def _lacks(name: str, model: PreTrainedModel, device: torch.device) -> str | None:
     """Why this model cannot have the kernel, or None."""
     kernel, settings = _VARLEN[name], model.config
-    size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    size = head_size(text_settings(settings))
     if device.type != "cuda":
         return f"the model is on the {device.type} and the kernel needs a GPU"
     if model.dtype not in (torch.bfloat16, torch.float16):

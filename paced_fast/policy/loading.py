@@ -78,7 +78,6 @@ def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
         model, info = _loaded(
             place,
             dtype=_DTYPES[config.dtype],
-            attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported, so that the line can name them

@@ -16,14 +16,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from paced_fast import pack
-from paced_fast.batch import Rollouts
+from paced_fast.batch import Completion, Rollouts
 from paced_fast.config import Config, stream_seed
 from paced_fast.errors import InputError
+from paced_fast.families import (
+    check_length,
+    close,
+    examine,
+    head_states,
+    is_plain,
+    output_layer,
+    probe_tokens,
+    spare_tokens,
+    unshareable,
+    without_cache,
+)
 from paced_fast.memory import MASKED_ROW
 from paced_fast.policy.adapters import adapt
-from paced_fast.policy.attention import SHARED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
+from paced_fast.policy.attention import PADDED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
+from paced_fast.policy.capped import capped_logprobs
 from paced_fast.policy.checkpointing import checkpoint_next_forward, enable_checkpointing
 from paced_fast.policy.liger import use_liger
+from paced_fast.policy.padded import padded_micro_batches, padded_rows
 from paced_fast.sharding import Shards
 from paced_kernels import linear_logprobs
 
@@ -43,25 +57,22 @@ class Policy:
         model: PreTrainedModel,
         *,
         max_tokens: int,
-        attention: Attention = SHARED,
+        attention: Attention | None = None,
         checkpoint: bool = False,
     ) -> None:
         """Wrap `model`; a forward pass without gradients takes at most `max_tokens` tokens at once.
 
-        With `checkpoint` the backward pass computes every layer again instead of keeping its activations.
+        Without `attention` rows share prompts where the model's type lets them, and hold one sequence elsewhere.
+        With `checkpoint` the backward pass computes every layer again instead of keeping its activations. Raises
+        InputError for a model whose log-probs could not be told exactly.
         """
-        for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(model.config, option, None) not in (None, 1, 1.0):
-                raise InputError(f"model.name: this model scales its logits ({option}), which the loss does not know")
-        if getattr(model.config, "attn_logit_softcapping", None) is not None:
-            raise InputError("model.name: this model caps its attention scores, which no kernel of the policy does")
-        unknown = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise InputError(
-                f"model.name: this model has layers of {min(unknown)}, and rows that share a prompt need attention "
-                "whose mask can be given: full or sliding"
-            )
-        install(model)
+        self.family = examine(model)
+        if attention is None:
+            attention = choose_attention("auto" if unshareable(model.config) else "shared", model)
+        if attention.name != PADDED.name:
+            if (why := unshareable(model.config)) is not None:
+                raise InputError(f"--model.attention {attention.name}: {why}: take auto or padded")
+            install(model)
         if checkpoint:
             enable_checkpointing(model)
         self.model = model
@@ -69,6 +80,29 @@ class Policy:
         self.attention = attention
         self.checkpoint = checkpoint
         self._shards: Shards | None = None
+        if not is_plain(model.config) and attention.name != PADDED.name and not output_layer(model).weight.is_meta:
+            self._check_sharing()
+
+    @torch.no_grad()
+    def _check_sharing(self) -> None:
+        """Raises InputError when rows of several sequences do not give what the model says of each of them alone."""
+        rows = probe_tokens(self.model.config, self.family.settings, (2, 4, spare_tokens(self.family) + 1, 3))
+        prompts = [tuple(row) for row in rows[:2] for _ in range(2)]
+        completions = [Completion(token_ids=row, logprobs=[0.0] * len(row), stopped=True) for row in rows[2:] * 2]
+        batch = pack.pack(completions, prompts, [0, 0, 1, 1], [0.0] * 4, 0, self.device)
+        wanted = []
+        for prompt, one in zip(prompts, completions, strict=True):
+            ids = torch.tensor([[*prompt, *one.token_ids]], device=self.device)
+            logits = self.model(input_ids=ids, **without_cache(self.model)).logits[0, len(prompt) - 1 : -1].float()
+            wanted.append(logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0])
+        for masked in (True, False) if self.attention.kernel is None else (False,):
+            states = self._shared(batch, masked=masked) * self.family.scale
+            found = self.token_logprobs(states, batch.token_ids, 1.0)
+            if not close(found, torch.cat(wanted), self.model.dtype):
+                raise InputError(
+                    f"--model.attention {self.attention.name}: with several sequences in a row this model of type "
+                    f"{self.family.model_type} has other log-probs than with one: give --model.attention padded"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -99,10 +133,9 @@ class Policy:
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """The output layer: weight [V, H] and bias [V] or None."""
-        layer = self.model.get_output_embeddings()
-        assert isinstance(layer, torch.nn.Linear)
-        return layer.weight, layer.bias
+        """The output layer as `hidden` goes with it: weight [V, H] and bias [V] or None."""
+        layer = output_layer(self.model)
+        return layer.weight, None if layer.bias is None else layer.bias * self.family.scale
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable parameters, tied ones once."""
@@ -122,6 +155,8 @@ class Policy:
         What a pass computes counts: padding where rows are padded, a prompt once where it is shared.
         """
         limit = self.max_tokens if max_tokens is None else max_tokens
+        if self._padded:
+            return padded_micro_batches(rollouts, sequences, limit)
         if self._masked(rollouts):
             return pack.micro_batches(rollouts, sequences, limit)
         share = self.attention.kernel is None
@@ -135,16 +170,41 @@ class Policy:
             return 0
         return MASKED_ROW if self.device.type == "cpu" else sys.maxsize
 
+    @property
+    def _padded(self) -> bool:
+        return self.attention.name == PADDED.name
+
+    def check_length(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Raises InputError when a sequence of so many tokens is longer than the model can place."""
+        total = prompt_tokens + completion_tokens
+        check_length(self.family.limit, total, "lower --data.max-prompt-tokens or --generation.max-completion-tokens")
+
     def _masked(self, rollouts: Rollouts) -> bool:
         return pack.longest_row(rollouts, self.max_tokens) <= self.longest_masked_row
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
-        """States [T, H] that predict the packed completion tokens, differentiable in the parameters; inside `run`."""
+        """States [T, H] that predict the packed completion tokens, differentiable in the parameters; inside `run`.
+
+        With `head` they make the model's logits, which `token_logprobs` bounds where the model does. Raises InputError
+        for a sequence that is longer than the model can place.
+        """
+        for prompt, length in zip(rollouts.prompt_ids, rollouts.lengths, strict=True):
+            self.check_length(len(prompt), length)
+        states = self._hidden(rollouts)
+        return states if self.family.scale == 1.0 else states * self.family.scale
+
+    def _hidden(self, rollouts: Rollouts) -> Tensor:
         if self.checkpoint and torch.is_grad_enabled():
             checkpoint_next_forward(self.model)
-        if self._masked(rollouts):
+        if self._padded:
+            padded = padded_rows(rollouts)
+            return head_states(self.model, padded.input_ids).flatten(0, 1)[padded.hidden_index]
+        return self._shared(rollouts, masked=self._masked(rollouts))
+
+    def _shared(self, rollouts: Rollouts, *, masked: bool) -> Tensor:
+        if masked:
             rows = pack.forward_rows(rollouts, self.max_tokens)
-            states = self.model.base_model(
+            states = self.body(
                 input_ids=rows.input_ids,
                 attention_mask=self._masks(rows),
                 position_ids=rows.position_ids,
@@ -158,7 +218,7 @@ class Policy:
         # A mask of four dimensions is taken as it is: without one transformers would look for the ends of sequences in
         # the positions, and make the host wait for what it finds. The kernel does not read it.
         nothing = torch.zeros(1, 1, 0, 0, dtype=self.model.dtype, device=self.device)
-        states = self.model.base_model(
+        states = self.body(
             input_ids=row.input_ids,
             attention_mask=self._by_kind(dict.fromkeys(windows, nothing)),
             position_ids=row.position_ids,
@@ -184,7 +244,7 @@ class Policy:
 
     def _windows(self) -> dict[str, int | None]:
         """The window of each kind of layer, None where it sees everything; one kind, "", where layers have no kinds."""
-        settings = self.model.config
+        settings = self.family.settings
         window, kinds = getattr(settings, "sliding_window", None), getattr(settings, "layer_types", None)
         if kinds is None:
             return {"": window}
@@ -215,16 +275,21 @@ class Policy:
         """The same of one micro-batch, in one pass however long it is."""
 
         def compute() -> Tensor:
-            weight, bias = self.head
-            hidden = self.hidden(rollouts)
-            return linear_logprobs(hidden, weight, rollouts.token_ids, bias=bias, temperature=temperature)
+            return self.token_logprobs(self.hidden(rollouts), rollouts.token_ids, temperature)
 
         return self.run(compute)
+
+    def token_logprobs(self, hidden: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
+        """Log-probs f32[T] of `token_ids` i64[T] given what `hidden` returned, differentiable; inside `run`."""
+        weight, bias = self.head
+        if self.family.cap is not None:
+            return capped_logprobs(hidden, weight, token_ids, bias=bias, cap=self.family.cap, temperature=temperature)
+        return linear_logprobs(hidden, weight, token_ids, bias=bias, temperature=temperature)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
         """Mean of the last layer's states over each prompt's tokens, f32[N, H]."""
-        result = torch.zeros(len(prompts), self.model.config.hidden_size, device=self.device)
+        result = torch.zeros(len(prompts), output_layer(self.model).in_features, device=self.device)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for chunk in _chunks(by_length, [len(prompts[i]) for i in by_length], self.max_tokens):
             longest = max(len(prompts[i]) for i in chunk)
@@ -240,7 +305,14 @@ class Policy:
         return result
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        if self._padded:
+            return head_states(self.model, ids)  # zeros to the right, where no token looks
+        return self.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    @property
+    def body(self) -> torch.nn.Module:
+        """What makes states of tokens: the model without its output layer, and without other parts than its text."""
+        return self.model.base_model if self.family.settings is self.model.config else self.model.get_decoder()
 
     def frozen_copy(self) -> Policy:
         """A copy that no optimiser touches; made before the parameters are split."""
