@@ -59,7 +59,7 @@ SAME_OR_HIGHER_LAYER = {
 }
 """Exceptions by name, (importer, imported), with their reason."""
 
-KERNEL_USERS = {"policy.policy", "scheduler", "replay", "update", "warm_start", "trainer", "memory", "mismatch"}
+KERNEL_USERS = {"policy.policy", "scheduler", "replay", "update", "trainer", "memory", "mismatch"}
 HOMES = {
     "vllm": {"engine"},
     "wandb": {"loggers"},

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from tiny_run import build, config, quiet, write_rewards
 from torch import Tensor
 
-from paced_fast import checkpoint, train, warm_start
+from paced_fast import checkpoint, train
 from paced_fast.config import Config
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
+from paced_fast.policy import Policy
 from paced_fast.presets import preset
 from paced_fast.trainer import Trainer
 
@@ -732,8 +733,8 @@ def test_automatic_run_folders_get_a_number(rewards: Path, tmp_path: Path, monke
 
 def test_a_warm_start_that_diverges_is_not_kept(rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(rewards, warm_start__first__steps=3, warm_start__first__batch_size=4)
-    original = warm_start.linear_logprobs
-    monkeypatch.setattr(warm_start, "linear_logprobs", lambda *args, **options: original(*args, **options) * math.nan)
+    original = Policy.token_logprobs
+    monkeypatch.setattr(Policy, "token_logprobs", lambda *args: original(*args) * math.nan)
     with pytest.raises(TrainingError, match="warm start: the loss of phase 1 is nan at step 1"):
         go(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
