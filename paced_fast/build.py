@@ -28,7 +28,7 @@ from paced_fast.distributed import ALONE, World, joined
 from paced_fast.engine import EngineSettings, require_head_size, require_pushable_experts, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import load_config
-from paced_fast.families import examine, planned
+from paced_fast.families import admit, planned
 from paced_fast.generate import Generator, TransformersGenerator, VLLMGenerator
 from paced_fast.inputs import read_ends, read_table, read_tables, read_tokenizer
 from paced_fast.parity import ParityGuard, long_sequences
@@ -329,11 +329,8 @@ def _initial_model(
             f"completions end at {stops}, and the model has {embedded} tokens only: name others by "
             "--generation.stop-tokens"
         )
-    family = examine(model)
-    planned(config, model.config)
+    admit(config, model, tables)
     _shape(config, model)  # what cannot be adapted is refused before anything is made of it
-    longest, held_out = (max((len(row.token_ids) for row in table.rows), default=0) for table in tables)
-    memory.check_positions(family.limit, config, longest=longest, longest_held_out=held_out)
     started = time.perf_counter()
     result = warm_start(
         model,

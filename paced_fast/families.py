@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from paced_fast.batch import PromptTable
 from paced_fast.config import Config
 from paced_fast.errors import InputError
 from paced_fast.shapes import Positions, differs, positions, setting, text_settings
@@ -146,6 +147,28 @@ def planned(config: Config, settings: Any) -> Config:
     if config.model.attention != "auto":
         raise InputError(f"--model.attention {config.model.attention}: {why}: take auto or padded")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="padded"))
+
+
+def admit(config: Config, model: PreTrainedModel, tables: Sequence[PromptTable]) -> None:
+    """Raises InputError when the run's settings and prompts, to train on and held out, are not for this model."""
+    limit = examine(model).limit
+    planned(config, model.config)
+    longest, held_out = (max((len(row.token_ids) for row in table.rows), default=0) for table in tables)
+    check_positions(limit, config, longest=longest, longest_held_out=held_out)
+
+
+def check_positions(limit: Positions, config: Config, *, longest: int, longest_held_out: int) -> None:
+    """Raises InputError when a prompt of so many tokens and its completion are more than the model can place."""
+    generation, evaluation = config.generation.max_completion_tokens, config.evaluation.max_completion_tokens
+    for prompt, cut, owner, kind in (
+        (longest, generation, "generation", "a training prompt"),
+        (longest_held_out, evaluation or generation, "evaluation" if evaluation else "generation", "a held-out prompt"),
+    ):
+        if limit.longest is not None and prompt + cut > limit.longest:
+            raise InputError(
+                f"model.name: {kind} has {prompt} tokens and its completion may have {cut}, and this is {limit.why}: "
+                f"lower --{owner}.max-completion-tokens or --data.max-prompt-tokens, or take another model"
+            )
 
 
 def is_plain(settings: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from paced_fast.config import Config
 from paced_fast.errors import InputError
-from paced_fast.shapes import ModelShape, Positions
+from paced_fast.shapes import ModelShape
 from paced_kernels import default_workspace_bytes
 
 ENGINE_BLOCK = 32
@@ -207,20 +207,6 @@ def kv_cache_bytes(shape: ModelShape, config: Config, layout: Layout | None = No
         least = ENGINE_BLOCK * (-(-engine_tokens(shape, config) // ENGINE_BLOCK) + 1)
         return max(min(tokens * token_bytes, left), least * token_bytes)
     return tokens * token_bytes
-
-
-def check_positions(limit: Positions, config: Config, *, longest: int, longest_held_out: int) -> None:
-    """Raises InputError when a prompt of so many tokens and its completion are more than the model can place."""
-    generation, evaluation = config.generation.max_completion_tokens, config.evaluation.max_completion_tokens
-    for prompt, cut, owner, kind in (
-        (longest, generation, "generation", "a training prompt"),
-        (longest_held_out, evaluation or generation, "evaluation" if evaluation else "generation", "a held-out prompt"),
-    ):
-        if limit.longest is not None and prompt + cut > limit.longest:
-            raise InputError(
-                f"model.name: {kind} has {prompt} tokens and its completion may have {cut}, and this is {limit.why}: "
-                f"lower --{owner}.max-completion-tokens or --data.max-prompt-tokens, or take another model"
-            )
 
 
 def engine_tokens(shape: ModelShape, config: Config) -> int:

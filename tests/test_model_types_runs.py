@@ -57,14 +57,19 @@ SHORT = {"max_position_embeddings": 12}
         ("gpt2", SHORT, {}, r"a training prompt has 12 tokens .* a gpt2 model with 12 positions", True),
         ("llama", SHORT, {}, r"a training prompt has 12 tokens .* a llama model with 12 positions", True),
         ("xlm", {"n_words": 17}, {}, "in this model of type xlm tokens see those after them", True),
-        ("bert", {"is_decoder": False}, {}, "models of type bert let tokens see those after them", False),
+        (
+            "bert",
+            {"is_decoder": False},
+            {},
+            "whose tokens see what follows them|models of type bert let tokens see",
+            None,
+        ),
         ("falcon", {}, {"model__attention": "packed-sdpa"}, "attention packed-sdpa: models of type falcon", False),
-        ("mamba2", {}, {"lora__rank": 2}, "--lora.targets: .*out_proj", False),
     ],
-    ids=["gpt2", "llama", "xlm", "bert", "falcon", "mamba2"],
+    ids=["gpt2", "llama", "xlm", "bert", "falcon"],
 )
 def test_what_cannot_be_exact_is_refused_before_there_is_a_run_folder(
-    name: str, changes: dict[str, Any], more: dict[str, Any], why: str, is_planned: bool, tmp_path: Path
+    name: str, changes: dict[str, Any], more: dict[str, Any], why: str, is_planned: bool | None, tmp_path: Path
 ) -> None:
     config = settings(tmp_path, name, changes, **more)
     with pytest.raises(InputError, match=why) as caught:
