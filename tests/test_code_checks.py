@@ -32,6 +32,7 @@ def row(test: str, prompt: str = "def f(x):\n", entry: str = "f") -> dict[str, A
     return {"prompt": prompt, "test": f"def check(candidate):\n{test}", "entry_point": entry}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ROWS)
 def test_each_kind_of_test_is_judged(reward: CodeReward, name: str) -> None:
     one = ROWS[name]
@@ -45,6 +46,7 @@ def test_each_kind_of_test_is_judged(reward: CodeReward, name: str) -> None:
     assert verdict(reward, whole, **columns) == "right"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_both_sandboxes_run_tests(backend: str) -> None:
     judge = made(backend, workers=1, code_seconds=20.0)
@@ -79,6 +81,7 @@ REFUSED: list[tuple[str, str, str]] = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("test", "prompt", "message"), REFUSED, ids=[message[:30] for _, _, message in REFUSED])
 def test_what_cannot_be_run_is_refused_by_name(reward: CodeReward, test: str, prompt: str, message: str) -> None:
     columns = row(test, prompt)
@@ -90,6 +93,7 @@ def test_what_cannot_be_run_is_refused_by_name(reward: CodeReward, test: str, pr
         verdict(reward, "    return 1\n", **columns)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "test",
     [
@@ -109,6 +113,7 @@ def test_a_test_that_ends_by_itself_is_no_verdict(
     assert "the test of f gives no verdict (" in caplog.text
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_test_that_hangs_is_no_verdict_unless_the_program_was_called(caplog: pytest.LogCaptureFixture) -> None:
     judge = made("fork_server", code_seconds=0.3)
@@ -127,6 +132,7 @@ def test_a_test_that_hangs_is_no_verdict_unless_the_program_was_called(caplog: p
         slow.close()
 
 
+@pytest.mark.process
 def test_inputs_are_the_same_every_time(reward: CodeReward) -> None:
     # One of a million: a program that knows the first draw is right each time or never.
     import random
@@ -276,6 +282,7 @@ def f(x):
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("backend", [BACKENDS[0], pytest.param(BACKENDS[1], marks=pytest.mark.slow)])
 def test_no_forged_verdict_of_a_test_is_a_pass(backend: str) -> None:
     judge = made(backend, workers=3)
@@ -287,10 +294,12 @@ def test_no_forged_verdict_of_a_test_is_a_pass(backend: str) -> None:
         judge.close()
 
 
+@pytest.mark.process
 def test_what_the_forgeries_are_after_is_right(reward: CodeReward) -> None:
     assert verdict(reward, f"    return '{SECRET}' + str(x)\n", **HIDDEN) == "right"
 
 
+@pytest.mark.process
 def test_nothing_of_the_test_reaches_the_program(reward: CodeReward, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[dict[str, Any], list[bytes | None]]] = []
     start = reward._sandbox.session
@@ -314,6 +323,7 @@ def test_nothing_of_the_test_reaches_the_program(reward: CodeReward, monkeypatch
     assert request == {"nodes": [["tuple", 1], ["dict"]], "given": [[0], [1]]}
 
 
+@pytest.mark.process
 def test_a_process_is_never_waited_for_by_another(reward: CodeReward) -> None:
     # Each judgement takes two places of the sandbox: with as many judgements as it has workers none starves.
     columns = row("    for i in range(3):\n        assert candidate(i) == i")
@@ -387,6 +397,7 @@ def human_eval() -> list[dict[str, str]]:
         return [json.loads(line) for line in file]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_all_of_human_eval_is_judged() -> None:
     rows = human_eval()

@@ -115,6 +115,7 @@ def test_number(completion, answer, reward):
     assert one("number", completion, answer) == reward
 
 
+@pytest.mark.process
 def test_amc_answers_are_right_by_math_and_by_number():
     rows = [json.loads(line) for line in data_file("amc23.jsonl").read_text().splitlines()]
     golds = [r["answer"] for r in rows]

@@ -423,6 +423,7 @@ def test_a_sandbox_that_is_not_ready_in_time_lacks_nothing_and_says_so(monkeypat
         open_sandbox("unsafe", workers=1)
 
 
+@pytest.mark.process
 def test_a_program_that_gets_ready_too_late_is_told_from_one_that_dies() -> None:
     box = opened("unsafe", workers=1)
     try:
@@ -435,6 +436,7 @@ def test_a_program_that_gets_ready_too_late_is_told_from_one_that_dies() -> None
         box.close()
 
 
+@pytest.mark.process
 def test_unsafe_still_limits_and_reaps() -> None:
     box = opened("unsafe", workers=1, seconds=LIMIT_SECONDS)
     try:

@@ -108,7 +108,13 @@ def broken(files: PolicyFiles, monkeypatch: pytest.MonkeyPatch, change: Any) -> 
 
 @pytest.mark.parametrize(
     ("kind", "left_out"),
-    [("jamba", "mamba.dt_proj"), ("longcat_flash", "classifier"), ("phimoe", "router"), ("llama4_text", "router")],
+    [
+        ("jamba", "mamba.dt_proj"),
+        ("jamba", "mamba.out_proj"),
+        ("longcat_flash", "classifier"),
+        ("phimoe", "router"),
+        ("llama4_text", "router"),
+    ],
 )
 def test_layers_that_would_not_see_their_matrices_get_none(tmp_path: Path, kind: str, left_out: str) -> None:
     """Matrices that the model reads without calling their layer, and routers that compute more than a product."""

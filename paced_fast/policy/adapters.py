@@ -35,6 +35,8 @@ def adapt(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
         uncalled = _uncalled(model, {*layers, *(name.rpartition(".")[0] for name in experts)})
         layers = [name for name in layers if name not in uncalled]
         experts = [name for name in experts if name.rpartition(".")[0] not in uncalled]
+    read_inside = _read_by_kernels(model)
+    layers = [name for name in layers if name not in read_inside]
     if config.targets != ("all-linear",):
         named = {name.rpartition(".")[2] for name in (*layers, *experts)}
         for target in config.targets:
@@ -95,6 +97,15 @@ def _uncalled(model: PreTrainedModel, names: set[str]) -> set[str]:
     for hook in hooks:
         hook.remove()
     return {name for name in names - called if ".experts." not in name}
+
+
+def _read_by_kernels(model: PreTrainedModel) -> set[str]:
+    """Output layers of state-space mixers: their kernels on a GPU read the matrix, and would miss what is learned."""
+    return {
+        f"{name}.out_proj"
+        for name, part in model.named_modules()
+        if hasattr(part, "conv1d") and hasattr(part, "A_log") and hasattr(part, "D")
+    }
 
 
 def _expert_matrices(model: PreTrainedModel) -> list[str]:
