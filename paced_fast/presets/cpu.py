@@ -53,8 +53,8 @@ def tiny() -> Config:
 def smollm2() -> Config:
     """SmolLM2-135M on a CPU: sums and products in words, from a few that it knows by heart to some far beyond it.
 
-    The raw model solves almost none of them. The warm start shows it answers, each once: what was seen many times is
-    answered with certainty, right or wrong, and nothing is left to find out. No prompt is in two of the three splits.
+    The raw model solves almost none of them. The warm start shows it answers, hardly any of them twice. No prompt is in
+    two of the three splits.
     """
     return Config(
         preset="smollm2",
