@@ -159,6 +159,7 @@ def test_the_command_prints_tables_and_writes_json(
     assert capsys.readouterr().err == "error: --bench-json nowhere/b.json: there is no folder nowhere\n"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_step_of_smollm2_without_its_weights(tmp_path: Path) -> None:
     config = tiny_policy.replaced(

@@ -107,6 +107,7 @@ def test_a_setting_of_a_type_changes_nothing_about_that(name: str, changes: dict
     assert (found.outcome, found.why) == ("exact", ""), found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_every_type_is_exact_refused_or_cannot_be_built() -> None:
     """A newer transformers has more types: they are looked at as well, and none may be wrong."""

@@ -167,6 +167,7 @@ def test_a_compiled_step_has_one_graph_and_the_results_of_eager(backend: str) ->
     assert compilations[2] == compilations[0], "other lengths compile anew"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.real_empty
 def test_inductor_compiles_the_step() -> None:

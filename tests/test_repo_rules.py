@@ -521,8 +521,11 @@ def test_ci_runs_what_people_run() -> None:
 @pytest.mark.process
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_targets_run_the_documented_commands() -> None:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+
     def commands(*arguments: str) -> str:
-        return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        words = ["make", "-n", *arguments]
+        return subprocess.run(words, cwd=ROOT, env=outside, capture_output=True, text=True, check=True).stdout
 
     assert "-m paced_fast.train tiny" in commands("train")
     assert "-m paced_fast.train smollm2 --steps 10" in commands("train", "PRESET=smollm2", "ARGS=--steps 10")

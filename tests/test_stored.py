@@ -277,9 +277,3 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path, kind: str) -> 
     tiny_stored.model(kind).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"^cannot load the tokenizer '[^\n]*$"):
         load_tokenizer(str(tmp_path))
-
-
-def test_attention_that_training_cannot_use_is_told_in_a_sentence(tmp_path: Path) -> None:
-    folder = tiny_stored.stored(tiny_stored.model("gpt_oss"), tmp_path / "model")
-    told = r"\(GptOssForCausalLM does not support .*scaled_dot_product_attention yet\): give a model folder or id$"
-    assert re.search(told, refusal(folder)), refusal(folder)

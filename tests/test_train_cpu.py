@@ -741,6 +741,7 @@ def test_a_warm_start_that_diverges_is_not_kept(rewards: Path, tmp_path: Path, m
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_selection_doubles_the_share_of_mixed_groups(tmp_path: Path) -> None:
     """The preset `tiny`: eight in ten of its prompts teach nothing, and the head finds out which.
