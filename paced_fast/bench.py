@@ -9,7 +9,6 @@ P = prompts a step, G = completions a prompt, N = prompts in the table.
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from paced_fast import display, memory, prompts, roofline
 from paced_fast.batch import Completion, Group, PromptRow, PromptTable
 from paced_fast.config import Config, stream_seed
 from paced_fast.devices import Device, device_here
-from paced_fast.distributed import ALONE, EVERYWHERE, World
+from paced_fast.distributed import ALONE, EVERYWHERE, World, usable_cores
 from paced_fast.errors import InputError
 from paced_fast.generate import TransformersGenerator
 from paced_fast.policy import make_policy, prepare
@@ -84,7 +83,7 @@ def measure(config: Config, *, steps: int, lengths: str, world: World = ALONE) -
     config = dataclasses.replace(
         config, generator="transformers", run=dataclasses.replace(config.run, rollouts_per_step=0)
     )
-    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
+    torch.set_num_threads(config.run.threads or max(1, usable_cores() // world.local_size))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_flush_denormal(True)
     device = device_here(config.model.device, config.model.dtype)

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import functools
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +23,7 @@ from paced_fast import checkpoint, memory, metrics, prompts, tasks, weight_sync
 from paced_fast.batch import PromptTable
 from paced_fast.config import Config, ModelConfig, flatten, stream_seed
 from paced_fast.devices import require_float32_products
-from paced_fast.distributed import ALONE, World, joined
+from paced_fast.distributed import ALONE, World, joined, usable_cores
 from paced_fast.engine import EngineSettings, require_head_size, require_pushable_experts, require_vllm
 from paced_fast.errors import InputError
 from paced_fast.evaluate import load_config
@@ -80,7 +79,7 @@ def build(
     Of several ranks the lead makes the folder and the first weights, which the others read from it. With `replay` the
     rollouts of a run that was recorded take the place of sampling. The lead takes the `lock`; the caller ends it.
     """
-    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
+    torch.set_num_threads(config.run.threads or max(1, usable_cores() // world.local_size))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     if (config.model.device, config.model.dtype) == ("cpu", "float32"):
         require_float32_products()

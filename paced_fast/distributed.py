@@ -134,6 +134,13 @@ _patient: dict[int, Any] = {}
 """The group of gloo in which ranks wait for the lead while it prepares what they share: a warm start takes hours."""
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on: fewer than the machine has under taskset, containers and batch systems."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def start(device: str, timeout_seconds: float) -> World:
     """Join the processes that torchrun started, or be alone where it started none.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from rich.console import Console
 from paced_fast import display, memory, roofline
 from paced_fast.config import Config, flatten
 from paced_fast.devices import DEVICES, Device, device_here, device_named
+from paced_fast.distributed import usable_cores
 from paced_fast.errors import InputError
 from paced_fast.families import planned
 from paced_fast.policy import adapt
@@ -58,7 +58,7 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
     config = _assume_generator(config, device, notes)
     check_engine_ranks(config, ranks)
     torch.set_float32_matmul_precision(config.model.matmul_precision)
-    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    torch.set_num_threads(config.run.threads or usable_cores())
     chip = _device(config, device, notes)
     settings = model_settings(config.model, len(SIGNED_SUMS_ALPHABET))
     config = planned(config, settings)

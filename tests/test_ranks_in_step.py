@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ranks import import_ahead, on_ranks
-from paced_fast import build, memory
+from paced_fast import build, distributed, memory
 from paced_fast.batch import Completion
 from paced_fast.config import Config, LoraConfig, WeightSyncConfig
 from paced_fast.distributed import World
@@ -248,3 +249,11 @@ def test_values_brought_up_to_date_are_the_leads_on_every_rank(tmp_path: Path) -
     config = tiny_run.config(rewards, run_dir=str(tmp_path / "run"), log_z__scored_per_step=7)
     for lead, other in on_ranks(2, drifting_heads, config):
         assert lead == other
+
+
+def test_cores_are_those_that_this_process_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    assert distributed.usable_cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert distributed.usable_cores() == 5
