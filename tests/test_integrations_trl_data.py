@@ -163,15 +163,6 @@ def test_a_weighted_mean_may_round(tmp_path: Path) -> None:
     assert made.state.global_step == 1
 
 
-def test_rewards_that_nobody_hands_on_are_missed(tmp_path: Path) -> None:
-    class Own(tiny_trl.Recorder):
-        def _calculate_rewards(self, inputs: Any, *rest: Any) -> torch.Tensor:
-            return torch.zeros(len(inputs), 1)
-
-    with pytest.raises(InputError, match=r"_calculate_rewards is overridden without a call of super"):
-        build(tmp_path, tiny_trl.data(), kind=Own).train()
-
-
 def with_extra(prompts: list[str], trainer: Any) -> dict[str, Any]:
     ids = [trainer.processing_class(p)["input_ids"] for p in prompts]
     made = [[2 + i % 9, 3, tiny_policy.STOP] for i in range(len(prompts))]

@@ -89,7 +89,6 @@ class PacedTrainer(GRPOTrainer):
         if remembers and not isinstance(rows, trl_data.Dataset):
             raise InputError("log_z='learned' and prompt_sampling='paced' need a train_dataset with a length")
         self.memory: PromptMemory | None = None
-        self._rewards_per_function: Tensor | None = None
         with plain_matrices() if args.use_vllm and args.vllm_mode == "colocate" else nullcontext():
             super().__init__(*given.args[1:], **given.kwargs)
         if remembers:
@@ -166,14 +165,6 @@ class PacedTrainer(GRPOTrainer):
 
     # ---- rewards: raw, with log Z beside them -----------------------------------------------------------------------
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        for name, column in zip(self.reward_func_names, per_function.unbind(1), strict=True):
-            if bool(column.isinf().any()):
-                raise InputError(f"reward function {name} returned an infinite reward: return None for no verdict")
-        self._rewards_per_function = per_function  # [processes * B, functions], NaN for no verdict
-        return per_function
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         index = None
         if self.memory is not None and self._mode == "train":
@@ -186,11 +177,9 @@ class PacedTrainer(GRPOTrainer):
             makes_prompts=self.environment_factories is not None,
             adds_fields=self.rollout_func is not None,
         )
-        self._rewards_per_function = None
-        output = super()._generate_and_score_completions(inputs)
-        per_function = self._rewards_per_function
-        if per_function is None:
-            raise InputError("_calculate_rewards is overridden without a call of super(): its rewards are not known")
+        with trl_data.kept_rewards(self) as kept:
+            output = super()._generate_and_score_completions(inputs)
+        per_function = kept[-1]  # [processes * B, functions], NaN for no verdict
         scored = ~per_function.isnan().all(1)
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
         group_size = int((self.num_generations if self._mode == "train" else self.num_generations_eval) or 1)
@@ -213,6 +202,7 @@ class PacedTrainer(GRPOTrainer):
             if found is not None:
                 self._metrics["train"]["tb/replayed"].append(float(found))
         output["num_trained"] = self.accelerator.reduce(output["weights"].sum(), reduction="sum")
+        output["made_advantages"] = output["advantages"].clone()
         return output
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
@@ -302,6 +292,11 @@ class PacedTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = self._mode
+        if not torch.equal(inputs["advantages"], inputs["made_advantages"]):
+            raise InputError(
+                "the advantages were changed after GRPOTrainer made them, and trajectory balance has none: change the "
+                "rewards in _calculate_rewards, or completion_mask to leave tokens out"
+            )
         mask = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
         weights = inputs["weights"]
         if "importance_sampling_ratio" in inputs:  # [B, 1], the trainer's policy against vLLM's
@@ -322,7 +317,8 @@ class PacedTrainer(GRPOTrainer):
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         old = inputs.get("old_per_token_logps")
         rows = Completions(inputs["completion_ids"], mask)
-        if self.head.way == FUSED:
+        used = getattr(self._get_per_token_logps_and_entropies, "__func__", None)
+        if self.head.way == FUSED and used is PacedTrainer._get_per_token_logps_and_entropies:  # else it has a say
 
             def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Balance:
                 return loss_from_hidden(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset as Rows
 
 from paced_fast.errors import InputError
@@ -92,6 +94,31 @@ def check_empty_prompts(options: dict[str, Any]) -> None:
             for number, prompt in enumerate(rows.with_format(None)["prompt"]):
                 if prompt == "":
                     raise InputError(f"row {number} of {label} has an empty prompt: leave such rows out")
+
+
+@contextmanager
+def kept_rewards(trainer: Any) -> Iterator[list[Tensor]]:
+    """What `trainer._calculate_rewards` returns meanwhile, whichever class of the trainer has the last word on it.
+
+    Raises:
+        InputError: in that call, for a reward that is infinite.
+    """
+    compute, own, kept = trainer._calculate_rewards, vars(trainer).get("_calculate_rewards"), []
+
+    def keeping(*args: Any, **options: Any) -> Tensor:
+        kept.append(compute(*args, **options))
+        for name, column in zip(trainer.reward_func_names, kept[-1].unbind(1), strict=True):
+            if bool(column.isinf().any()):
+                raise InputError(f"reward function {name} returned an infinite reward: return None for no verdict")
+        return kept[-1]
+
+    trainer._calculate_rewards = keeping
+    try:
+        yield kept
+    finally:
+        del trainer._calculate_rewards
+        if own is not None:
+            trainer._calculate_rewards = own
 
 
 def check_tokens(prompts: Iterable[Any], prompt_ids: Iterable[Sequence[int]]) -> None:
