@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import logging
+import queue
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,25 +25,89 @@ WANDB_FILE = "wandb.json"
 
 _MOST_DOUBLINGS = 7
 
+_SECONDS = 300.0  # far above what a sink takes: wandb itself waits 90 s for its server
+
 _SINK_MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 
 
 def require_sinks(names: Sequence[str]) -> None:
     """Raises InputError when the package of a sink is not installed; imports none of them."""
     for name in names:
-        if name not in _SINK_MODULES:
-            raise InputError(f"unknown metrics sink {name!r}: choose from {', '.join(_SINK_MODULES)}")
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"metrics sink {name!r} is not installed: pip install 'paced-fast[{name}]'")
+        _require_known(name)
+        if not _is_installed(name):
+            raise _not_installed(name)
+
+
+def _require_known(name: str) -> None:
+    if name not in _SINK_MODULES:
+        raise InputError(f"unknown metrics sink {name!r}: choose from {', '.join(_SINK_MODULES)}")
+
+
+def _is_installed(name: str) -> bool:
+    """Whether there is such a package; a mere folder of that name, as wandb leaves one behind, can be imported too."""
+    found = importlib.util.find_spec(name)
+    return found is not None and getattr(found, "origin", "") is not None
+
+
+def _not_installed(name: str) -> InputError:
+    return InputError(f"metrics sink {name!r} is not installed: pip install 'paced-fast[{name}]'")
 
 
 def _module(name: str) -> Any:
-    if name not in _SINK_MODULES:
-        raise InputError(f"unknown metrics sink {name!r}: choose from {', '.join(_SINK_MODULES)}")
+    _require_known(name)
     try:
-        return importlib.import_module(_SINK_MODULES[name])
-    except ImportError as error:
-        raise InputError(f"metrics sink {name!r} is not installed: pip install 'paced-fast[{name}]'") from error
+        module = importlib.import_module(_SINK_MODULES[name])
+    except Exception as error:  # of a package that is not ours, and of versions that do not go together
+        if isinstance(error, ModuleNotFoundError) and not _is_installed(name):
+            raise _not_installed(name) from error
+        raise InputError(
+            f"metrics sink {name!r} cannot be imported ({_line(error)}): install versions that go together with "
+            f"pip install --upgrade 'paced-fast[{name}]', or leave it out of run.loggers"
+        ) from error
+    if getattr(module, "__file__", "") is None:
+        raise _not_installed(name)
+    return module
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+class _Caller:
+    """Makes calls in a thread of its own, one after the other, and waits for each so long and no longer."""
+
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._is_busy = False
+        threading.Thread(target=self._work, name="logger", daemon=True).start()  # a hung one must not hold the exit up
+
+    def _work(self) -> None:
+        while True:
+            act = self._asked.get()
+            try:
+                act()
+                answer = None
+            except Exception as error:  # handed over to whoever asked
+                answer = error
+            self._answers.put(answer)
+
+    def call(self, act: Callable[[], object], seconds: float) -> None:
+        """Raises what `act` raises, and TimeoutError when it or the call before it does not return."""
+        if self._is_busy:
+            try:
+                self._answers.get_nowait()
+            except queue.Empty:
+                raise TimeoutError("the call before has not returned") from None
+        self._asked.put(act)
+        self._is_busy = True
+        try:
+            answer = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError(f"no return within {seconds:g} s") from None
+        self._is_busy = False
+        if answer is not None:
+            raise answer
 
 
 class Logger:
@@ -52,6 +119,7 @@ class Logger:
         Raises InputError for an unknown sink, or naming the extra to install when its package is missing.
         """
         self._name, self._module, self._run_dir, self._config = name, _module(name), run_dir, config
+        self._caller = _Caller()
         self._sink: Sink | None = None
         self._failures = self._skipping = 0
 
@@ -77,19 +145,18 @@ class Logger:
         return self._sink
 
     def _try(self, act: Callable[[], object]) -> None:
-        try:
+        def opened() -> None:
             self._opened()
             act()
+
+        try:
+            self._caller.call(opened, _SECONDS)
         except Exception as error:  # of a package that is not ours, and of its network
             self._skipping = 1 << min(self._failures, _MOST_DOUBLINGS)
             self._failures += 1
             if self._failures == 1:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                logger.warning(
-                    "logger %s failed (%s): the run goes on without it, and tries it again now and then",
-                    self._name,
-                    reason,
-                )
+                told = "logger %s failed (%s): the run goes on without it, and tries it again now and then"
+                logger.warning(told, self._name, _line(error))
             return
         if self._failures:
             logger.warning("logger %s works again: %d attempts had failed", self._name, self._failures)
@@ -100,6 +167,9 @@ def _open_sink(name: str, module: Any, run_dir: Path, config: object) -> Sink:
     if name == "wandb":
         known = run_dir / WANDB_FILE
         same = _known_run(known)
+        if same and not _takes(module.init, "resume"):
+            logger.warning("this version of wandb cannot go on with a run: it begins another one there")
+            same = {}
         run = module.init(project="paced_fast", name=run_dir.name, dir=str(run_dir), config=config, **same)
         if not same:
             _remember(known, str(getattr(run, "id", "")))
@@ -111,6 +181,14 @@ def _open_sink(name: str, module: Any, run_dir: Path, config: object) -> Sink:
             writer.add_scalar(key, value, step)
 
     return log, writer.close
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # not to be read: then it is asked
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _remember(path: Path, name: str) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import logging
 import os
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import steady
 import tiny_policy
 from tiny_run import config, quiet, write_rewards
 
-from paced_fast import journal, metrics, train
+from paced_fast import journal, loggers, metrics, train
+from paced_fast.errors import InputError
 from paced_fast.journal import Journal
 
 
@@ -84,6 +88,97 @@ def test_a_logger_that_does_not_close_is_told(wandb: Wandb, tmp_path: Path, capl
     wandb.failing = {"finish"}
     metrics.MetricsWriter(tmp_path, sinks=["wandb"]).close()
     assert [told[:34] for told in warnings(caplog)] == ["logger wandb failed (ConnectionErr"]
+
+
+@pytest.mark.parametrize("name", ["init", "log", "finish"])
+def test_a_logger_that_does_not_return_is_left_behind(
+    wandb: Wandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    is_over = threading.Event()
+
+    def hang(*_: Any, **given: Any) -> Any:
+        wandb.asked.append((name, given))
+        is_over.wait()
+        return wandb
+
+    def limit(call: str) -> None:
+        monkeypatch.setattr(loggers, "_SECONDS", 0.05 if call == name else 60.0)
+
+    monkeypatch.setattr(wandb, name, hang)
+    limit("init")
+    writer = metrics.MetricsWriter(tmp_path, sinks=["wandb"])
+    limit("log")
+    for step in range(1, 5):
+        writer.write({"step": step, "loss": 1.0})
+    limit("finish")
+    writer.close()
+    assert warnings(caplog)[0].startswith("logger wandb failed (TimeoutError: no return within 0.05 s): the run goes")
+    assert wandb.count(name) == 1, "nothing is asked of it beside a call that has not returned"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    is_over.set()
+
+
+def test_a_logger_that_returns_late_is_asked_again(
+    wandb: Wandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    is_over = threading.Event()
+    log = wandb.log
+
+    def late(scalars: dict[str, float], step: int) -> None:
+        is_over.wait()
+        log(scalars, step)
+
+    monkeypatch.setattr(loggers, "_SECONDS", 0.05)
+    made = loggers.Logger("wandb", tmp_path, {})
+    made.open()
+    monkeypatch.setattr(wandb, "log", late)
+    made.log({"loss": 1.0}, 1)
+    is_over.set()
+    monkeypatch.setattr(loggers, "_SECONDS", 60.0)
+    steady.wait_for(lambda: ("log", 1) in wandb.asked)
+    for step in range(2, 9):
+        made.log({"loss": 1.0}, step)
+    assert ("log", 8) in wandb.asked
+    assert warnings(caplog)[1].startswith("logger wandb works again: ")
+
+
+def test_a_wandb_that_cannot_go_on_with_a_run_begins_another(
+    wandb: Wandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    init = wandb.init
+
+    def old(project: str, name: str, dir: str, config: object) -> Any:
+        return init(project=project, name=name, dir=dir, config=config)
+
+    metrics.MetricsWriter(tmp_path, sinks=["wandb"]).close()
+    monkeypatch.setattr(wandb, "init", old)
+    wandb.id = "run-2"
+    metrics.MetricsWriter(tmp_path, sinks=["wandb"]).close()
+    assert warnings(caplog) == ["this version of wandb cannot go on with a run: it begins another one there"]
+    assert json.loads((tmp_path / "wandb.json").read_text()) == {"id": "run-2"}
+
+
+def test_a_folder_of_its_name_is_no_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    (tmp_path / "wandb").mkdir()  # where wandb leaves its files, beside the program that is started
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert importlib.util.find_spec("wandb") is not None
+    try:
+        for ask in (lambda: metrics.require_sinks(["wandb"]), lambda: metrics.MetricsWriter(tmp_path, sinks=["wandb"])):
+            with pytest.raises(InputError, match=r"^metrics sink 'wandb' is not installed: pip install"):
+                ask()
+    finally:
+        sys.modules.pop("wandb", None)
+
+
+def test_a_package_that_breaks_when_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text("raise TypeError('Descriptors cannot be\\ncreated directly')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(InputError, match=r"'wandb' cannot be imported \(TypeError: Descriptors cannot be created"):
+        metrics.MetricsWriter(tmp_path, sinks=["wandb"])
 
 
 def test_tensorboard_that_fails_is_told_by_its_name(
