@@ -207,8 +207,11 @@ class ParquetRows:
         return row
 
 
+_OF_SAVE_TO_DISK = ("state.json", "dataset_dict.json")
+
+
 class HubRows:
-    """Rows of a data set of the Hugging Face hub, which lie on disk until they are asked for."""
+    """Rows of a data set of the hub, or of a folder that datasets wrote; they lie on disk until they are asked for."""
 
     def __init__(self, source: Source) -> None:
         try:
@@ -218,9 +221,16 @@ class HubRows:
                 f"hf:{source.name} needs datasets: install the extra, pip install 'paced-fast[data]'"
             ) from error
         self.name, split = source.name, source.split or "train"
-        _ask_hub(source.name)
+        is_saved = any(Path(self.name, name).is_file() for name in _OF_SAVE_TO_DISK)
+        if not is_saved:
+            _ask_hub(source.name)
         try:
-            self._rows: Any = datasets.load_dataset(source.name, source.config, split=split)
+            if is_saved:
+                self._rows: Any = _saved_rows(datasets.load_from_disk(self.name), source)
+            else:
+                self._rows = datasets.load_dataset(source.name, source.config, split=split)
+        except InputError:
+            raise
         except Exception as error:  # the hub client fails in many ways
             reason = " ".join(str(error).split())[:200]
             kind = type(error).__name__
@@ -240,6 +250,20 @@ class HubRows:
     def decode(self, where: str, raw: Any) -> Row:
         """The row of that number."""
         return dict(self._rows[raw])
+
+
+def _saved_rows(found: Any, source: Source) -> Any:
+    """The rows of what `save_to_disk` of datasets wrote: a table, or a table for each split."""
+    if source.config is not None:
+        raise InputError(f"hf:{source.name} was written by save_to_disk and has no configurations: leave config out")
+    if not isinstance(found, dict):
+        if source.split is not None:
+            raise InputError(f"hf:{source.name} is one table that save_to_disk wrote, without splits: leave split out")
+        return found
+    split = source.split or "train"
+    if split not in found:
+        raise InputError(f"hf:{source.name} has no split {split!r}: choose split from {', '.join(found)}")
+    return found[split]
 
 
 def _ask_hub(name: str) -> None:
