@@ -50,8 +50,28 @@ _VERBS = (
     r"|leads|implies|fails|gives|yields)\b)"
 )
 _UNIT = re.compile(
-    rf"(?<=[0-9])(?:\s*\\text\{{{_CHANGES}[A-Za-z ]+\}}|\s+{_CHANGES}{_VERBS}[A-Za-z]{{3,}}[A-Za-z ]*"
+    rf"(?:(?<=[0-9])|(?<=\\pi))(?:\s*\\text\{{{_CHANGES}[A-Za-z ]+\}}|\s+{_CHANGES}{_VERBS}[A-Za-z]{{3,}}[A-Za-z ]*"
     r"|\s+(?:km|mi|m|ft|cm|kg|g)/(?:h|hr|s|min|L|m))$"
+)
+_HALF_DAY = re.compile(r"(?<=[0-9])\s*(?:\\text\s*\{\s*)?([AaPp])\.?\s*[Mm]\b\.?\s*\}?$")
+TIME = re.compile(r"[0-9]{1,2}(?::[0-9]{2})? [ap]m")
+"""A time of day, tidied."""
+_LETTER = re.compile(r"\(?[A-J]\)?")
+_LETTERED = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s))\s*(?!.*(?<![A-Za-z])[A-J]\))(?![,;&/]|(?:or|and)\b)\S.*")
+DATE = re.compile(
+    r"(?:Jan|Feb|Mar|Apr|May|June?|July?|Aug|Sept?|Oct|Nov|Dec)[a-z]*\.? [0-9]{1,2}(?:st|nd|rd|th)?(?:,? [0-9]{4})?"
+)
+_LENGTH = re.compile(
+    r"(?<=[0-9])\s+(?:(?:sq|cu)\.? )?(?:m|g|L|h|s|ft|in|cm|mm|km|kg|lbs?|oz|mi|yd|hrs?|min)"
+    r"(?:\s?\^?\{?[23]\}?|\u00b2|\u00b3)?\.?$"
+)
+_SUM_OF_NAMES = re.compile(r"(?:[0-9A-Za-z+*^{}()| -]|\\cdot(?![A-Za-z]))+")
+# What has a name of its own: f(3), a_{10}, AB, |z|^2, \angle ABC, [ABC], P(A), \cos\theta.
+_QUANTITY = re.compile(
+    r"[A-Za-z]\s*\([-0-9]+\)|[A-Za-z]_(?:[0-9]|\{[0-9A-Za-z]+\})|[A-Z]{2,4}(?:\^2)?|\|[zw](?:_[0-9])?\|(?:\^2)?"
+    r"|(?:m\s*)?\\(?:angle|measuredangle|triangle)\s*[A-Z]{1,3}|\[[A-Z]{3,6}\]|P\s*\([A-Z]\)|[0-9]+\s*[A-Z]{2}"
+    r"|\\(?:overline|underline|overrightarrow)\s*\{\s*\w{2,}\s*\}"
+    r"|\\(?:sin|cos|tan)\s*(?:\\(?:theta|alpha|beta|angle\s*[A-Z]{1,3})|\(?[A-Z]\)?)"
 )
 _OPENING = re.compile(r"(\\[{}]|[][(){}])")
 
@@ -115,6 +135,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\(?:left|right|displaystyle)\b|\\[!,;: ]|\\?\$", "", text).strip()
     text = text.replace("\N{MINUS SIGN}", "-").removesuffix(".").strip()
     text = re.sub(r"^[A-Za-z]\s*=\s*", "", text)
+    text = _HALF_DAY.sub(lambda match: f" {match[1].lower()}m", text)
     text = _UNIT.sub("", text)
     text = re.sub(r"(?<=[0-9}])\s*\\?%$", "", text)
     if re.fullmatch(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", text):
@@ -123,9 +144,39 @@ def tidy(text: str) -> str:
     return wrapped[1].strip() if wrapped else text
 
 
+def value_of_quantity(text: str) -> str:
+    """The value in an equation that gives a sum of names, or a quantity with a name of its own; "" in another text.
+
+    One unknown does not count: `2x = 6` is still to be solved, and `y = x + 1` is a line.
+    """
+    left, *right = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text.strip().strip("$")).split("=")
+    if len(right) != 1 or len(left) > 60 or not re.search(r"[0-9]|\\[a-z]", right[0]):
+        return ""
+    left = left.strip()
+    names = set(re.findall("[A-Za-z]", left.replace("\\cdot", "")))
+    is_sum = len(names) > 1 and _SUM_OF_NAMES.fullmatch(left) and not re.search("[A-Za-z]{3}", left)
+    is_known = not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", right[0]))
+    return right[0].strip() if is_known and (is_sum or _QUANTITY.fullmatch(left)) else ""
+
+
+def in_form(answer: str, gold: str) -> str:
+    """The answer without what its gold leaves out: the name of a quantity, the words of a choice, the base ten."""
+    bare = tidy(gold)
+    if _LETTER.fullmatch(bare) and (lettered := _LETTERED.fullmatch(answer.strip())):
+        return lettered[1]
+    if whole_number(bare) is not None:
+        answer = _LENGTH.sub("", answer)
+    if "_" not in bare:
+        answer = re.sub(r"(?<=[0-9])_(?:10|\{\s*10\s*\})(?=\$?$)", "", answer)
+    if "=" in gold or "=" not in answer:
+        return answer
+    named = re.fullmatch(r"\(([a-z],\s*)+[a-z]\)\s*=\s*(\(.*\))", answer.strip())
+    return named[2] if named else value_of_quantity(answer) or answer
+
+
 def has_words(text: str) -> bool:
     """Whether something other than a LaTeX command has three letters in a row."""
-    return re.search(r"[A-Za-z]{3,}", re.sub(r"\\[A-Za-z]+", " ", text)) is not None
+    return re.search(r"[A-Za-z]{3,}", re.sub(r"\\(?:begin|end)\{[a-z]*\}|\\[A-Za-z]+", " ", text)) is not None
 
 
 def is_one_value(answer: str, gold: str) -> bool:

@@ -12,7 +12,7 @@ import re
 from typing import NamedTuple
 
 from paced_fast.rewards import phrases
-from paced_fast.rewards.answers import MAX_CHARACTERS, braced, has_words, tidy
+from paced_fast.rewards.answers import DATE, MAX_CHARACTERS, braced, has_words, tidy, value_of_quantity
 
 _MAX_BOXES = 20
 _TAIL_CHARACTERS = 4000
@@ -22,12 +22,13 @@ _JOINED = re.compile(r"(?:[\s$,;&/]|\\[()\[\]]|\\q?quad|\\text\s*\{\s*(?:and|or)
 _COMMANDS = re.compile(r"\\[A-Za-z]+")
 _PLAIN_NUMBER = re.compile(r"[-+]?[0-9][0-9.,/]*")
 _LONE_DOLLAR = re.compile(r"\\[()\[\]](?!\d+pt)|\$\$|(?<!\\)\$(?=\s*$)")
+_TUPLE = re.compile(r"[(\[][-+0-9., /]{3,40}[)\]]")
 _GAP = re.compile(r"[\s*_`:=>\uff1a]*")
 
 
 def final_answer(text: str) -> str:
     """What a completion commits to, "" for nothing; all of a text of one line that says nothing else."""
-    text = _spoken(text).rstrip()
+    text = phrases.ANNOTATION.sub("", _spoken(text)).rstrip()
     while found := phrases.SPECIAL.search(text, max(0, len(text) - 50)):
         text = text[: found.start()].rstrip()
     rest = text
@@ -43,7 +44,7 @@ def final_answer(text: str) -> str:
     found = _marked(rest)
     if found is not None:
         answer, follows = found
-        if _is_bare(answer) or not answer:
+        if _is_bare(answer) or not answer or DATE.fullmatch(answer):
             return answer
         concluded = _concluded(follows)
         return concluded or answer
@@ -158,7 +159,8 @@ def _said(text: str, begin: int, end: int) -> tuple[int, str] | None:
     sentence, stop = _sentence(text, end)
     if "?" in text[stop - 1 : stop + 2] or not sentence.strip():
         return None
-    return stop, _value(sentence)
+    alone = _undressed(sentence)
+    return stop, alone if DATE.fullmatch(alone) else _value(sentence)
 
 
 def _sentence(text: str, begin: int) -> tuple[str, int]:
@@ -228,12 +230,15 @@ def _only_value(sentence: str) -> str:
             plain, chunk.end("math" if chunk["math"] else "number")
         ):
             return ""
+        if phrases.OF_ANOTHER.search(plain[: chunk.start()]):
+            return ""
         answer = _reduced(_undressed(chunk["math"] or chunk["number"]))
-        return answer if _is_bare(answer) else ""
+        return answer if _is_bare(answer) else value_of_quantity(answer)
     if len(phrases.STATED.findall(plain)) > 1 and re.search(r"[,;]|\b(?:and|or)\b", plain):
         return ""
     ending = _undressed(phrases.COPULA.sub("", plain.rstrip().rstrip(".!"), count=1))
-    return ending if len(list(phrases.CHUNK.finditer(ending))) == 1 and _is_bare(ending) else ""
+    is_one = len(list(phrases.CHUNK.finditer(ending))) == 1 or _TUPLE.fullmatch(ending)
+    return ending if is_one and _is_bare(ending) else ""
 
 
 def _concluded(text: str) -> str:
@@ -243,10 +248,15 @@ def _concluded(text: str) -> str:
     if not lines:
         return ""
     line, before = lines[-1], lines[-2] if len(lines) > 1 else ""
+    choice = phrases.CHOICE.fullmatch(line)
+    if choice and choice[1].isupper():
+        return "" if phrases.CHOICE.fullmatch(before) else _undressed(line)
     alone = _reduced(_undressed(line))
-    if _is_value(alone):
+    if _is_value(alone) and not phrases.SETS_OUT.search(_COMMANDS.sub("", line)):
         previous = tidy(_undressed(before))
         return "" if _PLAIN_NUMBER.fullmatch(previous) and previous != tidy(alone) and line[:1] != "=" else alone
+    if not re.search("[0-9]", line) and len(alone.split()) < 4 and phrases.STRESSED.fullmatch(line.strip(" .!")):
+        return alone
     label = phrases.LABEL.match(line)
     if (
         label
@@ -264,9 +274,53 @@ def _concluded(text: str) -> str:
         return answer
     if last.rstrip().endswith("?") or phrases.DOUBT.search(last) or phrases.SETS_OUT.search(last):
         return ""
-    if phrases.CONCLUDES.match(last) or phrases.NAMES_RESULT.match(last) or phrases.STRESSED.search(last):
-        return _only_value(last)
-    return ""
+    return _stated(last)
+
+
+def _stated(sentence: str) -> str:
+    """The value that a closing sentence concludes with, states or works out, "" where it does not."""
+    states = phrases.CONCLUDES.match(sentence) or phrases.NAMES_RESULT.match(sentence) or phrases.STATES.match(sentence)
+    if states and (listed := phrases.LISTED.search(sentence)):
+        values = [_undressed(one) for one in re.split(r",|\band\b|\bor\b", listed[1]) if one.strip()]
+        if all(_is_value(one) for one in values):
+            return ", ".join(values)
+    is_last = phrases.STRESSED.search(sentence) or phrases.AT_LAST.search(sentence)
+    if (states or is_last) and (found := _only_value(sentence)):
+        return found
+    if found := _stressed(sentence):
+        return found
+    clause = list(phrases.CLAUSE.finditer(sentence))
+    if clause and (found := _only_value(sentence[clause[-1].end() :])):
+        return found
+    if found := _worked_out(sentence):
+        return found
+    word = phrases.IN_WORDS.search(sentence) if states and not re.search("[0-9$]", sentence) else None
+    return word[1] if word else ""
+
+
+def _stressed(sentence: str) -> str:
+    """The only value in stress, among others that are not: `**$64** for the 16 glasses`."""
+    pieces = [one for one in phrases.STRESSED.finditer(sentence) if re.search("[0-9]", one[2])]
+    if len(pieces) != 1 or phrases.STATED.search(phrases.STRESSED.sub("", sentence)):
+        return ""
+    value, after = _reduced(_undressed(pieces[0][2])), sentence[pieces[0].end() :]
+    word = re.match(r"\s*[A-Za-z]+", after)
+    is_changed = phrases.SUBJECT.match(after) or (word and phrases.CHANGES.match(word[0]))
+    if is_changed or phrases.OF_ANOTHER.search(sentence[: pieces[0].start()]):
+        return ""
+    return value if _is_value(value) else ""
+
+
+def _worked_out(sentence: str) -> str:
+    """The value of the only calculation of a sentence, `they had 70 + 3 = 73 birds`, "" where there is none."""
+    first, *others = phrases.STRESSED.sub(r"\2", sentence).split("=")
+    if (
+        not others
+        or not re.search("[0-9]", first)
+        or any(re.search("[A-Za-z]{2}", _COMMANDS.sub("", one)) for one in others[:-1])
+    ):
+        return ""
+    return _only_value(others[-1])
 
 
 def _joined_lines(text: str) -> list[str]:

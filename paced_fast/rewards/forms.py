@@ -38,7 +38,7 @@ _SLIPS = tuple(
         r"[0-9]\s*\}?\s*_",
         r"(?<![A-Za-z\\])[A-Za-z]\s*[0-9]+(?![0-9]|\s*\^)",  # x1; n2^n is a product
         r"[0-9]\s*!\s*[A-Za-z]",
-        r"\\(?:mid|setminus|mathbb|lor|land)(?![A-Za-z])",
+        r"\\(?:mid|setminus|mathbb|lor|land|neg|lnot)(?![A-Za-z])",
         r"(?<=.)\\emptyset|\\emptyset(?=.)",
         r"^[^|]*\|(?:[^|]*\|[^|]*\|)*[^|]*$",  # a bar that nothing closes
         r"(?:[-+*/^_,;=<>]|\\(?:times|cdot|pm|div|log|ln|frac|sqrt|sin|cos|tan)(?:_\{\w*\})?)\s*$",

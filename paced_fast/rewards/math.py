@@ -30,7 +30,7 @@ from typing import Any
 from paced_fast.config import RewardConfig
 from paced_fast.errors import InputError
 from paced_fast.rewards import forms
-from paced_fast.rewards.answers import boxes, has_words, is_absurd, is_one_value, key_text, tidy
+from paced_fast.rewards.answers import TIME, boxes, has_words, in_form, is_absurd, is_one_value, key_text, tidy
 from paced_fast.rewards.endings import final_answer
 from paced_fast.rewards.notation import spelled
 from paced_fast.rewards.pool import WorkerPool
@@ -160,9 +160,13 @@ def _gold(answer: Any) -> str:
 
 def _decide(gold: str, answer: str) -> str | Request:
     """The verdict of `math`, or what to ask a worker: whether either way to compare finds the two equal."""
+    answer = in_form(answer, gold)
     strictly = _decide_strictly(gold, answer)
     if strictly in ("right", "absurd", "no_answer"):
         return strictly
+    times = [tidy(one) for one in (gold, answer)]
+    if all(map(TIME.fullmatch, times)):
+        return "right" if times[0] == times[1] else "wrong"
     trees = None if isinstance(strictly, str) else strictly[0]
     if _is_settled(gold, answer):
         return [trees, None] if trees else "wrong"
@@ -193,6 +197,8 @@ def _is_settled(gold: str, answer: str) -> bool:
         return True
     kinds = tree[0], answered[0]
     if kinds[0] == kinds[1] and kinds[0] in ("base", "ratio", "relation"):
+        return True
+    if kinds == ("number", "base"):
         return True
     if "set" in kinds and set(kinds) & forms.INTERVALS:
         return True

@@ -82,6 +82,7 @@ _NAMES = (
     ),
     (re.compile(rf"(?:{_WRAPPED}|\{{\s*\\rm\s+)([ei])\s*\}}"), r" \1 "),
     (re.compile(rf"{_WRAPPED}d\s*\}}(?=\s*[a-z])"), "d"),
+    (re.compile(r"(?<=[0-9]) ?[xX] ?(?=10\s*\^)"), r"\\times "),
 )
 _DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
 _TRIGONOMETRIC = re.compile(

@@ -25,9 +25,10 @@ _LINKS = _any(r"""
     (?:finale |final |correcta |correcte )?(?:est|es|ist|lautet|\u00e8|\u00e9)
 """)
 MARK = re.compile(
-    rf"(?<![A-Za-z])(?:{_NOUNS}|(?:final|end) result){_STRESS}(?:\([^()\n]{{1,40}}\))?"
+    rf"(?<![A-Za-z])(?:{_NOUNS}|(?:final|end) result|(?:correct|right|best) (?:option|choice))"
+    rf"{_STRESS}(?:\([^()\n]{{1,40}}\))?"
     rf"(?: (?:to|for|of|in|we|you|I|that|here)\b[a-z()' ]{{0,40}}?)?(?: finale| final)?,?{_STRESS}"
-    r"(?:[:=\uff1a\u2192\u21d2]|\.(?=\s*[0-9$\\])"
+    r"(?:[:=\uff1a\u2192\u21d2]|\.(?=\s*[0-9$\\])|-(?=\s[0-9$\\])"
     rf"|(?:,? ?(?:therefore|thus|then|hence),?)?(?<=[\s*_)`,]){_LINKS}(?![A-Za-z])"
     r"|[\u662f\u4e3a\u70ba\u306f\uc740\ub294])",
     re.IGNORECASE,
@@ -63,7 +64,7 @@ BLOCK = re.compile(
 """A displayed formula or block of code."""
 ALIGNED = re.compile(r"\\(?:begin|end)\{(?:align|gather|split|equation)(?:ed)?\*?\}")
 CHUNK = re.compile(
-    rf"(?P<math>{MATH})|(?P<number>(?<![\w.^_])[-+]?(?:\\?\$)?\s?[0-9][0-9,]*(?:\.[0-9]+)?(?:\s*[/:]\s*[0-9]+)?(?:\s*\\?%)?)"
+    rf"(?P<math>{MATH})|(?P<number>(?<![\w.^_])[-+]?(?:\\?\$)?\s?[0-9][0-9,]*(?:\.[0-9]+)?(?:\s*[/:]\s*[0-9]+)?(?:\s*\\?%|[\u00b0\u03c0]|\s?[AaPp]\.?[Mm]\b)?)"
     r"(?P<after>\s*[A-Za-z]+)?"
 )
 """A formula or number in a sentence, and the word after a number."""
@@ -77,7 +78,7 @@ SMALL_WORDS = re.compile(r"(?<![A-Za-z\\{])(?:as|so|by|if|is|it|we|in|of|to|at|o
 
 _FILLING = _any(r"""
     therefore|thus|then|hence|so|simply|just|exactly|indeed|clearly|that|found to be|given by|equal to|equals?
-    we (?:get|have)|final answer
+    we (?:get|have)|final answer|(?:the )?(?:option|choice)
 """)
 FILLER = re.compile(
     r"^(?:[\s:=,*_`>]+|\\(?:therefore|implies|Rightarrow|displaystyle)(?![A-Za-z])"
@@ -96,14 +97,17 @@ REMARK = re.compile(
 )
 """After a value, and no part of it."""
 _DOUBTS = _any(r"""
-    maybe|perhaps|possibly|might|may|could|can|either|guess(?:es|ing)?|unsure|uncertain|not|no|never|cannot|neither|nor
-    unless|if|suppose|assum\w+|unknown|try|wrong|incorrect|more|less|fewer|least|most|between|about|around|before|than
+    maybe|perhaps|possibly|might|(?-i:may)|could|can|either|guess(?:es|ing)?|unsure|uncertain|not|no|never
+    cannot|neither|nor|unless|if|suppose|assum\w+|unknown|try|wrong|incorrect|(?<![0-9*$] )more
+    less|fewer|least|most|between|about|around|before|than
     approximately|roughly|negative|minus|plus|twice|half|wait|alternatively|or|except
 """)
 DOUBT = re.compile(rf"\b{_DOUBTS}\b|n't\b|\?", re.IGNORECASE)
 """Makes the only number of a sentence something else than its value."""
 QUESTION = re.compile(
-    r"\b(?:maybe|perhaps|possibly|what|if|whether|not|isn't|is the|could the|would the)\b", re.IGNORECASE
+    r"\b(?:maybe|perhaps|possibly|what|if|whether|not|isn't|is the|could the|would the|suppos\w+|assum\w+|guess"
+    r"|imagine|doubt|say)\b",
+    re.IGNORECASE,
 )
 """Before "the answer is" in its sentence: none is given."""
 UNFINISHED = re.compile(
@@ -165,14 +169,15 @@ NAMES_RESULT = re.compile(
 )
 _BEGINNINGS = _any(r"""
     reject|discard|exclude|eliminate|skip|contradiction|impossible|need|want|must|let|let's|consider|compute|calculate
-    check|go|goes|proceed|start|begin|step|case|equation|eq|page|problem|question|part|figure|theorem|lemma|example
-    exercise|section|option|first|second|next
+    check|go|goes|proceed|start|begin|step|case|equation(?! (?:is|of|for|we))|eq
+    page|problem|question|part|figure|theorem|lemma|example
+    bound|exercise|section|option|first|second|next|to (?:solve|find|show|prove|verify|add|subtract|multiply|divide)
 """)
 SETS_OUT = re.compile(rf"\b{_BEGINNINGS}\b", re.IGNORECASE)
 """What a sentence with a number in it may be about instead of the answer."""
 _OTHER_LABELS = _any(r"""
     step|case|part|option|problem|question|note|example|equation|method|check|hint|guess|estimate|date|time|page
-    possible|approximate
+    possible|approximate|options|choices|candidates|guesses|cases|steps|notes|examples
 """)
 LABEL = re.compile(
     rf"^\W*(?:(?!{_OTHER_LABELS}\b)[A-Za-z][A-Za-z ]{{1,40}}:"
@@ -184,4 +189,35 @@ COPULA = re.compile(
     r"^.*(?:\b's|\b(?:is|are|equals?|gives?|get|have|be|to|obtain|find|yields?|that|means)|=)\s*(?=\S)", re.DOTALL
 )
 STATED = re.compile(r"(?:=|\b(?:is|are|equals))\s*[$\\(\[\s]*[-+]?[0-9]")
-IS_ANSWER = re.compile(r"\W*(.{1,100}?) is (?:the|our|my) (?:final |correct |right )?answer\W*", re.IGNORECASE)
+IS_ANSWER = re.compile(
+    r"\W*(.{1,100}?) is (?:the|our|my) (?:final |correct |right |only )?(?:answer|solution)\W*", re.IGNORECASE
+)
+_UNSETTLED = r"(?!.*\b(?:first|second|next|previous|other|each|step|case|initial|original|last|wrong|bound)\b)"
+STATES = re.compile(
+    rf"^\W*(?:The|Our|Its)\b{_UNSETTLED}.*\b(?:is|are|equals?)\s+[*$\\(\[{{]*[-+0-9$\\(\[{{A-Za-z]\w{{0,1}}(?![a-z])"
+)
+"""`The area of the circle is 9`: what is said of a thing is its value."""
+AT_LAST = re.compile(
+    r"\b(?:left(?! (?:at|for|the|from|to|in|by)\b)|in total|altogether|in all|remaining)\b", re.IGNORECASE
+)
+"""A count of what there is in the end."""
+CLAUSE = re.compile(r"[,;:]\s*(?:and )?(?:so|thus|hence|therefore|which means|leaving|giving|making)\b(?! that\b)")
+"""Before the conclusion of a sentence that begins with its reasons."""
+LISTED = re.compile(
+    r"\b(?:solutions|roots|zeros|zeroes|values|integers|numbers|primes|pairs|points|intercepts)\b[^=]{0,60}?\bare\s+(.+)$",
+    re.DOTALL,
+)
+CHOICE = re.compile(r"\W*(?:option |choice )?\(?([A-J])(?:\)?\W*|[).:]\s.*)", re.IGNORECASE)
+"""A line that names a choice and nothing else."""
+IN_WORDS = re.compile(r"\b(?:is|are)\s+[*_]*(?:(?:on|an?|the|called|option|choice) )?([A-Za-z]+)[.!*\s]*$")
+"""`So the day is Monday`."""
+ANNOTATION = re.compile(r"<<[^<>\n]{1,200}>>")
+"""What a calculator was asked, as in the solutions of GSM8K."""
+OF_ANOTHER = re.compile(
+    r"\b(?:squares?|cubes?|roots?|multiples?|factors?|divisors?|sums?|products?|inverse|reciprocal|digits?|double|triple"
+    r"|power|quotient|remainder|opposite|logarithm) of[\s$\\(*]*$"
+    r"|\b(?:depends on|divisible by|where|divided by|times|mod(?:ulo)?|parts?|steps?|problems?|pages?|exercises?"
+    r"|questions?|equations?|cases?|options?|grade|chapter)[\s$\\(*]*$",
+    re.IGNORECASE,
+)
+"""Before a number that is another thing's, or only a name."""
