@@ -29,8 +29,11 @@ def _answer(entry: Mapping[str, Any]) -> str:
 
 
 def contained(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for the answer; its share of a longer text that ends with it, as `the answer is 3.` does."""
-    return _share(text, _answer(entry))
+    """1 for the answer; its share of a longer text that ends with it: `the answer is 3.`, `03`."""
+    answer = _answer(entry)
+    if answer.isdigit() and re.fullmatch(rf"\+?0*{answer}", text):
+        return len(answer) / len(text)
+    return _share(text, answer)
 
 
 def _share(text: str, answer: str) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 from paced_fast.rewards import plain_tasks as plain
 from paced_fast.rewards.formulas import is_formula, is_integral, is_sum
 from paced_fast.rewards.plain_tasks import Judge
+from paced_fast.rewards.task_dress import dressed
 
 FORM_ALONE = 0.05
 """Scores up to here are what reasoning-gym pays any text of the right form, and count as 0."""
@@ -103,6 +104,12 @@ def _rules() -> dict[str, Rule]:
     own |= {"pool_matrix": plain.near_matrix, "group_anagrams": plain.same_groups("solution", in_any_order=True)}
     own["palindrome_partitioning"] = plain.same_groups("solution", in_any_order=False)
     own |= {"polynomial_multiplication": _product, "knights_knaves": plain.assignments}
+    by_share = (
+        "tsumego manipulate_matrix chain_sum products sentence_reordering letter_jumble word_sorting knights_knaves"
+    )
+    own |= {task: dressed(own[task]) for task in f"{contained} {by_share}".split()}
+    in_full = "game_of_life_halting countdown puzzle24 fraction_simplification survo spell_backward"
+    own |= {task: dressed(own[task], in_full=True) for task in in_full.split()}
     # The package could not solve some of its integrals: their answers are integrals again.
     integrals = "intermediate_integration simple_integration"
     checked = (
@@ -114,7 +121,7 @@ def _rules() -> dict[str, Rule]:
         **{task: Rule(judge=judge) for task, judge in own.items()},
         **{task: Rule() for task in checked.split()},
         **{task: Rule(least=_FULL) for task in full.split()},
-        **{task: Rule(judge=_integral, is_readable=is_formula) for task in integrals.split()},
+        **{task: Rule(judge=dressed(_integral, in_full=True), is_readable=is_formula) for task in integrals.split()},
         "composite": Rule(refused="it is a mixture of other tasks: name each of them as a source, with its share"),
     }
 
