@@ -8,16 +8,16 @@ A plain `MODULE:FUNCTION` has TRL's signature with text, and needs no adapter.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from paced_fast.errors import InputError
-from paced_fast.rewards.call import missing_column, parameters_of
+from paced_fast.rewards.call import is_async, missing_column, parameters_of
 
 
 class VerlReward:
-    """verl's `compute_score` over a batch. It may return a number or a dict with `score`; None is no verdict.
+    """verl's `compute_score` over a batch, async or not. It may return a number or a dict with `score`, or None.
 
     The ground truth is `reward_model["ground_truth"]` as verl's data sets have it, else the column `ground_truth`, else
     `answer`. Columns `data_source` and `extra_info` are handed on, None where a row has none.
@@ -25,6 +25,8 @@ class VerlReward:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self._name, self._function = name, function
+        self.origin = function
+        self.is_async = is_async(function)
         self._names = parameters_of(function)
         missing = set() if self._names is None else {"solution_str", "ground_truth"} - set(self._names)
         if missing:
@@ -39,11 +41,15 @@ class VerlReward:
             return f"reward {self._name!r} needs reward_model.ground_truth, ground_truth or answer: the row has none"
         return None
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[Any]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> Any:
         rows = [{key: values[i] for key, values in columns.items()} for i in range(len(completions))]
-        return [self._score(row, text) for row, text in zip(rows, completions, strict=True)]
+        returned = (self._asked(row, text) for row, text in zip(rows, completions, strict=True))
+        return self._all(list(returned)) if self.is_async else [self._score(one) for one in returned]
 
-    def _score(self, row: Mapping[str, Any], text: str) -> Any:
+    async def _all(self, waiting: Sequence[Awaitable[Any]]) -> list[Any]:
+        return [self._score(one) for one in await asyncio.gather(*waiting)]
+
+    def _asked(self, row: Mapping[str, Any], text: str) -> Any:
         given = {
             "data_source": row.get("data_source"),
             "solution_str": text,
@@ -51,10 +57,12 @@ class VerlReward:
             "extra_info": row.get("extra_info"),
         }
         wanted = given if self._names is None else {key: value for key, value in given.items() if key in self._names}
-        returned = self._function(**wanted)
+        return self._function(**wanted)
+
+    def _score(self, returned: Any) -> Any:
         if isinstance(returned, Mapping):
             if "score" not in returned:
-                raise InputError(f"reward {self._name!r} returned a dict without 'score': {sorted(returned)}")
+                raise InputError(f"reward {self._name!r} returned a dict without 'score': {sorted(map(str, returned))}")
             return returned["score"]
         return returned
 
@@ -64,7 +72,8 @@ class TRLChatReward:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self._name, self._function = name, function
-        self.is_async = inspect.iscoroutinefunction(function)
+        self.origin = function
+        self.is_async = is_async(function)
         self._names = parameters_of(function)
 
     def problem(self, columns: Mapping[str, Any]) -> str | None:

@@ -12,9 +12,8 @@ import threading
 import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
-
-import numpy as np
 
 from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
@@ -23,6 +22,7 @@ from paced_fast.rewards.time_limit import TookTooLong, limited, stack_of
 
 # A column of the first name would meet the object itself, where the function is a method of one.
 _RESERVED_COLUMNS = ("self", "prompts", "completions")
+_MOST_SHOWN = 500  # characters of somebody else's text in a message
 _LATE_SECONDS = 10.0  # for the end of an event loop whose functions have had their time
 
 
@@ -46,10 +46,7 @@ class Call:
     @property
     def is_async(self) -> bool:
         """Whether the function is a coroutine function, or an object whose call is one or that says so."""
-        if getattr(self.function, "is_async", False):
-            return True
-        called = getattr(self.function, "__call__", None)  # noqa: B004
-        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(called)
+        return is_async(self.function)
 
     def run(self, seconds: float) -> list[float | None]:
         """The function's numbers, one a completion; a plain function of a user's has `seconds` for them.
@@ -72,21 +69,33 @@ class Call:
             raise
         except BaseException as error:
             raise self._failure(error) from error
-        return self._checked(returned)
+        return self._read(returned)
 
     async def run_async(self, seconds: float) -> list[float | None]:
         """The same for an async function; after `seconds` without an answer all its completions are unscored."""
         try:
-            return self._checked(await asyncio.wait_for(self._awaited(), seconds))
+            return self._read(await asyncio.wait_for(self._awaited(), seconds))
         except TimeoutError:
             return [None] * len(self.completions)
 
     async def _awaited(self) -> Any:
         try:
             return await self.function(**self._arguments())
-        except (InputError, TimeoutError, asyncio.CancelledError):
+        except (InputError, TimeoutError):
             raise
         except BaseException as error:  # SystemExit too, which would end the thread without a word
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # at the limit of time
+            raise self._failure(error) from error
+
+    def _read(self, returned: Any) -> list[float | None]:
+        """The checked numbers; an object of the user's own that fails when it is read is a failure of the function."""
+        try:
+            return self._checked(returned)
+        except (InputError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             raise self._failure(error) from error
 
     def _failure(self, error: BaseException) -> InputError:
@@ -95,7 +104,7 @@ class Call:
 
     def _place(self, stack: Sequence[traceback.FrameSummary]) -> str:
         """Where a call has got to: the innermost line of the function's own file in a stack, else the innermost."""
-        function = inspect.unwrap(self.function)
+        function = inspect.unwrap(getattr(self.function, "origin", self.function))
         code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
         own = [one for one in stack if code is not None and one.filename == code.co_filename]
         return "".join(f"at {one.filename}:{one.lineno} in {one.name}" for one in (own or stack)[-1:])
@@ -115,6 +124,12 @@ class Call:
         count = len(self.completions)
         if not isinstance(returned, list | tuple):
             kind = type(returned).__name__
+            if inspect.iscoroutine(returned):
+                returned.close()
+                raise InputError(
+                    f"the reward function {self.name!r} returned a coroutine instead of {count} numbers: declare it, "
+                    "or what decorates it, with `async def`"
+                )
             raise InputError(f"the reward function {self.name!r} returned a {kind}, not a list of {count} numbers")
         if len(returned) != count:
             raise InputError(
@@ -125,13 +140,15 @@ class Call:
     def _number(self, value: Any, index: int) -> float | None:
         if value is None:
             return None
-        is_number = isinstance(value, numbers.Real | np.bool_)
-        if not is_number or not math.isfinite(float(value)) or not self.low <= float(value) <= self.high:
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        is_number = isinstance(plain, numbers.Real | Decimal)
+        # Compared before it is converted: a whole number may be too large for a float.
+        if not is_number or not self.low <= plain <= self.high or abs(plain) == math.inf:
             raise InputError(
-                f"the reward function {self.name!r} returned {value!r} for completion {index}: "
+                f"the reward function {self.name!r} returned {_short(repr(value))} for completion {index}: "
                 f"a number in [{self.low:g}, {self.high:g}] is expected, or None for no verdict"
             )
-        return float(value)
+        return float(plain)
 
 
 def run_all(calls: Sequence[Call], settings: RewardConfig) -> list[list[float | None]]:
@@ -192,6 +209,13 @@ class _Background:
             self._error = error
 
 
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether a function is a coroutine function, or an object whose call is one or that says so."""
+    called = getattr(function, "__call__", None)  # noqa: B004
+    says_so = getattr(function, "is_async", False)
+    return bool(says_so) or inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+
+
 def parameters_of(function: Callable[..., Any]) -> list[str] | None:
     """The names of what a function takes; None when it takes any. A builtin that does not say takes any."""
     try:
@@ -204,9 +228,12 @@ def parameters_of(function: Callable[..., Any]) -> list[str] | None:
 
 
 def missing_column(function: Callable[..., Any], columns: Mapping[str, Any]) -> str | None:
-    """A parameter without a default that no column of a row fills, None when there is none."""
+    """A parameter without a default that no column of a row fills, None when there is none.
+
+    Of a decorated function the outermost parameters count: a decorator may supply others itself.
+    """
     try:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):
         return None
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -216,4 +243,12 @@ def missing_column(function: Callable[..., Any], columns: Mapping[str, Any]) -> 
 
 def reason(error: BaseException) -> str:
     """An error of somebody else's code in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its own text cannot be made)"
+    return _short(" ".join(f"{type(error).__name__}: {text}".split()))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
