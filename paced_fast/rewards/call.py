@@ -140,8 +140,8 @@ class Call:
     def _number(self, value: Any, index: int) -> float | None:
         if value is None:
             return None
-        plain = value.tolist() if hasattr(value, "tolist") else value
-        is_number = isinstance(plain, numbers.Real | Decimal)
+        plain: Any = value.tolist() if hasattr(value, "tolist") else value
+        is_number = issubclass(type(plain), numbers.Real | Decimal)
         # Compared before it is converted: a whole number may be too large for a float.
         if not is_number or not self.low <= plain <= self.high or abs(plain) == math.inf:
             raise InputError(
