@@ -1,9 +1,9 @@
 r"""What a completion commits to at its end: the answer that `math` judges.
 
 A box counts before anything else, then <answer>, ####, "the answer is", a heading "Answer", and last a closing sentence
-or line that says or works out one value, a choice, or values listed as the solutions: `So x = 73.`, `\[73\]`. The last of
-a kind counts. Thoughts up to </think> are no answer, nor is what is asked, doubted or taken back. A list of guesses is
-handed on as the list it is, which equals no single answer.
+or line that says or works out one value, a choice, or values listed as the solutions: `So x = 73.`, `\[73\]`. The last
+of a kind counts. Thoughts up to </think> are no answer, nor is what is asked, doubted or taken back. A list of guesses
+is handed on as the list it is, which equals no single answer.
 """
 
 from __future__ import annotations
