@@ -30,7 +30,7 @@ from paced_fast.devices import require_float32_products
 from paced_fast.display import evaluation_tables
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluation import Sample, Sampling, check_headline, evaluate
-from paced_fast.families import examine
+from paced_fast.families import check_finite, examine
 from paced_fast.generate import TransformersGenerator
 from paced_fast.policy import load_model, quiet, smollm2_folder
 from paced_fast.resolve import check_chats, config_from_dict, named
@@ -146,6 +146,7 @@ def evaluate_target(
     stops = prompts.find_stops(tokenizer, config.generation.stop_tokens, prompts.declared_stop_ids(target.path))
     decode = prompts.Decoder(tokenizer, stops.ids, config.data.keep_special_tokens)
     model = load_model(config.model, target.path)
+    check_finite(model)
     examine(model)
     sampling = _sampling(arguments, config)
     template = arguments.template or (config.data.template if target.is_run else _own_template(tokenizer))

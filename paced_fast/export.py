@@ -53,12 +53,10 @@ def export(arguments: ExportArguments) -> Path:
     target = _target(arguments.folder)
     # All is read before anything is written, so that an error says which of the two it is about.
     with _reading(source):
-        model = load_model(ModelConfig(device="cpu", dtype="float32"), str(source))
+        model = load_model(ModelConfig(device="cpu", dtype=arguments.dtype), str(source))
         if _is_checkpoint(source):
             _take_exact(source.parent / "tensors", model)
         others = {path.name: path.read_bytes() for path in source.iterdir() if not _holds_weights(path)}
-    for parameter in model.parameters():  # not buffers, which stay as exact as they are wherever a model is read
-        parameter.data = parameter.data.to(getattr(torch, arguments.dtype))
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -153,7 +151,7 @@ def _reason(error: Exception) -> str:
 
 
 def _take_exact(tensors: Path, model: torch.nn.Module) -> None:
-    """Put the float32 parameters of the checkpoint, where it has them, into the float32 `model`."""
+    """Put the float32 parameters of the checkpoint, where it has them, into the `model`, rounded to its type."""
     own = checkpoint.prefixed("policy", model.state_dict())
     exact = {name: own[name] for name in checkpoint.tensor_shapes(tensors) if name in own}
     checkpoint.read_tensors(tensors, exact, partly=True)

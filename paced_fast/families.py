@@ -151,10 +151,21 @@ def planned(config: Config, settings: Any) -> Config:
 
 def admit(config: Config, model: PreTrainedModel, tables: Sequence[PromptTable]) -> None:
     """Raises InputError when the run's settings and prompts, to train on and held out, are not for this model."""
+    check_finite(model)
     limit = examine(model).limit
     planned(config, model.config)
     longest, held_out = (max((len(row.token_ids) for row in table.rows), default=0) for table in tables)
     check_positions(limit, config, longest=longest, longest_held_out=held_out)
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raises InputError for a model with a weight that is no number, or infinite: all that it says would be none."""
+    for name, weight in model.named_parameters():
+        if not bool((finite := torch.isfinite(weight)).all()):
+            raise InputError(
+                f"model.name: {int((~finite).sum())} of {weight.numel()} numbers of {name} are infinite or none: give "
+                "a model that was saved before its training went wrong, or fetch it again"
+            )
 
 
 def check_positions(limit: Positions, config: Config, *, longest: int, longest_held_out: int) -> None:

@@ -1,18 +1,49 @@
-"""Whether the Hugging Face hub is there, asked once and briefly: its own client tries again and again for a minute."""
+"""The Hugging Face hub and folders of models: whether the hub is there, and what reading them raises, in one line.
+
+The hub is asked once and briefly: its own client tries again and again for a minute.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+import re
 import threading
 from pathlib import Path
 from typing import Literal
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from paced_fast.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 _SECONDS = 5.0
+
+UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What transformers raises for settings and files that belong to no model it knows."""
+
+
+def told(error: BaseException) -> str:
+    """The first sentence of what an error says; its type where that alone says little."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    sentence = re.split(r"(?<=\w{2}\.) ", text, maxsplit=1)[0].rstrip(".")[:300]
+    says = isinstance(error, OSError | ValueError | RuntimeError | ImportError) and sentence
+    return sentence if says else f"{type(error).__name__}: {sentence}".rstrip(": ")
+
+
+def pointer(file: Path) -> str:
+    """Says so where the file is only a pointer of git-lfs."""
+    try:
+        with file.open("rb") as stream:
+            is_pointer = stream.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return ""
+    return "a pointer of git-lfs, for which `git lfs pull` fetches the file" if is_pointer else ""
 
 
 def place_of(name: str, what: str, kind: Literal["model", "dataset"] = "model") -> str:

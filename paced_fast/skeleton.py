@@ -30,19 +30,25 @@ def model_settings(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
     place = hub.place_of(config.name, f"--model.name {config.name!r}")
     try:
         settings = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except hub.UNREADABLE as error:
         raise InputError(
-            f"--model.name {config.name!r} has no configuration here ({reason}): give a folder, or fetch it once"
+            f"--model.name {config.name!r} has no configuration here ({hub.told(error)}): give a folder, or fetch it "
+            "once"
         ) from error
     check_settings(settings, config.name)
     return settings
 
 
 def skeleton(settings: PreTrainedConfig) -> PreTrainedModel:
-    """A model of these settings on the meta device: sizes, and no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(settings)
+    """A model of these settings on the meta device: sizes, and no memory. Raises InputError when there is none."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(settings)
+    except hub.UNREADABLE as error:
+        raise InputError(
+            f"model.name: the configuration of type {settings.model_type} makes no model ({hub.told(error)}): give a "
+            "causal language model, and a config.json that is right"
+        ) from error
 
 
 def random_model(config: ModelConfig, settings: PreTrainedConfig, *, seed: int) -> PreTrainedModel:

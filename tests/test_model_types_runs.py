@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny_run
+from safetensors.torch import load_file, save_file
 
 from benchmarks import tiny_types
 from paced_fast import dry_run, evaluate
@@ -81,6 +82,20 @@ def test_what_cannot_be_exact_is_refused_before_there_is_a_run_folder(
     else:
         with pytest.raises(InputError, match=why):
             dry_run.make_plan(config, ranks=1)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_a_model_whose_weights_are_not_finite_is_refused(number: float, tmp_path: Path) -> None:
+    config = settings(tmp_path, "llama", {})
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][2, 3:5] = number
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    told = r"^model\.name: 2 of 1536 numbers of model.layers.1.mlp.up_proj.weight are infinite or none: [^\n]*$"
+    with pytest.raises(InputError, match=told):
+        tiny_run.build(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=told):
+        evaluate.evaluate_target(evaluation(tmp_path, 4))
 
 
 def test_completions_longer_than_the_model_are_refused_by_a_dry_run(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from paced_fast.errors import InputError
 from paced_fast.policy import load_model
 from paced_fast.policy.stored import quantisation
 from paced_fast.prompts import load_tokenizer
-from paced_fast.skeleton import model_settings
+from paced_fast.skeleton import model_settings, skeleton
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Weights = dict[str, Tensor]
@@ -277,3 +277,52 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path, kind: str) -> 
     tiny_stored.model(kind).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"^cannot load the tokenizer '[^\n]*$"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"])
+def test_a_tokenizer_of_pointers_is_refused(llama: Path, tmp_path: Path, file: str) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "model" / file).write_bytes(POINTER)
+    with pytest.raises(
+        InputError, match=rf"^cannot load the tokenizer '[^\n]*: {file} is a pointer of git-lfs, [^\n]*$"
+    ):
+        load_tokenizer(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_attention_heads": 0},
+        {"vocab_size": "many"},
+        {"hidden_act": "unheard_of"},
+        {"rope_parameters": {"rope_type": "unheard_of", "rope_theta": 1e4}},
+        None,
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_model_is_one_line_wherever_it_is_read(
+    llama: Path, tmp_path: Path, settings: dict[str, Any] | None
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    if settings is None:
+        (folder / "config.json").write_text("[]")
+    else:
+        with_settings(folder, **settings)
+    refusal(folder)
+    with pytest.raises(InputError, match=r"^[^\n]*$"):
+        skeleton(model_settings(ModelConfig(name=str(folder)), 1))
+    if settings in (None, {"num_attention_heads": 0}, {"vocab_size": "many"}):
+        with pytest.raises(InputError, match=r"^cannot load the tokenizer '[^\n]*\): give the folder of a whole model"):
+            load_tokenizer(str(folder))
+
+
+def test_layers_that_guess_further_tokens_may_be_left_out(llama: Path, tmp_path: Path) -> None:
+    """Some types have them behind their own layers; elsewhere they are layers that the configuration forgot."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    with_settings(folder, num_hidden_layers=1)
+    told = r"it has more layers than its config.json says, model.layers.1.input_layernorm.weight, .* and 7 more\)"
+    assert re.search(told, refusal(folder))
+    with_settings(folder, num_nextn_predict_layers=1)
+    assert load_model(ModelConfig(), str(folder)).config.num_hidden_layers == 1

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from paced_fast import hub
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
-from paced_fast.policy.stored import check_files, check_report, check_settings, refused, told
+from paced_fast.policy.stored import check_files, check_report, check_settings, refused
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +51,6 @@ def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: in
         torch.manual_seed(seed)
         model = LlamaForCausalLM(settings)
     return _placed(model, config)
-
-
-_UNREADABLE = (
-    *(OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError, ArithmeticError),
-    *(SafetensorError, StrictDataclassError),
-)
-"""What transformers raises for settings and files that belong to no model it knows."""
 
 
 def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
@@ -105,9 +96,9 @@ def _one_line(path: str) -> Iterator[None]:
     except InputError:
         _check_folder(path)
         raise
-    except _UNREADABLE as error:
+    except hub.UNREADABLE as error:
         _check_folder(path)
-        raise refused(path, told(error)) from error
+        raise refused(path, hub.told(error)) from error
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ what came of loading is looked at afterwards, because a weight that a checkpoint
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from paced_fast.errors import InputError
+from paced_fast.hub import pointer
+from paced_fast.shapes import text_settings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -72,7 +73,7 @@ def _weight_files(folder: Path, names: set[str]) -> list[Path]:
             shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
             absent = [shard for shard in shards if not (folder / shard).is_file()]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise refused(folder, f"{INDEX} is {_pointer(folder / INDEX) or 'no index'}", _AGAIN) from error
+            raise refused(folder, f"{INDEX} is {pointer(folder / INDEX) or 'no index'}", _AGAIN) from error
         if absent:
             what = f"{INDEX} names {absent[0]}, which is not there, {len(absent)} of {len(shards)} files"
             raise refused(folder, what, _AGAIN)
@@ -97,19 +98,12 @@ def _check_weights(folder: Path, file: Path) -> None:
             end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
             kinds = {name: entry["dtype"] for name, entry in entries.items()}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise refused(folder, f"{file.name} is {_pointer(file) or 'cut off or damaged'}", _AGAIN) from error
+            raise refused(folder, f"{file.name} is {pointer(file) or 'cut off or damaged'}", _AGAIN) from error
     if end != size:
         raise refused(folder, f"{file.name} has {size} bytes and its header wants {end}", _AGAIN)
     for name, kind in kinds.items():
         if name.endswith("weight") and kind not in _NUMBERS:
             raise refused(folder, f"quantised weights, {name} in {kind}", _PLAIN)
-
-
-def _pointer(file: Path) -> str:
-    """Says so where the file is only a pointer of git-lfs."""
-    with file.open("rb") as stream:
-        is_pointer = stream.read(40).startswith(b"version https://git-lfs")
-    return "a pointer of git-lfs, for which `git lfs pull` fetches the file" if is_pointer else ""
 
 
 def check_settings(settings: PreTrainedConfig, path: str) -> None:
@@ -161,6 +155,14 @@ def check_report(info: Mapping[str, Iterable[Any]], model: torch.nn.Module, path
             f"{list(wanted)}",
             "give a folder whose weights and config.json belong together",
         )
+    known = {_without_numbers(name) for name in model.state_dict()}
+    beyond = [name for name in unexpected if _without_numbers(name) in known]
+    if beyond and not _guesses_ahead(model):
+        raise refused(
+            path,
+            f"it has more layers than its config.json says, {_some(beyond)}",
+            "give a folder whose weights and config.json belong together",
+        )
     owners = {name for name, part in model.named_modules() if any(True for _ in part.parameters(recurse=False))}
     if changed := [name for name in unexpected if name.rpartition(".")[0] in owners]:
         raise refused(
@@ -169,6 +171,15 @@ def check_report(info: Mapping[str, Iterable[Any]], model: torch.nn.Module, path
             "give a folder whose weights and config.json belong together",
         )
     return unexpected
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("0" if part.isdigit() else part for part in name.split("."))
+
+
+def _guesses_ahead(model: torch.nn.Module) -> bool:
+    """Whether checkpoints of the model have further layers that guess several tokens, which it leaves out."""
+    return bool(getattr(text_settings(getattr(model, "config", None)), "num_nextn_predict_layers", 0))
 
 
 def _check_wrappers(missing: list[str], unexpected: list[str], path: str) -> None:
@@ -189,11 +200,3 @@ def _check_wrappers(missing: list[str], unexpected: list[str], path: str) -> Non
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
-def told(error: BaseException) -> str:
-    """The first sentence of what an error says; its type where that alone says little."""
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    sentence = re.split(r"(?<=\w{2}\.) ", text, maxsplit=1)[0].rstrip(".")[:300]
-    says = isinstance(error, OSError | ValueError | RuntimeError | ImportError) and sentence
-    return sentence if says else f"{type(error).__name__}: {sentence}".rstrip(": ")

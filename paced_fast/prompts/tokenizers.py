@@ -14,6 +14,9 @@ from transformers.utils.hub import cached_file
 from paced_fast import hub
 from paced_fast.errors import InputError
 
+_READ = (".json", ".jinja", ".model", ".txt")
+"""Endings of the files that a tokenizer is read from."""
+
 
 def character_tokenizer(alphabet: str, *, pad: str, stop: str) -> PreTrainedTokenizerFast:
     """A tokenizer with one token a character, ids in the order of `alphabet`; `pad` and `stop` are two of them.
@@ -47,11 +50,16 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if looks_local and not path.is_dir():
         raise InputError(f"no tokenizer at {name_or_path!r}: there is no such folder")
     place = path if path.is_dir() else hub.place_of(name_or_path, f"the tokenizer {name_or_path!r}")
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        if file.suffix in _READ and (what := hub.pointer(file)):
+            raise InputError(f"cannot load the tokenizer {name_or_path!r}: {file.name} is {what}")
     try:
         found = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"cannot load the tokenizer {name_or_path!r}: {reason}") from error
+    except hub.UNREADABLE as error:
+        raise InputError(
+            f"cannot load the tokenizer {name_or_path!r} ({hub.told(error)}): give the folder of a whole model, with "
+            "config.json, tokenizer.json and tokenizer_config.json"
+        ) from error
     if not found.get_vocab().keys() - set(found.all_special_tokens):  # what some classes are without their files
         raise InputError(
             f"cannot load the tokenizer {name_or_path!r}: it has special tokens only, so its files are missing: "
