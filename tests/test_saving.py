@@ -128,6 +128,26 @@ def test_targets_of_a_mixture_are_its_own_layers_and_no_others() -> None:
         adapt(tiny_stored.model("mixtral"), LoraConfig(rank=2, targets=("w1",)), seed=0)
 
 
+def test_layers_with_a_forward_of_their_own_are_adapted_where_it_is_a_product() -> None:
+    made = tiny_types.tiny_model("falcon")
+    before = tiny_stored.logits(made)
+    base = {key: tensor.clone() for key, tensor in made.state_dict().items()}
+    adapt(made, LORA, seed=0)
+    assert torch.equal(tiny_stored.logits(made), before)
+    tiny_stored.learn(made)
+    merged = plain_state(made)
+    changed = {key for key, tensor in merged.items() if not torch.equal(tensor, base[key])}
+    assert changed == {key for key, tensor in base.items() if ".h." in key and tensor.dim() == 2}
+    assert len(changed) == 8
+    plain = tiny_stored.logits(with_weights(made, merged))
+    torch.testing.assert_close(plain, tiny_stored.logits(made), rtol=0, atol=1e-4)
+
+
+def test_a_model_without_linear_layers_is_not_adapted() -> None:
+    with pytest.raises(InputError, match=r"^--lora.rank 2: this llama model has no linear layers [^\n]*$"):
+        adapt(tiny_stored.model("llama", num_hidden_layers=0), LORA, seed=0)
+
+
 def broken(files: PolicyFiles, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Let what is saved be changed on the way to the disk."""
     own = PreTrainedModel.save_pretrained

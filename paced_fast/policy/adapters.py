@@ -6,6 +6,7 @@ the model had before: what is handed to an engine or written to a folder is merg
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from paced_fast.config import LoraConfig
 from paced_fast.errors import InputError
+from paced_fast.families import BROKEN
 
 _ADAPTER = "default"
 _BASE = "base_layer"
@@ -37,6 +39,11 @@ def adapt(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
         experts = [name for name in experts if name.rpartition(".")[0] not in uncalled]
     read_inside = _read_by_kernels(model)
     layers = [name for name in layers if name not in read_inside]
+    if not layers and not experts:
+        raise InputError(
+            f"--lora.rank {config.rank}: this {model.config.model_type} model has no linear layers but its output "
+            "head: train all of it, without --lora.rank"
+        )
     if config.targets != ("all-linear",):
         named = {name.rpartition(".")[2] for name in (*layers, *experts)}
         for target in config.targets:
@@ -72,12 +79,29 @@ def adapt(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers but the output head, and but those that compute more than a product, as routers do."""
-    head, products = model.get_output_embeddings(), (torch.nn.Linear.forward, Conv1D.forward)
+    head = model.get_output_embeddings()
     return [
         name
         for name, part in model.named_modules()
-        if isinstance(part, torch.nn.Linear | Conv1D) and type(part).forward in products and part is not head
+        if isinstance(part, torch.nn.Linear | Conv1D) and _is_product(type(part)) and part is not head
     ]
+
+
+@functools.cache
+def _is_product(kind: type[torch.nn.Module]) -> bool:
+    """Whether layers of this class give the product with their matrix, plus a bias: a small one is tried out."""
+    if kind.forward in (torch.nn.Linear.forward, Conv1D.forward):
+        return True
+    layer: Any = kind.__new__(kind)
+    torch.nn.Module.__init__(layer)
+    weight, bias, given = (torch.arange(n, device="cpu") * 0.5 for n in (6.0, 2.0, 3.0))
+    layer.in_features, layer.out_features, weight = 3, 2, weight.view(2, 3)
+    layer.weight, layer.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    try:
+        found = layer(given[None])
+    except BROKEN:
+        return False
+    return isinstance(found, Tensor) and torch.equal(found, torch.nn.functional.linear(given[None], weight, bias))
 
 
 @torch.no_grad()
