@@ -159,7 +159,7 @@ def evaluate_target(
         tokenizer=tokenizer,
         template=template,
         chat=prompts.ChatSettings.of(config.data),
-        max_prompt_tokens=config.data.max_prompt_tokens if own else (arguments.max_prompt_tokens or room),
+        max_prompt_tokens=config.data.max_prompt_tokens if own else (arguments.max_prompt_tokens or 1 << 20),
         data_dir=data_dir,
         too_long=config.data.too_long if own else "error",
         bad_rows=config.data.bad_rows,
@@ -174,8 +174,8 @@ def evaluate_target(
     if longest is not None and len(longest.token_ids) > room:
         raise InputError(
             f"--max-completion-tokens is {sampling.max_completion_tokens}: with the {len(longest.token_ids)} tokens of "
-            f"{longest.where} that is beyond the model's {room + sampling.max_completion_tokens} positions: give at "
-            "most the rest, or a lower --max-prompt-tokens"
+            f"{longest.where} that is beyond the model's {room + sampling.max_completion_tokens} positions: give less, "
+            "or leave long prompts out"
         )
     generator = TransformersGenerator(
         model,
@@ -261,7 +261,7 @@ def _target(arguments: EvaluateArguments) -> _Target:
             config = _with_text(arguments, _placed(arguments, config))
             return _Target(str(checkpoint.policy_folder(folder, arguments.step)), config, True)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
-        here = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        here = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() and not folder.exists() else []
         near = difflib.get_close_matches(str(folder), here, n=1)
         raise InputError(f"there is no run or model folder {name}" + (f": did you mean {near[0]}?" if near else ""))
     if arguments.step is not None:

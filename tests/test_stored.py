@@ -326,3 +326,14 @@ def test_layers_that_guess_further_tokens_may_be_left_out(llama: Path, tmp_path:
     assert re.search(told, refusal(folder))
     with_settings(folder, num_nextn_predict_layers=1)
     assert load_model(ModelConfig(), str(folder)).config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("given", ["run", "run/checkpoints/step_000004"])
+def test_a_run_given_as_a_model_is_told_where_its_model_is(llama: Path, tmp_path: Path, given: str) -> None:
+    policy = tmp_path / "run" / "checkpoints" / "step_000004" / "policy"
+    shutil.copytree(llama, policy)
+    (tmp_path / "run" / "config.json").write_text('{"steps": 4}')
+    told = rf"^'[^\n]*' is a run or a part of one: give the model in it, {re.escape(str(policy))}$"
+    with pytest.raises(InputError, match=told):
+        load_tokenizer(str(tmp_path / given))
+    load_tokenizer(str(policy))

@@ -56,6 +56,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     try:
         found = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except hub.UNREADABLE as error:
+        inside = [*sorted(path.glob("checkpoints/step_*/policy"), reverse=True), *path.glob("policy")]
+        if inside:
+            raise InputError(
+                f"{name_or_path!r} is a run or a part of one: give the model in it, {inside[0]}"
+            ) from error
         raise InputError(
             f"cannot load the tokenizer {name_or_path!r} ({hub.told(error)}): give the folder of a whole model, with "
             "config.json, tokenizer.json and tokenizer_config.json"
