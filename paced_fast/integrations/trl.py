@@ -292,7 +292,8 @@ class PacedTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = self._mode
-        if not torch.equal(inputs["advantages"], inputs["made_advantages"]):
+        made = inputs.get("made_advantages")  # none in a batch that was not generated here
+        if made is not None and not torch.equal(inputs["advantages"], made):
             raise InputError(
                 "the advantages were changed after GRPOTrainer made them, and trajectory balance has none: change the "
                 "rewards in _calculate_rewards, or completion_mask to leave tokens out"
