@@ -18,7 +18,7 @@ from benchmarks import problems, run, stale, tables
 
 TOY = problems.TOY_SHAPE.name
 WORDS = {
-    "trajectory_balance": f"--device cpu --shapes {TOY} --repetitions 1 --no-memory --exclude compile",
+    "trajectory_balance": f"--device cpu --shapes {TOY} --repetitions 1 --no-memory --only ours naive",
     "logprobs": f"--device cpu --shapes {TOY} --repetitions 1 --no-memory",
     "phases": f"--device cpu --shapes {TOY}",
     "gemm_sweep": "--device cpu --shapes T16-H16-V96 --repetitions 1",

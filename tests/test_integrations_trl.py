@@ -149,6 +149,7 @@ def launch(folder: Path, *, program: str = "tiny_trl.py", **changes: Any) -> lis
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_processes_make_the_updates_of_our_trainer(tmp_path: Path) -> None:
     first, second = launch(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)

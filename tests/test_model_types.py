@@ -325,6 +325,7 @@ def test_plans_know_the_layout_that_a_type_gets() -> None:
         planned(shared, tiny_types.tiny_settings("mamba2"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.real_empty
 def test_every_type_has_a_shape_and_a_plan() -> None:
