@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import tiny_policy
 import tiny_trl
 import trl as host
 from datasets import Dataset
+from packaging.version import Version
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -392,6 +394,13 @@ class Counter:
         return float(self.count)
 
 
+needs_parser = pytest.mark.skipif(
+    Version(metadata.version("transformers")) < Version("5.13") and util.find_spec("jmespath") is None,
+    reason="TRL reads calls of tools by jmespath where transformers is older than 5.13",
+)
+
+
+@needs_parser
 @pytest.mark.parametrize("has_data", [True, False])
 def test_environments_that_own_rewards_and_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_data: bool

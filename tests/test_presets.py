@@ -115,7 +115,7 @@ def test_smollm2_is_the_same_everywhere(
     monkeypatch.chdir(tmp_path)
     with caplog.at_level(logging.WARNING, logger="paced_fast"):
         assert inputs.without_missing(config) == config
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("paced_fast")]
     assert tables(config, tokenizer) == made
 
 

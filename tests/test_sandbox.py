@@ -467,6 +467,7 @@ def test_a_keeper_that_dies_costs_one_retry(box: Sandbox) -> None:
     assert box.run("print(3)").stdout == b"3\n"
 
 
+@pytest.mark.process
 def test_a_keeper_that_hangs_is_replaced() -> None:
     box = opened("bubblewrap", workers=1, start_seconds=5.0)
     try:
