@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import tiny_stored
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -173,6 +175,8 @@ def broken(files: PolicyFiles, monkeypatch: pytest.MonkeyPatch, change: Any) -> 
 )
 def test_layers_that_would_not_see_their_matrices_get_none(tmp_path: Path, kind: str, left_out: str) -> None:
     """Matrices that the model reads without calling their layer, and routers that compute more than a product."""
+    if left_out == "mamba.dt_proj" and Version(transformers.__version__) < Version("5.19"):
+        pytest.skip("older transformers call this layer, and it takes matrices")
     made = tiny_stored.model(kind)
     adapt(made, LORA, seed=0)
     names = {name.split(".lora_")[0] for name in adapter_state(made)}

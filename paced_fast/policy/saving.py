@@ -102,14 +102,17 @@ class StoredNames:
         """Raises InputError for a model of which several weights become one in a checkpoint."""
         self._empty = _empty_like(model)
         weights = remove_tied_weights_from_state_dict(self._empty.state_dict(), self._empty)
-        whole = revert_weight_conversion(self._empty, dict(weights))
+        try:
+            whole = revert_weight_conversion(self._empty, dict(weights))
+        except AttributeError as error:
+            raise self._refusal(str(error)) from error
         single: dict[str, Tensor] = {}
         self._converted: set[str] = set()
         for name, tensor in weights.items():
             try:
                 parts = revert_weight_conversion(self._empty, {name: tensor})
-            except (RuntimeError, ValueError, LookupError, TypeError) as error:
-                raise self._refusal(name) from error
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+                raise self._refusal(name) from error  # AttributeError: transformers below 5.19 and a buffer
             single |= parts
             if parts.keys() != {name}:
                 self._converted.add(name)
