@@ -101,10 +101,10 @@ class StoredNames:
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises InputError for a model of which several weights become one in a checkpoint."""
         self._empty = _empty_like(model)
-        weights = remove_tied_weights_from_state_dict(self._empty.state_dict(), self._empty)
         try:
+            weights = remove_tied_weights_from_state_dict(self._empty.state_dict(), self._empty)
             whole = revert_weight_conversion(self._empty, dict(weights))
-        except AttributeError as error:
+        except AttributeError as error:  # transformers below 5.19 and a buffer
             raise self._refusal(str(error)) from error
         single: dict[str, Tensor] = {}
         self._converted: set[str] = set()
@@ -112,7 +112,7 @@ class StoredNames:
             try:
                 parts = revert_weight_conversion(self._empty, {name: tensor})
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise self._refusal(name) from error  # AttributeError: transformers below 5.19 and a buffer
+                raise self._refusal(name) from error
             single |= parts
             if parts.keys() != {name}:
                 self._converted.add(name)

@@ -18,6 +18,9 @@ from paced_fast.sources import BadRow, Messages, parse_day, template_arguments
 
 _FIRST, _SECOND, _THIRD = "\ue010", "\ue011", "\ue012"  # private characters, which no template writes by itself
 
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""")
+"""A template's question for the present time in a form that it writes down."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatSettings:
@@ -36,13 +39,17 @@ class ChatSettings:
         today = None if data.date is None else parse_day(data.date)
         return cls(system_prompt=data.system_prompt, arguments=template_arguments(data.template_args), today=today)
 
-    @property
-    def template_kwargs(self) -> dict[str, Any]:
-        """The arguments, with the clock of the template stopped at `today`."""
-        if self.today is None:
+    def template_options(self, template: str) -> dict[str, Any]:
+        """What to hand to `apply_chat_template`: the arguments, and the template with its clock stopped at `today`.
+
+        Its questions for the time are answered in its text, since transformers from 5.24 on hands it plain data only;
+        before, one that it puts together itself is answered by a function.
+        """
+        if self.today is None or "strftime_now" not in template:
             return dict(self.arguments)
         midnight = datetime.datetime.combine(self.today, datetime.time())
-        return {**self.arguments, "strftime_now": midnight.strftime}
+        stopped = _CLOCK.sub(lambda found: f"{found[1]}{midnight.strftime(found[2])}{found[1]}", template)
+        return {**self.arguments, "chat_template": stopped, "strftime_now": midnight.strftime}
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -109,7 +116,7 @@ def render(
             tokenize=False,
             add_generation_prompt=reply and not is_begun,
             continue_final_message=is_begun,
-            **settings.template_kwargs,
+            **settings.template_options(template_text(tokenizer)),
         )
     except Exception as error:  # templates are programs of their own
         raise BadRow(f"{where}: the chat template refuses the prompt: {' '.join(str(error).split())[:300]}") from error
