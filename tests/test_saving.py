@@ -79,7 +79,8 @@ def test_an_exported_policy_says_what_the_policy_says(
     for each in (folder, out):
         read = read_by_others(each, dtype)
         for key, tensor in read.state_dict().items():
-            assert same(tensor, merged[key]), key
+            # transformers from 5.24 on reads some routers in float32, whatever the file has.
+            assert torch.equal(tensor.float(), merged[key].float()), key
             # Two roundings, of the product and of the sum, each by half a unit in the last of 8 or 24 places.
             rounding = torch.finfo(dtype).eps * (exact[key].abs() + (exact[key] - base[key]).abs())
             assert bool(((tensor.float() - exact[key]).abs() <= rounding).all()), key
