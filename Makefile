@@ -70,7 +70,7 @@ train-vllm: $(STAMP_VLLM) ## Train smollm2 on a CPU, sampled by vLLM from the tr
 check: $(STAMP) ## Style, types, import rules and the tests that start no process. A minute.
 	@$(BIN)/python .ci/suite.py check $(ARGS)
 
-test: $(STAMP) $(STAMP_VLLM) ## What must hold before a change lands, in both environments. Ten minutes on two cores.
+test: $(STAMP) $(STAMP_VLLM) ## What must hold before a change lands, in both environments. A quarter of an hour on two cores.
 	@$(BIN)/python .ci/suite.py test $(ARGS)
 
 test-all: $(STAMP) $(STAMP_VLLM) .venv-newest/.installed .venv-oldest/.installed ## Everything there is: all cases, all faults, the newest and the oldest versions. Hours.
