@@ -67,7 +67,7 @@ train: $(STAMP) ## Train a preset: PRESET=smollm2 ARGS="--steps 10".
 train-vllm: $(STAMP_VLLM) ## Train smollm2 on a CPU, sampled by vLLM from the trainer's own weights: ARGS="--steps 10".
 	$(BIN_VLLM)/python -m paced_fast.train smollm2 --generator vllm --weight-sync.mode shared $(ARGS)
 
-check: $(STAMP) ## Style, types, import rules and the tests that start no process. A minute.
+check: $(STAMP) ## Style, types, import rules and the tests that start no process. Two to three minutes.
 	@$(BIN)/python .ci/suite.py check $(ARGS)
 
 test: $(STAMP) $(STAMP_VLLM) ## What must hold before a change lands, in both environments. A quarter of an hour on two cores.
