@@ -63,7 +63,7 @@ def marked(runs: dict[str, Any]) -> list[Any]:
 
 
 def chosen(request: pytest.FixtureRequest) -> set[str]:
-    """The names of the runs that this session looks at."""
+    """The names of the runs that the tests look at."""
     here = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
     return {item.callspec.params["name"] for item in here}
 
