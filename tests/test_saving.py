@@ -80,6 +80,8 @@ def test_an_exported_policy_says_what_the_policy_says(
         read = read_by_others(each, dtype)
         for key, tensor in read.state_dict().items():
             # transformers from 5.24 on reads some routers in float32, whatever the file has.
+            widened = Version(transformers.__version__) >= Version("5.24") and key.endswith(".gate.weight")
+            assert same(tensor.to(merged[key].dtype) if widened else tensor, merged[key]), key
             assert torch.equal(tensor.float(), merged[key].float()), key
             # Two roundings, of the product and of the sum, each by half a unit in the last of 8 or 24 places.
             rounding = torch.finfo(dtype).eps * (exact[key].abs() + (exact[key] - base[key]).abs())
