@@ -24,8 +24,11 @@ from xml.etree import ElementTree
 
 import torch
 
-from benchmarks import environment, kernel_report, trainer, tree_report
-from benchmarks.problems import TOY_SHAPE
+from benchmarks import environment
+from benchmarks.loss import report as kernel_report
+from benchmarks.loss.problems import TOY_SHAPE
+from benchmarks.training import phase_beside_trl
+from benchmarks.tree import report as tree_report
 from paced_fast.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,9 +142,9 @@ def test_groups(arguments: Arguments) -> dict[str, list[str]]:
     folder = ROOT / "tests"
     groups = {"gpu tests": [str(folder / "gpu")]} if (folder / "gpu").is_dir() else {}
     groups["kernel tests"] = []
-    for path in sorted(folder.glob("test_*.py")):
+    for path in sorted(folder.glob("*/test_*.py")):
         text = path.read_text(encoding="utf-8")
-        if "paced_kernels" in text and "paced_fast" not in text:
+        if path.parent.name not in ("gpu", "engine") and "paced_kernels" in text and "paced_fast" not in text:
             groups["kernel tests"].append(str(path))
     return groups
 
@@ -266,7 +269,9 @@ def summary_text(summary: dict[str, Any], out: Path) -> str:
         for cell in cells[1:]:
             lines += [f"{case} {kernel_report.verdict(cell, mode)}" for mode in kernel_report.SHOWN_MODES]
     trained = environment.read_json(out / "trainer.json")
-    lines += trainer.lines(trained.get("rows", [])) + [f"trainer: {text}" for text in trained.get("left_out", [])]
+    lines += phase_beside_trl.lines(trained.get("rows", [])) + [
+        f"trainer: {text}" for text in trained.get("left_out", [])
+    ]
     tree = environment.read_json(out / "priority_tree.json")
     if tree.get("cells"):
         lines.append(tree_report.summary_text(tree))

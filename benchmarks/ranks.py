@@ -28,7 +28,7 @@ EXCHANGE_SECONDS = 180.0
 """After so long an exchange fails that some rank does not join."""
 
 _SERVER = multiprocessing.get_context("forkserver")
-_AHEAD = ["benchmarks.ranks", "paced_fast.checkpoint", "torch.distributed.device_mesh"]
+_AHEAD = ["benchmarks.ranks", "paced_fast.run.checkpoint", "torch.distributed.device_mesh"]
 _SERVER.set_forkserver_preload(_AHEAD)
 
 

@@ -13,7 +13,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"benchmarks": ROOT, "paced_fast": ROOT, "paced_kernels": ROOT / "kernels"}
-WITHOUT_EFFECT = ("paced_fast/report/", "paced_fast/display.py", "paced_fast/dry_run.py", "benchmarks/environment.py")
+WITHOUT_EFFECT = (
+    "paced_fast/report/",
+    "paced_fast/run/record/terminal.py",
+    "paced_fast/run/plan/dry_run.py",
+    "benchmarks/environment.py",
+)
 """Code that a measurement passes through, and that no figure depends on."""
 
 

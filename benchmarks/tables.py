@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compile_kernels, curves, kernel_report, run, stale
-from benchmarks import sandbox as sandbox_case
+from benchmarks import run, stale
+from benchmarks.loss import compile_kernels, report
+from benchmarks.rewards import sandbox as sandbox_case
+from benchmarks.training import curves
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -83,8 +85,8 @@ def kernels(result: dict[str, Any]) -> str:
     """The comparison of the trajectory-balance loss with peers, its first cell, as Markdown."""
     cell = result["cells"][0]
     lines = [f"| {' | '.join(KERNEL_COLUMNS)} |", "|" + "---|" * len(KERNEL_COLUMNS)]
-    lines += [f"| {' | '.join(_kernel_cells(row))} |" for row in kernel_report.ordered(cell) if not row["ceiling"]]
-    verdicts = [kernel_report.speedup(cell, mode) for mode in kernel_report.SHOWN_MODES]
+    lines += [f"| {' | '.join(_kernel_cells(row))} |" for row in report.ordered(cell) if not row["ceiling"]]
+    verdicts = [report.speedup(cell, mode) for mode in report.SHOWN_MODES]
     words = ("The full step", "Without a gradient ours", "With a frozen head ours")
     against = [
         f"{word} runs at {found[0]:.2f} x the speed of the fastest other method ({found[1]})"
@@ -106,7 +108,7 @@ def kernels(result: dict[str, Any]) -> str:
 def _kernel_cells(row: dict[str, Any]) -> list[str]:
     """The cells of one method; a failure is shown where its time would be."""
     times = []
-    for mode in kernel_report.SHOWN_MODES:
+    for mode in report.SHOWN_MODES:
         timing = row["modes"].get(mode, {})
         if "median_ms" in timing:
             unit, scale, digits = ("s", 1e-3, 2) if timing["median_ms"] >= 1000 else ("ms", 1.0, 1)
@@ -120,7 +122,7 @@ def _kernel_cells(row: dict[str, Any]) -> list[str]:
         row["name"],
         *times,
         "" if peak is None else f"{peak / 2**20:,.0f} MiB",
-        *(kernel_report.format_error(errors.get(key)) for key in keys),
+        *(report.format_error(errors.get(key)) for key in keys),
     ]
 
 

@@ -20,7 +20,8 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks import environment, memory_probe
+from benchmarks import environment
+from benchmarks.loss import memory_probe
 from paced_fast.errors import InputError
 
 

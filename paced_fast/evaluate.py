@@ -22,21 +22,23 @@ import torch
 import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paced_fast import checkpoint, cli, metrics, prompts
-from paced_fast.batch import PromptTable
-from paced_fast.benchmark_sources import BENCHMARKS, benchmark_sources
-from paced_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, stream_seed
-from paced_fast.devices import require_float32_products
-from paced_fast.display import evaluation_tables
+from paced_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, cli, stream_seed
+from paced_fast.config.resolve import check_chats, config_from_dict, named
+from paced_fast.data import prompts
+from paced_fast.data.records import PromptTable
+from paced_fast.data.sources import parse_day, template_arguments
+from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.evaluation import Sample, Sampling, check_headline, evaluate
-from paced_fast.families import check_finite, examine
-from paced_fast.generate import TransformersGenerator
+from paced_fast.evaluation.held_out import Sample, Sampling, check_headline, evaluate
+from paced_fast.generation import TransformersGenerator
 from paced_fast.policy import load_model, quiet, smollm2_folder
-from paced_fast.resolve import check_chats, config_from_dict, named
+from paced_fast.policy.families import check_finite, examine
+from paced_fast.policy.shape import positions, text_settings
 from paced_fast.rewards import Scorer
-from paced_fast.shapes import positions, text_settings
-from paced_fast.sources import parse_day, template_arguments
+from paced_fast.run import checkpoint
+from paced_fast.run.plan.devices import require_float32_products
+from paced_fast.run.record import writer
+from paced_fast.run.record.terminal import evaluation_tables
 
 __all__ = ["EvaluateArguments", "check_headline", "config_from_dict", "evaluate_target", "load_config", "main"]
 
@@ -361,7 +363,7 @@ def _save(samples: Sequence[Sample], path: str) -> None:
 
 def main() -> None:
     """Entry point: tables for people, and one line of JSON as the last line for programs."""
-    console = metrics.configure_logging()
+    console = writer.configure_logging()
     quiet()
     words = sys.argv[1:]
     try:
@@ -388,7 +390,7 @@ def _write(arguments: EvaluateArguments, record: dict[str, Any], samples: Sequen
     option = "json"
     try:
         if arguments.json is not None:
-            metrics.write_json_atomic(arguments.json, record)
+            writer.write_json_atomic(arguments.json, record)
         option = "save-samples"
         if arguments.save_samples is not None:
             _save(samples, arguments.save_samples)

@@ -14,10 +14,10 @@ from typing import TypeVar
 
 import torch
 
-from paced_fast.batch import Completion, PromptRow
+from paced_fast.data.records import Completion, PromptRow
 from paced_fast.distributed import World, joined
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.generate import Generator
+from paced_fast.generation import Generator
 
 T = TypeVar("T")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from paced_fast import hub
 from paced_fast.config import ModelConfig
+from paced_fast.data import hub
 from paced_fast.errors import InputError
 from paced_fast.policy.loading import tiny_settings
+from paced_fast.policy.shape import KNOWN
 from paced_fast.policy.stored import check_settings
-from paced_fast.shapes import KNOWN
 
 
 def model_settings(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:

@@ -24,21 +24,25 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from paced_fast import bench, checkpoint, cli, distributed, dry_run, launch, metrics, report, signals
-from paced_fast.build import Run, build
-from paced_fast.config import Config, flatten, stream_seed
+from paced_fast import distributed, report
+from paced_fast.config import Config, cli, flatten, modes, stream_seed
+from paced_fast.config.resolve import resolve
 from paced_fast.distributed import EVERYWHERE, World
 from paced_fast.errors import InputError, StopRequested, TrainingError
-from paced_fast.evaluation import Evaluation, Sampling, evaluate, prompt_columns
-from paced_fast.generate import VLLMGenerator
-from paced_fast.inputs import without_missing
+from paced_fast.evaluation.held_out import Evaluation, Sampling, evaluate, prompt_columns
+from paced_fast.generation import VLLMGenerator
 from paced_fast.policy import PolicyFiles, plain_state, quiet
-from paced_fast.recorded import Recorder, replayed_settings
-from paced_fast.resolve import resolve
-from paced_fast.run_folder import RunLock
+from paced_fast.run import checkpoint
+from paced_fast.run.plan import bench, dry_run
+from paced_fast.run.record import writer as metrics
+from paced_fast.run.record.rollouts_file import Recorder, replayed_settings
+from paced_fast.run.start import signals
+from paced_fast.run.start.build import Run, build
+from paced_fast.run.start.run_folder import RunLock
+from paced_fast.run.start.signals import StopRequest
+from paced_fast.run.start.tables import without_missing
+from paced_fast.run.start.watchdog import Watchdog, open_board
 from paced_fast.sharing import SharedGenerator, shared_judge, summed_counts
-from paced_fast.signals import StopRequest
-from paced_fast.watchdog import Watchdog, open_board
 
 logger = logging.getLogger("paced_fast.train")  # __name__ is __main__ under python -m
 
@@ -336,7 +340,7 @@ def _run(
     return summary
 
 
-def _bench(config: Config, mode: launch.Launch, console: Console) -> None:
+def _bench(config: Config, mode: modes.Launch, console: Console) -> None:
     if mode.json is not None and not mode.json.parent.is_dir():
         raise InputError(f"--bench-json {mode.json}: there is no folder {mode.json.parent}")
     config = resolve(config)
@@ -371,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = metrics.configure_logging()
     quiet()
     try:
-        mode, words = launch.take(sys.argv[1:] if arguments is None else arguments)
+        mode, words = modes.take(sys.argv[1:] if arguments is None else arguments)
         config = cli.parse(words)
         if mode.dry_run is not None:
             ranks = mode.dry_run or _ranks_here()

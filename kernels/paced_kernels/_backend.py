@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _launch
-from ._gradients import RowEngine
-from ._head import Head
-from ._rows import DEFAULT_WORKSPACE_BYTES, TorchRows
+from . import _checks
+from ._loss import tiles
+from ._loss.gradients import RowEngine
+from ._loss.head import Head
+from ._loss.torch_rows import DEFAULT_WORKSPACE_BYTES, TorchRows
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -36,7 +37,7 @@ def resolve_backend(backend: str, hidden: Tensor) -> str:
 def require_kernels(name: str, value: Tensor) -> None:
     """Refuse a tensor that Triton cannot reach: neither on CUDA nor under the interpreter."""
     # Triton reads the environment when it is imported, which importing this package must not.
-    from ._triton_rows import is_interpreted
+    from ._loss.triton_rows import is_interpreted
 
     if value.device.type != "cuda" and not is_interpreted():
         raise ValueError(
@@ -59,13 +60,13 @@ def make_engine(
         budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
         return TorchRows(head, hidden, token_ids, with_entropy, budget)
     require_kernels("hidden", hidden)
-    from ._triton_gemm import GemmRows
-    from ._triton_logits import LogitRows
+    from ._loss.triton_gemm import GemmRows
+    from ._loss.triton_logits import LogitRows
 
-    config = _launch.plan(hidden, head.weight)
+    config = tiles.plan(hidden, head.weight)
     if config is None:
         return LogitRows(head, hidden, token_ids, with_entropy, workspace_bytes)
-    config = _launch.adapt_to_alignment(config, hidden, head.weight)
+    config = tiles.adapt_to_alignment(config, hidden, head.weight)
     return GemmRows(head, hidden, token_ids, with_entropy, workspace_bytes, config)
 
 
@@ -90,12 +91,12 @@ def even_workspace(
     """
     if not shard_group or (workspace_bytes is None and backend == "triton"):
         return workspace_bytes
-    config = _launch.plan(hidden, weight) if backend == "triton" else None
+    config = tiles.plan(hidden, weight) if backend == "triton" else None
     workspace = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     itemsize = weight.dtype.itemsize if config else max(4, weight.dtype.itemsize)
     even_row = -(-vocab_size // _resolve_group(shard_group).size()) * itemsize
     if backend == "triton":
-        return max(1, workspace // even_row) * _launch.bytes_per_row(config, weight.shape[0], weight.dtype)
+        return max(1, workspace // even_row) * tiles.bytes_per_row(config, weight.shape[0], weight.dtype)
     own_row = weight.shape[0] * itemsize
     if weight.dtype.itemsize == itemsize:
         return max(1, workspace // even_row) * own_row

@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from . import _tree_reference as tree_reference
 from ._backend import require_kernels, resolve_backend
-from ._tree_reference import (
-    DISTINCT_METHODS,
-    MAX_SEQUENCE,
-    MODES,
-    ONE,
-    STATUS_FIELDS,
-    WEIGHT_BITS,
-    WEIGHT_MASK,
-    Bell,
-)
+from ._tree import arithmetic as tree_reference
+from ._tree.arithmetic import DISTINCT_METHODS, MAX_SEQUENCE, MODES, ONE, STATUS_FIELDS, WEIGHT_BITS, WEIGHT_MASK, Bell
 
 __all__ = ["Bell", "PriorityTree", "Sample"]
 
@@ -90,7 +81,7 @@ class PriorityTree:
         self._kernels = None
         if resolve_backend(backend, self.leaf) == "triton":
             require_kernels("the tree", self.leaf)
-            from ._triton_tree import TritonTree
+            from ._tree.launches import TritonTree
 
             self._kernels = TritonTree(self.leaf)
 

@@ -4,9 +4,7 @@
 """
 
 from paced_fast.config.compute import DistributedConfig, LoraConfig
-from paced_fast.config.engine import MismatchConfig, SyncMode, WeightSyncConfig
-from paced_fast.config.guards import GuardConfig, WarningName
-from paced_fast.config.inputs import (
+from paced_fast.config.data import (
     DataConfig,
     GenerationConfig,
     ModelConfig,
@@ -14,7 +12,9 @@ from paced_fast.config.inputs import (
     WarmStartConfig,
     WarmStartPhase,
 )
-from paced_fast.config.learning import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, Rule, SchedulerConfig
+from paced_fast.config.engine import MismatchConfig, SyncMode, WeightSyncConfig
+from paced_fast.config.guards import GuardConfig, WarningName
+from paced_fast.config.paced import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, Rule, SchedulerConfig
 from paced_fast.config.run import (
     Algorithm,
     Config,

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from paced_fast.config.compute import DistributedConfig, LoraConfig
+from paced_fast.config.data import DataConfig, GenerationConfig, ModelConfig, RewardConfig, WarmStartConfig
 from paced_fast.config.engine import MismatchConfig, WeightSyncConfig
 from paced_fast.config.guards import GuardConfig
-from paced_fast.config.inputs import DataConfig, GenerationConfig, ModelConfig, RewardConfig, WarmStartConfig
-from paced_fast.config.learning import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, SchedulerConfig
+from paced_fast.config.paced import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, SchedulerConfig
 
 Algorithm = Literal["paced", "tb", "tb_group", "flowrl", "grpo"]
 GeneratorName = Literal["auto", "vllm", "transformers"]

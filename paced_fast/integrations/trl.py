@@ -29,8 +29,8 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from paced_fast.engine import plain_matrices
 from paced_fast.errors import InputError
+from paced_fast.generation.vllm_engine import plain_matrices
 from paced_fast.integrations import trl_data
 from paced_fast.integrations.losses import Balance, group_log_z, loss_from_hidden, loss_from_logprobs
 from paced_fast.integrations.trl_config import PacedConfig

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from paced_fast.config import SchedulerConfig, stream_seed
 from paced_fast.errors import InputError
 from paced_fast.integrations.trl_config import PacedConfig
-from paced_fast.scheduler import PromptScheduler
+from paced_fast.paced.scheduler import PromptScheduler
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,9 @@
 """The policy: a causal language model seen as hidden states plus a linear head, and how it is trained fast."""
 
-from paced_fast.policy.adapters import (
+from paced_fast.policy.attention import SHARED, Attention, choose_attention
+from paced_fast.policy.liger import use_liger
+from paced_fast.policy.loading import build_tiny, load_model, quiet, smollm2_folder
+from paced_fast.policy.lora import (
     adapt,
     adapter_state,
     has_experts,
@@ -11,9 +14,6 @@ from paced_fast.policy.adapters import (
     plain_shapes,
     plain_state,
 )
-from paced_fast.policy.attention import SHARED, Attention, choose_attention
-from paced_fast.policy.liger import use_liger
-from paced_fast.policy.loading import build_tiny, load_model, quiet, smollm2_folder
 from paced_fast.policy.policy import Policy, make_policy, prepare
 from paced_fast.policy.saving import PolicyFiles, StoredNames, check_loads, generation_settings, save_model
 

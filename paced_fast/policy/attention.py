@@ -22,10 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from paced_fast.data.packing import PackedRow
 from paced_fast.errors import InputError
-from paced_fast.families import unshareable
-from paced_fast.pack import PackedRow
-from paced_fast.shapes import head_size, text_settings
+from paced_fast.policy.families import unshareable
+from paced_fast.policy.shape import head_size, text_settings
 
 _NAME = "paced_fast"
 """What the model's configuration calls the function below."""

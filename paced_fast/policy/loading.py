@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from paced_fast import hub
 from paced_fast.config import ModelConfig
+from paced_fast.data import hub
 from paced_fast.errors import InputError
 from paced_fast.policy.stored import check_files, check_report, check_settings, refused
 

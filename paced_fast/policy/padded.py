@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paced_fast.batch import Rollouts
-from paced_fast.crossings import to_device
+from paced_fast.data.records import Rollouts
+from paced_fast.data.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

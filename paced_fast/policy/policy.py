@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from paced_fast import pack
-from paced_fast.batch import Completion, Rollouts
 from paced_fast.config import Config, stream_seed
+from paced_fast.data import packing
+from paced_fast.data.records import Completion, Rollouts
 from paced_fast.errors import InputError
-from paced_fast.families import (
+from paced_fast.policy.attention import PADDED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
+from paced_fast.policy.capped import capped_logprobs
+from paced_fast.policy.families import (
     check_length,
     close,
     examine,
@@ -31,14 +33,12 @@ from paced_fast.families import (
     unshareable,
     without_cache,
 )
-from paced_fast.memory import MASKED_ROW
-from paced_fast.policy.adapters import adapt
-from paced_fast.policy.attention import PADDED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
-from paced_fast.policy.capped import capped_logprobs
-from paced_fast.policy.checkpointing import checkpoint_next_forward, enable_checkpointing
+from paced_fast.policy.gradient_checkpointing import checkpoint_next_forward, enable_checkpointing
 from paced_fast.policy.liger import use_liger
+from paced_fast.policy.lora import adapt
 from paced_fast.policy.padded import padded_micro_batches, padded_rows
-from paced_fast.sharding import Shards
+from paced_fast.policy.sharding import Shards
+from paced_fast.run.plan.memory import MASKED_ROW
 from paced_kernels import linear_logprobs
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Policy:
         rows = probe_tokens(self.model.config, self.family.settings, (2, 4, spare_tokens(self.family) + 1, 3))
         prompts = [tuple(row) for row in rows[:2] for _ in range(2)]
         completions = [Completion(token_ids=row, logprobs=[0.0] * len(row), stopped=True) for row in rows[2:] * 2]
-        batch = pack.pack(completions, prompts, [0, 0, 1, 1], [0.0] * 4, 0, self.device)
+        batch = packing.pack(completions, prompts, [0, 0, 1, 1], [0.0] * 4, 0, self.device)
         wanted = []
         for prompt, one in zip(prompts, completions, strict=True):
             ids = torch.tensor([[*prompt, *one.token_ids]], device=self.device)
@@ -158,9 +158,9 @@ class Policy:
         if self._padded:
             return padded_micro_batches(rollouts, sequences, limit)
         if self._masked(rollouts):
-            return pack.micro_batches(rollouts, sequences, limit)
+            return packing.micro_batches(rollouts, sequences, limit)
         share = self.attention.kernel is None
-        return pack.packed_micro_batches(rollouts, sequences, limit, share_prompts=share)
+        return packing.packed_micro_batches(rollouts, sequences, limit, share_prompts=share)
 
     @property
     def longest_masked_row(self) -> int:
@@ -180,7 +180,7 @@ class Policy:
         check_length(self.family.limit, total, "lower --data.max-prompt-tokens or --generation.max-completion-tokens")
 
     def _masked(self, rollouts: Rollouts) -> bool:
-        return pack.longest_row(rollouts, self.max_tokens) <= self.longest_masked_row
+        return packing.longest_row(rollouts, self.max_tokens) <= self.longest_masked_row
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """States [T, H] that predict the packed completion tokens, differentiable in the parameters; inside `run`.
@@ -203,7 +203,7 @@ class Policy:
 
     def _shared(self, rollouts: Rollouts, *, masked: bool) -> Tensor:
         if masked:
-            rows = pack.forward_rows(rollouts, self.max_tokens)
+            rows = packing.forward_rows(rollouts, self.max_tokens)
             states = self.body(
                 input_ids=rows.input_ids,
                 attention_mask=self._masks(rows),
@@ -211,7 +211,7 @@ class Policy:
                 use_cache=False,
             ).last_hidden_state
             return states.flatten(0, 1)[rows.hidden_index]
-        row = pack.packed_row(rollouts, share_prompts=self.attention.kernel is None)
+        row = packing.packed_row(rollouts, share_prompts=self.attention.kernel is None)
         kernel = self.attention.kernel or sdpa
         windows = set(self._windows().values())
         masks = sdpa_masks(row, windows, self.model.dtype) if kernel is sdpa else {}
@@ -227,7 +227,7 @@ class Policy:
         ).last_hidden_state
         return states[0][row.hidden_index]
 
-    def _masks(self, rows: pack.ForwardRows) -> Tensor | dict[str, Tensor]:
+    def _masks(self, rows: packing.ForwardRows) -> Tensor | dict[str, Tensor]:
         """The rows' mask [R, 1, L, L], added to scores; one for each kind of layer where some or all see a window only.
 
         A model takes a mask as it is given, so its window has to be in it: a token sees those less than so many
@@ -266,7 +266,7 @@ class Policy:
         """Log-probs f32[T] of the packed tokens under the current parameters, at `temperature`."""
         result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=self.device)
         for sequences in self.micro_batches(rollouts, range(rollouts.num_sequences)):
-            part = pack.part(rollouts, sequences)
+            part = packing.part(rollouts, sequences)
             result.index_copy_(0, part.tokens, self.pass_logprobs(part.rollouts, temperature))
         return result
 

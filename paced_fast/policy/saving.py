@@ -21,11 +21,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils.hub import cached_file
 
-from paced_fast import hub
 from paced_fast.config import ModelConfig
+from paced_fast.data import hub
 from paced_fast.errors import InputError
-from paced_fast.policy.adapters import plain_shapes, plain_state
 from paced_fast.policy.loading import load_model
+from paced_fast.policy.lora import plain_shapes, plain_state
 
 GENERATION = "generation_config.json"
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from paced_fast.data.hub import pointer
 from paced_fast.errors import InputError
-from paced_fast.hub import pointer
-from paced_fast.shapes import text_settings
+from paced_fast.policy.shape import text_settings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -8,7 +8,7 @@ Reads what a run wrote so far, so it also works while the run goes on; needs no 
 
 from __future__ import annotations
 
-from paced_fast.report.compare import compare
+from paced_fast.report.compare_page import compare
 from paced_fast.report.run_page import make_report, try_report
 
 __all__ = ["compare", "make_report", "try_report"]

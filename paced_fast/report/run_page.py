@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from paced_fast.config import flatten
+from paced_fast.config.presets import PRESETS
 from paced_fast.errors import InputError
-from paced_fast.presets import PRESETS
-from paced_fast.report.charts import Chart, generator_charts, health_charts, reward_charts, seconds, time_charts
-from paced_fast.report.heldout import (
+from paced_fast.report.charts.held_out import (
     interval,
     largest_k,
     learning_charts,
@@ -21,8 +20,18 @@ from paced_fast.report.heldout import (
     scored_prompts,
     unscored_notes,
 )
-from paced_fast.report.learning import replay_charts, schedule_charts, value_charts
-from paced_fast.report.page import (
+from paced_fast.report.charts.png import PLOTS
+from paced_fast.report.charts.svg import percent, sparkline
+from paced_fast.report.charts.training import (
+    Chart,
+    generator_charts,
+    health_charts,
+    reward_charts,
+    seconds,
+    time_charts,
+)
+from paced_fast.report.charts.value import replay_charts, schedule_charts, value_charts
+from paced_fast.report.html import (
     ARROW,
     Section,
     Tile,
@@ -36,10 +45,8 @@ from paced_fast.report.page import (
     tiles,
     write_page,
 )
-from paced_fast.report.plots import PLOTS
-from paced_fast.report.records import Run, mapping, number, read_run, series
-from paced_fast.report.rollouts import rollouts_section
-from paced_fast.report.svg import percent, sparkline
+from paced_fast.report.read_run import Run, mapping, number, read_run, series
+from paced_fast.report.sample_rollouts import rollouts_section
 
 __all__ = ["changed_settings", "make_report"]
 

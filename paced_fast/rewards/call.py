@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
+from paced_fast.data.records import PromptRow
 from paced_fast.errors import InputError
-from paced_fast.rewards.time_limit import TookTooLong, limited, stack_of
+from paced_fast.rewards.workers.time_limit import TookTooLong, limited, stack_of
 
 # A column of the first name would meet the object itself, where the function is a method of one.
 _RESERVED_COLUMNS = ("self", "prompts", "completions")

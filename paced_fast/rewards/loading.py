@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from paced_fast.config import RewardConfig
+from paced_fast.data.tasks import nearest
 from paced_fast.errors import InputError
-from paced_fast.rewards.adapters import TRLChatReward, VerlReward
-from paced_fast.rewards.code import CodeReward
-from paced_fast.rewards.math import MathReward
-from paced_fast.rewards.tasks import ReasoningGymReward, signed_sums
+from paced_fast.rewards.code.reward import CodeReward
+from paced_fast.rewards.foreign import TRLChatReward, VerlReward
+from paced_fast.rewards.math.reward import MathReward
+from paced_fast.rewards.procedural.reward import ReasoningGymReward, signed_sums
 from paced_fast.rewards.text import exact, number
-from paced_fast.tasks import nearest
 
 RewardFunction = Callable[..., Sequence[float | None]]
 

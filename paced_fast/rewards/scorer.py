@@ -6,8 +6,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from paced_fast.batch import PromptRow
 from paced_fast.config import RewardConfig
+from paced_fast.data.records import PromptRow
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.rewards.call import Call, missing_column, reason, run_all
 from paced_fast.rewards.loading import BUILT_IN, RewardFunction, load_reward

@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from paced_fast.batch import Completion, PromptRow
 from paced_fast.config import RewardConfig
+from paced_fast.data.records import Completion, PromptRow
+from paced_fast.data.tasks import nearest
 from paced_fast.errors import InputError
 from paced_fast.rewards.call import Call, run_all
 from paced_fast.rewards.loading import import_function
 from paced_fast.rewards.terms import parse_terms
-from paced_fast.tasks import nearest
 
 ShapingFunction = Callable[..., Sequence[float | None]]
 

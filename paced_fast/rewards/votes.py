@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from paced_fast.rewards.answers import tidy
-from paced_fast.rewards.endings import final_answer
+from paced_fast.rewards.math.answers import tidy
+from paced_fast.rewards.math.endings import final_answer
 from paced_fast.rewards.text import last_number, tagged, whole_number
 
 

@@ -20,11 +20,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_sides import child_environment, step, tiny_llama
 
-from paced_fast import engine, pack
-from paced_fast.batch import Completion
-from paced_fast.engine import require_vllm
+from paced_fast.data import packing
+from paced_fast.data.records import Completion
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.generate import VLLMGenerator
+from paced_fast.generation import VLLMGenerator, vllm_engine
+from paced_fast.generation.vllm_engine import require_vllm
 
 ALIVE: list[VLLMGenerator] = []
 """An engine that is freed takes the process groups with it that all engines of a process share."""
@@ -44,7 +44,7 @@ def test_logprobs_are_those_of_the_trainer_at_that_temperature(
     side = request.getfixturevalue(fixture)
     completions = sample(side, temperature=temperature)
     ids = [prompt for prompt in PROMPTS for _ in range(4)]
-    batch = pack.pack(completions, ids, [0] * 20, [0.0] * 20, 0, tiny_policy.CPU)
+    batch = packing.pack(completions, ids, [0] * 20, [0.0] * 20, 0, tiny_policy.CPU)
     wanted = tiny_policy.naive_logprobs(side.model, batch, temperature).detach()
     torch.testing.assert_close(batch.generator_logprobs, wanted, rtol=1e-4, atol=2e-4)
 
@@ -86,7 +86,7 @@ def test_a_generator_started_again_samples_the_same(llama: Any, tmp_path: Path) 
     step(llama, seed=3)
     wanted = sample(llama)
     llama.model.save_pretrained(tmp_path)
-    settings = engine.dataclasses.replace(llama.generator.settings, path=str(tmp_path))
+    settings = vllm_engine.dataclasses.replace(llama.generator.settings, path=str(tmp_path))
     again = VLLMGenerator(settings, stop_ids=llama.generator.stop_ids)
     ALIVE.append(again)
     found = again.generate(PROMPTS, group_size=4, max_completion_tokens=12, temperature=1.0, seed=7)
@@ -148,7 +148,7 @@ def test_a_failure_midway_is_one_line_and_the_engine_goes_on(llama: Any, monkeyp
 
 
 def test_progress_is_told(llama: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("paced_fast.generate.vllm_engine._PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("paced_fast.generation.vllm_generator._PROGRESS_SECONDS", 0.0)
     with caplog.at_level(logging.INFO, logger="paced_fast"):
         sample(llama)
     assert "of 20 completions after" in caplog.text
@@ -171,9 +171,9 @@ def test_starting_leaves_threads_precision_and_the_collector_alone(start: Callab
 
 STARTS = """
 import dataclasses, sys
-from paced_fast.engine import EngineSettings
+from paced_fast.generation.vllm_engine import EngineSettings
 from paced_fast.errors import InputError
-from paced_fast.generate import VLLMGenerator
+from paced_fast.generation import VLLMGenerator
 good = EngineSettings(
     path=sys.argv[1], dtype="float32", device="cpu", max_tokens=320, max_sequences=8, kv_cache_bytes=1 << 24,
     keep_plain=True,

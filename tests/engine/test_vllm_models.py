@@ -24,7 +24,7 @@ from transformers import (
 from vllm_sides import STOP, sharpened, step, tiny_llama
 
 from paced_fast.config import ModelConfig
-from paced_fast.parity import ParityGuard
+from paced_fast.generation.parity import ParityGuard
 from paced_fast.policy import load_model, smollm2_folder
 
 

@@ -11,7 +11,7 @@ import torch
 from vllm_sides import step
 
 from paced_fast.errors import TrainingError
-from paced_fast.parity import ParityGuard, long_sequences
+from paced_fast.generation.parity import ParityGuard, long_sequences
 
 OWN = [tuple(torch.randint(2, 300, (60,), generator=torch.Generator().manual_seed(k)).tolist()) for k in range(7)]
 SEQUENCES = long_sequences(OWN, count=2, length=230)

@@ -11,7 +11,7 @@ from vllm_sides import step, tiny_llama
 
 from paced_fast.config import WeightSyncConfig
 from paced_fast.errors import InputError
-from paced_fast.weight_sync import connect
+from paced_fast.generation.weight_sync import connect
 
 LONG = [tuple(torch.randint(2, 300, (200,), generator=torch.Generator().manual_seed(k)).tolist()) for k in range(3)]
 
@@ -67,7 +67,7 @@ def test_engines_of_others_keep_plain_matrices_while_asked_to(monkeypatch: pytes
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    from paced_fast.engine import plain_matrices
+    from paced_fast.generation.vllm_engine import plain_matrices
 
     monkeypatch.setattr(DefaultModelLoader, "load_weights", lambda *arguments: None)
     layer = torch.nn.Module()

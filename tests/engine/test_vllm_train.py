@@ -50,7 +50,7 @@ OPTIONS = [
 FAILING = """
 import sys
 from paced_fast import train
-from paced_fast.generate import VLLMGenerator
+from paced_fast.generation import VLLMGenerator
 
 plain, calls = VLLMGenerator._run, []
 

@@ -44,7 +44,7 @@ def test_three_generations_of_a_colocated_engine(tmp_path: Path, changes: dict[s
     trl_checked.wide_model().save_pretrained(tmp_path)
     tiny_trl.tokenizer().save_pretrained(tmp_path)
     environment = child_environment() | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "trl_checked.py"), str(tmp_path), json.dumps(changes)]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "trl_checked.py"), str(tmp_path), json.dumps(changes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())

@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from paced_fast.config import WeightSyncConfig
-from paced_fast.engine import EngineSettings
-from paced_fast.generate import VLLMGenerator
+from paced_fast.generation import VLLMGenerator
+from paced_fast.generation.vllm_engine import EngineSettings
+from paced_fast.generation.weight_sync import connect
 from paced_fast.policy import Policy
-from paced_fast.weight_sync import connect
 
 STOP = 1
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from paced_kernels import _launch, linear_logprobs, trajectory_balance_loss
-from paced_kernels._row_kernels import LOWEST_DIRECT_LOGPROB
+from paced_kernels import linear_logprobs, trajectory_balance_loss
+from paced_kernels._loss import tiles
+from paced_kernels._loss.row_kernels import LOWEST_DIRECT_LOGPROB
 
 DEVICE = torch.device("cuda")
 SHAPES = [
@@ -41,7 +42,7 @@ def _exact_oracle() -> Iterator[None]:
 def stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the table says, and stage 1 whatever it says."""
     if request.param == "stage 1":
-        monkeypatch.setattr(_launch, "choose_config", lambda *_: None)
+        monkeypatch.setattr(tiles, "choose_config", lambda *_: None)
     return request.param
 
 
@@ -184,8 +185,8 @@ def test_peak_memory_follows_the_formula(is_frozen: bool) -> None:
     case["cu_seqlens"] = torch.arange(0, num_rows + 1, 500)
     case["rewards"], case["log_z"] = torch.ones(12, device=DEVICE), torch.zeros(12, device=DEVICE)
     case["head_weight"].requires_grad_(not is_frozen)
-    config = _launch.plan(case["hidden"], case["head_weight"])
-    workspace = chunk_rows * _launch.bytes_per_row(config, vocab_size, torch.bfloat16)
+    config = tiles.plan(case["hidden"], case["head_weight"])
+    workspace = chunk_rows * tiles.bytes_per_row(config, vocab_size, torch.bfloat16)
     loss_of(case).loss.backward()  # library workspaces and compiled kernels
     case["hidden"].grad = case["head_weight"].grad = None
     torch.cuda.synchronize()

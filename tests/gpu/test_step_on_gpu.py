@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from paced_fast.batch import Rollouts
 from paced_fast.config import LogZConfig, ReplayConfig, SchedulerConfig
-from paced_fast.log_z import LogZ
-from paced_fast.replay import ReplayBuffer
-from paced_fast.scheduler import PromptScheduler
+from paced_fast.data.records import Rollouts
+from paced_fast.paced.log_z import LogZ
+from paced_fast.paced.replay import ReplayBuffer
+from paced_fast.paced.scheduler import PromptScheduler
 
 DEVICE = torch.device("cuda")
 PROMPTS = 5000

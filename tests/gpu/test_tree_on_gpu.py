@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from paced_kernels import Bell, PriorityTree, Sample, _triton_tree
+from paced_kernels import Bell, PriorityTree, Sample
+from paced_kernels._tree import launches
 
 DEVICE = torch.device("cuda")
 BACKEND = "triton"
@@ -210,7 +211,7 @@ def test_replays_of_a_captured_step_equal_eager_steps() -> None:
 
 
 def test_ten_million_leaves() -> None:
-    assert len(_triton_tree.level_counts(LARGE)) == 3
+    assert len(launches.level_counts(LARGE)) == 3
     trees = pair(LARGE)
     weights = weights_of(LARGE, 8, zeros=0.9)
     idx = torch.randint(0, LARGE, (BATCH,))
@@ -259,7 +260,7 @@ def test_a_writer_and_a_reader_on_two_streams_meet_at_events() -> None:
 @pytest.mark.real_empty
 def test_the_benchmark_measures_the_kernels_in_a_graph() -> None:
     """Filled memory would count as a kernel more; a draw and a write are one each."""
-    priority_tree = pytest.importorskip("benchmarks.priority_tree")
+    priority_tree = pytest.importorskip("benchmarks.tree.measure")
     given = priority_tree.Arguments(
         device="cuda", repetitions=5, only=("ours", "int64"), operations=("update random", "sample iid", "pair")
     )

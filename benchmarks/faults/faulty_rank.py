@@ -1,0 +1,152 @@
+"""A rank of a run that fails where it is told to: `python -m paced_fast.train` with a fault in it.
+
+    PACED_FAULT='{"kind": "kill", "rank": 1, "phase": "reward", "step": 3, "once": FILE}' \
+        torchrun --nproc-per-node 2 --max-restarts 3 -m benchmarks.faults.faulty_rank tiny ...
+
+The fault happens once: FILE is made just before it. The package knows nothing of this.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paced_fast import train
+from paced_fast.paced.trainer import Trainer
+from paced_fast.policy import Policy
+from paced_fast.policy.optimizer import PolicyOptimizer
+from paced_fast.rewards import Scorer
+from paced_fast.run.checkpoint import save
+from paced_fast.run.start import build
+
+PHASES = ("build", "generate", "reward", "update", "evaluate", "save")
+KINDS = ("kill", "stop", "raise", "exit")
+
+
+class InjectedError(Exception):
+    """What no part of the package expects."""
+
+
+class Fault:
+    """Something that goes wrong in one phase of one step on one rank."""
+
+    def __init__(self, *, kind: str, rank: int, phase: str, step: int, once: str) -> None:
+        self.kind, self.phase, self.step, self.once = kind, phase, step, Path(once)
+        self.is_here = int(os.environ.get("RANK", "0")) == rank
+        self.now = 0
+        """The step under way."""
+        self.evaluating = False
+
+    def strike(self) -> None:
+        """Go wrong, unless that has happened."""
+        if self.once.exists():
+            return
+        self.once.write_text(str(time.time()))
+        own = os.getpid()
+        if self.kind == "kill":
+            os.kill(own, signal.SIGKILL)
+        elif self.kind == "stop":
+            os.kill(own, signal.SIGSTOP)
+        elif self.kind == "raise":
+            raise InjectedError(f"injected in {self.phase}")
+        elif self.kind == "exit":
+            sys.exit(0)
+        elif self.kind == "hang":
+            time.sleep(3600)
+        else:
+            os.kill(own, signal.Signals[self.kind])
+            time.sleep(0.05)  # the handler's thread needs a moment
+
+    def before(self, owner: Any, name: str, *phases: str) -> None:
+        """Strike at the beginning of a call, when that is the place."""
+        original: Callable[..., Any] = getattr(owner, name)
+
+        @functools.wraps(original)
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.is_here and self.phase in phases and (self.phase == "build" or self.now == self.step):
+                self.strike()
+            return original(*arguments, **options)
+
+        setattr(owner, name, call)
+
+
+def _while_training(fault: Fault, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, but a fault of a step's phase does not strike in an evaluation."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        step, fault.now = fault.now, -1
+        try:
+            return function(*arguments, **options)
+        finally:
+            fault.now = step
+
+    return call
+
+
+def install(fault: Fault) -> None:
+    """Put the fault into the package's functions."""
+    step = Trainer.step
+
+    def counted(self: Trainer) -> Any:
+        fault.now = self.counters.step + 1
+        return step(self)
+
+    Trainer.step = counted
+    train.evaluate = _while_training(fault, train.evaluate)
+    fault.before(train, "evaluate", "evaluate")
+    fault.before(_generator_class(), "generate", "generate")
+    fault.before(Scorer, "score", "reward")
+    fault.before(PolicyOptimizer, "clip_and_step", "update")
+    fault.before(Policy, "embed", "build")
+    # The lead's thread is in the midst of writing, the policy being on the disk; only the main thread can exit.
+    if os.environ.get("RANK", "0") == "0" and fault.kind != "exit":
+        _in_the_writing_thread(fault)
+    else:
+        fault.before(save.Saver, "save", "save")
+
+
+def _in_the_writing_thread(fault: Fault) -> None:
+    """Strike before a file of the step's checkpoint is hashed; the main thread may be a step further."""
+    write, describe = save.Saver._write_own, save.describe
+    saving: list[int] = []
+
+    def writes(self: Any, job: Any, folder: Path) -> Any:
+        saving[:] = [job.step]
+        return write(self, job, folder)
+
+    def describes(path: Path) -> Any:
+        if fault.is_here and fault.phase == "save" and saving == [fault.step]:
+            fault.strike()
+        return describe(path)
+
+    save.Saver._write_own = writes
+    save.describe = describes
+
+
+def _generator_class() -> Any:
+    return build.TransformersGenerator
+
+
+def main() -> None:
+    """Train with the fault that the environment describes, or with none."""
+    torch.set_num_threads(1)
+    if described := os.environ.get("PACED_FAULT"):
+        options = json.loads(described)
+        with Path(options["once"]).with_name("starts").open("a") as file:
+            file.write(os.environ.get("RANK", "0"))
+        install(Fault(**options))
+    train.main()
+
+
+if __name__ == "__main__":
+    main()

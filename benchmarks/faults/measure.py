@@ -1,0 +1,57 @@
+"""Faults, counted: kills, damaged and planted files, resumes, forgotten state, and processes that fail.
+
+Whatever is lost, loaded silently, not noticed, different or left behind is a failure of this case, exit status 1.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults import checkpoint as faults_checkpoint
+from benchmarks.faults import processes as faults_processes
+from benchmarks.faults.resume import CUTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Faults, counted."""
+
+    kills: int = 100
+    """Processes killed while they save."""
+    damages: int = 200
+    """Damaged checkpoints."""
+    parallel: int = 3
+    """Runs with a failing process at a time; those with a stopped rank mostly wait."""
+    cuts: tuple[str, ...] = tuple(map(str, CUTS))
+    """Steps after which a run is killed and resumed."""
+    pieces: tuple[str, ...] = ()
+    """Pieces of state to leave out of a resume whose name contains one of these words; none means all."""
+    cells: tuple[str, ...] = ()
+    """Failing processes to try, FAULT/PHASE; none means all."""
+
+
+def measure(arguments: Arguments, path: Path | None = None) -> dict[str, Any]:
+    """All figures; the first line that is wrong ends the process when everything has been counted."""
+    started = time.monotonic()
+    cuts = tuple(map(int, arguments.cuts))
+    checkpoint = faults_checkpoint.measure(arguments.kills, arguments.damages, cuts, arguments.pieces)
+    kill, damage, planted = checkpoint["kill"], checkpoint["damage"], checkpoint["planted_code"]
+    cut, ablation = checkpoint["resume"]["cuts"], checkpoint["resume"]["ablation"]
+    print(
+        f"kills {kill['kills']} ({kill['kills_inside_a_save']} inside a save), acknowledged checkpoints "
+        f"{kill['acknowledged']}, wrong {kill['wrong']}\ndamaged {damage['damages']}, wrong {damage['wrong']}\n"
+        f"planted code ran {planted['code_ran']} times\ncut points {cut['cut_points']}, wrong {cut['wrong']}\n"
+        f"pieces of state left out {ablation['pieces']}, not noticed {ablation['wrong']}",
+        flush=True,
+    )
+    processes = faults_processes.measure(faults_processes.Arguments(parallel=arguments.parallel, only=arguments.cells))
+    wrong = [*kill["wrong"], *damage["wrong"], *cut["wrong"], *ablation["wrong"], *processes["shared_memory_left"]]
+    wrong += [outcome for outcome in processes["outcomes"] if not outcome["passed"]]
+    if wrong or planted["code_ran"]:
+        sys.stderr.write(f"error: {len(wrong)} faults were not borne; the first: {(wrong or [planted])[0]}\n")
+        raise SystemExit(1)
+    return {"checkpoint": checkpoint, "processes": processes, "seconds": round(time.monotonic() - started, 1)}

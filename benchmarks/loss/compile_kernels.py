@@ -1,0 +1,266 @@
+"""Compile every Triton kernel in every shipped configuration, with no GPU: registers, spills, shared memory, products.
+
+`python -m benchmarks.run compile` writes what `kernels/README.md` shows and `tests/ops/test_compile.py` asserts. The
+interpreter must be off when it starts: kernels that it wraps cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paced_fast.errors import InputError
+
+SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
+"""Bytes a program may have on each architecture; 86 stands for the consumer chips that run the sm_80 configuration."""
+
+# What a launch specialises on: these are multiples of 16 for aligned tensors.
+ALIGNED = ("stride_hidden", "stride_weight", "stride_out", "stride", "hidden_size")
+INTEGERS = ("num_rows", "vocab_size", "hidden_size", "vocab_start", "num_parts")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compile all kernels."""
+
+    architectures: tuple[str, ...] = ("80", "90", "100")
+    """Compute capabilities, 90 for sm_90."""
+    widest: bool = False
+    """Only what asks most of the chip: all options on, the most levels."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with its compile-time constants."""
+
+    kernel: Any
+    variant: str
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    descriptors: dict[str, tuple[int, int]]  # arguments that are TMA descriptors, with their blocks
+    dtype: str = "bf16"
+    fuses: bool = True  # products into sums
+
+
+def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
+    """Rows of name, variant, architecture, registers, spills, shared memory and instructions."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise InputError("TRITON_INTERPRET=1 wraps the kernels in the interpreter; unset it to compile them")
+    del path
+    architectures = [int(name) for name in arguments.architectures]
+    rows = [compile_one(build, arch) for arch in architectures for build in builds(arch, widest=arguments.widest)]
+    for row in rows:
+        print("  ".join(str(value) for value in row.values()))
+    return {"rows": rows}
+
+
+def builds(arch: int, *, widest: bool = False) -> list[Build]:
+    """Everything that may be launched on a chip of this architecture, or the `widest` of each kind."""
+    options, levels = ((True,), (3,)) if widest else ((False, True), (2, 3))
+    return [*projections(arch, options), *row_kernels(), *tree_kernels(levels)]
+
+
+def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:
+    """`project_kernel` in the configurations of the static table, with no options, all, or both in turn."""
+    from paced_kernels._loss import gemm_kernels as gemm
+    from paced_kernels._loss.tiles import SHIPPED
+
+    found = []
+    for config in SHIPPED[arch]:
+        for kind, is_full, is_gated in itertools.product((gemm.EXPONENTIALS, gemm.SUMS), options_on, options_on):
+            options = ["exponentials" if kind is gemm.EXPONENTIALS else "sums"]
+            options += ["entropy, bias" + (", live" if kind is gemm.EXPONENTIALS else "")] * is_full
+            options += ["gated"] * is_gated
+            constants = {
+                "KIND": kind.value,
+                "BLOCK_T": config.block_t,
+                "BLOCK_V": config.block_v,
+                "BLOCK_H": config.block_h,
+                "PIECES": config.pieces,
+                "GROUP_V": config.group_v,
+                "USE_TMA": config.use_tma,
+                "UPCAST": False,
+                "HAS_BIAS": is_full,
+                "HAS_LIVE": is_full and kind is gemm.EXPONENTIALS,
+                "WITH_ENTROPY": is_full,
+                "GATED": is_gated,
+            }
+            blocks = {}
+            if config.use_tma:
+                blocks = {"hidden": (config.block_t, config.block_h), "weight": (config.block_v, config.block_h)}
+                if kind is gemm.EXPONENTIALS:
+                    blocks["out"] = (config.block_t, config.width)
+            loads = "TMA" if config.use_tma else "pointers"
+            shape = f"{config.block_t}x{config.block_v}x{config.block_h} {loads}: {', '.join(options)}"
+            found.append(Build(gemm.project_kernel, shape, constants, config.num_warps, config.num_stages, blocks))
+    return found
+
+
+def row_kernels() -> list[Build]:
+    """The kernels over rows, with the constants their launchers use, all options on."""
+    from paced_kernels._loss import row_kernels as kernels
+
+    def build(kernel: Any, variant: str, num_warps: int = 4, dtype: str = "bf16", **constants: Any) -> Build:
+        return Build(kernel, variant, constants, num_warps, 3, {}, dtype)
+
+    finish = {"TILE_T": 128, "WITH_ENTROPY": True, "BLOCK_P": 16, "BLOCK_T": 64}
+    first = {"HAS_MAXIMA": False, "FLAG": True, "GATED": False, "FINAL": True}
+    again = {"HAS_MAXIMA": True, "FLAG": False, "GATED": True, "FINAL": True}
+    part = {"HAS_MAXIMA": True, "FLAG": False, "GATED": False, "FINAL": False}
+    return [
+        build(kernels.target_logits_kernel, "", HAS_BIAS=True, BLOCK_T=16, BLOCK_H=256),
+        build(kernels.finish_rows_kernel, "flags", **finish, **first),
+        build(kernels.finish_rows_kernel, "gated", **finish, **again),
+        build(kernels.finish_rows_kernel, "one of several ranks", **finish, **part),
+        build(kernels.row_parts_kernel, "", 8, HAS_BIAS=True, WITH_ENTROPY=True, BLOCK_V=8192),
+        build(kernels.row_probabilities_kernel, "bfloat16", 8, HAS_BIAS=True, HAS_LIVE=True, BLOCK_V=8192),
+        build(kernels.row_probabilities_kernel, "float32", 8, "fp32", HAS_BIAS=True, HAS_LIVE=True, BLOCK_V=8192),
+        build(kernels.patch_targets_kernel, "", HAS_LIVE=True, BLOCK_T=128),
+        build(kernels.entropy_gradient_kernel, "", 8, BLOCK_V=4096),
+    ]
+
+
+def tree_kernels(level_counts: tuple[int, ...]) -> list[Build]:
+    """The kernels of the priority tree, for 10^6 and 10^7 leaves."""
+    from paced_kernels._tree import kernels, launches
+
+    found = []
+    for num_levels in level_counts:
+        levels = {"NUM_LEVELS": num_levels}
+        name = f"{num_levels} levels"
+        update = {**levels, "IS_FLOAT": True, "BLOCK": launches.UPDATE_BLOCK}
+        for is_bell, has_allowed in ((False, False), (False, True), (True, True)):
+            constants = {**levels, "IS_FLOAT": True, "IS_BELL": is_bell, "HAS_ALLOWED": has_allowed}
+            found.append(Build(kernels.tree_rebuild_kernel, name, constants, 4, 3, {}, "fp32", fuses=False))
+        for is_mixed, has_explored in ((False, False), (True, False), (True, True)):
+            constants = {**levels, "IS_MIXED": is_mixed, "HAS_EXPLORED": has_explored, "BLOCK": launches.RACE_BLOCK}
+            found.append(Build(kernels.tree_race_kernel, name, constants, 4, 3, {}, "fp32", fuses=False))
+        for has_index in (True, False):
+            constants = {**update, "HAS_INDEX": has_index}
+            found.append(Build(kernels.tree_update_kernel, name, constants, 4, 3, {}, "fp32"))
+        for mode in (kernels.SYSTEMATIC, kernels.STRATIFIED, kernels.IID):
+            constants = {**levels, "MODE": mode.value, "BLOCK": launches.SAMPLE_BLOCK}
+            found.append(Build(kernels.tree_sample_kernel, name, constants, launches.SAMPLE_WARPS, 3, {}, "fp32"))
+    return found
+
+
+def argument_type(name: str, build: Build) -> str:
+    """Triton's name of the type of an argument that is not a constant."""
+    if name in build.descriptors:
+        rows, columns = build.descriptors[name]
+        return f"tensordesc<{build.dtype}[{rows},{columns}]>"
+    if name in ("hidden", "weight", "out", "hidden_ptr", "weight_ptr", "bias_ptr", "out_ptr"):
+        return f"*{build.dtype}"
+    if build.kernel.__name__.startswith("tree_"):
+        special = {"weights_ptr": "*fp32", "prob_ptr": "*fp32", "ticket_ptr": "*i32", "allowed_ptr": "*i1"}
+        wide = name.endswith("_bits") or name == "index_mask"
+        return special.get(name, "*i64" if name.endswith("_ptr") else "i64" if wide else "i32")
+    special = {"token_ptr": "*i64", "live_ptr": "*u8", "gate_ptr": "*i32", "inv_temperature": "fp32"}
+    if name in special:
+        return special[name]
+    if name in INTEGERS:
+        return "i32"
+    return "i64" if name.startswith("stride") else "*fp32"
+
+
+def compile_one(build: Build, arch: int) -> dict[str, Any]:
+    """Compile and read off what the chip would be asked for."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = build.kernel.arg_names
+    signature = {name: "constexpr" if name in build.constants else argument_type(name, build) for name in names}
+    positions = {name: (names.index(name),) for name in names}
+    aligned = [name for name in names if name.endswith("_ptr") or name in ALIGNED or signature[name].startswith("*")]
+    source = ASTSource(
+        build.kernel,
+        signature,
+        {positions[name]: value for name, value in build.constants.items()},
+        {positions[name]: [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": build.fuses}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, stack, local = resources(compiled.asm["cubin"])
+    return {
+        "kernel": build.kernel.__name__,
+        "variant": build.variant,
+        "arch": arch,
+        "num_warps": build.num_warps,
+        "num_stages": build.num_stages,
+        "registers": registers,
+        "spill_bytes": stack + local,
+        "shared_bytes": compiled.metadata.shared,
+        "products": matrix_instructions(compiled.asm["ptx"]),
+        "uses_tma": "cp.async.bulk.tensor" in compiled.asm["ptx"],
+        "fused_float64": len(re.findall(r"\bfma\.rn\.f64\b", compiled.asm["ptx"])),
+        "accumulates_f32": accumulates_in_float32(compiled.asm["ptx"], compiled.asm["ttgir"]),
+    }
+
+
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers a thread, bytes of stack and of local memory of a compiled kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"cuobjdump said nothing of registers: {text}")
+    registers, stack, local = (int(group) for group in match.groups())
+    return registers, stack, local
+
+
+def matrix_instructions(ptx: str) -> list[str]:
+    """Matrix products of the PTX, without their operands."""
+    return sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]+", ptx)))
+
+
+def accumulates_in_float32(ptx: str, ttgir: str) -> bool | None:
+    """Whether every matrix product adds up in float32; None without one."""
+    products = matrix_instructions(ptx)
+    if not products:
+        return None
+    if any(name.startswith("tcgen05") for name in products):  # the type is in a run-time descriptor, not in the name
+        lines = [line for line in ttgir.splitlines() if "tc_gen5_mma" in line]
+        return bool(lines) and all(re.search(r"xf32, #\w+, #ttng.tensor_memory", line) for line in lines)
+    return all(re.search(r"\.f32\.(bf16|f16)\.(bf16|f16)(\.f32)?$", name) for name in products)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown, one line for all variants of a kernel with the same blocks: the most that any of them needs."""
+    lines = [
+        "| kernel | architecture | variants | warps, stages | registers | spills | shared memory | products |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        blocks = row["variant"].split(":")[0] if row["products"] else ""
+        groups.setdefault((row["kernel"], blocks, row["arch"]), []).append(row)
+    for (kernel, blocks, arch), members in sorted(groups.items()):
+        registers = [row["registers"] for row in members]
+        spread = f"{min(registers)} to {max(registers)}" if min(registers) < max(registers) else str(registers[0])
+        cells = (
+            f"`{kernel}`" + (f" {blocks}" if blocks else ""),
+            f"sm_{arch}",
+            len(members),
+            f"{members[0]['num_warps']}, {members[0]['num_stages']}",
+            spread,
+            max(row["spill_bytes"] for row in members),
+            f"{max(row['shared_bytes'] for row in members):,} B",
+            ", ".join(f"`{name}`" for name in members[0]["products"]),
+        )
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return lines

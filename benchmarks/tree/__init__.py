@@ -1,0 +1,1 @@
+"""The priority tree beside its peers."""

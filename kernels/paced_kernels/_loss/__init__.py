@@ -1,0 +1,1 @@
+"""Log-probs and the trajectory-balance loss in one pass over the head."""

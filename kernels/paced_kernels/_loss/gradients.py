@@ -1,0 +1,112 @@
+"""Gradients of the vocabulary projection from chunks of exponentials.
+
+dloss/dz_v = scale E'_v: one number a row separates E' from the gradient, and nothing of size [R, V] is touched again:
+
+    dhidden  = diag(scale / temperature) (E' W)
+    dweight += E'^T (diag(scale / temperature) hidden)
+    dbias   += E'^T scale
+
+T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .head import Head
+from .torch_rows import Exponentials, RowStats, row_chunks
+
+
+class RowEngine(Protocol):
+    """What turns rows into log-probs and exponentials; `_rows.TorchRows` documents the methods."""
+
+    head: Head
+    hidden: Tensor  # [T, H]
+    token_ids: Tensor  # [T]
+    with_entropy: bool
+
+    @property
+    def rows_per_chunk(self) -> int: ...
+    @property
+    def bytes_per_row(self) -> int: ...
+    @property
+    def chunk_bytes(self) -> int: ...
+    @property
+    def weight_gradient_dtype(self) -> torch.dtype: ...
+    def score(self, rows: slice) -> RowStats: ...
+    def exponentials(self, rows: slice, live: Tensor | None, known: RowStats | None = None) -> Exponentials: ...
+    def entropy_gradient(
+        self, chunk: Exponentials, rows: slice, coefficient: Tensor, entropy_coefficient: Tensor
+    ) -> None: ...
+    def back_project(self, matrix: Tensor) -> Tensor: ...
+    def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor) -> None: ...
+
+
+def score_rows(engine: RowEngine, rows: slice) -> RowStats:
+    """`engine.score`; over a split vocabulary in chunks that every rank takes, whatever the size of its shard."""
+    if engine.head.group is None or rows.stop - rows.start <= engine.rows_per_chunk:
+        return engine.score(rows)
+    parts = [engine.score(chunk) for chunk in row_chunks(rows.start, rows.stop, engine.rows_per_chunk)]
+    entropy = [part.entropy for part in parts if part.entropy is not None]
+    return RowStats(
+        torch.cat([part.logprobs for part in parts]),
+        torch.cat([part.lse for part in parts]),
+        torch.cat(entropy) if entropy else None,
+    )
+
+
+class Wanted(NamedTuple):
+    """Which gradients the caller asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients:
+    """Accumulators: rows of `hidden` are written once in its dtype, `weight` and `bias` are sums in a wide one."""
+
+    def __init__(self, engine: RowEngine, wanted: Wanted) -> None:
+        hidden = engine.hidden
+        self.hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wanted.hidden else None
+        self.weight, self.bias = new_accumulators(engine.head, wanted, engine.weight_gradient_dtype)
+
+    def add(
+        self,
+        engine: RowEngine,
+        chunk: Exponentials,
+        rows: slice,
+        coefficient: Tensor,  # [R], dloss / dlogprobs
+        live: Tensor | None,  # [R] bool, as given to `engine.exponentials`
+        entropy_coefficient: Tensor | None = None,  # [R], dloss / dentropy
+        into: tuple[Tensor | None, Tensor | None] | None = None,  # other accumulators of (weight, bias)
+    ) -> None:
+        """Add one chunk; its matrix is consumed. A dead row adds exactly 0, whatever its hidden state holds."""
+        weight, bias = (self.weight, self.bias) if into is None else into
+        scale = -coefficient * chunk.factor
+        if entropy_coefficient is not None:
+            engine.entropy_gradient(chunk, rows, coefficient, entropy_coefficient)
+            scale = torch.ones_like(scale)
+        if live is not None:
+            scale = torch.where(live, scale, 0.0)
+        inner_scale = (scale / engine.head.temperature)[:, None]
+        if self.hidden is not None:
+            torch.mul(engine.back_project(chunk.matrix), inner_scale, out=self.hidden[rows])
+        if weight is not None:
+            hidden = engine.hidden[rows] if live is None else engine.hidden[rows].masked_fill(~live[:, None], 0.0)
+            engine.add_outer(weight, chunk.matrix, hidden * inner_scale)
+        if bias is not None:
+            engine.add_outer(bias[:, None], chunk.matrix, scale[:, None])
+
+
+def new_accumulators(
+    head: Head, wanted: Wanted, weight_dtype: torch.dtype | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Zeros for the gradients of weight and bias, None where not wanted."""
+
+    def zeros(value: Tensor | None, is_wanted: bool, dtype: torch.dtype) -> Tensor | None:
+        return torch.zeros(value.shape, dtype=dtype, device=value.device) if is_wanted and value is not None else None
+
+    weight = zeros(head.weight, wanted.weight, weight_dtype or head.accumulate)
+    return weight, zeros(head.bias, wanted.bias, head.accumulate)

@@ -1,0 +1,394 @@
+"""The fused operations as PyTorch custom operators: opaque to torch.compile, with fake and autograd registrations.
+
+Everything that reads a value on the host (the plan of the chunks, the checks of token ids and offsets on a CPU) happens
+inside an operator, so that a compiled caller has no graph break. `logprobs` and `trajectory_balance` are the public
+functions over these.
+
+T = packed tokens, B = sequences, H = hidden size, V = vocabulary of this rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._backend import Guard, even_workspace, make_engine, make_head
+from . import tiles
+from .fused_pass import FusedOptions, FusedPass, plan_groups
+from .gradients import Gradients, Wanted, score_rows
+from .head import VocabShard
+from .sequences import make_terms
+from .torch_rows import RowStats, row_chunks
+
+
+def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if value is None else value
+
+
+@torch.library.custom_op("paced_kernels::linear_logprobs", mutates_args=())
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    workspace_bytes: int | None,
+    backend: str,
+    shard_group: str,
+    shard_start: int,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [T], log-sum-exps [T] and entropies [T] (or [0])."""
+    _checks.check_token_values(token_ids, vocab_size)
+    with Guard(hidden.device):
+        head = make_head(weight, bias, temperature, shard_group, shard_start)
+        workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
+        engine = make_engine(head, hidden, token_ids, with_entropy, workspace_bytes, backend)
+        stats = score_rows(engine, slice(0, hidden.shape[0]))
+        return stats.logprobs, stats.lse, _or_empty(stats.entropy, stats.logprobs)
+
+
+@linear_logprobs.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _accumulate(weight)
+    num_rows = hidden.shape[0]
+    sizes = num_rows, num_rows, num_rows if with_entropy else 0
+    a, b, c = (hidden.new_empty(size, dtype=dtype) for size in sizes)
+    return a, b, c
+
+
+@torch.library.custom_op("paced_kernels::linear_logprobs_backward", mutates_args=())
+def linear_logprobs_backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logprobs: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: float,
+    workspace_bytes: int | None,
+    backend: str,
+    shard_group: str,
+    shard_start: int,
+    vocab_size: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias ([0] where not wanted), from log-probs and entropies of the forward pass."""
+    with Guard(hidden.device):
+        head = make_head(weight, bias, temperature, shard_group, shard_start)
+        with_entropy = grad_entropy is not None
+        workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
+        engine = make_engine(head, hidden, token_ids, with_entropy, workspace_bytes, backend)
+        gradients = Gradients(engine, Wanted(*wanted))
+        known = RowStats(logprobs, lse, entropy if with_entropy else None)
+        # Gradients of a sum are one number with stride 0, and kernels read rows one after the other.
+        coefficient = torch.zeros_like(logprobs)
+        if grad_logprobs is not None:
+            coefficient = grad_logprobs.to(logprobs.dtype).contiguous()
+        live = coefficient != 0
+        if grad_entropy is not None:
+            grad_entropy = grad_entropy.to(logprobs.dtype).contiguous()
+            live = live | (grad_entropy != 0)
+        for rows in row_chunks(0, hidden.shape[0], engine.rows_per_chunk):
+            chunk = engine.exponentials(rows, live[rows], known.narrow(rows.start, rows.stop))
+            entropy_rows = None if grad_entropy is None else grad_entropy[rows]
+            gradients.add(engine, chunk, rows, coefficient[rows], live[rows], entropy_rows)
+        return _rounded(gradients, hidden, weight)
+
+
+def _rounded(gradients: Gradients, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    outs = gradients.hidden, gradients.weight, gradients.bias
+    a, b, c = (_or_empty(None if out is None else out.to(weight.dtype), hidden) for out in outs)
+    return a, b, c
+
+
+@linear_logprobs_backward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias, wanted = *arguments[5:8], arguments[-1]
+    a, b, c = (
+        torch.empty_like(value, memory_format=torch.contiguous_format)
+        if is_wanted and value is not None
+        else hidden.new_empty(0)
+        for value, is_wanted in zip((hidden, weight, bias), wanted, strict=True)
+    )
+    return a, b, c
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, bias, token_ids, *options = inputs
+    ctx.save_for_backward(hidden, weight, bias, token_ids, *output)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _backward_linear(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    grad_logprobs, _, grad_entropy = grads
+    wanted = ctx.needs_input_grad[:3]
+    hidden, weight, bias, token_ids, logprobs, lse, entropy = ctx.saved_tensors
+    temperature, with_entropy, workspace_bytes, backend, group, start, vocab_size = ctx.options
+    if grad_logprobs is None and grad_entropy is None:
+        return (None,) * 11
+    outs = linear_logprobs_backward(
+        grad_logprobs,
+        grad_entropy if with_entropy else None,
+        logprobs,
+        lse,
+        entropy,
+        hidden,
+        weight,
+        bias,
+        token_ids,
+        temperature,
+        workspace_bytes,
+        backend,
+        group,
+        start,
+        vocab_size,
+        list(wanted),
+    )
+    return (*(out if is_wanted else None for out, is_wanted in zip(outs, wanted, strict=True)), *(None,) * 8)
+
+
+linear_logprobs.register_autograd(_backward_linear, setup_context=_setup_linear)
+
+
+@torch.library.custom_op("paced_kernels::trajectory_balance", mutates_args=())
+def trajectory_balance(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_z: Tensor,
+    token_ids: Tensor,
+    cu_seqlens: Tensor,
+    rewards: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    behavior_logprobs: Tensor | None,
+    denominator: Tensor | None,
+    beta: float,
+    importance_cap: float | None,
+    temperature: float,
+    reduction: str,
+    entropy_bonus: float,
+    with_entropy: bool,
+    workspace_bytes: int | None,
+    backend: str,
+    shard_group: str,
+    shard_start: int,
+    vocab_size: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss [], residual [B], seq_logprobs [B], entropy [T], and gradients of hidden, weight, bias and log_z."""
+    _checks.check_token_values(token_ids, vocab_size)
+    _checks.check_offset_values(cu_seqlens, hidden.shape[0], "hidden")
+    with Guard(hidden.device):
+        offsets = cu_seqlens.to(hidden.device, torch.int64, non_blocking=True)
+        terms = make_terms(
+            offsets,
+            hidden.shape[0],
+            rewards=rewards,
+            log_z=log_z,
+            beta=beta,
+            ref_logprobs=ref_logprobs,
+            weights=weights,
+            behavior_logprobs=behavior_logprobs,
+            importance_cap=importance_cap,
+            reduction=reduction,
+            denominator=denominator,
+        )
+        head = make_head(weight, bias, temperature, shard_group, shard_start)
+        needs_entropy = with_entropy or entropy_bonus != 0
+        workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
+        engine = make_engine(head, hidden, token_ids, needs_entropy, workspace_bytes, backend)
+        is_budget_firm = workspace_bytes is not None or backend == "reference"
+        options = FusedOptions(reduction, entropy_bonus, Wanted(*wanted), is_budget_firm)
+        fused = FusedPass(engine, offsets, terms, options)
+        fused.run(plan_groups(cu_seqlens, hidden.shape[0], engine.rows_per_chunk))
+        dtype = head.accumulate
+        _, residual, seq_logprobs, coefficient = fused.per_sequence
+        return (
+            fused.loss.to(dtype),
+            residual.to(dtype, copy=True),
+            seq_logprobs.to(dtype, copy=True),
+            _or_empty(fused.entropy if with_entropy else None, hidden),
+            _or_empty(fused.gradients.hidden, hidden),
+            _or_empty(fused.gradients.weight, hidden),
+            _or_empty(fused.gradients.bias, hidden),
+            coefficient.to(log_z.dtype, copy=True),
+        )
+
+
+@trajectory_balance.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_z: Tensor,
+    token_ids: Tensor,
+    cu_seqlens: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_entropy, workspace_bytes, backend, group, _, vocab_size = options[10:16]
+    wants_hidden, wants_weight, wants_bias = options[-1]
+    dtype = _accumulate(weight)
+    num_sequences = cu_seqlens.shape[0] - 1
+    weight_dtype = dtype
+    if backend == "triton":
+        workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, group, vocab_size)
+        weight_dtype = tiles.weight_gradient_dtype(hidden, weight, workspace_bytes)
+    entropy = hidden.new_empty(hidden.shape[0], dtype=dtype) if with_entropy else hidden.new_empty(0)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(num_sequences, dtype=dtype),
+        hidden.new_empty(num_sequences, dtype=dtype),
+        entropy,
+        hidden.new_empty(hidden.shape if wants_hidden else 0),
+        weight.new_empty(weight.shape, dtype=weight_dtype) if wants_weight else hidden.new_empty(0),
+        bias.new_empty(bias.shape, dtype=dtype) if wants_bias and bias is not None else hidden.new_empty(0),
+        log_z.new_empty(num_sequences),
+    )
+
+
+@torch.library.custom_op("paced_kernels::scale_gradient", mutates_args=())
+def scale_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * scale, multiplied in the wider dtype and rounded once. An operator, so that no second derivative
+    can be taken through it: the gradients of the loss are numbers by then."""
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, scale, out=out)
+
+
+@scale_gradient.register_fake
+def _(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=dtype)
+
+
+def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[4:])
+    ctx.dtypes = [None if value is None else value.dtype for value in inputs[:4]]
+    ctx.wanted = (*inputs[-1], True)
+    ctx.num_inputs = len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_loss(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * ctx.num_inputs
+    outs = [
+        scale_gradient(gradient, grad_loss, dtype) if is_wanted and is_needed and dtype is not None else None
+        for gradient, dtype, is_wanted, is_needed in zip(
+            ctx.saved_tensors, ctx.dtypes, ctx.wanted, ctx.needs_input_grad[:4], strict=True
+        )
+    ]
+    return (*outs, *(None,) * (ctx.num_inputs - 4))
+
+
+trajectory_balance.register_autograd(_backward_loss, setup_context=_setup_loss)
+
+
+def _accumulate(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def compute_linear_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    return_entropy: bool,
+    workspace_bytes: int | None,
+    backend: str,
+    shard: VocabShard | None,
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_logprobs` for checked arguments and a resolved backend; log-probs, and entropies if asked for."""
+    group, start, vocab_size = shard_options(shard, head_weight)
+    logprobs, _, entropy = linear_logprobs(
+        hidden,
+        head_weight,
+        bias,
+        token_ids,
+        temperature,
+        return_entropy,
+        workspace_bytes,
+        backend,
+        group,
+        start,
+        vocab_size,
+    )
+    return logprobs, entropy if return_entropy else None
+
+
+def compute_trajectory_balance(
+    hidden: Tensor,
+    head_weight: Tensor,
+    token_ids: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    rewards: Tensor,
+    log_z: Tensor,
+    beta: float,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    behavior_logprobs: Tensor | None,
+    importance_cap: float | None,
+    bias: Tensor | None,
+    temperature: float,
+    reduction: str,
+    denominator: float | Tensor | None,
+    entropy_bonus: float,
+    return_entropy: bool,
+    workspace_bytes: int | None,
+    backend: str,
+    shard: VocabShard | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`trajectory_balance_loss` for checked arguments and a resolved backend: the fields of `TBOutput`."""
+    if isinstance(denominator, (int, float)):
+        denominator = torch.full((), denominator, dtype=torch.float64, device=hidden.device)
+    constants = [
+        None if value is None else value.detach()
+        for value in (rewards, ref_logprobs, weights, behavior_logprobs, denominator)
+    ]
+    is_enabled = torch.is_grad_enabled()
+    wanted = [is_enabled and value is not None and value.requires_grad for value in (hidden, head_weight, bias)]
+    loss, residual, seq_logprobs, entropy, *_ = trajectory_balance(
+        hidden,
+        head_weight,
+        bias,
+        log_z,
+        token_ids,
+        cu_seqlens,
+        *constants,
+        beta,
+        importance_cap,
+        temperature,
+        reduction,
+        entropy_bonus,
+        return_entropy,
+        workspace_bytes,
+        backend,
+        *shard_options(shard, head_weight),
+        wanted,
+    )
+    return loss, residual.detach(), seq_logprobs.detach(), entropy.detach() if return_entropy else None
+
+
+def shard_options(shard: VocabShard | None, head_weight: Tensor) -> tuple[str, int, int]:
+    """Name of the group, first id of this rank and size of the whole vocabulary."""
+    if shard is None:
+        return "", 0, head_weight.shape[0]
+    return shard.group.group_name, shard.start, shard.vocab_size

@@ -1,0 +1,234 @@
+"""Rows of the vocabulary projection in plain PyTorch, a chunk at a time: the row engine of the reference.
+
+For one row with logits z = h W^T / temperature + bias, target y, M = max z and E_v = exp(z_v - M):
+
+    S' = sum of E_v over v != y        S = S' + E_y        log p_y = (z_y - M) - log S
+    d log p_y / d z_v = -E'_v / S      with E'_v = E_v for v != y and E'_y = -S'
+
+so 1 - p_y is never formed by subtraction, and a gradient is one factor a row times a matrix that is already in the
+buffer. Only a chunk of R rows of logits exists at any time, in float32 (float64 for float64 inputs).
+
+A row engine is what `_fused` and `_gradients` drive: it has `rows_per_chunk`, `score`, `exponentials`,
+`entropy_gradient`, `back_project` and `add_outer`. `_triton_rows` holds the other one.
+
+T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .head import Head
+
+# Log-probs, head weight gradient and workspace together stay below a quarter of what full logits take at V = 49152.
+DEFAULT_WORKSPACE_BYTES = 144 * 2**20
+# Elementwise work runs over so many elements at a time, which a CPU's second-level cache holds.
+CACHED_ELEMENTS = 2**17
+# Below this shifted logit exp() is 0 in every dtype; the clamp keeps 0 * -inf out of the entropy.
+LOWEST_SHIFTED_LOGIT = -1e4
+
+
+class RowStats(NamedTuple):
+    """What is known of each row once its whole vocabulary was seen."""
+
+    logprobs: Tensor  # [R]
+    lse: Tensor  # [R], log-sum-exp of the logits
+    entropy: Tensor | None  # [R]
+
+    def narrow(self, start: int, stop: int) -> "RowStats":
+        """Views of rows start..stop-1."""
+        entropy = None if self.entropy is None else self.entropy[start:stop]
+        return RowStats(self.logprobs[start:stop], self.lse[start:stop], entropy)
+
+
+class Exponentials(NamedTuple):
+    """A chunk of logits after normalisation: p_v = factor E'_v for v != y, and 1 - p_y = -factor E'_y."""
+
+    stats: RowStats
+    matrix: Tensor  # [R, V], E'
+    factor: Tensor  # [R]
+
+
+def row_chunks(start: int, stop: int, num_rows: int) -> Iterator[slice]:
+    """Slices of at most `num_rows` rows that cover start..stop-1."""
+    for first in range(start, stop, num_rows):
+        yield slice(first, min(first + num_rows, stop))
+
+
+class TorchRows:
+    """The row engine in plain PyTorch, for any device and dtype."""
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,  # [T, H]
+        token_ids: Tensor,  # [T]
+        with_entropy: bool,
+        workspace_bytes: int,
+    ) -> None:
+        self.head, self.hidden, self.token_ids = head, hidden, token_ids
+        self.with_entropy, self.workspace_bytes = with_entropy, workspace_bytes
+        self._buffer: Tensor | None = None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the workspace for logits; the upcast block of a low-precision weight takes the last quarter."""
+        is_native = self.head.weight.dtype == self.head.accumulate
+        return self.workspace_bytes if is_native else self.workspace_bytes * 3 // 4
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Workspace of one row of a chunk."""
+        return self.head.weight.shape[0] * self.head.accumulate.itemsize
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows R such that an [R, V] buffer fits the workspace; at least one."""
+        return max(1, self.chunk_bytes // self.bytes_per_row)
+
+    @property
+    def weight_gradient_dtype(self) -> torch.dtype:
+        """Dtype the gradient of the weight is summed in."""
+        return self.head.accumulate
+
+    def score(self, rows: slice) -> RowStats:
+        """Log-probs and entropies of a range of rows, forward only: 2 R H V operations."""
+        parts = [self.exponentials(chunk, None).stats for chunk in self._chunks(rows)]
+        if not parts:
+            none = self.hidden.new_empty(3, 0, dtype=self.head.accumulate)
+            return RowStats(none[0].clone(), none[1].clone(), none[2].clone() if self.with_entropy else None)
+        entropy = [part.entropy for part in parts if part.entropy is not None]
+        return RowStats(
+            torch.cat([part.logprobs for part in parts]),
+            torch.cat([part.lse for part in parts]),
+            torch.cat(entropy) if entropy else None,
+        )
+
+    def exponentials(
+        self,
+        rows: slice,
+        live: Tensor | None,  # [R] bool; False: the row of E' is 0, whatever its hidden state holds
+        known: RowStats | None = None,  # an engine may use what an earlier pass found
+    ) -> Exponentials:
+        """Normalise a chunk; the matrix is valid until the next call."""
+        del known
+        logits = self._logits(self.hidden[rows])
+        token_ids = self.token_ids[rows]
+        target, is_owned = self.head.owned_targets(token_ids)
+        top = None
+        if self.head.group is not None:
+            top = self.head.max_over_ranks(logits.amax(dim=1))
+        pieces = [
+            self._normalise_block(
+                logits[block],
+                target[block, None],
+                is_owned[block, None],
+                None if live is None else live[block],
+                None if top is None else top[block],
+            )
+            for block in self._blocks(logits)
+        ]
+        top, others, target_shifted, weighted = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+        for value in (others, target_shifted, weighted):
+            self.head.sum_over_ranks(value)
+        target_exponential = target_shifted.exp()
+        total = others + target_exponential
+        # log1p keeps the relative accuracy of a log-prob near 0.
+        log_total = torch.where(target_shifted == 0, torch.log1p(others), torch.log(total))
+        entropy = None
+        if self.with_entropy:
+            at_target = target_exponential * target_shifted.clamp(min=LOWEST_SHIFTED_LOGIT)
+            entropy = log_total - (weighted + at_target) / total
+        patch = -others if live is None else torch.where(live, -others, 0.0)
+        kept = logits.gather(1, target[:, None])
+        logits.scatter_(1, target[:, None], torch.where(is_owned[:, None], patch[:, None], kept))
+        stats = RowStats(target_shifted - log_total, top + log_total, entropy)
+        return Exponentials(stats, logits, total.reciprocal())
+
+    def entropy_gradient(
+        self,
+        chunk: Exponentials,
+        rows: slice,
+        coefficient: Tensor,  # [R], dloss / dlogprobs
+        entropy_coefficient: Tensor,  # [R], dloss / dentropy
+    ) -> None:
+        """Turn E' into dloss/dz = c (1[v = y] - p_v) - e p_v (log p_v + entropy), in place."""
+        entropy = chunk.stats.entropy
+        assert entropy is not None
+        target, is_owned = self.head.owned_targets(self.token_ids[rows])
+        logprobs = chunk.stats.logprobs
+        at_target = -coefficient * torch.expm1(logprobs) - entropy_coefficient * logprobs.exp() * (logprobs + entropy)
+        dead = (coefficient == 0) & (entropy_coefficient == 0)
+        for block in self._blocks(chunk.matrix):
+            piece = chunk.matrix[block].mul_(chunk.factor[block, None])
+            products = torch.special.entr(piece).addcmul_(piece, entropy[block, None], value=-1)
+            piece.mul_(-coefficient[block, None]).addcmul_(products, entropy_coefficient[block, None])
+            where = target[block, None]
+            piece.scatter_(1, where, torch.where(is_owned[block, None], at_target[block, None], piece.gather(1, where)))
+            piece.masked_fill_(dead[block, None], 0.0)
+
+    def back_project(self, matrix: Tensor) -> Tensor:
+        """[R, H] matrix @ weight in the accumulation dtype, summed over the ranks of a split vocabulary."""
+        out = matrix.new_zeros(matrix.shape[0], self.hidden.shape[1])
+        for columns, block in self._vocab_blocks():
+            out.addmm_(matrix[:, columns], block)
+        return self.head.sum_over_ranks(out)
+
+    def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor) -> None:
+        """accumulator [V, N] += matrix^T [V, R] @ rows [R, N], rows in the accumulation dtype."""
+        accumulator.addmm_(matrix.T, rows)
+
+    def _chunks(self, rows: slice) -> Iterator[slice]:
+        return row_chunks(rows.start, rows.stop, self.rows_per_chunk)
+
+    def _blocks(self, logits: Tensor) -> Iterator[slice]:
+        num_rows = max(1, logits.shape[0])
+        if logits.device.type == "cpu":  # temporaries stay a small part of the workspace, too
+            num_elements = min(CACHED_ELEMENTS, self.chunk_bytes // (8 * logits.element_size()))
+            num_rows = max(1, num_elements // logits.shape[1])
+        return row_chunks(0, max(1, logits.shape[0]), num_rows)  # one empty block of no rows
+
+    def _vocab_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the accumulation dtype: one view, or upcast copies of at most a quarter of the workspace."""
+        weight, dtype = self.head.weight, self.head.accumulate
+        num_tokens, hidden_size = weight.shape
+        if weight.dtype == dtype:
+            yield slice(0, num_tokens), weight
+            return
+        step = max(1, self.workspace_bytes // (4 * hidden_size * dtype.itemsize))
+        for start in range(0, num_tokens, step):
+            yield slice(start, start + step), weight[start : start + step].to(dtype)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[R, V] logits of a chunk of rows, in the one buffer."""
+        scaled = hidden.to(self.head.accumulate) / self.head.temperature
+        if self._buffer is None or self._buffer.shape[0] < hidden.shape[0]:
+            self._buffer = None  # the old one must be free before the new one is taken
+            self._buffer = scaled.new_empty(hidden.shape[0], self.head.weight.shape[0])
+        out = self._buffer[: hidden.shape[0]]
+        for columns, block in self._vocab_blocks():
+            torch.mm(scaled, block.T, out=out[:, columns])
+        return out if self.head.bias is None else out.add_(self.head.bias)
+
+    def _normalise_block(
+        self,
+        logits: Tensor,  # [r, V]: becomes E, 0 at the target
+        target: Tensor,  # [r, 1]
+        is_owned: Tensor,  # [r, 1]
+        live: Tensor | None,  # [r]
+        top: Tensor | None,  # [r], the largest logit of all ranks
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Largest logit, sum of E without the target, shifted target logit, sum of E times shifted logits: all [r]."""
+        top = logits.amax(dim=1) if top is None else top
+        shifted = logits.sub_(top[:, None])
+        target_shifted = torch.where(is_owned, shifted.gather(1, target), 0.0)  # 0 when the target is the largest
+        products = shifted.clamp(min=LOWEST_SHIFTED_LOGIT) if self.with_entropy else None
+        exponentials = shifted.exp_()
+        exponentials.scatter_(1, target, torch.where(is_owned, 0.0, exponentials.gather(1, target)))
+        others = exponentials.sum(dim=1)
+        weighted = torch.zeros_like(others) if products is None else products.mul_(exponentials).sum(dim=1)
+        if live is not None:
+            exponentials.masked_fill_(~live[:, None], 0.0)
+        return top, others, target_shifted.squeeze(1), weighted

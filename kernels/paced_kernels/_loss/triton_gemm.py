@@ -1,0 +1,180 @@
+"""Stage 2 of the row engine: the vocabulary projection and the exponentials in one Triton kernel.
+
+Exponentials are relative to the logit of the target, E_v = exp(z_v - z_y): z_y is known before the projection, at the
+cost of one dot product a row, and one pass over the logits suffices. p_v = p_y E_v, and log-probs near 0 are log1p of
+a small sum. A row whose log-prob lies below -44 would leave the range of low precision: such rows are flagged on the
+device and their row tiles computed again, relative to their log-sum-exp, by launches that return at once when nothing
+is flagged. Nothing saturates, and the host never asks.
+
+T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk, P = partial sums of a row.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import gemm_kernels as gemm
+from . import row_kernels as kernels
+from . import tiles
+from .head import Head
+from .tiles import GemmConfig
+from .torch_rows import Exponentials, RowStats, row_chunks
+from .triton_rows import TritonRows, is_interpreted, launch
+
+# Rows of one launch that only needs partial sums, without a bound on the workspace.
+SCORED_ROWS = 16384
+
+
+class GemmRows(TritonRows):
+    """Row engine over `project_kernel`."""
+
+    config: GemmConfig
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,  # [T, H]
+        token_ids: Tensor,  # [T]
+        with_entropy: bool,
+        workspace_bytes: int | None,
+        config: GemmConfig,
+    ) -> None:
+        super().__init__(head, hidden, token_ids, with_entropy, workspace_bytes, config)
+
+    def score(self, rows: slice) -> RowStats:
+        """Log-probs and entropies of a range of rows: 2 R H V operations, nothing of size [R, V] stored."""
+        stats = self.empty_stats(rows.stop - rows.start)
+        num_rows = SCORED_ROWS
+        if self.workspace_bytes is not None:
+            num_rows = max(1, self.workspace_bytes // (12 * self.config.num_parts(self.vocab_size)))
+        for chunk in row_chunks(rows.start, rows.stop, num_rows):
+            part = stats.narrow(chunk.start - rows.start, chunk.stop - rows.start)
+            parts = self._new_parts(chunk)
+            target = self._target_logits(chunk)
+            self._project(chunk, parts, gemm.SUMS.value)
+            self.finish(parts, target, part, has_maxima=True)
+        return stats
+
+    def exponentials(self, rows: slice, live: Tensor | None, known: RowStats | None = None) -> Exponentials:
+        """Exponentials of a chunk; the matrix is valid until the next call."""
+        matrix = self.matrix_view(rows, self.hidden.dtype)
+        parts = self._new_parts(rows)
+        if known is not None:
+            self._project(rows, parts, gemm.EXPONENTIALS.value, matrix=matrix, reference=known.lse, live=live)
+            stats, factor, patch = known, torch.ones_like(known.logprobs), torch.expm1(known.logprobs)
+        else:
+            stats = self.empty_stats(rows.stop - rows.start)
+            is_direct = self._exponentials_of_target(rows, parts, matrix, stats, live)
+            factor = torch.where(is_direct, stats.logprobs.exp(), 1.0)
+            patch = torch.where(is_direct, -torch.expm1(-stats.logprobs), torch.expm1(stats.logprobs))
+        self.patch_targets(rows, matrix, patch, live)
+        return Exponentials(stats, matrix, factor)
+
+    def _exponentials_of_target(
+        self, rows: slice, parts: Tensor, matrix: Tensor, stats: RowStats, live: Tensor | None
+    ) -> Tensor:
+        """Exponentials relative to the target, and again those out of range; True where they stayed relative to it."""
+        target = self._target_logits(rows)
+        num_tiles = triton.cdiv(rows.stop - rows.start, self.config.block_t)
+        gate = torch.zeros(1 + num_tiles, dtype=torch.int32, device=self.hidden.device)
+        self._project(rows, parts, gemm.EXPONENTIALS.value, matrix=matrix, reference=target, live=live)
+        self.finish(parts, target, stats, has_maxima=False, gate=gate)
+        # NaN compares false: such a row stays as it is, and its NaN is seen.
+        is_direct = ~(stats.logprobs < kernels.LOWEST_DIRECT_LOGPROB.value)
+        self._project(rows, parts, gemm.SUMS.value, gate=gate)
+        self.finish(parts, target, stats, has_maxima=True, gate=gate, is_gated=True)
+        reference = torch.where(is_direct, target, stats.lse)
+        self._project(rows, parts, gemm.EXPONENTIALS.value, matrix=matrix, reference=reference, live=live, gate=gate)
+        return is_direct
+
+    def _new_parts(self, rows: slice) -> Tensor:
+        """[3, P, R] sums, weighted sums and maxima."""
+        return self.floats(3, self.config.num_parts(self.vocab_size), rows.stop - rows.start)
+
+    def _target_logits(self, rows: slice) -> Tensor:
+        target = self.floats(rows.stop - rows.start)
+        block_t = 16
+        launch(
+            kernels.target_logits_kernel,
+            (triton.cdiv(target.shape[0], block_t),),
+            hidden_ptr=self.hidden[rows],
+            weight_ptr=self.head.weight,
+            token_ptr=self.token_ids[rows],
+            target_ptr=target,
+            num_rows=target.shape[0],
+            hidden_size=self.hidden.shape[1],
+            vocab_start=self.head.start,
+            stride_hidden=self.hidden.stride(0),
+            stride_weight=self.head.weight.stride(0),
+            BLOCK_T=block_t,
+            BLOCK_H=256,
+            **self.head_arguments,
+        )
+        return self.head.sum_over_ranks(target)
+
+    def _num_programs(self, num_tiles: int) -> int:
+        device = self.hidden.device
+        limit = tiles.device_facts(device.index or 0)[1] if device.type == "cuda" else 2
+        return min(num_tiles, limit)
+
+    def _project(
+        self,
+        rows: slice,
+        parts: Tensor,  # [3, P, R]
+        kind: int,  # SUMS or EXPONENTIALS
+        *,
+        matrix: Tensor | None = None,  # [R, V]
+        reference: Tensor | None = None,  # [R]
+        live: Tensor | None = None,  # [R] bool
+        gate: Tensor | None = None,
+    ) -> None:
+        """`project_kernel` on a chunk; without a matrix nothing is stored but partial sums."""
+        config, hidden, weight = self.config, self.hidden[rows], self.head.weight
+        num_rows, hidden_size = hidden.shape
+        sums, weighted, maxima = parts
+        out = parts if matrix is None else matrix
+        operands: dict[str, Any] = {"hidden": hidden, "weight": weight, "out": out}
+        if config.use_tma:
+            blocks = {
+                "hidden": [config.block_t, config.block_h],
+                "weight": [config.block_v, config.block_h],
+                "out": [config.block_t, config.width],
+            }
+            for name in ("hidden", "weight") if matrix is None else blocks:
+                operands[name] = TensorDescriptor.from_tensor(operands[name], blocks[name])
+        num_tiles = triton.cdiv(num_rows, config.block_t) * triton.cdiv(self.vocab_size, config.block_v)
+        launch(
+            gemm.project_kernel,
+            (self._num_programs(num_tiles),),
+            **operands,
+            token_ptr=self.token_ids[rows],
+            reference_ptr=sums if reference is None else reference,
+            live_ptr=sums if live is None else live.view(torch.uint8),
+            gate_ptr=sums if gate is None else gate,
+            sums_ptr=sums,
+            weighted_ptr=weighted,
+            maxima_ptr=maxima,
+            num_rows=num_rows,
+            hidden_size=hidden_size,
+            vocab_start=self.head.start,
+            stride_hidden=hidden.stride(0),
+            stride_weight=weight.stride(0),
+            stride_out=out.stride(0),
+            KIND=kind,
+            BLOCK_T=config.block_t,
+            BLOCK_V=config.block_v,
+            BLOCK_H=config.block_h,
+            PIECES=config.pieces,
+            GROUP_V=config.group_v,
+            USE_TMA=config.use_tma,
+            UPCAST=is_interpreted(),
+            HAS_LIVE=live is not None,
+            WITH_ENTROPY=self.with_entropy,
+            GATED=gate is not None,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **self.head_arguments,
+        )

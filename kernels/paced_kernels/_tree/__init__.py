@@ -1,0 +1,1 @@
+"""The priority tree's kernels and their arithmetic in torch."""

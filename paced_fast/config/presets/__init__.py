@@ -1,0 +1,27 @@
+"""Named settings, as functions: a preset is where a run's settings begin, and every field can be overridden."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from paced_fast.config import Config
+from paced_fast.config.presets.cpu import smollm2, tiny
+from paced_fast.config.presets.gpu import deepcoder_1_5b, qwen3_4b, qwen_math_1_5b, qwen_math_1_5b_lora, qwen_math_7b
+from paced_fast.errors import InputError
+
+__all__ = ["PRESETS", "preset"]
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    make.__name__: make
+    for make in (tiny, smollm2, qwen_math_1_5b, qwen_math_1_5b_lora, qwen_math_7b, qwen3_4b, deepcoder_1_5b)
+}
+
+
+def preset(name: str) -> Config:
+    """The settings of a preset. Raises InputError naming the known ones."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"unknown preset {name!r}: {hint}the presets are {', '.join(PRESETS)}")
+    return PRESETS[name]()

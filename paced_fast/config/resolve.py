@@ -1,0 +1,362 @@
+"""From the settings a user gave to the settings of a run: no `auto` left, every number in range, no contradiction."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from importlib import util
+from typing import Any, Literal
+
+from paced_fast.config import Config, flatten
+from paced_fast.data.sources import is_template, parse_day, parse_source, template_arguments
+from paced_fast.errors import InputError
+
+
+def resolve(config: Config) -> Config:
+    """Replace every `auto` by what the algorithm's name says, and check the settings against each other.
+
+    `weight_sync.mode`, `reward.sandbox`, `distributed.mode`, `model.attention` and `model.liger` stay `auto`: the
+    engine's layout, the machine and the model decide, not known yet.
+
+    Raises InputError naming the first field that is out of range or in conflict with another.
+    """
+    paced = config.algorithm == "paced"
+    auto_intercept = "group_mean" if config.algorithm in ("tb_group", "grpo") else "value"
+    intercept = auto_intercept if config.loss.intercept == "auto" else config.loss.intercept
+    rule = ("tree" if paced else "uniform") if config.scheduler.rule == "auto" else config.scheduler.rule
+    replay = ("on" if paced else "off") if config.replay.mode == "auto" else config.replay.mode
+    head_loss = "tb" if config.log_z.loss == "auto" else config.log_z.loss
+    # On a CPU the engine takes longer to start than a small run to train, so it is there on demand only.
+    vllm = util.find_spec("vllm")
+    wants_vllm = config.model.device == "cuda" and vllm is not None and vllm.origin is not None
+    auto_generator = "vllm" if wants_vllm else "transformers"
+    engine_dtype = config.model.dtype if config.weight_sync.dtype == "auto" else config.weight_sync.dtype
+    resolved = dataclasses.replace(
+        config,
+        weight_sync=dataclasses.replace(config.weight_sync, dtype=engine_dtype),
+        generator=auto_generator if config.generator == "auto" else config.generator,
+        loss=dataclasses.replace(config.loss, intercept=intercept),
+        scheduler=dataclasses.replace(config.scheduler, rule=rule),
+        replay=dataclasses.replace(config.replay, mode=replay),
+        log_z=dataclasses.replace(config.log_z, loss=head_loss),
+    )
+    _check(resolved)
+    return resolved
+
+
+# What is counted is bounded far above any use, so that a slip of the keyboard is not taken for a wish.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "steps": (0, 10**9),
+    "seed": (0, 2**63 - 1),
+    "model.hidden_size": (1, 10**6),
+    "model.intermediate_size": (1, 10**6),
+    "model.num_layers": (1, 10**4),
+    "model.num_heads": (1, 10**4),
+    "lora.rank": (0, 10**4),
+    "lora.alpha": (1, 10**6),
+    "data.max_prompt_tokens": (1, 10**7),
+    "data.max_bad_share": (0.0, 1.0),
+    "warm_start.first.steps": (0, 10**9),
+    "warm_start.first.batch_size": (1, 10**6),
+    "warm_start.first.learning_rate": (0.0, 1.0),
+    "warm_start.first.warmup_steps": (0, 10**9),
+    "warm_start.first.beta2": (0.0, 0.9999999),
+    "warm_start.second.steps": (0, 10**9),
+    "warm_start.second.batch_size": (1, 10**6),
+    "warm_start.second.learning_rate": (0.0, 1.0),
+    "warm_start.second.warmup_steps": (0, 10**9),
+    "warm_start.second.beta2": (0.0, 0.9999999),
+    "warm_start.seed": (0, 2**63 - 1),
+    "reward.workers": (0, 1024),
+    "reward.math_seconds": (0.01, 3600.0),
+    "reward.async_seconds": (0.01, 86400.0),
+    "reward.function_seconds": (0.01, 86400.0),
+    "reward.task_seconds": (0.01, 3600.0),
+    "reward.max_unscored_share": (0.0, 1.0),
+    "reward.overlong_share": (1e-6, 1.0),
+    "reward.code_seconds": (0.1, 3600.0),
+    "reward.code_memory_mib": (128, 1 << 20),
+    "reward.code_output_kib": (1, 1 << 20),
+    "reward.code_threads": (1, 1024),
+    "generation.prompts_per_step": (1, 10**6),
+    "generation.group_size": (1, 10**5),
+    "generation.max_completion_tokens": (1, 10**7),
+    "generation.temperature": (1e-3, 100.0),
+    "generation.max_batch_sequences": (1, 10**6),
+    "weight_sync.bucket_mib": (1, 1 << 20),
+    "weight_sync.tensor_parallel": (1, 1024),
+    "weight_sync.sleep_level": (0, 2),
+    "weight_sync.kv_cache_gib": (0.0, 1e6),
+    "weight_sync.check_every": (0, 10**9),
+    "weight_sync.check_prompts": (1, 64),
+    "weight_sync.max_mean_difference": (0.0, math.inf),
+    "mismatch.cap": (1.0 + 1e-6, 1e6),
+    "loss.beta": (1e-6, 1e6),
+    "loss.importance_cap": (1e-6, math.inf),
+    "loss.grpo_clip": (1e-6, 1.0),
+    "loss.flowrl_reward_scale": (0.0, 1e6),
+    "loss.flowrl_importance_cap": (1e-6, math.inf),
+    "optimizer.learning_rate": (0.0, 1.0),
+    "optimizer.warmup_steps": (0, 10**9),
+    "optimizer.weight_decay": (0.0, 1.0),
+    "optimizer.beta1": (0.0, 0.9999999),
+    "optimizer.beta2": (0.0, 0.9999999),
+    "optimizer.max_grad_norm": (1e-12, math.inf),
+    "optimizer.minibatches": (1, 10**6),
+    "optimizer.epochs": (1, 10**4),
+    "optimizer.micro_batch_tokens": (1, 10**9),
+    "optimizer.max_consecutive_skips": (1, 10**6),
+    "distributed.timeout_seconds": (1.0, 86400.0),
+    "distributed.stall_seconds": (1.0, 86400.0),
+    "guard.max_kl": (0.0, math.inf),
+    "guard.max_log_ratio": (0.0, math.inf),
+    "guard.min_sample_share": (0.0, 1.0),
+    "guard.max_token_ratio": (1.0, math.inf),
+    "guard.max_truncated_share": (0.0, 1.0),
+    "guard.collapsed_reward": (0.0, 1.0),
+    "guard.healthy_reward": (0.0, 1.0),
+    "guard.max_value_gap": (0.0, math.inf),
+    "guard.stuck_value": (0.0, 0.1),
+    "guard.max_head_loss_growth": (1.0, math.inf),
+    "guard.patience": (1, 10**4),
+    "guard.repeat_every": (1, 10**9),
+    "log_z.learning_rate": (0.0, 1.0),
+    "log_z.hidden_size": (1, 10**6),
+    "log_z.max_grad_norm": (1e-12, math.inf),
+    "log_z.updates_per_step": (1, 10**6),
+    "log_z.scored_per_step": (0, 10**9),
+    "scheduler.tau": (0.0, 1.0),
+    "scheduler.bandwidth": (1e-3, 1e6),
+    "scheduler.exploration": (0.0, 1.0),
+    "scheduler.warmup_steps": (0, 10**9),
+    "scheduler.max_visits": (0, 10**9),
+    "scheduler.pool_factor": (1, 10**6),
+    "scheduler.max_resamples": (1, 10**6),
+    "replay.capacity": (1, 10**9),
+    "replay.insert_per_step": (1, 10**9),
+    "replay.draw_per_step": (1, 10**9),
+    "replay.max_age": (1, 10**9),
+    "replay.half_life": (0.0, math.inf),
+    "evaluation.every": (0, 10**9),
+    "evaluation.samples": (1, 10**5),
+    "evaluation.final_samples": (1, 10**5),
+    "evaluation.temperature": (0.0, 100.0),
+    "evaluation.top_p": (1e-6, 1.0),
+    "evaluation.max_completion_tokens": (0, 10**7),
+    "run.checkpoint_every": (0, 10**9),
+    "run.keep_checkpoints": (1, 10**9),
+    "run.rollouts_per_step": (0, 10**9),
+    "run.threads": (0, 10**4),
+}
+
+
+_MAY_BE_EMPTY = {"data.system_prompt"}
+
+
+def check_value(name: str, value: Any) -> None:
+    """Raises InputError when the value of the setting `name` is out of range, or an empty text."""
+    if name in _BOUNDS:
+        low, high = _BOUNDS[name]
+        if not low <= value <= high:  # a NaN fails every comparison, so it ends here too
+            raise InputError(f"{_option(name)} is {value}: give a value from {low:g} to {high:g}")
+    if name in _MAY_BE_EMPTY:
+        return
+    if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, tuple) else [value])):
+        raise InputError(f"{_option(name)} is empty: give a value, or leave it out")
+
+
+def check_engine_ranks(config: Config, ranks: int) -> None:
+    """Raises InputError when resolved settings split engines over ranks, and so many do not make whole engines."""
+    wanted = config.weight_sync.tensor_parallel
+    if ranks % wanted or (config.generator != "vllm" and wanted > 1):
+        raise InputError(
+            f"--weight-sync.tensor-parallel {wanted} shares vLLM engines out to groups of ranks, and here are {ranks} "
+            f"with --generator {config.generator}: start a multiple with torchrun"
+        )
+
+
+def config_from_dict(kind: Any, raw: Any, name: str = "") -> Any:
+    """Rebuild a settings dataclass from `dataclasses.asdict` gone through JSON; an absent setting has its default.
+
+    `name` is that of the setting that `raw` is, "" for all of them. Raises InputError for the first value of the wrong
+    kind.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{name or 'it'} is {json.dumps(raw)[:80]}, not an object of settings")
+    values: dict[str, Any] = {}
+    for key, hint in typing.get_type_hints(kind).items():
+        if key not in raw:
+            continue
+        full, value = f"{name}.{key}".lstrip("."), raw[key]
+        if dataclasses.is_dataclass(hint):
+            value = config_from_dict(hint, value, full)
+        elif not _fits(value, hint):
+            wanted = str(getattr(hint, "__name__", hint)) if isinstance(hint, type) else str(hint)
+            raise InputError(f"{full} is {json.dumps(value)[:80]}, not {wanted.removeprefix('typing.')}")
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of the kind that a setting's annotation says."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in parts and not isinstance(value, bool)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if parts:  # a union
+        return any(_fits(value, part) for part in parts)
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check(config: Config) -> None:
+    for name, value in flatten(config).items():
+        check_value(name, value)
+    for name in ("data.train", "data.eval", "warm_start.first.sources", "warm_start.second.sources"):
+        for spec in flatten(config)[name]:
+            named(_option(name), functools.partial(parse_source, spec))
+    if not is_template(config.data.template):
+        raise InputError(f"--data.template {config.data.template!r} must be chat, plain or text with {{prompt}} in it")
+    _check_text(config)
+    if config.model.name == "tiny" and config.model.hidden_size % config.model.num_heads:
+        raise InputError(
+            f"--model.hidden-size {config.model.hidden_size} is no multiple of --model.num-heads "
+            f"{config.model.num_heads}: each head has the same width"
+        )
+    for name, phase in (("first", config.warm_start.first), ("second", config.warm_start.second)):
+        if phase.steps > 0 and not phase.sources:
+            raise InputError(f"--warm-start.{name}.steps is {phase.steps}, but --warm-start.{name}.sources names none")
+    if not config.data.train:
+        raise InputError("--data.train names no source: give at least one, such as rg:chain_sum?size=500")
+    if config.algorithm in ("flowrl", "grpo"):
+        if config.replay.mode == "on":
+            raise InputError(f"--replay.mode on needs --algorithm paced, tb or tb_group, not {config.algorithm}")
+        if config.generation.group_size < 2:
+            raise InputError(f"--generation.group-size must be 2 or more for {config.algorithm}: it compares a group")
+    if config.algorithm == "flowrl" and config.scheduler.rule in ("tree", "greedy"):
+        raise InputError(
+            f"--scheduler.rule {config.scheduler.rule} needs a value that means accuracy; flowrl's log Z does not: "
+            "use uniform, history or dynamic"
+        )
+    if config.weight_sync.sleep_level > 0 and config.weight_sync.mode != "push":
+        raise InputError(
+            f"--weight-sync.sleep-level {config.weight_sync.sleep_level} lets go of the engine's weights, which "
+            "sharing forbids: give --weight-sync.mode push, or level 0"
+        )
+    hottest = max(config.generation.temperature, config.evaluation.temperature)
+    coldest = min(config.generation.temperature, config.evaluation.temperature or 1.0)  # 0 is no sampling
+    if config.model.device == "cpu" and config.model.matmul_precision != "highest":
+        raise InputError(
+            f"--model.matmul-precision {config.model.matmul_precision} rounds float32 products on some CPUs and not on "
+            "others: give highest, the same numbers everywhere"
+        )
+    if config.model.device == "cpu" and config.model.liger == "on":
+        raise InputError("--model.liger on: its kernels need a GPU: give auto, which leaves them out on a CPU, or off")
+    if config.model.device == "cpu" and config.model.attention not in ("auto", "shared", "padded", "packed-sdpa"):
+        raise InputError(
+            f"--model.attention {config.model.attention} needs a GPU: give auto, shared, padded or packed-sdpa"
+        )
+    if config.lora.rank > 0 and util.find_spec("peft") is None:
+        raise InputError("--lora.rank needs PEFT: pip install 'paced-fast[lora]', or leave it at 0")
+    if config.lora.rank > 0 and not config.lora.targets:
+        raise InputError("--lora.targets names no layer: give some, or all-linear")
+    if config.lora.rank > 0 and config.weight_sync.mode == "shared" and config.generator == "vllm":
+        raise InputError(
+            "--weight-sync.mode shared: the engine needs merged weights, which --lora.rank keeps apart: give push"
+        )
+    if config.generator == "vllm" and hottest > 2.0:
+        raise InputError(f"--generator vllm samples at temperatures up to 2, not {hottest:g}: lower it")
+    if config.generator == "vllm" and coldest < 0.01:
+        raise InputError(f"--generator vllm samples at temperatures from 0.01, not {coldest:g}: raise it")
+    _check_schedule(config)
+    needed = {"tb_group": "group_mean", "grpo": "group_mean", "flowrl": "value"}.get(config.algorithm)
+    if needed not in (None, config.loss.intercept):
+        raise InputError(
+            f"--loss.intercept {config.loss.intercept} does not go with --algorithm {config.algorithm}, which has its "
+            "own: leave it out, or take paced or tb"
+        )
+    if config.loss.intercept == "group_mean" and config.generation.group_size < 2:
+        raise InputError("--generation.group-size must be 2 or more for --loss.intercept group_mean")
+    if config.generation.prompts_per_step < config.optimizer.minibatches:
+        raise InputError(
+            f"--optimizer.minibatches is {config.optimizer.minibatches} but a step draws only "
+            f"{config.generation.prompts_per_step} prompts: lower it or raise --generation.prompts-per-step"
+        )
+
+
+def _check_text(config: Config) -> None:
+    """Settings of the text around prompts and completions, as far as they can be told without a tokenizer."""
+    data = config.data
+    named("--data.template-args", lambda: template_arguments(data.template_args))
+    if (date := data.date) is not None:
+        named("--data.date", lambda: parse_day(date))
+    if not data.keep_special_tokens:
+        raise InputError("--data.keep-special-tokens names nothing: give tags, all, none or tokens by their text")
+    if not config.generation.stop_tokens:
+        raise InputError("--generation.stop-tokens names none: completions must be able to end; give auto, or some")
+    check_chats(_all_sources(config), data.template, data.system_prompt, data.template_args, prefix="--data.")
+
+
+def writes_chats(config: Config) -> bool:
+    """Whether the chat template writes some of the prompts."""
+    return _has_chats(_all_sources(config), config.data.template)
+
+
+def _all_sources(config: Config) -> tuple[str, ...]:
+    data, warm = config.data, config.warm_start
+    return (*data.train, *data.eval, *warm.first.sources, *warm.second.sources)
+
+
+def _has_chats(sources: Iterable[str], template: str) -> bool:
+    return any((parse_source(spec).template or template) == "chat" for spec in sources)
+
+
+def check_chats(
+    sources: Iterable[str], template: str, system_prompt: str | None, template_args: Sequence[str], *, prefix: str
+) -> None:
+    """Raises InputError for what belongs to chats, where no source is written by the chat template.
+
+    `prefix` is that of the options of the command line.
+    """
+    if _has_chats(sources, template):
+        return
+    for name, value in (("system-prompt", system_prompt), ("template-args", template_args or None)):
+        if value is not None:
+            raise InputError(f"{prefix}{name} belongs to chats: give {prefix}template chat, or leave it out")
+
+
+def named(option: str, read: Callable[[], object]) -> None:
+    """Call `read`; what it refuses is refused in the name of `option`."""
+    try:
+        read()
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
+
+
+def _check_schedule(config: Config) -> None:
+    """Settings of scheduler and replay that would be ignored, or that contradict each other."""
+    replay, scheduler = config.replay, config.scheduler
+    if scheduler.explore == "age" and scheduler.rule not in ("tree", "history"):
+        raise InputError(
+            f"--scheduler.explore age has no part in --scheduler.rule {scheduler.rule}: take the rule tree or history, "
+            "or leave it out"
+        )
+    if replay.mode == "off" and (replay.importance or replay.trains_log_z or replay.keep == "all"):
+        raise InputError("--replay.keep all, importance and trains-log-z need replay: give --replay.mode on")
+    if replay.importance and replay.keep != "all":
+        raise InputError("--replay.importance needs failures to weigh successes against: give --replay.keep all")
+    if replay.importance and replay.prioritized:
+        raise InputError(
+            "--replay.importance corrects for the policy that sampled, not for a choice by priority: give "
+            "--replay.no-prioritized"
+        )

@@ -1,0 +1,37 @@
+"""Prompts as the policy reads them: rows of data sources, templates and token ids.
+
+Text of users is never encoded into control tokens: those of every row are compared with those of its bare template.
+"""
+
+from paced_fast.data.prompts.chat import ChatSettings, reads_date
+from paced_fast.data.prompts.completions import Decoder, Stops, decode, find_stops, stop_token_ids
+from paced_fast.data.prompts.overlap import Overlap, duplicates, overlap
+from paced_fast.data.prompts.table import load_table
+from paced_fast.data.prompts.tokenizers import (
+    character_tokenizer,
+    check_embedded,
+    declared_stop_ids,
+    load_tokenizer,
+    num_embedded,
+    num_ids,
+)
+
+__all__ = [
+    "ChatSettings",
+    "Decoder",
+    "Overlap",
+    "Stops",
+    "character_tokenizer",
+    "check_embedded",
+    "declared_stop_ids",
+    "decode",
+    "duplicates",
+    "find_stops",
+    "load_table",
+    "load_tokenizer",
+    "num_embedded",
+    "num_ids",
+    "overlap",
+    "reads_date",
+    "stop_token_ids",
+]

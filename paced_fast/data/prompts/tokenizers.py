@@ -1,0 +1,132 @@
+"""Tokenizers: made from an alphabet or loaded, and where their models say that they stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
+
+from paced_fast.data import hub
+from paced_fast.errors import InputError
+
+_READ = (".json", ".jinja", ".model", ".txt")
+"""Endings of the files that a tokenizer is read from."""
+
+
+def character_tokenizer(alphabet: str, *, pad: str, stop: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a character, ids in the order of `alphabet`; `pad` and `stop` are two of them.
+
+    Raises:
+        InputError: a character occurs twice, or `pad` or `stop` is not one character of the alphabet.
+    """
+    if len(set(alphabet)) != len(alphabet):
+        twice = next(c for i, c in enumerate(alphabet) if c in alphabet[:i])
+        raise InputError(f"the alphabet {alphabet!r} has {twice!r} twice")
+    for name, character in (("pad", pad), ("stop", stop)):
+        if len(character) != 1 or character not in alphabet:
+            raise InputError(f"{name} {character!r} must be one character of the alphabet {alphabet!r}")
+    # No unknown token: text outside the alphabet is an error, not a guess.
+    backend = Tokenizer(models.WordLevel({character: i for i, character in enumerate(alphabet)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=pad, eos_token=stop, clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or a hub name; code of the repository is never run.
+
+    Raises:
+        InputError: there is none, or it needs its own code.
+    """
+    path = Path(name_or_path).expanduser()
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise InputError(f"no tokenizer at {name_or_path!r}: there is no such folder")
+    place = path if path.is_dir() else hub.place_of(name_or_path, f"the tokenizer {name_or_path!r}")
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        if file.suffix in _READ and (what := hub.pointer(file)):
+            raise InputError(f"cannot load the tokenizer {name_or_path!r}: {file.name} is {what}")
+    try:
+        found = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except hub.UNREADABLE as error:
+        inside = [*sorted(path.glob("checkpoints/step_*/policy"), reverse=True), *path.glob("policy")]
+        if inside:
+            raise InputError(
+                f"{name_or_path!r} is a run or a part of one: give the model in it, {inside[0]}"
+            ) from error
+        raise InputError(
+            f"cannot load the tokenizer {name_or_path!r} ({hub.told(error)}): give the folder of a whole model, with "
+            "config.json, tokenizer.json and tokenizer_config.json"
+        ) from error
+    if not found.get_vocab().keys() - set(found.all_special_tokens):  # what some classes are without their files
+        raise InputError(
+            f"cannot load the tokenizer {name_or_path!r}: it has special tokens only, so its files are missing: "
+            "fetch tokenizer.json and tokenizer_config.json of the model, too"
+        )
+    return found
+
+
+def declared_stop_ids(path: str) -> tuple[int, ...]:
+    """Where the model in a folder, or of a hub id, says that it stops: in its generation settings and configuration.
+
+    Raises:
+        InputError: a file is damaged, or names something that is no token id.
+    """
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            continue
+        try:
+            settings = json.loads(Path(found).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{found} is damaged ({error}): fetch the model again") from error
+        parts = [settings, settings.get("text_config")] if isinstance(settings, dict) else []
+        for part in parts:
+            value = part.get("eos_token_id") if isinstance(part, dict) else None
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and (type(token) is not int or token < 0):
+                    raise InputError(f"{found}: eos_token_id {json.dumps(value)[:80]} is no token id: mend the file")
+                ids += [] if token is None else [token]
+    return tuple(dict.fromkeys(ids))
+
+
+def check_embedded(
+    sequences: Iterable[tuple[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, rows: int
+) -> None:
+    """Refuse token ids that a model of `rows` embeddings cannot read; ids beyond them that never occur are fine.
+
+    `sequences` are token ids, each with what names it in a message.
+
+    Raises:
+        InputError: naming both sizes, the first such token, and where it is.
+    """
+    size = num_ids(tokenizer)
+    if size <= rows:
+        return
+    for where, ids in sequences:
+        beyond = next((token for token in ids if token >= rows), None)
+        if beyond is not None:
+            raise InputError(
+                f"the tokenizer has {size} ids and the model embeds {rows}: {where or 'a prompt'} has the token "
+                f"{tokenizer.convert_ids_to_tokens(beyond)} ({beyond}): give the tokenizer that the model was made "
+                "with, or resize the model's embeddings to the tokenizer and save it"
+            )
+
+
+def num_embedded(model: PreTrainedModel) -> int:
+    """How many token ids a model has an embedding for."""
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[0])
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One above the largest id; more than `len(tokenizer)` where ids were left out."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1

@@ -1,0 +1,241 @@
+"""The rows that a source selects, each with its prompt, its answer and what else its reward reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paced_fast.data.sources.faults import BadRow, BadRows, check_text, checked_answer, checked_prompt
+from paced_fast.data.sources.formats import Layout, boxed, judges_without_answer, layout_of
+from paced_fast.data.sources.read import Reader, Row, open_source
+from paced_fast.data.sources.spec import Messages, Source, parse_source
+from paced_fast.data.tasks import equation
+from paced_fast.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Check = Callable[[str, Mapping[str, Any]], str | None]
+"""From a reward's name and a row's columns to what keeps the row from ever being judged."""
+
+_FIRST_ROWS = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """A row before its prompt is encoded; `where` names it in errors."""
+
+    where: str
+    prompt: str | Messages
+    reward: str
+    slice: str
+    columns: dict[str, Any]
+    demonstration: str | None
+
+
+def read_drafts(
+    spec: str, data_dir: str | None, *, bad_rows: BadRows | None = None, check: Check | None = None
+) -> tuple[Source, list[Draft]]:
+    """The rows of one source, each with what names it in errors.
+
+    Raises:
+        InputError: the source has no rows, or a bad one (`bad_rows` may count those instead).
+    """
+    source = parse_source(spec)
+    bad_rows = bad_rows or BadRows()
+    reader = open_source(source, data_dir)
+    start, stop = source.rows[0] or 0, source.rows[1]
+    total = reader.count(stop)
+    if stop is not None and total < stop:
+        raise InputError(f"source {spec!r} asks for rows up to {stop} and has {total}: lower rows=")
+    candidates = range(start, max(start, total))
+    layout = _layout(source, reader, candidates[:_FIRST_ROWS])
+    order = _selected(source, reader, layout, bad_rows, candidates)
+    drafts: list[Draft | None] = [None] * len(order)
+    # A file is read in its own order, whatever the order of the rows drawn from it.
+    places = sorted(range(len(order)), key=order.__getitem__)
+    streamed = reader.stream(order if isinstance(order, range) else sorted(order))
+    ids = _Ids()
+    for place, (where, raw) in zip(places, streamed, strict=True):
+        try:
+            row = reader.decode(where, raw)
+            draft = _draft(source, layout, where, row)
+            problem = None if check is None else check(draft.reward, {**draft.columns, "prompt": draft.prompt})
+            if problem is not None:
+                raise BadRow(f"{where}: {problem}")
+        except BadRow as bad:
+            bad_rows.add(bad)
+            continue
+        drafts[place] = draft
+        ids.add(row, where)
+    ids.tell(spec)
+    kept = [draft for draft in drafts if draft is not None]
+    if not drafts:
+        raise InputError(f"data source {spec!r} has no rows")
+    return source, kept
+
+
+def _layout(source: Source, reader: Reader, first: range) -> Layout:
+    """The layout of the first row that can be read."""
+    for where, raw in reader.stream(first):
+        try:
+            row = reader.decode(where, raw)
+        except BadRow:
+            continue  # it is met again when its turn comes
+        layout, recognised = layout_of(source, row)
+        if recognised:
+            answer = " or ".join(layout.answers + ((f"\\boxed{{}} of {layout.boxed}",) if layout.boxed else ()))
+            judged = f"tests {' and '.join(layout.tests)}" if layout.tests else f"answer {answer}"
+            logger.info("%s: rows of the format %s (prompt %s, %s)", source.spec, layout.name, layout.prompt, judged)
+        return layout
+    return Layout(name="plain", prompt=source.prompt or "prompt", answers=("answer",))
+
+
+def _selected(
+    source: Source, reader: Reader, layout: Layout, bad_rows: BadRows, candidates: Sequence[int]
+) -> Sequence[int]:
+    """The numbers of the rows that the source selects among the candidates, in their order."""
+    order = candidates
+    if source.share != (0.0, 1.0):
+        order = array("q", _share(source, reader, layout, bad_rows, candidates))
+    if source.kind in ("task", "rg"):
+        return order  # seed and size went into making them
+    if source.seed is not None:
+        drawn = array("q", order)
+        random.Random(source.seed).shuffle(drawn)  # type: ignore[arg-type]  # any mutable sequence will do
+        order = drawn
+    if source.size is not None and len(order) < source.size:
+        raise InputError(f"source {source.spec!r} asks for size={source.size} and has {len(order)} rows: lower size=")
+    return order[: source.size]
+
+
+def _share(
+    source: Source, reader: Reader, layout: Layout, bad_rows: BadRows, candidates: Sequence[int]
+) -> Iterator[int]:
+    low, high = source.share
+    name = source.prompt or layout.prompt
+    for number, (where, raw) in zip(candidates, reader.stream(candidates, name), strict=True):
+        try:
+            if low <= _place(reader.decode(where, raw), name, where) < high:
+                yield number
+        except BadRow as bad:
+            bad_rows.add(bad)
+
+
+def _place(row: Row, name: str, where: str) -> float:
+    """A number in [0, 1) that depends on the row's prompt and nothing else."""
+    text = json.dumps(_lookup(row, name, where, "prompt"), sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+class _Ids:
+    """Ids that several rows of a source have: more often than not, a file that was put together twice."""
+
+    def __init__(self) -> None:
+        self._first: dict[str | int, str] = {}
+        self._repeated: list[str] = []
+
+    def add(self, row: Row, where: str) -> None:
+        name = row.get("id")
+        if not isinstance(name, str | int):
+            return
+        first = self._first.setdefault(name, where)
+        if first is not where:
+            self._repeated.append(f"{where} has the id {name!r} of {first}")
+
+    def tell(self, spec: str) -> None:
+        if self._repeated:
+            logger.warning(
+                "%s: %d rows have the id of an earlier row (%s)", spec, len(self._repeated), self._repeated[0]
+            )
+
+
+def _draft(source: Source, layout: Layout, where: str, data: Row) -> Draft:
+    made = source.kind in ("task", "rg")
+    reward = source.reward or (data["reward"] if made else layout.reward)
+    check_text(data, where)
+    name = source.prompt or layout.prompt
+    prompt = checked_prompt(_lookup(data, name, where, "prompt"), name, where)
+    columns = {key: value for key, value in data.items() if key not in ("prompts", "completions", name)}
+    if made:
+        columns = {key: value for key, value in columns.items() if key not in ("reward", "slice", "demonstration")}
+        demonstration = data.get("demonstration")
+    elif layout.tests and source.answer is None:
+        if not any(data.get(tests) for tests in layout.tests):
+            raise BadRow(f"{where} has no tests in {' or '.join(layout.tests)}: drop the row")
+        prompt = _with_starter(prompt, data.get("starter_code"))
+        demonstration = None
+    else:
+        columns["answer"] = _answer(source, layout, data, where)
+        demonstration = None
+    if source.demonstration is not None:
+        demonstration = _demonstration(source.demonstration, data, prompt, columns.get("answer"), where)
+    slice_name = source.slice or (data["slice"] if made else source.slice_name)
+    return Draft(
+        where=where, prompt=prompt, reward=reward, slice=slice_name, columns=columns, demonstration=demonstration
+    )
+
+
+def _with_starter(prompt: str | Messages, code: Any) -> str | Messages:
+    if not isinstance(prompt, str) or not isinstance(code, str) or not code.strip():
+        return prompt
+    return f"{prompt}\n\nStart from this code:\n```python\n{code.rstrip()}\n```"
+
+
+def _answer(source: Source, layout: Layout, data: Row, where: str) -> Any:
+    names = layout.answers if source.answer is None else (source.answer,)
+    name = next((name for name in names if _find_field(data, name) is not None), names[0])
+    found = _find_field(data, name)
+    if found is None and source.answer is None and layout.boxed is not None:
+        found = boxed(data.get(layout.boxed))
+        if found is None:
+            raise BadRow(f"{where} has neither a field {name!r} nor a \\boxed{{}} in {layout.boxed!r}: drop the row")
+        return checked_answer(found, layout.boxed, where)
+    if source.answer is None and found is None and judges_without_answer(source.reward):
+        return None
+    answer = _lookup(data, name, where, "answer")
+    after = source.answer_after or (layout.answer_after if source.answer is None else None)
+    if after is not None:
+        if not isinstance(answer, str) or after not in answer:
+            raise BadRow(f"{where}: the answer in {name!r} has no {after!r}: change answer_after=")
+        answer = answer.rpartition(after)[2].strip()
+    if judges_without_answer(source.reward):
+        return answer  # what the user's own function is given is between the two
+    return checked_answer(answer, name, where)
+
+
+def _demonstration(name: str, data: Row, prompt: str | Messages, answer: Any, where: str) -> str:
+    if name in ("@answer", "@equation"):
+        if answer is None:
+            raise BadRow(f"{where} has no answer for demonstration={name}: name a field")
+        text = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
+        try:
+            return text if name == "@answer" else equation(str(prompt), text)
+        except (ValueError, ZeroDivisionError) as error:
+            raise BadRow(f"{where}: the answer {text!r} is no number for demonstration=@equation: drop it") from error
+    text = _lookup(data, name, where, "demonstration")
+    if not isinstance(text, str) or not text.strip():
+        raise BadRow(f"{where}: the demonstration in {name!r} is not text, or none: {text!r}")
+    return text
+
+
+def _find_field(data: Mapping[str, Any], name: str) -> Any:
+    """The field `name`, which may be dotted; None when there is none."""
+    value: Any = data.get(name)
+    if value is None:
+        value = data
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _lookup(data: Row, name: str, where: str, key: str) -> Any:
+    value = _find_field(data, name)
+    if value is None:
+        raise BadRow(f"{where} has no field {name!r}: it has {', '.join(map(str, data))}; name the field by {key}=")
+    return value

@@ -1,0 +1,199 @@
+"""The language of source strings, `kind:name?key=value&key=value`; the package says what each key does."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from paced_fast.data.tasks import nearest
+from paced_fast.errors import InputError
+
+FORMAT_NAMES = (
+    *("plain", "gsm8k", "math", "dapo", "deepscaler"),
+    *("deepcoder", "livecodebench", "humaneval", "taco"),
+)
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+Messages = list[dict[str, str]]
+
+_SHARED_KEYS = ("reward", "slice", "size", "seed", "rows", "share", "template")
+_FIELD_KEYS = ("format", "prompt", "answer", "answer_after", "demonstration")
+_KEYS = {
+    "task": (*_SHARED_KEYS, "split", "flip_probability"),
+    "rg": (*_SHARED_KEYS, "demonstration"),
+    "jsonl": (*_SHARED_KEYS, *_FIELD_KEYS, "optional"),
+    "parquet": (*_SHARED_KEYS, *_FIELD_KEYS, "optional"),
+    "hf": (*_SHARED_KEYS, *_FIELD_KEYS, "split", "config"),
+}
+_TASK_SPLITS = ("train", "eval", "demonstrations")
+_COMPUTED = ("@answer", "@equation")
+_WANTED = {
+    "slice": "a name that can be printed",
+    "rows": "start:stop with 0 <= start < stop",
+    "share": "low:high with 0 <= low < high <= 1",
+    "optional": "true or false",
+    "size": "a whole number >= 1, of at most 12 digits",
+    "seed": "a whole number >= 0, of at most 18 digits",
+    "flip_probability": "a number from 0 to 1",
+    "template": "chat, plain or text with {prompt} in it",
+    "demonstration": f"a field, {' or '.join(_COMPUTED)}",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One parsed source string; `rows` is (start, stop) and None means open."""
+
+    spec: str
+    """The string itself."""
+    kind: str
+    name: str
+    format: str = "auto"
+    """Name of the layout of the rows; `auto` recognises it by the fields, unless prompt or answer is given."""
+    prompt: str | None = None
+    answer: str | None = None
+    """Field with the answer; the layout's unless given, and then a row may lack it when its reward needs none."""
+    answer_after: str | None = None
+    demonstration: str | None = None
+    reward: str | None = None
+    slice: str | None = None
+    size: int | None = None
+    seed: int | None = None
+    rows: tuple[int | None, int | None] = (None, None)
+    share: tuple[float, float] = (0.0, 1.0)
+    split: str | None = None
+    config: str | None = None
+    template: str | None = None
+    flip_probability: float = 0.0
+    optional: bool = False
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of a reasoning-gym task."""
+
+    @property
+    def slice_name(self) -> str:
+        """The slice of rows that name none themselves."""
+        return self.slice or Path(self.name.removesuffix(".gz")).stem
+
+
+def parse_source(spec: str) -> Source:
+    """The source that `kind:name?key=value&...` describes.
+
+    Raises:
+        InputError: unknown kind or key (with the nearest match), a repeated key, or a value that cannot be read.
+    """
+    kind, colon, rest = spec.partition(":")
+    name, _, query = rest.partition("?")
+    if not colon or kind not in _KEYS:
+        raise InputError(
+            f"source {spec!r} must start with one of {', '.join(f'{k}:' for k in _KEYS)}{nearest(kind, list(_KEYS))}"
+        )
+    if not name.strip():
+        raise InputError(f"source {spec!r} has no name after {kind}:")
+    values: dict[str, Any] = {}
+    params: dict[str, Any] = {}
+    for pair in query.split("&") if query else ():
+        key, equals, text = pair.partition("=")
+        try:
+            text = unquote(text, errors="strict")
+        except UnicodeDecodeError:
+            raise InputError(f"source {spec!r}: {pair!r} is not percent-encoded UTF-8") from None
+        if not equals or not key or not text.strip():
+            raise InputError(f"source {spec!r}: {pair!r} is not key=value")
+        if key in values or key in params:
+            raise InputError(f"source {spec!r} gives {key!r} twice")
+        if key in _KEYS[kind]:
+            values[key] = _value(spec, kind, key, text)
+        elif kind == "rg" and key == "name":
+            raise InputError(f"source {spec!r}: a task of reasoning-gym has no parameter 'name'")
+        elif kind == "rg":
+            params[key] = _literal(text)
+        else:
+            raise InputError(
+                f"source {spec!r} has the unknown key {key!r}{nearest(key, _KEYS[kind])}: "
+                f"{kind} knows {', '.join(_KEYS[kind])}"
+            )
+    return Source(spec=spec, kind=kind, name=name, params=params, **values)
+
+
+def _value(spec: str, kind: str, key: str, text: str) -> Any:
+    try:
+        return _read(kind, key, text)
+    except (ValueError, KeyError):
+        if key == "format":
+            known = ("auto", *FORMAT_NAMES)
+            raise InputError(
+                f"source {spec!r} has the unknown format {text!r}{nearest(text, known)}: use one of {', '.join(known)}"
+            ) from None
+        if key == "split":
+            raise InputError(
+                f"source {spec!r}: there is no split {text!r}: use train, eval or demonstrations"
+            ) from None
+        raise InputError(f"source {spec!r}: {key}={text} must be {_WANTED[key]}") from None
+
+
+def _read(kind: str, key: str, text: str) -> Any:
+    """The value of a key. Raises ValueError or KeyError when the text is none."""
+    if key == "size":
+        return _whole(text, low=1, digits=12)
+    if key == "seed":
+        return _whole(text, low=0, digits=18)
+    if key == "flip_probability":
+        return _bounded(float(text), low=0.0, high=1.0)
+    if key == "rows":
+        start, stop = (_whole(part, low=0, digits=12) if part else None for part in text.split(":"))
+        if stop is not None and stop <= (start or 0):
+            raise ValueError
+        return start, stop
+    if key == "share":
+        low, high = (_bounded(_decimal(part), low=0.0, high=1.0) for part in text.split(":"))
+        if not low < high:
+            raise ValueError
+        return low, high
+    if key == "optional":
+        return {"true": True, "false": False}[text]
+    allowed = (
+        (key != "format" or text in ("auto", *FORMAT_NAMES))
+        and (key != "template" or is_template(text))
+        and (key != "slice" or text.isprintable())
+        and (key != "demonstration" or text[0] != "@" or text in _COMPUTED)
+        and (key != "split" or kind != "task" or text in _TASK_SPLITS)
+    )
+    if not allowed:
+        raise ValueError
+    return text
+
+
+def is_template(text: str) -> bool:
+    """Whether a text says how a prompt is written."""
+    return text in ("chat", "plain") or "{prompt}" in text
+
+
+def _whole(text: str, *, low: int, digits: int) -> int:
+    if not re.fullmatch(f"[0-9]{{1,{digits}}}", text) or int(text) < low:
+        raise ValueError
+    return int(text)
+
+
+def _decimal(text: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?([eE]-?[0-9]+)?|\.[0-9]+", text):
+        raise ValueError
+    return float(text)
+
+
+def _bounded(number: float, *, low: float, high: float) -> float:
+    if not low <= number <= high:  # nor is NaN
+        raise ValueError
+    return number
+
+
+def _literal(text: str) -> Any:
+    """A JSON value when the text is one (2, 0.5, true, ["+"]), else the text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # no JSON, or a number of too many digits
+        return text

@@ -1,0 +1,147 @@
+"""The parity guard: trainer and engine score the same tokens, and a run stops when they disagree.
+
+Two ways lead to an engine's log-probs, and each has faults that the other does not see. Scoring a prompt reads the
+weights alone. Sampling reads the prefix cache and goes through the sampler, so it also shows keys and values of old
+weights and log-probs renormalised by a filter. Both are compared, on sequences of several cache blocks: a stale cache
+changes nothing for a prompt shorter than one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from paced_fast.config import Config, stream_seed
+from paced_fast.data import packing
+from paced_fast.data.records import Completion
+from paced_fast.errors import TrainingError
+from paced_fast.generation.mismatch import mismatch_metrics
+from paced_fast.policy import Policy
+
+_DEFAULT_BOUNDS = {"float32": 0.002, "bfloat16": 0.03}
+"""Nats. In float32 a healthy engine stays below a hundredth of its bound (1.6e-5 for SmolLM2). bfloat16 rounds 2^16
+times as coarsely: means of about 0.0012 are usual."""
+_COARSE_BOUND = 0.01
+"""For float32 whose products may be rounded further (`model.matmul_precision`), on one side or both."""
+_SAMPLED_TOKENS = 16
+_SAMPLES = 2
+_WEIGHTS = "a parameter the engine did not get, or got in another layout"
+_SAMPLING = "keys and values of old weights in the prefix cache, or a sampling filter (top-p, top-k, min-p)"
+
+
+class ScoringEngine(Protocol):
+    """What a check asks of the engine."""
+
+    def generate(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        group_size: int,
+        max_completion_tokens: int,
+        temperature: float,
+        seed: int,
+        keep_cache: bool,
+    ) -> list[Completion]:
+        """As `Generator.generate`; with `keep_cache` from the prefix cache as it is."""
+        ...
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """Log-probs of every token but the first, at temperature 1."""
+        ...
+
+
+class ParityGuard:
+    """Compares an engine with the policy it samples for, every `weight_sync.check_every` steps and at step 0."""
+
+    def __init__(
+        self, engine: ScoringEngine, policy: Policy, config: Config, *, sequences: Sequence[tuple[int, ...]]
+    ) -> None:
+        """`sequences` are scored, and all but their last tokens sampled from; see `long_sequences`."""
+        self.engine, self.policy, self.sequences = engine, policy, list(sequences)
+        self.every, self.seed = config.weight_sync.check_every, config.seed
+        self.temperature = config.generation.temperature
+        usual = _DEFAULT_BOUNDS[config.weight_sync.dtype]
+        if config.model.matmul_precision != "highest":
+            usual = max(usual, _COARSE_BOUND)
+        self.bound = config.weight_sync.max_mean_difference or usual
+        self.cap = config.mismatch.cap
+        self.prompts = [sequence[:-_SAMPLED_TOKENS] for sequence in self.sequences]
+
+    def due(self, step: int) -> bool:
+        """Whether `step` ends with a check."""
+        return self.every > 0 and step % self.every == 0
+
+    def prime(self) -> None:
+        """Before an update: fill the prefix cache with the prompts, so that forgetting to empty it shows after."""
+        self._sample(self.prompts, 1, 1, 0)
+
+    def check(self, step: int) -> dict[str, float]:
+        """Mean and largest absolute difference of a token's log-prob (nats), for scored and for sampled tokens.
+
+        Raises TrainingError when a mean is above the bound, with the causes that fit.
+        """
+        return self.judge(step, *self.ask(step))
+
+    def ask(self, step: int) -> tuple[list[Completion], list[list[float]]]:
+        """What the engine samples, and its log-probs of the sequences; the part of a check that can fail on a rank."""
+        # Sampling comes first: scoring would leave keys and values of its own in the cache.
+        return self._sample(self.prompts, _SAMPLES, _SAMPLED_TOKENS, step), self.engine.score(self.sequences)
+
+    def judge(self, step: int, completions: list[Completion], scores: list[list[float]]) -> dict[str, float]:
+        """The rest of a check: what the policy makes of the same; on sharded ranks they compute it together."""
+        repeated = [prompt for prompt in self.prompts for _ in range(_SAMPLES)]
+        sampled = self._compare(repeated, completions, self.temperature)
+        scored = self._compare(
+            [sequence[:1] for sequence in self.sequences],
+            [
+                Completion(token_ids=list(sequence[1:]), logprobs=values, stopped=False)
+                for sequence, values in zip(self.sequences, scores, strict=True)
+            ],
+            1.0,
+        )
+        figures = {f"scored_{k}": v for k, v in scored.items()} | {f"sampled_{k}": v for k, v in sampled.items()}
+        # A NaN is above every bound.
+        if not (scored["mean"] <= self.bound and sampled["mean"] <= self.bound):
+            cause = _SAMPLING if scored["mean"] <= self.bound else _WEIGHTS
+            raise TrainingError(
+                f"trainer and engine disagree after step {step}: log-probs differ by {scored['mean']:.2g} on average "
+                f"where the engine scores a prompt (largest {scored['max']:.2g}) and by {sampled['mean']:.2g} where it "
+                f"samples ({sampled['max']:.2g}), more than {self.bound:.2g}. Likely: {cause}; "
+                "--weight-sync.mode push and --generator transformers do without sharing and without the engine"
+            )
+        return figures
+
+    def _sample(self, prompts: Sequence[tuple[int, ...]], samples: int, tokens: int, step: int) -> list[Completion]:
+        return self.engine.generate(
+            prompts,
+            group_size=samples,
+            max_completion_tokens=tokens,
+            temperature=self.temperature,
+            seed=stream_seed(self.seed, step, "parity"),
+            keep_cache=True,
+        )
+
+    def _compare(
+        self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], temperature: float
+    ) -> dict[str, float]:
+        count = len(completions)
+        rollouts = packing.pack(completions, prompts, range(count), [0.0] * count, 0, self.policy.device)
+        values = self.policy.logprobs(rollouts, temperature)
+        found = mismatch_metrics(rollouts.generator_logprobs, values, rollouts.cu_seqlens, cap=self.cap)
+        return {name: float(found[name]) for name in ("mean", "max")}
+
+
+def long_sequences(prompts: Sequence[tuple[int, ...]], *, count: int, length: int) -> list[tuple[int, ...]]:
+    """`count` different sequences of `length` tokens, made of the run's own prompts one after another.
+
+    Rounding then shows as it does in training; random tokens would make the model far less sure than it ever is.
+    """
+    sequences = []
+    position = 0
+    for _ in range(count):
+        tokens: list[int] = []
+        while len(tokens) < length:
+            tokens.extend(prompts[position % len(prompts)])
+            position += 1
+        sequences.append(tuple(tokens[:length]))
+    return sequences

@@ -1,0 +1,208 @@
+"""How a model reads on: with a cache of keys and values or states, padded or not, or from the start for every token.
+
+Whatever is chosen says what the model would say of the whole sequence alone. S = sequences, L = tokens, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from paced_fast.policy.families import (
+    BROKEN,
+    PADDABLE,
+    Family,
+    close,
+    examine,
+    probe_tokens,
+    spare_tokens,
+    takes,
+    unshareable,
+    without_cache,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Reading:
+    """`padded`: prompts of any lengths, with a cache. `even`: prompts of one length at a time, with a cache. `whole`:
+    the same without one, so that every token costs a pass over all before it."""
+
+    def __init__(self, kind: Literal["padded", "even", "whole"]) -> None:
+        """Read in one of the three ways."""
+        self.kind = kind
+
+    def batches(self, order: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+        """Cut `order`, prompts by rising length, into lists of at most `size` that can be read together."""
+        current: list[int] = []
+        for i in order:
+            ends = self.kind != "padded" and current and lengths[current[0]] != lengths[i]
+            if len(current) == size or ends:
+                yield current
+                current = []
+            current.append(i)
+        if current:
+            yield current
+
+    def reader(self, model: PreTrainedModel) -> PaddedReader | EvenReader | WholeReader:
+        """What reads one batch."""
+        return {"padded": PaddedReader, "even": EvenReader, "whole": WholeReader}[self.kind](model)
+
+
+class PaddedReader:
+    """Prompts padded on the left; each is read once and its cache repeated for the group."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Nothing is read yet."""
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+        self.mask: Tensor | None = None
+        self.positions = torch.empty(0)
+
+    def read(self, ids: Tensor, mask: Tensor | None, group_size: int) -> Tensor:
+        """Logits [S, V] of the first token; `ids` and `mask` i64[S / group_size, L], None without padding."""
+        own = torch.ones_like(ids) if mask is None else mask
+        self.mask, self.positions = mask, (own.cumsum(1) - 1).clamp(min=0)
+        logits = self._forward(ids)
+        self.cache.batch_repeat_interleave(group_size)
+        if self.mask is not None:
+            self.mask = self.mask.repeat_interleave(group_size, 0)
+        self.positions = own.sum(1).repeat_interleave(group_size, 0)[:, None]
+        return logits.repeat_interleave(group_size, 0)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.cache.batch_select_indices(rows)
+        self.positions = self.positions[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+
+    def next(self, token: Tensor) -> Tensor:
+        """Logits [S, V] of the token after `token` i64[S]."""
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
+        logits = self._forward(token[:, None])
+        self.positions = self.positions + 1
+        return logits
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+
+class EvenReader:
+    """Prompts of one length, each read for every sequence of its group: no padding, no mask, no positions."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Nothing is read yet."""
+        self.model = model
+        self.name = "past_key_values" if takes(model, "past_key_values") else "cache_params"
+        self.cache: Any = DynamicCache(config=model.config)
+
+    def read(self, ids: Tensor, mask: Tensor | None, group_size: int) -> Tensor:
+        """Logits [S, V] of the first token; `ids` i64[S / group_size, L] and nothing is masked."""
+        return self._forward(ids.repeat_interleave(group_size, 0))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.cache.reorder_cache(rows)
+
+    def next(self, token: Tensor) -> Tensor:
+        """Logits [S, V] of the token after `token` i64[S]."""
+        return self._forward(token[:, None])
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, **{self.name: self.cache}, use_cache=True).logits[:, -1].float()
+
+
+class WholeReader:
+    """Prompts of one length, and a pass over the whole sequences for every token."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Nothing is read yet."""
+        self.model = model
+        self.ids = torch.empty(0, 0, dtype=torch.int64)
+
+    def read(self, ids: Tensor, mask: Tensor | None, group_size: int) -> Tensor:
+        """Logits [S, V] of the first token; `ids` i64[S / group_size, L] and nothing is masked."""
+        self.ids = ids.repeat_interleave(group_size, 0)
+        return self._forward()
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.ids = self.ids[rows]
+
+    def next(self, token: Tensor) -> Tensor:
+        """Logits [S, V] of the token after `token` i64[S]."""
+        self.ids = torch.cat([self.ids, token[:, None]], dim=1)
+        return self._forward()
+
+    def _forward(self) -> Tensor:
+        return self.model(input_ids=self.ids, **without_cache(self.model)).logits[:, -1].float()
+
+
+def reading_of(model: PreTrainedModel) -> Reading:
+    """The fastest way that is exact for this model. Raises InputError for one that has no log-probs of completions."""
+    if unshareable(model.config) is None:
+        return Reading("padded")
+    family = examine(model)
+    reason = "its cache does not give what a whole pass gives"
+    try:
+        if getattr(family.settings, "model_type", "") in PADDABLE and _agrees_padded(model, family):
+            return Reading("padded")
+        if _agrees(model, family):
+            return Reading("even")
+    except BROKEN as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    logger.info("sampling: every token is a pass over the whole sequence (%s): %s", family.model_type, reason)
+    return Reading("whole")
+
+
+@torch.no_grad()
+def _agrees(model: PreTrainedModel, family: Family) -> bool:
+    """Whether reading on with a cache, rows left out on the way, gives what whole passes give."""
+    for length in (1, spare_tokens(family)):
+        rows = torch.tensor(probe_tokens(model.config, family.settings, (length + 5,) * 3), device=model.device)
+        prompts, reader = rows[:, :length], EvenReader(model)
+        found = [reader.read(prompts, None, 1)]
+        found += [reader.next(rows[:, t]) for t in range(length, length + 2)]
+        kept = torch.tensor([2, 0], device=model.device)
+        reader.keep(kept)
+        found += [reader.next(rows[kept, t]) for t in range(length + 2, length + 5)]
+        for row, places in ((2, (2, 2, 2, 0, 0, 0)), (0, (0, 0, 0, 1, 1, 1))):
+            wanted = model(input_ids=rows[row : row + 1], **without_cache(model)).logits[0].float()
+            own = torch.stack([logits[place] for logits, place in zip(found, places, strict=True)])
+            if not close(own, wanted[length - 1 :], model.dtype):
+                return False
+    return True
+
+
+@torch.no_grad()
+def _agrees_padded(model: PreTrainedModel, family: Family) -> bool:
+    """The same of prompts of two lengths, the shorter padded on the left."""
+    longest = spare_tokens(family) + 1
+    lengths, padding = (2, longest), [0] * (longest - 2)
+    rows = probe_tokens(model.config, family.settings, [length + 4 for length in lengths])
+    ids = torch.tensor([padding + rows[0][:2], rows[1][:longest]], device=model.device)
+    mask = torch.tensor([padding + [1] * 2, [1] * longest], device=model.device)
+    reader = PaddedReader(model)
+    found = [reader.read(ids, mask, 2)]
+    for t in range(4):
+        tokens = torch.tensor([rows[r][length + t] for r, length in enumerate(lengths)], device=model.device)
+        found.append(reader.next(tokens.repeat_interleave(2)))
+    for r, length in enumerate(lengths):
+        wanted = model(input_ids=torch.tensor([rows[r]], device=model.device), **without_cache(model)).logits[0].float()
+        if not close(torch.stack([logits[2 * r + 1] for logits in found]), wanted[length - 1 :], model.dtype):
+            return False
+    return True

@@ -1,0 +1,164 @@
+"""Sampling from the trainer's own model through transformers, in batches with a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from paced_fast.data.records import Completion
+from paced_fast.generation.reading import Reading, reading_of
+from paced_fast.policy.families import check_length, refuse
+from paced_fast.policy.shape import positions, text_settings
+
+
+class TransformersGenerator:
+    """Batched sampling with a key-value cache on the trainer's own model, so there are no weights to push.
+
+    A prompt is read once and its cache repeated for the group. Every sequence owns its uniform random numbers, so what
+    it samples does not depend on its neighbours in the batch. Sequences that ended leave the batch when half have. A
+    model that cannot be trusted with a cache or with padding reads as `Reading` says.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, stop_ids: Sequence[int], max_batch_sequences: int) -> None:
+        """Sample from `model`; `stop_ids` end a completion and belong to it. Raises InputError for a model that has no
+        log-probs of completions."""
+        refuse(model.config)
+        self.model = model
+        self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=model.device)
+        self.max_batch_sequences = max_batch_sequences
+        self.limit = positions(text_settings(model.config))
+        self._reading: Reading | None = None
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        group_size: int,
+        max_completion_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        seed: int,
+        first: int = 0,
+    ) -> list[Completion]:
+        """See `Generator.generate`."""
+        longest = max(map(len, prompts), default=0) + max_completion_tokens
+        check_length(self.limit, longest, "lower the limit of prompts or of completions")
+        if self._reading is None:
+            self._reading = reading_of(self.model)
+        source = torch.Generator().manual_seed(seed)
+        shape = (first + len(prompts), group_size, max_completion_tokens)
+        uniforms = torch.rand(shape, generator=source, dtype=torch.float64)[first:].to(self.model.device)
+        per_call = max(1, self.max_batch_sequences // group_size)
+        part = min(group_size, self.max_batch_sequences)
+        # Prompts of similar length go together: less padding. The order of the result is the caller's.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        result: list[list[Completion]] = [[] for _ in prompts]
+        for chosen in self._reading.batches(order, [len(prompt) for prompt in prompts], per_call):
+            for numbers in uniforms[chosen].split(part, dim=1):
+                options = (numbers, temperature, top_p, self.stop_ids, self._reading)
+                completions = _Batch(self.model, [prompts[i] for i in chosen], *options).run()
+                for k, i in enumerate(chosen):
+                    result[i] += completions[k * numbers.shape[1] : (k + 1) * numbers.shape[1]]
+        return [completion for group in result for completion in group]
+
+    def before_training(self) -> None:
+        """See `Generator.before_training`; the cache of keys and values lives as long as a call."""
+
+    def after_update(self) -> dict[str, float]:
+        """See `Generator.after_update`; there is one model and so nothing to do."""
+        return {}
+
+    def close(self) -> None:
+        """See `Generator.close`; the model is the trainer's."""
+
+
+class _Batch:
+    """One batch on its way through the model. S = sequences, L = padded prompt length."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[tuple[int, ...]],
+        uniforms: Tensor,  # f64[P, G, max_completion_tokens]
+        temperature: float,
+        top_p: float,
+        stop_ids: Tensor,
+        reading: Reading,
+    ) -> None:
+        self.reading = reading
+        self.model, self.temperature, self.top_p, self.stop_ids = model, temperature, top_p, stop_ids
+        self.group_size = uniforms.shape[1]
+        self.uniforms = uniforms.flatten(0, 1)
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        self.prompt_ids, self.prompt_mask = ids.to(model.device), mask.to(model.device)
+        self.padded = any(len(prompt) != longest for prompt in prompts)
+
+    def run(self) -> list[Completion]:
+        """Sample until every sequence has stopped or is full."""
+        num_sequences, max_tokens = self.uniforms.shape
+        device = self.uniforms.device
+        tokens = torch.zeros(num_sequences, max_tokens, dtype=torch.int64, device=device)
+        logprobs = torch.zeros(num_sequences, max_tokens, dtype=torch.float32, device=device)
+        lengths = torch.full((num_sequences,), max_tokens, dtype=torch.int64, device=device)
+        stopped = torch.zeros(num_sequences, dtype=torch.bool, device=device)
+        reader = self.reading.reader(self.model)
+        logits = reader.read(self.prompt_ids, self.prompt_mask if self.padded else None, self.group_size)
+        live = torch.arange(num_sequences, device=device)  # sequence of each row of the batch
+        for t in range(max_tokens):
+            token, logprob = _sample(logits, self.uniforms[live, t], self.temperature, self.top_p)
+            running = ~stopped[live]
+            tokens[live, t] = token
+            logprobs[live, t] = logprob
+            ends = running & torch.isin(token, self.stop_ids)
+            lengths[live[ends]] = t + 1
+            stopped[live[ends]] = True
+            running &= ~ends
+            num_running = int(running.sum())
+            if num_running == 0 or t + 1 == max_tokens:
+                break
+            if num_running <= len(live) // 2:
+                keep = running.nonzero()[:, 0]
+                reader.keep(keep)
+                live, token = live[keep], token[keep]
+            logits = reader.next(token)
+        return _completions(tokens, logprobs, lengths, stopped)
+
+
+def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Token i64[S] by inversion of the cumulative distribution at `uniform` f64[S], and its log-prob f32[S]."""
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if top_p < 1.0:
+        logprobs = _nucleus(logprobs, top_p)
+    if temperature == 0.0:
+        token = logprobs.argmax(-1)
+    else:
+        # In float64 the cumulative sum resolves every token that float32 log-probs can tell from zero.
+        cdf = logprobs.double().exp().cumsum(-1)
+        token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+        token = token.clamp(max=logits.shape[-1] - 1)
+    return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
+    """Log-probs [S, V] of the likeliest tokens that hold `top_p` of the mass, the one that reaches it included."""
+    ranked, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    mass = ranked.double().exp()
+    dropped = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, mass.cumsum(-1) - mass >= top_p)
+    return torch.log_softmax(logprobs.masked_fill(dropped, -torch.inf), dim=-1)
+
+
+def _completions(tokens: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor) -> list[Completion]:
+    """The batch as host records; the one copy from the device."""
+    rows = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True)
+    return [
+        Completion(token_ids=ids[:length], logprobs=values[:length], stopped=done) for ids, values, length, done in rows
+    ]

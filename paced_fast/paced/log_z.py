@@ -1,0 +1,146 @@
+"""The head that learns log Z per prompt: value = beta * log Z, an estimate of the policy's accuracy (arXiv 2602.12642).
+
+With the old policy as reference the squared trajectory-balance residual is least at beta * log Z = E[reward], so the
+head regresses on raw correctness. Its output goes through a sigmoid, because a raw log Z at small beta has gradients
+hundreds of times larger and starves under any shared clip.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from paced_fast.config import LogZConfig
+from paced_fast.policy.optimizer import GuardedAdamW
+
+# Prompts scored at once: what the head holds in float32 stays small, however large the table is.
+_BLOCK = 8192
+
+
+class LogZ:
+    """A 3-layer MLP on frozen prompt embeddings with an optimiser of its own. N = prompts, H = embedding size.
+
+    `values` f32[N] is what is known of every prompt: with `scored_per_step` below N a rotating window of it is new.
+    """
+
+    def __init__(self, embeddings: Tensor, config: LogZConfig, *, seed: int, bounded: bool) -> None:
+        """`embeddings` f32[N, H]; `bounded` puts a sigmoid on the output (value), else it is a raw log Z."""
+        self.config, self.bounded = config, bounded
+        self.mean = embeddings.mean(0)
+        self.scale = embeddings.std(0, correction=0).clamp(min=1e-6)  # a table of one prompt has a spread too: 0
+        self.inputs = self._standardise(embeddings)
+        self.cursor = torch.zeros((), dtype=torch.int64, device=embeddings.device)  # where the next window begins
+        width = config.hidden_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.mlp = nn.Sequential(
+                nn.Linear(embeddings.shape[1], width),
+                nn.GELU(),
+                nn.LayerNorm(width),
+                nn.Linear(width, width),
+                nn.GELU(),
+                nn.LayerNorm(width),
+                nn.Linear(width, 1),
+            ).to(embeddings.device)
+        last = self.mlp[-1]
+        assert isinstance(last, nn.Linear)
+        with torch.no_grad():
+            last.weight.mul_(0.1)  # start near one half, whatever the prompt
+            last.bias.zero_()
+        self.optimizer = GuardedAdamW(self.mlp.parameters(), learning_rate=config.learning_rate)
+        self.values = self.all_values()
+
+    def _standardise(self, embeddings: Tensor) -> Tensor:
+        return ((embeddings.float() - self.mean) / self.scale).to(getattr(torch, self.config.cache_dtype))
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        return self.mlp(inputs.float())[:, 0]
+
+    @torch.no_grad()
+    def score(self) -> Tensor:
+        """Bring `values` up to date, all of them or the next window, and return them."""
+        count, size = len(self.inputs), self.config.scored_per_step
+        if not 0 < size < count:
+            self.values.copy_(self.all_values())
+            return self.values
+        window = (self.cursor + torch.arange(size, device=self.cursor.device)) % count
+        self.values.index_copy_(0, window, self.value(window))
+        self.cursor.copy_((self.cursor + size) % count)
+        return self.values
+
+    def rescore(self, prompt_index: Tensor) -> None:
+        """Bring the `values` of prompts i64[B] up to date, where `score` may have passed them over."""
+        if 0 < self.config.scored_per_step < len(self.inputs):
+            self.values.index_copy_(0, prompt_index, self.value(prompt_index))
+
+    @torch.no_grad()
+    def value(self, prompt_index: Tensor) -> Tensor:
+        """Head output f32[B] for prompts i64[B]: the value in (0, 1) when bounded, else log Z."""
+        return self._output(self.inputs[prompt_index])
+
+    @torch.no_grad()
+    def all_values(self) -> Tensor:
+        """Head output f32[N] for every prompt of the table."""
+        return self._output(self.inputs)
+
+    @torch.no_grad()
+    def value_of(self, embeddings: Tensor) -> Tensor:
+        """Head output f32[M] for other prompts, given their embeddings [M, H]."""
+        return self._output(self._standardise(embeddings))
+
+    def _output(self, inputs: Tensor) -> Tensor:
+        logits = torch.cat([self._logits(block) for block in inputs.split(_BLOCK)])
+        return torch.sigmoid(logits) if self.bounded else logits
+
+    def fit(self, prompt_index: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Move the head towards `target` f32[B] on prompts i64[B], each counted `weight` f32[B]; loss, gradient norm.
+
+        `tb`: mean squared residual in reward units, target = reward - beta * log ratio. `bce`: cross-entropy on raw
+        correctness, target = reward. A non-finite loss or gradient leaves the head as it was.
+        """
+        inputs = self.inputs[prompt_index]
+        loss = grad_norm = torch.zeros((), device=inputs.device)
+        for _ in range(self.config.updates_per_step):
+            logits = self._logits(inputs)
+            if self.bounded and self.config.loss == "bce":
+                each = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+            else:
+                each = (torch.sigmoid(logits) if self.bounded else logits).sub(target).square()
+            loss = (each if weight is None else each * weight).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(self.mlp.parameters(), self.config.max_grad_norm)
+            self.optimizer.guarded_step(loss.detach(), grad_norm)
+        return loss.detach(), grad_norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs besides the optimiser's state; `values` because windows leave old ones standing."""
+        parameters = {f"mlp.{name}": value for name, value in self.mlp.state_dict().items()}
+        return {**parameters, "values": self.values, "cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`."""
+        self.mlp.load_state_dict({k.removeprefix("mlp."): v for k, v in state.items() if k.startswith("mlp.")})
+        self.values.copy_(state["values"])
+        self.cursor.copy_(state["cursor"])
+
+
+def group_accuracy(rewards: Tensor, scored: Tensor, group_size: int) -> Tensor:
+    """Mean reward f32[P] of the scored ones, bool[B], of consecutive groups of `group_size`; 0 where none is."""
+    return _group_means(rewards.view(-1, group_size), scored.view(-1, group_size))[:, 0]
+
+
+def group_advantage(rewards: Tensor, scored: Tensor, group_size: int) -> Tensor:
+    """GRPO's (reward - group mean) / (group std + 1e-6), f32[B]; arXiv 2402.03300, section 4.1.1.
+
+    Mean and deviation are those of the scored completions, bool[B]; the others get 0.
+    """
+    groups, known = rewards.view(-1, group_size), scored.view(-1, group_size)
+    centred = (groups - _group_means(groups, known)) * known
+    degrees = (known.sum(1, keepdim=True) - 1).clamp(min=1)
+    deviation = (centred.square().sum(1, keepdim=True) / degrees).sqrt()
+    return (centred / (deviation + 1e-6)).flatten()
+
+
+def _group_means(groups: Tensor, known: Tensor) -> Tensor:
+    return (groups * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)

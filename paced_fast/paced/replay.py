@@ -1,0 +1,181 @@
+"""Replay: a small ring of correct completions, those whose prompt's estimate erred most.
+
+A completion enters with priority |group accuracy - value| (arXiv 2602.12642), or that in standard deviations, so that
+a lucky group does not pass for a wrong estimate. Old log-probs are not kept: the trainer
+computes them again with the current policy, which is the reference of the trajectory-balance loss.
+
+Inserting and choosing are tensors of fixed shape on the device and never make the host wait. What was chosen goes to
+the host with the prompts of the step, before anything is generated, because the host lays out the forward rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from paced_fast.config import ReplayConfig, stream_seed
+from paced_fast.data import packing
+from paced_fast.data.records import PromptTable, Rollouts
+from paced_fast.data.transfer import to_device
+from paced_kernels import PriorityTree, segment_sum
+
+# Of a draw by priority: a completion of priority 0 has this much of one of priority 1.
+_LEAST = 1e-3
+# Bound of the log importance weight of a replayed sequence.
+_MAX_LOG_WEIGHT = 20.0
+
+
+class ReplayBuffer:
+    """A ring of C completions as tensors of fixed shape. M = longest completion, D = completions drawn in a step."""
+
+    def __init__(
+        self, config: ReplayConfig, *, group_size: int, max_completion_tokens: int, seed: int, device: torch.device
+    ) -> None:
+        """An empty ring of `config.capacity` slots for completions sampled in groups of `group_size`."""
+        self.config, self.group_size = config, group_size
+        capacity = config.capacity
+        # One slot more than the ring has: what does not enter is written there.
+        rows = capacity + 1
+        self._slots = {
+            "token_ids": torch.zeros(rows, max_completion_tokens, dtype=torch.int64, device=device),
+            "logprobs": torch.zeros(rows, max_completion_tokens, device=device),
+            "lengths": torch.zeros(rows, dtype=torch.int64, device=device),
+            "prompt_index": torch.zeros(rows, dtype=torch.int64, device=device),
+            "rewards": torch.zeros(rows, device=device),
+            "shaping": torch.zeros(rows, device=device),
+            "accuracy": torch.zeros(rows, device=device),  # of the group it was sampled with
+            "policy_version": torch.full((rows,), -1, dtype=torch.int64, device=device),  # -1: the slot is empty
+        }
+        ring = {name: tensor[:capacity] for name, tensor in self._slots.items()}
+        self.token_ids, self.logprobs, self.lengths = ring["token_ids"], ring["logprobs"], ring["lengths"]
+        self.prompt_index, self.rewards, self.shaping = ring["prompt_index"], ring["rewards"], ring["shaping"]
+        self.accuracy, self.policy_version = ring["accuracy"], ring["policy_version"]
+        self.inserted = torch.zeros((), dtype=torch.int64, device=device)
+        self.tree = PriorityTree(capacity, seed=stream_seed(seed, 0, "replay"), device=device, stream=1)
+
+    def insert(self, rollouts: Rollouts, values: Tensor, accuracy: Tensor) -> Tensor:
+        """Add the sequences of largest priority, correct ones only unless all are kept; how many entered, i64[].
+
+        Those without a verdict never enter. With `importance` the first groups enter whole: a choice by outcome is
+        none that weights could make up for.
+
+        `values` f32[N] are the estimates and `accuracy` f32[B] the accuracies of the sequences' groups.
+        """
+        capacity, device = self.config.capacity, self.lengths.device
+        count = min(self.config.insert_per_step, capacity, rollouts.num_sequences)
+        priority = self._priority(accuracy, values[rollouts.prompt_index])
+        if self.config.importance:
+            priority = torch.ones_like(priority)
+        may_enter = rollouts.rewards > 0.5 if self.config.keep == "correct" else rollouts.rewards >= 0.0
+        may_enter &= to_device(list(rollouts.scored), torch.bool, device)
+        order = torch.where(may_enter, priority, -1.0).argsort(descending=True, stable=True)[:count]
+        enters = may_enter[order]  # a priority is never negative, so these come first
+        slots = torch.where(enters, (self.inserted + torch.arange(count, device=device)) % capacity, capacity)
+        start = rollouts.cu_seqlens[order].long()
+        lengths = rollouts.cu_seqlens[order + 1].long() - start
+        columns = torch.arange(self.token_ids.shape[1], device=device)
+        is_token = columns < lengths[:, None]
+        # One element more than there are tokens, for the positions behind the last completion.
+        position = (start[:, None] + columns).clamp(max=rollouts.num_tokens)
+        written = {
+            "token_ids": torch.nn.functional.pad(rollouts.token_ids, (0, 1))[position].where(is_token, 0),
+            "logprobs": torch.nn.functional.pad(rollouts.generator_logprobs, (0, 1))[position].where(is_token, 0.0),
+            "lengths": lengths,
+            "prompt_index": rollouts.prompt_index[order],
+            "rewards": rollouts.rewards[order],
+            "shaping": rollouts.shaping[order],
+            "accuracy": accuracy[order],
+            "policy_version": rollouts.policy_version[order],
+        }
+        for name, values in written.items():
+            self._slots[name].index_copy_(0, slots, values)
+        entered = enters.sum()
+        self.inserted += entered
+        return entered
+
+    def _priority(self, accuracy: Tensor, value: Tensor) -> Tensor:
+        error = (accuracy - value).abs()
+        if self.config.priority == "error":
+            return error
+        return error / (value * (1 - value) / self.group_size + 1e-3).sqrt()
+
+    def priorities(self, values: Tensor) -> Tensor:
+        """Priorities f32[C] under the current values f32[N]; empty slots hold 0."""
+        priority = self._priority(self.accuracy, values[self.prompt_index])
+        return torch.where(self.policy_version >= 0, priority, 0.0)
+
+    def choose(self, values: Tensor, version: int | Tensor) -> Tensor:
+        """Slots, lengths and prompts i64[3, D] of distinct completions of at most `max_age` versions; slot -1: none.
+
+        Evenly, or in proportion to the refreshed priorities when `config.prioritized`, halved every `half_life`
+        versions. `version` is a number on the host or i64[] on the device.
+        """
+        now = version if isinstance(version, Tensor) else torch.full((), version, device=self.lengths.device)
+        age = now - self.policy_version
+        is_young = (self.policy_version >= 0) & (age <= self.config.max_age)
+        weight = torch.ones_like(self.accuracy)
+        if self.config.prioritized:
+            # Errors are at most 1 and z at most 1 / sqrt(1e-3); the tree's weights end at 1.
+            scale = 1.0 if self.config.priority == "error" else 1e-3**0.5
+            weight = (self.priorities(values) * scale).clamp(max=1.0 - _LEAST) + _LEAST
+        if self.config.half_life > 0.0:
+            weight = weight * torch.exp2(-age / self.config.half_life)
+        self.tree.rebuild(weight, allowed=is_young)
+        self.tree.size.zero_()  # of an empty ring nothing is drawn
+        self.tree.step.copy_(now)  # the draw belongs to the step, not to the number of draws before it
+        slots = self.tree.sample_distinct(self.config.draw_per_step, method="race").idx
+        held = slots.clamp(min=0)
+        return torch.stack([slots, self.lengths[held], self.prompt_index[held]])
+
+    def take(
+        self, slots: Sequence[int], lengths: Sequence[int], prompts: Sequence[int], table: PromptTable
+    ) -> Rollouts | None:
+        """The completions of a choice that has come to the host, row by row; None when it is empty."""
+        found = [column for column in zip(slots, lengths, prompts, strict=True) if column[0] >= 0]
+        if not found:
+            return None
+        slots, lengths, prompts = zip(*found, strict=True)
+        width, device = self.token_ids.shape[1], self.lengths.device
+        tokens = [slot * width + i for slot, length in zip(slots, lengths, strict=True) for i in range(length)]
+        rows = to_device(slots, torch.int64, device)
+        position = to_device(tokens, torch.int64, device)
+        return Rollouts(
+            token_ids=self.token_ids.flatten()[position],
+            cu_seqlens=packing.cu_seqlens(lengths, device),
+            lengths=tuple(lengths),
+            prompt_ids=tuple(table.rows[i].token_ids for i in prompts),
+            prompt_index=self.prompt_index[rows],
+            rewards=self.rewards[rows],
+            shaping=self.shaping[rows],
+            scored=(True,) * len(lengths),
+            generator_logprobs=self.logprobs.flatten()[position],
+            policy_version=self.policy_version[rows],
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, as tensors."""
+        tree = {f"tree.{name}": value for name, value in self.tree.state_dict().items()}
+        return {**tree, **self._tensors(), "inserted": self.inserted.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`."""
+        self.tree.load_state_dict({k.removeprefix("tree."): v for k, v in state.items() if k.startswith("tree.")})
+        for name, tensor in self._tensors().items():
+            tensor.copy_(state[name])
+        self.inserted.copy_(state["inserted"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: tensor[: self.config.capacity] for name, tensor in self._slots.items()}
+
+
+def importance_weights(rollouts: Rollouts, old_logprobs: Tensor) -> Tensor:
+    """pi_old / pi_sampled f32[B] of each sequence, scaled to a mean of 1; `old_logprobs` f32[T] is the trainer's.
+
+    With failures kept, and sequences chosen without regard to their rewards, the weighted mean of a prompt's rewards is
+    the accuracy of the old policy on it; with correct completions alone it is 1 whatever the weights.
+    """
+    log_weight = segment_sum(old_logprobs - rollouts.generator_logprobs, rollouts.cu_seqlens)
+    weight = log_weight.clamp(-_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT).exp()
+    return weight / weight.mean()

@@ -1,0 +1,1 @@
+"""Charts: which there are, and how they are drawn."""

@@ -1,0 +1,198 @@
+"""Several runs on one page: curves over each other, figures side by side, and the settings that differ.
+
+Runs that differ in nothing but the seed are one group: its curve is the mean of theirs where each has been evaluated.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from paced_fast.errors import InputError
+from paced_fast.report.charts.held_out import (
+    ROLLOUTS,
+    SECONDS,
+    chart_over_k,
+    evaluation_line,
+    largest_k,
+    learning_lead,
+    line_over_k,
+)
+from paced_fast.report.charts.svg import Axis, Line, compact, line_chart, percent
+from paced_fast.report.charts.training import Chart, curve_table
+from paced_fast.report.figures_table import FIGURES_LEAD, figures_table
+from paced_fast.report.html import Section, document, figures, shown, table, write_page
+from paced_fast.report.read_run import Run, read_run, series
+from paced_fast.report.seeds import FEWEST, PLACES, Group, grouped, mean_line
+
+__all__ = ["compare"]
+
+
+def compare(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Writes one page that compares run folders, and returns its path: `out`, or compare.html beside the first run.
+
+    Raises InputError when a folder is no run folder, or is named twice.
+    """
+    paths = [Path(folder) for folder in folders]
+    for i, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:i]]:
+            raise InputError(f"{path} is named twice: give different run folders")
+    runs = [read_run(path) for path in paths]
+    target = Path(out) if out is not None else paths[0].resolve().parent / "compare.html"
+    if target.is_dir():
+        raise InputError(f"--out {target} is a folder: give the name of a file")
+    write_page(target, page_of(runs))
+    return target
+
+
+def page_of(runs: Sequence[Run]) -> str:
+    """The comparison as HTML."""
+    groups = grouped(runs)
+    parts = [
+        ("learning", "Learning", _lead(runs), figures(_learning(groups))),
+        ("training", "Training", "On the prompts each run drew; running means.", figures(_training(groups))),
+        ("figures", "Figures", FIGURES_LEAD, figures_table(groups)),
+        ("settings", "Settings", "Only what differs.", _settings(groups)),
+        ("runs", "Runs", "", _runs(groups)),
+    ]
+    sections = [Section(name=name, title=title, lead=lead, body=body) for name, title, lead, body in parts if body]
+    state = "".join(
+        f'<span><i class="key k{i % 8}"></i>{html.escape(_titled(group))}</span>' for i, group in enumerate(groups)
+    )
+    return document(title=f"{len(runs)} runs compared", state=state, top="", sections=sections)
+
+
+def _lead(runs: Sequence[Run]) -> str:
+    """What holds for every run, else what is certain of any."""
+    leads = {learning_lead(run) for run in runs}
+    return leads.pop() if len(leads) == 1 else "Measured on the held-out prompts."
+
+
+def _titled(group: Group) -> str:
+    return f"{group.name} ({len(group.runs)} seeds)" if len(group.runs) > 1 else group.name
+
+
+def _lines(groups: Sequence[Group], line_of: Callable[[Run], Line | None]) -> tuple[list[Line], str]:
+    """A curve for each group, that of a group too small for a band among those of its runs; and what bands are."""
+    lines, few, seeds, prompts = [], False, False, False
+    for i, group in enumerate(groups):
+        members = [line for run in group.runs if (line := line_of(run)) is not None]
+        line = mean_line(members, name=group.name, color=i % 8)
+        if line is None:
+            continue
+        lines.append(line)
+        if 1 < len(members) < FEWEST:
+            few = True
+            runs = (run.name for run in group.runs if line_of(run) is not None)
+            lines += [
+                Line(name=name, x=one.x, y=one.y, color=i % 8, style="thin")
+                for name, one in zip(runs, members, strict=True)
+            ]
+        seeds = seeds or len(members) >= FEWEST
+        prompts = prompts or (len(members) == 1 and line.low is not None)
+    words = ["Band of a single run: 95 % interval over held-out prompts."] if prompts else []
+    words += ["Band of a group: 95 % interval of the mean over its seeds (t)."] if seeds else []
+    words += ["Thin: single seeds, thick: their mean; too few seeds for a band."] if few else []
+    return lines, " ".join(words)
+
+
+def _overlay(
+    groups: Sequence[Group], name: str, title: str, axes: tuple[Axis, Axis], line_of: Callable[[Run], Line | None]
+) -> list[Chart]:
+    lines, caption = _lines(groups, line_of)
+    if not lines:
+        return []
+    thick = [line for line in lines if line.style != "thin"]
+    label = f"{title}: " + ", ".join(f"{line.name} ends at {axes[1].write(float(line.y[-1]))}" for line in thick)
+    return [
+        Chart(
+            name=name,
+            title=title,
+            caption=caption,
+            svg=line_chart(lines, *axes, label),
+            legend=[(line.name, line.color) for line in thick],
+            table=curve_table(lines, *axes),
+        )
+    ]
+
+
+def _learning(groups: Sequence[Group]) -> list[Chart]:
+    def course(name: str, title: str, axis: Axis, key: str, *, clock: bool = False) -> list[Chart]:
+        def line_of(run: Run) -> Line | None:
+            return evaluation_line(run.evaluations, key, clock=clock, name="", color=0)
+
+        return _overlay(groups, name, title, (axis, Axis(label=title.split()[1], text=percent)), line_of)
+
+    charts = course("accuracy_rollouts", "Held-out accuracy against rollouts", ROLLOUTS, "accuracy")
+    charts += course("accuracy_time", "Held-out accuracy against training time", SECONDS, "accuracy", clock=True)
+    for key in ("pass_at_k", "maj_at_k"):
+        lines, caption = _lines(groups, lambda run, key=key: _at_end(run, key))
+        charts += chart_over_k(lines, key, f"At the end of each run. {caption}".rstrip())
+    charts += course("pass_at_8", "Held-out pass@8 against rollouts", ROLLOUTS, "pass_at_8")
+    k = largest_k([e.figures for group in groups for run in group.runs for e in run.evaluations], "maj_at_k")
+    return charts + (course("maj", f"Held-out maj@{k} against rollouts", ROLLOUTS, f"maj_at_k/{k}") if k else [])
+
+
+def _at_end(run: Run, key: str) -> Line | None:
+    return line_over_k(run.evaluations[-1].figures, key, name="", color=0) if run.evaluations else None
+
+
+def _training(groups: Sequence[Group]) -> list[Chart]:
+    charts = []
+    for key, title, axis in (
+        ("reward_mean", "Mean reward of fresh rollouts", Axis()),
+        ("mixed_group_share", "Mixed groups", Axis(low=0.0, high=1.0, text=percent)),
+        ("value_brier", "Brier score of the value", Axis(low=0.0)),
+        ("value_ece", "Expected calibration error of the value", Axis(low=0.0)),
+        ("entropy", "Entropy (nats a token)", Axis(low=0.0)),
+        ("tokens_per_second", "Tokens sampled a second", Axis(low=0.0, text=compact)),
+    ):
+        charts += _overlay(groups, key, title, (ROLLOUTS, axis), lambda run, key=key: _smooth(run, key))
+    return charts
+
+
+def _smooth(run: Run, key: str) -> Line | None:
+    """A running mean over a fifteenth of the run, against rollouts."""
+    x, y = series(run.records, key, x="rollouts")
+    if not x.size:
+        return None
+    ones = np.ones(max(1, x.size // 15))
+    mean = np.convolve(y, ones, mode="same") / np.convolve(np.ones_like(y), ones, mode="same")
+    return Line(name=key, x=x, y=mean)
+
+
+# Settings
+
+
+def _settings(groups: Sequence[Group]) -> str:
+    configs = [group.runs[0].config for group in groups]
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    missing = [group.name for group, config in zip(groups, configs, strict=True) if not config]
+    rows = [
+        [key, *(shown(config[key]) if key in config else "not set" for config in configs)]
+        for key in keys
+        if key != "seed" and not key.startswith(PLACES) and len({repr(config.get(key)) for config in configs}) > 1
+    ]
+    parts = [f'<p class="none">no config.json: {html.escape(", ".join(missing))}</p>'] if missing else []
+    if rows:
+        parts.append(f'<div class="card scroll">{table(["setting", *(g.name for g in groups)], rows)}</div>')
+    elif not missing:
+        parts.append('<p class="none">none: the runs differ in their seeds and folders alone</p>')
+    return "".join(parts)
+
+
+def _runs(groups: Sequence[Group]) -> str:
+    rows = [
+        [
+            group.name,
+            str(run.folder),
+            shown(run.config.get("seed")),
+            f"{run.last_step:,}{'' if run.summary else ' (not finished)'}",
+        ]
+        for group in groups
+        for run in group.runs
+    ]
+    return f'<div class="card scroll">{table(["", "folder", "seed", "steps"], rows)}</div>'

@@ -1,0 +1,99 @@
+"""Runs that differ in nothing but the seed as one group: its name, the mean of its curves, and the interval of that."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from paced_fast.report.charts.svg import Line
+from paced_fast.report.read_run import Floats, Run
+
+__all__ = ["FEWEST", "PLACES", "Group", "grouped", "mean_line", "t_error", "t_quantile"]
+
+PLACES = ("run_dir", "resume", "warm_start.cache_dir", "run.")
+"""Settings, or beginnings of their names, that say where a run lies and what it keeps, not what it does."""
+FEWEST = 3
+"""Seeds that it takes for an interval."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Runs that differ in the seed alone, under a name no other group has."""
+
+    name: str
+    runs: Sequence[Run]
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs that differ in the seed alone together, in the order of their first."""
+    groups: dict[str, list[Run]] = {}
+    for i, run in enumerate(runs):
+        same = {key: value for key, value in run.config.items() if key != "seed" and not key.startswith(PLACES)}
+        groups.setdefault(repr(sorted(same.items(), key=str)) if same else f"unknown {i}", []).append(run)
+    names: list[str] = []
+    for members in groups.values():
+        name = members[0].name if len(members) == 1 else _common(members)
+        names.append(name if name not in names else f"{name} ({members[0].folder})")
+    return [Group(name=name, runs=members) for name, members in zip(names, groups.values(), strict=True)]
+
+
+def _common(runs: Sequence[Run]) -> str:
+    """What the runs of a group share: the beginning of their names, else preset and algorithm."""
+    first, *others = (run.name for run in runs)
+    if all(name == first for name in others):
+        return first
+    length = next((i for i, char in enumerate(first) if any(o[i : i + 1] != char for o in others)), len(first))
+    # seed1 and seed12 share no 1, and that they are seeds tells nothing.
+    shared = re.sub(r"(^|[-_. ])(seed|s)$", "", first[:length].rstrip("0123456789-_. ")).rstrip("-_. ")
+    if len(shared) > 1:
+        return shared
+    about = [str(value) for key in ("preset", "algorithm") if (value := runs[0].config.get(key)) is not None]
+    return " ".join(about) or f"like {first}"
+
+
+def t_error(values: Floats) -> Floats:
+    """Half the 95 % interval of the mean over the first axis, by Student's t; nan with fewer than two values."""
+    n = values.shape[0]
+    if n < 2:
+        return np.full(values.shape[1:], np.nan)
+    return t_quantile(n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n)
+
+
+def t_quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, to three digits behind the point."""
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    z, n = 1.959964, float(freedom)  # the first terms of its series around the normal's
+    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return z + sum(term / n**power for power, term in enumerate(terms, start=1))
+
+
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def mean_line(lines: Sequence[Line], *, name: str, color: int) -> Line | None:
+    """The mean of curves, each read between its points, as far as every run has come.
+
+    From `FEWEST` curves on with the 95 % interval of that mean; a single one keeps its own.
+    """
+    lines = [line for line in lines if line.x.size]
+    if not lines:
+        return None
+    if len(lines) == 1:
+        (one,) = lines
+        dots = one.x.size < 40
+        return Line(name=name, x=one.x, y=one.y, low=one.low, high=one.high, color=color, style="thick", dots=dots)
+    start, end = max(line.x[0] for line in lines), min(line.x[-1] for line in lines)
+    x = np.unique(np.concatenate([line.x for line in lines]))
+    x = x[(x >= start) & (x <= end)]
+    if not x.size:
+        return None
+    found = np.stack([np.interp(x, line.x, line.y) for line in lines])
+    mean, dots = found.mean(axis=0), x.size < 40
+    error = t_error(found) if len(lines) >= FEWEST else None
+    low, high = (None, None) if error is None else (mean - error, mean + error)
+    return Line(name=name, x=x, y=mean, low=low, high=high, color=color, style="thick", dots=dots)

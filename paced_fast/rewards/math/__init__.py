@@ -1,0 +1,1 @@
+"""Answers to mathematics, judged by value."""

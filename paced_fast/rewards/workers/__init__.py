@@ -1,0 +1,1 @@
+"""Processes that judge texts, and time limits for functions that stay in this one."""

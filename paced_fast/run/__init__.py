@@ -1,0 +1,1 @@
+"""A run around the method: start, steps, records, checkpoints, plans."""

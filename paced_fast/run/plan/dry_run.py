@@ -1,0 +1,185 @@
+"""What a run would be, printed without weights, data or an engine: settings, memory of a rank, time of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from paced_fast.config import Config, flatten
+from paced_fast.config.resolve import check_engine_ranks, resolve
+from paced_fast.data.sources import parse_source
+from paced_fast.data.tasks import SIGNED_SUMS_ALPHABET
+from paced_fast.distributed import usable_cores
+from paced_fast.errors import InputError
+from paced_fast.policy import adapt
+from paced_fast.policy.families import planned
+from paced_fast.policy.shape import ModelShape, Positions, positions, shape_of, text_settings
+from paced_fast.policy.sharding import choose_mode
+from paced_fast.run.plan import memory, roofline
+from paced_fast.run.plan.devices import DEVICES, Device, device_here, device_named
+from paced_fast.run.record import terminal
+from paced_fast.skeleton import model_settings, skeleton
+
+logger = logging.getLogger(__name__)
+
+_ASSUMED_DEVICE = "h100"
+_ASSUMED_PROMPTS = 50_000
+_RANKS_PER_NODE = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a dry run found; `notes` says what it took for granted."""
+
+    config: Config
+    shape: ModelShape
+    layout: memory.Layout
+    device: Device
+    why: str
+    parts: dict[str, int]
+    """Bytes that one rank holds, by purpose."""
+    seconds: dict[str, float]
+    """A step's time by phase."""
+    notes: list[str]
+
+
+def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: str | None = None) -> Plan:
+    """Plan `ranks` processes on `nodes` machines with one `device` each; the device that is here without a name.
+
+    Raises InputError for settings that contradict each other, ranks that do not fill the machines, an unknown device.
+    """
+    nodes = nodes or -(-ranks // _RANKS_PER_NODE)
+    if ranks % nodes:
+        raise InputError(f"--dry-run {ranks}: {ranks} processes do not fill {nodes} machines evenly")
+    notes: list[str] = []
+    config = _assume_generator(config, device, notes)
+    check_engine_ranks(config, ranks)
+    torch.set_float32_matmul_precision(config.model.matmul_precision)
+    torch.set_num_threads(config.run.threads or usable_cores())
+    chip = _device(config, device, notes)
+    settings = model_settings(config.model, len(SIGNED_SUMS_ALPHABET))
+    config = planned(config, settings)
+    _check_positions(config, positions(text_settings(settings)), notes)
+    model = skeleton(settings)
+    if config.lora.rank > 0:
+        adapt(model, config.lora, seed=0)
+    shape = shape_of(model)
+    num_prompts = _num_prompts(config, notes)
+    layout = memory.Layout(ranks=ranks, nodes=nodes, device_bytes=chip.memory_bytes, capability=chip.capability)
+    parts = memory.at_a_time(memory.plan(shape, config, num_prompts, layout))
+    choice = choose_mode(config.distributed.mode, ranks=ranks, plan=parts, device_bytes=chip.memory_bytes)
+    layout = dataclasses.replace(layout, mode="sharded" if choice.is_sharded else "replicated")
+    if chip.name == "cpu":
+        notes.append("the ranks of a CPU share its cores: each is taken for a machine of its own")
+    if config.model.attention == "auto" and config.model.device == "cuda":
+        notes.append("there is a kernel for packed rows (--model.attention shared plans without one)")
+    notes += [
+        "prompts and completions are as long as they may be, no step replays, rewards cost nothing",
+        f"products run at {roofline.MATMUL_SHARE:.0%} of the peak, memory and links at {roofline.BANDWIDTH_SHARE:.0%}",
+        "starting a piece of work costs nothing, which flatters small models",
+    ]
+    return Plan(
+        config=config,
+        shape=shape,
+        layout=layout,
+        device=chip,
+        why=choice.reason,
+        parts=memory.plan(shape, config, num_prompts, layout),
+        seconds=roofline.estimate(shape, config, layout, chip),
+        notes=notes,
+    )
+
+
+def _check_positions(config: Config, limit: Positions, notes: list[str]) -> None:
+    """Raises InputError when completions alone are longer than the model can place; shorter prompts are a note."""
+    cut = max(config.generation.max_completion_tokens, config.evaluation.max_completion_tokens)
+    if limit.longest is None or config.data.max_prompt_tokens + cut <= limit.longest:
+        return
+    if cut >= limit.longest:
+        raise InputError(
+            f"--generation.max-completion-tokens: completions may have {cut} tokens, and this is {limit.why}: lower "
+            "it, or take a model with more positions"
+        )
+    notes.append(f"no prompt has more than {limit.longest - cut} tokens: with its completion, this is {limit.why}")
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print a plan as tables."""
+    layout, device, shape = plan.layout, plan.device, plan.shape
+    console.print(terminal.config_table(flatten(plan.config)))
+    ranks = f"{layout.ranks} on {layout.nodes} machine{'s' * (layout.nodes > 1)}, {plan.why}"
+    peak = device.flops(plan.config.model.dtype)
+    found = {
+        "model": f"{plan.config.model.name}, {shape.parameters:,} parameters, {shape.trainable:,} learn",
+        "device": f"{device.name}, {_scaled(peak)}FLOP/s in {plan.config.model.dtype}, "
+        f"{_scaled(device.memory_bandwidth)}B/s",
+        "ranks": ranks,
+    }
+    console.print(terminal.config_table(found, title="what it would run on"))
+    console.print(terminal.memory_plan_table(plan.parts, available_bytes=device.memory_bytes))
+    total = sum(plan.seconds.values())
+    rows = {name: f"{seconds:,.3g} s" for name, seconds in plan.seconds.items()}
+    tokens = plan.config.rollouts_per_step * plan.config.generation.max_completion_tokens
+    rows["step"] = f"{total:,.3g} s, {tokens / total:,.0f} completion tokens/s"
+    rows[f"{plan.config.steps} steps"] = f"{plan.config.steps * total / 3600:,.2f} h, evaluation and start-up apart"
+    console.print(terminal.config_table(rows, title="time of a step, estimated"))
+    for note in plan.notes:
+        console.print(f"assumed: {note}", highlight=False, soft_wrap=True)
+    wanted = sum(memory.at_a_time(plan.parts).values())
+    console.print(
+        f"at a time a rank holds at most {wanted / 2**30:.1f} GiB: keys and values are let go while the policy trains",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if wanted > device.memory_bytes:
+        console.print(
+            f"that does not fit into {device.memory_bytes / 2**30:.1f} GiB: lower --optimizer.micro-batch-tokens, or "
+            "take more ranks with --distributed.mode sharded",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _assume_generator(config: Config, device: str | None, notes: list[str]) -> Config:
+    """The resolved settings; of a GPU that is not here vLLM is expected, though it is not installed here."""
+    elsewhere = config.model.device == "cuda" and (device is not None or not torch.cuda.is_available())
+    if config.generator == "auto" and elsewhere:
+        notes.append("vllm is installed where the run will be (--generator transformers plans without it)")
+        config = dataclasses.replace(config, generator="vllm")
+    return resolve(config)
+
+
+def _device(config: Config, name: str | None, notes: list[str]) -> Device:
+    if name is not None:
+        if (name == "cpu") != (config.model.device == "cpu"):
+            raise InputError(f"--dry-run-device {name} does not go with --model.device {config.model.device}")
+        return device_named(name, config.model.dtype)
+    found = device_here(config.model.device, config.model.dtype)
+    if found is not None:
+        return found
+    if torch.cuda.is_available():
+        raise InputError(
+            f"{torch.cuda.get_device_name()} is in no table here: --dry-run-device takes {', '.join(DEVICES)}"
+        )
+    notes.append(f"the device is an {_ASSUMED_DEVICE}: --dry-run-device names another")
+    return DEVICES[_ASSUMED_DEVICE]
+
+
+def _num_prompts(config: Config, notes: list[str]) -> int:
+    sizes = [parse_source(spec).size for spec in config.data.train]
+    known = [size for size in sizes if size is not None]
+    if len(known) == len(sizes):
+        return sum(known)
+    notes.append(f"{_ASSUMED_PROMPTS:,} training prompts, for their embeddings")
+    return _ASSUMED_PROMPTS
+
+
+def _scaled(number: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:,.3g} {letter}"
+    return f"{number:,.3g} "

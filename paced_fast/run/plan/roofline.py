@@ -1,0 +1,134 @@
+"""How long a step should take: operations and bytes against what a chip can do, phase by phase.
+
+N = parameters that every token is multiplied with, V = vocabulary, H = hidden size. A forward pass takes 2 N a token,
+2 V H where the output layer is read, and 4 H_q of attention a layer for each position a token looks at (H_q = heads *
+head size); a backward pass twice that, and a forward pass more where activations are computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paced_fast.config import Config
+from paced_fast.policy.shape import ModelShape
+from paced_fast.run.plan.devices import Device
+from paced_fast.run.plan.memory import Layout, kv_cache_bytes, row_tokens, shares_prompts
+
+MATMUL_SHARE = 0.5
+"""Of the peak, what products of whole micro-batches reach."""
+BANDWIDTH_SHARE = 0.7
+"""Of the memory's bandwidth, what decoding and the optimiser reach; of a link's, what collectives do."""
+_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Tokens that a step's passes see, over all ranks."""
+
+    row_tokens: int
+    """Prompts once a row, completions, padding left out."""
+    completion_tokens: int
+    seen: float
+    """Positions a token looks at, on average over the row tokens."""
+
+
+def step_work(config: Config) -> Work:
+    """The work of a step whose prompts and completions are as long as they may be; replayed ones are left out.
+
+    Rows that share a prompt are cut where a micro-batch ends, and their attention is computed whole, masked where
+    nothing is seen. Packed rows read a prompt for each completion, and a token looks at what comes before it.
+    """
+    generation, prompt = config.generation, config.data.max_prompt_tokens
+    if not shares_prompts(config):
+        length = prompt + generation.max_completion_tokens
+        return Work(
+            row_tokens=config.rollouts_per_step * length,
+            completion_tokens=config.rollouts_per_step * generation.max_completion_tokens,
+            seen=length / 2,
+        )
+    room = max(1, (config.optimizer.micro_batch_tokens - prompt) // generation.max_completion_tokens)
+    rows = -(-generation.group_size // min(room, generation.group_size))
+    completions = config.rollouts_per_step * generation.max_completion_tokens
+    tokens = generation.prompts_per_step * rows * prompt + completions
+    seen = min(row_tokens(config), prompt + min(room, generation.group_size) * generation.max_completion_tokens)
+    return Work(row_tokens=tokens, completion_tokens=completions, seen=float(seen))
+
+
+def forward_flops(shape: ModelShape, work: Work) -> float:
+    """Operations of one forward pass over a step's rows, the output layer at completion tokens only."""
+    attention = 4 * shape.num_layers * shape.num_heads * shape.head_size * work.seen
+    return (
+        work.row_tokens * (2 * shape.body_parameters + attention) + 2 * shape.head_parameters * work.completion_tokens
+    )
+
+
+def estimate(shape: ModelShape, config: Config, layout: Layout, device: Device) -> dict[str, float]:
+    """Seconds of each phase of a step, without rewards (CPUs do them) and the head (small)."""
+    work = step_work(config)
+    forward = forward_flops(shape, work) / layout.ranks
+    rate = MATMUL_SHARE * device.flops(config.model.dtype)
+    backward = 2.0 if shape.trainable == shape.parameters else 1.0 + shape.trainable / shape.parameters
+    again = 1.0 if config.model.gradient_checkpointing else 0.0
+    passes = (1.0 + backward + again) * config.optimizer.epochs
+    references = 2.0 if config.algorithm == "flowrl" else 1.0
+    seconds = {
+        "generate": generation_seconds(shape, config, layout, device),
+        "old_logprobs": references * forward / rate,
+        "update": passes * forward / rate + _optimizer_seconds(shape, config, layout, device),
+    }
+    exchange = _exchange_seconds(shape, config, layout, device)
+    if exchange:
+        seconds["exchange between ranks"] = exchange
+    if config.generator == "vllm" and (config.weight_sync.mode == "push" or layout.shards > 1 or config.lora.rank > 0):
+        copied = 2 * shape.parameters * _ITEMSIZE[config.weight_sync.dtype]
+        seconds["sync"] = copied / (BANDWIDTH_SHARE * device.memory_bandwidth)
+    return seconds
+
+
+def generation_seconds(shape: ModelShape, config: Config, layout: Layout, device: Device) -> float:
+    """Prompts read once a group, then one pass a token for as many sequences as are decoded at once.
+
+    A pass reads all weights, and the keys and values of every sequence up to half its length on average; it takes as
+    long as the slower of bytes and operations. What does not fit the key-value cache waits.
+    """
+    generation, prompt = config.generation, config.data.max_prompt_tokens
+    dtype = config.weight_sync.dtype if config.generator == "vllm" else config.model.dtype
+    element, rate = _ITEMSIZE[dtype], MATMUL_SHARE * device.flops(dtype)
+    matmul = 2 * (shape.body_parameters + shape.head_parameters)
+    prompts = generation.prompts_per_step * prompt * matmul / layout.ranks / rate
+    own = -(-config.rollouts_per_step // layout.ranks)
+    context = prompt + generation.max_completion_tokens / 2
+    room = kv_cache_bytes(shape, config, layout) // int(context * shape.kv_numbers * element)
+    waves = own / max(1, min(own, generation.max_batch_sequences, room))
+    at_once = own / waves
+    weights = (shape.body_parameters + shape.head_parameters) * element
+    bytes_read = weights + at_once * context * shape.kv_numbers * element
+    attention = 4 * shape.num_layers * shape.num_heads * shape.head_size * context
+    pass_seconds = max(bytes_read / (BANDWIDTH_SHARE * device.memory_bandwidth), at_once * (matmul + attention) / rate)
+    return prompts + waves * generation.max_completion_tokens * pass_seconds
+
+
+def _optimizer_seconds(shape: ModelShape, config: Config, layout: Layout, device: Device) -> float:
+    """Weights, gradient, masters and two moments are read, and all but the gradient written."""
+    parts = layout.ranks if layout.mode == "replicated" else layout.shards
+    moved = 7 * 4 * shape.trainable / parts
+    steps = config.optimizer.minibatches * config.optimizer.epochs
+    return steps * moved / (BANDWIDTH_SHARE * device.memory_bandwidth)
+
+
+def _exchange_seconds(shape: ModelShape, config: Config, layout: Layout, device: Device) -> float:
+    """Gradients are reduced once an optimiser step and parameters gathered; sharded, gathered in every pass as well."""
+    if layout.ranks == 1:
+        return 0.0
+    link = device.network_bandwidth if layout.nodes > 1 else device.link_bandwidth
+    steps = config.optimizer.minibatches * config.optimizer.epochs
+    element = _ITEMSIZE[config.model.dtype]
+    reduced = 2 * steps * shape.trainable * element * (layout.ranks - 1) / layout.ranks
+    seconds = reduced / (BANDWIDTH_SHARE * link)
+    if layout.shards > 1:
+        tokens = step_work(config).row_tokens / layout.ranks
+        micro_batches = max(steps, -(-tokens // config.optimizer.micro_batch_tokens))
+        # A forward pass gathers every layer; a backward pass gathers them again and scatters their gradients.
+        gathers = micro_batches * (1 + 3 * config.optimizer.epochs)
+        seconds += gathers * shape.parameters * element / (BANDWIDTH_SHARE * device.link_bandwidth)
+    return seconds

@@ -1,0 +1,241 @@
+"""What a step reports: its figures as tensors on the device, brought to the host in one copy, made into a record.
+
+P = prompts drawn, B = sequences trained on, N = prompts in the table, C = slots of the replay ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paced_fast.data.records import Group, PromptTable, Rollouts
+from paced_fast.data.transfer import to_host
+from paced_fast.generation.mismatch import mismatch_metrics
+from paced_fast.paced.replay import ReplayBuffer
+from paced_fast.paced.update import Targets, UpdateResult
+from paced_fast.run.record import writer
+
+_BINS = 20
+_SHOWN_TOKENS = 512
+"""Of a completion shown, so many first tokens are kept one by one."""
+_WINDOW = 8
+"""Tokens decoded together to see what the last of them adds: enough for any character and for spaces between words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """The groups sampled in this step. P groups of G, B = P * G."""
+
+    rollouts: Rollouts
+    groups: list[Group]  # P, those of the batch
+    dropped: list[Group]  # sampled and left out
+    prompt_index: Tensor  # i64[P]
+    accuracy: Tensor  # f32[P], of the scored completions; 0 where there is none
+    scored: Tensor  # bool[B]
+
+    @property
+    def num_sampled(self) -> int:
+        """Completions sampled, those of dropped groups included."""
+        return sum(len(group.completions) for group in (*self.groups, *self.dropped))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens sampled, those of dropped groups included."""
+        groups = (*self.groups, *self.dropped)
+        return sum(len(completion.token_ids) for group in groups for completion in group.completions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step leaves on the device."""
+
+    fresh: Fresh
+    rollouts: Rollouts  # fresh and replayed
+    replayed: Rollouts | None
+    targets: Targets
+    update: UpdateResult
+    learning_rate: Tensor  # f32[]
+    visits: Tensor  # i64[N]
+    values: Tensor | None  # f32[N], as they were before the update
+    head: tuple[Tensor, Tensor] | None  # loss and gradient norm
+
+
+def fetch(result: StepResult, replay: ReplayBuffer | None, *, mismatch_cap: float) -> dict[str, Any]:
+    """Every figure of the step by one copy to the host; ratios outside [1 / cap, cap] count as mismatched."""
+    fresh, update = result.fresh, result.update
+    sampled = fresh.rollouts.generator_logprobs
+    own = result.targets.old_logprobs[: fresh.rollouts.num_tokens]
+    mismatch = mismatch_metrics(sampled, own, fresh.rollouts.cu_seqlens, cap=mismatch_cap)
+    log_ratio, weight = update.log_ratio[: fresh.rollouts.num_sequences], update.weight
+    tensors = {
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "learning_rate": result.learning_rate,
+        "taken": update.taken,
+        "skipped": update.skipped,
+        "prompts_visited_share": (result.visits > 0).float().mean(),
+        "log_ratio_mean": log_ratio.mean(),
+        "kl": (log_ratio.exp() - 1 - log_ratio).mean(),
+        "effective_sample_share": weight.sum().square() / weight.square().sum().clamp(min=1e-30) / len(weight),
+    }
+    tensors |= {f"generator_mismatch_{name}": value for name, value in mismatch.items()}
+    if fresh.rollouts.num_tokens:
+        tensors["entropy"] = -sampled.mean()
+    if result.head is not None:
+        tensors["head_loss"], tensors["head_grad_norm"] = result.head
+    if result.values is not None:
+        values = result.values
+        tensors["values_mean"] = values.mean()
+        tensors["values_fresh"] = values[fresh.prompt_index]
+        bins = (values * _BINS).nan_to_num().long().clamp(0, _BINS - 1)
+        tensors["values_histogram"] = torch.zeros(_BINS, device=values.device).index_add_(
+            0, bins, torch.ones_like(values)
+        )
+        if replay is not None:
+            tensors["replay_version"] = replay.policy_version
+            tensors["replay_priority"] = replay.priorities(values)
+    if result.replayed is not None:
+        replayed = result.replayed
+        tensors["replayed_ids"] = replayed.token_ids[: replayed.lengths[0]]
+        tensors["replayed_logprobs"] = replayed.generator_logprobs[: replayed.lengths[0]]
+        tensors["replayed_version"] = replayed.policy_version[0]
+        tensors["replayed_reward"] = replayed.rewards[0]
+        tensors["replayed_prompt"] = replayed.prompt_index[0]
+        if result.values is not None:
+            tensors["replayed_value"] = result.values[replayed.prompt_index[:1]][0]
+    return to_host(tensors)
+
+
+def step_record(result: StepResult, host: dict[str, Any]) -> dict[str, Any]:
+    """The part of a metrics record that speaks of samples and updates."""
+    fresh = result.fresh
+    completions = [completion for group in fresh.groups for completion in group.completions]
+    rewards = [reward for group in fresh.groups for reward in group.scored]
+    shaping = [value for group in fresh.groups for value in group.shaping]
+    sampled = [group.accuracy for group in (*fresh.groups, *fresh.dropped) if group.accuracy is not None]
+    record: dict[str, Any] = {
+        "loss": host["loss"],
+        "grad_norm": host["grad_norm"],
+        "learning_rate": host["learning_rate"],
+        "reward_mean": sum(rewards) / len(rewards),
+        "unscored_share": 1 - len(rewards) / len(completions),
+        "unknown_ids": sum(not completion.token_ids for completion in completions),
+        "mixed_group_share": writer.mixed_group_share(sampled),
+        "trained_sequences": result.rollouts.num_sequences,
+        "prompts_visited_share": host["prompts_visited_share"],
+        "entropy": host.get("entropy"),
+        "mean_length": fresh.rollouts.num_tokens / max(1, fresh.rollouts.num_sequences),
+        "truncated_share": sum(not completion.stopped for completion in completions) / len(completions),
+        "log_ratio_mean": host["log_ratio_mean"],
+        "kl": host["kl"],
+        "effective_sample_share": host["effective_sample_share"],
+        **{name: value for name, value in host.items() if name.startswith("generator_mismatch_")},
+    }
+    if shaping:
+        record["shaping_mean"] = sum(shaping) / len(shaping)
+    if result.head is not None:
+        record["head_loss"], record["head_grad_norm"] = host["head_loss"], host["head_grad_norm"]
+    return record
+
+
+def value_record(result: StepResult, host: dict[str, Any], step: int) -> dict[str, Any]:
+    """How well the value foretold this step's groups, before either was trained on the other; the replay ring."""
+    pairs = zip(host["values_fresh"], result.fresh.groups, strict=True)
+    known = [(value, group.accuracy) for value, group in pairs if group.accuracy is not None]
+    predicted, accuracy = [value for value, _ in known], [measured for _, measured in known]
+    record: dict[str, Any] = {
+        "value_mean": host["values_mean"],
+        "value_brier": writer.brier_score(predicted, accuracy),
+        "value_ece": writer.expected_calibration_error(predicted, accuracy),
+        "value_rank_correlation": writer.rank_correlation(predicted, accuracy),
+        "value_fresh": predicted,
+        "accuracy_fresh": accuracy,
+        "value_histogram": host["values_histogram"],
+    }
+    if "replay_version" in host:
+        ages = [step - version for version in host["replay_version"] if version >= 0]
+        record["replay_size"] = len(ages)
+        record["replay_age_mean"] = sum(ages) / len(ages) if ages else None
+        record["replay_ages"] = ages
+        held = zip(host["replay_version"], host["replay_priority"], strict=True)
+        record["replay_priorities"] = [priority for version, priority in held if version >= 0]
+    return record
+
+
+def shown_rollouts(
+    result: StepResult,
+    host: dict[str, Any],
+    values: Sequence[float] | None,
+    table: PromptTable,
+    *,
+    step: int,
+    limit: int,
+    decode: Callable[[list[int]], str],
+) -> list[dict[str, Any]]:
+    """At most `limit` rollouts of the step, spread over its groups, and one replayed when there is one.
+
+    `values` are the estimates of the fresh groups' prompts, None where the head does not predict accuracy.
+    """
+    groups = result.fresh.groups
+    total = sum(len(group.completions) for group in groups)
+    size = total // max(1, len(groups))
+    shown = []
+    number = min(limit, total)
+    for k in range(number):
+        g, j = divmod(k * total // number, size)
+        group, value = groups[g], None if values is None else values[g]
+        ids, logprobs = group.completions[j].token_ids, group.completions[j].logprobs
+        shown.append((group.prompt_index, ids, logprobs, group.rewards[j], value, None))
+    if "replayed_ids" in host and limit > 0:
+        value = host["replayed_value"] if values is not None else None
+        age = step - host["replayed_version"]
+        logprobs, reward = host["replayed_logprobs"], host["replayed_reward"]
+        shown.append((host["replayed_prompt"], host["replayed_ids"], logprobs, reward, value, age))
+    return [
+        {
+            "step": step,
+            "prompt": table.rows[i].prompt,
+            "completion": decode(ids),
+            "reward": reward,
+            "value": value,
+            "slice": table.rows[i].slice,
+            "replayed": age is not None,
+            "age": age,
+            **shown_tokens(ids, logprobs, lambda part: decode(list(part))),
+        }
+        for i, ids, logprobs, reward, value, age in shown
+    ]
+
+
+def shown_tokens(
+    token_ids: Sequence[int], logprobs: Sequence[float], decode: Callable[[Sequence[int]], str]
+) -> dict[str, list[Any]]:
+    """The first tokens of a completion as `tokens`, pieces of its text, and their `logprobs` in nats, to four digits.
+
+    A piece is what its token adds to the text: "" for a stop token, and for one that ends within a character.
+    """
+    count = min(len(token_ids), len(logprobs), _SHOWN_TOKENS)
+    return {
+        "tokens": _pieces(token_ids[:count], decode),
+        "logprobs": [round(float(logprob), 4) for logprob in logprobs[:count]],
+    }
+
+
+def _pieces(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    pieces: list[str] = []
+    start, known = 0, ""  # the text of token_ids[start:i] that pieces hold already
+    for i in range(len(token_ids)):
+        text = decode(token_ids[start : i + 1])
+        cut = text.endswith("\ufffd") and i + 1 < len(token_ids)  # the next token may complete the character
+        if cut and i + 1 - start < 2 * _WINDOW:
+            pieces.append("")
+            continue
+        pieces.append(text[len(known) :] if text.startswith(known) else decode(token_ids[i : i + 1]))
+        known = text
+        if i + 1 - start >= _WINDOW:
+            start, known = i, decode(token_ids[i : i + 1])
+    return pieces

@@ -1,0 +1,1 @@
+"""How a run comes to be: its folder, tables, model, generator, resume, signals, watchdog."""

@@ -1,0 +1,137 @@
+"""The run folder: its name, whether it is free, and a lock, so that two runs never write into one."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from paced_fast.config import Config
+from paced_fast.errors import InputError
+from paced_fast.run.record import writer
+from paced_fast.run.record.loggers import WANDB_FILE
+from paced_fast.run.record.rollouts_file import FILE_NAME
+
+logger = logging.getLogger(__name__)
+
+OWN_NAMES = (
+    *("metrics.jsonl", "checkpoints", "config.json", "initial", "rollouts.jsonl", FILE_NAME),
+    *("summary.json", "report.html", WANDB_FILE),
+)
+"""What a run folder holds; a folder with any of these is not ours to write into unless the user says so."""
+
+LOCK_NAME = ".lock"
+"""Beside those; it says nothing about an earlier run, and stays."""
+
+
+class RunLock:
+    """Held from `take` to the end of the `with` block, or to the end of the process.
+
+    It is a POSIX record lock: it ends with its process, however that dies, and processes forked from it, such as those
+    that score rewards, do not inherit it. A process is never shut out by itself,
+    and loses the lock when it opens the file and closes it: nothing in it may read the file.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is locked yet."""
+        self._descriptor: int | None = None
+        self._is_impossible = False
+
+    def take(self, folder: Path) -> None:
+        """Lock `folder`, which exists; where the file system has no locks, the log says so and the run goes on.
+
+        Raises InputError when another process holds the lock.
+        """
+        if self._descriptor is not None or self._is_impossible:
+            return
+        descriptor = None
+        try:
+            descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            holder = b""
+            if descriptor is not None:
+                holder = os.pread(descriptor, 200, 0)
+                os.close(descriptor)
+            if descriptor is not None and error.errno in (errno.EAGAIN, errno.EACCES):
+                who = holder.decode(errors="replace").strip() or "a process that is just starting"
+                raise InputError(
+                    f"--run-dir {folder} is in use by another run ({who}): wait for its end, or give another --run-dir"
+                ) from error
+            logger.warning(
+                "%s cannot be locked (%s): see to it that no other run writes there", folder, error.strerror or error
+            )
+            self._is_impossible = True
+            return
+        self._descriptor = descriptor
+
+    def __enter__(self) -> RunLock:
+        """Release at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let others have the folder; the file stays, because removing it could remove another run's."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def run_folder(config: Config, lock: RunLock) -> Path:
+    """The folder of the run; an automatic name gets a number when it is taken and nothing is to be resumed.
+
+    A folder that is there is locked, unless it may be another run's to continue: that is looked at first. One that is
+    not is locked when `claim` makes it.
+    """
+    folder = _named(config)
+    _require_free(folder, config)
+    if config.resume == "never" and folder.is_dir():
+        lock.take(folder)
+    return folder
+
+
+def _named(config: Config) -> Path:
+    if config.run_dir is not None:
+        return Path(config.run_dir)
+    base = Path("runs", f"{config.preset}-{config.algorithm}-{config.seed}")
+    folder, number = base, 1
+    while config.resume == "never" and folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
+def _require_free(folder: Path, config: Config) -> None:
+    found = [name for name in OWN_NAMES if (folder / name).exists()]
+    if config.resume == "never" and found and not config.run.overwrite:
+        raise InputError(
+            f"--run-dir {folder} already holds a run (it has {found[0]}): --resume auto continues it, "
+            "--run.overwrite replaces it"
+        )
+
+
+def claim(folder: Path, config: Config, lock: RunLock) -> None:
+    """Make the run folder and write the settings; what an earlier run left in it is removed.
+
+    Nothing is there to be resumed, or another run has come and gone since this one looked, which is refused.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run-dir {folder} cannot be made ({error.strerror}): give another") from error
+    lock.take(folder)
+    _require_free(folder, config)
+    if config.resume == "auto" and any(folder.glob("checkpoints/step_*")):
+        raise InputError(f"--run-dir {folder} was used by another run while this one started: start again to continue")
+    for path in (folder / name for name in OWN_NAMES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    writer.write_json_atomic(folder / "config.json", dataclasses.asdict(config))

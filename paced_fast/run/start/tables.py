@@ -1,0 +1,140 @@
+"""What a run reads: its tokenizer and its prompts, checked against each other and against the rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from paced_fast.config import Config, DataConfig
+from paced_fast.data import prompts, tasks
+from paced_fast.data.records import Completion, PromptRow, PromptTable
+from paced_fast.data.sources import drop_missing
+from paced_fast.errors import InputError
+from paced_fast.evaluation.held_out import check_headline
+from paced_fast.rewards import Scorer, Shaper
+
+logger = logging.getLogger(__name__)
+
+
+def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or id, or the characters of `tiny`."""
+    if path == "tiny":
+        return prompts.character_tokenizer(
+            tasks.SIGNED_SUMS_ALPHABET, pad=tasks.SIGNED_SUMS_PAD, stop=tasks.SIGNED_SUMS_STOP
+        )
+    return prompts.load_tokenizer(path)
+
+
+def read_ends(
+    config: Config, path: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Config, prompts.Stops, prompts.Decoder]:
+    """Where completions of the model at `path` end, in the settings too, and what of them is text.
+
+    Raises:
+        InputError: a setting names what is no token, or nothing ends a completion.
+    """
+    declared = () if path == "tiny" else prompts.declared_stop_ids(path)
+    stops = prompts.find_stops(tokenizer, config.generation.stop_tokens, declared)
+    logger.info("completions end at %s", stops)
+    if config.data.date is not None and prompts.reads_date(tokenizer):
+        logger.info("the chat template takes %s for today", config.data.date)
+    decode = prompts.Decoder(tokenizer, stops.ids, config.data.keep_special_tokens)
+    generation = dataclasses.replace(config.generation, stop_tokens=stops.names)
+    return dataclasses.replace(config, generation=generation), stops, decode
+
+
+def without_missing(config: Config) -> Config:
+    """The settings without optional sources whose file is absent; one log line names the files."""
+    data, warm = config.data, config.warm_start
+    names, slices = set[str](), set[str]()
+
+    def present(sources: tuple[str, ...]) -> tuple[str, ...]:
+        kept, missing = drop_missing(sources, data.dir)
+        names.update(source.name for source in missing)
+        slices.update(source.slice_name for source in missing)
+        return kept
+
+    first, second = (dataclasses.replace(phase, sources=present(phase.sources)) for phase in (warm.first, warm.second))
+    train_sources, eval_sources = present(data.train), present(data.eval)
+    if not names:
+        return config
+    headline = tuple(name for name in data.headline if name not in slices)
+    logger.warning("going on without %s: --data.dir names the folder that holds them", ", ".join(sorted(names)))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, train=train_sources, eval=eval_sources, headline=headline),
+        warm_start=dataclasses.replace(warm, first=first, second=second),
+    )
+
+
+def read_tables(
+    config: Config, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, shaper: Shaper
+) -> tuple[PromptTable, PromptTable, int]:
+    """Prompts to train on, held-out prompts, and how many of the former are among the latter; all rewards tried."""
+    table, eval_table = (
+        read_table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
+    )
+    table, repeated = _apart(table, eval_table, config.data)
+    if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
+        raise InputError(
+            f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
+            "some repeat: lower --generation.prompts-per-step, or leave the limit out"
+        )
+    _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
+    check_headline(config.data.headline, eval_table)
+    return table, eval_table, repeated
+
+
+def read_table(
+    sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, config: Config, scorer: Scorer | None = None
+) -> PromptTable:
+    """The prompts of `sources`; with a `scorer` each row must be one that its reward can judge."""
+    if not sources:
+        return PromptTable(rows=())
+    return prompts.load_table(
+        sources,
+        tokenizer=tokenizer,
+        template=config.data.template,
+        chat=prompts.ChatSettings.of(config.data),
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        data_dir=config.data.dir,
+        too_long=config.data.too_long,
+        bad_rows=config.data.bad_rows,
+        max_bad_share=config.data.max_bad_share,
+        check=None if scorer is None else scorer.problem,
+    )
+
+
+def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple[PromptTable, int]:
+    """The training rows, without those that are held-out prompts where the settings drop them, and how many are left
+    that are held-out prompts; the log counts repeats among the rows."""
+    same, policy = prompts.overlap(train, held_out), data.overlap
+    repeated = len(same.train)
+    if same.train and policy == "error":
+        raise InputError(f"{same}: remove them, or set --data.overlap drop")
+    if same.train and policy == "warn":
+        counts = not data.headline or not same.slices.isdisjoint(data.headline)
+        level = logging.WARNING if counts else logging.INFO  # slices beside the headline may share small problems
+        logger.log(level, "%s: --data.overlap drop leaves them out of training", same)
+    if same.train and policy == "drop":
+        if len(same.train) == len(train):
+            raise InputError("--data.overlap drop leaves nothing to train on: every training prompt is a held-out one")
+        logger.warning("%s: left out of training", same)
+        dropped = set(same.train)
+        train = PromptTable(rows=tuple(row for i, row in enumerate(train.rows) if i not in dropped))
+        repeated = 0
+    if repeats := prompts.duplicates(train):
+        one, first = (train.rows[i].where for i in repeats[0])
+        logger.info("%d of %d training prompts repeat an earlier one (%s is %s)", len(repeats), len(train), one, first)
+    return train, repeated
+
+
+def _try_rewards(scorer: Scorer, shaper: Shaper, rows: Sequence[PromptRow]) -> None:
+    """Judge an empty completion of one row for each reward, so that one that cannot be used fails before any work."""
+    first = list({row.reward: row for row in reversed(rows)}.values())
+    scorer.score(first, [""] * len(first))
+    empty = Completion(token_ids=[], logprobs=[], stopped=True)
+    shaper.shape(first, [""] * len(first), [empty] * len(first), 1)

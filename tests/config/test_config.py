@@ -1,0 +1,157 @@
+"""Settings: every number is bounded, conflicts are named, and what each algorithm's name stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_policy
+
+from paced_fast.config import Config, digest, flatten, stream_seed
+from paced_fast.config.presets import preset
+from paced_fast.config.resolve import _BOUNDS, resolve
+from paced_fast.errors import InputError
+from paced_fast.evaluate import config_from_dict
+
+NUMBERS = [name for name, value in flatten(Config()).items() if type(value) in (int, float)]
+"""Dotted names of all settings that are numbers."""
+
+
+def test_every_number_has_bounds() -> None:
+    assert set(_BOUNDS) == set(NUMBERS)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_out_of_range_is_named_with_its_range(name: str) -> None:
+    low, high = _BOUNDS[name]
+    option = f"--{name.replace('_', '-')}"
+    for value in [low - 1, math.nan, -math.inf, *([high * 2 + 1] if math.isfinite(high) else [])]:
+        with pytest.raises(InputError) as raised:
+            tiny_policy.settings(**{name.replace(".", "__"): value})
+        message = str(raised.value)
+        assert message.startswith(f"{option} is {value}: give a value from {low:g} to {high:g}")
+        assert "\n" not in message
+
+
+CONTRADICTIONS = [
+    ({"scheduler__explore": "age", "scheduler__rule": "greedy"}, "--scheduler.explore age has no part in .* greedy"),
+    ({"replay__importance": True}, "--replay.importance needs failures .*: give --replay.keep all"),
+    ({"replay__importance": True, "replay__keep": "all", "replay__prioritized": True}, "--replay.no-prioritized"),
+    ({"replay__mode": "off", "replay__keep": "all"}, "need replay: give --replay.mode on"),
+    ({"replay__mode": "off", "replay__trains_log_z": True}, "need replay: give --replay.mode on"),
+    ({"scheduler__bandwidth": math.inf}, "--scheduler.bandwidth is inf: give a value from 0.001 to 1e[+]06"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CONTRADICTIONS)
+def test_settings_that_would_be_ignored_or_cancel_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_policy.settings("paced", **changes)
+
+
+EXPECTED = {
+    # algorithm: intercept, rule, replay, head loss, head used, its value is an accuracy
+    "paced": ("value", "tree", "on", "tb", True, True),
+    "tb": ("value", "uniform", "off", "tb", True, True),
+    "tb_group": ("group_mean", "uniform", "off", "tb", False, False),
+    "flowrl": ("value", "uniform", "off", "tb", True, False),
+    "grpo": ("group_mean", "uniform", "off", "tb", False, False),
+}
+
+
+@pytest.mark.parametrize("algorithm", sorted(EXPECTED))
+def test_auto_means_what_the_algorithm_says(algorithm: str) -> None:
+    config = tiny_policy.settings(algorithm)
+    assert EXPECTED[algorithm] == (
+        config.loss.intercept,
+        config.scheduler.rule,
+        config.replay.mode,
+        config.log_z.loss,
+        config.uses_head,
+        config.value_is_accuracy,
+    )
+    assert resolve(config) == config
+    # The engine's layout, the machine and the model decide: not known before they are there.
+    left = [name for name, value in flatten(config).items() if value == "auto"]
+    assert left == ["model.attention", "model.liger", "reward.sandbox", "weight_sync.mode", "distributed.mode"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        ("tb_group", {"scheduler__rule": "tree"}),
+        ("grpo", {"scheduler__rule": "greedy"}),
+        ("tb_group", {"replay__mode": "on"}),
+        ("paced", {"loss__intercept": "group_mean", "replay__mode": "off"}),
+    ],
+)
+def test_whatever_reads_the_value_brings_the_head(algorithm: str, changes: dict[str, Any]) -> None:
+    assert tiny_policy.settings(algorithm, **changes).value_is_accuracy
+
+
+def test_a_group_mean_without_selection_or_replay_needs_no_head() -> None:
+    assert not tiny_policy.settings(
+        "paced", loss__intercept="group_mean", replay__mode="off", scheduler__rule="uniform"
+    ).uses_head
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "words"),
+    [
+        ("grpo", {"replay__mode": "on"}, "--replay.mode on needs --algorithm paced, tb or tb_group, not grpo"),
+        ("flowrl", {"replay__mode": "on"}, "--replay.mode on needs"),
+        ("flowrl", {"generation__group_size": 1}, "--generation.group-size must be 2 or more for flowrl"),
+        ("grpo", {"generation__group_size": 1}, "--generation.group-size must be 2 or more for grpo"),
+        ("tb_group", {"generation__group_size": 1}, "--generation.group-size must be 2 or more"),
+        ("flowrl", {"scheduler__rule": "tree"}, "--scheduler.rule tree needs a value that means accuracy"),
+        ("tb_group", {"loss__intercept": "value"}, "--loss.intercept value does not go with --algorithm tb_group"),
+        ("flowrl", {"loss__intercept": "group_mean"}, "--loss.intercept group_mean does not go with"),
+        ("paced", {"optimizer__minibatches": 17}, "--optimizer.minibatches is 17 but a step draws only 16 prompts"),
+        ("paced", {"data__train": ()}, "--data.train names no source"),
+        ("paced", {"warm_start__second__sources": ()}, "--warm-start.second.steps is 70, but"),
+    ],
+)
+def test_conflicts_are_named(algorithm: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as raised:
+        tiny_policy.settings(algorithm, **changes)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_settings_survive_json() -> None:
+    config = tiny_policy.settings("tb", loss__beta=0.125, data__headline=("k3", "k4"), run__loggers=("wandb",))
+    import json
+
+    assert config_from_dict(Config, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_digests_and_seeds_change_with_every_part() -> None:
+    base = preset("tiny")
+    other = tiny_policy.replaced(base, warm_start__first__steps=451)
+    assert digest(base.warm_start.first) != digest(other.warm_start.first)
+    assert digest(base.warm_start.first, "a") != digest(base.warm_start.first, "b")
+    assert digest(base.model) == digest(preset("tiny").model)
+    seeds = {stream_seed(s, t, n) for s in range(5) for t in range(50) for n in ("generate/0", "generate/1", "pool")}
+    assert len(seeds) == 750
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert stream_seed(1, 11, "x") != stream_seed(11, 1, "x")
+
+
+def test_the_share_of_settings_with_a_sentence_is_all() -> None:
+    """`--help` prints the docstring below a field; a field without one would have none."""
+    import ast
+
+    from paced_fast import config as package
+
+    nodes = [n for path in Path(package.__path__[0]).glob("*.py") for n in ast.parse(path.read_text()).body]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    assert len(classes) > 10
+    for node in classes:
+        for field, after in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign):
+                name = ast.unparse(field.target)
+                is_group = ast.unparse(field.annotation).endswith(("Config", "Phase")) and node.name == "Config"
+                assert is_group or isinstance(after, ast.Expr), f"{node.name}.{name}"

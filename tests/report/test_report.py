@@ -1,0 +1,539 @@
+"""The report of an invented run: what it draws, what it does without, and how it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import html.parser
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from paced_fast import report
+from paced_fast.config.presets import preset
+from paced_fast.errors import InputError
+from paced_fast.report import read_run, run_page, sample_rollouts
+from paced_fast.report.__main__ import main
+from paced_fast.report.charts import held_out, png, svg, svg_maps
+from paced_fast.report.charts import value as learning
+
+
+def _records(*, num_steps: int = 60, learned_value: bool = True, seed: int = 0) -> list[dict[str, object]]:
+    """Records of steps 0..num_steps; an evaluation each 20 steps, a value that improves, a slow first step."""
+    rng = np.random.default_rng(seed)
+    read_run: list[dict[str, object]] = [{"step": 0, "rollouts": 0, "train_seconds": 0.0, "eval": _evaluation(0.0)}]
+    for step in range(1, num_steps + 1):
+        done = step / num_steps
+        accuracy = rng.beta(0.4 + 2 * done, 0.6 + 2 * done, size=16).round(3)
+        value = np.clip(done * accuracy + (1 - done) * 0.5 + rng.normal(0, 0.12, size=16), 0.01, 0.99)
+        table = np.clip(rng.normal(0.5, 0.03 + 0.3 * done, size=400), 0, 1)
+        record: dict[str, object] = {
+            "step": step,
+            "rollouts": 128 * step,
+            "train_seconds": 0.25 * step,
+            "loss": 3.0 - done + rng.normal(0, 0.3),
+            "grad_norm": float(rng.gamma(4, 0.3)),
+            "learning_rate": 1e-4,
+            "reward_mean": float(accuracy.mean()),
+            "mixed_group_share": float(np.mean((accuracy > 0.06) & (accuracy < 0.94))),
+            "entropy": 6.6 - 3 * done + rng.normal(0, 0.2),
+            "mean_length": 8 + done,
+            "truncated_share": 0.02,
+            "log_ratio_mean": -0.01,
+            "kl": 0.002 * done,
+            "generator_mismatch_mean": 1e-7,
+            "generator_mismatch_max": 2e-6,
+            "skipped_steps": 0,
+            "verdicts": {"signed_sums": {"right": 60, "wrong": 60, "unreadable": 8}},
+            "unscored_share": 0.0,
+            "memory": {"generate": 4 << 30, "update": 7 << 30, "other": 3 << 30},
+            "value_mean": float(value.mean()) if learned_value else None,
+            "value_brier": 0.25 - 0.12 * done if learned_value else None,
+            "value_ece": 0.26 - 0.2 * done if learned_value else None,
+            "value_rank_correlation": (0.7 * done if step > 2 else None) if learned_value else None,
+            "tokens_per_second": 5000 + rng.normal(0, 300),
+            "seconds": {
+                "schedule": 0.002,
+                "generate": 0.08 if step > 1 else 2.0,
+                "reward": 0.01,
+                "old_logprobs": 0.03,
+                "update": 0.11,
+                "head": 0.006,
+                "replay": 0.01,
+                "other": 0.01,
+            },
+        }
+        if learned_value:
+            record["value_fresh"] = value.tolist()
+            record["accuracy_fresh"] = accuracy.tolist()
+            record["value_histogram"] = np.histogram(table, bins=20, range=(0, 1))[0].tolist()
+            record["replay_size"] = min(128, 64 * step)
+            record["replay_age_mean"] = 1.5
+            record["replay_ages"] = rng.integers(0, 5, size=min(128, 64 * step)).tolist()
+            record["replay_priorities"] = rng.beta(2, 5, size=min(128, 64 * step)).tolist()
+            record["mixed_group_share_uniform"] = 0.14
+        if step % 20 == 0:
+            record["eval"] = _evaluation(done)
+        read_run.append(record)
+    return read_run
+
+
+def _write_run(path: Path, records: list[dict[str, object]], *, finished: bool = True) -> Path:
+    """Writes `records` and, for a finished run, the files beside them."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.joinpath("metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in read_run), encoding="utf-8")
+    if finished:
+        (path / "config.json").write_text(json.dumps({"seed": 0, "loss": {"beta": 0.05, "note": "<b>"}}))
+        rows = [
+            {
+                "step": i,
+                "prompt": f"{i}951=2:",
+                "completion": "1+9-5-3<script>#" if i % 2 else "9-5-1-1#",
+                "reward": float(i % 2),
+                "value": None if i == 3 else 0.4,
+                "slice": "k4",
+                "replayed": i == 7,
+            }
+            for i in range(20)
+        ]
+        (path / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        summary = {
+            "preset": "tiny",
+            "algorithm": "paced",
+            "steps": len(read_run) - 1,
+            "rollouts": 128 * (len(read_run) - 1),
+            "train_seconds": 15.0,
+            "accuracy_before": 0.142,
+            "accuracy_after": 0.287,
+            "pass_at_8_before": 0.574,
+            "pass_at_8_after": 0.646,
+            "distinct_correct_after": 1.82,
+            "value_brier": 0.13,
+            "value_ece": 0.06,
+            "value_rank_correlation": 0.72,
+            "mixed_group_share": 0.51,
+            "skipped_steps": 0,
+        }
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+def _evaluation(done: float) -> dict[str, object]:
+    start = {"trivial": 0.96, "k3": 0.27, "k4": 0.16, "k5": 0.10, "k6": 0.05, "hard": 0.0}
+    gain = {"trivial": 0.01, "k3": 0.2, "k4": 0.15, "k5": 0.12, "k6": 0.1, "hard": 0.0}
+    slices = {
+        name: {"accuracy": start[name] + gain[name] * done, "pass_at_8": min(1.0, 2.5 * start[name]), "prompts": 40}
+        for name in start
+    }
+    headline = 0.142 + 0.145 * done
+    return {
+        "accuracy": headline,
+        "pass_at_8": 0.574 + 0.07 * done,
+        "distinct_correct": 1.7 + 0.1 * done,
+        "slices": slices,
+        "samples": 16,
+    }
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a browser would fetch, show or find unbalanced."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.text = ""
+        self.open_tags: list[str] = []
+        self.scripts = 0
+        self.charts: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.scripts += tag == "script"
+        self.charts |= {str(value) for name, value in attrs if name == "id" and str(value).startswith("chart-")}
+        if tag not in ("meta", "img", "input"):
+            self.open_tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + "\n"
+
+
+EVERY_PLOT = set(png.PLOTS)
+SECTIONS = (
+    *("learning", "value", "schedule", "replay", "reward", "health", "generator", "cost", "rollouts"),
+    *("configuration", "summary"),
+)
+CHARTS = {
+    f"chart-{name}"
+    for name in (
+        *("learning_rollouts", "learning_time", "pass_at_k", "calibration_first", "calibration_last", "value_ece"),
+        *("value_histogram", "selection", "selection_share", "mixed_groups", "train_reward", "replay_priorities"),
+        *("replay_ages", "verdicts_signed_sums", "unscored_share", "loss", "grad_norm", "entropy", "mean_length"),
+        *("truncated_share", "generator_mismatch_mean", "seconds_by_phase", "memory_by_phase"),
+    )
+}
+NEEDS_VALUE = {"calibration", "value_histogram", "value_quality", "replay_priorities"}
+
+
+def _drawn(run_dir: Path) -> set[str]:
+    return {path.stem for path in (run_dir / "plots").glob("*.png")}
+
+
+@pytest.fixture
+def _quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn and not rendered, which takes most of a report's time."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, buffer, **_: buffer.write(b"drawn"))
+
+
+def test_report_of_a_finished_run_holds_everything_and_fetches_nothing(tmp_path: Path) -> None:
+    path = report.make_report(_write_run(tmp_path / "my-run", _records()))
+    page = Page(path)
+    assert path == tmp_path / "my-run" / "report.html"
+    assert page.open_tags == [], "every tag is closed"
+    assert _drawn(path.parent) == EVERY_PLOT
+    assert page.sources == [f"#{name}" for name in SECTIONS], "links lead to parts of the page, and nothing is loaded"
+    assert "://" not in path.read_text(encoding="utf-8")
+    assert "default-src 'none'" in html.unescape(path.read_text(encoding="utf-8"))
+    for text in (
+        "my-run",
+        "finished",
+        "14.2% \u2192 28.7%",
+        "57.4% \u2192 64.6%",
+        "loss.beta",
+        "value_rank_correlation",
+    ):
+        assert text in page.text
+    assert page.scripts == 1, "the page's own; a completion is text, whatever it holds"
+    assert "1+9-5-3<script>#" in page.text
+    assert page.charts >= CHARTS
+
+
+def test_rollouts_shown_are_the_newest_of_each_outcome_newest_first() -> None:
+    rows = [{"step": i, "reward": float(i % 2), "replayed": i % 10 == 1} for i in range(100)]
+    rows[50]["reward"] = None
+    shown = [row["step"] for row in sample_rollouts.chosen(rows)]
+    fresh_right = [i for i in range(99, 0, -2) if i % 10 != 1][:10]
+    assert shown == sorted([*range(98, 78, -2), *fresh_right, *range(91, 0, -10), 50], reverse=True)
+
+
+@pytest.mark.usefixtures("_quick_pictures")
+def test_report_without_a_learned_value_leaves_those_figures_out(tmp_path: Path) -> None:
+    run_dir = _write_run(tmp_path, _records())
+    report.make_report(run_dir)
+    _write_run(run_dir, _records(learned_value=False))
+    report.make_report(run_dir)
+    assert _drawn(run_dir) == EVERY_PLOT - NEEDS_VALUE, "figures of the earlier report are gone too"
+
+
+@pytest.mark.usefixtures("_quick_pictures")
+def test_report_of_a_running_run_without_evaluation(tmp_path: Path) -> None:
+    read_run = [{key: r[key] for key in ("step", "reward_mean", "seconds")} for r in _records(num_steps=4)[1:]]
+    run_dir = _write_run(tmp_path, read_run, finished=False)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')
+    page = Page(report.make_report(run_dir))
+    assert _drawn(run_dir) == {"train_reward", "seconds_by_phase"}
+    assert "not finished" in page.text
+    assert "step 4" in page.text
+
+
+@pytest.mark.usefixtures("_quick_pictures")
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_report_after_the_first_steps(tmp_path: Path, count: int) -> None:
+    run_dir = _write_run(tmp_path, _records(num_steps=3)[:count], finished=False)
+    report.make_report(run_dir)
+    assert _drawn(run_dir) == ({"learning_curve"} if count == 1 else EVERY_PLOT)
+
+
+def test_unusual_numbers_do_not_stop_the_report(tmp_path: Path) -> None:
+    read_run = _records(num_steps=6)
+    read_run[3] |= {
+        "loss": None,
+        "value_fresh": [None] * 16,
+        "value_histogram": [0] * 20,
+        "replay_priorities": [None, 0.5],
+    }
+    read_run[4] |= {"seconds": {}, "eval": {"accuracy": None, "slices": {"new": {"accuracy": 0.5}}}}
+    run_dir = _write_run(tmp_path, read_run)
+    report.make_report(run_dir)
+    assert _drawn(run_dir) == EVERY_PLOT
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no metrics.jsonl in"),
+        ("", "holds no record yet"),
+        ('{"step": 1}\nbroken\n{"step": 2}\n', "metrics.jsonl:2 is not JSON"),
+        ('{"loss": 1}\n', "metrics.jsonl:1 is not a metrics record"),
+    ],
+)
+def test_a_folder_without_usable_metrics_is_an_input_error(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(InputError, match=message):
+        report.make_report(tmp_path)
+
+
+def test_command_line_prints_the_path_and_exits_2_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_page, "PLOTS", {})
+    main([str(_write_run(tmp_path, _records(num_steps=2)))])
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "absent")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"report: no run folder at {tmp_path / 'absent'}\n"
+
+
+def _axes(figure: Figure | None) -> list[Axes]:
+    assert figure is not None
+    return list(figure.axes)
+
+
+def test_learning_curve_draws_the_headline_against_rollouts() -> None:
+    axes = _axes(png.learning_curve(_records()))[0]
+    line = next(line for line in axes.get_lines() if line.get_label() == "headline")
+    assert np.asarray(line.get_xdata()).tolist() == [0, 2560, 5120, 7680]
+    assert np.asarray(line.get_ydata()).tolist() == pytest.approx([0.142, 0.142 + 0.145 / 3, 0.142 + 0.29 / 3, 0.287])
+
+
+def test_calibration_compares_the_first_third_with_the_last() -> None:
+    record = {"step": 1, "value_fresh": [0.21, 0.28, 1.0, None], "accuracy_fresh": [0.5, 0.25, 1.0, 0.5]}
+    late = {"step": 9, "value_fresh": [0.71], "accuracy_fresh": [0.75]}
+    axes = _axes(png.calibration([record, record, late]))
+    assert [a.get_title(loc="left") for a in axes] == ["first step: 3 groups", "last step: 1 group"]
+    first, last = (np.asarray(a.collections[-1].get_offsets()) for a in axes)
+    assert first == pytest.approx(np.array([[0.245, 0.375], [1.0, 1.0]]))
+    assert last == pytest.approx(np.array([[0.71, 0.75]]))
+    areas = axes[0].collections[-1].get_sizes()  # type: ignore[attr-defined]
+    assert areas[0] == pytest.approx(400)
+    assert areas[1] == pytest.approx(210), "half the groups, half the scaled area"
+
+
+def test_histogram_columns_are_shares_of_their_own_step() -> None:
+    read_run = [{"step": 1, "value_histogram": [3, 1]}, {"step": 2, "value_histogram": [0, 8]}]
+    mesh = _axes(png.value_histogram(read_run))[0].collections[0]
+    assert np.asarray(mesh.get_array()).tolist() == [[0.75, 0.0], [0.25, 1.0]]
+    priorities = [{"step": 1, "replay_priorities": [0.0, 0.26, 0.27, 0.99]}]
+    column = np.asarray(_axes(png.replay_priorities(priorities))[0].collections[0].get_array())[:, 0]
+    assert {int(i): float(column[i]) for i in np.flatnonzero(column)} == {0: 0.25, 5: 0.5, 19: 0.25}
+
+
+def test_seconds_are_stacked_and_shares_are_of_the_whole_run() -> None:
+    read_run = [{"step": s, "seconds": {"generate": 1.0 * s, "update": 2.0, "idle": 0.0, "other": 0.5}} for s in (1, 2)]
+    figure = png.seconds_by_phase(read_run)
+    axes = _axes(figure)[0]
+    bars = [(b.get_x() + 0.5, b.get_y(), b.get_height()) for b in axes.patches]  # type: ignore[attr-defined]
+    assert bars == [(1, 0, 1), (2, 0, 2), (1, 1, 2), (2, 2, 2), (1, 3, 0.5), (2, 4, 0.5)]
+    assert figure is not None
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["other  12%", "update  50%", "generate  38%"]
+
+
+def test_mixed_groups_say_what_uniform_prompts_would_give() -> None:
+    texts = [t.get_text() for t in _axes(png.mixed_groups(_records(num_steps=3)))[0].texts]
+    assert texts == ["uniform prompts: 14%"]
+    assert _axes(png.mixed_groups([{"step": 1, "mixed_group_share": 0.5}]))[0].texts[:] == []
+
+
+def test_the_smoothed_line_is_a_mean_of_neighbours_also_at_the_ends() -> None:
+    read_run = [{"step": s, "reward_mean": float(s == 23)} for s in range(1, 46)]
+    raw, smooth = (np.asarray(line.get_ydata()) for line in _axes(png.train_reward(read_run))[0].get_lines())
+    assert raw.sum() == 1.0
+    assert smooth[21:24].tolist() == pytest.approx([1 / 3] * 3)
+    level = [{"step": s, "reward_mean": 0.5} for s in range(1, 46)]
+    flat = np.asarray(_axes(png.train_reward(level))[0].get_lines()[1].get_ydata())
+    assert flat.tolist() == pytest.approx([0.5] * 45), "no droop where the window leaves the run"
+
+
+@pytest.mark.process
+def test_importing_report_needs_no_torch_and_no_window_system() -> None:
+    code = "import sys, paced_fast.report; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _run(rows: list[dict[str, object]], **more: Any) -> read_run.Run:
+    return read_run.Run(folder=Path("a-run"), records=list(rows), **more)
+
+
+def test_no_odd_value_stops_the_page() -> None:
+    # Whatever a figure holds, at any depth: a run of another version, a bug, a hand-edited file.
+    rng = random.Random(0)
+    odd = [None, "text", [], {}, [None], [[1]], {"a": {"b": 1}}, True, math.nan, math.inf, -1e300, 10**400, -5, 0]
+    for _ in range(80):
+        rows = _records(num_steps=4)
+        for row in rows:
+            places: list[tuple[Any, Any]] = [(row, key) for key in row if key != "step"]
+            places += [(row[k], key) for k in ("eval", "seconds", "memory") if k in row for key in row[k]]  # type: ignore
+            places += [(row["value_fresh"], 3)] if "value_fresh" in row else []
+            for owner, key in rng.sample(places, 6):
+                owner[key] = rng.choice(odd)
+        sample = [{"step": rng.choice(odd), "tokens": rng.choice(odd), "logprobs": rng.choice(odd), "prompt": 1}]
+        config = read_run.flatten(
+            {"preset": rng.choice(odd), "steps": rng.choice(odd), "seed": {}, "a": rng.choice(odd)}
+        )
+        assert "</html>" in run_page.page_of(
+            _run(rows, rollouts=sample, config=config, summary={"accuracy_after": "x"})
+        )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_page_after_the_first_steps(count: int) -> None:
+    assert "</html>" in run_page.page_of(_run(_records(num_steps=3)[:count]))
+    assert "</html>" in run_page.page_of(_run(_records(num_steps=3, learned_value=False)[1 : count + 1]))
+
+
+def test_a_long_run_stays_a_page_of_moderate_size() -> None:
+    sizes = [len(run_page.page_of(_run(_records(num_steps=n)))) for n in (150, 1000)]
+    assert sizes[0] < 1_000_000
+    assert sizes[1] < 1_500_000, "curves and maps of a long run are averaged"
+
+
+def test_numbers_are_written_short() -> None:
+    found = [svg.compact(x) for x in (0, 0.12345, 3, 1234.5, 99_999, 123_456, 2.5e6, 3e9, 7.5e-5, -2e-7, math.nan)]
+    assert found == ["0", "0.123", "3", "1,234", "99,999", "123k", "2.5M", "3G", "7.5e-5", "-2e-7", "-"]
+    assert [svg.percent(x) for x in (0, 0.5, 0.1234, 1, 0.00255, 2e-7)] == ["0%", "50%", "12.3%", "100%", "0.26%", "0%"]
+
+
+BARE = svg.Size(width=100, height=100, left=0, right=0, top=0, bottom=0)
+
+
+def _hover(chart: str) -> dict[str, Any]:
+    return json.loads(html.unescape(re.findall(r'data-hover="([^"]*)"', chart)[0]))
+
+
+def test_a_curve_goes_through_its_points() -> None:
+    # An axis of 0 to 4 over 100 units, and one of 0 to 1 from the bottom up.
+    line = svg.Line(
+        name="a<b", x=np.array([0.0, 1.0, 4.0]), y=np.array([0.0, 0.25, 1.0]), low=np.array([0.0, 0.2, 0.9])
+    )
+    line = dataclasses.replace(line, high=np.array([0.1, 0.3, 1.0]))
+    chart = svg.line_chart([line], svg.Axis(low=0, high=4), svg.Axis(low=0, high=1), "<words>", size=BARE)
+    assert 'd="M0 100L25 75L100 0"' in chart
+    assert 'class="band f0" d="M0 90L25 70L100 0L100 10L25 80L0 100Z"' in chart
+    assert 'aria-label="&lt;words&gt;"' in chart
+    assert _hover(chart)["s"] == [
+        {
+            "n": "a<b",
+            "c": 0,
+            "p": [[0, 100, "0", "0 [0, 0.1]"], [25, 75, "1", "0.25 [0.2, 0.3]"], [100, 0, "4", "1 [0.9, 1]"]],
+        }
+    ]
+
+
+def test_a_stack_puts_each_layer_on_those_before() -> None:
+    layers = [("a", np.array([1.0, 2.0])), ("b", np.array([1.0, 0.0])), ("c", np.ones(2))]
+    chart = svg.stack_chart(np.array([1.0, 2.0]), layers, (svg.Axis(), svg.Axis(high=4.0)), "", size=BARE)
+    # Two columns 50 wide; a quarter of the height for one.
+    assert 'd="M0 75L50 75L50 50L100 50L100 100L50 100L50 100L0 100Z"' in chart
+    assert 'd="M0 50L50 50L50 50L100 50L100 50L50 50L50 75L0 75Z"' in chart
+    assert 'd="M0 25L50 25L50 25L100 25L100 50L50 50L50 50L0 50Z"' in chart
+    assert [(s["n"], [p[3] for p in s["p"]]) for s in _hover(chart)["s"]][1:] == [("b", ["1", "0"]), ("a", ["1", "2"])]
+
+
+def test_a_heat_map_is_darkest_where_the_share_is_largest() -> None:
+    columns = np.array([[0.25, 0.75], [1.0, 0.0]])
+    chart = svg_maps.heat_map(np.array([1.0, 2.0]), columns, (svg.Axis(), svg.Axis()), "", size=BARE)
+    cells = {level: cell for level, cell in re.findall(r'class="h(\d)" d="([^"]*)"', chart)}
+    # Of the 99th percentile, 0.9925: the square roots of 0.252, 0.756 and 1 in ninths, rounded up.
+    assert cells == {"5": "M0 50H50V100H0", "8": "M0 0H50V50H0", "9": "M50 50H100V100H50"}
+    assert _hover(chart)["g"]["v"] == [[0.25, 0.75], [1.0, 0.0]]
+
+
+def test_what_is_averaged_keeps_its_mean_and_order() -> None:
+    x = np.arange(1000.0)
+    merged_x, columns = svg.merged(x, np.stack([x, x**2], axis=1))
+    assert merged_x.size == columns.shape[0] == svg.MAX_POINTS
+    assert np.all(np.diff(merged_x) > 0)
+    assert columns[:, 0].tolist() == merged_x.tolist()
+    assert merged_x[0] == 1.5, "of 0, 1, 2, 3"
+
+
+def test_calibration_bins_are_tenths_of_the_value() -> None:
+    value, accuracy = np.array([0.21, 0.28, 1.0, 0.3]), np.array([0.5, 0.25, 1.0, 0.0])
+    expected = [(0.245, 0.375, 0.125 / math.sqrt(2), 2), (0.3, 0.0, 0.0, 1), (1.0, 1.0, 0.0, 1)]
+    assert np.array(learning.calibration_bins(value, accuracy)) == pytest.approx(np.array(expected))
+
+
+def test_the_selection_is_compared_with_what_there_was() -> None:
+    record = {"step": 1, "value_histogram": [6, 2], "value_fresh": [0.1, 0.6, None, 0.5, 1.0]}
+    ((step, there, drawn),) = learning._histograms([record, {"step": 2, "value_histogram": [0, 0]}])
+    assert (step, there.tolist(), drawn.tolist()) == (1.0, [0.75, 0.25], [0.25, 0.75])
+
+
+def test_pass_at_k_has_a_curve_before_and_one_after() -> None:
+    before = {"accuracy": 0.2, "pass_at_k": {"1": 0.2, "2": 0.3, "4": 0.5}, "pass_at_k_interval": {"4": [0.4, 0.6]}}
+    (chart,) = held_out.over_k([("before", before), ("after", {"accuracy": 0.3, "pass_at_8": 0.9})])
+    first, second = _hover(chart.svg)["s"]
+    assert [p[2:] for p in first["p"]] == [["1", "20%"], ["2", "30%"], ["4", "50% [40%, 60%]"]]
+    assert [p[2:] for p in second["p"]] == [["1", "30%"], ["8", "90%"]]
+    assert held_out.over_k([("before", {"accuracy": 0.2})]) == []
+
+
+def test_intervals_of_evaluations_become_bands() -> None:
+    rows = _records(num_steps=40)
+    for row in rows:
+        if "eval" in row:
+            row["eval"] |= {"accuracy_interval": [0.1, 0.4]}  # type: ignore[operator]
+    charts = {chart.name: chart for chart in held_out.learning_charts(_run(rows))}
+    assert charts["learning_rollouts"].svg.count('class="band') == 1
+    assert "[10%, 40%]" in charts["learning_time"].svg
+    assert [p[2] for p in _hover(charts["learning_time"].svg)["s"][0]["p"]] == ["0 s", "5 s", "10 s"]
+
+
+def test_settings_are_compared_with_the_preset() -> None:
+    config = read_run.flatten(json.loads(json.dumps(dataclasses.asdict(preset("tiny")))))
+    config |= {"steps": 7, "loss.intercept": "value", "run_dir": "x", "scheduler.tau": 0.25}
+    changed, decided = run_page.changed_settings(config)
+    assert changed == [["steps", "150", "7"], ["scheduler.tau", "0.5", "0.25"]]
+    assert decided == [["loss.intercept", "auto", "value"]]
+
+
+def test_what_stands_out_is_said() -> None:
+    assert run_page._notes(_run(_records())) == []
+    rows: list[dict[str, object]] = [
+        {
+            "step": s,
+            "skipped_steps": 2,
+            "truncated_share": 0.5,
+            "generator_mismatch_token_ratio": 1.2,
+            "unscored_share": 0.1,
+        }
+        for s in range(1, 4)
+    ]
+    assert [line.split()[0] for line in run_page._notes(_run(rows))] == ["2", "50%", "Generator", "10%"]
+
+
+def test_text_shows_what_it_hides() -> None:
+    text = "a<b>&\"'\x00\u202e\ud800\n\t"
+    codes = "".join(f'<i class="code">U+{code}</i>' for code in ("0000", "202E", "D800"))
+    assert sample_rollouts.visible(text) == f"a&lt;b&gt;&amp;&quot;&#x27;{codes}\n\t"
+
+
+def test_tokens_are_coloured_by_their_probability_and_the_rest_follows() -> None:
+    row = {"completion": "ab<c>", "tokens": ["a", "b", ""], "logprobs": [-0.01, -3.0, None]}
+    assert sample_rollouts._completion(row) == (
+        '<span class="p0" title="99%, log-prob -0.01">a</span><span class="p4" title="4.98%, log-prob -3">b</span>'
+        "<span>&#9633;</span>&lt;c&gt;"
+    )
+
+
+def test_a_half_written_character_at_the_end_is_left_out(tmp_path: Path) -> None:
+    run_dir = _write_run(tmp_path, _records(num_steps=2), finished=False)
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write('{"step": 3, "note": "\u00e9'.encode()[:-1])
+    assert read_run.read_run(run_dir).last_step == 2

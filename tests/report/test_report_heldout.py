@@ -1,0 +1,86 @@
+"""What a page says of held-out evaluations: on which prompts, with which interval, and what had no verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paced_fast.report import run_page
+from paced_fast.report.charts import held_out
+from paced_fast.report.read_run import Record, Run
+
+
+def _run(*evaluations: Record, **first: Any) -> Run:
+    rows: list[Record] = [
+        {"step": i, "rollouts": 10 * i, "train_seconds": float(i), "eval": e} for i, e in enumerate(evaluations)
+    ]
+    rows[0] = {**rows[0], **first}
+    return Run(folder=Path("a-run"), records=rows)
+
+
+def _evaluation(accuracy: float, **more: Any) -> Record:
+    votes = {"1": accuracy, "4": accuracy + 0.05, "16": accuracy + 0.1}
+    passed = {"1": accuracy, "8": 2 * accuracy}
+    return {
+        "accuracy": accuracy,
+        "accuracy_interval": [accuracy - 0.02, accuracy + 0.03],
+        "pass_at_8": 2 * accuracy,
+        "pass_at_k": passed,
+        "pass_at_k_interval": {k: [v - 0.1, v + 0.1] for k, v in passed.items()},
+        "maj_at_k": votes,
+        "maj_at_k_interval": {k: [v - 0.05, v + 0.05] for k, v in votes.items()},
+        "prompts": 40,
+        "samples": 16,
+        "unscored": 0,
+        "unscored_prompts": 0,
+    } | more
+
+
+@pytest.mark.parametrize(
+    ("first", "lead"),
+    [
+        ({}, "Measured on the held-out prompts."),
+        ({"overlap": {"repeated": 0, "training_prompts": 4000}}, "Measured on prompts that training never sees."),
+        (
+            {"overlap": {"repeated": 12, "training_prompts": 4000}},
+            "Measured on the held-out prompts; 12 of 4,000 training prompts repeat one.",
+        ),
+    ],
+)
+def test_that_training_never_sees_them_is_said_only_where_it_was_counted(first: dict[str, Any], lead: str) -> None:
+    assert lead in run_page.page_of(_run(_evaluation(0.2), **first))
+
+
+def test_majority_vote_is_shown_at_the_largest_common_k_with_its_interval() -> None:
+    run = _run(_evaluation(0.2), _evaluation(0.3, maj_at_k={"1": 0.3, "4": 0.35}))
+    tile = next(t for t in run_page._tiles(run) if t.name == "held-out maj@4")
+    assert tile.text == "25% \u2192 35%"
+    assert "+10.0 points" in tile.sub
+    charts = {chart.name: chart for chart in held_out.learning_charts(run)}
+    assert charts["maj_at_k"].legend == [("before", 0), ("after", 1)]
+    assert charts["pass_at_8"].title == "pass@8 and maj@4 against rollouts"
+    assert held_out.largest_k([{"maj_at_k": {"1": 0.5}}], "maj_at_k") == 0, "one sample is no vote"
+
+
+def test_pass_at_8_and_accuracy_have_the_interval_of_the_end() -> None:
+    tiles = {t.name: t.sub for t in run_page._tiles(_run(_evaluation(0.2), _evaluation(0.3)))}
+    assert "95 %: 50.0 to 70.0 % after" in tiles["held-out pass@8"]
+    assert tiles["held-out accuracy"] == '<span class="up">+10.0 points</span>; 95 %: 28.0 to 33.0 % after'
+    (alone,) = [t for t in run_page._tiles(_run(_evaluation(0.2))) if t.name == "held-out accuracy"]
+    assert alone.sub == "95 %: 18.0 to 23.0 %"
+
+
+def test_what_evaluations_could_not_score_is_said() -> None:
+    run = _run(_evaluation(0.2, unscored_prompts=24), _evaluation(0.3, unscored_prompts=26))
+    assert held_out.unscored_notes(run) == [
+        "24 of 40 held-out prompts had no scored sample before training.",
+        "26 of 40 held-out prompts had no scored sample in the newest evaluation.",
+    ]
+    assert "not the same prompts scored" in run_page._tiles(run)[0].sub
+    assert held_out.unscored_notes(_run(_evaluation(0.2, unscored=3))) == [
+        "3 of 640 held-out samples got no verdict before training."
+    ]
+    marks = [_evaluation(0.2, prompt_accuracy=p, unscored_prompts=1) for p in ([None, 0.5], [0.5, None])]
+    assert "not the same prompts scored" in run_page._tiles(_run(*marks))[0].sub, "as many, yet others"

@@ -1,0 +1,230 @@
+"""The guards on a step's figures: each fault raises its own warning, and clean runs raise none."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_policy
+import tiny_run
+
+from paced_fast import train
+from paced_fast.config import GuardConfig, WarningName
+from paced_fast.errors import TrainingError
+from paced_fast.run.record.guards import Guards
+
+NAMES = typing.get_args(WarningName)
+
+
+def clean_record(step: int, rng: random.Random, *, accuracy: float = 0.4, value: float = 0.45) -> dict[str, Any]:
+    """Figures as a run of the tiny preset has them: ranges hold those of 400 of its steps and reach further."""
+    accuracies = [min(1.0, max(0.0, rng.gauss(accuracy, 0.2))) for _ in range(16)]
+    return {
+        "step": step,
+        "loss": rng.uniform(0.5, 3.0),
+        "grad_norm": rng.lognormvariate(1.5, 0.7),
+        "reward_mean": sum(accuracies) / 16,
+        "truncated_share": rng.choice([0.0, 0.0, rng.uniform(0.0, 0.6)]),
+        "kl": rng.lognormvariate(-6.0, 1.2),
+        "log_ratio_mean": rng.gauss(0.0, 0.03),
+        "effective_sample_share": rng.uniform(0.9, 1.0),
+        "generator_mismatch_token_ratio": rng.uniform(1.0, 1.03),
+        "head_loss": rng.uniform(0.1, 0.3),
+        "head_grad_norm": rng.uniform(0.2, 2.0),
+        "value_mean": value,
+        "value_fresh": [min(0.999, max(0.001, rng.gauss(value, 0.1))) for _ in range(16)],
+        "accuracy_fresh": accuracies,
+    }
+
+
+def warnings_of(
+    fault: Callable[[dict[str, Any], int], None], steps: int = 40, config: GuardConfig | None = None
+) -> Any:
+    """The warnings that held in each step of a clean run that goes wrong from step 21 on."""
+    rng = random.Random(1)
+    guards = Guards(config or GuardConfig())
+    found = []
+    for step in range(1, steps + 1):
+        record = clean_record(step, rng)
+        if step > 20:
+            fault(record, step)
+        found.append(guards.check(record))
+        guards.stop(step)
+    return found
+
+
+def _change(**figures: Any) -> Callable[[dict[str, Any], int], None]:
+    return lambda record, step: record.update(figures)
+
+
+def _collapse(record: dict[str, Any], step: int) -> None:
+    record.update(reward_mean=0.0, accuracy_fresh=[0.0] * 16)
+
+
+def _worse_and_worse(record: dict[str, Any], step: int) -> None:
+    record["head_loss"] *= 2.0 ** (step - 20)
+
+
+FAULTS: dict[str, tuple[str, Callable[[dict[str, Any], int], None], int]] = {
+    "ratios explode in divergence": ("kl", _change(kl=3.0), 21),
+    "divergence overflows": ("kl", _change(kl=math.inf), 21),
+    "policy runs up": ("log_ratio", _change(log_ratio_mean=2.5), 21),
+    "policy runs down": ("log_ratio", _change(log_ratio_mean=-40.0), 21),
+    "few completions carry the step": ("sample_share", _change(effective_sample_share=0.05), 21),
+    "generator renormalises": ("generator_mismatch", _change(generator_mismatch_token_ratio=1.06), 21),
+    "generator gives no numbers": ("generator_mismatch", _change(generator_mismatch_token_ratio=math.nan), 21),
+    "nothing ends": ("truncated", _change(truncated_share=1.0), 21),
+    # The first step whose last five are all zero.
+    "rewards fall to nothing": ("reward_collapse", _collapse, 25),
+    "value far above": ("value_gap", _change(value_fresh=[0.985] * 16, accuracy_fresh=[0.4] * 16), 25),
+    "value is no number": ("value_gap", _change(value_fresh=[math.nan] * 16), 25),
+    "value stuck at zero": ("value_stuck", _change(value_fresh=[0.001] * 16), 25),
+    "head diverges": ("head_loss", _worse_and_worse, 24),
+    "head is no number": ("head_loss", _change(head_loss=math.nan), 21),
+    "loss is no number": (
+        "non_finite",
+        _change(loss=math.nan, kl=math.nan, log_ratio_mean=math.nan, effective_sample_share=math.nan),
+        21,
+    ),
+    "gradient overflows": ("non_finite", _change(grad_norm=math.inf), 21),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_raises_its_own_warning_and_no_other(fault: str) -> None:
+    name, inject, first = FAULTS[fault]
+    found = warnings_of(inject)
+    held = [step for step, names in enumerate(found, start=1) if names]
+    assert {n for names in found for n in names} == {name}
+    # A loss that doubles has passed 1 after two to four steps, whatever it began with.
+    assert held[0] == first if fault != "head diverges" else held[0] in (22, 23, 24)
+    assert len(held) > 4
+
+
+def test_value_stuck_at_one() -> None:
+    found = warnings_of(_change(value_fresh=[0.999] * 16, accuracy_fresh=[0.4] * 16))
+    assert found[24] == ["value_gap", "value_stuck"]  # six tenths above an accuracy of four
+
+
+def test_every_warning_has_a_fault_in_the_table() -> None:
+    assert {name for name, _, _ in FAULTS.values()} == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "value"),
+    [(0.4, 0.45), (0.03, 0.45), (0.97, 0.55), (0.02, 0.02), (0.99, 0.97)],
+    ids=["usual", "hard, head new", "easy, head new", "hard", "easy"],
+)
+def test_clean_runs_raise_nothing(accuracy: float, value: float) -> None:
+    # Five kinds of run, ten runs of each of 20 steps: 1,000 records.
+    for seed in range(10):
+        rng, guards = random.Random(seed), Guards(GuardConfig())
+        for step in range(1, 21):
+            assert guards.check(clean_record(step, rng, accuracy=accuracy, value=value)) == []
+
+
+def test_a_record_without_a_head_is_checked_too() -> None:
+    guards, rng = Guards(GuardConfig()), random.Random(0)
+    record = clean_record(1, rng) | {"kl": 2.0}
+    for key in ("head_loss", "value_fresh", "accuracy_fresh", "value_mean"):
+        del record[key]
+    assert guards.check(record) == ["kl"]
+
+
+def test_rewards_that_were_never_good_do_not_collapse() -> None:
+    rng, guards = random.Random(0), Guards(GuardConfig())
+    for step in range(1, 30):
+        rewards = 0.0 if step > 10 else 0.05
+        assert guards.check(clean_record(step, rng, accuracy=0.0) | {"reward_mean": rewards}) == []
+
+
+def test_one_lucky_step_is_no_height_to_fall_from() -> None:
+    rng, guards = random.Random(0), Guards(GuardConfig())
+    for step in range(1, 12):
+        assert guards.check(clean_record(step, rng, accuracy=0.0) | {"reward_mean": 0.3 if step == 1 else 0.0}) == []
+
+
+def test_a_warning_is_said_once_then_every_n_steps_and_again_after_it_cleared(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("paced_fast"), "propagate", True)
+    rng, guards = random.Random(0), Guards(GuardConfig(repeat_every=10))
+    held = {*range(3, 26), *range(30, 33)}
+    with caplog.at_level(logging.WARNING):
+        for step in range(1, 40):
+            record = clean_record(step, rng)
+            assert guards.check(record | {"kl": 2.5} if step in held else record) == (["kl"] if step in held else [])
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(",")[0] for line in lines] == ["step 3", "step 13", "step 23", "step 30"]
+    assert lines[0] == (
+        "step 3, kl: kl 2.5, largest 1: the policy moves too far in a step: lower --optimizer.learning-rate or "
+        "--optimizer.max-grad-norm"
+    )
+
+
+def test_only_the_lead_speaks(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("paced_fast"), "propagate", True)
+    guards = Guards(GuardConfig(), speaks=False)
+    assert guards.check(clean_record(1, random.Random(0)) | {"kl": 2.5}) == ["kl"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stop_on_makes_an_error_of_its_warning_alone(name: str) -> None:
+    fault = next(fault for fault, (own, _, _) in FAULTS.items() if own == name)
+    with pytest.raises(TrainingError, match=rf"^step \d+, {name}: .* \(--guard.stop-on\)$"):
+        warnings_of(FAULTS[fault][1], config=GuardConfig(stop_on=(typing.cast(Any, name),)))
+    others = tuple(other for other in NAMES if other != name)
+    assert warnings_of(FAULTS[fault][1], config=GuardConfig(stop_on=typing.cast(Any, others)))
+
+
+@pytest.mark.parametrize("cut", [3, 21, 23, 27, 38])
+def test_a_resumed_run_warns_as_the_whole_one(cut: int, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("paced_fast").propagate = True
+    for _, inject, _ in FAULTS.values():
+        lines = []
+        for cuts in ((), (cut,)):
+            rng, guards = random.Random(1), Guards(GuardConfig(repeat_every=7))
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                for step in range(1, 41):
+                    record = clean_record(step, rng)
+                    if step > 20:
+                        inject(record, step)
+                    guards.check(record)
+                    if step in cuts:
+                        state = guards.state_dict()
+                        guards = Guards(GuardConfig(repeat_every=7))
+                        guards.load_state_dict(state)
+            lines.append([record.getMessage() for record in caplog.records])
+        assert lines[0] == lines[1]
+        assert lines[0]
+
+
+def test_a_checkpoint_older_than_the_guards_starts_them_anew() -> None:
+    guards = Guards(GuardConfig())
+    guards.load_state_dict({})
+    assert guards.check(clean_record(1, random.Random(0))) == []
+
+
+def test_a_run_records_its_warnings_and_stops_on_those_it_is_told_to(tmp_path: Path) -> None:
+    settings = tiny_run.config(tiny_run.write_rewards(tmp_path), steps=3, evaluation__every=0, run__checkpoint_every=0)
+    loud = tiny_policy.replaced(settings, guard__max_kl=0.0)  # any update moves the policy
+    folder = tmp_path / "loud"
+    summary = train.train(tiny_run.build(loud, folder), tiny_run.quiet())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["warnings"].count("kl") for line in lines[1:]] == [1, 1, 1]
+    assert summary["warnings"]["kl"] == 3
+    fatal = tiny_policy.replaced(loud, guard__stop_on=("kl",))
+    folder = tmp_path / "fatal"
+    with pytest.raises(TrainingError, match="step 1, kl: "):
+        train.train(tiny_run.build(fatal, folder), tiny_run.quiet())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]  # the step that stopped it is on record

@@ -1,0 +1,133 @@
+"""The run folder's lock: one run at a time, told by name, and free as soon as the process that held it is gone."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from paced_fast.config.presets import preset
+from paced_fast.config.resolve import resolve
+from paced_fast.distributed import ALONE
+from paced_fast.errors import InputError
+from paced_fast.run.record import writer
+from paced_fast.run.start.build import _newest_checkpoint
+from paced_fast.run.start.run_folder import LOCK_NAME, RunLock, claim, run_folder
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from paced_fast.config.resolve import resolve
+from paced_fast.run.start.run_folder import RunLock
+RunLock().take(Path(sys.argv[1]))
+child = os.fork()
+if child:
+    print(child, flush=True)
+    time.sleep(600)
+else:
+    os.close(1)
+    time.sleep(600)
+"""
+
+
+def holder(folder: Path) -> tuple[subprocess.Popen[str], int]:
+    """Another process that holds the lock, and one forked from it without exec."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+@pytest.mark.process
+def test_a_second_run_is_refused_until_the_first_is_gone_whatever_it_forked(tmp_path: Path) -> None:
+    settings = dataclasses.replace(preset("tiny"), run_dir=str(tmp_path), resume="never")
+    settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, overwrite=True))
+    (tmp_path / "checkpoints").mkdir()
+    resumed = resolve(dataclasses.replace(settings, resume="auto"))
+    writer.write_json_atomic(tmp_path / "config.json", dataclasses.asdict(resumed))
+    process, child = holder(tmp_path)
+    try:
+        with RunLock() as lock:
+            acts: list[Callable[[], object]] = [
+                lambda: run_folder(settings, lock),
+                lambda: claim(tmp_path, settings, lock),
+                lambda: _newest_checkpoint(resumed, tmp_path, lock, ALONE),
+            ]
+            for act in acts:
+                with pytest.raises(InputError) as raised:
+                    act()
+                assert f"--run-dir {tmp_path} is in use by another run (process {process.pid} on " in str(raised.value)
+                assert socket.gethostname() in str(raised.value)
+        assert (tmp_path / "checkpoints").is_dir(), "nothing was removed"
+        process.kill()
+        process.wait()
+        assert alive(child)
+        with RunLock() as lock:  # a rank that torchrun starts again
+            assert run_folder(settings, lock) == tmp_path
+            assert refused_elsewhere(tmp_path)
+            claim(tmp_path, settings, lock)
+            assert refused_elsewhere(tmp_path), "what an earlier run left goes, the lock stays"
+        assert not refused_elsewhere(tmp_path), "the end of a run is the end of its lock"
+    finally:
+        process.kill()
+        os.kill(child, 9)
+        process.communicate()
+
+
+def refused_elsewhere(folder: Path) -> bool:
+    """Whether another process cannot have the lock."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            RunLock().take(folder)
+        except InputError as error:
+            os._exit(7 if f"process {os.getppid()} on {socket.gethostname()}" in str(error) else 8)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_a_lock_alone_is_no_earlier_run(tmp_path: Path) -> None:
+    settings = dataclasses.replace(preset("tiny"), run_dir=str(tmp_path), resume="never")
+    (tmp_path / LOCK_NAME).write_text("process 1 on elsewhere\n")
+    with RunLock() as lock:
+        claim(run_folder(settings, lock), settings, lock)
+    with RunLock() as lock, pytest.raises(InputError, match=r"already holds a run \(it has config.json\)"):
+        run_folder(settings, lock)
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_run_that_came_while_this_one_started_is_not_removed(tmp_path: Path, resume: str) -> None:
+    folder = tmp_path / "run"
+    settings = dataclasses.replace(preset("tiny"), run_dir=str(folder), resume=resume)
+    with RunLock() as lock:
+        assert run_folder(settings, lock) == folder
+        assert not folder.exists()
+        (folder / "checkpoints" / "step_000001").mkdir(parents=True)
+        with pytest.raises(InputError, match=r"already holds a run|was used by another run while this one started"):
+            claim(folder, settings, lock)
+    assert (folder / "checkpoints" / "step_000001").is_dir()
+
+
+def test_without_locks_a_warning_is_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    with RunLock() as lock:
+        lock.take(tmp_path)
+        lock.take(tmp_path)
+    assert len(caplog.records) == 1
+    assert f"{tmp_path} cannot be locked (No locks available)" in caplog.text
