@@ -86,6 +86,7 @@ faults: $(STAMP) ## Kills, damage, resumes and failing processes, counted; then 
 lint: $(STAMP) ## Style and types, no tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(STAMP) ## Rewrite the sources in the project's format.

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = ("check", "test", "test-all")
 GIB_A_WORKER = 3
 """The largest tests hold about two."""
-LINT = ["ruff check .", "ruff format --check .", "pyright --pythonpath .venv/bin/python"]
+LINT = ["ruff check .", "ruff format --check .", "lint-imports --no-cache", "pyright --pythonpath .venv/bin/python"]
 
 
 @dataclass

@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -107,6 +108,21 @@ class World:
         failure = (InputError if any(mark == "input" for mark, _ in met.values()) else kind)(whole)
         failure.add_note(EVERYWHERE)
         raise failure from error
+
+    @contextmanager
+    def agreement(self, *, patient: bool = False) -> Iterator[None]:
+        """Raise a TrainingError or InputError that the body raises on one rank on all of them, so that none waits.
+
+        Every rank enters this at the same place. `patient`: the others may take far longer than an exchange should.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except (TrainingError, InputError) as error:
+            failure = error
+        if patient:
+            self.wait()
+        self.agree(failure)
 
     def beside(self) -> World:
         """The same ranks in a group of their own for `gather`, so that another thread may exchange at the same time.
@@ -203,3 +219,6 @@ def stop() -> None:
 def joined(parts: Sequence[Tensor]) -> list[Any]:
     """The values of all ranks' tensors as one list, in order of rank."""
     return torch.cat(list(parts)).tolist()
+
+
+T = TypeVar("T")

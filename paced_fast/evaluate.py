@@ -23,13 +23,14 @@ import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paced_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, cli, stream_seed
-from paced_fast.config.resolve import check_chats, config_from_dict, named
+from paced_fast.config.resolve import check_chats, named
+from paced_fast.config.saved import parse_config, read_settings
 from paced_fast.data import prompts
 from paced_fast.data.records import PromptTable
 from paced_fast.data.sources import parse_day, template_arguments
 from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.evaluation.held_out import Sample, Sampling, check_headline, evaluate
+from paced_fast.evaluation.held_out import Sample, Sampling, evaluate
 from paced_fast.generation import TransformersGenerator
 from paced_fast.policy import load_model, quiet, smollm2_folder
 from paced_fast.policy.families import check_finite, examine
@@ -37,10 +38,8 @@ from paced_fast.policy.shape import positions, text_settings
 from paced_fast.rewards import Scorer
 from paced_fast.run import checkpoint
 from paced_fast.run.plan.devices import require_float32_products
-from paced_fast.run.record import writer
+from paced_fast.run.record import files, terminal
 from paced_fast.run.record.terminal import evaluation_tables
-
-__all__ = ["EvaluateArguments", "check_headline", "config_from_dict", "evaluate_target", "load_config", "main"]
 
 logger = logging.getLogger("paced_fast.evaluate")  # __name__ is __main__ under python -m
 
@@ -108,18 +107,6 @@ class _Target:
     is_run: bool
 
 
-def load_config(run_dir: Path) -> Config:
-    """The resolved settings of a run. Raises InputError when the folder holds none, or what are none."""
-    return _config(run_dir, _read_config(run_dir))
-
-
-def _config(run_dir: Path, raw: dict[str, Any]) -> Config:
-    try:
-        return config_from_dict(Config, raw)
-    except InputError as error:
-        raise InputError(f"{run_dir / 'config.json'}: {error}") from error
-
-
 def evaluate_target(
     arguments: EvaluateArguments, keep: Callable[[Sequence[Sample]], None] | None = None
 ) -> dict[str, Any]:
@@ -160,7 +147,11 @@ def evaluate_target(
         given or config.data.eval,
         tokenizer=tokenizer,
         template=template,
-        chat=prompts.ChatSettings.of(config.data),
+        chat=prompts.ChatSettings.parsed(
+            system_prompt=config.data.system_prompt,
+            template_args=config.data.template_args,
+            date=config.data.date,
+        ),
         max_prompt_tokens=config.data.max_prompt_tokens if own else (arguments.max_prompt_tokens or 1 << 20),
         data_dir=data_dir,
         too_long=config.data.too_long if own else "error",
@@ -239,27 +230,14 @@ def _check_file(option: str, path: Path) -> None:
         raise InputError(f"{option} cannot be written ({error.strerror}): give another place") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{folder} is not a run folder: {path} cannot be read") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} is a JSON {type(raw).__name__}, not an object of settings")
-    return raw
-
-
 def _target(arguments: EvaluateArguments) -> _Target:
     """A folder with a model's configuration is a model, any other folder a run; what is no folder is a hub's id."""
     name = arguments.run_or_model
     folder = Path(name).expanduser()
     if folder.is_dir():
-        raw = _read_config(folder)
+        raw = read_settings(folder)
         if not raw.keys() & {"model_type", "architectures"}:
-            config = _config(folder, raw)
+            config = parse_config(folder, raw)
             config = _with_text(arguments, _placed(arguments, config))
             return _Target(str(checkpoint.policy_folder(folder, arguments.step)), config, True)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
@@ -363,7 +341,7 @@ def _save(samples: Sequence[Sample], path: str) -> None:
 
 def main() -> None:
     """Entry point: tables for people, and one line of JSON as the last line for programs."""
-    console = writer.configure_logging()
+    console = terminal.configure_logging()
     quiet()
     words = sys.argv[1:]
     try:
@@ -390,7 +368,7 @@ def _write(arguments: EvaluateArguments, record: dict[str, Any], samples: Sequen
     option = "json"
     try:
         if arguments.json is not None:
-            writer.write_json_atomic(arguments.json, record)
+            files.write_json_atomic(arguments.json, record)
         option = "save-samples"
         if arguments.save_samples is not None:
             _save(samples, arguments.save_samples)

@@ -26,7 +26,7 @@ from paced_fast.config import ModelConfig, cli
 from paced_fast.errors import InputError
 from paced_fast.policy import load_model, quiet, save_model
 from paced_fast.run import checkpoint
-from paced_fast.run.record import writer
+from paced_fast.run.record import terminal
 
 logger = logging.getLogger("paced_fast.export")  # __name__ is __main__ under python -m
 
@@ -160,7 +160,7 @@ def _take_exact(tensors: Path, model: torch.nn.Module) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line. Exit status 0 when done, 2 for wrong input."""
-    console = writer.configure_logging()
+    console = terminal.configure_logging()
     quiet()
     try:
         words = sys.argv[1:] if arguments is None else list(arguments)

@@ -26,10 +26,10 @@ from paced_fast.config import Config
 from paced_fast.config.presets import preset
 from paced_fast.config.resolve import resolve
 from paced_fast.distributed import World
-from paced_fast.paced.trainer import Trainer
 from paced_fast.policy import quiet
 from paced_fast.run import checkpoint
 from paced_fast.run.start import build
+from paced_fast.run.step import Stepper
 
 STEPS = 10
 CUTS = (1, 3, 4, 6, 9)
@@ -170,20 +170,20 @@ def piece_of(name: str) -> str:
     return "policy" if owner == "policy" else f"{owner}.{rest[0]}"
 
 
-def _digest(trainer: Any) -> str:
-    """Everything a trainer would save, and what its process would draw next."""
+def _digest(stepper: Stepper) -> str:
+    """Everything a run would save, and what its process would draw next."""
     hashed = hashlib.sha256()
-    tensors = trainer.state_tensors() | checkpoint.prefixed("model", trainer.policy.model.state_dict())
+    tensors = stepper.state_tensors() | checkpoint.prefixed("model", stepper.trainer.policy.model.state_dict())
     for name in sorted(tensors):
         hashed.update(name.encode() + tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    counters = dataclasses.asdict(trainer.counters)
+    counters = dataclasses.asdict(stepper.counters)
     hashed.update(json.dumps([counters, checkpoint.random_state()]).encode())
     return hashed.hexdigest()
 
 
 def _resumed(config: Config, forgotten: str) -> str:
     """Resume without one piece of the state, which stays what it is in a new run; take some steps; the digest."""
-    load, put = checkpoint.load, Trainer.load_state_tensors
+    load, put = checkpoint.load, Stepper.load_state_tensors
     owner, _, key = forgotten.partition(" ")
     seconds: list[float] = []
 
@@ -200,25 +200,25 @@ def _resumed(config: Config, forgotten: str) -> str:
             generators[key] = checkpoint.random_state()[key]
         return found, state, generators
 
-    def putting(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    def putting(stepper: Stepper, tensors: dict[str, Tensor]) -> None:
         fresh = {
-            name: tensor.clone() for name, tensor in trainer.state_tensors().items() if piece_of(name) == forgotten
+            name: tensor.clone() for name, tensor in stepper.state_tensors().items() if piece_of(name) == forgotten
         }
-        put(trainer, tensors | {name: tensor for name, tensor in fresh.items() if name in tensors})
+        put(stepper, tensors | {name: tensor for name, tensor in fresh.items() if name in tensors})
 
-    build.checkpoint.load, Trainer.load_state_tensors = loading, putting
+    checkpoint.load, Stepper.load_state_tensors = loading, putting
     try:
-        trainer = build.build(resolve(config), _console()).trainer
+        stepper = build.build(resolve(config), _console()).stepper
     finally:
-        build.checkpoint.load, Trainer.load_state_tensors = load, put
+        checkpoint.load, Stepper.load_state_tensors = load, put
     if forgotten == "policy":
         initial = load_file(Path(config.run_dir or "", "initial", "model.safetensors"))
-        trainer.policy.model.load_state_dict(initial)
-    begun = dataclasses.asdict(trainer.counters)  # a good step puts skips in a row back to 0
+        stepper.trainer.policy.model.load_state_dict(initial)
+    begun = dataclasses.asdict(stepper.counters)  # a good step puts skips in a row back to 0
     for _ in range(_ABLATED_STEPS):
-        trainer.step()
-    trainer.counters.train_seconds = float(trainer.counters.train_seconds > seconds[0])
-    return f"{begun['consecutive_skips']} {_digest(trainer)}"
+        stepper.step()
+    stepper.counters.train_seconds = float(stepper.counters.train_seconds > seconds[0])
+    return f"{begun['consecutive_skips']} {_digest(stepper)}"
 
 
 def ablate(world: World, config: Config, only: tuple[str, ...] = ()) -> dict[str, str]:

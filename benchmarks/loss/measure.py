@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from benchmarks.loss import accuracy, gemm_sweep, memory_probe, our_engines, report
+from benchmarks.loss import accuracy, gemm_sweep, memory_probe, report
 from benchmarks.loss.methods import Method, UnavailableError, answer_of, ceilings, our_methods, run_step, torch_makers
 from benchmarks.loss.peers import peer_makers
 from benchmarks.loss.problems import (
@@ -352,7 +352,7 @@ def measure(case: str, arguments: Arguments, path: Path) -> dict[str, Any]:
         print(report.cell_text(case, cell), flush=True)
     if result["not_reached"]:
         print("not reached: " + ", ".join(result["not_reached"]))
-    if arguments.sweep and our_engines.has_stages():
+    if arguments.sweep:
         names = [Shape.parse(text) for text in arguments.shapes] or gemm_sweep.default_shapes(run.device)
         swept = [gemm_sweep.sweep(run.device, shape, gemm_sweep.REPETITIONS, run.starting) for shape in names]
         print("\n".join(gemm_sweep.sweep_text(found) for found in swept))

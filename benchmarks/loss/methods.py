@@ -19,7 +19,7 @@ from torch import Tensor
 import paced_kernels
 from benchmarks.loss import our_engines
 from benchmarks.loss.accuracy import Answer, segment_sums
-from benchmarks.loss.problems import BETA, COMMON_THV, Batch
+from benchmarks.loss.problems import BETA, Batch
 from paced_kernels import TBOutput
 
 MIB = 2**20
@@ -108,7 +108,7 @@ def our_methods(case: str, device: torch.device, dtype: torch.dtype) -> list[Met
         thv = fixed_thv(2, 6, 8)
         methods.append(Method(name="ours, log-probs and autograd", logprobs=our_logprobs(), thv=thv, ours=True))
     methods[1:] = [replace(method, first_only="a variant of ours") for method in methods[1:]]
-    if on_gpu and our_engines.has_stages():
+    if on_gpu:
         around = functools.partial(our_engines.planned, None)
         thv = fixed_thv(2, 4, 6) if case == "trajectory_balance" else methods[0].thv
         methods.insert(1, replace(methods[0], name="ours, stage 1", around=around, thv=thv))
@@ -120,8 +120,7 @@ def _our_method(case: str, name: str, options: dict[str, Any]) -> Method:
         return Method(name=name, logprobs=our_logprobs(**options), thv=fixed_thv(2, 6, 8), ours=True)
 
     def thv(mode: str, batch: Batch) -> float:
-        planned = our_engines.planned_thv(mode, batch, options)
-        return COMMON_THV[mode] if planned is None else planned
+        return our_engines.planned_thv(mode, batch, options)
 
     return Method(name=name, balance=our_balance(**options), thv=thv, ours=True)
 

@@ -1,8 +1,8 @@
 """The one place where benchmarks reach below the public names of paced_kernels: variants, launch table, planned work.
 
 Stage 2 is the Triton projection with the exponentials in its epilogue, stage 1 a library GEMM with row kernels over
-its logits. Which one runs, and with which block sizes, is decided by `_launch.plan`; a variant replaces that decision
-for the length of a call.
+its logits. Which one runs, and with which block sizes, is decided by `_loss.tiles.plan`; a variant replaces that
+decision for the length of a call.
 
 T = packed tokens, H = hidden size, V = vocabulary.
 """
@@ -10,7 +10,6 @@ T = packed tokens, H = hidden size, V = vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.loss.problems import Batch
+from paced_kernels._backend import resolve_backend
+from paced_kernels._loss import engine, fused_pass, gradients, head, tiles
 
 GEMM_VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -37,63 +38,41 @@ GEMM_VARIANTS: tuple[dict[str, Any], ...] = (
 INTERPRETER_VARIANTS: tuple[dict[str, Any], ...] = ({}, {"block_t": 16, "block_v": 128})
 
 
-def private(name: str) -> Any:
-    """A module of paced_kernels that is not part of its interface, or None where this version has none of that name."""
-    try:
-        return importlib.import_module(f"paced_kernels.{name}")
-    except ModuleNotFoundError:
-        return None
-
-
 @contextmanager
 def planned(config: Any) -> Iterator[None]:
     """Run the projection by this configuration; None is stage 1."""
-    with mock.patch.object(private("_launch"), "plan", return_value=config):
+    with mock.patch.object(tiles, "plan", return_value=config):
         yield
-
-
-def has_stages() -> bool:
-    """Whether this version has two stages to choose from."""
-    launch = private("_launch")
-    return launch is not None and hasattr(launch, "plan") and private("_backend") is not None
 
 
 def make_engine(batch: Batch, options: dict[str, Any]) -> tuple[Any, str]:
     """The row engine that a call with these options would use, and the name of its backend."""
-    backend = private("_backend")
-    resolved = backend.resolve_backend(options.get("backend", "auto"), batch.hidden)
-    head = private("_head").Head(batch.head_weight, None, 1.0)
+    resolved = resolve_backend(options.get("backend", "auto"), batch.hidden)
+    own = head.Head(batch.head_weight, None, 1.0)
     workspace = options.get("workspace_bytes")
-    return backend.make_engine(head, batch.hidden, batch.token_ids, False, workspace, resolved), resolved
+    return engine.make_engine(own, batch.hidden, batch.token_ids, False, workspace, resolved), resolved
 
 
-def planned_thv(mode: str, batch: Batch, options: dict[str, Any]) -> float | None:
-    """THV of one step of our loss: twice the logits for sequences that fit no chunk and cannot be streamed.
-
-    None where this version does not tell its plan.
-    """
+def planned_thv(mode: str, batch: Batch, options: dict[str, Any]) -> float:
+    """THV of one step of our loss: twice the logits for sequences that fit no chunk and cannot be streamed."""
     if mode == "forward":
         return 2.0
-    fused, gradients = private("_fused"), private("_gradients")
-    if not has_stages() or fused is None or not hasattr(fused, "streamed_rows") or gradients is None:
-        return None
-    engine, backend = make_engine(batch, options)
+    rows_engine, backend = make_engine(batch, options)
     is_firm = options.get("workspace_bytes") is not None or backend == "reference"
     wanted = gradients.Wanted(True, mode == "full", False)
-    can_stream = fused.streamed_rows(engine, wanted, is_firm) > 0
+    can_stream = fused_pass.streamed_rows(rows_engine, wanted, is_firm) > 0
     base, twice = (4.0 if mode == "frozen" else 6.0), 0
-    for group in fused.plan_groups(batch.cu_seqlens, batch.shape.tokens, engine.rows_per_chunk):
+    for group in fused_pass.plan_groups(batch.cu_seqlens, batch.shape.tokens, rows_engine.rows_per_chunk):
         rows = group.rows.stop - group.rows.start
         is_sequence = group.sequences.stop - group.sequences.start == 1
-        if rows > engine.rows_per_chunk and not (is_sequence and can_stream):
+        if rows > rows_engine.rows_per_chunk and not (is_sequence and can_stream):
             twice += rows
     return base + 2.0 * twice / batch.shape.tokens
 
 
 def sweep_configs(batch: Batch) -> dict[str, Any]:
     """Name -> configuration of the projection; the shipped one first, then variants of it, then stage 1 (None)."""
-    launch = private("_launch")
-    shipped = launch.plan(batch.hidden, batch.head_weight)
+    shipped = tiles.plan(batch.hidden, batch.head_weight)
     variants = GEMM_VARIANTS if batch.hidden.device.type == "cuda" else INTERPRETER_VARIANTS
     configs = {}
     if shipped is not None:
@@ -117,13 +96,13 @@ def exponentials_call(batch: Batch, config: Any, num_rows: int) -> Callable[[int
     Turns take different rows; exponentials, row sums and log-probs of every row are computed each time.
     """
     with planned(config):
-        engine, _ = make_engine(batch, {"backend": "triton"})
-    assert num_rows <= engine.rows_per_chunk
+        rows_engine, _ = make_engine(batch, {"backend": "triton"})
+    assert num_rows <= rows_engine.rows_per_chunk
     num_chunks = batch.shape.tokens // num_rows
 
     def call(turn: int) -> Tensor:
         start = turn % num_chunks * num_rows
         with torch.no_grad():
-            return engine.exponentials(slice(start, start + num_rows), None).stats.logprobs
+            return rows_engine.exponentials(slice(start, start + num_rows), None).stats.logprobs
 
     return call

@@ -233,8 +233,8 @@ def run_ours(arguments: Arguments) -> None:
     from paced_fast.config.presets import preset
     from paced_fast.config.resolve import resolve
     from paced_fast.data import packing
-    from paced_fast.data.records import Completion
-    from paced_fast.paced.update import Targets, make_optimizer, update_policy
+    from paced_fast.data.records import Completion, Targets
+    from paced_fast.paced.update import make_optimizer, update_policy
     from paced_fast.policy import Policy
 
     device = environment.choose_device(arguments.device)

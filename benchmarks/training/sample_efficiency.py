@@ -22,11 +22,12 @@ from rich.table import Table
 
 from benchmarks.quick import quick
 from benchmarks.training import curves
-from paced_fast import train
 from paced_fast.config import Config
 from paced_fast.config.presets import preset
 from paced_fast.config.resolve import resolve
 from paced_fast.errors import InputError
+from paced_fast.run import evaluate_policy
+from paced_fast.run.start.build import Run, build
 
 # name -> what it is, and how its settings differ from the preset's. `grpo` comes first: it sets the time budget.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -108,25 +109,25 @@ def run_arm(job: tuple[str, int], *, steps: int, eval_every: int, seconds: float
     console = Console(quiet=True)
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, run_dir=folder)
-        run = train.build(config, console)
-        first = train.evaluate_now(run, config.evaluation.final_samples)
+        run = build(config, console)
+        first = evaluate_policy.evaluate_now(run, config.evaluation.final_samples)
         assert first is not None
         points = [_point(run, first, 0, 0.0)]
         shares: list[float] = []
         at_budget = None
-        counters = run.trainer.counters
+        counters = run.stepper.counters
         while counters.rollouts < budget or counters.train_seconds < seconds:
-            record, _ = run.trainer.step()
+            record = run.stepper.step().record
             shares.append(record["mixed_group_share"])
             done = at_budget is None and counters.rollouts >= budget
             if done or counters.rollouts >= points[-1]["rollouts"] + interval:
                 samples = config.evaluation.final_samples if done else config.evaluation.samples
-                evaluation = train.evaluate_now(run, samples)
+                evaluation = evaluate_policy.evaluate_now(run, samples)
                 assert evaluation is not None
                 points.append(_point(run, evaluation, counters.rollouts, counters.train_seconds))
                 at_budget = points[-1] if done else at_budget
         if points[-1]["train_seconds"] < counters.train_seconds:
-            evaluation = train.evaluate_now(run, config.evaluation.samples)
+            evaluation = evaluate_policy.evaluate_now(run, config.evaluation.samples)
             assert evaluation is not None
             points.append(_point(run, evaluation, counters.rollouts, counters.train_seconds))
     return {
@@ -141,7 +142,7 @@ def run_arm(job: tuple[str, int], *, steps: int, eval_every: int, seconds: float
     }
 
 
-def _point(run: train.Run, evaluation: Any, rollouts: int, seconds: float) -> dict[str, Any]:
+def _point(run: Run, evaluation: Any, rollouts: int, seconds: float) -> dict[str, Any]:
     point = {
         "rollouts": rollouts,
         "train_seconds": seconds,
@@ -150,7 +151,7 @@ def _point(run: train.Run, evaluation: Any, rollouts: int, seconds: float) -> di
         "distinct_correct": evaluation.overall.distinct_correct,
         "trivial": evaluation.slices["trivial"].accuracy,
     }
-    value = train.value_on_held_out(run, evaluation)
+    value = evaluate_policy.value_on_held_out(run, evaluation)
     if value is not None:
         point |= {f"value_{name}": value[name] for name in ("brier", "ece", "rank_correlation")}
     return point

@@ -196,7 +196,7 @@ def train_once(generator: Any, mode: Any, steps: int, seed: int) -> dict[str, fl
 
     from paced_fast import train
     from paced_fast.config.presets import preset
-    from paced_fast.run.record.writer import configure_logging
+    from paced_fast.run.record.terminal import configure_logging
 
     config = preset("tiny")
     with tempfile.TemporaryDirectory() as folder:

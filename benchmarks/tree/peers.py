@@ -353,7 +353,7 @@ def _torchrl_extension(home: torch.device) -> Any:
 
 
 def _our_kernels(capacity: int, faces: torch.device, seed: int) -> Peer:
-    from paced_kernels._loss.triton_rows import is_interpreted
+    from paced_kernels._grid import is_interpreted
 
     if is_interpreted():
         raise UnavailableError("interpreter: its times say nothing about the kernels")

@@ -6,9 +6,9 @@ proportion to integer weights, without drift and without making the host wait. I
 context and reads no environment variable.
 """
 
-from ._loss.head import VocabShard
 from ._loss.sequences import segment_sum
 from ._loss.tiles import default_workspace_bytes
+from ._shard import VocabShard
 from .linear_head import FusedLinearHead
 from .logprobs import linear_logprobs
 from .priority_tree import Bell, PriorityTree, Sample

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._loss.head import VocabShard
+from ._shard import VocabShard
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import _checks
 from ._backend import resolve_backend
-from ._loss.head import VocabShard
 from ._loss.operators import compute_linear_logprobs
+from ._shard import VocabShard
 
 
 @overload

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._backend import resolve_backend
-from ._loss.head import VocabShard
 from ._loss.operators import compute_trajectory_balance
+from ._shard import VocabShard
 from .reference import TBOutput
 
 

@@ -3,21 +3,15 @@
 `auto` means "what the algorithm's name says"; `resolve.resolve` replaces it, and the run folder keeps the result.
 """
 
-from paced_fast.config.compute import DistributedConfig, LoraConfig
-from paced_fast.config.data import (
-    DataConfig,
-    GenerationConfig,
-    ModelConfig,
-    RewardConfig,
-    WarmStartConfig,
-    WarmStartPhase,
-)
-from paced_fast.config.engine import MismatchConfig, SyncMode, WeightSyncConfig
+from paced_fast.config.data import DataConfig
+from paced_fast.config.generation import GenerationConfig, MismatchConfig, SyncMode, WeightSyncConfig
 from paced_fast.config.guards import GuardConfig, WarningName
-from paced_fast.config.paced import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, Rule, SchedulerConfig
+from paced_fast.config.paced import Algorithm, LogZConfig, LossConfig, ReplayConfig, Rule, SchedulerConfig
+from paced_fast.config.policy import LoraConfig, ModelConfig, OptimizerConfig, WarmStartConfig, WarmStartPhase
+from paced_fast.config.rewards import RewardConfig
 from paced_fast.config.run import (
-    Algorithm,
     Config,
+    DistributedConfig,
     EvaluationConfig,
     GeneratorName,
     RunConfig,

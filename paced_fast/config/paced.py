@@ -27,32 +27,6 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """AdamW of the policy."""
-
-    learning_rate: float = 1e-6
-    """Learning rate after the warm-up."""
-    warmup_steps: int = 10
-    """Steps over which the learning rate rises linearly."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay."""
-    beta1: float = 0.9
-    """First-moment decay."""
-    beta2: float = 0.999
-    """Second-moment decay."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    minibatches: int = 2
-    """Optimiser steps made from one batch of rollouts."""
-    epochs: int = 1
-    """Passes over one batch of rollouts."""
-    micro_batch_tokens: int = 32768
-    """Tokens (padding included) in one forward and backward pass."""
-    max_consecutive_skips: int = 3
-    """Steps skipped in a row for a non-finite loss or gradient before the run stops."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LogZConfig:
     """The head that predicts value = beta * log Z, the policy's accuracy on a prompt."""
 
@@ -124,3 +98,6 @@ class ReplayConfig:
     is drawn is then chosen without regard to rewards, or no weight could make up for the choice."""
     trains_log_z: bool = False
     """Whether the head learns from replayed completions too; correct ones alone bias it upwards."""
+
+
+Algorithm = Literal["paced", "tb", "tb_group", "flowrl", "grpo"]

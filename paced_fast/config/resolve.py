@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-import typing
 from collections.abc import Callable, Iterable, Sequence
 from importlib import util
-from typing import Any, Literal
+from typing import Any
 
 from paced_fast.config import Config, flatten
 from paced_fast.data.sources import is_template, parse_day, parse_source, template_arguments
@@ -177,42 +175,6 @@ def check_engine_ranks(config: Config, ranks: int) -> None:
             f"--weight-sync.tensor-parallel {wanted} shares vLLM engines out to groups of ranks, and here are {ranks} "
             f"with --generator {config.generator}: start a multiple with torchrun"
         )
-
-
-def config_from_dict(kind: Any, raw: Any, name: str = "") -> Any:
-    """Rebuild a settings dataclass from `dataclasses.asdict` gone through JSON; an absent setting has its default.
-
-    `name` is that of the setting that `raw` is, "" for all of them. Raises InputError for the first value of the wrong
-    kind.
-    """
-    if not isinstance(raw, dict):
-        raise InputError(f"{name or 'it'} is {json.dumps(raw)[:80]}, not an object of settings")
-    values: dict[str, Any] = {}
-    for key, hint in typing.get_type_hints(kind).items():
-        if key not in raw:
-            continue
-        full, value = f"{name}.{key}".lstrip("."), raw[key]
-        if dataclasses.is_dataclass(hint):
-            value = config_from_dict(hint, value, full)
-        elif not _fits(value, hint):
-            wanted = str(getattr(hint, "__name__", hint)) if isinstance(hint, type) else str(hint)
-            raise InputError(f"{full} is {json.dumps(value)[:80]}, not {wanted.removeprefix('typing.')}")
-        values[key] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of the kind that a setting's annotation says."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in parts and not isinstance(value, bool)
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
-    if parts:  # a union
-        return any(_fits(value, part) for part in parts)
-    if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 def _option(name: str) -> str:

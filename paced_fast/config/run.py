@@ -8,13 +8,13 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from paced_fast.config.compute import DistributedConfig, LoraConfig
-from paced_fast.config.data import DataConfig, GenerationConfig, ModelConfig, RewardConfig, WarmStartConfig
-from paced_fast.config.engine import MismatchConfig, WeightSyncConfig
+from paced_fast.config.data import DataConfig
+from paced_fast.config.generation import GenerationConfig, MismatchConfig, WeightSyncConfig
 from paced_fast.config.guards import GuardConfig
-from paced_fast.config.paced import LogZConfig, LossConfig, OptimizerConfig, ReplayConfig, SchedulerConfig
+from paced_fast.config.paced import Algorithm, LogZConfig, LossConfig, ReplayConfig, SchedulerConfig
+from paced_fast.config.policy import LoraConfig, ModelConfig, OptimizerConfig, WarmStartConfig
+from paced_fast.config.rewards import RewardConfig
 
-Algorithm = Literal["paced", "tb", "tb_group", "flowrl", "grpo"]
 GeneratorName = Literal["auto", "vllm", "transformers"]
 
 
@@ -59,6 +59,20 @@ class RunConfig:
     """Write the HTML report and its plots at the end."""
     loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """Other places that receive the metrics, besides metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedConfig:
+    """Several processes, started by torchrun, one a GPU."""
+
+    mode: Literal["auto", "replicated", "sharded"] = "auto"
+    """`replicated` (every rank holds all parameters, and a part of the optimiser's state), `sharded` (FSDP2: parameters
+    too are split), or `auto`: replicated where it fits, and the memory plan says why."""
+    timeout_seconds: float = 600.0
+    """Longest wait for another rank in an exchange; after it the run stops."""
+    stall_seconds: float = 300.0
+    """Time without progress after which every rank logs where it is and what it runs, once; nothing is stopped. Below
+    `timeout_seconds`, so that the reason is on record when that ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,9 +6,9 @@ table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -63,34 +63,6 @@ class Completion:
     """True when a stop token ended it, False when `max_completion_tokens` did."""
 
 
-def without_unknown_ids(completions: Sequence[Completion], vocabulary: int) -> list[Completion]:
-    """The completions, one with an id outside [0, vocabulary) without any tokens: it has no log-prob and no text.
-
-    A generator can sample such ids from the padding of its output layer. A sampled completion has at least one token,
-    so one without was left out: `score_sampled` gives it no verdict.
-    """
-    return [
-        Completion(token_ids=[], logprobs=[], stopped=True)
-        if completion.token_ids and not 0 <= min(completion.token_ids) <= max(completion.token_ids) < vocabulary
-        else completion
-        for completion in completions
-    ]
-
-
-def score_sampled(
-    score: Callable[[Sequence[PromptRow], Sequence[str]], list[float | None]],
-    rows: Sequence[PromptRow],
-    texts: Sequence[str],
-    completions: Sequence[Completion],
-) -> list[float | None]:
-    """The rewards of `score`, which is not shown the completions without tokens; None, no verdict, for those."""
-    sampled = [i for i, completion in enumerate(completions) if completion.token_ids]
-    rewards: list[float | None] = [None] * len(completions)
-    for i, reward in zip(sampled, score([rows[i] for i in sampled], [texts[i] for i in sampled]), strict=True):
-        rewards[i] = reward
-    return rewards
-
-
 @dataclass(frozen=True, slots=True)
 class Group:
     """The G completions of one prompt with their rewards."""
@@ -140,3 +112,72 @@ class Rollouts:
     def num_tokens(self) -> int:
         """T."""
         return int(sum(self.lengths))
+
+
+class GroupSource(Protocol):
+    """Who gives a trainer the groups of a step in place of drawing prompts, sampling and judging."""
+
+    def groups(self, step: int, round_: int = 0) -> list[Group]:
+        """The groups of the step's batch, then those that were sampled and left out of it; all in the first round."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """The groups sampled in this step. P groups of G, B = P * G."""
+
+    rollouts: Rollouts
+    groups: list[Group]  # P, those of the batch
+    dropped: list[Group]  # sampled and left out
+    prompt_index: Tensor  # i64[P]
+    accuracy: Tensor  # f32[P], of the scored completions; 0 where there is none
+    scored: Tensor  # bool[B]
+
+    @property
+    def num_sampled(self) -> int:
+        """Completions sampled, those of dropped groups included."""
+        return sum(len(group.completions) for group in (*self.groups, *self.dropped))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens sampled, those of dropped groups included."""
+        groups = (*self.groups, *self.dropped)
+        return sum(len(completion.token_ids) for group in groups for completion in group.completions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step leaves on the device."""
+
+    fresh: Fresh
+    rollouts: Rollouts  # fresh and replayed
+    replayed: Rollouts | None
+    targets: Targets
+    update: UpdateResult
+    learning_rate: Tensor  # f32[]
+    visits: Tensor  # i64[N]
+    values: Tensor | None  # f32[N], as they were before the update
+    head: tuple[Tensor, Tensor] | None  # loss and gradient norm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """What the policy loss compares the current log-probs with."""
+
+    signal: Tensor  # f32[B]: raw reward (tb family), group-normalised advantage (grpo), scaled advantage (flowrl)
+    intercept: Tensor  # f32[B]: beta * log Z (tb family), log Z (flowrl), unused by grpo
+    old_logprobs: Tensor  # f32[T], the policy at the start of the step
+    ref_logprobs: Tensor  # f32[T], old_logprobs, or the initial policy's for flowrl
+    weights: Tensor  # f32[B], constant factor of each sequence: 1, or what corrects for the policy that sampled it
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What happened in `update_policy`; tensors are in the order of the rollouts."""
+
+    loss: Tensor  # f32[], mean over the optimiser steps
+    grad_norm: Tensor  # f32[], likewise, before clipping
+    log_ratio: Tensor  # f32[B], sum of log pi - log pi_old at the last time the sequence was trained on
+    weight: Tensor  # f32[B], importance weight at that time, 0 for a sequence left out
+    skipped: Tensor  # i64[], optimiser steps left out for a non-finite loss or gradient
+    taken: Tensor  # i64[], optimiser steps made

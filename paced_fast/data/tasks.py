@@ -10,7 +10,6 @@ k = digits in a problem, n = problems drawn at once.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import logging
 import operator
@@ -23,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -186,12 +185,6 @@ def equation(text: str, answer: str) -> str:
             if numbers[a] + first * numbers[b] + second * numbers[c] == goal:
                 return f"{a}{'+-'[first < 0]}{b}{'+-'[second < 0]}{c}={answer}"
     return f"={answer}"
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A hint for an error message: ` (did you mean 'x'?)`, or nothing when no known word is near."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _reasoning_gym_dataset(name: str, settings: Mapping[str, Any]) -> Any:

@@ -9,8 +9,7 @@ Between D2 and D3 nobody asks the device for a value: no Python number, no shape
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,24 +48,3 @@ def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             part = [int(value) for value in part]
         result[name] = part if tensor.dim() else part[0]
     return result
-
-
-def clock_of(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """A clock for `metrics.Phases`: marks, and the seconds between two of them.
-
-    On a GPU a mark is an event of the current stream, so that a phase is charged for the work it launched and for the
-    time the GPU waited for the host. The seconds are asked for when the step's figures have come to the host.
-    """
-    if device.type != "cuda":
-        return time.perf_counter, lambda start, end: end - start
-
-    def mark() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def elapsed(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    return mark, elapsed

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from paced_fast.config import stream_seed
-from paced_fast.data.records import Completion, PromptRow, PromptTable, score_sampled, without_unknown_ids
+from paced_fast.data.records import Completion, PromptRow, PromptTable
 from paced_fast.errors import InputError
 from paced_fast.evaluation.estimates import majority_at_k, mean_intervals, pass_at_each
 from paced_fast.generation import Generator
+from paced_fast.generation.interface import without_unknown_ids
+from paced_fast.rewards.scorer import score_sampled
 from paced_fast.rewards.votes import answer_key
 
 logger = logging.getLogger(__name__)

@@ -41,3 +41,17 @@ class Generator(Protocol):
     def close(self) -> None:
         """Sampling is over: processes and process groups of an engine end."""
         ...
+
+
+def without_unknown_ids(completions: Sequence[Completion], vocabulary: int) -> list[Completion]:
+    """The completions, one with an id outside [0, vocabulary) without any tokens: it has no log-prob and no text.
+
+    A generator can sample such ids from the padding of its output layer. A sampled completion has at least one token,
+    so one without was left out: `score_sampled` gives it no verdict.
+    """
+    return [
+        Completion(token_ids=[], logprobs=[], stopped=True)
+        if completion.token_ids and not 0 <= min(completion.token_ids) <= max(completion.token_ids) < vocabulary
+        else completion
+        for completion in completions
+    ]

@@ -123,24 +123,3 @@ class LogZ:
         self.mlp.load_state_dict({k.removeprefix("mlp."): v for k, v in state.items() if k.startswith("mlp.")})
         self.values.copy_(state["values"])
         self.cursor.copy_(state["cursor"])
-
-
-def group_accuracy(rewards: Tensor, scored: Tensor, group_size: int) -> Tensor:
-    """Mean reward f32[P] of the scored ones, bool[B], of consecutive groups of `group_size`; 0 where none is."""
-    return _group_means(rewards.view(-1, group_size), scored.view(-1, group_size))[:, 0]
-
-
-def group_advantage(rewards: Tensor, scored: Tensor, group_size: int) -> Tensor:
-    """GRPO's (reward - group mean) / (group std + 1e-6), f32[B]; arXiv 2402.03300, section 4.1.1.
-
-    Mean and deviation are those of the scored completions, bool[B]; the others get 0.
-    """
-    groups, known = rewards.view(-1, group_size), scored.view(-1, group_size)
-    centred = (groups - _group_means(groups, known)) * known
-    degrees = (known.sum(1, keepdim=True) - 1).clamp(min=1)
-    deviation = (centred.square().sum(1, keepdim=True) / degrees).sqrt()
-    return (centred / (deviation + 1e-6)).flatten()
-
-
-def _group_means(groups: Tensor, known: Tensor) -> Tensor:
-    return (groups * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)

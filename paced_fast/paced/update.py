@@ -6,11 +6,8 @@ B = sequences, T = packed completion tokens, s = sum of a sequence's log-probs, 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,130 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from paced_fast.config import Config, OptimizerConfig, stream_seed
 from paced_fast.data import packing
-from paced_fast.data.records import Rollouts
-from paced_fast.data.transfer import pinned, to_device
+from paced_fast.data.records import Rollouts, Targets, UpdateResult
+from paced_fast.data.transfer import to_device
 from paced_fast.distributed import ALONE, World
-from paced_fast.policy import Policy
+from paced_fast.paced.losses import POLICY_LOSSES, MicroOutput
+from paced_fast.policy import Policy, rows
 from paced_fast.policy.optimizer import PolicyOptimizer
-from paced_kernels import segment_sum, trajectory_balance_from_logprobs, trajectory_balance_loss
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Targets:
-    """What the policy loss compares the current log-probs with."""
-
-    signal: Tensor  # f32[B]: raw reward (tb family), group-normalised advantage (grpo), scaled advantage (flowrl)
-    intercept: Tensor  # f32[B]: beta * log Z (tb family), log Z (flowrl), unused by grpo
-    old_logprobs: Tensor  # f32[T], the policy at the start of the step
-    ref_logprobs: Tensor  # f32[T], old_logprobs, or the initial policy's for flowrl
-    weights: Tensor  # f32[B], constant factor of each sequence: 1, or what corrects for the policy that sampled it
-
-
-class MicroOutput(NamedTuple):
-    """Loss of one micro-batch, and per sequence the log-ratio to the old policy and the weight, detached."""
-
-    loss: Tensor  # f32[]
-    log_ratio: Tensor  # f32[b]
-    weight: Tensor  # f32[b]
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateResult:
-    """What happened in `update_policy`; tensors are in the order of the rollouts."""
-
-    loss: Tensor  # f32[], mean over the optimiser steps
-    grad_norm: Tensor  # f32[], likewise, before clipping
-    log_ratio: Tensor  # f32[B], sum of log pi - log pi_old at the last time the sequence was trained on
-    weight: Tensor  # f32[B], importance weight at that time, 0 for a sequence left out
-    skipped: Tensor  # i64[], optimiser steps left out for a non-finite loss or gradient
-    taken: Tensor  # i64[], optimiser steps made
-
-
-PolicyLoss = Callable[[Tensor, Policy, Rollouts, Targets, Config, int], MicroOutput]
-
-
-def trajectory_balance(
-    hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
-) -> MicroOutput:
-    """mean_i w_i u_i^2 / (2 b), u = value + b (s - s_old) - reward, w = weight min(exp(s - s_old), cap) detached."""
-    beta = config.loss.beta
-    old = segment_sum(targets.old_logprobs, micro.cu_seqlens)
-    # On the host the offsets are the plan of the chunks too; on the device the op would have to project twice.
-    host = torch.device("cpu")
-    offsets = pinned(packing.cu_seqlens(micro.lengths, host, torch.int64), policy.device)
-    terms: dict[str, Any] = {
-        "rewards": targets.signal,
-        "log_z": targets.intercept / beta,
-        "beta": beta,
-        "ref_logprobs": targets.ref_logprobs,
-        "weights": targets.weights * (beta / 2),  # residual = u / b, so this is u^2 / (2 b)
-        "behavior_logprobs": targets.old_logprobs,
-        "importance_cap": config.loss.importance_cap,
-        "denominator": denominator,
-    }
-    temperature = config.generation.temperature
-    if policy.family.cap is not None:  # bounded logits are not linear in the states, as the fused op has it
-        logprobs = policy.token_logprobs(hidden, micro.token_ids, temperature)
-        out = trajectory_balance_from_logprobs(logprobs, micro.cu_seqlens, **terms)
-    else:
-        weight, bias = policy.head
-        out = trajectory_balance_loss(
-            hidden, weight, micro.token_ids, offsets, bias=bias, temperature=temperature, **terms
-        )
-    log_ratio = out.seq_logprobs - old
-    importance = log_ratio.clamp(max=math.log(config.loss.importance_cap)).exp()
-    return MicroOutput(out.loss, log_ratio, targets.weights * importance)
-
-
-def flowrl(
-    hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
-) -> MicroOutput:
-    """mean_i w_i (log Z + mean log pi - scale * advantage - mean log pi_ref)^2, w as in `trajectory_balance`.
-
-    arXiv 2509.15207 as its code has it: means inside the residual, a sum inside the weight.
-    """
-    logprobs = policy.token_logprobs(hidden, micro.token_ids, config.generation.temperature)
-    log_ratio = segment_sum(logprobs.detach() - targets.old_logprobs, micro.cu_seqlens)
-    cap = math.log(config.loss.flowrl_importance_cap)
-    importance = targets.weights * log_ratio.clamp(max=cap).exp()
-    out = trajectory_balance_from_logprobs(
-        logprobs,
-        micro.cu_seqlens,
-        rewards=targets.signal,
-        log_z=targets.intercept,
-        beta=1.0,
-        ref_logprobs=targets.ref_logprobs,
-        weights=importance,
-        reduction="mean",
-        denominator=denominator,
-    )
-    return MicroOutput(out.loss, log_ratio, importance)
-
-
-def grpo(
-    hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
-) -> MicroOutput:
-    """-mean_i w_i mean_t min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = exp(log pi - log pi_old); arXiv 2402.03300,
-    eq. 3 without its KL term."""
-    logprobs = policy.token_logprobs(hidden, micro.token_ids, config.generation.temperature)
-    lengths = micro.cu_seqlens.diff().long()
-    advantage = targets.signal.repeat_interleave(lengths, output_size=micro.num_tokens)
-    ratio = (logprobs - targets.old_logprobs).exp()
-    clipped = ratio.clamp(1 - config.loss.grpo_clip, 1 + config.loss.grpo_clip)
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    means = segment_sum(surrogate, micro.cu_seqlens) / lengths.clamp(min=1)
-    loss = -(targets.weights * means).sum() / denominator
-    log_ratio = segment_sum(logprobs.detach() - targets.old_logprobs, micro.cu_seqlens)
-    return MicroOutput(loss, log_ratio, targets.weights)
-
-
-POLICY_LOSSES: dict[str, PolicyLoss] = {
-    "paced": trajectory_balance,
-    "tb": trajectory_balance,
-    "tb_group": trajectory_balance,
-    "flowrl": flowrl,
-    "grpo": grpo,
-}
 
 
 def make_optimizer(policy: Policy, config: OptimizerConfig, mesh: DeviceMesh | None = None) -> PolicyOptimizer:
@@ -183,7 +62,7 @@ def passes(
 
     Where ranks must call the model alike (`policy.lockstep`), one that has fewer repeats a sequence that does not.
     """
-    dealt = packing.deal(rollouts, sequences, world.size, max_tokens)
+    dealt = rows.deal(rollouts, sequences, world.size, max_tokens)
     if not policy.lockstep:
         yield from ((chosen, True) for chosen in policy.micro_batches(rollouts, dealt[world.rank], max_tokens))
         return

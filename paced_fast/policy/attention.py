@@ -22,9 +22,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from paced_fast.data.packing import PackedRow
 from paced_fast.errors import InputError
 from paced_fast.policy.families import unshareable
+from paced_fast.policy.rows import PackedRow
 from paced_fast.policy.shape import head_size, text_settings
 
 _NAME = "paced_fast"
@@ -267,3 +267,8 @@ def _absent(kernel: _Varlen) -> str | None:
     except (ImportError, OSError, RuntimeError) as error:  # absent, or built for another torch or CUDA
         return f"{kernel.install} is not installed or does not load ({(str(error).splitlines() or [''])[0]})"
     return None
+
+
+MASKED_ROW = 256
+"""On a CPU rows that share a prompt are computed with a mask up to so many tokens, longer ones block by block: of a
+long row's pairs of positions a mask throws most away, of short rows a call for each block takes longer than that."""

@@ -19,7 +19,16 @@ from paced_fast.config import Config, stream_seed
 from paced_fast.data import packing
 from paced_fast.data.records import Completion, Rollouts
 from paced_fast.errors import InputError
-from paced_fast.policy.attention import PADDED, Attention, Packed, choose_attention, install, sdpa, sdpa_masks
+from paced_fast.policy.attention import (
+    MASKED_ROW,
+    PADDED,
+    Attention,
+    Packed,
+    choose_attention,
+    install,
+    sdpa,
+    sdpa_masks,
+)
 from paced_fast.policy.capped import capped_logprobs
 from paced_fast.policy.families import (
     check_length,
@@ -37,8 +46,15 @@ from paced_fast.policy.gradient_checkpointing import checkpoint_next_forward, en
 from paced_fast.policy.liger import use_liger
 from paced_fast.policy.lora import adapt
 from paced_fast.policy.padded import padded_micro_batches, padded_rows
+from paced_fast.policy.rows import (
+    ForwardRows,
+    forward_rows,
+    longest_row,
+    micro_batches,
+    packed_micro_batches,
+    packed_row,
+)
 from paced_fast.policy.sharding import Shards
-from paced_fast.run.plan.memory import MASKED_ROW
 from paced_kernels import linear_logprobs
 
 logger = logging.getLogger(__name__)
@@ -158,9 +174,9 @@ class Policy:
         if self._padded:
             return padded_micro_batches(rollouts, sequences, limit)
         if self._masked(rollouts):
-            return packing.micro_batches(rollouts, sequences, limit)
+            return micro_batches(rollouts, sequences, limit)
         share = self.attention.kernel is None
-        return packing.packed_micro_batches(rollouts, sequences, limit, share_prompts=share)
+        return packed_micro_batches(rollouts, sequences, limit, share_prompts=share)
 
     @property
     def longest_masked_row(self) -> int:
@@ -180,7 +196,7 @@ class Policy:
         check_length(self.family.limit, total, "lower --data.max-prompt-tokens or --generation.max-completion-tokens")
 
     def _masked(self, rollouts: Rollouts) -> bool:
-        return packing.longest_row(rollouts, self.max_tokens) <= self.longest_masked_row
+        return longest_row(rollouts, self.max_tokens) <= self.longest_masked_row
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """States [T, H] that predict the packed completion tokens, differentiable in the parameters; inside `run`.
@@ -203,7 +219,7 @@ class Policy:
 
     def _shared(self, rollouts: Rollouts, *, masked: bool) -> Tensor:
         if masked:
-            rows = packing.forward_rows(rollouts, self.max_tokens)
+            rows = forward_rows(rollouts, self.max_tokens)
             states = self.body(
                 input_ids=rows.input_ids,
                 attention_mask=self._masks(rows),
@@ -211,7 +227,7 @@ class Policy:
                 use_cache=False,
             ).last_hidden_state
             return states.flatten(0, 1)[rows.hidden_index]
-        row = packing.packed_row(rollouts, share_prompts=self.attention.kernel is None)
+        row = packed_row(rollouts, share_prompts=self.attention.kernel is None)
         kernel = self.attention.kernel or sdpa
         windows = set(self._windows().values())
         masks = sdpa_masks(row, windows, self.model.dtype) if kernel is sdpa else {}
@@ -227,7 +243,7 @@ class Policy:
         ).last_hidden_state
         return states[0][row.hidden_index]
 
-    def _masks(self, rows: packing.ForwardRows) -> Tensor | dict[str, Tensor]:
+    def _masks(self, rows: ForwardRows) -> Tensor | dict[str, Tensor]:
         """The rows' mask [R, 1, L, L], added to scores; one for each kind of layer where some or all see a window only.
 
         A model takes a mask as it is given, so its window has to be in it: a token sees those less than so many

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from paced_fast.errors import InputError
+from paced_fast.report.charts.chart import Chart, curve_table
 from paced_fast.report.charts.held_out import (
     ROLLOUTS,
     SECONDS,
@@ -22,7 +23,6 @@ from paced_fast.report.charts.held_out import (
     line_over_k,
 )
 from paced_fast.report.charts.svg import Axis, Line, compact, line_chart, percent
-from paced_fast.report.charts.training import Chart, curve_table
 from paced_fast.report.figures_table import FIGURES_LEAD, figures_table
 from paced_fast.report.html import Section, document, figures, shown, table, write_page
 from paced_fast.report.read_run import Run, read_run, series

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from paced_fast.evaluation.calibration import brier_score, expected_calibration_error
+from paced_fast.report.charts.chart import seconds
 from paced_fast.report.charts.held_out import interval, largest_k, measured
 from paced_fast.report.charts.svg import compact, percent
-from paced_fast.report.charts.training import seconds
 from paced_fast.report.charts.value import forecasts
 from paced_fast.report.html import table
 from paced_fast.report.read_run import Floats, Record, Run, number, series
 from paced_fast.report.seeds import FEWEST, Group, t_error
-from paced_fast.run.record.writer import brier_score, expected_calibration_error
 
 __all__ = ["FIGURES_LEAD", "figures_table", "paired"]
 

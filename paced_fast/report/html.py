@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paced_fast.errors import InputError
+from paced_fast.report.charts.chart import Chart
 from paced_fast.report.charts.svg_maps import LEVELS
-from paced_fast.report.charts.training import Chart
 from paced_fast.report.style import POLICY, SCRIPT, STYLE
 
 __all__ = [

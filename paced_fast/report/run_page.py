@@ -11,6 +11,7 @@ from pathlib import Path
 from paced_fast.config import flatten
 from paced_fast.config.presets import PRESETS
 from paced_fast.errors import InputError
+from paced_fast.report.charts.chart import Chart, seconds
 from paced_fast.report.charts.held_out import (
     interval,
     largest_k,
@@ -22,14 +23,7 @@ from paced_fast.report.charts.held_out import (
 )
 from paced_fast.report.charts.png import PLOTS
 from paced_fast.report.charts.svg import percent, sparkline
-from paced_fast.report.charts.training import (
-    Chart,
-    generator_charts,
-    health_charts,
-    reward_charts,
-    seconds,
-    time_charts,
-)
+from paced_fast.report.charts.training import generator_charts, health_charts, reward_charts, time_charts
 from paced_fast.report.charts.value import replay_charts, schedule_charts, value_charts
 from paced_fast.report.html import (
     ARROW,

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from paced_fast.config import RewardConfig
-from paced_fast.data.tasks import nearest
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, nearest
 from paced_fast.rewards.code.reward import CodeReward
 from paced_fast.rewards.foreign import TRLChatReward, VerlReward
 from paced_fast.rewards.math.reward import MathReward

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from paced_fast.config import RewardConfig
-from paced_fast.data.records import PromptRow
+from paced_fast.data.records import Completion, PromptRow
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.rewards.call import Call, missing_column, reason, run_all
 from paced_fast.rewards.loading import BUILT_IN, RewardFunction, load_reward
@@ -155,3 +155,17 @@ def _weighted(terms: Sequence[Term], verdicts: Mapping[str, Mapping[int, float |
             return None
         total += term.weight * value
     return min(total, 1.0)  # weights add up to 1 but for rounding
+
+
+def score_sampled(
+    score: Callable[[Sequence[PromptRow], Sequence[str]], list[float | None]],
+    rows: Sequence[PromptRow],
+    texts: Sequence[str],
+    completions: Sequence[Completion],
+) -> list[float | None]:
+    """The rewards of `score`, which is not shown the completions without tokens; None, no verdict, for those."""
+    sampled = [i for i, completion in enumerate(completions) if completion.token_ids]
+    rewards: list[float | None] = [None] * len(completions)
+    for i, reward in zip(sampled, score([rows[i] for i in sampled], [texts[i] for i in sampled]), strict=True):
+        rewards[i] = reward
+    return rewards

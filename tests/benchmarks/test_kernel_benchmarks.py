@@ -137,7 +137,6 @@ def test_thv_of_plain_torch_is_what_torch_counts(batch, mode):
     assert naive.thv(mode, batch) == problems.COMMON_THV[mode]
 
 
-@pytest.mark.skipif(not our_engines.has_stages(), reason="this version of the kernels does not tell its plan")
 def test_thv_of_a_long_sequence_counts_the_second_pass(batch):
     row_bytes = 4 * TOY.vocab_size
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
@@ -330,11 +329,9 @@ def test_memory_probe_measures_what_a_method_allocates(batch):
 # Variants of ours
 
 TINY = problems.Shape(tokens=16, hidden_size=16, vocab_size=96)
-needs_stages = pytest.mark.skipif(not our_engines.has_stages(), reason="this version of the kernels has one stage")
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU the kernels run in the interpreter")
 
 
-@needs_stages
 @on_cpu
 def test_a_variant_runs_the_stage_it_names_and_leaves_no_trace():
     small = problems.make_batch(TINY, problems.make_weight(TINY, CPU, FLOAT32, 0), "peaked", 1)
@@ -351,7 +348,6 @@ def test_a_variant_runs_the_stage_it_names_and_leaves_no_trace():
     )
 
 
-@needs_stages
 @on_cpu
 def test_the_sweep_ranks_configurations_and_refuses_wrong_ones(monkeypatch):
     truth = our_engines.exponentials_call

@@ -20,7 +20,7 @@ from benchmarks.tree import quality, report
 from benchmarks.tree import timing as tree_timing
 from benchmarks.tree.peers import MODES, FlatScan, Multinomial, Ours, Peer, TorchrlSampler, TorchrlTree, peer_makers
 from paced_fast.errors import InputError
-from paced_kernels._loss.triton_rows import is_interpreted
+from paced_kernels._grid import is_interpreted
 
 CPU = torch.device("cpu")
 SMALL = {"num_draws": 6000, "num_updates": 4, "repeats": 3}

@@ -13,8 +13,8 @@ import tiny_policy
 from paced_fast.config import Config, digest, flatten, stream_seed
 from paced_fast.config.presets import preset
 from paced_fast.config.resolve import _BOUNDS, resolve
+from paced_fast.config.saved import config_from_dict
 from paced_fast.errors import InputError
-from paced_fast.evaluate import config_from_dict
 
 NUMBERS = [name for name, value in flatten(Config()).items() if type(value) in (int, float)]
 """Dotted names of all settings that are numbers."""

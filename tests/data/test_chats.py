@@ -14,7 +14,6 @@ from test_prompts import BOS, byte_tokenizer, plain_ids
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken
 
-from paced_fast.config import DataConfig
 from paced_fast.config.resolve import check_value
 from paced_fast.data.prompts import ChatSettings, load_table
 from paced_fast.data.sources import template_arguments
@@ -199,14 +198,12 @@ def test_a_tokenizer_that_ends_texts_does_not_end_prompts(tmp_path: Path) -> Non
 
 
 def test_settings_of_chats() -> None:
-    data = DataConfig(system_prompt="x", template_args=("a=1",), date="2026-02-28")
-    assert ChatSettings.of(data) == ChatSettings(
-        system_prompt="x", arguments={"a": 1}, today=datetime.date(2026, 2, 28)
-    )
-    assert ChatSettings.of(DataConfig()).today is None
+    given = ChatSettings.parsed(system_prompt="x", template_args=("a=1",), date="2026-02-28")
+    assert given == ChatSettings(system_prompt="x", arguments={"a": 1}, today=datetime.date(2026, 2, 28))
+    assert ChatSettings.parsed(system_prompt=None, template_args=(), date=None).today is None
     check_value("data.system_prompt", "")
     with pytest.raises(InputError, match="no day"):
-        ChatSettings.of(DataConfig(date="2026-02-30"))
+        ChatSettings.parsed(system_prompt=None, template_args=(), date="2026-02-30")
 
 
 def test_added_blanks_keep_their_numbers_in_text_that_reads_like_a_token(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class TestSetting:
         run = tiny_run.build(
             dataclasses.replace(both, data=dataclasses.replace(data, overlap="drop")), tmp_path / "run"
         )
-        assert len(run.trainer.table) == 40 - 1
+        assert len(run.trainer.collector.table) == 40 - 1
         assert len(run.eval_table) == 12
         assert run.repeated == 0
         assert tiny_run.build(both, tmp_path / "both").repeated == 13

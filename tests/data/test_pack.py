@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paced_fast.data import packing
-from paced_fast.data.records import Rollouts
-from paced_fast.paced.log_z import group_advantage
-from paced_fast.paced.update import POLICY_LOSSES, Targets
+from paced_fast.data.records import Rollouts, Targets
+from paced_fast.paced.algorithms import group_advantage
+from paced_fast.paced.losses import POLICY_LOSSES
+from paced_fast.policy.rows import forward_rows, micro_batches
 
 LENGTHS = st.lists(st.integers(0, 6), min_size=1, max_size=9)
 
@@ -56,7 +57,7 @@ def test_rows_give_the_states_and_gradients_of_separate_sequences(max_row_tokens
 
 def test_a_group_shares_one_row_and_reads_its_prompt_once() -> None:
     batch = tiny_policy.rollouts([4, 1, 0, 6, 2, 5], group_size=3, prompt_lengths=(3, 5))
-    rows = packing.forward_rows(batch, 4096)
+    rows = forward_rows(batch, 4096)
     assert rows.input_ids.shape == (2, max(5 + 3 + 0 + 0, 7 + 5 + 1 + 4))
     assert int((rows.input_ids[0] == batch.prompt_ids[0][0]).sum()) >= 1
     assert rows.position_ids[0, :8].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
@@ -81,18 +82,18 @@ def test_micro_batches_partition_the_sequences_within_the_budget(
 ) -> None:
     batch = tiny_policy.rollouts(lengths, group_size=group_size)
     chosen = list(range(len(lengths)))[::2] or [0]
-    batches = packing.micro_batches(batch, chosen, max_tokens)
+    batches = micro_batches(batch, chosen, max_tokens)
     assert sorted(i for part in batches for i in part) == chosen
     for part in batches:
-        rows = packing.forward_rows(packing.select(batch, part), max_tokens)
+        rows = forward_rows(packing.select(batch, part), max_tokens)
         assert rows.input_ids.numel() <= max_tokens or len(part) == 1
 
 
 def test_micro_batches_are_few_when_the_budget_allows() -> None:
     batch = tiny_policy.rollouts([2] * 8, group_size=2, prompt_lengths=(3,))  # rows of 5 + 1 + 1 tokens
-    assert len(packing.micro_batches(batch, range(8), 28)) == 1
-    assert len(packing.micro_batches(batch, range(8), 27)) == 2
-    assert len(packing.micro_batches(batch, range(8), 7)) == 4
+    assert len(micro_batches(batch, range(8), 28)) == 1
+    assert len(micro_batches(batch, range(8), 27)) == 2
+    assert len(micro_batches(batch, range(8), 7)) == 4
 
 
 @given(LENGTHS, LENGTHS, st.randoms(use_true_random=False))

@@ -18,8 +18,11 @@ import tiny_run
 from paced_fast import train
 from paced_fast.config import Config
 from paced_fast.config.presets import preset
+from paced_fast.config.resolve import resolve
 from paced_fast.errors import InputError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
+from paced_fast.run.start.build import Run
+from paced_fast.run.start.build import build as build_run
 
 
 def settings(folder: Path, model: str, **changes: Any) -> Config:
@@ -53,8 +56,8 @@ def settings(folder: Path, model: str, **changes: Any) -> Config:
     return tiny_policy.replaced(preset("tiny"), **small | changes)
 
 
-def build(config: Config, **changes: Any) -> train.Run:
-    made = train.build(train.resolve(dataclasses.replace(config, **changes)), tiny_run.quiet())
+def build(config: Config, **changes: Any) -> Run:
+    made = build_run(resolve(dataclasses.replace(config, **changes)), tiny_run.quiet())
     made.scorer.close()
     return made
 
@@ -80,7 +83,7 @@ def test_a_run_goes_on_after_midnight_with_its_own_day(tmp_path: Path, monkeypat
         first = build(config)
     assert "takes 2026-02-28 for today" in caplog.text
     assert "completions end at <|endoftext|> (256), <|im_end|> (258)" in caplog.text
-    text = str(made.decode(list(first.trainer.table.rows[0].token_ids)))
+    text = str(made.decode(list(first.trainer.collector.table.rows[0].token_ids)))
     assert text.startswith("Today is 28 Feb 2026, 00:00.\n")
     assert kept(tmp_path)["data"]["date"] == "2026-02-28"
     assert kept(tmp_path)["generation"]["stop_tokens"] == ["<|endoftext|>", "<|im_end|>"]
@@ -88,11 +91,11 @@ def test_a_run_goes_on_after_midnight_with_its_own_day(tmp_path: Path, monkeypat
     clock(monkeypatch, "2026-03-01")
     second = build(config, steps=2)
     assert second.resumed
-    assert second.trainer.table == first.trainer.table
+    assert second.trainer.collector.table == first.trainer.collector.table
     assert kept(tmp_path)["data"]["date"] == "2026-02-28"
     # What is not the run's is today's, and another day that was asked for is another run.
     other = build(config, run_dir=str(tmp_path / "other"))
-    assert str(made.decode(list(other.trainer.table.rows[0].token_ids))).startswith("Today is 01 Mar 2026")
+    assert str(made.decode(list(other.trainer.collector.table.rows[0].token_ids))).startswith("Today is 01 Mar 2026")
     dated = dataclasses.replace(config.data, date="2026-03-01")
     with pytest.raises(InputError, match=r"--data.date was 2026-02-28 .* and is 2026-03-01 now"):
         build(config, data=dated)
@@ -175,7 +178,7 @@ def test_a_tokenizer_may_have_more_ids_than_its_model_where_none_of_them_occurs(
         max_completion_tokens=2,
     )
     if rows >= SIZE - 2:
-        assert build(config).trainer.vocabulary == min(rows, SIZE)
+        assert build(config).trainer.collector.vocabulary == min(rows, SIZE)
         evaluate_target(arguments)
         return
     words = (

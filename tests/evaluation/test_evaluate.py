@@ -28,8 +28,8 @@ from paced_fast.evaluate import EvaluateArguments, evaluate_target, main
 from paced_fast.evaluation import held_out
 from paced_fast.evaluation.held_out import Evaluation, Sample, Sampling, evaluate, prompt_columns
 from paced_fast.rewards.votes import answer_key
+from paced_fast.run.record.phases import Phases
 from paced_fast.run.record.terminal import evaluation_tables
-from paced_fast.run.record.writer import Phases
 
 ANSWERS = {  # slice, then what each of nine samples says; what is below 5 is right, and 9 is half right
     (1,): ("easy", [1, 1, 2, 3, 7, 8, 7, 1, 9]),
@@ -172,7 +172,7 @@ def test_the_value_meets_the_accuracy_of_its_own_prompt() -> None:
 
     settings = tiny_run.config(Path("rewards.py"))
     fake = SimpleNamespace(
-        config=tiny_run.train.resolve(settings),
+        config=tiny_run.resolve(settings),
         world=ALONE,
         eval_table=TABLE,
         generator=Script(),
@@ -488,7 +488,7 @@ def test_a_file_that_cannot_be_written_after_all_costs_no_figures(
     def full(path: Any, record: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("paced_fast.run.record.writer.write_json_atomic", full)
+    monkeypatch.setattr("paced_fast.run.record.files.write_json_atomic", full)
     words = ["evaluate", str(run_folder / "run"), "--samples", "1", "--json", str(run_folder / "full.json")]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stop:

@@ -10,8 +10,10 @@ import pytest
 import tiny_run
 import torch
 
-from paced_fast import train
-from paced_fast.data.records import Completion, PromptRow, score_sampled, without_unknown_ids
+from paced_fast.data.records import Completion, PromptRow
+from paced_fast.generation.interface import without_unknown_ids
+from paced_fast.rewards.scorer import score_sampled
+from paced_fast.run import evaluate_policy
 
 VOCABULARY = 10
 
@@ -66,29 +68,30 @@ class Poisoned:
 def test_a_step_and_an_evaluation_go_on_without_them(tmp_path: Path) -> None:
     config = tiny_run.config(tiny_run.write_rewards(tmp_path), optimizer__minibatches=1)
     run = tiny_run.build(config, tmp_path / "run")
-    vocabulary = run.trainer.vocabulary
+    vocabulary = run.trainer.collector.vocabulary
     bad = {0: -1, 5: vocabulary, 6: 2**31}
-    run.trainer.generator = Poisoned(run.generator, bad)
-    record, _ = run.trainer.step()
+    run.trainer.collector.generator = Poisoned(run.collector.generator, bad)
+    record = run.stepper.step().record
     assert record["unknown_ids"] == 3
     assert record["unscored_share"] == pytest.approx(3 / 16)
     assert record["skipped_steps"] == 0
     assert record["loss"] == record["loss"]
     # Trained as if they had not been sampled: the parameters are those of a step that has no verdict on them.
     other = tiny_run.build(config, tmp_path / "other")
-    judge = other.trainer._judge
+    judge = other.collector.judge
 
     def without(rows: Any, completions: Any) -> Any:
         rewards, shaping = judge(rows, completions)
         return [None if i in bad else reward for i, reward in enumerate(rewards)], shaping
 
-    other.trainer._judge = without  # type: ignore[method-assign]
-    other.trainer.step()
+    other.collector.judge = without  # type: ignore[method-assign]
+    other.stepper.step()
     pairs = zip(run.trainer.policy.parameters(), other.trainer.policy.parameters(), strict=True)
     for one, two in pairs:
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
-    whole = train.evaluate_now(other, 2)
-    poisoned = train.evaluate_now(dataclasses.replace(run, generator=Poisoned(run.generator, {1: vocabulary})), 2)
+    whole = evaluate_policy.evaluate_now(other, 2)
+    run.collector.generator = Poisoned(run.collector.generator.own, {1: vocabulary})
+    poisoned = evaluate_policy.evaluate_now(run, 2)
     assert whole is not None
     assert poisoned is not None
     assert (whole.overall.unscored, poisoned.overall.unscored) == (0, 1)

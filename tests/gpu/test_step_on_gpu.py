@@ -108,35 +108,34 @@ def test_a_schedule_never_waits_and_its_replays_equal_eager_steps(rule: str) -> 
     assert len(captured.scheduler.visits.nonzero()) > DRAWN
 
 
-def trainer_on_gpu(folder: Path, *arguments: str, **changes: Any) -> Any:
+def stepper_on_gpu(folder: Path, *arguments: str, **changes: Any) -> Any:
     """A whole trainer; skips where its packages are missing, which the rest of these tests does not need."""
     for name in ("transformers", "tyro", "rich", "nvtx", "safetensors", "math_verify", "reasoning_gym"):
         pytest.importorskip(name)
     import tiny_run
 
     settings = tiny_run.config(tiny_run.write_rewards(folder), *arguments, model__device="cuda", **changes)
-    return tiny_run.build(settings, folder / "run").trainer
+    return tiny_run.build(settings, folder / "run").stepper
 
 
 @pytest.mark.parametrize("algorithm", ["paced", "tb_group", "flowrl", "grpo"])
 def test_learning_from_a_batch_never_waits(algorithm: str, tmp_path: Path) -> None:
     """Between the copies to the device and the one of the figures, with the real policy and the real loss."""
-    trainer = trainer_on_gpu(tmp_path, algorithm, optimizer__micro_batch_tokens=64, mismatch__mode="token_mask")
+    stepper = stepper_on_gpu(tmp_path, algorithm, optimizer__micro_batch_tokens=64, mismatch__mode="token_mask")
     for _ in range(4):
-        trainer.step()  # replay is filled, kernels are compiled
-    trainer.counters.step += 1
-    trainer.now += 1
-    values = trainer.log_z.score() if trainer.log_z is not None else None
-    fresh, replayed = trainer._sample(values)
-    result = error_on_wait(lambda: trainer._learn(fresh, replayed, values))
+        stepper.step()  # replay is filled, kernels are compiled
+    try:
+        result = stepper.trainer.step(5, stepper.counters.num_updates, lambda: torch.cuda.set_sync_debug_mode("error"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert int(result.update.taken) == 2
     assert result.rollouts.num_sequences > 16 or algorithm != "paced"
 
 
 def test_phases_are_charged_for_the_work_they_launch(tmp_path: Path) -> None:
-    trainer = trainer_on_gpu(tmp_path)
+    stepper = stepper_on_gpu(tmp_path)
     for _ in range(3):
-        record, _ = trainer.step()
+        record = stepper.step().record
     seconds = record["seconds"]
     phases = {"generate", "reward", "pack", "old_logprobs", "update", "head", "schedule", "replay", "metrics"}
     assert phases <= set(seconds)

@@ -22,13 +22,13 @@ import tiny_trl
 
 from paced_fast.config import SchedulerConfig
 from paced_fast.data import packing
-from paced_fast.data.records import Completion, Rollouts
+from paced_fast.data.records import Completion, Rollouts, Targets
 from paced_fast.errors import InputError
 from paced_fast.integrations.trl_head import add_state_call
 from paced_fast.integrations.trl_memory import PacedSampler
-from paced_fast.paced.log_z import group_accuracy
+from paced_fast.paced.algorithms import group_accuracy
 from paced_fast.paced.scheduler import PromptScheduler
-from paced_fast.paced.update import Targets, make_optimizer, update_policy
+from paced_fast.paced.update import make_optimizer, update_policy
 from paced_fast.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]

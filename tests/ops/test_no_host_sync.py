@@ -214,7 +214,8 @@ def test_a_whole_step_meets_the_host_at_its_crossings_only(
     monkeypatch.setattr(_checks, "check_value", lambda *_: None)  # asynchronous on a GPU
     monkeypatch.setattr(_checks, "check_token_values", lambda *_: None)
     settings = tiny_run.config(tiny_run.write_rewards(tmp_path), algorithm, mismatch__mode="token_mask")
-    trainer = tiny_run.build(settings, tmp_path / "run").trainer
+    stepper = tiny_run.build(settings, tmp_path / "run").stepper
+    trainer = stepper.trainer
     watch = HostWatch()
     crossings: list[str] = []
 
@@ -233,18 +234,18 @@ def test_a_whole_step_meets_the_host_at_its_crossings_only(
         allow(importlib.import_module(f"paced_fast.{module}"), "to_host", counts=True)
     for module in ("paced.trainer", "data.packing", "paced.replay", "paced.update"):
         allow(importlib.import_module(f"paced_fast.{module}"), "to_device")
-    allow(trainer.generator, "generate")
-    allow(trainer.scorer, "score")
+    allow(trainer.collector.generator, "generate")
+    allow(trainer.collector.scorer, "score")
     # Lengths and plans are the host's own; so are the offsets that the loss is given.
     for name in ("_layout", "token_positions", "cu_seqlens"):
         allow(packing, name)
     allow(importlib.import_module("paced_kernels._loss.operators"), "plan_groups")
     allow(update, "_minibatches")
     for _ in range(4):
-        trainer.step()
+        stepper.step()
         crossings.clear()
         with watch:
-            record, _ = trainer.step()
+            record = stepper.step().record
         assert crossings == ["to_host", "to_host"], "D1 and D3"
     assert record["trained_sequences"] > 16 or algorithm != "paced"
     assert watch.calls > 1000

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from paced_fast.config import LogZConfig
+from paced_fast.evaluation.calibration import rank_correlation
 from paced_fast.paced.log_z import LogZ
-from paced_fast.run.record.writer import rank_correlation
 
 PROMPTS, WIDTH, GROUP = 400, 32, 8
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,7 +32,6 @@ from paced_fast.policy.shape import shape_of
 from paced_fast.policy.sharding import shards_mesh
 from paced_fast.run.plan import memory
 from paced_fast.run.start import build
-from paced_fast.sharing import together
 
 import_ahead("pytest", "paced_fast.train", "tiny_run")
 
@@ -124,6 +123,11 @@ def told(function: Any) -> str:
     return ""
 
 
+def agreed(world: World, function: Callable[[], object]) -> None:
+    with world.agreement():
+        function()
+
+
 def failing_push(world: World) -> tuple[str, int, str]:
     """What is said of a push in which rank 1's engine fails midway; weights of the next one, and what is said then."""
     policy, before = sharded_policy(world)
@@ -132,9 +136,9 @@ def failing_push(world: World) -> tuple[str, int, str]:
     sync = connect(engine, policy.model, config)
     cast(Any, sync).bucket_bytes = 1  # so that gathers are still to come when it fails
     engine.broken = world.rank == 1
-    first = told(lambda: together(world, sync.after_update))
+    first = told(lambda: agreed(world, sync.after_update))
     engine.broken = False
-    second = told(lambda: together(world, sync.after_update))
+    second = told(lambda: agreed(world, sync.after_update))
     return first, len(before) - len(engine.taken), second
 
 
@@ -239,9 +243,10 @@ def drifting_heads(world: World, config: Config) -> list[list[float]]:
         self.values[prompt_index] += 0.01 * world.rank
 
     LogZ.rescore = drifted
-    trainer = build.build(resolve(config), tiny_run.quiet(), world).trainer
+    stepper = build.build(resolve(config), tiny_run.quiet(), world).stepper
+    trainer = stepper.trainer
     assert trainer.log_z is not None
-    trainer.step()
+    stepper.step()
     return [part.tolist() for part in world.gather(trainer.log_z.values)]
 
 

@@ -21,10 +21,12 @@ from transformers import PreTrainedModel
 
 from paced_fast import train
 from paced_fast.config import LoraConfig, ModelConfig, WeightSyncConfig, resolve
+from paced_fast.data.records import Targets
 from paced_fast.errors import InputError
 from paced_fast.generation import TransformersGenerator
 from paced_fast.generation.weight_sync import PushedWeights, connect
-from paced_fast.paced.update import POLICY_LOSSES, Targets, make_optimizer
+from paced_fast.paced.losses import POLICY_LOSSES
+from paced_fast.paced.update import make_optimizer
 from paced_fast.policy import (
     Policy,
     adapt,

@@ -21,6 +21,7 @@ from paced_fast.data.records import Rollouts
 from paced_fast.errors import InputError
 from paced_fast.policy import SHARED, Attention, Policy, attention, choose_attention
 from paced_fast.policy import policy as policy_module
+from paced_fast.policy.rows import packed_micro_batches, packed_row
 
 LENGTHS = [4, 1, 0, 6, 2, 5, 1, 3, 7]
 PROMPTS = (5, 9, 2)
@@ -110,7 +111,7 @@ def test_a_packed_row_has_every_token_once_and_positions_that_start_again() -> N
     rollouts = tiny_policy.rollouts([3, 1, 0, 2], group_size=2, prompt_lengths=(1, 2))  # prompts of 3 and 4 tokens
     first, second = rollouts.prompt_ids[0], rollouts.prompt_ids[2]
     a, _, c = (part.tolist() for part in (rollouts.token_ids[:3], rollouts.token_ids[3:4], rollouts.token_ids[4:]))
-    row = packing.packed_row(rollouts, share_prompts=False)
+    row = packed_row(rollouts, share_prompts=False)
     # The last token of a completion predicts nothing, so it is not there.
     assert row.input_ids.tolist() == [[*first, *a[:2], *first, *second, *second, c[0]]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4]]
@@ -119,7 +120,7 @@ def test_a_packed_row_has_every_token_once_and_positions_that_start_again() -> N
     assert row.cu_seqlens.dtype == torch.int32
     assert row.prefixes == (-1, -1, -1, -1)
     assert row.hidden_index.tolist() == [2, 3, 4, 7, 15, 16]
-    row = packing.packed_row(rollouts, share_prompts=True)
+    row = packed_row(rollouts, share_prompts=True)
     assert row.input_ids.tolist() == [[*first, *a[:2], *second, c[0]]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
     assert row.lengths == (3, 2, 4, 1)
@@ -133,11 +134,9 @@ def test_packed_micro_batches_partition_the_sequences_within_the_budget(
 ) -> None:
     rollouts = tiny_policy.rollouts(lengths, group_size=group_size)
     chosen = list(range(len(lengths)))[::2]
-    batches = packing.packed_micro_batches(rollouts, chosen, max_tokens, share_prompts=share)
+    batches = packed_micro_batches(rollouts, chosen, max_tokens, share_prompts=share)
     assert sorted(i for part in batches for i in part) == chosen
-    sizes = [
-        packing.packed_row(packing.select(rollouts, part), share_prompts=share).input_ids.shape[1] for part in batches
-    ]
+    sizes = [packed_row(packing.select(rollouts, part), share_prompts=share).input_ids.shape[1] for part in batches]
     assert all(size <= max_tokens or len(part) == 1 for size, part in zip(sizes, batches, strict=True))
     assert all(a + b > max_tokens for i, a in enumerate(sizes) for b in sizes[:i]), "two would have fitted in one"
 
@@ -338,7 +337,7 @@ def test_what_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_that_packed_rows_do_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny_families.model("mistral-window")
     policy = policy_of(made, "packed-sdpa", monkeypatch)
-    row = attention.Packed(packing.packed_row(batch(), share_prompts=False), attention.sdpa, {})
+    row = attention.Packed(packed_row(batch(), share_prompts=False), attention.sdpa, {})
     layer = made.model.layers[0].self_attn
     one = torch.zeros(1, 2, 3, 8)
     with pytest.raises(InputError, match="softcap"):

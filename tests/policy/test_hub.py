@@ -17,7 +17,7 @@ from paced_fast.data import hub, prompts
 from paced_fast.data.sources import read_drafts
 from paced_fast.errors import InputError
 from paced_fast.policy import load_model
-from paced_fast.skeleton import model_settings
+from paced_fast.policy.loading import model_settings
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.models import model_types, tiny_types, type_checks
 from paced_fast.data import packing
+from paced_fast.data.records import Targets
 from paced_fast.errors import InputError
 from paced_fast.generation import TransformersGenerator
 from paced_fast.generation.reading import reading_of
-from paced_fast.paced.update import Targets, trajectory_balance
+from paced_fast.paced.losses import trajectory_balance
 from paced_fast.policy import SHARED, Policy, families
 from paced_fast.policy.families import planned
 from paced_fast.policy.shape import positions, shape_of, text_settings

@@ -45,7 +45,7 @@ def test_a_run_samples_and_scores_alike(
     config = settings(tmp_path, name, changes, **more)
     run = tiny_run.build(config, tmp_path / "run")
     assert run.trainer.policy.attention.name == layout
-    record, _ = run.trainer.step()
+    record = run.stepper.step().record
     assert record["generator_mismatch_max"] < 1e-5
     assert record["skipped_steps"] == 0
 

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from paced_fast.config import ModelConfig
-from paced_fast.data import packing
 from paced_fast.errors import InputError
 from paced_fast.policy import Policy, build_tiny, load_model
+from paced_fast.policy.rows import forward_rows
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -96,7 +96,7 @@ def test_attention_masks_are_made_once_for_all_layers() -> None:
     """A boolean mask would be turned into numbers in every layer, and each of them kept for the backward pass."""
     policy = Policy(tiny_policy.model(), max_tokens=4096)
     batch = tiny_policy.rollouts([4, 1, 6, 2, 5, 1], group_size=3)
-    length = packing.forward_rows(batch, 4096).input_ids.shape[1]
+    length = forward_rows(batch, 4096).input_ids.shape[1]
     masks = set[int]()
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

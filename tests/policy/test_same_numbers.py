@@ -20,7 +20,7 @@ from paced_fast.config.resolve import resolve
 from paced_fast.errors import InputError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
 from paced_fast.run.plan.devices import require_float32_products
-from paced_fast.run.start.build import _check_same_run
+from paced_fast.run.start.resume import _check_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
 

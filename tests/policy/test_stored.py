@@ -20,8 +20,8 @@ from paced_fast.config import ModelConfig
 from paced_fast.data.prompts import load_tokenizer
 from paced_fast.errors import InputError
 from paced_fast.policy import load_model
+from paced_fast.policy.loading import model_settings, skeleton
 from paced_fast.policy.stored import quantisation
-from paced_fast.skeleton import model_settings, skeleton
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Weights = dict[str, Tensor]

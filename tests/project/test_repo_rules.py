@@ -27,48 +27,19 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LAYERS = (
-    {
-        *("errors", "config", "batch", "crossings", "optimizer", "tasks", "distributed", "display", "sources"),
-        *("sandbox", "estimates", "shapes", "journal", "loggers", "hub"),
-    },
-    {
-        *("prompts", "rewards", "pack", "engine", "metrics", "log_z", "presets", "memory", "mismatch"),
-        *("resolve", "benchmark_sources", "sharding", "guards", "signals", "watchdog"),
-        *("devices", "launch", "recorded", "families"),
-    },
-    {"policy", "scheduler", "replay", "generate", "cli", "report", "roofline", "run_folder"},
-    {"update", "weight_sync", "parity", "sharing", "evaluation", "checkpoint", "warm_start", "skeleton"},
-    {"record", "evaluate", "inputs", "export", "dry_run"},
-    {"trainer"},
-    {"build", "bench"},
-    {"train"},
-)
-"""A module of `paced_fast` imports modules of lower layers only: no siblings, no cycles."""
-
-SAME_OR_HIGHER_LAYER = {
-    ("tasks", "errors"): "tasks refuse unknown names",
-    ("sources", "errors"): "sources refuse what they cannot read",
-    ("sources", "tasks"): "procedural tasks are one kind of source",
-    ("hub", "errors"): "a hub out of reach is an input error",
-    ("sources", "hub"): "data sets come from the hub",
-    ("loggers", "errors"): "a logger that is not installed is an input error",
-    ("shapes", "errors"): "a configuration that names several texts is an input error",
-    ("sandbox", "errors"): "weak isolation that nobody asked for is an input error",
-    ("distributed", "errors"): "a launch that cannot work is an input error",
+KERNEL_USERS = {
+    *("policy.policy", "paced.scheduler", "paced.replay", "paced.losses", "paced.algorithms"),
+    *("generation.mismatch", "run.plan.memory"),
 }
-"""Exceptions by name, (importer, imported), with their reason."""
-
-KERNEL_USERS = {"policy.policy", "scheduler", "replay", "update", "trainer", "memory", "mismatch"}
 HOMES = {
-    "vllm": {"engine"},
-    "wandb": {"loggers"},
-    "tensorboard": {"loggers"},
+    "vllm": {"generation.vllm_engine"},
+    "wandb": {"run.record.loggers"},
+    "tensorboard": {"run.record.loggers"},
     "transformers": {
-        *("policy.adapters", "policy.attention", "policy.checkpointing", "policy.liger", "policy.loading"),
-        *("policy.policy", "policy.saving", "policy.stored", "skeleton", "prompts.tokenizers", "generate.reading"),
+        *(f"policy.{name}" for name in ("attention", "gradient_checkpointing", "liger", "loading", "lora", "policy")),
+        *("policy.saving", "policy.stored", "data.prompts.tokenizers", "generation.reading"),
     },
-    "peft": {"policy.adapters"},
+    "peft": {"policy.lora"},
     "liger_kernel": {"policy.liger"},
     "flash_attn": {"policy.attention"},
 }
@@ -127,37 +98,12 @@ def _imports(module: Module) -> Iterator[str]:
             yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
 
 
-def _layer(name: str) -> int | None:
-    return next((i for i, names in enumerate(LAYERS) if name in names), None)
-
-
 def kernels_import_torch_and_triton_only(module: Module) -> Iterator[str]:
     if module.package == "paced_kernels":
         for name in _imports(module):
             top = name.split(".")[0]
             if top not in {"torch", "triton", "paced_kernels"} | sys.stdlib_module_names:
                 yield f"imports {name}"
-
-
-def layers_point_downwards(module: Module) -> Iterator[str]:
-    if module.package != "paced_fast" or not module.name or module.name.startswith("integrations"):
-        return
-    own = module.name.split(".")[0]
-    layer = _layer(own)
-    if layer is None:
-        yield "has no layer: give it one in LAYERS"
-        return
-    for name in _imports(module):
-        if not name.startswith("paced_fast."):
-            continue
-        imported = name.split(".")[1]
-        if imported == own:
-            continue  # a part of the same package
-        other = _layer(imported)
-        if imported == "integrations" or (other is None and not imported.startswith("__")):
-            yield f"imports {name}, which has no layer"
-        elif other is not None and other >= layer and (own, imported) not in SAME_OR_HIGHER_LAYER:
-            yield f"imports {name} of its own or a higher layer"
 
 
 def packages_keep_to_their_homes(module: Module) -> Iterator[str]:
@@ -195,7 +141,7 @@ def hot_modules_never_ask_the_device(module: Module) -> Iterator[str]:
                 yield f"{node.name} calls {call.func.attr}"
             copies = call.func.attr in ("tensor", "as_tensor") and any(k.arg == "device" for k in call.keywords)
             if copies and module.package == "paced_fast":
-                yield f"{node.name} copies by {call.func.attr}: crossings.to_device does not wait"
+                yield f"{node.name} copies by {call.func.attr}: transfer.to_device does not wait"
 
 
 def no_error_is_swallowed(module: Module) -> Iterator[str]:
@@ -246,19 +192,25 @@ def sources_are_ascii(module: Module) -> Iterator[str]:
 
 
 WAITING_CALLS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "unique", "masked_select", "synchronize"}
-HOT_MODULES = {"log_z", "mismatch", "optimizer", "pack", "record", "replay", "scheduler", "trainer", "update"}
-"""Modules of `paced_fast` that run between the crossings; those themselves are in `crossings`."""
+HOT_MODULES = {
+    *(
+        f"paced.{name}"
+        for name in ("algorithms", "collect", "log_z", "losses", "replay", "scheduler", "trainer", "update")
+    ),
+    *("data.packing", "policy.optimizer", "policy.rows", "generation.mismatch", "run.step"),
+    *("run.record.step_record", "run.record.shown_rollouts"),
+}
+"""Modules of `paced_fast` that run between the crossings; those themselves are in `data.transfer`."""
 
 MAY_ASK_THE_DEVICE = {
     ("priority_tree", "status"): "its docstring says so",
-    ("optimizer", "_are_found"): "counts that hosts tell each other, on no device",
-    ("update", "_minibatches"): "a permutation that never left the host",
+    ("policy.optimizer", "_are_found"): "counts that hosts tell each other, on no device",
+    ("paced.update", "_minibatches"): "a permutation that never left the host",
 }
 """(module, function) and why."""
 
 RULES: list[Callable[[Module], Iterator[str]]] = [
     kernels_import_torch_and_triton_only,
-    layers_point_downwards,
     packages_keep_to_their_homes,
     nothing_prints,
     hot_modules_never_ask_the_device,
@@ -295,12 +247,18 @@ DOC = '"""d"""\n'
             "def f(a):\n    return a.sum().item()",
             "f calls item",
         ),
-        (hot_modules_never_ask_the_device, "paced_fast", "replay", "def f(a):\n    return a.cpu()", "f calls cpu"),
+        (
+            hot_modules_never_ask_the_device,
+            "paced_fast",
+            "paced.replay",
+            "def f(a):\n    return a.cpu()",
+            "f calls cpu",
+        ),
         (hot_modules_never_ask_the_device, "paced_fast", "evaluate", "def f(a):\n    return a.cpu()", None),
         (
             hot_modules_never_ask_the_device,
             "paced_fast",
-            "update",
+            "paced.update",
             "def f(a, d):\n    return torch.tensor(a, device=d)",
             "f copies by tensor",
         ),
@@ -316,19 +274,6 @@ DOC = '"""d"""\n'
             "paced_kernels",
             "x",
             "import math, torch.nn\nfrom . import _rows",
-            None,
-        ),
-        (layers_point_downwards, "paced_fast", "pack", "from paced_fast.policy import Policy", "higher layer"),
-        (layers_point_downwards, "paced_fast", "pack", "from .prompts import f", "its own or a higher"),
-        (layers_point_downwards, "paced_fast", "pack", "from paced_fast import rewards", "its own or a higher"),
-        (layers_point_downwards, "paced_fast", "pack", "def f():\n from paced_fast import train", "higher layer"),
-        (layers_point_downwards, "paced_fast", "train", "from paced_fast.integrations import trl", "has no layer"),
-        (layers_point_downwards, "paced_fast", "utils", "", "has no layer"),
-        (
-            layers_point_downwards,
-            "paced_fast",
-            "train",
-            "from . import update\nfrom paced_fast import __version__",
             None,
         ),
         (packages_keep_to_their_homes, "paced_fast", "train", "def f():\n import vllm", "imports vllm"),
@@ -408,18 +353,17 @@ def test_every_leave_to_ask_the_device_is_needed() -> None:
     assert {m.name for m in MODULES} >= HOT_MODULES
 
 
-def test_every_layer_exception_is_needed() -> None:
-    used = {
-        (m.name.split(".")[0], name.split(".")[1]) for m in MODULES for name in _imports(m) if "paced_fast." in name
-    }
-    present = {m.name.split(".")[0] for m in MODULES}
-    assert {pair for pair in SAME_OR_HIGHER_LAYER if pair[0] in present} <= used
-
-
-def test_contributing_shows_the_layers_as_enforced() -> None:
+def test_contributing_shows_the_directions_of_imports_as_enforced() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    rooms = settings["contracts"][0]
+    assert (rooms["type"], rooms["containers"], rooms["exhaustive"]) == ("layers", ["paced_fast"], True)
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d) \| (.*) \|$", text, flags=re.MULTILINE)
-    assert [set(re.findall(r"`(\w+)`", names)) for _, names in rows] == list(LAYERS)
+    assert "```\n" + "\n".join(rooms["layers"]) + "\n```" in text
+
+
+def test_the_top_of_the_package_fits_on_a_page() -> None:
+    entries = [p for p in (ROOT / "paced_fast").iterdir() if not p.name.startswith("__") and p.name != "py.typed"]
+    assert len(entries) <= 15
 
 
 def test_kernels_is_a_plain_folder() -> None:

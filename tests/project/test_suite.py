@@ -85,10 +85,12 @@ def test_every_tier_has_the_steps_that_it_is_for(suite: ModuleType) -> None:
     plans = {tier: [step for steps in suite.rounds(tier, ["-x"]) for step in steps] for tier in suite.TIERS}
     assert list(plans) == ["check", "test", "test-all"]
     for plan in plans.values():
-        assert [step.name for step in plan[:3]] == ["ruff", "ruff", "pyright"]
+        assert [step.name for step in plan[:4]] == ["ruff", "ruff", "lint-imports", "pyright"]
         tests = [step for step in plan if "pytest" in step.words]
         assert all(step.words[-1] == "-x" for step in tests)
-    assert {step.words[0] for step in plans["check"]} == {f".venv/bin/{name}" for name in ("ruff", "pyright", "python")}
+    assert {step.words[0] for step in plans["check"]} == {
+        f".venv/bin/{name}" for name in ("ruff", "lint-imports", "pyright", "python")
+    }
     for tier in ("test", "test-all"):
         assert [step.words[0] for step in plans[tier] if "tests/engine" in step.words] == [".venv-vllm/bin/python"]
     kinds = {

@@ -18,12 +18,12 @@ from tiny_run import build, config
 from paced_fast.config import ReplayConfig, RewardConfig, SchedulerConfig
 from paced_fast.config.resolve import resolve
 from paced_fast.data import packing
-from paced_fast.data.records import Completion, PromptRow
+from paced_fast.data.records import Completion, PromptRow, Targets
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.paced.log_z import group_accuracy, group_advantage
+from paced_fast.paced.algorithms import group_accuracy, group_advantage
 from paced_fast.paced.replay import ReplayBuffer
 from paced_fast.paced.scheduler import PromptScheduler
-from paced_fast.paced.update import Targets, make_optimizer, update_policy
+from paced_fast.paced.update import make_optimizer, update_policy
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.rewards.shaping import centred
 from paced_fast.rewards.terms import parse_reward, parse_terms
@@ -412,7 +412,7 @@ def test_a_run_with_shaping_and_missing_verdicts(own: Path, tmp_path: Path, algo
     run = build(settings, tmp_path / "run")
     missing = shapes = 0.0
     for _ in range(4):
-        record, shown = run.trainer.step()
+        record, shown, _ = run.stepper.step()
         missing += record["unscored_share"]
         shapes += abs(record["shaping_mean"])
         assert record["loss"] == record["loss"]
@@ -429,7 +429,7 @@ def test_log_z_learns_from_scored_completions_alone(own: Path, tmp_path: Path, m
     assert head is not None
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     monkeypatch.setattr(head, "fit", watched(head.fit, seen))
-    records = [run.trainer.step()[0] for _ in range(4)]
+    records = [run.stepper.step().record for _ in range(4)]
     k = next(i for i, record in enumerate(records) if record["unscored_share"] > 0)
     record, (target, weight) = records[k], seen[k]
     missing = weight == 0
@@ -448,7 +448,7 @@ def test_log_z_never_sees_the_shaping(own: Path, tmp_path: Path, monkeypatch: py
         head = run.trainer.log_z
         assert head is not None
         monkeypatch.setattr(head, "fit", watched(head.fit, targets))
-        run.trainer.step()
+        run.stepper.step()
         heads.append(head.all_values().clone())
         policies.append([p.detach().clone() for p in run.trainer.policy.parameters()])
     assert torch.equal(targets[0][0], targets[1][0])
@@ -472,11 +472,11 @@ def test_a_step_without_any_verdict_stops_and_so_does_a_wrong_shaping_name(own: 
     assert not (tmp_path / "wrong").exists()
     run = build(config(own, reward="mute", reward__max_unscored_share=1.0), tmp_path / "mute")
     with pytest.raises(TrainingError, match=r"no completion of step 1 has a verdict"):
-        run.trainer.step()
-    assert run.trainer.counters.step == 0
+        run.stepper.step()
+    assert run.stepper.counters.step == 0
     run = build(config(own, reward="mute"), tmp_path / "bound")
     with pytest.raises(TrainingError, match=r"mute' gave no verdict on 1. of the last 1."):
-        run.trainer.step()
+        run.stepper.step()
 
 
 def test_settings_out_of_range() -> None:

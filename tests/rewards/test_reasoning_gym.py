@@ -24,6 +24,7 @@ from task_sweep import (
 
 from paced_fast import train
 from paced_fast.config import RewardConfig
+from paced_fast.config.resolve import resolve
 from paced_fast.data import prompts
 from paced_fast.data.records import PromptRow
 from paced_fast.errors import InputError
@@ -440,7 +441,7 @@ def test_a_run_whose_policy_writes_code(tmp_path, monkeypatch):
         evaluation__every=1,
     )
     config = train.dataclasses.replace(config, run_dir=str(tmp_path / "run"))
-    summary = train.run(train.resolve(config), tiny_run.quiet())
+    summary = train.run(resolve(config), tiny_run.quiet())
     assert summary
     assert set(texts) <= set(said)
     assert not target.exists()

@@ -16,6 +16,7 @@ import torch
 from paced_fast import train
 from paced_fast.config import Config
 from paced_fast.config.presets import preset
+from paced_fast.config.resolve import resolve
 from paced_fast.data.records import PromptRow, PromptTable
 from paced_fast.distributed import World
 from paced_fast.errors import InputError
@@ -39,7 +40,7 @@ def _known_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def small(tmp_path: Path, **changes: Any) -> Config:
-    return train.resolve(tiny_run.config(tmp_path / "rewards.py", **changes))
+    return resolve(tiny_run.config(tmp_path / "rewards.py", **changes))
 
 
 def test_it_is_the_trainers_step_and_nobody_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +167,6 @@ def test_a_step_of_smollm2_without_its_weights(tmp_path: Path) -> None:
     config = tiny_policy.replaced(
         preset("smollm2"), generation__prompts_per_step=2, generation__group_size=2, data__max_prompt_tokens=16
     )
-    result = bench.measure(train.resolve(config), steps=1, lengths="full")
+    result = bench.measure(resolve(config), steps=1, lengths="full")
     assert result["parameters"] == 134_515_008
     assert result["seconds"]["update"] > 0

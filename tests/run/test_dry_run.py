@@ -19,10 +19,10 @@ from paced_fast.config import ModelConfig, modes
 from paced_fast.config.presets import PRESETS, preset
 from paced_fast.config.resolve import resolve
 from paced_fast.errors import InputError
+from paced_fast.policy.loading import model_settings, skeleton
 from paced_fast.policy.shape import KNOWN, shape_of
 from paced_fast.run.plan import devices, dry_run, memory, roofline
 from paced_fast.run.plan.devices import DEVICES
-from paced_fast.skeleton import model_settings, skeleton
 
 pytestmark = pytest.mark.real_empty  # models on the meta device: `torch.device` knows the functions it was given first
 

@@ -21,8 +21,8 @@ from tiny_run import config, quiet, write_rewards
 from paced_fast import train
 from paced_fast.errors import InputError
 from paced_fast.run.record import journal, loggers
-from paced_fast.run.record import writer as metrics
 from paced_fast.run.record.journal import Journal
+from paced_fast.run.record.writer import MetricsWriter
 
 
 class Wandb:
@@ -68,7 +68,7 @@ def test_a_logger_that_fails_is_told_once_and_tried_again_ever_more_rarely(
     wandb: Wandb, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     wandb.failing = {name}
-    with metrics.MetricsWriter(tmp_path, sinks=["wandb"]) as writer:
+    with MetricsWriter(tmp_path, sinks=["wandb"]) as writer:
         for step in range(1, 41):
             writer.write({"step": step, "loss": 1.0})
         (told,) = warnings(caplog)
@@ -88,7 +88,7 @@ def test_a_logger_that_fails_is_told_once_and_tried_again_ever_more_rarely(
 
 def test_a_logger_that_does_not_close_is_told(wandb: Wandb, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     wandb.failing = {"finish"}
-    metrics.MetricsWriter(tmp_path, sinks=["wandb"]).close()
+    MetricsWriter(tmp_path, sinks=["wandb"]).close()
     assert [told[:34] for told in warnings(caplog)] == ["logger wandb failed (ConnectionErr"]
 
 
@@ -108,7 +108,7 @@ def test_a_logger_that_does_not_return_is_left_behind(
 
     monkeypatch.setattr(wandb, name, hang)
     limit("init")
-    writer = metrics.MetricsWriter(tmp_path, sinks=["wandb"])
+    writer = MetricsWriter(tmp_path, sinks=["wandb"])
     limit("log")
     for step in range(1, 5):
         writer.write({"step": step, "loss": 1.0})
@@ -152,10 +152,10 @@ def test_a_wandb_that_cannot_go_on_with_a_run_begins_another(
     def old(project: str, name: str, dir: str, config: object) -> Any:
         return init(project=project, name=name, dir=dir, config=config)
 
-    metrics.MetricsWriter(tmp_path, sinks=["wandb"]).close()
+    MetricsWriter(tmp_path, sinks=["wandb"]).close()
     monkeypatch.setattr(wandb, "init", old)
     wandb.id = "run-2"
-    metrics.MetricsWriter(tmp_path, sinks=["wandb"]).close()
+    MetricsWriter(tmp_path, sinks=["wandb"]).close()
     assert warnings(caplog) == ["this version of wandb cannot go on with a run: it begins another one there"]
     assert json.loads((tmp_path / "wandb.json").read_text()) == {"id": "run-2"}
 
@@ -167,7 +167,7 @@ def test_a_folder_of_its_name_is_no_logger(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(str(tmp_path))
     assert importlib.util.find_spec("wandb") is not None
     try:
-        for ask in (lambda: metrics.require_sinks(["wandb"]), lambda: metrics.MetricsWriter(tmp_path, sinks=["wandb"])):
+        for ask in (lambda: loggers.require_sinks(["wandb"]), lambda: MetricsWriter(tmp_path, sinks=["wandb"])):
             with pytest.raises(InputError, match=r"^metrics sink 'wandb' is not installed: pip install"):
                 ask()
     finally:
@@ -180,7 +180,7 @@ def test_a_package_that_breaks_when_it_is_imported_is_named(tmp_path: Path, monk
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(InputError, match=r"'wandb' cannot be imported \(TypeError: Descriptors cannot be created"):
-        metrics.MetricsWriter(tmp_path, sinks=["wandb"])
+        MetricsWriter(tmp_path, sinks=["wandb"])
 
 
 def test_tensorboard_that_fails_is_told_by_its_name(
@@ -190,19 +190,19 @@ def test_tensorboard_that_fails_is_told_by_its_name(
         raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=writer))
-    with metrics.MetricsWriter(tmp_path, sinks=["tensorboard"]) as made:
+    with MetricsWriter(tmp_path, sinks=["tensorboard"]) as made:
         made.write({"step": 1, "loss": 1.0})
     assert [told[:26] for told in warnings(caplog)] == ["logger tensorboard failed "]
 
 
 def test_a_resumed_run_goes_on_with_its_run_at_wandb(wandb: Wandb, tmp_path: Path) -> None:
     for _ in range(3):
-        metrics.MetricsWriter(tmp_path, sinks=["wandb"]).close()
+        MetricsWriter(tmp_path, sinks=["wandb"]).close()
     given = [asked for name, asked in wandb.asked if name == "init"]
     assert ["id" in each for each in given] == [False, True, True]
     assert (given[1]["id"], given[1]["resume"]) == ("run-1", "allow")
     (tmp_path / "wandb.json").write_text("torn")
-    metrics.MetricsWriter(tmp_path, sinks=["wandb"]).close()
+    MetricsWriter(tmp_path, sinks=["wandb"]).close()
     assert "id" not in wandb.asked[-2][1]
     assert json.loads((tmp_path / "wandb.json").read_text()) == {"id": "run-1"}
 

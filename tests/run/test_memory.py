@@ -11,8 +11,10 @@ import torch
 
 from paced_fast.config.presets import preset
 from paced_fast.config.resolve import resolve
+from paced_fast.policy import attention
 from paced_fast.policy.shape import shape_of
 from paced_fast.run.plan import memory
+from paced_fast.run.record.phases import probe
 from paced_kernels import default_workspace_bytes
 
 
@@ -56,12 +58,12 @@ def test_long_rows_on_a_cpu_have_no_mask_of_their_length() -> None:
     name = "attention mask of a micro-batch"
     longer = tiny_policy.replaced(config, generation__max_completion_tokens=4000)
     tokens = min(longer.optimizer.micro_batch_tokens, memory.step_tokens(longer))
-    assert memory.plan(shape, longer, 1)[name] == tokens * memory.MASKED_ROW * 6
-    assert 0 < memory.plan(shape, config, 1)[name] < tokens * memory.MASKED_ROW * 6
+    assert memory.plan(shape, longer, 1)[name] == tokens * attention.MASKED_ROW * 6
+    assert 0 < memory.plan(shape, config, 1)[name] < tokens * attention.MASKED_ROW * 6
 
 
 def test_memory_held_is_told_while_it_is_held() -> None:
-    held = memory.probe(torch.device("cpu"))
+    held = probe(torch.device("cpu"))
     if held is None:
         pytest.skip("needs /proc/self/statm")
     before = held()

@@ -20,66 +20,69 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from paced_fast.errors import InputError
-from paced_fast.run.record import writer as metrics
+from paced_fast.evaluation import calibration
+from paced_fast.run.record import files, loggers, terminal
+from paced_fast.run.record.phases import Phases
+from paced_fast.run.record.writer import MetricsWriter, drop_steps
 
 
 def test_brier_score_is_the_mean_over_single_outcomes() -> None:
     values, groups = [0.2, 0.9], [[1, 0, 0, 0], [1, 1]]
     outcomes = [(v, x) for v, group in zip(values, groups, strict=True) for x in group]
     expected = np.mean([(x - v) ** 2 for v, x in outcomes])
-    assert metrics.brier_score(values, [0.25, 1.0], group_size=[4, 2]) == pytest.approx(expected)
+    assert calibration.brier_score(values, [0.25, 1.0], group_size=[4, 2]) == pytest.approx(expected)
     by_group = np.mean([np.mean([(x - v) ** 2 for x in g]) for v, g in zip(values, groups, strict=True)])
-    assert metrics.brier_score(values, [0.25, 1.0], group_size=8) == pytest.approx(by_group)
-    assert metrics.brier_score([0.5], [0.5]) == 0.25, "a perfect value keeps the outcomes' own variance"
-    assert math.isnan(metrics.brier_score([], []))
+    assert calibration.brier_score(values, [0.25, 1.0], group_size=8) == pytest.approx(by_group)
+    assert calibration.brier_score([0.5], [0.5]) == 0.25, "a perfect value keeps the outcomes' own variance"
+    assert math.isnan(calibration.brier_score([], []))
 
 
 def test_ece_bins_own_their_lower_edge_and_the_last_owns_one() -> None:
     # 0.5 belongs to [0.5, 1] with 1.0; together their mean value 0.75 meets the mean accuracy 0.75.
-    assert metrics.expected_calibration_error([0.5, 1.0], [1.0, 0.5], bins=2) == pytest.approx(0.0)
+    assert calibration.expected_calibration_error([0.5, 1.0], [1.0, 0.5], bins=2) == pytest.approx(0.0)
     # 0.49 and 0.51 lie in two bins, so their errors cannot cancel.
-    assert metrics.expected_calibration_error([0.49, 0.51], [0.51, 0.49], bins=2) == pytest.approx(0.02)
+    assert calibration.expected_calibration_error([0.49, 0.51], [0.51, 0.49], bins=2) == pytest.approx(0.02)
     # Two of three groups are off by 0.3 in one bin, the third by 0.1: weighted by groups.
-    assert metrics.expected_calibration_error([0.05, 0.05, 0.9], [0.35, 0.35, 1.0]) == pytest.approx(0.7 / 3)
-    assert math.isnan(metrics.expected_calibration_error([], []))
-    assert math.isnan(metrics.expected_calibration_error([math.nan, 0.5], [0.5, 0.5]))
+    assert calibration.expected_calibration_error([0.05, 0.05, 0.9], [0.35, 0.35, 1.0]) == pytest.approx(0.7 / 3)
+    assert math.isnan(calibration.expected_calibration_error([], []))
+    assert math.isnan(calibration.expected_calibration_error([math.nan, 0.5], [0.5, 0.5]))
 
 
 def test_rank_correlation_averages_ties() -> None:
     # Ranks 1, 2.5, 2.5, 4 and 1.5, 1.5, 3.5, 3.5: covariance 3 over sqrt(4.5 * 4).
-    assert metrics.rank_correlation([0.1, 0.4, 0.4, 0.9], [0, 0, 1, 1]) == pytest.approx(3 / math.sqrt(18))
-    assert metrics.rank_correlation([1, 2, 3, 4], [10, 100, 1000, 10_000]) == pytest.approx(1.0)
-    assert metrics.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert calibration.rank_correlation([0.1, 0.4, 0.4, 0.9], [0, 0, 1, 1]) == pytest.approx(3 / math.sqrt(18))
+    assert calibration.rank_correlation([1, 2, 3, 4], [10, 100, 1000, 10_000]) == pytest.approx(1.0)
+    assert calibration.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
 
 
 @pytest.mark.parametrize(
     ("v", "a"), [([0.5, 0.5], [0, 1]), ([0.1, 0.9], [1, 1]), ([0.3], [1]), ([], []), ([math.nan, 0.1], [0, 1])]
 )
 def test_rank_correlation_without_an_order_is_none(v: list[float], a: list[float]) -> None:
-    assert metrics.rank_correlation(v, a) is None
+    assert calibration.rank_correlation(v, a) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=2, max_size=30))
 def test_rank_correlation_ignores_order_of_groups_and_monotone_scale(pairs: list[tuple[int, int]]) -> None:
     v, a = (np.array(x, dtype=float) for x in zip(*pairs, strict=True))
-    before = metrics.rank_correlation(v, a)
-    after = metrics.rank_correlation(np.exp(v[::-1]), a[::-1])
+    before = calibration.rank_correlation(v, a)
+    after = calibration.rank_correlation(np.exp(v[::-1]), a[::-1])
     assert after == (pytest.approx(before, abs=1e-9) if before is not None else None)
 
 
 def test_measures_refuse_lists_of_different_length() -> None:
-    for measure in (metrics.brier_score, metrics.expected_calibration_error, metrics.rank_correlation):
+    for measure in (calibration.brier_score, calibration.expected_calibration_error, calibration.rank_correlation):
         with pytest.raises(ValueError, match="disagree on P: 2 vs 1"):
             measure([0.1, 0.2], [1.0])
 
 
 def test_mixed_group_share_counts_neither_all_right_nor_all_wrong() -> None:
-    assert metrics.mixed_group_share([0.0, 0.125, 0.875, 1.0]) == 0.5
-    assert math.isnan(metrics.mixed_group_share([]))
+    assert calibration.mixed_group_share([0.0, 0.125, 0.875, 1.0]) == 0.5
+    assert math.isnan(calibration.mixed_group_share([]))
 
 
 def test_metrics_lines_keep_their_order_and_turn_non_finite_numbers_to_null(tmp_path: Path) -> None:
-    with metrics.MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path) as writer:
         record = {"step": 1, "loss": math.nan, "a": np.float32(0.5), "b": {"x": [math.inf, 1], "y": np.arange(2)}}
         writer.write(record)
         line = (tmp_path / "metrics.jsonl").read_text()  # before closing: each line is flushed
@@ -87,7 +90,7 @@ def test_metrics_lines_keep_their_order_and_turn_non_finite_numbers_to_null(tmp_
 
 
 def test_metrics_refuse_what_json_cannot_hold_and_records_without_a_step(tmp_path: Path) -> None:
-    with metrics.MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path) as writer:
         with pytest.raises(TypeError, match="set does not go into JSON"):
             writer.write({"step": 1, "loss": {1.0}})
         with pytest.raises(ValueError, match="integer step"):
@@ -96,13 +99,13 @@ def test_metrics_refuse_what_json_cannot_hold_and_records_without_a_step(tmp_pat
 
 
 def test_resume_drops_later_steps_and_a_torn_line_from_both_files(tmp_path: Path) -> None:
-    with metrics.MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step in range(5):
             writer.write({"step": step})
             writer.write_rollouts([{"step": step, "prompt": "p"}])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # what a kill in the middle of a write leaves
-    with metrics.MetricsWriter(tmp_path) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write({"step": 4})
         writer.drop_from(3)
         writer.write({"step": 3, "again": True})
@@ -116,14 +119,14 @@ def test_dropping_steps_names_a_broken_line_and_changes_nothing(tmp_path: Path) 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(InputError, match="jsonl:2 is not a metrics record"):
-        metrics.drop_steps(path, 1)
+        drop_steps(path, 1)
     assert path.read_text().count("\n") == 3
-    assert metrics.drop_steps(tmp_path / "absent.jsonl", 1) == 0
+    assert drop_steps(tmp_path / "absent.jsonl", 1) == 0
 
 
 def test_atomic_json_keeps_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "summary.json"
-    metrics.write_json_atomic(path, {"a": math.inf, "path": tmp_path})
+    files.write_json_atomic(path, {"a": math.inf, "path": tmp_path})
     assert json.loads(path.read_text()) == {"a": None, "path": str(tmp_path)}
 
     def full_disk(_: int) -> None:
@@ -131,17 +134,17 @@ def test_atomic_json_keeps_the_old_file_when_writing_fails(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        metrics.write_json_atomic(path, {"a": 1})
+        files.write_json_atomic(path, {"a": 1})
     assert json.loads(path.read_text())["a"] is None
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"], "no temporary file stays behind"
 
 
 def test_sinks_are_named_and_a_missing_one_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"unknown metrics sink 'mlflow': choose from wandb, tensorboard"):
-        metrics.MetricsWriter(tmp_path / "run", sinks=["mlflow"])
+        MetricsWriter(tmp_path / "run", sinks=["mlflow"])
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now raises ImportError
     with pytest.raises(InputError, match=r"pip install 'paced-fast\[wandb\]'"):
-        metrics.MetricsWriter(tmp_path / "run", sinks=["wandb"])
+        MetricsWriter(tmp_path / "run", sinks=["wandb"])
     assert not (tmp_path / "run").exists()
 
 
@@ -149,7 +152,7 @@ def test_sinks_receive_flat_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     logged: list[object] = []
     run = types.SimpleNamespace(log=lambda row, step: logged.append((row, step)), finish=lambda: logged.append("end"))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
-    with metrics.MetricsWriter(tmp_path, sinks=["wandb"]) as writer:
+    with MetricsWriter(tmp_path, sinks=["wandb"]) as writer:
         writer.write({"step": 7, "loss": math.nan, "seconds": {"update": 0.5}, "value_fresh": [0.1], "done": True})
     assert logged == [({"step": 7.0, "seconds/update": 0.5}, 7), "end"]
 
@@ -164,7 +167,7 @@ class Clock:
 
 def test_phases_keep_the_most_memory_of_each() -> None:
     held = iter([5, 10, 90, 20, 7, 1, 2])
-    phases = metrics.Phases(memory=lambda: next(held))
+    phases = Phases(memory=lambda: next(held))
     with phases.phase("update"), phases.phase("head"):  # 5 before it, 10 for update before head
         pass  # 90 for head, then 20 for update
     assert phases.peak_bytes == {}
@@ -176,7 +179,7 @@ def test_phases_keep_the_most_memory_of_each() -> None:
 
 def test_phases_add_up_to_the_step_and_nest_without_counting_twice() -> None:
     clock = Clock()
-    phases = metrics.Phases(clock=clock)
+    phases = Phases(clock=clock)
     clock.now += 1
     with phases.phase("update"):
         clock.now += 2
@@ -193,8 +196,8 @@ def test_phases_add_up_to_the_step_and_nest_without_counting_twice() -> None:
     assert phases.take() == {"other": 3.0}, "a step starts from nothing"
 
 
-def _progress(num_steps: int, clock: Clock, **options: int) -> metrics.Progress:
-    return metrics.Progress(num_steps, console=Console(file=io.StringIO()), clock=clock, interval_s=5.0, **options)
+def _progress(num_steps: int, clock: Clock, **options: int) -> terminal.Progress:
+    return terminal.Progress(num_steps, console=Console(file=io.StringIO()), clock=clock, interval_s=5.0, **options)
 
 
 def test_progress_without_a_terminal_logs_every_few_seconds(caplog: pytest.LogCaptureFixture) -> None:
@@ -229,7 +232,7 @@ def test_progress_on_a_terminal_draws_the_last_record_and_logs_nothing(
         monkeypatch.delenv(name, raising=False)
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
-    with metrics.Progress(4, console=console, clock=Clock()) as progress:
+    with terminal.Progress(4, console=console, clock=Clock()) as progress:
         progress.update({"status": "warm start 3/9"})
         progress.update({"step": 0, "eval": {"accuracy": 0.1}})
         progress.update({"step": 2, "reward_mean": 0.75, "eval": {"accuracy": 0.2}})
@@ -241,10 +244,10 @@ def test_progress_on_a_terminal_draws_the_last_record_and_logs_nothing(
 def test_configured_logging_reaches_the_console_once() -> None:
     out = io.StringIO()
     for _ in range(2):
-        metrics.configure_logging(console=Console(file=out))
+        terminal.configure_logging(console=Console(file=out))
     logging.getLogger("paced_fast.train").info("hello")
     assert out.getvalue().count("INFO hello") == 1
-    metrics.configure_logging(rank=1, console=Console(file=out))
+    terminal.configure_logging(rank=1, console=Console(file=out))
     logging.getLogger("paced_fast.train").info("quiet")
     assert "quiet" not in out.getvalue()
 
@@ -257,13 +260,13 @@ def _text(table: RenderableType) -> str:
 
 
 def test_tables_show_the_numbers() -> None:
-    config = _text(metrics.config_table({"data.template": "[bold]{prompt}", "seed": 7}))
+    config = _text(terminal.config_table({"data.template": "[bold]{prompt}", "seed": 7}))
     assert "data.template" in config
     assert "[bold]{prompt}" in config, "brackets are text, not markup"
-    plan = _text(metrics.memory_plan_table({"weights": 2**30, "optimizer": 2**31}, available_bytes=2**33))
+    plan = _text(terminal.memory_plan_table({"weights": 2**30, "optimizer": 2**31}, available_bytes=2**33))
     assert [line.split()[-2] for line in plan.splitlines() if "\u2502" in line] == ["1.000", "2.000", "3.000", "8.000"]
     final = _text(
-        metrics.final_table({"accuracy_before": 0.142, "accuracy_after": 0.291, "steps": 150}, run_dir="runs/x")
+        terminal.final_table({"accuracy_before": 0.142, "accuracy_after": 0.291, "steps": 150}, run_dir="runs/x")
     )
     assert "0.142 -> 0.291" in final
     assert "- -> -" in final, "a missing key is a dash, not an error"
@@ -278,8 +281,8 @@ def test_importing_metrics_needs_no_torch() -> None:
 
 def test_a_missing_sink_is_found_before_any_work(monkeypatch):
     with pytest.raises(InputError, match="unknown metrics sink 'wandbb'"):
-        metrics.require_sinks(["wandbb"])
+        loggers.require_sinks(["wandbb"])
     monkeypatch.setattr("paced_fast.run.record.loggers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'paced-fast\[tensorboard\]'"):
-        metrics.require_sinks(["tensorboard"])
-    metrics.require_sinks([])
+        loggers.require_sinks(["tensorboard"])
+    loggers.require_sinks([])

@@ -20,7 +20,9 @@ from paced_fast.data import packing
 from paced_fast.data.records import Completion
 from paced_fast.distributed import ALONE, World
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.sharing import gather_completions, gather_scores, shared_judge, summed_counts, together
+from paced_fast.generation.over_ranks import gather_completions
+from paced_fast.policy import rows
+from paced_fast.rewards.over_ranks import gather_scores, shared_judge, summed_counts
 
 import_ahead("pytest", "paced_fast.train", "tiny_run")
 
@@ -94,13 +96,10 @@ def test_sharded_ranks_draw_and_learn_as_one(tmp_path: Path) -> None:
 
 
 def fails_on_one(world: World, kind: type[Exception]) -> tuple[str, str, list[str]]:
-    def work() -> int:
-        if world.rank == 1:
-            raise kind("out of paper")
-        return 3
-
     try:
-        together(world, work)
+        with world.agreement():
+            if world.rank == 1:
+                raise kind("out of paper")
     except (InputError, TrainingError) as error:
         return type(error).__name__, str(error), list(error.__notes__)
     return "", "", []
@@ -165,7 +164,7 @@ def test_every_sequence_is_dealt_to_one_rank_and_the_tokens_are_even(ranks: int)
     prompts = [(1, 2, 3)] * 6 + [(4, 5)] * 6
     completions = [Completion(token_ids=[9] * n, logprobs=[-1.0] * n, stopped=True) for n in lengths]
     rollouts = packing.pack(completions, prompts, [0] * 6 + [1] * 6, [1.0] * 12, 0, torch.device("cpu"))
-    dealt = packing.deal(rollouts, range(12), ranks, 100)
+    dealt = rows.deal(rollouts, range(12), ranks, 100)
     assert sorted(i for part in dealt for i in part) == list(range(12))
     tokens = [sum(lengths[i] for i in part) for part in dealt]
     assert max(tokens) <= 1.3 * sum(lengths) / ranks + max(lengths)

@@ -12,7 +12,7 @@ import pytest
 import tiny_run
 
 from paced_fast import train
-from paced_fast.run.record.step_record import shown_tokens
+from paced_fast.run.record.shown_rollouts import shown_tokens
 
 
 def _bytes(token_ids: Sequence[int]) -> str:

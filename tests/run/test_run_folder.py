@@ -18,7 +18,7 @@ from paced_fast.config.presets import preset
 from paced_fast.config.resolve import resolve
 from paced_fast.distributed import ALONE
 from paced_fast.errors import InputError
-from paced_fast.run.record import writer
+from paced_fast.run.record import files
 from paced_fast.run.start.build import _newest_checkpoint
 from paced_fast.run.start.run_folder import LOCK_NAME, RunLock, claim, run_folder
 
@@ -55,7 +55,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone_whatever_it_forked(tmp_
     settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, overwrite=True))
     (tmp_path / "checkpoints").mkdir()
     resumed = resolve(dataclasses.replace(settings, resume="auto"))
-    writer.write_json_atomic(tmp_path / "config.json", dataclasses.asdict(resumed))
+    files.write_json_atomic(tmp_path / "config.json", dataclasses.asdict(resumed))
     process, child = holder(tmp_path)
     try:
         with RunLock() as lock:

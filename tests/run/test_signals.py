@@ -168,16 +168,16 @@ def test_a_signal_ends_a_run_of_one_process_with_a_checkpoint(tmp_path: Path) ->
     settings = tiny_run.config(tiny_run.write_rewards(tmp_path), steps=6, evaluation__every=0, run__checkpoint_every=0)
     run = tiny_run.build(settings, tmp_path / "run")
     with StopRequest() as stop:
-        step = run.trainer.step
+        step = run.stepper.step
 
         def signalled() -> Any:
-            if run.trainer.counters.step == 2:
+            if run.stepper.counters.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
                 while stop.name is None:
                     pass
             return step()
 
-        run.trainer.step = signalled  # type: ignore[method-assign]
+        run.stepper.step = signalled  # type: ignore[method-assign]
         with pytest.raises(StopRequested, match=r"^SIGTERM: stopped after step 3: --resume auto continues$"):
             train.train(run, tiny_run.quiet(), stop)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000003"]

@@ -197,8 +197,8 @@ def test_every_piece_of_state_matters_or_is_refused(rewards: Path, tmp_path: Pat
     settings = config(rewards, steps=6, replay__prioritized=True)
     build_and_run = build(settings, tmp_path / "run")
     for _ in range(4):
-        build_and_run.trainer.step()
-    tensors = {name: value.clone() for name, value in build_and_run.trainer.state_tensors().items()}
+        build_and_run.stepper.step()
+    tensors = {name: value.clone() for name, value in build_and_run.stepper.state_tensors().items()}
     groups = {name.split(".")[0] + "." + name.split(".")[1] for name in tensors}
     assert {"log_z.head", "log_z.optimizer", "scheduler.tree", "scheduler.last_accuracy", "replay.tree"} <= groups
     assert {"replay.token_ids", "replay.inserted", "replay.policy_version", "replay.accuracy"} <= groups
@@ -237,14 +237,14 @@ def test_the_seed_decides_the_run(rewards: Path, tmp_path: Path) -> None:
 
 def counted_generation(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
-    generate = trainer.generator.generate
+    generate = trainer.collector.generator.generate
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         completions = generate(*args, **kwargs)
         counts.append(len(completions))
         return completions
 
-    monkeypatch.setattr(trainer.generator, "generate", counting)
+    monkeypatch.setattr(trainer.collector.generator, "generate", counting)
     return counts
 
 
@@ -252,14 +252,12 @@ def test_dynamic_sampling_counts_what_it_drops_and_trains_on_mixed_groups(
     rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(rewards, "grpo", scheduler__rule="dynamic", generation__group_size=2)
-    trainer = build(settings, tmp_path / "run").trainer
+    stepper = build(settings, tmp_path / "run").stepper
+    trainer = stepper.trainer
     counts = counted_generation(trainer, monkeypatch)
-    sampled: list[Any] = []
-    sample = trainer._sample
-    monkeypatch.setattr(trainer, "_sample", lambda values: sampled.append(sample(values)) or sampled[-1])
     for step in range(1, 5):
-        record, _ = trainer.step()
-        fresh, _ = sampled[-1]
+        record, _, result = stepper.step()
+        fresh = result.fresh
         assert record["step"] == step
         assert record["rollouts"] == sum(counts)
         assert record["trained_sequences"] == fresh.rollouts.num_sequences == 8
@@ -277,9 +275,10 @@ def test_dynamic_sampling_gives_up_after_its_rounds_and_takes_what_there_is(
     rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(rewards, "grpo", reward="always", scheduler__rule="dynamic", scheduler__max_resamples=3)
-    trainer = build(settings, tmp_path / "run").trainer
+    stepper = build(settings, tmp_path / "run").stepper
+    trainer = stepper.trainer
     counts = counted_generation(trainer, monkeypatch)
-    record, _ = trainer.step()
+    record = stepper.step().record
     assert counts == [16, 16, 16]
     assert record["rollouts"] == 48
     assert record["trained_sequences"] == 16
@@ -288,14 +287,16 @@ def test_dynamic_sampling_gives_up_after_its_rounds_and_takes_what_there_is(
 
 
 def test_other_rules_sample_one_round(rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = build(config(rewards, reward="always"), tmp_path / "run").trainer
+    stepper = build(config(rewards, reward="always"), tmp_path / "run").stepper
+    trainer = stepper.trainer
     counts = counted_generation(trainer, monkeypatch)
-    trainer.step()
+    stepper.step()
     assert counts == [16]
 
 
 def test_the_head_learns_from_fresh_groups_only(rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = build(config(rewards, log_z__loss="bce"), tmp_path / "run").trainer
+    stepper = build(config(rewards, log_z__loss="bce"), tmp_path / "run").stepper
+    trainer = stepper.trainer
     assert trainer.log_z is not None
     fitted: list[tuple[Tensor, Tensor]] = []
     fit = trainer.log_z.fit
@@ -307,7 +308,7 @@ def test_the_head_learns_from_fresh_groups_only(rewards: Path, tmp_path: Path, m
     monkeypatch.setattr(trainer.log_z, "fit", recording)
     replayed = 0
     for step in range(1, 6):
-        record, shown = trainer.step()
+        record, shown, _ = stepper.step()
         index, target = fitted[-1]
         assert len(index) == len(target) == 16
         assert float(target.mean()) == pytest.approx(record["reward_mean"])
@@ -322,9 +323,9 @@ def test_the_head_learns_from_fresh_groups_only(rewards: Path, tmp_path: Path, m
 def test_fresh_sequences_are_weighed_against_the_generators_error_and_replayed_ones_are_not(
     rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    trainer = build(config(rewards, mismatch__mode=mode, mismatch__cap=1.5), tmp_path / "run").trainer
-    generate, targets_of = trainer.generator.generate, trainer._targets
-    kept: list[Any] = []
+    stepper = build(config(rewards, mismatch__mode=mode, mismatch__cap=1.5), tmp_path / "run").stepper
+    trainer = stepper.trainer
+    generate = trainer.collector.generator.generate
 
     def too_sure(*args: Any, **options: Any) -> Any:
         """The first token's log-prob is off by 0.2 nats, up and down in turns."""
@@ -333,11 +334,10 @@ def test_fresh_sequences_are_weighed_against_the_generators_error_and_replayed_o
             for i, c in enumerate(generate(*args, **options))
         ]
 
-    monkeypatch.setattr(trainer.generator, "generate", too_sure)
-    monkeypatch.setattr(trainer, "_targets", lambda *args: kept.append(targets_of(*args)) or kept[-1])
+    monkeypatch.setattr(trainer.collector.generator, "generate", too_sure)
     for _ in range(3):
-        record, _ = trainer.step()
-    weights = kept[-1].weights
+        record, _, result = stepper.step()
+    weights = result.targets.weights
     assert len(weights) == record["trained_sequences"] > 16
     wanted = [1.0] * 16 if mode == "off" else [math.exp(0.2), math.exp(-0.2)] * 8
     assert weights[:16].tolist() == pytest.approx(wanted, rel=1e-3)
@@ -351,7 +351,8 @@ def test_the_head_learns_from_replayed_completions_by_their_weights_where_that_i
     rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"log_z__loss": "bce", "replay__trains_log_z": True, "replay__importance": True, "replay__keep": "all"}
-    trainer = build(config(rewards, **changes), tmp_path / "run").trainer
+    stepper = build(config(rewards, **changes), tmp_path / "run").stepper
+    trainer = stepper.trainer
     assert trainer.log_z is not None
     fitted: list[Tensor] = []
     fit = trainer.log_z.fit
@@ -363,7 +364,7 @@ def test_the_head_learns_from_replayed_completions_by_their_weights_where_that_i
 
     monkeypatch.setattr(trainer.log_z, "fit", recording)
     for _ in range(4):
-        record, _ = trainer.step()
+        record = stepper.step().record
         weight = fitted[-1]
         assert len(weight) == record["trained_sequences"]
         assert weight[:16].tolist() == [1.0] * 16
@@ -381,22 +382,15 @@ def test_the_head_regresses_on_the_reward_less_the_drift(rewards: Path, tmp_path
         trainer = run.trainer
         assert trainer.log_z is not None
         seen: dict[str, Any] = {}
-        head, targets_of = trainer.log_z, trainer._targets
 
         def fit(index: Tensor, target: Tensor, weight: Tensor | None = None, into: Any = seen) -> tuple[Tensor, Tensor]:
             into.update(target=target.clone(), weight=weight)
             return torch.zeros(()), torch.zeros(())
 
-        def remember(*args: Any, into: Any = seen, original: Any = targets_of) -> Any:
-            into["targets"] = original(*args)
-            into["rollouts"] = args[0]
-            return into["targets"]
-
-        head.fit = fit  # type: ignore[method-assign]
-        trainer._targets = remember  # type: ignore[method-assign]
-        trainer.step()
-        trainer.step()
-        rollouts, targets = seen["rollouts"], seen["targets"]
+        trainer.log_z.fit = fit  # type: ignore[method-assign]
+        run.stepper.step()
+        result = run.stepper.step().result
+        rollouts, targets = result.rollouts, result.targets
         # Two epochs of one minibatch: the second saw the policy after one of the two updates, not the last one.
         assert seen["target"].shape == rollouts.rewards.shape
         if algorithm == "tb":
@@ -413,18 +407,14 @@ def test_the_head_regresses_on_the_reward_less_the_drift(rewards: Path, tmp_path
 
 
 def test_group_means_stand_for_the_value_on_fresh_sequences_only(rewards: Path, tmp_path: Path) -> None:
-    trainer = build(config(rewards, loss__intercept="group_mean", scheduler__rule="uniform"), tmp_path / "run").trainer
-    kept: list[Any] = []
-    original = trainer._targets
-
-    def remember(*args: Any) -> Any:
-        kept.append((args, original(*args)))
-        return kept[-1][1]
-
-    trainer._targets = remember  # type: ignore[method-assign]
+    stepper = build(config(rewards, loss__intercept="group_mean", scheduler__rule="uniform"), tmp_path / "run").stepper
+    trainer = stepper.trainer
+    assert trainer.log_z is not None
+    score, kept = trainer.log_z.score, [torch.empty(0)]
+    trainer.log_z.score = lambda: kept.append(score().clone()) or kept[-1]  # type: ignore[method-assign]
     for _ in range(4):
-        trainer.step()
-    (rollouts, _, values), targets = kept[-1]
+        result = stepper.step().result
+    rollouts, targets, values = result.rollouts, result.targets, kept[-1]
     assert rollouts.num_sequences > 16
     means = rollouts.rewards[:16].view(4, 4).mean(1).repeat_interleave(4)
     assert torch.equal(targets.intercept[:16], means)
@@ -434,22 +424,24 @@ def test_group_means_stand_for_the_value_on_fresh_sequences_only(rewards: Path, 
 
 
 def test_the_values_on_record_are_those_before_the_update(rewards: Path, tmp_path: Path) -> None:
-    trainer = build(config(rewards), tmp_path / "run").trainer
+    stepper = build(config(rewards), tmp_path / "run").stepper
+    trainer = stepper.trainer
     assert trainer.log_z is not None
     for _ in range(3):
         values = trainer.log_z.all_values()
-        record, _ = trainer.step()
+        record = stepper.step().record
         assert set(record["value_fresh"]) <= set(values.tolist())
         assert record["value_mean"] == pytest.approx(float(values.mean()))
         assert not torch.equal(values, trainer.log_z.all_values())
 
 
 def test_replay_ages_count_from_the_step_that_sampled(rewards: Path, tmp_path: Path) -> None:
-    trainer = build(config(rewards, replay__max_age=1, replay__draw_per_step=99), tmp_path / "run").trainer
+    stepper = build(config(rewards, replay__max_age=1, replay__draw_per_step=99), tmp_path / "run").stepper
+    trainer = stepper.trainer
     assert trainer.replay is not None
     entered = 0
     for step in range(1, 6):
-        record, _ = trainer.step()
+        record = stepper.step().record
         assert record["trained_sequences"] == 16 + entered, "all of the step before and nothing older"
         entered = int((trainer.replay.policy_version == step).sum())
     assert entered > 0
@@ -465,10 +457,11 @@ def test_every_algorithm_takes_steps_with_every_rule(rewards: Path, tmp_path: Pa
         with pytest.raises(InputError):
             go(settings, tmp_path / "run")
         return
-    trainer = build(settings, tmp_path / "run").trainer
+    stepper = build(settings, tmp_path / "run").stepper
+    trainer = stepper.trainer
     before = [parameter.detach().clone() for parameter in trainer.policy.parameters()]
     for step in (1, 2):
-        record, shown = trainer.step()
+        record, shown, _ = stepper.step()
         assert record["step"] == step
         assert record["skipped_steps"] == 0
         numbers = [value for value in record.values() if isinstance(value, float)]
@@ -486,21 +479,22 @@ def spoil(trainer: Trainer) -> None:
 
 @pytest.mark.parametrize("algorithm", ["paced", "grpo", "flowrl"])
 def test_steps_that_stay_non_finite_stop_the_run(rewards: Path, tmp_path: Path, algorithm: str) -> None:
-    trainer = build(config(rewards, algorithm, data__eval=()), tmp_path / "run").trainer
-    trainer.step()
-    kept = {name: value.clone() for name, value in trainer.state_tensors().items() if name.startswith("optimizer")}
+    stepper = build(config(rewards, algorithm, data__eval=()), tmp_path / "run").stepper
+    trainer = stepper.trainer
+    stepper.step()
+    kept = {name: value.clone() for name, value in stepper.state_tensors().items() if name.startswith("optimizer")}
     spoil(trainer)
     for number in (1, 2):
-        record, _ = trainer.step()
+        record = stepper.step().record
         assert record["skipped_steps"] == 2 * number
-        assert trainer.counters.consecutive_skips == number
+        assert stepper.counters.consecutive_skips == number
     with pytest.raises(
         TrainingError, match=r"3 steps in a row, up to step 4 .*lower --optimizer.learning-rate"
     ) as stop:
-        trainer.step()
+        stepper.step()
     assert "\n" not in str(stop.value)
-    assert trainer.counters.num_updates == 2
-    now = trainer.state_tensors()
+    assert stepper.counters.num_updates == 2
+    now = stepper.state_tensors()
     assert [name for name, value in kept.items() if not torch.equal(now[name], value)] == []
     if trainer.log_z is not None:
         assert bool(trainer.log_z.all_values().isfinite().all())
@@ -680,7 +674,8 @@ def test_several_processes_must_be_torchrun_s(rewards: Path, tmp_path: Path, mon
 
 
 def test_a_draw_that_comes_up_short_stops_the_run(rewards: Path, tmp_path: Path) -> None:
-    trainer = build(config(rewards, scheduler__warmup_steps=0), tmp_path / "run").trainer
+    stepper = build(config(rewards, scheduler__warmup_steps=0), tmp_path / "run").stepper
+    trainer = stepper.trainer
     assert trainer.log_z is not None
     with torch.no_grad():
         trainer.log_z.mlp[-1].bias.fill_(math.nan)  # type: ignore[operator, union-attr]
@@ -689,8 +684,8 @@ def test_a_draw_that_comes_up_short_stops_the_run(rewards: Path, tmp_path: Path)
     trainer.log_z.values[:3] = 0.5
     trainer.log_z.score = lambda: trainer.log_z.values  # type: ignore[method-assign, union-attr]
     with pytest.raises(TrainingError, match="the schedule of step 1 has too few prompts to draw from"):
-        trainer.step()
-    assert trainer.counters.step == 0
+        stepper.step()
+    assert stepper.counters.step == 0
 
 
 def test_a_limit_of_visits_needs_more_prompts_than_a_step_draws(rewards: Path, tmp_path: Path) -> None:
@@ -703,7 +698,7 @@ def test_resume_without_a_checkpoint_starts_anew(rewards: Path, tmp_path: Path) 
     settings = config(rewards, steps=2)
     go(settings, tmp_path / "whole")
     run = build(settings, tmp_path / "run")
-    run.trainer.step()
+    run.stepper.step()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n{"st')
     go(settings, tmp_path / "run", resume="auto")
     go(settings, tmp_path / "fresh", resume="auto")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from steady import LIMIT_SECONDS, wait_for
 
-from paced_fast import distributed, train
+from paced_fast import distributed
 from paced_fast.config.presets import preset
 from paced_fast.distributed import ALONE, World
-from paced_fast.run.start import watchdog
+from paced_fast.run.start import session, watchdog
 from paced_fast.run.start.watchdog import Place, Watchdog, describe
 
 
@@ -251,7 +251,7 @@ def test_a_thread_in_an_exchange_is_seen_there(monkeypatch: pytest.MonkeyPatch) 
 
 def test_one_process_has_no_board(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "tcp://10.0.0.1:29500")  # as Kubernetes sets it beside a service "master"
-    train._watchdog(preset("tiny"), ALONE)
+    session.watchdog_of_rank(preset("tiny"), ALONE)
     monkeypatch.setattr(watchdog, "_STORE_SECONDS", 0.2)
     assert watchdog.open_board(ALONE, "localhost", 1) is None
     assert watchdog.open_board(World(0, 2), "localhost", 1) is None  # nobody listens: on alone

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from paced_fast.run.record.writer import write_json_atomic
+from paced_fast.run.record.files import write_json_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "kernels" / "paced_kernels").glob("*.py"))

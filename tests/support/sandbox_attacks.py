@@ -1,4 +1,6 @@
-"""Programs that attack their sandbox, and what shows that one got through: `python tests/support/sandbox_attacks.py BACKEND`.
+"""Programs that attack their sandbox, and what shows that one got through.
+
+    python tests/support/sandbox_attacks.py BACKEND
 
 A program prints THROUGH where an act that must fail did not. Besides that, whoever ran it looks for its secret in the
 output, for files, signals, packets, processes and lost time. Programs are bounded (at most 100 processes) and touch

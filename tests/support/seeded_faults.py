@@ -1,6 +1,6 @@
 """Faults to seed into a copy of the kernels, each with a test that must notice, and the process that runs them.
 
-    python tests/support/seeded_faults.py FOLDER [NAME ...]    # a line "status name" for each fault; -11 = killed by signal 11
+    python tests/support/seeded_faults.py FOLDER [NAME ...]   # a line "status name" each; -11 = killed by signal 11
 
 Every fault runs its tests in a fork of one process that has imported the libraries but not the kernels.
 """

@@ -211,7 +211,8 @@ HEAD = """# Tasks of reasoning-gym and how they are judged
 
 Each task was asked with absurd, empty and hostile texts. The third column has the most that the package's own checker
 paid one of them, and whether it hung or ended on one; the last has the most that the reward `reasoning_gym` pays. Tasks
-judged in a sandbox need a machine that has one. Written by `python tests/support/task_sweep.py`, for reasoning-gym 0.1.25.
+judged in a sandbox need a machine that has one. Written by `python tests/support/task_sweep.py`, for reasoning-gym
+0.1.25.
 
 | task | judged by | the package on absurd texts | here |
 |---|---|---|---|

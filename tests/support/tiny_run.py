@@ -10,9 +10,11 @@ from typing import Any
 import tiny_policy
 from rich.console import Console
 
-from paced_fast import train
 from paced_fast.config import Config
 from paced_fast.config.presets import preset
+from paced_fast.config.resolve import resolve
+from paced_fast.run.start.build import Run
+from paced_fast.run.start.build import build as build_run
 
 REWARDS = """
 import random
@@ -86,5 +88,5 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def build(settings: Config, folder: Path) -> train.Run:
-    return train.build(train.resolve(dataclasses.replace(settings, run_dir=str(folder))), quiet())
+def build(settings: Config, folder: Path) -> Run:
+    return build_run(resolve(dataclasses.replace(settings, run_dir=str(folder))), quiet())

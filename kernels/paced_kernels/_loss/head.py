@@ -12,24 +12,6 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class VocabShard:
-    """This rank's part of a vocabulary-parallel head: `head_weight` holds ids start .. start + len(head_weight) - 1.
-
-    Every rank of `group` passes the same hidden states, token ids and sequence arguments, and its own rows of the
-    weight; every rank receives the same log-probs, loss and gradient of the hidden states, and the gradient of its own
-    rows. Shards may differ in size, and together they must cover [0, vocab_size) once. `workspace_bytes` is that of an
-    even share: all ranks take the same rows at a time, so a larger shard gets a larger workspace in proportion.
-    """
-
-    group: Any
-    """torch.distributed.ProcessGroup of the ranks that share the head."""
-    start: int
-    """First token id of this rank."""
-    vocab_size: int
-    """Size of the whole vocabulary."""
-
-
-@dataclass(frozen=True, slots=True)
 class Head:
     """Weight, bias and temperature, and where the weight's rows lie in the vocabulary."""
 

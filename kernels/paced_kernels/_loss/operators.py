@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import Guard, even_workspace, make_engine, make_head
+from .._shard import VocabShard
 from . import tiles
+from .engine import Guard, even_workspace, make_engine, make_head
 from .fused_pass import FusedOptions, FusedPass, plan_groups
 from .gradients import Gradients, Wanted, score_rows
-from .head import VocabShard
 from .sequences import make_terms
 from .torch_rows import RowStats, row_chunks
 

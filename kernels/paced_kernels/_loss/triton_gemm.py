@@ -16,13 +16,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._grid import is_interpreted, launch
 from . import gemm_kernels as gemm
 from . import row_kernels as kernels
 from . import tiles
 from .head import Head
 from .tiles import GemmConfig
 from .torch_rows import Exponentials, RowStats, row_chunks
-from .triton_rows import TritonRows, is_interpreted, launch
+from .triton_rows import TritonRows
 
 # Rows of one launch that only needs partial sums, without a bound on the workspace.
 SCORED_ROWS = 16384

@@ -10,11 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
+from .._grid import launch
 from . import matmul
 from . import row_kernels as kernels
 from .head import Head
 from .torch_rows import Exponentials, RowStats, row_chunks
-from .triton_rows import TritonRows, launch
+from .triton_rows import TritonRows
 
 
 class LogitRows(TritonRows):

@@ -13,22 +13,12 @@ import torch
 import triton
 from torch import Tensor
 
+from .._grid import launch
 from . import matmul, tiles
 from . import row_kernels as kernels
 from .head import Head
 from .tiles import GemmConfig
 from .torch_rows import Exponentials, RowStats
-
-
-def is_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels: TRITON_INTERPRET=1 when they were first imported."""
-    return type(kernels.patch_targets_kernel).__name__ == "InterpretedFunction"
-
-
-def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Launch, unless the grid is empty."""
-    if all(size > 0 for size in grid):
-        kernel[grid](**arguments)
 
 
 class TritonRows:

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._loss.triton_rows import launch
+from .._grid import launch
 from . import kernels
 from .arithmetic import MODES, Bell, index_mask_of
 

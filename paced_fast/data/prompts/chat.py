@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from paced_fast.config import DataConfig
 from paced_fast.data.sources import BadRow, Messages, parse_day, template_arguments
 from paced_fast.errors import InputError
 
@@ -34,10 +33,10 @@ class ChatSettings:
     """What the template takes for today, at midnight; None for what the clock says."""
 
     @classmethod
-    def of(cls, data: DataConfig) -> ChatSettings:
+    def parsed(cls, *, system_prompt: str | None, template_args: Sequence[str], date: str | None) -> ChatSettings:
         """Those of a run's settings. Raises InputError for an argument or a day that cannot be read."""
-        today = None if data.date is None else parse_day(data.date)
-        return cls(system_prompt=data.system_prompt, arguments=template_arguments(data.template_args), today=today)
+        today = None if date is None else parse_day(date)
+        return cls(system_prompt=system_prompt, arguments=template_arguments(template_args), today=today)
 
     def template_options(self, template: str) -> dict[str, Any]:
         """What to hand to `apply_chat_template`: the arguments, and the template with its clock stopped at `today`.

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from importlib import util
 
 from paced_fast.data.sources import find_file, looked_at, parse_source
-from paced_fast.data.tasks import nearest
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, nearest
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import IO, Any, NoReturn, Protocol, cast
 from paced_fast.data import hub
 from paced_fast.data.sources.faults import BadRow
 from paced_fast.data.sources.spec import Source, parse_source
-from paced_fast.data.tasks import nearest, reasoning_gym_rows, signed_sums_demonstrations, signed_sums_rows
-from paced_fast.errors import InputError
+from paced_fast.data.tasks import reasoning_gym_rows, signed_sums_demonstrations, signed_sums_rows
+from paced_fast.errors import InputError, nearest
 
 Row = dict[str, Any]
 

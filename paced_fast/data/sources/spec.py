@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from paced_fast.data.tasks import nearest
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, nearest
 
 FORMAT_NAMES = (
     *("plain", "gsm8k", "math", "dapo", "deepscaler"),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from paced_fast.report.charts.chart import Chart, curve_table, seconds
 from paced_fast.report.charts.svg import Axis, Line, line_chart, percent
-from paced_fast.report.charts.training import Chart, curve_table, seconds
 from paced_fast.report.read_run import Evaluated, Record, Run, mapping, number, numbers
 
 __all__ = [

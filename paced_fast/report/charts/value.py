@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from paced_fast.evaluation.calibration import brier_score, expected_calibration_error
+from paced_fast.report.charts.chart import Chart, curve_table, share, single
 from paced_fast.report.charts.svg import Axis, Line, Size, line_chart, percent
 from paced_fast.report.charts.svg_maps import heat_map, reliability, shade_limit
-from paced_fast.report.charts.training import Chart, curve_table, share, single
 from paced_fast.report.read_run import Floats, Record, Run, mapping, number, numbers, series
-from paced_fast.run.record.writer import brier_score, expected_calibration_error
 
 __all__ = ["calibration_bins", "forecasts", "replay_charts", "schedule_charts", "value_charts"]
 

@@ -4,19 +4,13 @@
 runs no code from it. What lies where is said in `checkpoint.folder`.
 """
 
+from paced_fast.policy.optimizer import load_optimizer_tensors, optimizer_tensors
 from paced_fast.run.checkpoint.folder import folders, newest, policy_folder, step_folder, verify
 from paced_fast.run.checkpoint.identity import check_identity, identity, versions
 from paced_fast.run.checkpoint.load import load
 from paced_fast.run.checkpoint.random_state import random_state, restore_random_state, seed_random_state
 from paced_fast.run.checkpoint.save import SPREAD, Saver
-from paced_fast.run.checkpoint.tensors import (
-    below,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    prefixed,
-    read_tensors,
-    tensor_shapes,
-)
+from paced_fast.run.checkpoint.tensors import below, prefixed, read_tensors, tensor_shapes
 
 __all__ = [
     "SPREAD",

@@ -22,14 +22,17 @@ from paced_fast.data.tasks import SIGNED_SUMS_ALPHABET, SIGNED_SUMS_PAD, SIGNED_
 from paced_fast.distributed import ALONE, EVERYWHERE, World, usable_cores
 from paced_fast.errors import InputError
 from paced_fast.generation import TransformersGenerator
+from paced_fast.paced.collect import Collector
 from paced_fast.paced.trainer import Trainer
 from paced_fast.policy import make_policy, prepare
+from paced_fast.policy.loading import model_settings, random_model
 from paced_fast.policy.shape import ModelShape, shape_of
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.run.plan import memory, roofline
 from paced_fast.run.plan.devices import Device, device_here
 from paced_fast.run.record import terminal
-from paced_fast.skeleton import model_settings, random_model
+from paced_fast.run.record.phases import Phases, clock_of, probe
+from paced_fast.run.step import Stepper
 
 _TABLE_FACTOR = 4
 """The table holds so many times the prompts of a step."""
@@ -89,19 +92,19 @@ def measure(config: Config, *, steps: int, lengths: str, world: World = ALONE) -
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_flush_denormal(True)
     device = device_here(config.model.device, config.model.dtype)
-    trainer, rollouts = _trainer(config, lengths, world)
+    stepper, rollouts = _stepper(config, lengths, world)
+    trainer = stepper.trainer
     shape = shape_of(trainer.policy.model)
     records, work = [], []
     for step in range(1, steps + 1):
-        record, _ = trainer.step()
-        records.append(record)
-        work.append(_totals(trainer.table, rollouts.groups(step)))
-    trainer.scorer.close()
+        records.append(stepper.step().record)
+        work.append(_totals(trainer.collector.table, rollouts.groups(step)))
+    trainer.collector.scorer.close()
     kept = slice(1 if steps > 1 else 0, None)
     return _figures(config, shape, device, records[kept], work[kept], lengths, world)
 
 
-def _trainer(config: Config, lengths: str, world: World) -> tuple[Trainer, RandomRollouts]:
+def _stepper(config: Config, lengths: str, world: World) -> tuple[Stepper, RandomRollouts]:
     source = torch.Generator().manual_seed(stream_seed(config.seed, 0, "bench"))
     settings = model_settings(config.model, len(SIGNED_SUMS_ALPHABET))
     model = random_model(config.model, settings, seed=stream_seed(config.seed, 0, "initial weights"))
@@ -116,20 +119,23 @@ def _trainer(config: Config, lengths: str, world: World) -> tuple[Trainer, Rando
     if config.uses_head:
         embeddings = torch.randn(len(table), settings.hidden_size, generator=source).to(policy.device)
     tokenizer = prompts.character_tokenizer(SIGNED_SUMS_ALPHABET, pad=SIGNED_SUMS_PAD, stop=SIGNED_SUMS_STOP)
-    trainer = Trainer(
+    rollouts = RandomRollouts(config, table, settings.vocab_size, lengths=lengths)
+    phases = Phases(*clock_of(policy.device), probe(policy.device))
+    collector = Collector(
         config,
-        policy=policy,
-        initial=initial,
         generator=TransformersGenerator(model, stop_ids=[0], max_batch_sequences=1),
         scorer=Scorer(settings=config.reward),
         shaper=Shaper(config.reward),
         decode=prompts.Decoder(tokenizer, prompts.stop_token_ids(tokenizer)),
         table=table,
-        embeddings=embeddings,
+        vocabulary=settings.vocab_size,
+        device=policy.device,
         world=world,
+        recorded=rollouts,
+        phase=phases.phase,
     )
-    trainer.recorded = rollouts = RandomRollouts(config, table, settings.vocab_size, lengths=lengths)
-    return trainer, rollouts
+    trainer = Trainer(config, policy=policy, initial=initial, collector=collector, embeddings=embeddings, world=world)
+    return Stepper(trainer, phases), rollouts
 
 
 def _totals(table: PromptTable, groups: list[Group]) -> _Totals:

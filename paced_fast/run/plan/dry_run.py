@@ -17,12 +17,12 @@ from paced_fast.distributed import usable_cores
 from paced_fast.errors import InputError
 from paced_fast.policy import adapt
 from paced_fast.policy.families import planned
+from paced_fast.policy.loading import model_settings, skeleton
 from paced_fast.policy.shape import ModelShape, Positions, positions, shape_of, text_settings
 from paced_fast.policy.sharding import choose_mode
 from paced_fast.run.plan import memory, roofline
 from paced_fast.run.plan.devices import DEVICES, Device, device_here, device_named
 from paced_fast.run.record import terminal
-from paced_fast.skeleton import model_settings, skeleton
 
 logger = logging.getLogger(__name__)
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from paced_fast.config import Config
 from paced_fast.errors import InputError
+from paced_fast.policy.attention import MASKED_ROW
 from paced_fast.policy.shape import ModelShape
 from paced_kernels import default_workspace_bytes
 
 ENGINE_BLOCK = 32
 """Tokens in a block of the engine's key-value cache, at most."""
-MASKED_ROW = 256
-"""On a CPU rows that share a prompt are computed with a mask up to so many tokens, longer ones block by block: of a
-long row's pairs of positions a mask throws most away, of short rows a call for each block takes longer than that."""
 CHECK_TOKENS = 256
 """A check of both sides scores sequences of up to so many tokens: several blocks, or it would miss a stale cache."""
 _SHARE_OF_GPU = 0.85
@@ -232,26 +228,3 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-_STATM = Path("/proc/self/statm")
-
-
-def probe(device: torch.device) -> Callable[[], int] | None:
-    """A function that gives the most bytes held since its last call; None where nothing tells.
-
-    On a GPU what torch has allocated there, as the host's books have it: nobody waits for the device. On a CPU the
-    resident memory of the process at the time of the call.
-    """
-    if device.type == "cuda":
-
-        def peak() -> int:
-            found = torch.cuda.max_memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            return found
-
-        return peak
-    if not _STATM.exists():
-        return None
-    page = os.sysconf("SC_PAGE_SIZE")
-    return lambda: int(_STATM.read_bytes().split()[1]) * page

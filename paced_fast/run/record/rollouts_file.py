@@ -22,7 +22,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from paced_fast.config import Config
 from paced_fast.data.records import Completion, Group, PromptTable
@@ -37,14 +37,6 @@ _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 _LONG = b', "token_ids": '
 _COUNTS = ("step", "group", "position", "prompt_index", "num_tokens")
 _HEAD = {*_COUNTS, "prompt", "prompt_ids", "dropped", "reward", "shaping", "stopped"}
-
-
-class GroupSource(Protocol):
-    """Who gives a trainer the groups of a step in place of drawing prompts, sampling and judging."""
-
-    def groups(self, step: int, round_: int = 0) -> list[Group]:
-        """The groups of the step's batch, then those that were sampled and left out of it; all in the first round."""
-        ...
 
 
 class Recorder:

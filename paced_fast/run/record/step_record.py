@@ -5,63 +5,19 @@ P = prompts drawn, B = sequences trained on, N = prompts in the table, C = slots
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from paced_fast.data.records import Group, PromptTable, Rollouts
+from paced_fast.data.records import StepResult
 from paced_fast.data.transfer import to_host
+from paced_fast.evaluation import calibration
 from paced_fast.generation.mismatch import mismatch_metrics
 from paced_fast.paced.replay import ReplayBuffer
-from paced_fast.paced.update import Targets, UpdateResult
-from paced_fast.run.record import writer
 
 _BINS = 20
-_SHOWN_TOKENS = 512
-"""Of a completion shown, so many first tokens are kept one by one."""
 _WINDOW = 8
 """Tokens decoded together to see what the last of them adds: enough for any character and for spaces between words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fresh:
-    """The groups sampled in this step. P groups of G, B = P * G."""
-
-    rollouts: Rollouts
-    groups: list[Group]  # P, those of the batch
-    dropped: list[Group]  # sampled and left out
-    prompt_index: Tensor  # i64[P]
-    accuracy: Tensor  # f32[P], of the scored completions; 0 where there is none
-    scored: Tensor  # bool[B]
-
-    @property
-    def num_sampled(self) -> int:
-        """Completions sampled, those of dropped groups included."""
-        return sum(len(group.completions) for group in (*self.groups, *self.dropped))
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens sampled, those of dropped groups included."""
-        groups = (*self.groups, *self.dropped)
-        return sum(len(completion.token_ids) for group in groups for completion in group.completions)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """What a step leaves on the device."""
-
-    fresh: Fresh
-    rollouts: Rollouts  # fresh and replayed
-    replayed: Rollouts | None
-    targets: Targets
-    update: UpdateResult
-    learning_rate: Tensor  # f32[]
-    visits: Tensor  # i64[N]
-    values: Tensor | None  # f32[N], as they were before the update
-    head: tuple[Tensor, Tensor] | None  # loss and gradient norm
 
 
 def fetch(result: StepResult, replay: ReplayBuffer | None, *, mismatch_cap: float) -> dict[str, Any]:
@@ -124,7 +80,7 @@ def step_record(result: StepResult, host: dict[str, Any]) -> dict[str, Any]:
         "reward_mean": sum(rewards) / len(rewards),
         "unscored_share": 1 - len(rewards) / len(completions),
         "unknown_ids": sum(not completion.token_ids for completion in completions),
-        "mixed_group_share": writer.mixed_group_share(sampled),
+        "mixed_group_share": calibration.mixed_group_share(sampled),
         "trained_sequences": result.rollouts.num_sequences,
         "prompts_visited_share": host["prompts_visited_share"],
         "entropy": host.get("entropy"),
@@ -149,9 +105,9 @@ def value_record(result: StepResult, host: dict[str, Any], step: int) -> dict[st
     predicted, accuracy = [value for value, _ in known], [measured for _, measured in known]
     record: dict[str, Any] = {
         "value_mean": host["values_mean"],
-        "value_brier": writer.brier_score(predicted, accuracy),
-        "value_ece": writer.expected_calibration_error(predicted, accuracy),
-        "value_rank_correlation": writer.rank_correlation(predicted, accuracy),
+        "value_brier": calibration.brier_score(predicted, accuracy),
+        "value_ece": calibration.expected_calibration_error(predicted, accuracy),
+        "value_rank_correlation": calibration.rank_correlation(predicted, accuracy),
         "value_fresh": predicted,
         "accuracy_fresh": accuracy,
         "value_histogram": host["values_histogram"],
@@ -164,78 +120,3 @@ def value_record(result: StepResult, host: dict[str, Any], step: int) -> dict[st
         held = zip(host["replay_version"], host["replay_priority"], strict=True)
         record["replay_priorities"] = [priority for version, priority in held if version >= 0]
     return record
-
-
-def shown_rollouts(
-    result: StepResult,
-    host: dict[str, Any],
-    values: Sequence[float] | None,
-    table: PromptTable,
-    *,
-    step: int,
-    limit: int,
-    decode: Callable[[list[int]], str],
-) -> list[dict[str, Any]]:
-    """At most `limit` rollouts of the step, spread over its groups, and one replayed when there is one.
-
-    `values` are the estimates of the fresh groups' prompts, None where the head does not predict accuracy.
-    """
-    groups = result.fresh.groups
-    total = sum(len(group.completions) for group in groups)
-    size = total // max(1, len(groups))
-    shown = []
-    number = min(limit, total)
-    for k in range(number):
-        g, j = divmod(k * total // number, size)
-        group, value = groups[g], None if values is None else values[g]
-        ids, logprobs = group.completions[j].token_ids, group.completions[j].logprobs
-        shown.append((group.prompt_index, ids, logprobs, group.rewards[j], value, None))
-    if "replayed_ids" in host and limit > 0:
-        value = host["replayed_value"] if values is not None else None
-        age = step - host["replayed_version"]
-        logprobs, reward = host["replayed_logprobs"], host["replayed_reward"]
-        shown.append((host["replayed_prompt"], host["replayed_ids"], logprobs, reward, value, age))
-    return [
-        {
-            "step": step,
-            "prompt": table.rows[i].prompt,
-            "completion": decode(ids),
-            "reward": reward,
-            "value": value,
-            "slice": table.rows[i].slice,
-            "replayed": age is not None,
-            "age": age,
-            **shown_tokens(ids, logprobs, lambda part: decode(list(part))),
-        }
-        for i, ids, logprobs, reward, value, age in shown
-    ]
-
-
-def shown_tokens(
-    token_ids: Sequence[int], logprobs: Sequence[float], decode: Callable[[Sequence[int]], str]
-) -> dict[str, list[Any]]:
-    """The first tokens of a completion as `tokens`, pieces of its text, and their `logprobs` in nats, to four digits.
-
-    A piece is what its token adds to the text: "" for a stop token, and for one that ends within a character.
-    """
-    count = min(len(token_ids), len(logprobs), _SHOWN_TOKENS)
-    return {
-        "tokens": _pieces(token_ids[:count], decode),
-        "logprobs": [round(float(logprob), 4) for logprob in logprobs[:count]],
-    }
-
-
-def _pieces(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    pieces: list[str] = []
-    start, known = 0, ""  # the text of token_ids[start:i] that pieces hold already
-    for i in range(len(token_ids)):
-        text = decode(token_ids[start : i + 1])
-        cut = text.endswith("\ufffd") and i + 1 < len(token_ids)  # the next token may complete the character
-        if cut and i + 1 - start < 2 * _WINDOW:
-            pieces.append("")
-            continue
-        pieces.append(text[len(known) :] if text.startswith(known) else decode(token_ids[i : i + 1]))
-        known = text
-        if i + 1 - start >= _WINDOW:
-            start, known = i, decode(token_ids[i : i + 1])
-    return pieces

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from paced_fast.config import Config
 from paced_fast.errors import InputError
-from paced_fast.run.record import writer
+from paced_fast.run.record import files
 from paced_fast.run.record.loggers import WANDB_FILE
 from paced_fast.run.record.rollouts_file import FILE_NAME
 
@@ -134,4 +134,4 @@ def claim(folder: Path, config: Config, lock: RunLock) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    writer.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
+    files.write_json_atomic(folder / "config.json", dataclasses.asdict(config))

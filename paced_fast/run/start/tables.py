@@ -3,20 +3,92 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from paced_fast.config import Config, DataConfig
+from paced_fast.config.resolve import writes_chats
+from paced_fast.config.saved import load_config
 from paced_fast.data import prompts, tasks
 from paced_fast.data.records import Completion, PromptRow, PromptTable
 from paced_fast.data.sources import drop_missing
+from paced_fast.distributed import World
 from paced_fast.errors import InputError
 from paced_fast.evaluation.held_out import check_headline
+from paced_fast.policy import smollm2_folder
 from paced_fast.rewards import Scorer, Shaper
+from paced_fast.run import checkpoint
+from paced_fast.run.record.rollouts_file import RecordedRollouts
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """What a run has read before there is a model, and the settings with what only the data could tell."""
+
+    config: Config
+    path: str  # of the model
+    tokenizer: PreTrainedTokenizerBase
+    stops: prompts.Stops
+    decode: prompts.Decoder
+    scorer: Scorer
+    shaper: Shaper
+    table: PromptTable
+    eval_table: PromptTable
+    repeated: int  # training prompts that are held-out prompts
+    recorded: RecordedRollouts | None  # in place of sampling
+    identity: dict[str, str]  # of data, tokenizer and stop tokens
+
+
+def read_data(config: Config, folder: Path, world: World, replay: Path | None = None) -> Data:
+    """Read tokenizer, prompts and rewards of a run, and with `replay` the rollouts that were recorded there.
+
+    Raises InputError for what cannot be read or does not go together, on every rank.
+    """
+    path = config.model.name
+    if path == "smollm2":
+        path = str(of_lead(world, lambda: smollm2_folder(Path(config.warm_start.cache_dir).expanduser())))
+    with world.agreement():
+        tokenizer = read_tokenizer(path)
+    config = _dated(config, folder, tokenizer, world)
+    with world.agreement():
+        config, stops, decode = read_ends(config, path, tokenizer)
+    scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
+    with world.agreement():
+        table, eval_table, repeated = read_tables(config, tokenizer, scorer, shaper)
+    with world.agreement():
+        ids = prompts.num_ids(tokenizer)
+        recorded = None if replay is None else RecordedRollouts(replay, config, table, ids)
+    return Data(
+        config=config,
+        path=path,
+        tokenizer=tokenizer,
+        stops=stops,
+        decode=decode,
+        scorer=scorer,
+        shaper=shaper,
+        table=table,
+        eval_table=eval_table,
+        repeated=repeated,
+        recorded=recorded,
+        identity=checkpoint.identity(table, eval_table, tokenizer) | {"stop tokens": str(stops)},
+    )
+
+
+def of_lead(world: World, find: Callable[[], Path | None]) -> Path | None:
+    """The path that `find` finds on rank 0, told to every rank; the others do not call it."""
+    found = None
+    with world.agreement(patient=True):
+        if world.is_lead:
+            found = find()
+    told = world.gather_text("" if found is None else str(found))[0]
+    return Path(told) if told else None
 
 
 def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -98,7 +170,11 @@ def read_table(
         sources,
         tokenizer=tokenizer,
         template=config.data.template,
-        chat=prompts.ChatSettings.of(config.data),
+        chat=prompts.ChatSettings.parsed(
+            system_prompt=config.data.system_prompt,
+            template_args=config.data.template_args,
+            date=config.data.date,
+        ),
         max_prompt_tokens=config.data.max_prompt_tokens,
         data_dir=config.data.dir,
         too_long=config.data.too_long,
@@ -138,3 +214,16 @@ def _try_rewards(scorer: Scorer, shaper: Shaper, rows: Sequence[PromptRow]) -> N
     scorer.score(first, [""] * len(first))
     empty = Completion(token_ids=[], logprobs=[], stopped=True)
     shaper.shape(first, [""] * len(first), [empty] * len(first), 1)
+
+
+def _dated(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, world: World) -> Config:
+    """The settings with the day of the run, where prompts hang on it: that of one that is continued, else today."""
+    if config.data.date is not None or not (writes_chats(config) and prompts.reads_date(tokenizer)):
+        return config
+    today = ""
+    if world.is_lead:
+        today = datetime.date.today().isoformat()
+        if config.resume == "auto" and (folder / "config.json").is_file():
+            today = load_config(folder).data.date or today
+    date = world.gather_text(today)[0]
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))

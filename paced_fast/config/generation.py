@@ -1,9 +1,29 @@
-"""How vLLM gets the weights, and what its rounding is corrected by."""
+"""Settings of generation, of the way of weights into an engine, and of what differs there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationConfig:
+    """Sampling of completions."""
+
+    prompts_per_step: int = 16
+    """P, prompts drawn in a step."""
+    group_size: int = 8
+    """G, completions for each prompt."""
+    max_completion_tokens: int = 1024
+    """Completions are cut here; a cut completion is scored like any other."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs everywhere are at this temperature."""
+    stop_tokens: tuple[str, ...] = ("auto",)
+    """Tokens that end a completion, by text or id; `auto` stands for all that the model's generation settings, its
+    configuration, its tokenizer and its chat template end with. The run folder keeps what they were."""
+    max_batch_sequences: int = 256
+    """Sequences decoded at once."""
+
 
 SyncMode = Literal["auto", "shared", "push"]
 

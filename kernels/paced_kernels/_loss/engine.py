@@ -1,0 +1,93 @@
+"""From the arguments of an operator to the engine that computes it, and the state of torch that it runs in."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import require_kernels
+from . import tiles
+from .gradients import RowEngine
+from .head import Head
+from .torch_rows import DEFAULT_WORKSPACE_BYTES, TorchRows
+
+
+def make_engine(
+    head: Head,
+    hidden: Tensor,  # [T, H]
+    token_ids: Tensor,  # [T]
+    with_entropy: bool,
+    workspace_bytes: int | None,
+    backend: str,
+) -> RowEngine:
+    """The row engine of a resolved backend."""
+    token_ids = token_ids.contiguous()  # kernels read them, and the bias, one after the other
+    if backend == "reference":
+        budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+        return TorchRows(head, hidden, token_ids, with_entropy, budget)
+    require_kernels("hidden", hidden)
+    from .triton_gemm import GemmRows
+    from .triton_logits import LogitRows
+
+    config = tiles.plan(hidden, head.weight)
+    if config is None:
+        return LogitRows(head, hidden, token_ids, with_entropy, workspace_bytes)
+    config = tiles.adapt_to_alignment(config, hidden, head.weight)
+    return GemmRows(head, hidden, token_ids, with_entropy, workspace_bytes, config)
+
+
+def make_head(weight: Tensor, bias: Tensor | None, temperature: float, shard_group: str, shard_start: int) -> Head:
+    """The head of one call; the name of a process group stands for the group in operator schemas."""
+    group = _resolve_group(shard_group) if shard_group else None
+    return Head(weight, None if bias is None else bias.contiguous(), temperature, group, shard_start)
+
+
+def even_workspace(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    workspace_bytes: int | None,
+    backend: str,
+    shard_group: str,
+    vocab_size: int,
+) -> int | None:
+    """The workspace with which this rank takes as many rows at a time as every other, whatever the size of its shard.
+
+    Ranks that cut the rows differently would wait for each other in different places. All of them take what an even
+    split of the vocabulary would: a larger shard gets a larger workspace, in proportion.
+    """
+    if not shard_group or (workspace_bytes is None and backend == "triton"):
+        return workspace_bytes
+    config = tiles.plan(hidden, weight) if backend == "triton" else None
+    workspace = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    itemsize = weight.dtype.itemsize if config else max(4, weight.dtype.itemsize)
+    even_row = -(-vocab_size // _resolve_group(shard_group).size()) * itemsize
+    if backend == "triton":
+        return max(1, workspace // even_row) * tiles.bytes_per_row(config, weight.shape[0], weight.dtype)
+    own_row = weight.shape[0] * itemsize
+    if weight.dtype.itemsize == itemsize:
+        return max(1, workspace // even_row) * own_row
+    # The reference keeps a quarter for the weight in the wider dtype.
+    return -(-4 * own_row * max(1, workspace * 3 // 4 // even_row) // 3)
+
+
+def _resolve_group(name: str) -> Any:
+    from torch.distributed import distributed_c10d  # not in every build of torch
+
+    return distributed_c10d._resolve_process_group(name)  # pyright: ignore
+
+
+class Guard:
+    """Own arithmetic inside an operator: no autocast, no gradient, kernels on the device of the inputs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._contexts: list[Any] = [torch.no_grad(), torch.autocast(device.type, enabled=False)]
+        if device.type == "cuda":
+            self._contexts.append(torch.cuda.device(device))
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)

@@ -1,0 +1,75 @@
+"""A configuration read back from a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from paced_fast.config import Config
+from paced_fast.errors import InputError
+
+
+def config_from_dict(kind: Any, raw: Any, name: str = "") -> Any:
+    """Rebuild a settings dataclass from `dataclasses.asdict` gone through JSON; an absent setting has its default.
+
+    `name` is that of the setting that `raw` is, "" for all of them. Raises InputError for the first value of the wrong
+    kind.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{name or 'it'} is {json.dumps(raw)[:80]}, not an object of settings")
+    values: dict[str, Any] = {}
+    for key, hint in typing.get_type_hints(kind).items():
+        if key not in raw:
+            continue
+        full, value = f"{name}.{key}".lstrip("."), raw[key]
+        if dataclasses.is_dataclass(hint):
+            value = config_from_dict(hint, value, full)
+        elif not _fits(value, hint):
+            wanted = str(getattr(hint, "__name__", hint)) if isinstance(hint, type) else str(hint)
+            raise InputError(f"{full} is {json.dumps(value)[:80]}, not {wanted.removeprefix('typing.')}")
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of the kind that a setting's annotation says."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in parts and not isinstance(value, bool)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if parts:  # a union
+        return any(_fits(value, part) for part in parts)
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def load_config(run_dir: Path) -> Config:
+    """The resolved settings of a run. Raises InputError when the folder holds none, or what are none."""
+    return parse_config(run_dir, read_settings(run_dir))
+
+
+def parse_config(run_dir: Path, raw: dict[str, Any]) -> Config:
+    """The settings in `raw`, which `read_settings` read. Raises InputError for the first that is none."""
+    try:
+        return config_from_dict(Config, raw)
+    except InputError as error:
+        raise InputError(f"{run_dir / 'config.json'}: {error}") from error
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The JSON object in the folder's config.json. Raises InputError when it cannot be read or is none."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{folder} is not a run folder: {path} cannot be read") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} is a JSON {type(raw).__name__}, not an object of settings")
+    return raw

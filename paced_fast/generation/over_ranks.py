@@ -1,0 +1,88 @@
+"""Generation split over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from paced_fast.data.records import Completion
+from paced_fast.distributed import World, joined
+from paced_fast.generation import Generator
+
+
+class SharedGenerator:
+    """A generator on every rank as one: each samples a part of the prompts."""
+
+    def __init__(
+        self,
+        own: Generator,
+        world: World,
+        engine_ranks: int = 1,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`own` is this rank's generator; all hold the same weights. `whole` is entered by all around a sampling.
+
+        Of `engine_ranks` consecutive ranks that share an engine out, all ask it the same and the first one answers.
+        """
+        self.own, self.world, self.engine_ranks, self.whole = own, world, engine_ranks, whole
+
+    def generate(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        group_size: int,
+        max_completion_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        seed: int,
+        first: int = 0,
+    ) -> list[Completion]:
+        """See `Generator.generate`; every rank gets all completions. What fails on one rank is raised on all."""
+        rank, ways = self.world.rank, self.engine_ranks
+        part = World(rank // ways, self.world.size // ways).share(len(prompts))
+        completions: list[Completion] = []
+        with self.whole(), self.world.agreement():
+            if part:
+                completions = self.own.generate(
+                    prompts[part.start : part.stop],
+                    group_size=group_size,
+                    max_completion_tokens=max_completion_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=seed,
+                    first=first + part.start,
+                )
+        return gather_completions(self.world, completions if rank % ways == 0 else [])
+
+    def before_training(self) -> None:
+        """See `Generator.before_training`."""
+        with self.world.agreement():
+            self.own.before_training()
+
+    def after_update(self) -> dict[str, float]:
+        """See `Generator.after_update`; the figures are this rank's."""
+        with self.world.agreement():
+            figures = self.own.after_update()
+        return figures
+
+    def close(self) -> None:
+        """See `Generator.close`."""
+        self.own.close()
+
+
+def gather_completions(world: World, own: Sequence[Completion]) -> list[Completion]:
+    """The completions of all ranks, in order of rank."""
+    if world.size == 1:
+        return list(own)
+    lengths = joined(world.gather(torch.tensor([len(c.token_ids) for c in own], dtype=torch.int64)))
+    ids = joined(world.gather(torch.tensor([i for c in own for i in c.token_ids], dtype=torch.int64)))
+    logprobs = joined(world.gather(torch.tensor([x for c in own for x in c.logprobs], dtype=torch.float64)))
+    stopped = joined(world.gather(torch.tensor([c.stopped for c in own], dtype=torch.uint8)))
+    found, start = [], 0
+    for length, ended in zip(lengths, stopped, strict=True):
+        cut = slice(start, start + length)
+        found.append(Completion(token_ids=ids[cut], logprobs=logprobs[cut], stopped=bool(ended)))
+        start += length
+    return found

@@ -1,0 +1,168 @@
+"""What each algorithm regresses on: the signal and the intercept of the policy's loss, and the target of log Z.
+
+P = prompts drawn, G = completions per prompt, B = sequences trained on, replayed ones included, N = prompts in the
+table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paced_fast.config import Config
+from paced_fast.data import packing
+from paced_fast.data.records import Fresh, Rollouts, Targets, UpdateResult
+from paced_fast.distributed import ALONE, World
+from paced_fast.generation.mismatch import sequence_weights
+from paced_fast.paced.log_z import LogZ
+from paced_fast.paced.replay import importance_weights
+from paced_fast.paced.update import old_logprobs
+from paced_fast.policy import Policy
+from paced_kernels import segment_sum
+
+
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """Functions of the batch, all f32[B]."""
+
+    signal: Callable[[Config, Rollouts, Fresh], Tensor]
+    """What the policy's loss pulls towards."""
+    intercept: Callable[[Config, Rollouts, Fresh, Tensor | None], Tensor]
+    """What stands for the log of the partition function; the last argument is the value f32[N] of each prompt."""
+    head_target: Callable[[Config, Rollouts, Targets, UpdateResult], tuple[Tensor, Tensor | float]]
+    """What log Z is fitted to, and the weight of each sequence beside that for its verdict."""
+
+
+def make_targets(
+    config: Config,
+    policy: Policy,
+    initial: Policy | None,
+    rollouts: Rollouts,
+    fresh: Fresh,
+    values: Tensor | None,
+    world: World = ALONE,
+) -> Targets:
+    """What the policy's loss compares current log-probs with; the first B of `rollouts` are the `fresh` ones."""
+    regression, temperature = REGRESSIONS[config.algorithm], config.generation.temperature
+    count = fresh.rollouts.num_sequences
+    old = old_logprobs(policy, rollouts, temperature, world)
+    weights = torch.ones_like(rollouts.rewards)
+    if config.mismatch.mode != "off":
+        sampled, own = fresh.rollouts, old[: fresh.rollouts.num_tokens]
+        weights[:count] = sequence_weights(sampled.generator_logprobs, own, sampled.cu_seqlens, config.mismatch)
+    if config.replay.importance and rollouts.num_sequences > count:
+        replayed = packing.part(rollouts, range(count, rollouts.num_sequences))
+        weights[count:] = importance_weights(replayed.rollouts, old[replayed.tokens])
+    return Targets(
+        signal=regression.signal(config, rollouts, fresh),
+        intercept=regression.intercept(config, rollouts, fresh, values),
+        old_logprobs=old,
+        ref_logprobs=old if initial is None else old_logprobs(initial, rollouts, temperature, world),
+        weights=weights,
+    )
+
+
+def fit_log_z(
+    log_z: LogZ, config: Config, rollouts: Rollouts, fresh: Fresh, targets: Targets, update: UpdateResult
+) -> tuple[Tensor, Tensor]:
+    """Train log Z on the correctness of the fresh sequences that have a verdict; its loss and gradient norm, f32[].
+
+    Replayed successes would bias it upwards. With `trains_log_z` it learns from all, the replayed ones by their
+    importance.
+    """
+    count = fresh.rollouts.num_sequences
+    scored = fresh.scored.float() / fresh.scored.float().mean()
+    target, weight = REGRESSIONS[config.algorithm].head_target(config, rollouts, targets, update)
+    if config.replay.trains_log_z:
+        weights = targets.weights.clone()
+        weights[:count] = scored
+        return log_z.fit(rollouts.prompt_index, target, weights)
+    return log_z.fit(rollouts.prompt_index[:count], target[:count], scored * weight)
+
+
+def reward(config: Config, rollouts: Rollouts, fresh: Fresh) -> Tensor:
+    """The reward as it is, with what shaping adds."""
+    del config, fresh
+    return rollouts.rewards + rollouts.shaping
+
+
+def advantage(config: Config, rollouts: Rollouts, fresh: Fresh) -> Tensor:
+    """The reward, normalised within its group."""
+    return group_advantage(rollouts.rewards + rollouts.shaping, fresh.scored, config.generation.group_size)
+
+
+def scaled_advantage(config: Config, rollouts: Rollouts, fresh: Fresh) -> Tensor:
+    """FlowRL's: the normalised reward times its scale."""
+    return config.loss.flowrl_reward_scale * advantage(config, rollouts, fresh)
+
+
+def value_or_group_mean(config: Config, rollouts: Rollouts, fresh: Fresh, values: Tensor | None) -> Tensor:
+    """beta * log Z of the prompt, or its group's accuracy by `loss.intercept`.
+
+    Replayed sequences come without their group, so for them the head's value stands in.
+    """
+    intercept = no_intercept(config, rollouts, fresh, None) if values is None else values[rollouts.prompt_index].clone()
+    if config.loss.intercept == "group_mean":
+        means = fresh.accuracy.repeat_interleave(config.generation.group_size)
+        intercept[: fresh.rollouts.num_sequences] = means
+    return intercept
+
+
+def no_intercept(config: Config, rollouts: Rollouts, fresh: Fresh, values: Tensor | None) -> Tensor:
+    """Zeros, of a loss that has none."""
+    del config, fresh, values
+    return torch.zeros_like(rollouts.rewards)
+
+
+def reward_less_drift(
+    config: Config, rollouts: Rollouts, targets: Targets, update: UpdateResult
+) -> tuple[Tensor, float]:
+    """The value at which trajectory balance's residual vanishes; with `log_z.loss` bce the reward itself."""
+    del targets
+    if config.log_z.loss != "tb":
+        return rollouts.rewards, 1.0
+    return rollouts.rewards - config.loss.beta * update.log_ratio, 1.0
+
+
+def flowrl_log_z(
+    config: Config, rollouts: Rollouts, targets: Targets, update: UpdateResult
+) -> tuple[Tensor, Tensor | float]:
+    """The log Z at which FlowRL's residual vanishes, weighed as its loss weighs a sequence."""
+    del config
+    drift = segment_sum(targets.old_logprobs - targets.ref_logprobs, rollouts.cu_seqlens)
+    lengths = rollouts.cu_seqlens.diff().clamp(min=1)
+    return targets.signal - (drift + update.log_ratio) / lengths, update.weight
+
+
+def group_accuracy(rewards: Tensor, scored: Tensor, group_size: int) -> Tensor:
+    """Mean reward f32[P] of the scored ones, bool[B], of consecutive groups of `group_size`; 0 where none is."""
+    return _group_means(rewards.view(-1, group_size), scored.view(-1, group_size))[:, 0]
+
+
+def group_advantage(rewards: Tensor, scored: Tensor, group_size: int) -> Tensor:
+    """GRPO's (reward - group mean) / (group std + 1e-6), f32[B]; arXiv 2402.03300, section 4.1.1.
+
+    Mean and deviation are those of the scored completions, bool[B]; the others get 0.
+    """
+    groups, known = rewards.view(-1, group_size), scored.view(-1, group_size)
+    centred = (groups - _group_means(groups, known)) * known
+    degrees = (known.sum(1, keepdim=True) - 1).clamp(min=1)
+    deviation = (centred.square().sum(1, keepdim=True) / degrees).sqrt()
+    return (centred / (deviation + 1e-6)).flatten()
+
+
+def _group_means(groups: Tensor, known: Tensor) -> Tensor:
+    return (groups * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
+
+
+_BALANCE = Regression(reward, value_or_group_mean, reward_less_drift)
+REGRESSIONS = {
+    "paced": _BALANCE,
+    "tb": _BALANCE,
+    "tb_group": _BALANCE,
+    "flowrl": Regression(scaled_advantage, value_or_group_mean, flowrl_log_z),
+    "grpo": Regression(advantage, no_intercept, reward_less_drift),
+}

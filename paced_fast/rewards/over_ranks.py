@@ -1,0 +1,49 @@
+"""Rewards split over ranks."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+
+from paced_fast.data.records import PromptRow
+from paced_fast.distributed import World, joined
+
+Scores = list[float | None]
+
+
+Judge = Callable[[Sequence[PromptRow], Sequence[str]], Scores]
+
+
+def gather_scores(world: World, own: Scores) -> Scores:
+    """The rewards of all ranks, in order of rank; None, no verdict, travels as NaN, which no reward is."""
+    if world.size == 1:
+        return own
+    coded = torch.tensor([float("nan") if score is None else score for score in own], dtype=torch.float64)
+    return [None if score != score else score for score in joined(world.gather(coded))]
+
+
+def shared_judge(world: World, judge: Judge) -> Judge:
+    """`judge` over the ranks: each scores its part of the completions, and all get every score."""
+
+    def score(rows: Sequence[PromptRow], texts: Sequence[str]) -> Scores:
+        part = world.share(len(texts))
+        cut = slice(part.start, part.stop)
+        with world.agreement():
+            own = judge(rows[cut], texts[cut])
+        return gather_scores(world, own)
+
+    return judge if world.size == 1 else score
+
+
+def summed_counts(world: World, own: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Verdicts by kind of each reward, counted over all ranks."""
+    if world.size == 1:
+        return own
+    total: dict[str, Counter[str]] = {}
+    for text in world.gather_text(json.dumps(own)):
+        for name, counts in json.loads(text).items():
+            total.setdefault(name, Counter()).update(counts)
+    return {name: dict(counts) for name, counts in total.items()}

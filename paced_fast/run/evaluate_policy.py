@@ -1,0 +1,61 @@
+"""Evaluations of the policy while it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paced_fast.config import stream_seed
+from paced_fast.evaluation import calibration
+from paced_fast.evaluation.held_out import Evaluation, Sampling, evaluate
+from paced_fast.rewards.over_ranks import shared_judge, summed_counts
+from paced_fast.run.start.build import Run
+
+
+def evaluate_now(run: Run, samples: int) -> Evaluation | None:
+    """Evaluate the policy as it is now on the held-out prompts; None without any, and where nothing is sampled."""
+    config = run.config
+    if not run.eval_table.rows or run.collector.recorded is not None:
+        return None
+    sampling = Sampling(
+        samples=samples,
+        max_completion_tokens=config.evaluation.max_completion_tokens or config.generation.max_completion_tokens,
+        temperature=config.evaluation.temperature,
+        top_p=config.evaluation.top_p,
+        seed=stream_seed(config.seed, run.stepper.counters.step, "evaluate"),
+    )
+    with run.stepper.phases.phase("evaluate"):
+        return evaluate(
+            run.collector.generator,
+            run.eval_table,
+            score=shared_judge(run.world, run.collector.scorer.score),
+            take_counts=lambda: summed_counts(run.world, run.collector.scorer.take_counts()),
+            decode=run.collector.decode,
+            sampling=sampling,
+            headline=config.data.headline,
+            vocabulary=run.collector.vocabulary,
+        )
+
+
+def final_evaluation(run: Run) -> dict[str, Any]:
+    """The evaluation after training, and how well the value foretells it on prompts the head never saw."""
+    evaluation = evaluate_now(run, run.config.evaluation.final_samples)
+    if evaluation is None:
+        return {}
+    value = value_on_held_out(run, evaluation)
+    return {"eval": evaluation.record()} | ({} if value is None else {"eval_value": value})
+
+
+def value_on_held_out(run: Run, evaluation: Evaluation) -> dict[str, Any] | None:
+    """How well the value foretells the accuracies of `evaluation`; None where it is no accuracy or knows no prompts."""
+    if run.trainer.log_z is None or not run.config.value_is_accuracy or run.eval_embeddings is None:
+        return None
+    predicted = zip(run.trainer.log_z.value_of(run.eval_embeddings).tolist(), evaluation.prompt_accuracy, strict=True)
+    scored = [(value, accuracy) for value, accuracy in predicted if accuracy is not None]
+    values, accuracy = [value for value, _ in scored], [accuracy for _, accuracy in scored]
+    return {
+        "brier": calibration.brier_score(values, accuracy),
+        "ece": calibration.expected_calibration_error(values, accuracy),
+        "rank_correlation": calibration.rank_correlation(values, accuracy),
+        "values": values,
+        "accuracies": accuracy,
+    }

@@ -1,0 +1,49 @@
+"""The summary of a finished run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from paced_fast.config import Config
+
+_COMPARED = (
+    *("accuracy", "accuracy_interval", "pass_at_8", "pass_at_k", "pass_at_k_interval", "maj_at_k"),
+    *("distinct_correct", "truncated_share", "tokens_mean", "unscored"),
+)
+"""Figures of the evaluations before and after training that the summary sets side by side."""
+
+
+def summarise(folder: Path, config: Config) -> dict[str, Any]:
+    """`summary.json` from the metrics of a finished run."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["step"] > 0]
+    evaluations = [record["eval"] for record in records if record.get("eval")]
+    before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+    last = records[-1]
+    value = last.get("eval_value") or {}
+    shares = [record["mixed_group_share"] for record in steps if record["step"] > config.scheduler.warmup_steps]
+    return {
+        "preset": config.preset,
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "steps": last["step"],
+        "rollouts": last.get("rollouts", 0),
+        "train_seconds": last.get("train_seconds", 0.0),
+        **{f"{name}_before": before.get(name) for name in _COMPARED},
+        **{f"{name}_after": after.get(name) for name in _COMPARED},
+        "value_brier": value.get("brier"),
+        "value_ece": value.get("ece"),
+        "value_rank_correlation": value.get("rank_correlation"),
+        "mixed_group_share": sum(shares) / len(shares) if shares else None,
+        "skipped_steps": last.get("skipped_steps", 0),
+        "warnings": dict(Counter(name for record in steps for name in record.get("warnings", ()))),
+        "curve": [
+            {"rollouts": r["rollouts"], "train_seconds": r["train_seconds"], "accuracy": r["eval"]["accuracy"]}
+            for r in records
+            if r.get("eval")
+        ],
+        "run_dir": str(folder),
+    }

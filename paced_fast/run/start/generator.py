@@ -1,0 +1,67 @@
+"""Who samples for a run."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from paced_fast.distributed import World
+from paced_fast.generation import Generator, TransformersGenerator, VLLMGenerator, weight_sync
+from paced_fast.generation.over_ranks import SharedGenerator
+from paced_fast.generation.parity import ParityGuard, long_sequences
+from paced_fast.generation.vllm_engine import EngineSettings
+from paced_fast.policy.shape import shape_of
+from paced_fast.run import checkpoint
+from paced_fast.run.plan import memory
+from paced_fast.run.start.model import TrainedPolicy
+from paced_fast.run.start.tables import Data
+
+
+def make_generator(
+    data: Data, made: TrainedPolicy, weights: Path, world: World
+) -> tuple[Generator, ParityGuard | None]:
+    """Who samples and, for vLLM, who checks it; `weights` is a folder with the policy's present parameters."""
+    config = data.config
+    with world.agreement():
+        generator, guard = _own_generator(data, made, weights, world)
+    if world.size == 1:
+        return generator, guard
+    # An engine has weights of its own; for the trainer's model the shards must be gathered.
+    whole = made.policy.whole if config.generator == "transformers" else contextlib.nullcontext
+    return SharedGenerator(generator, world, engine_ranks=config.weight_sync.tensor_parallel, whole=whole), guard
+
+
+def _own_generator(
+    data: Data, made: TrainedPolicy, weights: Path, world: World
+) -> tuple[Generator, ParityGuard | None]:
+    config, policy, stop_ids = data.config, made.policy, data.stops.ids
+    settings, model = config.generation, policy.model
+    shape = shape_of(model)
+    if config.generator == "transformers":
+        plain = TransformersGenerator(model, stop_ids=stop_ids, max_batch_sequences=settings.max_batch_sequences)
+        return plain, None
+    random_state = checkpoint.random_state()
+    generator = VLLMGenerator(
+        EngineSettings(
+            path=str(weights),
+            dtype=config.weight_sync.dtype,
+            device=config.model.device,
+            max_tokens=memory.engine_tokens(shape, config),
+            max_sequences=settings.max_batch_sequences,
+            kv_cache_bytes=memory.kv_cache_bytes(shape, config, made.layout),
+            sleep_level=config.weight_sync.sleep_level,
+            ranks=world.size,
+            tensor_parallel_size=config.weight_sync.tensor_parallel,
+        ),
+        stop_ids=stop_ids,
+    )
+    checkpoint.restore_random_state(random_state)  # an engine that starts seeds every global generator
+    generator.attach(weight_sync.connect(generator, model, config.weight_sync))
+    if config.model.device == "cuda":
+        torch.cuda.empty_cache()  # the trainer's own copy, where the weights are shared now
+    length = min(memory.CHECK_TOKENS, memory.engine_tokens(shape, config)) - 1  # scoring samples one token more
+    own = [row.token_ids for row in data.table.rows]
+    sequences = long_sequences(own, count=config.weight_sync.check_prompts, length=length)
+    return generator, ParityGuard(generator, policy, config, sequences=sequences)

@@ -1,0 +1,206 @@
+"""The model that a run trains: made or read, laid out over ranks, with its reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from paced_fast.config import Config, ModelConfig, stream_seed
+from paced_fast.data import prompts, tasks
+from paced_fast.data.records import PromptTable
+from paced_fast.distributed import World, joined
+from paced_fast.errors import InputError
+from paced_fast.generation.vllm_engine import require_head_size, require_pushable_experts
+from paced_fast.policy import Policy, adapt, build_tiny, has_experts, load_model, make_policy, prepare
+from paced_fast.policy.families import admit, planned
+from paced_fast.policy.loading import skeleton
+from paced_fast.policy.saving import generation_settings, save_model
+from paced_fast.policy.shape import ModelShape, shape_of
+from paced_fast.policy.sharding import choose_mode, shards_mesh
+from paced_fast.policy.warm_start import warm_start
+from paced_fast.run import checkpoint
+from paced_fast.run.plan import memory
+from paced_fast.run.record import terminal
+from paced_fast.run.start.run_folder import RunLock, claim
+from paced_fast.run.start.tables import Data, read_table
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedPolicy:
+    """The policy that is trained, with what belongs to it as it was before training."""
+
+    policy: Policy
+    initial: Policy | None
+    embeddings: Tensor | None  # f32[N, H] of the training prompts
+    eval_embeddings: Tensor | None  # of the held-out prompts
+    layout: memory.Layout
+
+
+def make_trained_policy(
+    data: Data, folder: Path, newest: Path | None, lock: RunLock, world: World, console: Console
+) -> TrainedPolicy:
+    """Make or read the policy, spread over the ranks; the run folder is made with the first one.
+
+    With `newest`, a checkpoint's folder, its parameters are those. The memory plan goes to the console.
+    """
+    config, home = data.config, _home(data.config, world)
+    model = _first_model(data, folder, newest is None, home, lock, world)
+    checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
+    shape, as_planned = _trained_shape(config, model), planned(config, model.config)
+    layout = _layout(as_planned, shape, len(data.table), world)
+    is_sharded = layout.mode == "sharded"
+    plan = memory.plan(shape, as_planned, len(data.table), layout)
+    console.print(terminal.memory_plan_table(plan, available_bytes=layout.device_bytes or 0))
+    # Embeddings, and the reference that an algorithm keeps, belong to the policy as it was before training.
+    with world.agreement():
+        policy, initial = _policies(config, model, world, is_sharded)
+    embeddings = eval_embeddings = None
+    if config.uses_head:
+        with policy.whole():
+            embeddings = policy.embed([row.token_ids for row in data.table.rows])
+            eval_embeddings = policy.embed([row.token_ids for row in data.eval_table.rows])
+    if newest is not None and config.lora.rank == 0:  # adapters lie beside the weights from before training
+        del model  # or a second copy would be held while an engine starts
+        with world.agreement():
+            latest = load_model(home, str(newest / "policy"))
+        with world.agreement():
+            policy, _ = _policies(config, latest, world, is_sharded, with_initial=False)
+        del latest
+    with world.agreement():
+        if not is_sharded:
+            prepare(policy, config)
+    return TrainedPolicy(
+        policy=policy, initial=initial, embeddings=embeddings, eval_embeddings=eval_embeddings, layout=layout
+    )
+
+
+def _first_model(
+    data: Data, folder: Path, is_new: bool, home: ModelConfig, lock: RunLock, world: World
+) -> PreTrainedModel:
+    """The model before training, which rank 0 makes for a new run; everybody else reads it from the run folder."""
+    model = None
+    with world.agreement(patient=True):
+        if is_new and world.is_lead:
+            model = _begin(data, folder, home, lock)
+    with world.agreement(patient=True):
+        if model is None:
+            model = load_model(home, str(folder / "initial"))
+    # Where the others have it, too: it may be more than one device can hold.
+    cast(torch.nn.Module, model).to(home.device)
+    return model
+
+
+def _begin(data: Data, folder: Path, home: ModelConfig, lock: RunLock) -> PreTrainedModel:
+    """Make the first model and then the run folder, with its weights in `initial`."""
+    config, tables = data.config, (data.table, data.eval_table)
+    warm = config.warm_start.first.steps or config.warm_start.second.steps
+    placed = config if warm else dataclasses.replace(config, model=home)
+    model = _initial_model(data.path, data.tokenizer, placed, data.stops, tables)
+    if config.generator == "vllm":
+        memory.engine_tokens(shape_of(model), config)
+        require_head_size(shape_of(model).head_size, config.model.device)
+        require_pushable_experts(has_experts(model), config.model.device)
+    claim(folder, config, lock)
+    generation = None if data.path == "tiny" else generation_settings(data.path)
+    save_model(model, folder / "initial", generation=generation)
+    data.tokenizer.save_pretrained(folder / "initial")
+    return model
+
+
+def _home(config: Config, world: World) -> ModelConfig:
+    """Where weights are read to: the host while it is not known whether one device can hold them."""
+    is_open = world.size > 1 and config.distributed.mode != "replicated"
+    return dataclasses.replace(config.model, device="cpu") if is_open else config.model
+
+
+def _device_bytes(config: Config, world: World) -> int:
+    """Memory that every rank may think of as its own: a GPU, or its part of the machine; the least if they differ."""
+    device = torch.device(config.model.device)
+    own = memory.available(device) // (1 if device.type == "cuda" else world.local_size)
+    return min(joined(world.gather(torch.tensor([own], dtype=torch.int64))))
+
+
+def _trained_shape(config: Config, model: PreTrainedModel) -> ModelShape:
+    """The sizes of what will be trained: with adapters, which the model does not have yet, those of the adapters."""
+    if config.lora.rank == 0:
+        return shape_of(model)
+    adapted = skeleton(model.config)
+    adapt(adapted, config.lora, seed=0)
+    return shape_of(adapted)
+
+
+def _layout(config: Config, shape: ModelShape, num_prompts: int, world: World) -> memory.Layout:
+    """How the run is spread over its ranks: parameters replicated or sharded, which the log says with the reason."""
+    device_bytes = _device_bytes(config, world)
+    layout = memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=device_bytes)
+    parts = memory.at_a_time(memory.plan(shape, config, num_prompts, layout))
+    choice = choose_mode(config.distributed.mode, ranks=world.size, plan=parts, device_bytes=device_bytes)
+    if world.size > 1:
+        logger.info("%s", choice.reason)
+    return dataclasses.replace(layout, mode="sharded" if choice.is_sharded else "replicated")
+
+
+def _policies(
+    config: Config, model: PreTrainedModel, world: World, is_sharded: bool, *, with_initial: bool = True
+) -> tuple[Policy, Policy | None]:
+    """The policy on the device, all of it or this rank's shards, and the reference that flowrl keeps beside it.
+
+    What is split cannot be given adapters or other layers any more, so it gets them before.
+    """
+    device = torch.device(config.model.device)
+    if not is_sharded:
+        cast(torch.nn.Module, model).to(device)
+    policy = make_policy(model, config)
+    initial = policy.frozen_copy() if config.algorithm == "flowrl" and with_initial else None
+    if is_sharded:
+        prepare(policy, config)
+        for one in (policy, initial):
+            if one is not None:
+                one.shard(shards_mesh(world, device), getattr(torch, config.model.dtype))
+    return policy, initial
+
+
+def _initial_model(
+    path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stops: prompts.Stops, tables: Sequence[PromptTable]
+) -> Any:
+    """The model before training, after its warm start; refused before that when it has no embedding for a prompt."""
+    if path == "tiny":
+        pad_id = tokenizer.convert_tokens_to_ids(tasks.SIGNED_SUMS_PAD)
+        assert isinstance(pad_id, int)
+        seed = stream_seed(config.warm_start.seed, 0, "initial weights")
+        model = build_tiny(config.model, len(tokenizer), stop_id=stops.text_end, pad_id=pad_id, seed=seed)
+    else:
+        model = load_model(config.model, path)
+    embedded = prompts.num_embedded(model)
+    rows = [(row.where, row.token_ids) for table in tables for row in table.rows]
+    prompts.check_embedded(rows, tokenizer, embedded)
+    if min(stops.ids) >= embedded:
+        raise InputError(
+            f"completions end at {stops}, and the model has {embedded} tokens only: name others by "
+            "--generation.stop-tokens"
+        )
+    admit(config, model, tables)
+    _trained_shape(config, model)  # what cannot be adapted is refused before anything is made of it
+    started = time.perf_counter()
+    result = warm_start(
+        model,
+        tokenizer,
+        config,
+        load=lambda sources: read_table(sources, tokenizer, config),
+        stops=stops,
+        report=logger.info,
+    )
+    logger.info("warm start: done after %.0f s", time.perf_counter() - started)
+    return result

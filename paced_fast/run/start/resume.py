@@ -1,0 +1,84 @@
+"""What a run that is resumed goes on from, and what may differ in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from paced_fast.config import Config, flatten, stream_seed
+from paced_fast.config.resolve import resolve
+from paced_fast.config.saved import load_config
+from paced_fast.distributed import World
+from paced_fast.errors import InputError
+from paced_fast.run import checkpoint
+from paced_fast.run.checkpoint.state import spread_tensors
+from paced_fast.run.record import files
+from paced_fast.run.start.run_folder import OWN_NAMES, RunLock
+from paced_fast.run.step import Counters, Stepper
+
+logger = logging.getLogger(__name__)
+
+
+def continue_from(stepper: Stepper, folder: Path, newest: Path, identity: dict[str, str]) -> None:
+    """Give the run the state of a checkpoint, and keep the settings it goes on with."""
+    world, config = stepper.world, stepper.config
+    tensors, state, generators = checkpoint.load(newest, spread_tensors(stepper.trainer), world)
+    with world.agreement():
+        checkpoint.check_identity(state, identity, newest)
+    stepper.load_state_tensors(tensors)
+    stepper.counters = Counters(**state["counters"])
+    if generators is None:  # there are more ranks now than wrote it
+        checkpoint.seed_random_state(stream_seed(config.seed, stepper.counters.step, f"ambient/{world.rank}"))
+    else:
+        checkpoint.restore_random_state(generators)
+    if world.is_lead:
+        files.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
+    logger.info("resumed after step %d from %s", stepper.counters.step, newest)
+
+
+# What may differ between a run and its continuation: how long it goes on, what it keeps and where things lie.
+# What an error message advises to change must be free too.
+_FREE_ON_RESUME = (
+    *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger")),
+    *("steps", "resume", "run_dir", "run.", "distributed.", "guard."),
+    *("warm_start.cache_dir", "generation.max_batch_sequences"),
+    "generation.stop_tokens",  # compared by what they come to, which the checkpoint says
+    *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib", "tensor_parallel")),
+    *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
+)
+
+
+def newest_checkpoint(config: Config, folder: Path, lock: RunLock, world: World) -> Path | None:
+    """What `--resume auto` continues from; None when nothing has been saved yet. Never starts over a damaged run."""
+    began = world.is_lead and any((folder / name).exists() for name in OWN_NAMES)
+    with world.agreement():
+        if began:
+            _check_same_run(config, folder)
+    with world.agreement():
+        if world.is_lead and folder.is_dir():
+            lock.take(folder)
+    root = folder / "checkpoints"
+    newest, error = checkpoint.newest(root, world), None
+    if newest is None and (found := checkpoint.folders(root)):
+        error = InputError(
+            f"--resume auto: every checkpoint in {root} is damaged ({found[-1].name}: "
+            f"{checkpoint.verify(found[-1])}): --resume never --run.overwrite restarts"
+        )
+    world.agree(error)
+    return newest
+
+
+def _check_same_run(config: Config, folder: Path) -> None:
+    try:
+        old = flatten(resolve(load_config(folder)))  # a folder older than a setting has its default, maybe `auto`
+    except InputError as error:
+        raise InputError(f"--resume auto: {folder} was trained with settings refused today: {error}") from None
+    for name, value in flatten(config).items():
+        if name == "data.date" and value is None:  # the run's own is taken
+            continue
+        if not name.startswith(_FREE_ON_RESUME) and old[name] != value:
+            raise InputError(
+                f"--resume auto: --{name.replace('_', '-')} was {old[name]} in {folder} and is {value} now: "
+                "give the same settings, or another --run-dir"
+            )

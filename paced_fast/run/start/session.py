@@ -1,0 +1,65 @@
+"""The processes of a run while it lasts: ranks, console, watchdog."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+
+from paced_fast import distributed
+from paced_fast.config import Config
+from paced_fast.distributed import World
+from paced_fast.errors import InputError
+from paced_fast.generation import VLLMGenerator
+from paced_fast.generation.over_ranks import SharedGenerator
+from paced_fast.run.start import signals
+from paced_fast.run.start.build import Run
+from paced_fast.run.start.watchdog import Watchdog, open_board
+
+
+def watch(run: Run, watchdog: Watchdog) -> None:
+    """Let the watchdog see every phase of the run, and every pass through the policy and the engine within one."""
+    watchdog.count = lambda: run.stepper.counters.step
+    run.stepper.phases.listener = watchdog.phase
+    run.trainer.policy.body.register_forward_pre_hook(lambda *_: watchdog.progress())
+    generator = run.collector.generator
+    own = generator.own if isinstance(generator, SharedGenerator) else generator
+    if isinstance(own, VLLMGenerator):
+        own.progress = watchdog.progress
+
+
+@contextlib.contextmanager
+def ranks_of_run(config: Config, console: Console) -> Iterator[tuple[World, Console]]:
+    """The ranks of a run, together until the end, and a console that only the lead's words reach."""
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"preset {config.preset} runs on a GPU (--model.device cuda) and torch sees none: "
+            "use the preset tiny or smollm2, or --model.device cpu"
+        )
+    world = distributed.start(config.model.device, config.distributed.timeout_seconds)
+    if world.size > 1:
+        signals.end_with_parent()
+    try:
+        if not world.is_lead:
+            logging.getLogger("paced_fast").setLevel(logging.WARNING)
+        yield world, console if world.is_lead else Console(quiet=True)
+    finally:
+        distributed.stop()
+
+
+def watchdog_of_rank(config: Config, world: World) -> Watchdog:
+    """The watchdog of this rank; torchrun says where the store of all ranks is, and which attempt this is."""
+    address, port = "", 0
+    if world.size > 1:  # or they may be anybody's: Kubernetes gives a service called master a MASTER_PORT of its own
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return Watchdog(
+        world,
+        stall_seconds=config.distributed.stall_seconds,
+        gone_seconds=config.distributed.timeout_seconds,
+        board=open_board(world, address, port),
+        name=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )

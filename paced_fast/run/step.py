@@ -1,0 +1,150 @@
+"""One step of a run: the method's step, and what a run adds to it: counts, the engine's turns, checks, its record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from paced_fast.data.records import StepResult
+from paced_fast.errors import TrainingError
+from paced_fast.generation.parity import ParityGuard
+from paced_fast.paced.trainer import Trainer
+from paced_fast.rewards.over_ranks import summed_counts
+from paced_fast.run.checkpoint import state
+from paced_fast.run.record.guards import Guards
+from paced_fast.run.record.phases import Phases
+from paced_fast.run.record.shown_rollouts import shown_rollouts
+from paced_fast.run.record.step_record import fetch, step_record, value_record
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a run has done so far; part of every checkpoint."""
+
+    step: int = 0
+    rollouts: int = 0
+    train_seconds: float = 0.0
+    num_updates: int = 0
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
+
+
+class Stepped(NamedTuple):
+    """What a step gave."""
+
+    record: dict[str, Any]  # its line of metrics.jsonl
+    shown: list[dict[str, Any]]  # a few rollouts to read
+    result: StepResult
+
+
+class Stepper:
+    """Makes the steps of a run, one after the other, and knows how many there were."""
+
+    def __init__(self, trainer: Trainer, phases: Phases, parity: ParityGuard | None = None) -> None:
+        """`phases` is the clock that `trainer` was given the phases of; `parity` checks an engine."""
+        self.trainer, self.phases, self.parity = trainer, phases, parity
+        self.config, self.world = trainer.config, trainer.world
+        self.counters, self.guards = Counters(), Guards(trainer.config.guard, speaks=trainer.world.is_lead)
+
+    def step(self) -> Stepped:
+        """Do the next step.
+
+        Raises TrainingError where no batch comes together, and after `max_consecutive_skips` steps without a finite
+        loss and gradient.
+        """
+        counters, generator = self.counters, self.trainer.collector.generator
+        counters.step += 1
+        is_checked = self.parity is not None and self.parity.due(counters.step)
+        self.phases.take()
+        try:
+            result = self.trainer.step(counters.step, counters.num_updates, lambda: self._before_training(is_checked))
+        except TrainingError:
+            counters.step -= 1  # nothing was trained on, so there was no step
+            raise
+        with self.phases.phase("metrics"):  # the host waits here, before an engine wakes
+            with_replay = result.values is not None and self.config.value_is_accuracy
+            replay = self.trainer.replay if with_replay else None
+            host = fetch(result, replay, mismatch_cap=self.config.mismatch.cap)
+        self._count(result, host)
+        with self.phases.phase("sync"):
+            sync = generator.after_update()
+        parity: dict[str, float] = {}
+        if is_checked:
+            with self.phases.phase("parity"):
+                parity = self.check_parity()
+        return Stepped(self._record(result, host, sync, parity), self._shown(result, host), result)
+
+    def check_parity(self) -> dict[str, float]:
+        """Figures of the agreement between this rank's engine and the trainer; empty without an engine of its own."""
+        guard = self.parity
+        if guard is None:
+            return {}
+        with self.world.agreement():
+            asked = guard.ask(self.counters.step)
+        with self.world.agreement():
+            figures = guard.judge(self.counters.step, *asked)
+        return figures
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every tensor a resumed run needs."""
+        return state.state_tensors(self.trainer, self.guards)
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `state_tensors()`, those that ranks may spread being filled already."""
+        state.load_state_tensors(self.trainer, self.guards, tensors)
+
+    def _before_training(self, is_checked: bool) -> None:
+        if self.parity is not None and is_checked:
+            with self.phases.phase("parity"), self.world.agreement():
+                self.parity.prime()
+        with self.phases.phase("sync"):
+            self.trainer.collector.generator.before_training()
+
+    def _count(self, result: StepResult, host: dict[str, Any]) -> None:
+        counters = self.counters
+        counters.rollouts += result.fresh.num_sampled
+        counters.num_updates += host["taken"]
+        counters.skipped_steps += host["skipped"]
+        counters.consecutive_skips = 0 if host["taken"] else counters.consecutive_skips + 1
+        if counters.consecutive_skips >= self.config.optimizer.max_consecutive_skips:
+            raise TrainingError(
+                f"non-finite loss or gradient in {counters.consecutive_skips} steps in a row, up to step "
+                f"{counters.step} (loss {host['loss']}, gradient norm {host['grad_norm']}): no parameter was changed "
+                "by them; lower --optimizer.learning-rate, or look at the rewards"
+            )
+
+    def _record(
+        self, result: StepResult, host: dict[str, Any], sync: dict[str, float], parity: dict[str, float]
+    ) -> dict[str, Any]:
+        seconds, counters = self.phases.take(), self.counters
+        total = sum(seconds.values())
+        counters.train_seconds += total
+        record: dict[str, Any] = {
+            "step": counters.step,
+            "rollouts": counters.rollouts,
+            "train_seconds": counters.train_seconds,
+            **step_record(result, host),
+            "skipped_steps": counters.skipped_steps,
+            "verdicts": summed_counts(self.world, self.trainer.collector.scorer.take_counts()),
+            "seconds": seconds,
+            "memory": self.phases.peak_bytes,
+            "tokens_per_second": result.fresh.num_tokens / total,
+        }
+        if self.config.value_is_accuracy and result.values is not None:
+            record |= value_record(result, host, counters.step)
+        record |= {name: figures for name, figures in (("weight_sync", sync), ("parity", parity)) if figures}
+        record["warnings"] = self.guards.check(record)
+        return record
+
+    def _shown(self, result: StepResult, host: dict[str, Any]) -> list[dict[str, Any]]:
+        return shown_rollouts(
+            result,
+            host,
+            host.get("values_fresh") if self.config.value_is_accuracy else None,
+            self.trainer.collector.table,
+            step=self.counters.step,
+            limit=self.config.run.rollouts_per_step,
+            decode=self.trainer.collector.decode,
+        )
