@@ -14,7 +14,7 @@ RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "weigh
 
 
 def test_the_case_is_known() -> None:
-    assert run.CASES["weight_sync"] == ("weight_sync", ())
+    assert run.CASES["weight_sync"] == ("training.weight_sync", ())
 
 
 def test_tables_show_megabytes_and_seconds() -> None:

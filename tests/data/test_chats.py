@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_chat
-from test_prompts import BOS, byte_tokenizer, plain_ids
+from tiny_bytes import BOS, byte_tokenizer, plain_ids
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_prompts import END, START, THINK, byte_tokenizer, plain_ids
+from tiny_bytes import END, START, THINK, byte_tokenizer, plain_ids
 from transformers import PreTrainedTokenizerFast
 
 from paced_fast.data.prompts import load_table

@@ -19,6 +19,7 @@ import tiny_run
 import torch
 from rich.console import Console
 
+from paced_fast import train
 from paced_fast.data.records import Completion, PromptRow, PromptTable
 from paced_fast.data.sources import parse_source
 from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
@@ -331,7 +332,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation__top_p=0.9,
         evaluation__max_completion_tokens=4,
     )
-    tiny_run.train.run(dataclasses.replace(settings, run_dir=str(folder / "run")), tiny_run.quiet())
+    train.run(dataclasses.replace(settings, run_dir=str(folder / "run")), tiny_run.quiet())
     write_benchmark(folder)
     return folder
 

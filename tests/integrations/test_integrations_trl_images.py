@@ -14,9 +14,9 @@ pytest.importorskip("PIL", reason="needs Pillow: pip install pillow")
 
 from datasets import Dataset
 from PIL import Image
-from test_integrations_trl_features import alike, chat_tokenizer, moved
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from trl_alike import alike, chat_tokenizer, moved
 
 from paced_fast.integrations.trl_head import HOST
 

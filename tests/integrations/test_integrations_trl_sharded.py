@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("trl", reason="needs trl: pip install 'paced-fast[trl]'")
 
 import tiny_trl_sharded
-from test_integrations_trl import assert_same, launch, our_parameters
+from trl_beside_ours import assert_same, launch, our_parameters
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 

@@ -162,8 +162,8 @@ def test_short_rows_on_a_cpu_have_a_mask_and_long_ones_blocks(monkeypatch: pytes
     calls: list[str] = []
     policy = tiny_policy.policy()
     for name in ("forward_rows", "packed_row"):
-        real = getattr(packing, name)
-        monkeypatch.setattr(packing, name, lambda *a, n=name, f=real, **k: calls.append(n) or f(*a, **k))
+        real = getattr(policy_module, name)
+        monkeypatch.setattr(policy_module, name, lambda *a, n=name, f=real, **k: calls.append(n) or f(*a, **k))
     policy.hidden(tiny_policy.rollouts([126, 126], group_size=2, prompt_lengths=(4,)))  # 6 + 125 + 125
     policy.hidden(tiny_policy.rollouts([127, 126], group_size=2, prompt_lengths=(4,)))
     assert calls == ["forward_rows", "packed_row"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_prompts import CHAT, byte_tokenizer, plain_ids
+from tiny_bytes import CHAT, byte_tokenizer, plain_ids
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -31,7 +31,7 @@ from paced_fast.report.charts import value as learning
 def _records(*, num_steps: int = 60, learned_value: bool = True, seed: int = 0) -> list[dict[str, object]]:
     """Records of steps 0..num_steps; an evaluation each 20 steps, a value that improves, a slow first step."""
     rng = np.random.default_rng(seed)
-    read_run: list[dict[str, object]] = [{"step": 0, "rollouts": 0, "train_seconds": 0.0, "eval": _evaluation(0.0)}]
+    records: list[dict[str, object]] = [{"step": 0, "rollouts": 0, "train_seconds": 0.0, "eval": _evaluation(0.0)}]
     for step in range(1, num_steps + 1):
         done = step / num_steps
         accuracy = rng.beta(0.4 + 2 * done, 0.6 + 2 * done, size=16).round(3)
@@ -84,14 +84,14 @@ def _records(*, num_steps: int = 60, learned_value: bool = True, seed: int = 0) 
             record["mixed_group_share_uniform"] = 0.14
         if step % 20 == 0:
             record["eval"] = _evaluation(done)
-        read_run.append(record)
-    return read_run
+        records.append(record)
+    return records
 
 
 def _write_run(path: Path, records: list[dict[str, object]], *, finished: bool = True) -> Path:
     """Writes `records` and, for a finished run, the files beside them."""
     path.mkdir(parents=True, exist_ok=True)
-    path.joinpath("metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in read_run), encoding="utf-8")
+    path.joinpath("metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     if finished:
         (path / "config.json").write_text(json.dumps({"seed": 0, "loss": {"beta": 0.05, "note": "<b>"}}))
         rows = [
@@ -110,8 +110,8 @@ def _write_run(path: Path, records: list[dict[str, object]], *, finished: bool =
         summary = {
             "preset": "tiny",
             "algorithm": "paced",
-            "steps": len(read_run) - 1,
-            "rollouts": 128 * (len(read_run) - 1),
+            "steps": len(records) - 1,
+            "rollouts": 128 * (len(records) - 1),
             "train_seconds": 15.0,
             "accuracy_before": 0.142,
             "accuracy_after": 0.287,
@@ -240,8 +240,8 @@ def test_report_without_a_learned_value_leaves_those_figures_out(tmp_path: Path)
 
 @pytest.mark.usefixtures("_quick_pictures")
 def test_report_of_a_running_run_without_evaluation(tmp_path: Path) -> None:
-    read_run = [{key: r[key] for key in ("step", "reward_mean", "seconds")} for r in _records(num_steps=4)[1:]]
-    run_dir = _write_run(tmp_path, read_run, finished=False)
+    records = [{key: r[key] for key in ("step", "reward_mean", "seconds")} for r in _records(num_steps=4)[1:]]
+    run_dir = _write_run(tmp_path, records, finished=False)
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')
     page = Page(report.make_report(run_dir))
@@ -259,15 +259,15 @@ def test_report_after_the_first_steps(tmp_path: Path, count: int) -> None:
 
 
 def test_unusual_numbers_do_not_stop_the_report(tmp_path: Path) -> None:
-    read_run = _records(num_steps=6)
-    read_run[3] |= {
+    records = _records(num_steps=6)
+    records[3] |= {
         "loss": None,
         "value_fresh": [None] * 16,
         "value_histogram": [0] * 20,
         "replay_priorities": [None, 0.5],
     }
-    read_run[4] |= {"seconds": {}, "eval": {"accuracy": None, "slices": {"new": {"accuracy": 0.5}}}}
-    run_dir = _write_run(tmp_path, read_run)
+    records[4] |= {"seconds": {}, "eval": {"accuracy": None, "slices": {"new": {"accuracy": 0.5}}}}
+    run_dir = _write_run(tmp_path, records)
     report.make_report(run_dir)
     assert _drawn(run_dir) == EVERY_PLOT
 
@@ -326,8 +326,8 @@ def test_calibration_compares_the_first_third_with_the_last() -> None:
 
 
 def test_histogram_columns_are_shares_of_their_own_step() -> None:
-    read_run = [{"step": 1, "value_histogram": [3, 1]}, {"step": 2, "value_histogram": [0, 8]}]
-    mesh = _axes(png.value_histogram(read_run))[0].collections[0]
+    records = [{"step": 1, "value_histogram": [3, 1]}, {"step": 2, "value_histogram": [0, 8]}]
+    mesh = _axes(png.value_histogram(records))[0].collections[0]
     assert np.asarray(mesh.get_array()).tolist() == [[0.75, 0.0], [0.25, 1.0]]
     priorities = [{"step": 1, "replay_priorities": [0.0, 0.26, 0.27, 0.99]}]
     column = np.asarray(_axes(png.replay_priorities(priorities))[0].collections[0].get_array())[:, 0]
@@ -335,8 +335,8 @@ def test_histogram_columns_are_shares_of_their_own_step() -> None:
 
 
 def test_seconds_are_stacked_and_shares_are_of_the_whole_run() -> None:
-    read_run = [{"step": s, "seconds": {"generate": 1.0 * s, "update": 2.0, "idle": 0.0, "other": 0.5}} for s in (1, 2)]
-    figure = png.seconds_by_phase(read_run)
+    records = [{"step": s, "seconds": {"generate": 1.0 * s, "update": 2.0, "idle": 0.0, "other": 0.5}} for s in (1, 2)]
+    figure = png.seconds_by_phase(records)
     axes = _axes(figure)[0]
     bars = [(b.get_x() + 0.5, b.get_y(), b.get_height()) for b in axes.patches]  # type: ignore[attr-defined]
     assert bars == [(1, 0, 1), (2, 0, 2), (1, 1, 2), (2, 2, 2), (1, 3, 0.5), (2, 4, 0.5)]
@@ -351,8 +351,8 @@ def test_mixed_groups_say_what_uniform_prompts_would_give() -> None:
 
 
 def test_the_smoothed_line_is_a_mean_of_neighbours_also_at_the_ends() -> None:
-    read_run = [{"step": s, "reward_mean": float(s == 23)} for s in range(1, 46)]
-    raw, smooth = (np.asarray(line.get_ydata()) for line in _axes(png.train_reward(read_run))[0].get_lines())
+    records = [{"step": s, "reward_mean": float(s == 23)} for s in range(1, 46)]
+    raw, smooth = (np.asarray(line.get_ydata()) for line in _axes(png.train_reward(records))[0].get_lines())
     assert raw.sum() == 1.0
     assert smooth[21:24].tolist() == pytest.approx([1 / 3] * 3)
     level = [{"step": s, "reward_mean": 0.5} for s in range(1, 46)]
@@ -536,4 +536,4 @@ def test_a_half_written_character_at_the_end_is_left_out(tmp_path: Path) -> None
     run_dir = _write_run(tmp_path, _records(num_steps=2), finished=False)
     with (run_dir / "metrics.jsonl").open("ab") as file:
         file.write('{"step": 3, "note": "\u00e9'.encode()[:-1])
-    assert read_run.read_run(run_dir).last_step == 2
+    assert read_run.records(run_dir).last_step == 2

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from code_check_rows import ROWS
-from test_code_reward import BACKENDS, FORGERIES_BY_VALUE, fenced, made, verdict
+from code_programs import BACKENDS, FORGERIES_BY_VALUE, fenced, made, verdict
 
 from paced_fast.errors import InputError
 from paced_fast.rewards.code.cases import Check

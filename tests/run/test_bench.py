@@ -47,9 +47,9 @@ def test_it_is_the_trainers_step_and_nobody_samples(tmp_path: Path, monkeypatch:
     steps: list[int] = []
     own = Trainer.step
 
-    def step(self: Trainer) -> Any:
-        steps.append(self.counters.step)
-        return own(self)
+    def step(self: Trainer, number: int, *rest: Any) -> Any:
+        steps.append(number)
+        return own(self, number, *rest)
 
     def refuse(*arguments: Any, **more: Any) -> None:
         raise AssertionError("nothing is sampled")
@@ -57,7 +57,7 @@ def test_it_is_the_trainers_step_and_nobody_samples(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(TransformersGenerator, "generate", refuse)
     result = bench.measure(small(tmp_path), steps=3, lengths="full")
-    assert steps == [0, 1, 2]
+    assert steps == [1, 2, 3]
     assert result["steps"] == 2, "the first step warms up"
     assert {"old_logprobs", "update", "head", "replay"} <= result["seconds"].keys()
     assert all(loss == loss for loss in result["loss"])

@@ -19,7 +19,7 @@ from paced_fast.config.resolve import resolve
 from paced_fast.distributed import ALONE
 from paced_fast.errors import InputError
 from paced_fast.run.record import files
-from paced_fast.run.start.build import _newest_checkpoint
+from paced_fast.run.start.resume import newest_checkpoint
 from paced_fast.run.start.run_folder import LOCK_NAME, RunLock, claim, run_folder
 
 HOLDER = """
@@ -62,7 +62,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone_whatever_it_forked(tmp_
             acts: list[Callable[[], object]] = [
                 lambda: run_folder(settings, lock),
                 lambda: claim(tmp_path, settings, lock),
-                lambda: _newest_checkpoint(resumed, tmp_path, lock, ALONE),
+                lambda: newest_checkpoint(resumed, tmp_path, lock, ALONE),
             ]
             for act in acts:
                 with pytest.raises(InputError) as raised:

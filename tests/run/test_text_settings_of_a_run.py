@@ -58,7 +58,7 @@ def settings(folder: Path, model: str, **changes: Any) -> Config:
 
 def build(config: Config, **changes: Any) -> Run:
     made = build_run(resolve(dataclasses.replace(config, **changes)), tiny_run.quiet())
-    made.scorer.close()
+    made.collector.scorer.close()
     return made
 
 
@@ -66,7 +66,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
     """It is that day, for the trainer and for the chat template alike."""
     now = datetime.datetime.fromisoformat(day)
     date = SimpleNamespace(today=now.date, fromisoformat=datetime.date.fromisoformat)
-    for module in ("paced_fast.run.start.build", "paced_fast.evaluate"):
+    for module in ("paced_fast.run.start.tables", "paced_fast.evaluate"):
         monkeypatch.setattr(f"{module}.datetime", SimpleNamespace(date=date))
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: now))
 
