@@ -1,6 +1,6 @@
 """Every setting of a run, as frozen dataclasses; the sentence under a field is its `--help` text.
 
-`auto` means "what the algorithm's name says"; `resolve.resolve` replaces it, and the run folder keeps the result.
+`auto` means "what the algorithm's name says"; `config.resolve` replaces it, and the run folder keeps the result.
 """
 
 from paced_fast.config.data import DataConfig

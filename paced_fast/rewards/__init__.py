@@ -15,7 +15,7 @@ when the data are read, of the columns and the `prompt`; `counts`, a Counter of 
     reasoning_gym    the rule of the row's task: our own, or the package's checker in a sandbox (`task_rules`)
     signed_sums      the exact checker of that task
     package.module:function, path/to/file.py:function
-    verl:..., trl:...  functions written for those trainers (see `adapters`)
+    verl:..., trl:...  functions written for those trainers (see `foreign`)
     0.7*math+0.3*exact a weighted mean of several
 """
 

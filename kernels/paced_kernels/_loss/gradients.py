@@ -19,7 +19,7 @@ from .torch_rows import Exponentials, RowStats, row_chunks
 
 
 class RowEngine(Protocol):
-    """What turns rows into log-probs and exponentials; `_rows.TorchRows` documents the methods."""
+    """What turns rows into log-probs and exponentials; `torch_rows.TorchRows` documents the methods."""
 
     head: Head
     hidden: Tensor  # [T, H]

@@ -8,8 +8,8 @@ For one row with logits z = h W^T / temperature + bias, target y, M = max z and 
 so 1 - p_y is never formed by subtraction, and a gradient is one factor a row times a matrix that is already in the
 buffer. Only a chunk of R rows of logits exists at any time, in float32 (float64 for float64 inputs).
 
-A row engine is what `_fused` and `_gradients` drive: it has `rows_per_chunk`, `score`, `exponentials`,
-`entropy_gradient`, `back_project` and `add_outer`. `_triton_rows` holds the other one.
+A row engine is what `fused_pass` and `gradients` drive: it has `rows_per_chunk`, `score`, `exponentials`,
+`entropy_gradient`, `back_project` and `add_outer`. `triton_rows` holds the other one.
 
 T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk.
 """

@@ -22,7 +22,7 @@ from .torch_rows import Exponentials, RowStats
 
 
 class TritonRows:
-    """Row engine for float32, bfloat16 and float16; see `_rows.TorchRows` for what each method means."""
+    """Row engine for float32, bfloat16 and float16; see `torch_rows.TorchRows` for what each method means."""
 
     def __init__(
         self,

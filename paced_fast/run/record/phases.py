@@ -99,7 +99,7 @@ def probe(device: torch.device) -> Callable[[], int] | None:
 
 
 def clock_of(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """A clock for `metrics.Phases`: marks, and the seconds between two of them.
+    """A clock for `Phases`: marks, and the seconds between two of them.
 
     On a GPU a mark is an event of the current stream, so that a phase is charged for the work it launched and for the
     time the GPU waited for the host. The seconds are asked for when the step's figures have come to the host.

@@ -1,6 +1,6 @@
 """What a person at the terminal sees: the live line of a run and the tables around it.
 
-Shows plain records and knows nothing else of the package; `metrics` passes these names on.
+Shows plain records and knows nothing else of the package.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""What a run tells the outside world: numbers, the metrics file, the clock of each phase; the terminal is in `display`.
-
-Pure functions turn counts into numbers, `MetricsWriter` appends them to `metrics.jsonl`, `Phases` measures where a
-step's time goes. Nothing here needs a tensor library, so neither does a reader of run folders.
-
-P = prompts.
-"""
+"""The metrics and rollouts files of a run, and the loggers that mirror them."""
 
 from __future__ import annotations
 
@@ -17,8 +11,6 @@ from paced_fast.errors import InputError
 from paced_fast.run.record.files import plain, replace
 from paced_fast.run.record.journal import Journal
 from paced_fast.run.record.loggers import Logger
-
-# Files
 
 _KEPT_BYTES = 1 << 26
 
