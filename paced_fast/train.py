@@ -8,7 +8,6 @@ The run folder holds config.json, metrics.jsonl, rollouts.jsonl, checkpoints/, s
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -25,13 +24,13 @@ from paced_fast.errors import InputError, StopRequested, TrainingError
 from paced_fast.evaluation.held_out import prompt_columns
 from paced_fast.policy import quiet
 from paced_fast.run import checkpoint
-from paced_fast.run.evaluate_policy import evaluate_now, final_evaluation
+from paced_fast.run.evaluate_policy import evaluate_now, evaluation_due
 from paced_fast.run.modes import ranks_here, run_bench
+from paced_fast.run.outputs import Outputs
 from paced_fast.run.plan import dry_run
-from paced_fast.run.record import files, terminal
-from paced_fast.run.record.rollouts_file import Recorder, replayed_settings
-from paced_fast.run.record.summary import summarise
-from paced_fast.run.record.writer import MetricsWriter
+from paced_fast.run.record import terminal
+from paced_fast.run.record.rollouts_file import replayed_settings
+from paced_fast.run.record.summary import write_summary
 from paced_fast.run.saving import make_saver, save
 from paced_fast.run.start import signals
 from paced_fast.run.start.build import Run, build
@@ -41,82 +40,50 @@ from paced_fast.run.start.signals import StopRequest
 from paced_fast.run.start.tables import without_missing
 from paced_fast.run.start.watchdog import Watchdog
 
-logger = logging.getLogger("paced_fast.train")  # __name__ is __main__ under python -m
-
 
 def train(
     run: Run, console: Console, stop: StopRequest | None = None, watchdog: Watchdog | None = None
 ) -> dict[str, Any]:
-    """The loop; returns the summary that is also written to the run folder. Of several ranks the lead writes.
+    """The loop; returns the summary that is also written to the run folder. Of several ranks rank 0 writes.
 
     Raises StopRequested at the end of the step in which any rank's `stop` was asked for, with a checkpoint.
     """
-    config, stepper, folder, world = run.config, run.stepper, run.folder, run.world
+    config, stepper = run.config, run.stepper
     began = stepper.counters.step
     if watchdog is not None:
         watch(run, watchdog)
-    with contextlib.ExitStack() as stack:
-        saver = stack.enter_context(contextlib.closing(make_saver(run)))
-        writer = progress = None
-        if world.is_lead:
-            writer = stack.enter_context(MetricsWriter(folder, sinks=config.run.loggers, config=flatten(config)))
-            progress = stack.enter_context(
-                terminal.Progress(config.steps, start_step=stepper.counters.step, console=console)
-            )
-
-        def tell(record: dict[str, Any], shown: list[dict[str, Any]] | None = None) -> None:
-            if writer is not None and progress is not None:
-                writer.write(record)
-                writer.write_rollouts(shown or [])
-                progress.update(record)
-
-        recording = config.run.save_rollouts and world.is_lead
-        recorder = stack.enter_context(contextlib.closing(Recorder(folder, run.collector.table))) if recording else None
+    with contextlib.closing(make_saver(run)) as saver, Outputs(run, console) as outputs:
         _stop_if_asked(run, saver, stop, began)
-        # A resumed run loads the engine anew, so it is checked like a new one.
-        parity = stepper.check_parity()
-        if run.resumed:
-            if writer is not None:
-                writer.drop_from(stepper.counters.step + 1)
-            if recorder is not None:
-                recorder.drop_from(stepper.counters.step + 1)
-        else:
-            if progress is not None:
-                progress.update({"step": 0, "status": "evaluating before training"})
-            record: dict[str, Any] = {"step": 0, "rollouts": 0, "train_seconds": 0.0}
-            if parity:
-                record["parity"] = parity
-            before = evaluate_now(run, config.evaluation.final_samples)
-            if before is not None:
-                record["eval"] = before.record() | prompt_columns(run.eval_table)
-                record["overlap"] = {"repeated": run.repeated, "training_prompts": len(run.collector.table)}
-            if before is not None or parity:
-                tell(record)
+        _begin(run, outputs)
         while stepper.counters.step < config.steps:
             _stop_if_asked(run, saver, stop, began)
             record, shown, result = stepper.step()
             step = stepper.counters.step
-            if recorder is not None:
-                recorder.write(step, result.fresh.groups, result.fresh.dropped)
-            last = step == config.steps
-            if not last and config.evaluation.every and step % config.evaluation.every == 0:
-                evaluation = evaluate_now(run, config.evaluation.samples)
-                record["eval"] = None if evaluation is None else evaluation.record()
-            if last:
-                record |= final_evaluation(run)
-            tell(record, shown)
+            outputs.keep(step, result.fresh)
+            record |= evaluation_due(run, step)
+            outputs.write(record, shown)
             stepper.guards.stop(step)
-            if last or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
-                save(run, saver, last=last)
-    if not world.is_lead:
-        return {}
-    try:
-        summary = summarise(folder, config)
-        files.write_json_atomic(folder / "summary.json", summary)
-        return summary
-    except (OSError, ValueError, LookupError) as error:  # of a disk that took no metrics
-        logger.warning("there is no summary.json (%r): the checkpoints are whole", error)
-        return {}
+            if step == config.steps or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
+                save(run, saver, last=step == config.steps)
+    return write_summary(run.folder, config) if run.world.is_lead else {}
+
+
+def _begin(run: Run, outputs: Outputs) -> None:
+    """Before the first step: the engine is checked, a new run evaluated, a resumed one loses what comes again."""
+    parity = run.stepper.check_parity()  # a resumed run loads the engine anew, so it is checked like a new one
+    if run.resumed:
+        outputs.drop_from(run.stepper.counters.step + 1)
+        return
+    outputs.say("evaluating before training")
+    record: dict[str, Any] = {"step": 0, "rollouts": 0, "train_seconds": 0.0}
+    if parity:
+        record["parity"] = parity
+    before = evaluate_now(run, run.config.evaluation.final_samples)
+    if before is not None:
+        record["eval"] = before.record() | prompt_columns(run.eval_table)
+        record["overlap"] = {"repeated": run.repeated, "training_prompts": len(run.collector.table)}
+    if before is not None or parity:
+        outputs.write(record)
 
 
 def _stop_if_asked(run: Run, saver: checkpoint.Saver, stop: StopRequest | None, began: int) -> None:

@@ -2,8 +2,7 @@
 
 Arguments and results are those of the public functions of the same name, without the checks of shapes and dtypes:
 `logprobs` and `trajectory_balance` document them. In `_loss`, `torch_rows` holds the chunked projection, `gradients`
-what becomes of a chunk, `fused_pass` the loss over sequence-aligned chunks, and `sequences` the arithmetic of one number
-per sequence.
+what becomes of a chunk, `fused_pass` the loss over sequence-aligned chunks, `sequences` one number per sequence.
 
 T = packed tokens, B = sequences, H = hidden size, V = vocabulary.
 """

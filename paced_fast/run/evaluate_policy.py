@@ -36,9 +36,18 @@ def evaluate_now(run: Run, samples: int) -> Evaluation | None:
         )
 
 
-def final_evaluation(run: Run) -> dict[str, Any]:
-    """The evaluation after training, and how well the value foretells it on prompts the head never saw."""
-    evaluation = evaluate_now(run, run.config.evaluation.final_samples)
+def evaluation_due(run: Run, step: int) -> dict[str, Any]:
+    """What a step's record has of an evaluation; after the last step also how well the value foretells it.
+
+    The value is that of prompts that the head never saw.
+    """
+    settings = run.config.evaluation
+    if step != run.config.steps:
+        if not settings.every or step % settings.every:
+            return {}
+        evaluation = evaluate_now(run, settings.samples)
+        return {"eval": None if evaluation is None else evaluation.record()}
+    evaluation = evaluate_now(run, settings.final_samples)
     if evaluation is None:
         return {}
     value = value_on_held_out(run, evaluation)

@@ -25,6 +25,7 @@ from paced_fast.evaluate import EvaluateArguments, evaluate_target
 from paced_fast.paced.trainer import Trainer
 from paced_fast.policy import Policy
 from paced_fast.run import checkpoint
+from paced_fast.run.checkpoint.state import spread_tensors
 
 
 @pytest.fixture
@@ -202,11 +203,11 @@ def test_every_piece_of_state_matters_or_is_refused(rewards: Path, tmp_path: Pat
     groups = {name.split(".")[0] + "." + name.split(".")[1] for name in tensors}
     assert {"log_z.head", "log_z.optimizer", "scheduler.tree", "scheduler.last_accuracy", "replay.tree"} <= groups
     assert {"replay.token_ids", "replay.inserted", "replay.policy_version", "replay.accuracy"} <= groups
-    other = build(dataclasses.replace(settings, seed=1), tmp_path / "other").trainer
+    other = build(dataclasses.replace(settings, seed=1), tmp_path / "other").stepper
     for _ in range(2):
         other.step()
     other.load_state_tensors(tensors)
-    for name, tensor in other.spread_tensors().items():
+    for name, tensor in spread_tensors(other.trainer).items():
         tensor.copy_(tensors[name])
     again = other.state_tensors()
     assert again.keys() == tensors.keys()

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from paced_fast.config import Config
+from paced_fast.run.record.files import write_json_atomic
+
+logger = logging.getLogger(__name__)
 
 _COMPARED = (
     *("accuracy", "accuracy_interval", "pass_at_8", "pass_at_k", "pass_at_k_interval", "maj_at_k"),
     *("distinct_correct", "truncated_share", "tokens_mean", "unscored"),
 )
 """Figures of the evaluations before and after training that the summary sets side by side."""
+
+
+def write_summary(folder: Path, config: Config) -> dict[str, Any]:
+    """The summary of a finished run, also in its summary.json; empty where the disk took no metrics."""
+    try:
+        summary = summarise(folder, config)
+        write_json_atomic(folder / "summary.json", summary)
+        return summary
+    except (OSError, ValueError, LookupError) as error:
+        logger.warning("there is no summary.json (%r): the checkpoints are whole", error)
+        return {}
 
 
 def summarise(folder: Path, config: Config) -> dict[str, Any]:

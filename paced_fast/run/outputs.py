@@ -1,0 +1,67 @@
+"""Where a run writes: the metrics file and its loggers, the terminal, the rollouts that are kept to be replayed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from paced_fast.config import flatten
+from paced_fast.data.records import Fresh
+from paced_fast.run.record.rollouts_file import Recorder
+from paced_fast.run.record.terminal import Progress
+from paced_fast.run.record.writer import MetricsWriter
+from paced_fast.run.start.build import Run
+
+
+class Outputs:
+    """Files and terminal of a run, to be used as a context; on every rank but rank 0 all of it does nothing."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        """Open the files; those of a resumed run lose what was written after the step it goes on from."""
+        self._open = contextlib.ExitStack()
+        self._writer = self._progress = self._recorder = None
+        if not run.world.is_lead:
+            return
+        config, step = run.config, run.stepper.counters.step
+        self._writer = self._open.enter_context(
+            MetricsWriter(run.folder, sinks=config.run.loggers, config=flatten(config))
+        )
+        self._progress = self._open.enter_context(Progress(config.steps, start_step=step, console=console))
+        if config.run.save_rollouts:
+            self._recorder = self._open.enter_context(contextlib.closing(Recorder(run.folder, run.collector.table)))
+
+    def drop_from(self, step: int) -> None:
+        """Forget every record of `step` and later."""
+        if self._writer is not None:
+            self._writer.drop_from(step)
+        if self._recorder is not None:
+            self._recorder.drop_from(step)
+
+    def say(self, status: str) -> None:
+        """Show what is going on before the first step."""
+        if self._progress is not None:
+            self._progress.update({"step": 0, "status": status})
+
+    def keep(self, step: int, fresh: Fresh) -> None:
+        """Keep what a step sampled, where the settings ask for it."""
+        if self._recorder is not None:
+            self._recorder.write(step, fresh.groups, fresh.dropped)
+
+    def write(self, record: dict[str, Any], shown: Sequence[dict[str, Any]] = ()) -> None:
+        """Write a record and the rollouts to be shown with it."""
+        if self._writer is not None and self._progress is not None:
+            self._writer.write(record)
+            self._writer.write_rollouts(shown)
+            self._progress.update(record)
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, traceback)
