@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from paced_fast import train
+from paced_fast.generation import TransformersGenerator
 from paced_fast.paced.trainer import Trainer
 from paced_fast.policy import Policy
 from paced_fast.policy.optimizer import PolicyOptimizer
 from paced_fast.rewards import Scorer
+from paced_fast.run import evaluate_policy
 from paced_fast.run.checkpoint import save
-from paced_fast.run.start import build
 
 PHASES = ("build", "generate", "reward", "update", "evaluate", "save")
 KINDS = ("kill", "stop", "raise", "exit")
@@ -97,13 +98,13 @@ def install(fault: Fault) -> None:
     """Put the fault into the package's functions."""
     step = Trainer.step
 
-    def counted(self: Trainer) -> Any:
-        fault.now = self.counters.step + 1
-        return step(self)
+    def counted(self: Trainer, number: int, *rest: Any) -> Any:
+        fault.now = number
+        return step(self, number, *rest)
 
     Trainer.step = counted
-    train.evaluate = _while_training(fault, train.evaluate)
-    fault.before(train, "evaluate", "evaluate")
+    evaluate_policy.evaluate = _while_training(fault, evaluate_policy.evaluate)
+    fault.before(evaluate_policy, "evaluate", "evaluate")
     fault.before(_generator_class(), "generate", "generate")
     fault.before(Scorer, "score", "reward")
     fault.before(PolicyOptimizer, "clip_and_step", "update")
@@ -134,7 +135,7 @@ def _in_the_writing_thread(fault: Fault) -> None:
 
 
 def _generator_class() -> Any:
-    return build.TransformersGenerator
+    return TransformersGenerator
 
 
 def main() -> None:

@@ -26,12 +26,13 @@ from paced_fast.errors import TrainingError
 from paced_fast.generation.parity import ParityGuard
 from paced_fast.generation.weight_sync import connect
 from paced_fast.paced.log_z import LogZ
-from paced_fast.paced.trainer import Trainer
 from paced_fast.policy import Policy, adapt, plain_state
 from paced_fast.policy.shape import shape_of
 from paced_fast.policy.sharding import shards_mesh
 from paced_fast.run.plan import memory
 from paced_fast.run.start import build
+from paced_fast.run.start import model as model_of_run
+from paced_fast.run.step import Stepper
 
 import_ahead("pytest", "paced_fast.train", "tiny_run")
 
@@ -171,11 +172,11 @@ def failing_checks(world: World) -> dict[str, str]:
     config = tiny_policy.settings(weight_sync__max_mean_difference=1e3)
     engine = ScoringEngine()
     guard = ParityGuard(engine, policy, config, sequences=[tuple(range(2, 10)) * 3, tuple(range(9, 1, -1)) * 3])
-    trainer = cast(Any, SimpleNamespace(guard=guard, world=world, counters=SimpleNamespace(step=3)))
+    stepper = cast(Any, SimpleNamespace(parity=guard, world=world, counters=SimpleNamespace(step=3)))
     found = {}
     for where in ("generate", "score", "judge", "nowhere"):
         engine.fails_at = where if world.rank == 1 else ""
-        found[where] = told(lambda: Trainer.check_parity(trainer))
+        found[where] = told(lambda: Stepper.check_parity(stepper))
     return found
 
 
@@ -193,7 +194,7 @@ def chosen_mode(world: World, folder: Path) -> tuple[str, int | None]:
     """How a run would be spread where rank 1 has little memory."""
     config = resolve(tiny_run.config(folder / "rewards.py"))
     memory.available = lambda device: (1 << 40) if world.rank == 0 else 200_000
-    layout = build._layout(config, shape_of(tiny_policy.model()), 40, world)
+    layout = model_of_run._layout(config, shape_of(tiny_policy.model()), 40, world)
     return layout.mode, layout.device_bytes
 
 
@@ -206,7 +207,7 @@ def test_the_least_memory_of_the_ranks_decides_for_all(tmp_path: Path) -> None:
 def first_home(world: World, config: Config) -> tuple[str, list[str]]:
     """Where a rank has the whole model before it is split, and where it was moved. `meta` stands for the device."""
     moves: list[str] = []
-    begin = build._begin
+    begin = model_of_run._begin
 
     def begun(*arguments: Any) -> Any:
         model = begin(*arguments)
@@ -216,7 +217,7 @@ def first_home(world: World, config: Config) -> tuple[str, list[str]]:
     def stop(_: Config, model: Any, *__: Any, **___: Any) -> Any:
         raise TrainingError(str(model.device))
 
-    build._begin, build._policies = begun, cast(Any, stop)
+    model_of_run._begin, model_of_run._policies = begun, cast(Any, stop)
     return told(lambda: build.build(resolve(config), tiny_run.quiet(), world)), moves
 
 

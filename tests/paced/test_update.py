@@ -13,7 +13,7 @@ from torch import Tensor
 from paced_fast.config import Config
 from paced_fast.data import packing
 from paced_fast.data.records import Rollouts, Targets, UpdateResult
-from paced_fast.paced import update
+from paced_fast.paced import losses
 from paced_fast.paced.algorithms import group_accuracy, group_advantage
 from paced_fast.paced.losses import POLICY_LOSSES
 from paced_fast.paced.update import learning_rate, make_optimizer, update_policy
@@ -63,9 +63,9 @@ def assert_same_gradients(policy: Policy, loss: Tensor) -> None:
 def test_the_loss_gets_its_offsets_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """They plan the chunks there; with those of the device long batches would be projected twice."""
     policy, batch = made()
-    real, seen = update.trajectory_balance_loss, []
+    real, seen = losses.trajectory_balance_loss, []
     monkeypatch.setattr(
-        update, "trajectory_balance_loss", lambda *args, **options: seen.append(args[3]) or real(*args, **options)
+        losses, "trajectory_balance_loss", lambda *args, **options: seen.append(args[3]) or real(*args, **options)
     )
     zeros = torch.zeros(batch.num_tokens)
     targets = made_targets(signal=batch.rewards, intercept=batch.rewards, old_logprobs=zeros, ref_logprobs=zeros)

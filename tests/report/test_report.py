@@ -536,4 +536,4 @@ def test_a_half_written_character_at_the_end_is_left_out(tmp_path: Path) -> None
     run_dir = _write_run(tmp_path, _records(num_steps=2), finished=False)
     with (run_dir / "metrics.jsonl").open("ab") as file:
         file.write('{"step": 3, "note": "\u00e9'.encode()[:-1])
-    assert read_run.records(run_dir).last_step == 2
+    assert read_run.read_run(run_dir).last_step == 2

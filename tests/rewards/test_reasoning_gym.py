@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
@@ -440,7 +441,7 @@ def test_a_run_whose_policy_writes_code(tmp_path, monkeypatch):
         data__eval=(source.format(tmp_path / "held_out.jsonl"),),
         evaluation__every=1,
     )
-    config = train.dataclasses.replace(config, run_dir=str(tmp_path / "run"))
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
     summary = train.run(resolve(config), tiny_run.quiet())
     assert summary
     assert set(texts) <= set(said)

@@ -102,7 +102,7 @@ def test_a_run_under_torchrun_leaves_with_0_as_torchrun_restarts_any_other() -> 
 
 _HUNG = """
 import ctypes
-from paced_fast import signals
+from paced_fast.run.start import signals
 signals.SAME_REQUEST_SECONDS = 0.2
 with signals.StopRequest():
     print("ready", flush=True)
@@ -121,7 +121,7 @@ os._exit(0)
 
 _RANK = """
 import os, sys, time
-from paced_fast import signals
+from paced_fast.run.start import signals
 with signals.StopRequest() as stop:
     signals.end_with_parent()
     print("ready", flush=True)

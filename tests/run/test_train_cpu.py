@@ -176,10 +176,10 @@ def test_a_killed_run_continues_from_its_last_checkpoint(
     go(settings, whole)
     step = Trainer.step
 
-    def dies(self: Trainer) -> Any:
-        if self.counters.step == 6:
+    def dies(self: Trainer, number: int, *rest: Any) -> Any:
+        if number == 7:
             raise KeyboardInterrupt
-        return step(self)
+        return step(self, number, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", dies)

@@ -10,6 +10,7 @@ nothing but their scene, so that they may run without isolation too.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -18,11 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+if importlib.util.find_spec("torch") is None:  # a plain Python, which has what a sandbox needs and no more
+    sys.modules["paced_fast.rewards"] = package = types.ModuleType("paced_fast.rewards")
+    package.__path__ = [str(Path(__file__).resolve().parents[2] / "paced_fast" / "rewards")]
 
 from paced_fast.rewards.sandbox import Limits, Sandbox, SandboxError, open_sandbox
 
