@@ -238,7 +238,7 @@ def trainer(result: dict[str, Any]) -> str:
     """The training phase in TRL and in ours, as Markdown."""
     given, rows = result["arguments"], result["rows"]
     lines = [
-        "| training phase | threads | seconds | completion tokens a second | peak memory | ours beside it |",
+        "| training phase | threads | seconds | completion tokens per second | peak memory | ours beside it |",
         "|---|---|---|---|---|---|",
     ]
     compared = {

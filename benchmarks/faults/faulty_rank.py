@@ -109,7 +109,7 @@ def install(fault: Fault) -> None:
     fault.before(Scorer, "score", "reward")
     fault.before(PolicyOptimizer, "clip_and_step", "update")
     fault.before(Policy, "embed", "build")
-    # The lead's thread is in the midst of writing, the policy being on the disk; only the main thread can exit.
+    # The thread of rank 0 is in the midst of writing, the policy being on the disk; only the main thread can exit.
     if os.environ.get("RANK", "0") == "0" and fault.kind != "exit":
         _in_the_writing_thread(fault)
     else:

@@ -57,7 +57,7 @@ IDLE = {
 
 
 def settings(folder: Path) -> Config:
-    """Four prompts of four completions a step, everything on that has a state."""
+    """Four prompts of four completions per step, everything on that has a state."""
     rewards = folder / "rewards.py"
     rewards.write_text(_REWARDS)
     task = f"task:signed_sums?reward={rewards}:noisy&split="

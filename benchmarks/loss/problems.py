@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 BETA = 0.05  # reward units per nat
-LOG_RATIO_NOISE = 0.05  # nats a token by which the reference policy differs: a few nats a sequence
-MEAN_NLL = 0.3  # nats a token of peaked inputs, as completions of a trained policy have
+LOG_RATIO_NOISE = 0.05  # nats per token by which the reference policy differs: a few nats per sequence
+MEAN_NLL = 0.3  # nats per token of peaked inputs, as completions of a trained policy have
 
 MODES = ("full", "forward", "frozen")
 """Loss with every gradient; no gradient at all; the gradient of the hidden states only."""
@@ -40,7 +40,7 @@ class Shape:
 
     @property
     def num_sequences(self) -> int:
-        """About a thousand tokens a completion, and never fewer than four completions."""
+        """About a thousand tokens per completion, and never fewer than four completions."""
         return min(self.tokens, max(4, self.tokens // 1024))
 
     @staticmethod

@@ -283,8 +283,8 @@ class PromptMemory:
             return self.replay.extend(output, accuracy[start : start + len(index)], self.table(index))
 
     def save(self, folder: Path, *, epochs: int, is_lead: bool) -> None:
-        """Into a checkpoint: every process what it keeps, the lead what all share."""
-        folder.mkdir(parents=True, exist_ok=True)  # the lead may not have come so far
+        """Into a checkpoint: every process what it keeps, rank 0 what all share."""
+        folder.mkdir(parents=True, exist_ok=True)  # rank 0 may not have come so far
         if self.args.replay:
             torch.save(self.replay.state_dict(), folder / _REPLAY.format(self.process_index))
         if is_lead:

@@ -39,7 +39,7 @@ class Call:
     low: float = 0.0
     high: float = 1.0
     more_columns: Mapping[str, Sequence[Any]] | None = None
-    """Columns beside those of the rows, one entry a completion; they win over a row's own."""
+    """Columns beside those of the rows, one entry per completion; they win over a row's own."""
     is_ours: bool = False
     """Whether the function keeps its own limits of time, as those of this package do."""
 
@@ -49,7 +49,7 @@ class Call:
         return is_async(self.function)
 
     def run(self, seconds: float) -> list[float | None]:
-        """The function's numbers, one a completion; a plain function of a user's has `seconds` for them.
+        """The function's numbers, one per completion; a plain function of a user's has `seconds` for them.
 
         Raises:
             InputError: it failed, took longer, or returned something other than a number in range, or None, for each

@@ -48,7 +48,7 @@ class Shaper:
         completions: Sequence[Completion],
         max_completion_tokens: int,
     ) -> list[float]:
-        """One number a completion. A term without a verdict on it adds 0.
+        """One number per completion. A term without a verdict on it adds 0.
 
         Raises:
             InputError: a function failed or returned something other than one number in [-1, 1] a completion.

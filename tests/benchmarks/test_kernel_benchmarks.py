@@ -202,7 +202,7 @@ def test_a_wrong_competitor_shows_large_errors(batch, monkeypatch):
     for name in ("exact", "ours"):
         assert found[name]["sequence_max_nats"] < 1e-4, name
         assert max(found[name][f"{key}_grad_relative"] for key in ("hidden", "weight")) < 1e-5, name
-    # bfloat16 logits: 8 bits of values near 8, thousandths of nats a token at least, and as much in the gradients
+    # bfloat16 logits: 8 bits of values near 8, thousandths of nats per token at least, and as much in the gradients
     assert found["rounded"]["sequence_max_nats"] > 1e-2
     assert found["rounded"]["hidden_grad_relative"] > 1e-3
     assert found["drops a column"]["token_max_nats"] > 100 * found["exact"]["token_max_nats"]

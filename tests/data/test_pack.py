@@ -1,4 +1,4 @@
-"""Packing against one forward pass a sequence: states, gradients, budgets and round trips."""
+"""Packing against one forward pass per sequence: states, gradients, budgets and round trips."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_an_empty_tree_draws_the_same_on_both_devices() -> None:
 
 
 def test_writes_that_race_leave_the_same_bits_every_time() -> None:
-    """Some 1000 writes a leaf in one call, from many programs, whose order changes; all land on few sums."""
+    """Some 1000 writes per leaf in one call, from many programs, whose order changes; all land on few sums."""
     found, expected = pair(STEP_CAPACITY)
     generator = torch.Generator().manual_seed(0)
     few = torch.randperm(STEP_CAPACITY, generator=generator)[: max(2, BATCH // 1000)]

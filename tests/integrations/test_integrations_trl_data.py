@@ -73,7 +73,7 @@ def test_rows_are_numbered_whatever_hides_columns(tmp_path: Path, hiding: str, m
             assert ids[mask.bool()].tolist() == prompts[int(number)]
             seen.add(int(number))
     assert len(seen) > 2
-    assert int(made.memory.scheduler.visits.sum()) == 4  # two prompts a step
+    assert int(made.memory.scheduler.visits.sum()) == 4  # two prompts per step
     assert {i for i in range(len(data)) if made.memory.scheduler.visits[i]} == seen
 
 

@@ -131,7 +131,7 @@ def test_logprobs_of_any_size_and_their_gradients(stage: str) -> None:
 @stages
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_of_improbable_tokens(stage: str, dtype: torch.dtype) -> None:
-    # One sequence a row: with exponentials relative to the target, the rows below -44 would leave bfloat16.
+    # One sequence per row: with exponentials relative to the target, the rows below -44 would leave bfloat16.
     logits, targets = rows_of(LOGPROBS, dtype)
     case = make_case([1] * len(LOGPROBS), NUM_COLUMNS, NUM_COLUMNS, dtype)
     case |= {"hidden": logits.requires_grad_(), "head_weight": torch.eye(NUM_COLUMNS, dtype=dtype).requires_grad_()}
@@ -169,7 +169,7 @@ def test_a_recomputed_row_leaves_its_neighbours_alone(stage: str) -> None:
 
 
 def case_of_logits(logits: Tensor, targets: Tensor) -> Case:
-    """One sequence a row, whose head is the identity."""
+    """One sequence per row, whose head is the identity."""
     case = make_case([1] * logits.shape[0], logits.shape[1], logits.shape[1])
     head_weight = torch.eye(logits.shape[1], requires_grad=True)
     case |= {"hidden": logits.clone().requires_grad_(), "head_weight": head_weight, "token_ids": targets}

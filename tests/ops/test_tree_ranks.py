@@ -71,7 +71,7 @@ def serve(rank: int, meeting: str, backend: str, pipe: Connection) -> None:
 
 
 def run_ranks(folder: Path, backends: tuple[str, ...]) -> list[list]:
-    """What each rank sends, one backend a rank; a rank that is late is killed."""
+    """What each rank sends, one backend per rank; a rank that is late is killed."""
     context = mp.get_context("spawn")
     pipes, processes = [], []
     try:
@@ -153,7 +153,7 @@ def test_four_shards_draw_what_one_tree_draws(mode: str, backend: str) -> None:
 
 @pytest.mark.parametrize(("backend", "num_calls"), [("reference", 250), pytest.param("triton", 10, marks=interpreted)])
 def test_many_random_writes_leave_no_drift_and_draw_no_weightless_leaf(backend: str, num_calls: int) -> None:
-    """4000 elements a call, a million for the reference; the mirror is a plain array of numbers."""
+    """4000 elements per call, a million for the reference; the mirror is a plain array of numbers."""
     capacity, size = 5000, 4000
     tree, mirror = PriorityTree(capacity, seed=1, backend=backend), torch.zeros(capacity, dtype=torch.int64)
     generator = torch.Generator().manual_seed(5)

@@ -63,7 +63,7 @@ OPTIONS = {
 def test_every_option_in_one_chunk(stage: str, name: str) -> None:
     case = make_case(LENGTHS, HIDDEN, VOCAB)
     if name == "mean, uncapped":
-        case["behavior_logprobs"] = oracle(case, reduction="mean").seq_logprobs.float() + 0.3  # one a sequence
+        case["behavior_logprobs"] = oracle(case, reduction="mean").seq_logprobs.float() + 0.3  # one per sequence
     assert check(case, stage, **OPTIONS[name]) == ["_one_pass"]
 
 

@@ -1,4 +1,4 @@
-"""Every layout and kernel of the policy's forward pass against one plain pass a sequence."""
+"""Every layout and kernel of the policy's forward pass against one plain pass per sequence."""
 
 from __future__ import annotations
 

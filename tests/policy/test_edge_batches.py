@@ -87,7 +87,7 @@ def _targets(algorithm: str, batch: Rollouts, old: Tensor) -> Targets:
 
 
 def _oracle(algorithm: str, batch: Rollouts, targets: Targets, config: Config) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients over the scored sequences in float64, one forward pass a sequence."""
+    """Loss and gradients over the scored sequences in float64, one forward pass per sequence."""
     model = _exact_model()
     model.zero_grad()
     logprobs = tiny_policy.naive_logprobs(model, batch).split(batch.lengths)

@@ -1,4 +1,4 @@
-"""The policy's log-probs and prompt embeddings against one plain forward pass a sequence."""
+"""The policy's log-probs and prompt embeddings against one plain forward pass per sequence."""
 
 from __future__ import annotations
 

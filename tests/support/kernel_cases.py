@@ -225,7 +225,7 @@ def oracle(
 
 
 def per_sequence(values: Tensor, i: int, start: int, stop: int, scale: float, num_rows: int) -> Tensor:
-    """Constant of sequence i, from one value a token or one a sequence."""
+    """Constant of sequence i, from one value per token or one per sequence."""
     values = values.double()
     return values[start:stop].sum() * scale if values.shape[0] == num_rows else values[i]
 

@@ -64,7 +64,7 @@ def rollouts(
 
 
 def naive_hidden(made: PreTrainedModel, batch: Rollouts) -> Tensor:
-    """States [T, H] from one forward pass a sequence, no packing, no padding."""
+    """States [T, H] from one forward pass per sequence, no packing, no padding."""
     parts = [torch.empty(0, made.config.hidden_size, dtype=made.dtype)]
     for prompt, tokens in zip(batch.prompt_ids, batch.token_ids.split(batch.lengths), strict=True):
         ids = torch.tensor([[*prompt, *tokens.tolist()]])

@@ -48,7 +48,7 @@ def write_rewards(folder: Path) -> Path:
 
 
 def config(rewards: Path, algorithm: str = "paced", *, reward: str = "odd", **changes: Any) -> Config:
-    """Four prompts of four completions a step, a model of width 16 without a warm start."""
+    """Four prompts of four completions per step, a model of width 16 without a warm start."""
     task = f"task:signed_sums?reward={rewards}:{reward}&split="
     small: dict[str, Any] = {
         "algorithm": algorithm,

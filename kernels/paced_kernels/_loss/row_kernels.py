@@ -194,7 +194,7 @@ def row_parts_kernel(
     WITH_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One part of each row from logits in memory, one program a row: 4 bytes read an element."""
+    """One part of each row from logits in memory, one program per row: 4 bytes read an element."""
     i_row = tl.program_id(0).to(tl.int64)
     target = tl.load(token_ptr + i_row).to(tl.int64) - vocab_start
     is_owned = (target >= 0) & (target < vocab_size)
@@ -240,7 +240,7 @@ def row_probabilities_kernel(
     HAS_LIVE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """exp(z - lse) in the place of the logits, one program a row: 4 bytes read and at most 4 written an element."""
+    """exp(z - lse) in the place of the logits, one program per row: 4 bytes read and at most 4 written an element."""
     i_row = tl.program_id(0).to(tl.int64)
     lse = tl.load(lse_ptr + i_row)
     is_live = True

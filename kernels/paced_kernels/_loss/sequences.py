@@ -116,7 +116,7 @@ def make_terms(
     reduction: str,
     denominator: float | Tensor | None,
 ) -> SequenceTerms:
-    """Bring every constant to one float64 number a sequence. Only log_z keeps its gradient."""
+    """Bring every constant to one float64 number per sequence. Only log_z keeps its gradient."""
 
     def per_sequence(values: Tensor) -> Tensor:
         values = values.detach()

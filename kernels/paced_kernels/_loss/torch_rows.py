@@ -5,7 +5,7 @@ For one row with logits z = h W^T / temperature + bias, target y, M = max z and 
     S' = sum of E_v over v != y        S = S' + E_y        log p_y = (z_y - M) - log S
     d log p_y / d z_v = -E'_v / S      with E'_v = E_v for v != y and E'_y = -S'
 
-so 1 - p_y is never formed by subtraction, and a gradient is one factor a row times a matrix that is already in the
+so 1 - p_y is never formed by subtraction, and a gradient is one factor per row times a matrix that is already in the
 buffer. Only a chunk of R rows of logits exists at any time, in float32 (float64 for float64 inputs).
 
 A row engine is what `fused_pass` and `gradients` drive: it has `rows_per_chunk`, `score`, `exponentials`,

@@ -149,7 +149,7 @@ def tree_rebuild_kernel(
     IS_BELL: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
 ):
-    """Every leaf and every sum from weights, 1024 leaves a program: reads and writes each once."""
+    """Every leaf and every sum from weights, 1024 leaves per program: reads and writes each once."""
     i_block = tl.program_id(0).to(tl.int64)
     o_rows = tl.arange(0, FANOUT)
     o_leaf = i_block * FANOUT * FANOUT + (o_rows[:, None] * FANOUT + tl.arange(0, FANOUT)[None, :])

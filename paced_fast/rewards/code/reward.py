@@ -104,7 +104,7 @@ class CodeReward:
             return "unscored"
 
     def _runs(self, program: str, suite: Suite) -> str:
-        """One process a case; none sees the input of another."""
+        """One process per case; none sees the input of another."""
         left = _ROW_BUDGET * self._limits.seconds
         for case in suite.cases:
             outcome = self._sandbox.run(program, case.stdin.encode())

@@ -151,7 +151,7 @@ def _text(value: Any, index: int) -> str:
 
 
 def _call(given: Any, expected: Any, index: int, *, by_line: bool) -> Case:
-    """LiveCodeBench writes one argument a line and the value as JSON; others a list of arguments and the value."""
+    """LiveCodeBench writes one argument per line and the value as JSON; others a list of arguments and the value."""
     try:
         if by_line:
             arguments = [read_json(line) for line in given.split("\n") if line.strip()]

@@ -70,7 +70,7 @@ if "ptrace" not in got:  # a traced process stops where it would become another 
 def open_sandbox(
     name: str = "auto", limits: Limits | None = None, workers: int = 0, modules: Sequence[str] = ()
 ) -> Sandbox:
-    """The sandbox of that name for `workers` programs at a time (0: one a core), its strength tried and logged.
+    """The sandbox of that name for `workers` programs at a time (0: one per core), its strength tried and logged.
 
     Programs may import installed packages when `modules` names some; a fork server has loaded those before it forks.
 

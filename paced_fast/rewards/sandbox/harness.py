@@ -1,6 +1,6 @@
 """What runs inside the sandbox: give up every right, then run one program. No test and no expected output gets here.
 
-Descriptors: 0 to 2 are the program's own, REQUESTS brings one JSON object a line, ANSWERS takes one back.
+Descriptors: 0 to 2 are the program's own, REQUESTS brings one JSON object per line, ANSWERS takes one back.
 The first request holds the program. With a function's name in it, each further request holds the arguments of one call,
 or with `test` the program is what a test needs, and the test calls a function elsewhere (see `calls`).
 """
