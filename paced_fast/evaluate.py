@@ -30,8 +30,8 @@ from paced_fast.data.records import PromptTable
 from paced_fast.data.sources import parse_day, template_arguments
 from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.evaluation.held_out import Sample, Sampling, evaluate
-from paced_fast.generation import TransformersGenerator
+from paced_fast.evaluation.held_out import Sample, evaluate
+from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.policy import load_model, quiet, smollm2_folder
 from paced_fast.policy.families import check_finite, examine
 from paced_fast.policy.shape import positions, text_settings

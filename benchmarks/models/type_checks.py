@@ -6,8 +6,8 @@ T = packed completion tokens.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
 from unittest import mock
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from paced_fast.data import packing
 from paced_fast.data.records import Completion, Rollouts
-from paced_fast.generation import TransformersGenerator
+from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.policy import SHARED, Attention, Policy, choose_attention
 from paced_fast.policy import policy as policy_module
 from paced_fast.policy.shape import text_settings
@@ -63,14 +63,15 @@ def sampling_error(model: PreTrainedModel, vocabulary: range, *, temperature: fl
     """
     prompts = list(dict.fromkeys(rollouts(vocabulary, seed=1).prompt_ids))
     generator = TransformersGenerator(model, stop_ids=[vocabulary.start], max_batch_sequences=16)
-    options: dict[str, Any] = {"group_size": 2, "max_completion_tokens": tokens, "seed": 3}
-    sampled = generator.generate(prompts, temperature=temperature, **options)
+    sampling = Sampling(samples=2, max_completion_tokens=tokens, temperature=temperature, seed=3)
+    sampled = generator.generate(prompts, sampling)
     whole = [prompts[i // 2] for i in range(len(sampled))]
     batch = packing.pack(sampled, whole, [0] * len(whole), [0.0] * len(whole), 0, torch.device("cpu"))
     with torch.no_grad():
         error = float((own_logprobs(model, batch) - batch.generator_logprobs).abs().max())
-    greedy = generator.generate(prompts, temperature=0.0, **options)
-    swapped = generator.generate(prompts[::-1], temperature=0.0, **options)
+    likeliest = dataclasses.replace(sampling, temperature=0.0)
+    greedy = generator.generate(prompts, likeliest)
+    swapped = generator.generate(prompts[::-1], likeliest)
     order = [4, 5, 2, 3, 0, 1]
     if [greedy[i].token_ids for i in order] != [one.token_ids for one in swapped]:
         return float("inf")

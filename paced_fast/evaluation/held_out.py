@@ -20,7 +20,7 @@ from paced_fast.config import stream_seed
 from paced_fast.data.records import Completion, PromptRow, PromptTable
 from paced_fast.errors import InputError
 from paced_fast.evaluation.estimates import majority_at_k, mean_intervals, pass_at_each
-from paced_fast.generation import Generator
+from paced_fast.generation import Generator, Sampling
 from paced_fast.generation.interface import without_unknown_ids
 from paced_fast.rewards.scorer import score_sampled
 from paced_fast.rewards.votes import answer_key
@@ -29,21 +29,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_TOKENS_PER_CALL = 1 << 25
 """Completion tokens asked for at once, at most: the transformers generator holds eight bytes of random numbers each."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How completions are drawn for an evaluation."""
-
-    samples: int
-    """Completions of each prompt."""
-    max_completion_tokens: int
-    """Completions are cut here."""
-    temperature: float
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Share of the mass that the tokens sampled from hold."""
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,14 +198,9 @@ def _sample(generator: Generator, table: PromptTable, sampling: Sampling) -> lis
     for start in range(0, len(table), per_call):
         if start:
             logger.info("evaluation: %d of %d prompts sampled", start, len(table))
-        completions += generator.generate(
-            [row.token_ids for row in table.rows[start : start + per_call]],
-            group_size=sampling.samples,
-            max_completion_tokens=sampling.max_completion_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=stream_seed(sampling.seed, start, "evaluation call") if start else sampling.seed,
-        )
+        seed = stream_seed(sampling.seed, start, "evaluation call") if start else sampling.seed
+        prompts = [row.token_ids for row in table.rows[start : start + per_call]]
+        completions += generator.generate(prompts, dataclasses.replace(sampling, seed=seed))
     return completions
 
 

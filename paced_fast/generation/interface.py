@@ -1,45 +1,55 @@
-"""What the trainer asks of whoever samples."""
+"""The interface of a generator, and the settings of one call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from paced_fast.data.records import Completion
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """Settings of one call of a generator."""
+
+    samples: int
+    """Completions per prompt."""
+    max_completion_tokens: int
+    """Completions that reach this length are cut there."""
+    temperature: float
+    """Divides the logits; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Keeps only the likeliest tokens that together hold this share of the mass; log-probs are renormalised."""
+    seed: int = 0
+    """The same seed, prompts and weights give the same tokens."""
+
+
 class Generator(Protocol):
-    """What the trainer asks of an engine. Completions come prompt by prompt, `group_size` of each in a row."""
+    """A source of completions: the trainer's own model, an engine, or one of those on every rank."""
 
-    def generate(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        *,
-        group_size: int,
-        max_completion_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        seed: int,
-        first: int = 0,
-    ) -> list[Completion]:
-        """Sample `group_size` completions of each prompt; the same seed and weights give the same tokens.
+    progress: Callable[[], object]
+    """Called at least once per token position while completions are sampled, so that a watchdog sees the generator
+    work."""
 
-        `first` is the place of the first prompt in a batch of which these are a part: what is sampled depends on seed
-        and place, so that a batch may be shared out. Temperature 0 takes the likeliest token. `top_p` keeps the
-        likeliest tokens that hold so much of the mass; log-probs are of what is left.
+    def generate(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, first: int = 0) -> list[Completion]:
+        """Sample `sampling.samples` completions of each prompt, returned prompt by prompt.
+
+        `first` is the position of the first of these prompts in a larger batch. What is sampled depends on seed and
+        position only, so a batch can be split over several calls or ranks.
         """
         ...
 
     def before_training(self) -> None:
-        """Nothing is sampled until `after_update`: memory that only sampling needs may go."""
+        """Release memory that only sampling needs; nothing is sampled until `after_update`."""
         ...
 
     def after_update(self) -> dict[str, float]:
-        """The policy's parameters have changed: sample from the new ones. Figures for the metrics record."""
+        """Switch to the policy's new parameters; returns figures for the metrics record."""
         ...
 
     def close(self) -> None:
-        """Sampling is over: processes and process groups of an engine end."""
+        """End the engine's processes and process groups; nothing is sampled afterwards."""
         ...
 
 

@@ -9,7 +9,7 @@ import torch
 
 from paced_fast.data.records import Completion
 from paced_fast.distributed import World, joined
-from paced_fast.generation import Generator
+from paced_fast.generation import Generator, Sampling
 
 
 class SharedGenerator:
@@ -27,33 +27,17 @@ class SharedGenerator:
         Of `engine_ranks` consecutive ranks that share an engine out, all ask it the same and the first one answers.
         """
         self.own, self.world, self.engine_ranks, self.whole = own, world, engine_ranks, whole
+        self.progress: Callable[[], object] = lambda: None
+        own.progress = lambda: self.progress()
 
-    def generate(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        *,
-        group_size: int,
-        max_completion_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        seed: int,
-        first: int = 0,
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, first: int = 0) -> list[Completion]:
         """See `Generator.generate`; every rank gets all completions. What fails on one rank is raised on all."""
         rank, ways = self.world.rank, self.engine_ranks
         part = World(rank // ways, self.world.size // ways).share(len(prompts))
         completions: list[Completion] = []
         with self.whole(), self.world.agreement():
             if part:
-                completions = self.own.generate(
-                    prompts[part.start : part.stop],
-                    group_size=group_size,
-                    max_completion_tokens=max_completion_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=seed,
-                    first=first + part.start,
-                )
+                completions = self.own.generate(prompts[part.start : part.stop], sampling, first=first + part.start)
         return gather_completions(self.world, completions if rank % ways == 0 else [])
 
     def before_training(self) -> None:

@@ -15,6 +15,7 @@ from paced_fast.config import Config, stream_seed
 from paced_fast.data import packing
 from paced_fast.data.records import Completion
 from paced_fast.errors import TrainingError
+from paced_fast.generation.interface import Sampling
 from paced_fast.generation.mismatch import mismatch_metrics
 from paced_fast.policy import Policy
 
@@ -32,16 +33,7 @@ _SAMPLING = "keys and values of old weights in the prefix cache, or a sampling f
 class ScoringEngine(Protocol):
     """What a check asks of the engine."""
 
-    def generate(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        *,
-        group_size: int,
-        max_completion_tokens: int,
-        temperature: float,
-        seed: int,
-        keep_cache: bool,
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, keep_cache: bool) -> list[Completion]:
         """As `Generator.generate`; with `keep_cache` from the prefix cache as it is."""
         ...
 
@@ -112,14 +104,13 @@ class ParityGuard:
         return figures
 
     def _sample(self, prompts: Sequence[tuple[int, ...]], samples: int, tokens: int, step: int) -> list[Completion]:
-        return self.engine.generate(
-            prompts,
-            group_size=samples,
+        sampling = Sampling(
+            samples=samples,
             max_completion_tokens=tokens,
             temperature=self.temperature,
             seed=stream_seed(self.seed, step, "parity"),
-            keep_cache=True,
         )
+        return self.engine.generate(prompts, sampling, keep_cache=True)
 
     def _compare(
         self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], temperature: float

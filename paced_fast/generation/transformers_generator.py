@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from paced_fast.data.records import Completion
+from paced_fast.generation.interface import Sampling
 from paced_fast.generation.reading import Reading, reading_of
 from paced_fast.policy.families import check_length, refuse
 from paced_fast.policy.shape import positions, text_settings
@@ -30,37 +31,28 @@ class TransformersGenerator:
         self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=model.device)
         self.max_batch_sequences = max_batch_sequences
         self.limit = positions(text_settings(model.config))
+        self.progress: Callable[[], object] = lambda: None
         self._reading: Reading | None = None
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        *,
-        group_size: int,
-        max_completion_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        seed: int,
-        first: int = 0,
-    ) -> list[Completion]:
-        """See `Generator.generate`."""
-        longest = max(map(len, prompts), default=0) + max_completion_tokens
+    def generate(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, first: int = 0) -> list[Completion]:
+        """See `Generator.generate`. Raises InputError for a prompt that leaves no room for a completion."""
+        longest = max(map(len, prompts), default=0) + sampling.max_completion_tokens
         check_length(self.limit, longest, "lower the limit of prompts or of completions")
         if self._reading is None:
             self._reading = reading_of(self.model)
-        source = torch.Generator().manual_seed(seed)
-        shape = (first + len(prompts), group_size, max_completion_tokens)
+        source = torch.Generator().manual_seed(sampling.seed)
+        shape = (first + len(prompts), sampling.samples, sampling.max_completion_tokens)
         uniforms = torch.rand(shape, generator=source, dtype=torch.float64)[first:].to(self.model.device)
-        per_call = max(1, self.max_batch_sequences // group_size)
-        part = min(group_size, self.max_batch_sequences)
+        per_call = max(1, self.max_batch_sequences // sampling.samples)
+        part = min(sampling.samples, self.max_batch_sequences)
         # Prompts of similar length go together: less padding. The order of the result is the caller's.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         result: list[list[Completion]] = [[] for _ in prompts]
         for chosen in self._reading.batches(order, [len(prompt) for prompt in prompts], per_call):
             for numbers in uniforms[chosen].split(part, dim=1):
-                options = (numbers, temperature, top_p, self.stop_ids, self._reading)
-                completions = _Batch(self.model, [prompts[i] for i in chosen], *options).run()
+                options = (numbers, sampling, self.stop_ids, self._reading)
+                completions = _Batch(self.model, [prompts[i] for i in chosen], *options).run(self.progress)
                 for k, i in enumerate(chosen):
                     result[i] += completions[k * numbers.shape[1] : (k + 1) * numbers.shape[1]]
         return [completion for group in result for completion in group]
@@ -84,13 +76,11 @@ class _Batch:
         model: PreTrainedModel,
         prompts: Sequence[tuple[int, ...]],
         uniforms: Tensor,  # f64[P, G, max_completion_tokens]
-        temperature: float,
-        top_p: float,
+        sampling: Sampling,
         stop_ids: Tensor,
         reading: Reading,
     ) -> None:
-        self.reading = reading
-        self.model, self.temperature, self.top_p, self.stop_ids = model, temperature, top_p, stop_ids
+        self.model, self.sampling, self.stop_ids, self.reading = model, sampling, stop_ids, reading
         self.group_size = uniforms.shape[1]
         self.uniforms = uniforms.flatten(0, 1)
         longest = max(len(prompt) for prompt in prompts)
@@ -102,8 +92,8 @@ class _Batch:
         self.prompt_ids, self.prompt_mask = ids.to(model.device), mask.to(model.device)
         self.padded = any(len(prompt) != longest for prompt in prompts)
 
-    def run(self) -> list[Completion]:
-        """Sample until every sequence has stopped or is full."""
+    def run(self, progress: Callable[[], object] = lambda: None) -> list[Completion]:
+        """Sample until every sequence has stopped or is full; `progress` is called per token position."""
         num_sequences, max_tokens = self.uniforms.shape
         device = self.uniforms.device
         tokens = torch.zeros(num_sequences, max_tokens, dtype=torch.int64, device=device)
@@ -114,7 +104,8 @@ class _Batch:
         logits = reader.read(self.prompt_ids, self.prompt_mask if self.padded else None, self.group_size)
         live = torch.arange(num_sequences, device=device)  # sequence of each row of the batch
         for t in range(max_tokens):
-            token, logprob = _sample(logits, self.uniforms[live, t], self.temperature, self.top_p)
+            progress()
+            token, logprob = _sample(logits, self.uniforms[live, t], self.sampling.temperature, self.sampling.top_p)
             running = ~stopped[live]
             tokens[live, t] = token
             logprobs[live, t] = logprob

@@ -15,6 +15,7 @@ from paced_fast.config import stream_seed
 from paced_fast.data.records import Completion
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.generation import vllm_engine
+from paced_fast.generation.interface import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +46,14 @@ class VLLMGenerator:
         self.sync: Sync | None = None
         self.calls = 0
         self.progress: Callable[[], object] = lambda: None
-        """Called at every step of the engine."""
         self._buffers: dict[str, Tensor] = {}
         started = time.perf_counter()
         try:
             self.engine = vllm_engine.start(settings)
             self.tensor_parallel_size = int(self.engine.vllm_config.parallel_config.tensor_parallel_size)
             # A kernel that does not know this model fails at its first token: now, not after the first evaluation.
-            self._run([(0,)], [self._sampling(1, 0.0, 0)])
+            probe = Sampling(samples=1, max_completion_tokens=1, temperature=0.0)
+            self._run([(0,)], [self._options(probe, probe.seed)])
         except vllm_engine.FAILURES as error:
             raise InputError(vllm_engine.start_failure(error, settings)) from error
         logger.info("vllm: ready after %.0f s", time.perf_counter() - started)
@@ -64,39 +65,34 @@ class VLLMGenerator:
     def generate(
         self,
         prompts: Sequence[tuple[int, ...]],
+        sampling: Sampling,
         *,
-        group_size: int,
-        max_completion_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        seed: int,
         first: int = 0,
         keep_cache: bool = False,
     ) -> list[Completion]:
-        """See `Generator.generate`. With `keep_cache` the prefix cache is read as earlier calls left it: for a check.
+        """See `Generator.generate`. With `keep_cache`, for a check, the prefix cache stays as earlier calls left it.
 
         Raises InputError for a prompt that does not fit, TrainingError when the engine fails midway.
         """
         for prompt in prompts:
-            if len(prompt) + max_completion_tokens > self.settings.max_tokens:
+            if len(prompt) + sampling.max_completion_tokens > self.settings.max_tokens:
                 raise InputError(
-                    f"a prompt of {len(prompt)} tokens and a completion of {max_completion_tokens} are longer than the "
-                    f"engine's {self.settings.max_tokens}: lower --generation.max-completion-tokens or "
+                    f"a prompt of {len(prompt)} tokens and a completion of {sampling.max_completion_tokens} are longer "
+                    f"than the engine's {self.settings.max_tokens}: lower --generation.max-completion-tokens or "
                     "--data.max-prompt-tokens"
                 )
         if not keep_cache:
             # What earlier calls left in the prefix cache would make a call depend on them, after a resume above all.
             self.reset_prefix_cache()
-        places = range(first, first + len(prompts))
-        seeds = [stream_seed(seed, i, f"sample/{j}") for i in places for j in range(group_size)]
-        sampling = [self._sampling(max_completion_tokens, temperature, each, top_p) for each in seeds]
-        outputs = self._answer([prompt for prompt in prompts for _ in range(group_size)], sampling)
+        places, each = range(first, first + len(prompts)), range(sampling.samples)
+        seeds = [stream_seed(sampling.seed, i, f"sample/{j}") for i in places for j in each]
+        options = [self._options(sampling, seed) for seed in seeds]
+        outputs = self._answer([prompt for prompt in prompts for _ in each], options)
         return [self._completion(output.outputs[0]) for output in outputs]
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
         """Log-probs of every token but the first, at temperature 1; the prefix cache has no part in it."""
-        sampling = vllm_engine.scoring()
-        outputs = self._answer(sequences, [sampling] * len(sequences))
+        outputs = self._answer(sequences, [vllm_engine.scoring()] * len(sequences))
         return [
             [float(output.prompt_logprobs[t][ids[t]].logprob) for t in range(1, len(ids))]
             for ids, output in zip(sequences, outputs, strict=True)
@@ -172,15 +168,19 @@ class VLLMGenerator:
             if name in self._buffers:
                 buffer.data.copy_(self._buffers[name])
 
-    def _sampling(self, max_tokens: int, temperature: float, seed: int, top_p: float = 1.0) -> Any:
+    def _options(self, sampling: Sampling, seed: int) -> Any:
         return vllm_engine.sampling(
-            self.stop_ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+            self.stop_ids,
+            max_tokens=sampling.max_completion_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed,
         )
 
-    def _answer(self, prompts: Sequence[tuple[int, ...]], sampling: Sequence[Any]) -> list[Any]:
+    def _answer(self, prompts: Sequence[tuple[int, ...]], options: Sequence[Any]) -> list[Any]:
         """As `_run`; a failure becomes one line, and what was under way is dropped."""
         try:
-            return self._run(prompts, sampling)
+            return self._run(prompts, options)
         except vllm_engine.FAILURES as error:
             with contextlib.suppress(*vllm_engine.FAILURES):  # an engine past that too is reported by what broke it
                 self.engine.abort_request([f"{self.calls}-{i}" for i in range(len(prompts))])
@@ -198,12 +198,12 @@ class VLLMGenerator:
             stopped=output.finish_reason == "stop" or (bool(ids) and ids[-1] in self.stop_ids),
         )
 
-    def _run(self, prompts: Sequence[tuple[int, ...]], sampling: Sequence[Any]) -> list[Any]:
+    def _run(self, prompts: Sequence[tuple[int, ...]], options: Sequence[Any]) -> list[Any]:
         """The finished request of every prompt, in order."""
         self.calls += 1
         found: dict[int, Any] = {}
-        for i, (prompt, options) in enumerate(zip(prompts, sampling, strict=True)):
-            self.engine.add_request(f"{self.calls}-{i}", vllm_engine.rendered(self.engine, prompt), options)
+        for i, (prompt, asked) in enumerate(zip(prompts, options, strict=True)):
+            self.engine.add_request(f"{self.calls}-{i}", vllm_engine.rendered(self.engine, prompt), asked)
         started = told = time.perf_counter()
         while self.engine.has_unfinished_requests():
             self.progress()

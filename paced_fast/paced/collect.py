@@ -16,7 +16,7 @@ from paced_fast.data.records import Completion, Fresh, Group, GroupSource, Promp
 from paced_fast.data.transfer import to_device
 from paced_fast.distributed import ALONE, World
 from paced_fast.errors import TrainingError
-from paced_fast.generation import Generator
+from paced_fast.generation import Generator, Sampling
 from paced_fast.generation.interface import without_unknown_ids
 from paced_fast.paced.algorithms import group_accuracy
 from paced_fast.rewards import Scorer, Shaper
@@ -67,14 +67,14 @@ class Collector:
             return self.recorded.groups(step, round_)
         config, size = self.config.generation, self.config.generation.group_size
         rows = self.table.select(prompt_index)
+        sampling = Sampling(
+            samples=size,
+            max_completion_tokens=config.max_completion_tokens,
+            temperature=config.temperature,
+            seed=stream_seed(self.config.seed, step, f"generate/{round_}"),
+        )
         with self.phase("generate"):
-            completions = self.generator.generate(
-                [row.token_ids for row in rows],
-                group_size=size,
-                max_completion_tokens=config.max_completion_tokens,
-                temperature=config.temperature,
-                seed=stream_seed(self.config.seed, step, f"generate/{round_}"),
-            )
+            completions = self.generator.generate([row.token_ids for row in rows], sampling)
             completions = without_unknown_ids(completions, self.vocabulary)
         with self.phase("reward"):
             part = self.world.share(len(completions))

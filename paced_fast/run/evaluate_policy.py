@@ -6,7 +6,8 @@ from typing import Any
 
 from paced_fast.config import stream_seed
 from paced_fast.evaluation import calibration
-from paced_fast.evaluation.held_out import Evaluation, Sampling, evaluate
+from paced_fast.evaluation.held_out import Evaluation, evaluate
+from paced_fast.generation import Sampling
 from paced_fast.rewards.over_ranks import shared_judge, summed_counts
 from paced_fast.run.start.build import Run
 

@@ -23,7 +23,7 @@ from vllm_sides import child_environment, step, tiny_llama
 from paced_fast.data import packing
 from paced_fast.data.records import Completion
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.generation import VLLMGenerator, vllm_engine
+from paced_fast.generation import Sampling, VLLMGenerator, vllm_engine
 from paced_fast.generation.vllm_engine import require_vllm
 
 ALIVE: list[VLLMGenerator] = []
@@ -32,8 +32,8 @@ PROMPTS = [(3, 4, 5, 6, 7), (2,), tuple(range(2, 90)), (5, 5, 4), (10, 9)]
 
 
 def sample(side: Any, prompts: list[tuple[int, ...]] = PROMPTS, **options: Any) -> list[Completion]:
-    settings = {"group_size": 4, "max_completion_tokens": 12, "temperature": 1.0, "seed": 7} | options
-    return side.generator.generate(prompts, **settings)
+    settings: dict[str, Any] = {"samples": 4, "max_completion_tokens": 12, "temperature": 1.0, "seed": 7} | options
+    return side.generator.generate(prompts, Sampling(**settings))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7])
@@ -60,7 +60,7 @@ def test_scores_are_the_trainers_logprobs_of_the_prompt(llama: Any) -> None:
 def test_sequences_end_with_their_first_stop_token_or_are_cut(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stops = list(range(1, 60))
     monkeypatch.setattr(llama.generator, "stop_ids", stops)
-    completions = sample(llama, group_size=20, max_completion_tokens=5)
+    completions = sample(llama, samples=20, max_completion_tokens=5)
     ended, cut = [c for c in completions if c.stopped], [c for c in completions if not c.stopped]
     assert len(ended) > 5
     assert len(cut) > 5
@@ -76,7 +76,7 @@ def test_a_sample_depends_on_seed_and_place_alone(llama: Any) -> None:
     assert sample(llama) == first
     assert [c.token_ids for c in sample(llama, seed=8)] != [c.token_ids for c in first]
     # The j-th sample of the i-th prompt, whatever the size of the group and whoever comes after.
-    smaller = sample(llama, PROMPTS[:2], group_size=2)
+    smaller = sample(llama, PROMPTS[:2], samples=2)
     assert [c.token_ids for c in smaller] == [first[k].token_ids for k in (0, 1, 4, 5)]
     groups = [tuple(tuple(c.token_ids) for c in first[4 * i : 4 * i + 4]) for i in range(5)]
     assert all(len(set(group)) > 1 for group in groups), "samples of a group differ"
@@ -89,7 +89,7 @@ def test_a_generator_started_again_samples_the_same(llama: Any, tmp_path: Path) 
     settings = vllm_engine.dataclasses.replace(llama.generator.settings, path=str(tmp_path))
     again = VLLMGenerator(settings, stop_ids=llama.generator.stop_ids)
     ALIVE.append(again)
-    found = again.generate(PROMPTS, group_size=4, max_completion_tokens=12, temperature=1.0, seed=7)
+    found = again.generate(PROMPTS, Sampling(samples=4, max_completion_tokens=12, temperature=1.0, seed=7))
     assert found == wanted
 
 
@@ -97,9 +97,9 @@ def test_more_prompt_tokens_than_one_pass_takes(llama: Any) -> None:
     # 30 prompts of 90 tokens: the engine reads 2048 tokens in a pass, and must not cut a prompt in two.
     source = torch.Generator().manual_seed(1)
     prompts = [tuple(row) for row in torch.randint(2, 300, (30, 90), generator=source).tolist()]
-    together = sample(llama, prompts, group_size=1)
+    together = sample(llama, prompts, samples=1)
     assert [len(c.token_ids) for c in together] == [len(c.logprobs) for c in together]
-    alone = sample(llama, prompts[:3], group_size=1)
+    alone = sample(llama, prompts[:3], samples=1)
     assert [c.token_ids for c in alone] == [c.token_ids for c in together[:3]]
 
 
@@ -107,7 +107,7 @@ def test_tokens_come_with_their_probability(llama: Any) -> None:
     # First tokens after one prompt, 4000 samples, against the model's own distribution at temperature .7.
     prompt, count = (3, 4, 5), 4000
     found = Counter(
-        c.token_ids[0] for c in sample(llama, [prompt], group_size=count, max_completion_tokens=1, temperature=0.7)
+        c.token_ids[0] for c in sample(llama, [prompt], samples=count, max_completion_tokens=1, temperature=0.7)
     )
     logits = llama.model(torch.tensor([prompt])).logits[0, -1] / 0.7
     wanted = logits.double().softmax(-1).tolist()
@@ -120,7 +120,7 @@ def test_tokens_come_with_their_probability(llama: Any) -> None:
 
 
 def test_padding_of_the_vocabulary_has_no_probability(llama: Any) -> None:
-    completions = sample(llama, group_size=40, temperature=2.0)
+    completions = sample(llama, samples=40, temperature=2.0)
     assert max(token for c in completions for token in c.token_ids) < 300
 
 
@@ -149,9 +149,12 @@ def test_a_failure_midway_is_one_line_and_the_engine_goes_on(llama: Any, monkeyp
 
 def test_progress_is_told(llama: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("paced_fast.generation.vllm_generator._PROGRESS_SECONDS", 0.0)
+    calls: list[int] = []
+    monkeypatch.setattr(llama.generator, "progress", lambda: calls.append(1))
     with caplog.at_level(logging.INFO, logger="paced_fast"):
-        sample(llama)
+        found = sample(llama)
     assert "of 20 completions after" in caplog.text
+    assert len(calls) >= max(len(completion.token_ids) for completion in found) > 1
 
 
 def test_starting_leaves_threads_precision_and_the_collector_alone(start: Callable[..., Any]) -> None:

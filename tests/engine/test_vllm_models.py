@@ -24,8 +24,11 @@ from transformers import (
 from vllm_sides import STOP, sharpened, step, tiny_llama
 
 from paced_fast.config import ModelConfig
+from paced_fast.generation import Sampling
 from paced_fast.generation.parity import ParityGuard
 from paced_fast.policy import load_model, smollm2_folder
+
+GREEDY = Sampling(samples=1, max_completion_tokens=8, temperature=0.0)
 
 
 def test_smollm2_is_shared_and_stays_equal(start: Callable[..., Any]) -> None:
@@ -40,7 +43,7 @@ def test_smollm2_is_shared_and_stays_equal(start: Callable[..., Any]) -> None:
     assert all(p.untyped_storage().data_ptr() in owners for p in model.parameters())
     prompt = tuple(torch.randint(2, 40000, (200,), generator=torch.Generator().manual_seed(0)).tolist())
     for k in range(3):
-        (found,) = side.generator.generate([prompt], group_size=1, max_completion_tokens=8, temperature=0.0, seed=0)
+        (found,) = side.generator.generate([prompt], GREEDY)
         wanted = model.generate(
             torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=1, pad_token_id=0
         )
@@ -116,7 +119,7 @@ def test_other_families_are_shared_and_follow_every_update(
     for k in range(4):
         found = guard.check(k)
         assert 0 < found["scored_mean"] < 2e-4
-        (greedy,) = side.generator.generate([prompt], group_size=1, max_completion_tokens=8, temperature=0.0, seed=0)
+        (greedy,) = side.generator.generate([prompt], GREEDY)
         wanted = model.generate(
             torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=STOP, pad_token_id=0
         )

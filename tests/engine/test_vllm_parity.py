@@ -95,14 +95,14 @@ def test_a_parameter_rebound_after_sharing_is_named(qwen: Any) -> None:
 
 @pytest.mark.parametrize(("option", "value"), [("top_p", 0.8), ("top_k", 5), ("min_p", 0.2)])
 def test_a_sampling_filter_stops_the_run(llama: Any, option: str, value: float, monkeypatch: Any) -> None:
-    plain = llama.generator._sampling
+    plain = llama.generator._options
 
     def filtered(*arguments: Any) -> Any:
         made = plain(*arguments)
         setattr(made, option, value)
         return made
 
-    monkeypatch.setattr(llama.generator, "_sampling", filtered)
+    monkeypatch.setattr(llama.generator, "_options", filtered)
     with pytest.raises(TrainingError, match="a sampling filter"):
         guard_of(llama).check(0)
 

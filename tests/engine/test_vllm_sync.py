@@ -11,13 +11,14 @@ from vllm_sides import step, tiny_llama
 
 from paced_fast.config import WeightSyncConfig
 from paced_fast.errors import InputError
+from paced_fast.generation import Sampling
 from paced_fast.generation.weight_sync import connect
 
 LONG = [tuple(torch.randint(2, 300, (200,), generator=torch.Generator().manual_seed(k)).tolist()) for k in range(3)]
 
 
 def greedy(side: Any, prompts: list[tuple[int, ...]], length: int = 8) -> list[list[int]]:
-    found = side.generator.generate(prompts, group_size=1, max_completion_tokens=length, temperature=0.0, seed=0)
+    found = side.generator.generate(prompts, Sampling(samples=1, max_completion_tokens=length, temperature=0.0))
     return [completion.token_ids for completion in found]
 
 

@@ -27,8 +27,10 @@ from paced_fast.distributed import ALONE
 from paced_fast.errors import InputError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target, main
 from paced_fast.evaluation import held_out
-from paced_fast.evaluation.held_out import Evaluation, Sample, Sampling, evaluate, prompt_columns
+from paced_fast.evaluation.held_out import Evaluation, Sample, evaluate, prompt_columns
+from paced_fast.generation import Sampling
 from paced_fast.rewards.votes import answer_key
+from paced_fast.run.evaluate_policy import final_evaluation
 from paced_fast.run.record.phases import Phases
 from paced_fast.run.record.terminal import evaluation_tables
 
@@ -51,11 +53,11 @@ class Script:
     """Says what `ANSWERS` holds, prompt by prompt; a 7 is cut after three tokens."""
 
     def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[tuple[Any, Sampling]] = []
 
-    def generate(self, prompts: Any, *, group_size: int, **options: Any) -> list[Completion]:
-        self.calls.append(options | {"prompts": prompts})
-        answers = [ANSWERS[prompt][1][k] for prompt in prompts for k in range(group_size)]
+    def generate(self, prompts: Any, sampling: Sampling) -> list[Completion]:
+        self.calls.append((prompts, sampling))
+        answers = [ANSWERS[prompt][1][k] for prompt in prompts for k in range(sampling.samples)]
         return [
             Completion(token_ids=[a] * (3 if a == 7 else 1), logprobs=[-1.0] * (3 if a == 7 else 1), stopped=a != 7)
             for a in answers
@@ -172,24 +174,23 @@ def test_the_value_meets_the_accuracy_of_its_own_prompt() -> None:
         return [None if text == "6" else value for text, value in zip(texts, judged(rows, texts), strict=True)]
 
     settings = tiny_run.config(Path("rewards.py"))
+    head = SimpleNamespace(value_of=lambda embeddings: torch.tensor([0.25, 0.5, 0.75, 0.125]))
     fake = SimpleNamespace(
         config=tiny_run.resolve(settings),
         world=ALONE,
         eval_table=TABLE,
-        generator=Script(),
-        scorer=SimpleNamespace(score=partly, take_counts=dict),
-        tokenizer=None,
-        trainer=SimpleNamespace(
-            counters=SimpleNamespace(step=3),
-            phases=Phases(),
+        collector=SimpleNamespace(
+            generator=Script(),
+            scorer=SimpleNamespace(score=partly, take_counts=dict),
             recorded=None,
             vocabulary=1000,
             decode=lambda ids: str(ids[0]),
-            log_z=SimpleNamespace(value_of=lambda embeddings: torch.tensor([0.25, 0.5, 0.75, 0.125])),
         ),
+        stepper=SimpleNamespace(counters=SimpleNamespace(step=3), phases=Phases()),
+        trainer=SimpleNamespace(log_z=head),
         eval_embeddings=torch.zeros(4, 1),
     )
-    record = tiny_run.train._final_evaluation(fake)  # pyright: ignore[reportArgumentType]
+    record = final_evaluation(fake)  # pyright: ignore[reportArgumentType]
     assert record["eval"]["prompt_accuracy"] == [1.0, None, 1.0, 0.5]
     assert record["eval_value"]["values"] == [0.25, 0.75, 0.125]
     assert record["eval_value"]["accuracies"] == [1.0, 1.0, 0.5]
@@ -245,17 +246,14 @@ def test_the_generator_is_asked_for_what_was_set_and_in_several_calls_when_it_is
 ) -> None:
     whole, parts = Script(), Script()
     expected = run(generator=whole)
-    assert [call["prompts"] for call in whole.calls] == [[(1,), (2,), (3,), (4,)]]
-    assert {k: whole.calls[0][k] for k in ("temperature", "top_p", "max_completion_tokens", "seed")} == {
-        "temperature": 0.5,
-        "top_p": 1.0,
-        "max_completion_tokens": 3,
-        "seed": 1,
-    }
+    wanted = Sampling(samples=9, temperature=0.5, top_p=1.0, max_completion_tokens=3, seed=1)
+    assert whole.calls == [([(1,), (2,), (3,), (4,)], wanted)]
     monkeypatch.setattr(held_out, "_MAX_TOKENS_PER_CALL", 3 * 9 * 3 + 5)
     assert run(generator=parts).overall == expected.overall
-    assert [call["prompts"] for call in parts.calls] == [[(1,), (2,), (3,)], [(4,)]]
-    assert parts.calls[0]["seed"] != parts.calls[1]["seed"], "or two prompts would share their random numbers"
+    assert [prompts for prompts, _ in parts.calls] == [[(1,), (2,), (3,)], [(4,)]]
+    (_, first), (_, second) = parts.calls
+    assert first == wanted == dataclasses.replace(second, seed=first.seed)
+    assert first.seed != second.seed, "or two prompts would share their random numbers"
 
 
 def test_every_sample_is_shown_to_who_keeps_them() -> None:

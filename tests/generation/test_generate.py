@@ -12,7 +12,9 @@ from transformers import DynamicCache
 
 from paced_fast.data import packing
 from paced_fast.data.records import Completion
-from paced_fast.generation import TransformersGenerator
+from paced_fast.distributed import ALONE
+from paced_fast.generation import Sampling, TransformersGenerator
+from paced_fast.generation.over_ranks import SharedGenerator
 from paced_fast.generation.reading import Reading
 from paced_fast.generation.transformers_generator import _Batch, _sample
 
@@ -20,9 +22,9 @@ PROMPTS = [(3, 4, 5, 6, 7), (2,), (9, 8, 7), (5, 5, 4), (10, 9)]
 
 
 def sample(made: Any, prompts: list[tuple[int, ...]], **options: Any) -> list[Completion]:
-    settings = {"group_size": 4, "max_completion_tokens": 12, "temperature": 1.0, "seed": 7} | options
+    settings: dict[str, Any] = {"samples": 4, "max_completion_tokens": 12, "temperature": 1.0, "seed": 7} | options
     stops, most = settings.pop("stop_ids", [tiny_policy.STOP]), settings.pop("max_batch_sequences", 256)
-    return TransformersGenerator(made, stop_ids=stops, max_batch_sequences=most).generate(prompts, **settings)
+    return TransformersGenerator(made, stop_ids=stops, max_batch_sequences=most).generate(prompts, Sampling(**settings))
 
 
 def as_lists(completions: list[Completion]) -> list[tuple[list[int], bool]]:
@@ -42,7 +44,7 @@ def test_logprobs_are_those_of_a_full_forward_pass(temperature: float) -> None:
 
 @pytest.mark.parametrize("stop_ids", [[1], [1, 4, 7]])
 def test_sequences_end_with_their_first_stop_token_or_are_cut(stop_ids: list[int]) -> None:
-    completions = sample(tiny_policy.model(), PROMPTS, stop_ids=stop_ids, group_size=20, max_completion_tokens=9)
+    completions = sample(tiny_policy.model(), PROMPTS, stop_ids=stop_ids, samples=20, max_completion_tokens=9)
     ended = [c for c in completions if c.stopped]
     cut = [c for c in completions if not c.stopped]
     assert len(ended) > 5
@@ -55,7 +57,7 @@ def test_sequences_end_with_their_first_stop_token_or_are_cut(stop_ids: list[int
 
 
 def test_a_stop_in_the_last_place_counts_as_stopped() -> None:
-    completions = sample(tiny_policy.model(), PROMPTS, group_size=60, max_completion_tokens=1)
+    completions = sample(tiny_policy.model(), PROMPTS, samples=60, max_completion_tokens=1)
     stopped = [c.token_ids == [tiny_policy.STOP] for c in completions]
     assert 0 < sum(stopped) < len(stopped)
     assert [c.stopped for c in completions] == stopped
@@ -64,12 +66,13 @@ def test_a_stop_in_the_last_place_counts_as_stopped() -> None:
 def test_padding_changes_nothing() -> None:
     made, stop = tiny_policy.model(), torch.tensor([tiny_policy.STOP])
     uniforms = torch.rand(len(PROMPTS), 3, 10, dtype=torch.float64)
-    together = _Batch(made, PROMPTS, uniforms, 1.0, 1.0, stop, Reading("padded"))
+    rest = (Sampling(samples=3, max_completion_tokens=10, temperature=1.0), stop, Reading("padded"))
+    together = _Batch(made, PROMPTS, uniforms, *rest)
     assert together.padded
     with torch.inference_mode():
         batched = together.run()
         for i, prompt in enumerate(PROMPTS):
-            alone = _Batch(made, [prompt], uniforms[i : i + 1], 1.0, 1.0, stop, Reading("padded")).run()
+            alone = _Batch(made, [prompt], uniforms[i : i + 1], *rest).run()
             group = batched[3 * i : 3 * i + 3]
             assert as_lists(alone) == as_lists(group)
             for one, other in zip(alone, group, strict=True):
@@ -86,11 +89,11 @@ def test_leaving_the_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         select(self, indices)
 
     monkeypatch.setattr(DynamicCache, "batch_select_indices", counted)
-    whole = sample(made, PROMPTS, group_size=6, max_completion_tokens=30, stop_ids=[1, 4])
+    whole = sample(made, PROMPTS, samples=6, max_completion_tokens=30, stop_ids=[1, 4])
     assert len(compactions) > 1
     compacted, one_by_one = (
         len(compactions),
-        sample(made, PROMPTS, group_size=6, max_completion_tokens=30, stop_ids=[1, 4], max_batch_sequences=6),
+        sample(made, PROMPTS, samples=6, max_completion_tokens=30, stop_ids=[1, 4], max_batch_sequences=6),
     )
     assert len(compactions) > compacted
     uniforms = torch.rand((5, 6, 30), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -123,12 +126,20 @@ def test_the_seed_decides_the_tokens() -> None:
     assert as_lists(sample(made, PROMPTS)) == first, "the ambient generator has no part in it"
 
 
+def test_progress_is_called_per_token_position_through_every_wrapper() -> None:
+    generator = TransformersGenerator(tiny_policy.model(), stop_ids=[tiny_policy.STOP], max_batch_sequences=256)
+    shared, calls = SharedGenerator(generator, ALONE), []
+    shared.progress = lambda: calls.append(1)
+    found = shared.generate(PROMPTS, Sampling(samples=4, max_completion_tokens=12, temperature=1.0, seed=7))
+    assert len(calls) == max(len(completion.token_ids) for completion in found) > 1
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_tokens_follow_the_distribution(temperature: float) -> None:
     """Chi-square over all pairs of first and second token, against exact probabilities."""
     made, prompt, draws = tiny_policy.model(sharpness=4.0), (3, 4), 20_000
     completions = sample(
-        made, [prompt], group_size=draws, max_completion_tokens=2, temperature=temperature, max_batch_sequences=draws
+        made, [prompt], samples=draws, max_completion_tokens=2, temperature=temperature, max_batch_sequences=draws
     )
     with torch.no_grad():
         first = (made(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
@@ -162,7 +173,7 @@ def test_tokens_without_probability_are_never_drawn() -> None:
 def test_the_order_of_the_result_is_the_callers() -> None:
     """Prompts are sorted by length inside; each completion must still belong to its own prompt."""
     made = tiny_policy.model()
-    completions = sample(made, PROMPTS, temperature=1e-3, group_size=2)  # so cold that sampling is the argmax
+    completions = sample(made, PROMPTS, temperature=1e-3, samples=2)  # so cold that sampling is the argmax
     for i, prompt in enumerate(PROMPTS):
         greedy = _naive(made, prompt, [], set())
         with torch.no_grad():
@@ -173,9 +184,9 @@ def test_the_order_of_the_result_is_the_callers() -> None:
 
 def test_a_group_larger_than_the_batch_is_sampled_in_parts() -> None:
     made = tiny_policy.model()
-    whole = sample(made, PROMPTS, group_size=7, max_batch_sequences=64)
+    whole = sample(made, PROMPTS, samples=7, max_batch_sequences=64)
     for most in (1, 3, 7, 8):
-        assert as_lists(sample(made, PROMPTS, group_size=7, max_batch_sequences=most)) == as_lists(whole)
+        assert as_lists(sample(made, PROMPTS, samples=7, max_batch_sequences=most)) == as_lists(whole)
 
 
 def test_a_nucleus_holds_the_likeliest_tokens_and_no_others() -> None:
@@ -193,8 +204,8 @@ def test_a_nucleus_holds_the_likeliest_tokens_and_no_others() -> None:
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_temperature_zero_takes_the_likeliest_token(top_p: float) -> None:
     made = tiny_policy.model()
-    cold = sample(made, PROMPTS, temperature=1e-3, group_size=2)
-    found = sample(made, PROMPTS, temperature=0.0, top_p=top_p, group_size=2)
+    cold = sample(made, PROMPTS, temperature=1e-3, samples=2)
+    found = sample(made, PROMPTS, temperature=0.0, top_p=top_p, samples=2)
     assert as_lists(found) == as_lists(cold)
     assert all(math.isfinite(value) for c in found for value in c.logprobs)
 

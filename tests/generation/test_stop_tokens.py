@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from paced_fast.data.prompts import declared_stop_ids, find_stops, stop_token_ids
 from paced_fast.errors import InputError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
-from paced_fast.generation import TransformersGenerator
+from paced_fast.generation import Sampling, TransformersGenerator
 
 TOKENIZER = tiny_chat.tokenizer()
 ID = TOKENIZER.get_vocab()
@@ -83,7 +83,7 @@ def _model(folder: str) -> Any:
 
 
 def _greedy(generator: TransformersGenerator, prompt: tuple[int, ...]) -> list[list[int]]:
-    found = generator.generate([prompt], group_size=1, max_completion_tokens=24, temperature=0.0, seed=0)
+    found = generator.generate([prompt], Sampling(samples=1, max_completion_tokens=24, temperature=0.0))
     return [completion.token_ids for completion in found]
 
 

@@ -23,6 +23,7 @@ from paced_fast.config.resolve import resolve
 from paced_fast.data.records import Completion
 from paced_fast.distributed import World
 from paced_fast.errors import TrainingError
+from paced_fast.generation import Sampling
 from paced_fast.generation.parity import ParityGuard
 from paced_fast.generation.weight_sync import connect
 from paced_fast.paced.log_z import LogZ
@@ -153,10 +154,10 @@ class ScoringEngine:
 
     fails_at = ""
 
-    def generate(self, prompts: Sequence[Any], *, group_size: int, **_: Any) -> list[Completion]:
+    def generate(self, prompts: Sequence[Any], sampling: Sampling, **_: Any) -> list[Completion]:
         if self.fails_at == "generate":
             raise TrainingError("vllm failed while sampling")
-        count = group_size * len(prompts)
+        count = sampling.samples * len(prompts)
         return [Completion(token_ids=[3, 4], logprobs=[-1.0, -1.0], stopped=False) for _ in range(count)]
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:

@@ -23,7 +23,7 @@ from paced_fast import train
 from paced_fast.config import LoraConfig, ModelConfig, WeightSyncConfig, resolve
 from paced_fast.data.records import Targets
 from paced_fast.errors import InputError
-from paced_fast.generation import TransformersGenerator
+from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.generation.weight_sync import PushedWeights, connect
 from paced_fast.paced.losses import POLICY_LOSSES
 from paced_fast.paced.update import make_optimizer
@@ -134,7 +134,7 @@ def test_sampling_is_from_the_adapted_model() -> None:
     def sample(model: PreTrainedModel) -> list[list[int]]:
         generator = TransformersGenerator(model, stop_ids=[tiny_policy.STOP], max_batch_sequences=64)
         completions = generator.generate(
-            [(3, 4, 5), (6, 7)], group_size=8, max_completion_tokens=6, temperature=1.0, seed=1
+            [(3, 4, 5), (6, 7)], Sampling(samples=8, max_completion_tokens=6, temperature=1.0, seed=1)
         )
         return [completion.token_ids for completion in completions]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from paced_fast.config import LoraConfig
 from paced_fast.errors import InputError
-from paced_fast.generation import TransformersGenerator
+from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.policy import SHARED, Policy, adapt, choose_attention
 
 ROLLOUTS = tiny_policy.rollouts([4, 1, 0, 6, 2, 5], group_size=3)
@@ -88,7 +88,8 @@ def test_log_probs_and_sampling_keep_nothing_and_compute_once(monkeypatch: pytes
 
     def sample(policy: Policy) -> list[list[int]]:
         generator = TransformersGenerator(policy.model, stop_ids=[tiny_policy.STOP], max_batch_sequences=64)
-        found = generator.generate([(3, 4, 5), (6, 7)], group_size=4, max_completion_tokens=6, temperature=1.0, seed=1)
+        sampling = Sampling(samples=4, max_completion_tokens=6, temperature=1.0, seed=1)
+        found = generator.generate([(3, 4, 5), (6, 7)], sampling)
         return [completion.token_ids for completion in found]
 
     assert sample(plain) == sample(again)

@@ -15,7 +15,7 @@ from benchmarks.models import model_types, tiny_types, type_checks
 from paced_fast.data import packing
 from paced_fast.data.records import Targets
 from paced_fast.errors import InputError
-from paced_fast.generation import TransformersGenerator
+from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.generation.reading import reading_of
 from paced_fast.paced.losses import trajectory_balance
 from paced_fast.policy import SHARED, Policy, families
@@ -239,8 +239,8 @@ def test_sequences_beyond_what_the_model_can_place_are_refused(rope: dict[str, A
     short = tiny_policy.rollouts([4, longest - 5], prompt_lengths=(3,))  # prompts of five tokens
     wanted = type_checks.own_logprobs(model, short).detach()
     torch.testing.assert_close(policy.logprobs(short, 1.0), wanted, rtol=0, atol=1e-5)
-    options: dict[str, Any] = {"group_size": 1, "temperature": 1.0, "seed": 0}
-    sampled = generator.generate([(3, 4, 5)], max_completion_tokens=longest - 3, **options)
+    sampling = Sampling(samples=1, max_completion_tokens=longest - 3, temperature=1.0)
+    sampled = generator.generate([(3, 4, 5)], sampling)
     assert sampled[0].token_ids
     message = (
         rf"prompt and completion are {longest + 1} tokens together, and this is a llama model.* {longest} positions"
@@ -248,7 +248,7 @@ def test_sequences_beyond_what_the_model_can_place_are_refused(rope: dict[str, A
     with pytest.raises(InputError, match=message):
         policy.logprobs(tiny_policy.rollouts([4, longest - 4], prompt_lengths=(3,)), 1.0)
     with pytest.raises(InputError, match=message):
-        generator.generate([(3, 4, 5), (6,)], max_completion_tokens=longest - 2, **options)
+        generator.generate([(3, 4, 5), (6,)], dataclasses.replace(sampling, max_completion_tokens=longest - 2))
 
 
 def test_frequencies_that_follow_the_batch_would_change_log_probs() -> None:

@@ -26,7 +26,7 @@ from paced_fast.config import LoraConfig
 from paced_fast.data import packing
 from paced_fast.data.records import Targets
 from paced_fast.distributed import World
-from paced_fast.generation import TransformersGenerator
+from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.paced.update import _micro_loss, make_optimizer
 from paced_fast.policy import Policy, adapt, plain_parameters
 from paced_fast.policy.optimizer import GuardedAdamW, PolicyOptimizer
@@ -392,10 +392,7 @@ def check_passes(world: World) -> None:
         found, expected = (
             one.generate(
                 [(1, 2), (3, 4, 5)][: world.rank + 1],
-                group_size=2,
-                max_completion_tokens=5 * world.rank + 3,
-                temperature=1.0,
-                seed=1,
+                Sampling(samples=2, max_completion_tokens=5 * world.rank + 3, temperature=1.0, seed=1),
             )
             for one in generators
         )

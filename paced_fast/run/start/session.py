@@ -14,22 +14,17 @@ from paced_fast import distributed
 from paced_fast.config import Config
 from paced_fast.distributed import World
 from paced_fast.errors import InputError
-from paced_fast.generation import VLLMGenerator
-from paced_fast.generation.over_ranks import SharedGenerator
 from paced_fast.run.start import signals
 from paced_fast.run.start.build import Run
 from paced_fast.run.start.watchdog import Watchdog, open_board
 
 
 def watch(run: Run, watchdog: Watchdog) -> None:
-    """Let the watchdog see every phase of the run, and every pass through the policy and the engine within one."""
+    """Let the watchdog see every phase of the run, and within one every pass of the policy and of the generator."""
     watchdog.count = lambda: run.stepper.counters.step
     run.stepper.phases.listener = watchdog.phase
     run.trainer.policy.body.register_forward_pre_hook(lambda *_: watchdog.progress())
-    generator = run.collector.generator
-    own = generator.own if isinstance(generator, SharedGenerator) else generator
-    if isinstance(own, VLLMGenerator):
-        own.progress = watchdog.progress
+    run.collector.generator.progress = watchdog.progress
 
 
 @contextlib.contextmanager
