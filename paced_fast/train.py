@@ -8,6 +8,7 @@ The run folder holds config.json, metrics.jsonl, rollouts.jsonl, checkpoints/, s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from rich.console import Console
 from paced_fast import report
 from paced_fast.config import Config, cli, flatten, modes
 from paced_fast.config.resolve import resolve
+from paced_fast.data.metrics import ABSENT, StartRecord
 from paced_fast.distributed import EVERYWHERE, World
 from paced_fast.errors import InputError, StopRequested, TrainingError
 from paced_fast.evaluation.held_out import prompt_columns
@@ -60,8 +62,7 @@ def train(
             record, shown, result = stepper.step()
             step = stepper.counters.step
             outputs.keep(step, result.fresh)
-            record |= evaluation_due(run, step)
-            outputs.write(record, shown)
+            outputs.write(dataclasses.replace(record, **evaluation_due(run, step)), shown)
             stepper.guards.stop(step)
             if step == config.steps or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
                 save(run, saver, last=step == config.steps)
@@ -75,13 +76,12 @@ def _begin(run: Run, outputs: Outputs) -> None:
         outputs.drop_from(run.stepper.counters.step + 1)
         return
     outputs.say("evaluating before training")
-    record: dict[str, Any] = {"step": 0, "rollouts": 0, "train_seconds": 0.0}
-    if parity:
-        record["parity"] = parity
+    record = StartRecord(parity=parity or ABSENT)
     before = evaluate_now(run, run.config.evaluation.final_samples)
     if before is not None:
-        record["eval"] = before.record() | prompt_columns(run.eval_table)
-        record["overlap"] = {"repeated": run.repeated, "training_prompts": len(run.collector.table)}
+        evaluated = before.record() | prompt_columns(run.eval_table)
+        overlap = {"repeated": run.repeated, "training_prompts": len(run.collector.table)}
+        record = dataclasses.replace(record, eval=evaluated, overlap=overlap)
     if before is not None or parity:
         outputs.write(record)
 

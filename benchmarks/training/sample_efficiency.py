@@ -118,7 +118,7 @@ def run_arm(job: tuple[str, int], *, steps: int, eval_every: int, seconds: float
         counters = run.stepper.counters
         while counters.rollouts < budget or counters.train_seconds < seconds:
             record = run.stepper.step().record
-            shares.append(record["mixed_group_share"])
+            shares.append(record.mixed_group_share)
             done = at_budget is None and counters.rollouts >= budget
             if done or counters.rollouts >= points[-1]["rollouts"] + interval:
                 samples = config.evaluation.final_samples if done else config.evaluation.samples

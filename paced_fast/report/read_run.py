@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from paced_fast.data.metrics import KEYS
 from paced_fast.errors import InputError
 
 __all__ = ["Evaluated", "Floats", "Record", "Run", "flatten", "mapping", "number", "numbers", "read_run", "series"]
@@ -41,7 +42,7 @@ class Run:
 
     folder: Path
     records: list[Record]
-    """metrics.jsonl in order; at least one."""
+    """Lines of metrics.jsonl in order, at least one; keys that no record has a field for are left out."""
     summary: Record = field(default_factory=dict)
     """summary.json; empty before a run has ended."""
     config: Record = field(default_factory=dict)
@@ -107,7 +108,7 @@ def _metrics(path: Path) -> list[Record]:
             raise InputError(f"{path}:{index} is not JSON: {error}") from error
         if not isinstance(record, dict) or "step" not in record:
             raise InputError(f"{path}:{index} is not a metrics record: it has no step")
-        records.append(record)
+        records.append({key: value for key, value in record.items() if key in KEYS})
     if not records:
         raise InputError(f"{path} holds no record yet: come back after the first step")
     return records

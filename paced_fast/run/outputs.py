@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from paced_fast.config import flatten
+from paced_fast.data.metrics import StartRecord, StepRecord
 from paced_fast.data.records import Fresh
 from paced_fast.run.record.rollouts_file import Recorder
 from paced_fast.run.record.terminal import Progress
@@ -51,12 +52,12 @@ class Outputs:
         if self._recorder is not None:
             self._recorder.write(step, fresh.groups, fresh.dropped)
 
-    def write(self, record: dict[str, Any], shown: Sequence[dict[str, Any]] = ()) -> None:
+    def write(self, record: StartRecord | StepRecord, shown: Sequence[dict[str, Any]] = ()) -> None:
         """Write a record and the rollouts to be shown with it."""
         if self._writer is not None and self._progress is not None:
-            self._writer.write(record)
+            self._writer.write(record.line())
             self._writer.write_rollouts(shown)
-            self._progress.update(record)
+            self._progress.update(record.line())
 
     def __enter__(self) -> Outputs:
         return self

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from paced_fast.data.metrics import ABSENT, StepRecord
 from paced_fast.data.records import StepResult
 from paced_fast.errors import TrainingError
 from paced_fast.generation.parity import ParityGuard
@@ -16,7 +18,7 @@ from paced_fast.run.checkpoint import state
 from paced_fast.run.record.guards import Guards
 from paced_fast.run.record.phases import Phases
 from paced_fast.run.record.shown_rollouts import shown_rollouts
-from paced_fast.run.record.step_record import fetch, step_record, value_record
+from paced_fast.run.record.step_record import fetch, step_record
 
 
 @dataclass(slots=True)
@@ -34,7 +36,7 @@ class Counters:
 class Stepped(NamedTuple):
     """What a step gave."""
 
-    record: dict[str, Any]  # its line of metrics.jsonl
+    record: StepRecord  # its line of metrics.jsonl
     shown: list[dict[str, Any]]  # a few rollouts to read
     result: StepResult
 
@@ -117,26 +119,24 @@ class Stepper:
 
     def _record(
         self, result: StepResult, host: dict[str, Any], sync: dict[str, float], parity: dict[str, float]
-    ) -> dict[str, Any]:
+    ) -> StepRecord:
         seconds, counters = self.phases.take(), self.counters
-        total = sum(seconds.values())
-        counters.train_seconds += total
-        record: dict[str, Any] = {
-            "step": counters.step,
-            "rollouts": counters.rollouts,
-            "train_seconds": counters.train_seconds,
-            **step_record(result, host),
-            "skipped_steps": counters.skipped_steps,
-            "verdicts": summed_counts(self.world, self.trainer.collector.scorer.take_counts()),
-            "seconds": seconds,
-            "memory": self.phases.peak_bytes,
-            "tokens_per_second": result.fresh.num_tokens / total,
-        }
-        if self.config.value_is_accuracy and result.values is not None:
-            record |= value_record(result, host, counters.step)
-        record |= {name: figures for name, figures in (("weight_sync", sync), ("parity", parity)) if figures}
-        record["warnings"] = self.guards.check(record)
-        return record
+        counters.train_seconds += sum(seconds.values())
+        record = step_record(
+            result,
+            host,
+            step=counters.step,
+            rollouts=counters.rollouts,
+            train_seconds=counters.train_seconds,
+            skipped_steps=counters.skipped_steps,
+            seconds=seconds,
+            memory=self.phases.peak_bytes,
+            verdicts=summed_counts(self.world, self.trainer.collector.scorer.take_counts()),
+            with_value=self.config.value_is_accuracy,
+        )
+        return dataclasses.replace(
+            record, weight_sync=sync or ABSENT, parity=parity or ABSENT, warnings=self.guards.check(record)
+        )
 
     def _shown(self, result: StepResult, host: dict[str, Any]) -> list[dict[str, Any]]:
         return shown_rollouts(

@@ -30,7 +30,7 @@ from paced_fast.evaluation import held_out
 from paced_fast.evaluation.held_out import Evaluation, Sample, evaluate, prompt_columns
 from paced_fast.generation import Sampling
 from paced_fast.rewards.votes import answer_key
-from paced_fast.run.evaluate_policy import final_evaluation
+from paced_fast.run.evaluate_policy import evaluation_due
 from paced_fast.run.record.phases import Phases
 from paced_fast.run.record.terminal import evaluation_tables
 
@@ -190,7 +190,7 @@ def test_the_value_meets_the_accuracy_of_its_own_prompt() -> None:
         trainer=SimpleNamespace(log_z=head),
         eval_embeddings=torch.zeros(4, 1),
     )
-    record = final_evaluation(fake)  # pyright: ignore[reportArgumentType]
+    record = evaluation_due(fake, fake.config.steps)  # pyright: ignore[reportArgumentType]
     assert record["eval"]["prompt_accuracy"] == [1.0, None, 1.0, 0.5]
     assert record["eval_value"]["values"] == [0.25, 0.75, 0.125]
     assert record["eval_value"]["accuracies"] == [1.0, 1.0, 0.5]

@@ -72,10 +72,10 @@ def test_a_step_and_an_evaluation_go_on_without_them(tmp_path: Path) -> None:
     bad = {0: -1, 5: vocabulary, 6: 2**31}
     run.trainer.collector.generator = Poisoned(run.collector.generator, bad)
     record = run.stepper.step().record
-    assert record["unknown_ids"] == 3
-    assert record["unscored_share"] == pytest.approx(3 / 16)
-    assert record["skipped_steps"] == 0
-    assert record["loss"] == record["loss"]
+    assert record.unknown_ids == 3
+    assert record.unscored_share == pytest.approx(3 / 16)
+    assert record.skipped_steps == 0
+    assert record.loss == record.loss
     # Trained as if they had not been sampled: the parameters are those of a step that has no verdict on them.
     other = tiny_run.build(config, tmp_path / "other")
     judge = other.collector.judge

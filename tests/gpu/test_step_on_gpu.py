@@ -136,7 +136,7 @@ def test_phases_are_charged_for_the_work_they_launch(tmp_path: Path) -> None:
     stepper = stepper_on_gpu(tmp_path)
     for _ in range(3):
         record = stepper.step().record
-    seconds = record["seconds"]
+    seconds = record.seconds
     phases = {"generate", "reward", "pack", "old_logprobs", "update", "head", "schedule", "replay", "metrics"}
     assert phases <= set(seconds)
     assert all(value >= 0 for value in seconds.values())

@@ -248,7 +248,7 @@ def test_a_whole_step_meets_the_host_at_its_crossings_only(
         with watch:
             record = stepper.step().record
         assert crossings == ["to_host", "to_host"], "D1 and D3"
-    assert record["trained_sequences"] > 16 or algorithm != "paced"
+    assert record.trained_sequences > 16 or algorithm != "paced"
     assert watch.calls > 1000
     assert watch.found == []
 

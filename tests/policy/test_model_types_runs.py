@@ -46,8 +46,8 @@ def test_a_run_samples_and_scores_alike(
     run = tiny_run.build(config, tmp_path / "run")
     assert run.trainer.policy.attention.name == layout
     record = run.stepper.step().record
-    assert record["generator_mismatch_max"] < 1e-5
-    assert record["skipped_steps"] == 0
+    assert record.generator_mismatch_max < 1e-5
+    assert record.skipped_steps == 0
 
 
 SHORT = {"max_position_embeddings": 12}

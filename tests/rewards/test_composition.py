@@ -413,11 +413,11 @@ def test_a_run_with_shaping_and_missing_verdicts(own: Path, tmp_path: Path, algo
     missing = shapes = 0.0
     for _ in range(4):
         record, shown, _ = run.stepper.step()
-        missing += record["unscored_share"]
-        shapes += abs(record["shaping_mean"])
-        assert record["loss"] == record["loss"]
-        counted = sum(kinds["unscored"] for kinds in record["verdicts"].values())
-        assert counted == pytest.approx(record["unscored_share"] * 16)
+        missing += record.unscored_share
+        shapes += abs(record.shaping_mean)
+        assert record.loss == record.loss
+        counted = sum(kinds["unscored"] for kinds in record.verdicts.values())
+        assert counted == pytest.approx(record.unscored_share * 16)
         json.dumps(shown)
     assert 0 < missing < 2
     assert shapes > 0
@@ -430,10 +430,10 @@ def test_log_z_learns_from_scored_completions_alone(own: Path, tmp_path: Path, m
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     monkeypatch.setattr(head, "fit", watched(head.fit, seen))
     records = [run.stepper.step().record for _ in range(4)]
-    k = next(i for i, record in enumerate(records) if record["unscored_share"] > 0)
+    k = next(i for i, record in enumerate(records) if record.unscored_share > 0)
     record, (target, weight) = records[k], seen[k]
     missing = weight == 0
-    assert 0 < missing.float().mean() == pytest.approx(record["unscored_share"])
+    assert 0 < missing.float().mean() == pytest.approx(record.unscored_share)
     assert float(weight.mean()) == pytest.approx(1.0)
     assert weight[~missing].std() == 0
     assert target[missing].abs().max() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -17,36 +18,54 @@ import tiny_run
 
 from paced_fast import train
 from paced_fast.config import GuardConfig, WarningName
+from paced_fast.data.metrics import ABSENT, StepRecord
 from paced_fast.errors import TrainingError
 from paced_fast.run.record.guards import Guards
 
 NAMES = typing.get_args(WarningName)
+NO_GUARD_READS: dict[str, Any] = {
+    **dict.fromkeys(("learning_rate", "unscored_share", "mixed_group_share", "prompts_visited_share"), math.nan),
+    **dict.fromkeys(("entropy", "mean_length", "tokens_per_second"), math.nan),
+    **{f"generator_mismatch_{name}": math.nan for name in ("mean", "max", "sequence_ratio", "outside_share")},
+    "unknown_ids": 0,
+    "trained_sequences": 0,
+    "skipped_steps": 0,
+    "verdicts": {},
+    "seconds": {},
+    "memory": {},
+}
+"""Fields that have no part in a warning."""
 
 
-def clean_record(step: int, rng: random.Random, *, accuracy: float = 0.4, value: float = 0.45) -> dict[str, Any]:
+Fault = Callable[[StepRecord, int], StepRecord]
+
+
+def clean_record(
+    step: int, rng: random.Random, *, accuracy: float = 0.4, value: float = 0.45, **figures: Any
+) -> StepRecord:
     """Figures as a run of the tiny preset has them: ranges hold those of 400 of its steps and reach further."""
     accuracies = [min(1.0, max(0.0, rng.gauss(accuracy, 0.2))) for _ in range(16)]
-    return {
-        "step": step,
-        "loss": rng.uniform(0.5, 3.0),
-        "grad_norm": rng.lognormvariate(1.5, 0.7),
-        "reward_mean": sum(accuracies) / 16,
-        "truncated_share": rng.choice([0.0, 0.0, rng.uniform(0.0, 0.6)]),
-        "kl": rng.lognormvariate(-6.0, 1.2),
-        "log_ratio_mean": rng.gauss(0.0, 0.03),
-        "effective_sample_share": rng.uniform(0.9, 1.0),
-        "generator_mismatch_token_ratio": rng.uniform(1.0, 1.03),
-        "head_loss": rng.uniform(0.1, 0.3),
-        "head_grad_norm": rng.uniform(0.2, 2.0),
-        "value_mean": value,
-        "value_fresh": [min(0.999, max(0.001, rng.gauss(value, 0.1))) for _ in range(16)],
-        "accuracy_fresh": accuracies,
-    }
+    found = StepRecord(
+        step=step,
+        loss=rng.uniform(0.5, 3.0),
+        grad_norm=rng.lognormvariate(1.5, 0.7),
+        reward_mean=sum(accuracies) / 16,
+        truncated_share=rng.choice([0.0, 0.0, rng.uniform(0.0, 0.6)]),
+        kl=rng.lognormvariate(-6.0, 1.2),
+        log_ratio_mean=rng.gauss(0.0, 0.03),
+        effective_sample_share=rng.uniform(0.9, 1.0),
+        generator_mismatch_token_ratio=rng.uniform(1.0, 1.03),
+        head_loss=rng.uniform(0.1, 0.3),
+        head_grad_norm=rng.uniform(0.2, 2.0),
+        value_mean=value,
+        value_fresh=[min(0.999, max(0.001, rng.gauss(value, 0.1))) for _ in range(16)],
+        accuracy_fresh=accuracies,
+        **NO_GUARD_READS,
+    )
+    return dataclasses.replace(found, **figures)
 
 
-def warnings_of(
-    fault: Callable[[dict[str, Any], int], None], steps: int = 40, config: GuardConfig | None = None
-) -> Any:
+def warnings_of(fault: Fault, steps: int = 40, config: GuardConfig | None = None) -> Any:
     """The warnings that held in each step of a clean run that goes wrong from step 21 on."""
     rng = random.Random(1)
     guards = Guards(config or GuardConfig())
@@ -54,25 +73,22 @@ def warnings_of(
     for step in range(1, steps + 1):
         record = clean_record(step, rng)
         if step > 20:
-            fault(record, step)
+            record = fault(record, step)
         found.append(guards.check(record))
         guards.stop(step)
     return found
 
 
-def _change(**figures: Any) -> Callable[[dict[str, Any], int], None]:
-    return lambda record, step: record.update(figures)
+def _change(**figures: Any) -> Fault:
+    return lambda record, step: dataclasses.replace(record, **figures)
 
 
-def _collapse(record: dict[str, Any], step: int) -> None:
-    record.update(reward_mean=0.0, accuracy_fresh=[0.0] * 16)
+def _worse_and_worse(record: StepRecord, step: int) -> StepRecord:
+    assert record.head_loss is not ABSENT
+    return dataclasses.replace(record, head_loss=record.head_loss * 2.0 ** (step - 20))
 
 
-def _worse_and_worse(record: dict[str, Any], step: int) -> None:
-    record["head_loss"] *= 2.0 ** (step - 20)
-
-
-FAULTS: dict[str, tuple[str, Callable[[dict[str, Any], int], None], int]] = {
+FAULTS: dict[str, tuple[str, Fault, int]] = {
     "ratios explode in divergence": ("kl", _change(kl=3.0), 21),
     "divergence overflows": ("kl", _change(kl=math.inf), 21),
     "policy runs up": ("log_ratio", _change(log_ratio_mean=2.5), 21),
@@ -82,7 +98,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any], int], None], int]] = {
     "generator gives no numbers": ("generator_mismatch", _change(generator_mismatch_token_ratio=math.nan), 21),
     "nothing ends": ("truncated", _change(truncated_share=1.0), 21),
     # The first step whose last five are all zero.
-    "rewards fall to nothing": ("reward_collapse", _collapse, 25),
+    "rewards fall to nothing": ("reward_collapse", _change(reward_mean=0.0, accuracy_fresh=[0.0] * 16), 25),
     "value far above": ("value_gap", _change(value_fresh=[0.985] * 16, accuracy_fresh=[0.4] * 16), 25),
     "value is no number": ("value_gap", _change(value_fresh=[math.nan] * 16), 25),
     "value stuck at zero": ("value_stuck", _change(value_fresh=[0.001] * 16), 25),
@@ -132,23 +148,21 @@ def test_clean_runs_raise_nothing(accuracy: float, value: float) -> None:
 
 def test_a_record_without_a_head_is_checked_too() -> None:
     guards, rng = Guards(GuardConfig()), random.Random(0)
-    record = clean_record(1, rng) | {"kl": 2.0}
-    for key in ("head_loss", "value_fresh", "accuracy_fresh", "value_mean"):
-        del record[key]
-    assert guards.check(record) == ["kl"]
+    headless = dict.fromkeys(("head_loss", "value_fresh", "accuracy_fresh", "value_mean"), ABSENT)
+    assert guards.check(clean_record(1, rng, kl=2.0, **headless)) == ["kl"]
 
 
 def test_rewards_that_were_never_good_do_not_collapse() -> None:
     rng, guards = random.Random(0), Guards(GuardConfig())
     for step in range(1, 30):
         rewards = 0.0 if step > 10 else 0.05
-        assert guards.check(clean_record(step, rng, accuracy=0.0) | {"reward_mean": rewards}) == []
+        assert guards.check(clean_record(step, rng, accuracy=0.0, reward_mean=rewards)) == []
 
 
 def test_one_lucky_step_is_no_height_to_fall_from() -> None:
     rng, guards = random.Random(0), Guards(GuardConfig())
     for step in range(1, 12):
-        assert guards.check(clean_record(step, rng, accuracy=0.0) | {"reward_mean": 0.3 if step == 1 else 0.0}) == []
+        assert guards.check(clean_record(step, rng, accuracy=0.0, reward_mean=0.3 if step == 1 else 0.0)) == []
 
 
 def test_a_warning_is_said_once_then_every_n_steps_and_again_after_it_cleared(
@@ -159,8 +173,8 @@ def test_a_warning_is_said_once_then_every_n_steps_and_again_after_it_cleared(
     held = {*range(3, 26), *range(30, 33)}
     with caplog.at_level(logging.WARNING):
         for step in range(1, 40):
-            record = clean_record(step, rng)
-            assert guards.check(record | {"kl": 2.5} if step in held else record) == (["kl"] if step in held else [])
+            record = clean_record(step, rng, **({"kl": 2.5} if step in held else {}))
+            assert guards.check(record) == (["kl"] if step in held else [])
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split(",")[0] for line in lines] == ["step 3", "step 13", "step 23", "step 30"]
     assert lines[0] == (
@@ -172,7 +186,7 @@ def test_a_warning_is_said_once_then_every_n_steps_and_again_after_it_cleared(
 def test_only_the_lead_speaks(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("paced_fast"), "propagate", True)
     guards = Guards(GuardConfig(), speaks=False)
-    assert guards.check(clean_record(1, random.Random(0)) | {"kl": 2.5}) == ["kl"]
+    assert guards.check(clean_record(1, random.Random(0), kl=2.5)) == ["kl"]
     assert not caplog.records
 
 
@@ -197,7 +211,7 @@ def test_a_resumed_run_warns_as_the_whole_one(cut: int, caplog: pytest.LogCaptur
                 for step in range(1, 41):
                     record = clean_record(step, rng)
                     if step > 20:
-                        inject(record, step)
+                        record = inject(record, step)
                     guards.check(record)
                     if step in cuts:
                         state = guards.state_dict()

@@ -259,16 +259,16 @@ def test_dynamic_sampling_counts_what_it_drops_and_trains_on_mixed_groups(
     for step in range(1, 5):
         record, _, result = stepper.step()
         fresh = result.fresh
-        assert record["step"] == step
-        assert record["rollouts"] == sum(counts)
-        assert record["trained_sequences"] == fresh.rollouts.num_sequences == 8
+        assert record.step == step
+        assert record.rollouts == sum(counts)
+        assert record.trained_sequences == fresh.rollouts.num_sequences == 8
         assert fresh.accuracy.tolist() == [0.5] * 4
         sampled_accuracy = [group.accuracy for group in (*fresh.groups, *fresh.dropped)]
         assert len(sampled_accuracy) == fresh.num_sampled // 2
         mixed = sum(0 < accuracy < 1 for accuracy in sampled_accuracy)
         assert mixed >= 4
-        assert record["mixed_group_share"] == pytest.approx(mixed / len(sampled_accuracy))
-        assert record["reward_mean"] == 0.5
+        assert record.mixed_group_share == pytest.approx(mixed / len(sampled_accuracy))
+        assert record.reward_mean == 0.5
     assert sum(counts) > 4 * 8, "some groups were dropped"
 
 
@@ -281,10 +281,10 @@ def test_dynamic_sampling_gives_up_after_its_rounds_and_takes_what_there_is(
     counts = counted_generation(trainer, monkeypatch)
     record = stepper.step().record
     assert counts == [16, 16, 16]
-    assert record["rollouts"] == 48
-    assert record["trained_sequences"] == 16
-    assert record["mixed_group_share"] == 0.0
-    assert record["reward_mean"] == 1.0
+    assert record.rollouts == 48
+    assert record.trained_sequences == 16
+    assert record.mixed_group_share == 0.0
+    assert record.reward_mean == 1.0
 
 
 def test_other_rules_sample_one_round(rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,11 +312,11 @@ def test_the_head_learns_from_fresh_groups_only(rewards: Path, tmp_path: Path, m
         record, shown, _ = stepper.step()
         index, target = fitted[-1]
         assert len(index) == len(target) == 16
-        assert float(target.mean()) == pytest.approx(record["reward_mean"])
+        assert float(target.mean()) == pytest.approx(record.reward_mean)
         assert index.view(4, 4).eq(index.view(4, 4)[:, :1]).all()
         assert len(fitted) == step
-        replayed += record["trained_sequences"] - 16
-        assert any(row["replayed"] for row in shown) == (record["trained_sequences"] > 16)
+        replayed += record.trained_sequences - 16
+        assert any(row["replayed"] for row in shown) == (record.trained_sequences > 16)
     assert replayed >= 8, "there was replay to keep away from it"
 
 
@@ -339,13 +339,13 @@ def test_fresh_sequences_are_weighed_against_the_generators_error_and_replayed_o
     for _ in range(3):
         record, _, result = stepper.step()
     weights = result.targets.weights
-    assert len(weights) == record["trained_sequences"] > 16
+    assert len(weights) == record.trained_sequences > 16
     wanted = [1.0] * 16 if mode == "off" else [math.exp(0.2), math.exp(-0.2)] * 8
     assert weights[:16].tolist() == pytest.approx(wanted, rel=1e-3)
     assert weights[16:].tolist() == [1.0] * (len(weights) - 16)
-    assert record["generator_mismatch_max"] == pytest.approx(0.2, rel=1e-2)
-    assert record["generator_mismatch_sequence_ratio"] == pytest.approx(math.cosh(0.2), rel=1e-3)
-    assert record["generator_mismatch_outside_share"] == 0.0
+    assert record.generator_mismatch_max == pytest.approx(0.2, rel=1e-2)
+    assert record.generator_mismatch_sequence_ratio == pytest.approx(math.cosh(0.2), rel=1e-3)
+    assert record.generator_mismatch_outside_share == 0.0
 
 
 def test_the_head_learns_from_replayed_completions_by_their_weights_where_that_is_asked_for(
@@ -367,7 +367,7 @@ def test_the_head_learns_from_replayed_completions_by_their_weights_where_that_i
     for _ in range(4):
         record = stepper.step().record
         weight = fitted[-1]
-        assert len(weight) == record["trained_sequences"]
+        assert len(weight) == record.trained_sequences
         assert weight[:16].tolist() == [1.0] * 16
     assert len(weight) > 16
     assert float(weight[16:].mean()) == pytest.approx(1.0)
@@ -431,8 +431,8 @@ def test_the_values_on_record_are_those_before_the_update(rewards: Path, tmp_pat
     for _ in range(3):
         values = trainer.log_z.all_values()
         record = stepper.step().record
-        assert set(record["value_fresh"]) <= set(values.tolist())
-        assert record["value_mean"] == pytest.approx(float(values.mean()))
+        assert set(record.value_fresh) <= set(values.tolist())
+        assert record.value_mean == pytest.approx(float(values.mean()))
         assert not torch.equal(values, trainer.log_z.all_values())
 
 
@@ -443,7 +443,7 @@ def test_replay_ages_count_from_the_step_that_sampled(rewards: Path, tmp_path: P
     entered = 0
     for step in range(1, 6):
         record = stepper.step().record
-        assert record["trained_sequences"] == 16 + entered, "all of the step before and nothing older"
+        assert record.trained_sequences == 16 + entered, "all of the step before and nothing older"
         entered = int((trainer.replay.policy_version == step).sum())
     assert entered > 0
 
@@ -463,8 +463,8 @@ def test_every_algorithm_takes_steps_with_every_rule(rewards: Path, tmp_path: Pa
     before = [parameter.detach().clone() for parameter in trainer.policy.parameters()]
     for step in (1, 2):
         record, shown, _ = stepper.step()
-        assert record["step"] == step
-        assert record["skipped_steps"] == 0
+        assert record.step == step
+        assert record.skipped_steps == 0
         numbers = [value for value in record.values() if isinstance(value, float)]
         assert all(math.isfinite(number) for number in numbers)
         assert len(shown) >= 4
@@ -487,7 +487,7 @@ def test_steps_that_stay_non_finite_stop_the_run(rewards: Path, tmp_path: Path, 
     spoil(trainer)
     for number in (1, 2):
         record = stepper.step().record
-        assert record["skipped_steps"] == 2 * number
+        assert record.skipped_steps == 2 * number
         assert stepper.counters.consecutive_skips == number
     with pytest.raises(
         TrainingError, match=r"3 steps in a row, up to step 4 .*lower --optimizer.learning-rate"

@@ -17,6 +17,7 @@ import torch
 
 from paced_fast.config import Config, stream_seed
 from paced_fast.data import prompts
+from paced_fast.data.metrics import StepRecord
 from paced_fast.data.records import Completion, Group, PromptRow, PromptTable
 from paced_fast.data.tasks import SIGNED_SUMS_ALPHABET, SIGNED_SUMS_PAD, SIGNED_SUMS_STOP
 from paced_fast.distributed import ALONE, EVERYWHERE, World, usable_cores
@@ -161,17 +162,17 @@ def _figures(
     config: Config,
     shape: ModelShape,
     device: Device | None,
-    records: list[dict[str, Any]],
+    records: list[StepRecord],
     work: list[_Totals],
     lengths: str,
     world: World,
 ) -> dict[str, Any]:
-    totals = [sum(record["seconds"].values()) for record in records]
-    names = sorted({name for record in records for name in record["seconds"]})
-    seconds = {name: statistics.median(record["seconds"].get(name, 0.0) for record in records) for name in names}
+    totals = [sum(record.seconds.values()) for record in records]
+    names = sorted({name for record in records for name in record.seconds})
+    seconds = {name: statistics.median(record.seconds.get(name, 0.0) for record in records) for name in names}
     peaks: dict[str, int] = {}
     for record in records:
-        for name, size in record["memory"].items():
+        for name, size in record.memory.items():
             peaks[name] = max(size, peaks.get(name, 0))
     rate = [_model_flops(shape, config, each) / total / world.size for each, total in zip(work, totals, strict=True)]
     peak = None if device is None else device.flops(config.model.dtype)
@@ -210,7 +211,7 @@ def _figures(
         "mfu": None if peak is None else statistics.median(rate) / peak,
         "peak_bytes": peaks,
         "estimated_seconds": {name: estimated[name] for name in ("old_logprobs", "update") if name in estimated},
-        "loss": [record["loss"] for record in records],
+        "loss": [record.loss for record in records],
         "torch": torch.__version__,
     }
 

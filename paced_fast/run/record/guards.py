@@ -13,12 +13,12 @@ import typing
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from paced_fast.config import GuardConfig, WarningName
+from paced_fast.data.metrics import ABSENT, StepRecord
 from paced_fast.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -58,9 +58,9 @@ class Guards:
         """Warnings that held in the last step, and when each was said last."""
         self._fatal: Finding | None = None
 
-    def check(self, record: Mapping[str, Any]) -> list[str]:
+    def check(self, record: StepRecord) -> list[str]:
         """Names of the warnings that hold in this step; those that begin to, or have held long, go to the log."""
-        step = int(record["step"])
+        step = record.step
         found = [finding for finding in self._findings(record) if finding is not None]
         said: dict[str, int] = {}
         for finding in found:
@@ -101,44 +101,46 @@ class Guards:
         self.gap_steps, self.stuck_steps = int(gap), int(stuck)
         self.said = {_NAMES[int(number)]: int(step) for number, step in state["said"].tolist()}
 
-    def _findings(self, record: Mapping[str, Any]) -> Iterator[Finding | None]:
+    def _findings(self, record: StepRecord) -> Iterator[Finding | None]:
         yield from self._update(record)
         checks = (self._generator_mismatch, self._truncated, self._reward_collapse, self._value_gap, self._value_stuck)
         for check in (*checks, self._head_loss):
             yield check(record)
 
-    def _update(self, record: Mapping[str, Any]) -> Iterator[Finding | None]:
+    def _update(self, record: StepRecord) -> Iterator[Finding | None]:
         """How far the policy moved; after a loss that is no number that is said, and the rest follows from it."""
-        loss, norm = record["loss"], record["grad_norm"]
+        loss, norm = record.loss, record.grad_norm
         if not (math.isfinite(loss) and math.isfinite(norm)):
             text = f"loss {loss:.3g}, gradient norm {norm:.3g}"
             yield Finding("non_finite", text, "the parameters were left as they were; if it lasts the run stops itself")
             return
-        yield self._above(record, "kl", "kl", self.config.max_kl, _SLOWER)
-        yield self._above(record, "log_ratio", "log_ratio_mean", self.config.max_log_ratio, _SLOWER, size=True)
+        yield _above("kl", "kl", record.kl, self.config.max_kl, _SLOWER)
+        ratio, most = record.log_ratio_mean, self.config.max_log_ratio
+        yield _above("log_ratio", "log_ratio_mean", ratio, most, _SLOWER, size=True)
         yield self._sample_share(record)
 
-    def _sample_share(self, record: Mapping[str, Any]) -> Finding | None:
-        share, least = record.get("effective_sample_share"), self.config.min_sample_share
-        if share is None or share >= least:
+    def _sample_share(self, record: StepRecord) -> Finding | None:
+        share, least = record.effective_sample_share, self.config.min_sample_share
+        if share >= least:
             return None
         remedy = "a few completions carry the step: lower --optimizer.learning-rate or --loss.importance-cap"
         return Finding("sample_share", f"effective_sample_share {share:.3g}, least {least:g}", remedy)
 
-    def _generator_mismatch(self, record: Mapping[str, Any]) -> Finding | None:
+    def _generator_mismatch(self, record: StepRecord) -> Finding | None:
         remedy = (
             "the generator samples from another distribution than the trainer computes: look at its weights and "
             "sampling settings, or correct by --mismatch.mode"
         )
-        key = "generator_mismatch_token_ratio"
-        return self._above(record, "generator_mismatch", key, self.config.max_token_ratio, remedy)
+        figure, most = record.generator_mismatch_token_ratio, self.config.max_token_ratio
+        return _above("generator_mismatch", "generator_mismatch_token_ratio", figure, most, remedy)
 
-    def _truncated(self, record: Mapping[str, Any]) -> Finding | None:
+    def _truncated(self, record: StepRecord) -> Finding | None:
         remedy = "completions do not end within --generation.max-completion-tokens: raise it, or look at the stop token"
-        return self._above(record, "truncated", "truncated_share", self.config.max_truncated_share, remedy)
+        share, most = record.truncated_share, self.config.max_truncated_share
+        return _above("truncated", "truncated_share", share, most, remedy)
 
-    def _reward_collapse(self, record: Mapping[str, Any]) -> Finding | None:
-        self.rewards.append(float(record["reward_mean"]))
+    def _reward_collapse(self, record: StepRecord) -> Finding | None:
+        self.rewards.append(float(record.reward_mean))
         if len(self.rewards) < self.config.patience:
             return None
         mean = math.fsum(self.rewards) / len(self.rewards)
@@ -149,9 +151,9 @@ class Guards:
         remedy = "look at the rollouts and at the reward; --resume auto goes back to the last checkpoint"
         return Finding("reward_collapse", text, remedy)
 
-    def _value_gap(self, record: Mapping[str, Any]) -> Finding | None:
-        values, accuracies = record.get("value_fresh"), record.get("accuracy_fresh")
-        if not values or not accuracies:
+    def _value_gap(self, record: StepRecord) -> Finding | None:
+        values, accuracies = record.value_fresh, record.accuracy_fresh
+        if values is ABSENT or accuracies is ABSENT or not values:
             return None
         value, accuracy = math.fsum(values) / len(values), math.fsum(accuracies) / len(accuracies)
         gap, most = abs(value - accuracy), self.config.max_value_gap
@@ -162,9 +164,9 @@ class Guards:
         remedy = "lower --log-z.learning-rate, or look at what the reward calls right"
         return Finding("value_gap", f"{text}in {self.gap_steps} steps in a row", remedy)
 
-    def _value_stuck(self, record: Mapping[str, Any]) -> Finding | None:
-        values, accuracies = record.get("value_fresh"), record.get("accuracy_fresh")
-        if not values or not accuracies:
+    def _value_stuck(self, record: StepRecord) -> Finding | None:
+        values, accuracies = record.value_fresh, record.accuracy_fresh
+        if values is ABSENT or accuracies is ABSENT or not values:
             return None
         accuracy, margin = math.fsum(accuracies) / len(accuracies), self.config.stuck_value
         at_zero = max(values) <= margin and accuracy >= _STUCK_FACTOR * margin
@@ -177,9 +179,9 @@ class Guards:
         )
         return Finding("value_stuck", text, "the head is saturated: lower --log-z.learning-rate and start from before")
 
-    def _head_loss(self, record: Mapping[str, Any]) -> Finding | None:
-        loss = record.get("head_loss")
-        if loss is None:
+    def _head_loss(self, record: StepRecord) -> Finding | None:
+        loss = record.head_loss
+        if loss is ABSENT:
             return None
         usual = statistics.median(self.head_losses) if len(self.head_losses) >= _HEAD_STEPS_NEEDED else math.inf
         bound = max(self.config.max_head_loss_growth * usual, _HEAD_LOSS_FLOOR)
@@ -190,14 +192,12 @@ class Guards:
         text = f"head_loss {loss:.3g}, largest {bound:.3g} ({self.config.max_head_loss_growth:g} times its median)"
         return Finding("head_loss", text, "log Z diverges: lower --log-z.learning-rate")
 
-    def _above(
-        self, record: Mapping[str, Any], name: str, key: str, most: float, remedy: str, *, size: bool = False
-    ) -> Finding | None:
-        """The warning for a figure above its bound; one that is no number is above any."""
-        figure = record.get(key)
-        if figure is None or (abs(figure) if size else figure) <= most:
-            return None
-        return Finding(name, f"{key} {figure:.4g}, largest {most:g}", remedy)
+
+def _above(name: str, key: str, figure: float, most: float, remedy: str, *, size: bool = False) -> Finding | None:
+    """The warning for a figure above its bound; NaN is above any."""
+    if (abs(figure) if size else figure) <= most:
+        return None
+    return Finding(name, f"{key} {figure:.4g}, largest {most:g}", remedy)
 
 
 _SLOWER = "the policy moves too far in a step: lower --optimizer.learning-rate or --optimizer.max-grad-norm"

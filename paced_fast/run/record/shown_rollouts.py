@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from paced_fast.data.records import PromptTable, StepResult
-from paced_fast.run.record.step_record import _WINDOW
 
 _SHOWN_TOKENS = 512
-"""Of a completion shown, so many first tokens are kept one by one."""
+"""Of a completion shown, up to this many first tokens are kept one by one."""
+_WINDOW = 8
+"""Tokens decoded together to see what the last of them adds: enough for any character and for spaces between words."""
 
 
 def shown_rollouts(

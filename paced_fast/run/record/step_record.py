@@ -1,4 +1,4 @@
-"""What a step reports: its figures as tensors on the device, brought to the host in one copy, made into a record.
+"""The figures of a step: tensors on the device, brought to the host in one copy, made into a record.
 
 P = prompts drawn, B = sequences trained on, N = prompts in the table, C = slots of the replay ring.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from paced_fast.data.metrics import ABSENT, StepRecord
 from paced_fast.data.records import StepResult
 from paced_fast.data.transfer import to_host
 from paced_fast.evaluation import calibration
@@ -16,8 +17,6 @@ from paced_fast.generation.mismatch import mismatch_metrics
 from paced_fast.paced.replay import ReplayBuffer
 
 _BINS = 20
-_WINDOW = 8
-"""Tokens decoded together to see what the last of them adds: enough for any character and for spaces between words."""
 
 
 def fetch(result: StepResult, replay: ReplayBuffer | None, *, mismatch_cap: float) -> dict[str, Any]:
@@ -66,44 +65,73 @@ def fetch(result: StepResult, replay: ReplayBuffer | None, *, mismatch_cap: floa
     return to_host(tensors)
 
 
-def step_record(result: StepResult, host: dict[str, Any]) -> dict[str, Any]:
-    """The part of a metrics record that speaks of samples and updates."""
+def step_record(
+    result: StepResult,
+    host: dict[str, Any],
+    *,
+    step: int,
+    rollouts: int,
+    train_seconds: float,
+    skipped_steps: int,
+    seconds: dict[str, float],
+    memory: dict[str, int],
+    verdicts: dict[str, dict[str, int]],
+    with_value: bool,
+) -> StepRecord:
+    """The record of a step, without what an engine adds.
+
+    `host` is what `fetch` returned, `with_value` whether the value is an accuracy, and the other numbers are those of
+    the fields of the same name.
+    """
+    return StepRecord(
+        step=step,
+        rollouts=rollouts,
+        train_seconds=train_seconds,
+        skipped_steps=skipped_steps,
+        verdicts=verdicts,
+        seconds=seconds,
+        memory=memory,
+        tokens_per_second=result.fresh.num_tokens / sum(seconds.values()),
+        **{name: host[name] for name in _AS_FETCHED},
+        **_sample_figures(result),
+        **({name: host[name] for name in ("head_loss", "head_grad_norm")} if result.head is not None else {}),
+        **(_value_figures(result, host, step) if with_value and result.values is not None else {}),
+        entropy=host.get("entropy"),
+    )
+
+
+_AS_FETCHED = (
+    *("loss", "grad_norm", "learning_rate", "prompts_visited_share"),
+    *("log_ratio_mean", "kl", "effective_sample_share"),
+    *(f"generator_mismatch_{name}" for name in ("mean", "max", "token_ratio", "sequence_ratio", "outside_share")),
+)
+
+
+def _sample_figures(result: StepResult) -> dict[str, Any]:
+    """Figures of the completions and their rewards, all from the host."""
     fresh = result.fresh
     completions = [completion for group in fresh.groups for completion in group.completions]
     rewards = [reward for group in fresh.groups for reward in group.scored]
     shaping = [value for group in fresh.groups for value in group.shaping]
     sampled = [group.accuracy for group in (*fresh.groups, *fresh.dropped) if group.accuracy is not None]
-    record: dict[str, Any] = {
-        "loss": host["loss"],
-        "grad_norm": host["grad_norm"],
-        "learning_rate": host["learning_rate"],
+    return {
         "reward_mean": sum(rewards) / len(rewards),
         "unscored_share": 1 - len(rewards) / len(completions),
         "unknown_ids": sum(not completion.token_ids for completion in completions),
         "mixed_group_share": calibration.mixed_group_share(sampled),
         "trained_sequences": result.rollouts.num_sequences,
-        "prompts_visited_share": host["prompts_visited_share"],
-        "entropy": host.get("entropy"),
         "mean_length": fresh.rollouts.num_tokens / max(1, fresh.rollouts.num_sequences),
         "truncated_share": sum(not completion.stopped for completion in completions) / len(completions),
-        "log_ratio_mean": host["log_ratio_mean"],
-        "kl": host["kl"],
-        "effective_sample_share": host["effective_sample_share"],
-        **{name: value for name, value in host.items() if name.startswith("generator_mismatch_")},
+        "shaping_mean": sum(shaping) / len(shaping) if shaping else ABSENT,
     }
-    if shaping:
-        record["shaping_mean"] = sum(shaping) / len(shaping)
-    if result.head is not None:
-        record["head_loss"], record["head_grad_norm"] = host["head_loss"], host["head_grad_norm"]
-    return record
 
 
-def value_record(result: StepResult, host: dict[str, Any], step: int) -> dict[str, Any]:
-    """How well the value foretold this step's groups, before either was trained on the other; the replay ring."""
+def _value_figures(result: StepResult, host: dict[str, Any], step: int) -> dict[str, Any]:
+    """Errors of the value's forecast of this step's groups, before it was trained on them; the replay ring."""
     pairs = zip(host["values_fresh"], result.fresh.groups, strict=True)
     known = [(value, group.accuracy) for value, group in pairs if group.accuracy is not None]
     predicted, accuracy = [value for value, _ in known], [measured for _, measured in known]
-    record: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "value_mean": host["values_mean"],
         "value_brier": calibration.brier_score(predicted, accuracy),
         "value_ece": calibration.expected_calibration_error(predicted, accuracy),
@@ -114,9 +142,11 @@ def value_record(result: StepResult, host: dict[str, Any], step: int) -> dict[st
     }
     if "replay_version" in host:
         ages = [step - version for version in host["replay_version"] if version >= 0]
-        record["replay_size"] = len(ages)
-        record["replay_age_mean"] = sum(ages) / len(ages) if ages else None
-        record["replay_ages"] = ages
         held = zip(host["replay_version"], host["replay_priority"], strict=True)
-        record["replay_priorities"] = [priority for version, priority in held if version >= 0]
-    return record
+        figures |= {
+            "replay_size": len(ages),
+            "replay_age_mean": sum(ages) / len(ages) if ages else None,
+            "replay_ages": ages,
+            "replay_priorities": [priority for version, priority in held if version >= 0],
+        }
+    return figures
