@@ -465,7 +465,7 @@ def test_every_algorithm_takes_steps_with_every_rule(rewards: Path, tmp_path: Pa
         record, shown, _ = stepper.step()
         assert record.step == step
         assert record.skipped_steps == 0
-        numbers = [value for value in record.values() if isinstance(value, float)]
+        numbers = [value for value in record.line().values() if isinstance(value, float)]
         assert all(math.isfinite(number) for number in numbers)
         assert len(shown) >= 4
     after = trainer.policy.parameters()
