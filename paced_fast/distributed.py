@@ -1,9 +1,9 @@
-"""The processes that train together: who they are, and the few things they tell each other.
+"""The processes that train together: ranks, and the few exchanges between them.
 
-torchrun starts one process a GPU (or several on a CPU) and says who is who in the environment. What happens in a step
-is decided alike on every rank from the same numbers; generation, rewards and passes through the policy are shared out,
-and their results gathered. Tensors on the device travel by the device's backend (nccl), lists and flags of the host by
-gloo, so that nobody waits for a GPU to exchange a number.
+torchrun starts one process per GPU (or several on a CPU) and sets ranks in the environment. Every rank makes the same
+decisions from the same numbers; generation, rewards and passes through the policy are split over the ranks, and their
+results gathered. Tensors on the device travel by the device's backend (nccl), lists and flags of the host by gloo, so
+that exchanging a number never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ from paced_fast.errors import InputError, TrainingError
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """R ranks; one process without torchrun is a world of one, in which every exchange returns what it was given."""
+    """R ranks; a process without torchrun is a world of size one, in which every exchange returns its argument."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     group: dist.ProcessGroup | None = None
-    """Who exchanges what `gather` and all that follows from it carry; None for all that torchrun started."""
+    """Process group of `gather` and the methods based on it; None for all ranks."""
 
     @property
-    def is_lead(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this rank writes files and speaks to the user."""
         return self.rank == 0
 
     @property
     def nodes(self) -> int:
-        """Machines that take part."""
+        """Number of machines."""
         return self.size // self.local_size
 
     def share(self, count: int) -> range:
-        """Which of `count` items are this rank's: a contiguous part, those of all ranks in order of rank."""
+        """This rank's contiguous part of `count` items; the parts are in order of rank."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def sum_(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over the ranks, the same bits everywhere; tensors on the policy's device."""
+        """Replace each tensor by its sum over the ranks, bit-equal on all; tensors on the policy's device."""
         if self.size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def lead_(self, *tensors: Tensor) -> None:
-        """Replace each tensor by the lead's; tensors on the policy's device."""
+    def broadcast_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by rank 0's; tensors on the policy's device."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def gather(self, host: Tensor) -> list[Tensor]:
-        """The one-dimensional host tensor of every rank, in order of rank; lengths may differ."""
+        """Gather the one-dimensional host tensor of every rank, in order of rank; lengths may differ."""
         if self.size == 1:
             return [host]
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
@@ -76,7 +76,7 @@ class World:
         return [part[: int(length)] for part, length in zip(found, lengths, strict=True)]
 
     def gather_text(self, text: str) -> list[str]:
-        """The text of every rank, in order of rank."""
+        """Gather the text of every rank, in order of rank."""
         coded = torch.tensor(list(text.encode()), dtype=torch.uint8)
         return [bytes(part.tolist()).decode() for part in self.gather(coded)]
 
@@ -85,10 +85,10 @@ class World:
         return any(bool(part) for part in self.gather(torch.tensor([flag], dtype=torch.uint8)))
 
     def agree(self, error: Exception | None, kind: type[Exception] = TrainingError) -> None:
-        """Raise on every rank what one of them met: `kind` with the messages, each with its rank.
+        """Raise on every rank if any rank has an error: `kind` with the messages, each with its rank.
 
-        Every rank calls this at the same place, with None where all went well; so nobody waits for a rank that gave up.
-        An InputError stays one, on every rank.
+        Every rank calls this at the same place, with None if it has no error, so that no rank waits for one that
+        failed. An InputError stays one, on every rank.
         """
         if self.size == 1:
             if error is not None:
@@ -99,7 +99,7 @@ class World:
         met = {r: message.split(" ", 1) for r, message in enumerate(messages) if message}
         if not met:
             return
-        ranks: dict[str, list[str]] = {}  # what several met is said once
+        ranks: dict[str, list[str]] = {}  # equal messages are combined
         for r, (_, text) in met.items():
             ranks.setdefault(text, []).append(str(r))
         whole = "; ".join(
@@ -111,9 +111,10 @@ class World:
 
     @contextmanager
     def agreement(self, *, patient: bool = False) -> Iterator[None]:
-        """Raise a TrainingError or InputError that the body raises on one rank on all of them, so that none waits.
+        """Raise a TrainingError or InputError that the body raises on any rank on all ranks, so that none waits.
 
-        Every rank enters this at the same place. `patient`: the others may take far longer than an exchange should.
+        Every rank enters this at the same place. `patient`: wait without a time limit, because a rank may take far
+        longer than an exchange should.
         """
         failure: Exception | None = None
         try:
@@ -125,7 +126,7 @@ class World:
         self.agree(failure)
 
     def beside(self) -> World:
-        """The same ranks in a group of their own for `gather`, so that another thread may exchange at the same time.
+        """The same ranks with a separate process group, so that another thread may exchange at the same time.
 
         Every rank calls this at the same place.
         """
@@ -136,29 +137,30 @@ class World:
         return dataclasses.replace(self, group=group)
 
     def wait(self) -> None:
-        """Go on when every rank has come here, however long that takes; a rank that dies ends it on the others."""
+        """Wait, without a time limit, until every rank has arrived; fails on the others if a rank dies."""
         if self.size > 1:
             dist.barrier(_patient[0])
 
 
 ALONE = World()
 EVERYWHERE = "raised on every rank"
-"""Note on an error that all ranks raise together, so that one of them tells it."""
+"""Note on an error that all ranks raise together, so that only one of them reports it."""
 
 _PATIENCE = datetime.timedelta(days=7)
 _patient: dict[int, Any] = {}
-"""The group of gloo in which ranks wait for the lead while it prepares what they share: a warm start takes hours."""
+"""gloo group in which ranks wait for rank 0 while it prepares shared inputs; a warm start can take hours."""
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: fewer than the machine has under taskset, containers and batch systems."""
+    """Number of cores that this process may run on; under taskset, containers and batch systems fewer than the machine
+    has."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def start(device: str, timeout_seconds: float) -> World:
-    """Join the processes that torchrun started, or be alone where it started none.
+    """Join the processes that torchrun started; without torchrun, return a world of size one.
 
     A collective that some rank does not join fails on the others after `timeout_seconds`. Raises InputError when the
     environment is not torchrun's or there are more ranks than GPUs.
@@ -176,8 +178,8 @@ def start(device: str, timeout_seconds: float) -> World:
     if device == "cuda":
         if world.local_size > torch.cuda.device_count():
             raise InputError(
-                f"{world.local_size} processes on this machine and {torch.cuda.device_count()} GPUs: one process a "
-                "GPU, torchrun --nproc-per-node of at most the GPUs"
+                f"{world.local_size} processes on this machine and {torch.cuda.device_count()} GPUs: start "
+                "at most one process per GPU (torchrun --nproc-per-node)"
             )
         torch.cuda.set_device(world.local_rank)
         backend = "cpu:gloo,cuda:nccl"
@@ -197,10 +199,10 @@ def start(device: str, timeout_seconds: float) -> World:
 
 
 def _store(world: World, wait: datetime.timedelta) -> Any:
-    """Where the ranks find each other, apart from what an earlier attempt left there.
+    """Rendezvous store of the ranks, with a prefix that separates it from an earlier attempt.
 
-    torchrun keeps one store through its restarts, and a rank that reads the address of its dead predecessor is refused.
-    Over several machines the attempts are not counted alike, so there the store is taken as it is.
+    torchrun keeps one store through its restarts, and a rank that reads the address of its dead predecessor cannot
+    connect. On several machines the attempt numbers differ, so there the store is used without a prefix.
     """
     store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=wait))
     if world.nodes > 1:
@@ -210,14 +212,14 @@ def _store(world: World, wait: datetime.timedelta) -> Any:
 
 
 def stop() -> None:
-    """Leave the group that `start` joined; nothing happens when it joined none, or an engine has ended it."""
+    """Leave the group that `start` joined; does nothing without one, or if an engine has destroyed it."""
     if _patient and dist.is_initialized():
         dist.destroy_process_group()
     _patient.clear()
 
 
 def joined(parts: Sequence[Tensor]) -> list[Any]:
-    """The values of all ranks' tensors as one list, in order of rank."""
+    """Concatenate the ranks' tensors into one list, in order of rank."""
     return torch.cat(list(parts)).tolist()
 
 

@@ -55,7 +55,7 @@ class EvaluateArguments:
     sources: tuple[str, ...] = ()
     """Sources of prompts as in `--data.eval`; with neither these nor benchmarks, the held-out prompts of the run."""
     samples: int = 16
-    """Completions for each prompt."""
+    """Completions per prompt."""
     temperature: float | None = None
     """Sampling temperature, 0 for the likeliest token; without one the run's for evaluations, else 1."""
     top_p: float | None = None
@@ -78,7 +78,7 @@ class EvaluateArguments:
     keep_special_tokens: tuple[str, ...] = ()
     """Special tokens that rewards see, as in `--data.keep-special-tokens`; without any the run's, else `tags`."""
     limit: int | None = None
-    """Evaluate on so many prompts of each slice, chosen by the seed."""
+    """Evaluate on up to N prompts of each slice, chosen by the seed."""
     seed: int = 0
     """Seed of the samples and of the choice of prompts."""
     step: int | None = None
@@ -95,12 +95,12 @@ class EvaluateArguments:
     json: str | None = None
     """File for the figures."""
     save_samples: str | None = None
-    """File for every completion with its reward, one JSON object a line."""
+    """File for every completion with its reward, one JSON object per line."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """What is evaluated: a model's folder or id, and the settings it was trained with, or the defaults of a model."""
+    """Target of an evaluation: a model's folder or id, and the settings it was trained with, or defaults."""
 
     path: str
     config: Config
@@ -110,9 +110,10 @@ class _Target:
 def evaluate_target(
     arguments: EvaluateArguments, keep: Callable[[Sequence[Sample]], None] | None = None
 ) -> dict[str, Any]:
-    """Load the run's checkpoint or the model and evaluate it: `Evaluation.record` with what was evaluated and on what.
+    """Load the run's checkpoint or the model and evaluate it; returns `Evaluation.record` with the model and the
+    sources.
 
-    `keep` is shown every sample; no file is written. Raises InputError for what cannot be loaded, found, combined or,
+    `keep` receives every sample; no file is written. Raises InputError for what cannot be loaded, found, combined or,
     later, written, before anything is sampled.
     """
     _check(arguments)
@@ -222,7 +223,7 @@ def _check_file(option: str, path: Path) -> None:
         raise InputError(f"{option} is a folder: give the name of a file in it")
     if path.exists() and not path.is_file():
         raise InputError(f"{option} is no ordinary file: give the name of one")
-    try:  # what a folder's mode says is not all: file systems are read-only too, and root is let in anywhere
+    try:  # permissions are not enough: file systems can be read-only, and root passes every check
         tempfile.TemporaryFile(dir=path.parent).close()
         if path.exists():
             path.open("a").close()
@@ -231,7 +232,8 @@ def _check_file(option: str, path: Path) -> None:
 
 
 def _target(arguments: EvaluateArguments) -> _Target:
-    """A folder with a model's configuration is a model, any other folder a run; what is no folder is a hub's id."""
+    """Resolve the argument: a folder with a model's configuration is a model, any other folder a run, and anything else
+    a hub id."""
     name = arguments.run_or_model
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -256,7 +258,7 @@ def _target(arguments: EvaluateArguments) -> _Target:
 
 
 def _placed(arguments: EvaluateArguments, config: Config) -> Config:
-    """The settings with the device and type of weights that were asked for, on a device that is there."""
+    """Settings with the requested device and data type; falls back to the CPU if a run's GPU is absent."""
     settings = config.model
     if arguments.device is not None:
         settings = dataclasses.replace(settings, device=arguments.device)
@@ -271,7 +273,8 @@ def _placed(arguments: EvaluateArguments, config: Config) -> Config:
 
 
 def _with_text(arguments: EvaluateArguments, config: Config) -> Config:
-    """The settings with what was asked for of chats, stop tokens and text. Raises InputError when one is not right."""
+    """Settings with the requested chat arguments, stop tokens and text options. Raises InputError for an invalid
+    one."""
     named("--template-args", lambda: template_arguments(arguments.template_args))
     date = arguments.date or config.data.date or datetime.date.today().isoformat()
     named("--date", lambda: parse_day(date))
@@ -314,7 +317,7 @@ def _room(model: PreTrainedModel, sampling: Sampling) -> int:
 
 
 def _limited(table: PromptTable, limit: int, seed: int) -> PromptTable:
-    """At most `limit` rows of each slice, in their old order."""
+    """Up to `limit` rows of each slice, in their original order."""
     kept: list[int] = []
     for name in dict.fromkeys(row.slice for row in table.rows):
         members = [i for i, row in enumerate(table.rows) if row.slice == name]
@@ -340,7 +343,7 @@ def _save(samples: Sequence[Sample], path: str) -> None:
 
 
 def main() -> None:
-    """Entry point: tables for people, and one line of JSON as the last line for programs."""
+    """Command line of evaluations: tables for people, and one line of JSON, the last line, for programs."""
     console = terminal.configure_logging()
     quiet()
     words = sys.argv[1:]
@@ -350,7 +353,7 @@ def main() -> None:
         samples: list[Sample] = []
         record = evaluate_target(arguments, samples.extend)
         if not console.is_terminal:
-            console.width = 100  # a file has no width of its own, and 80 columns would break figures in two
+            console.width = 100  # a file has no width, and 80 columns would wrap figures
         for table in evaluation_tables(record):
             console.print(table)
         sys.stdout.write(json.dumps(record) + "\n")
@@ -364,7 +367,7 @@ def main() -> None:
 
 
 def _write(arguments: EvaluateArguments, record: dict[str, Any], samples: Sequence[Sample]) -> None:
-    """The files that were asked for; a disk may be full although the place could be written to before."""
+    """Write the requested files; the disk may be full although the place was writable before."""
     option = "json"
     try:
         if arguments.json is not None:

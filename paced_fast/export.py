@@ -3,7 +3,7 @@
     python -m paced_fast.export RUN_OR_CHECKPOINT FOLDER [--step N] [--dtype bfloat16|float32]
 
 RUN_OR_CHECKPOINT is a run folder (its newest checkpoint, or that of --step, 0 being before training) or one checkpoint
-of it. Weights that the optimiser keeps more exactly than the policy itself are taken from there.
+of it. Weights that the optimiser keeps in higher precision than the policy are taken from the optimiser.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ExportArguments:
     run_or_checkpoint: tyro.conf.Positional[str]
     """Run folder, or one checkpoint of it."""
     folder: tyro.conf.Positional[str]
-    """Where the model goes; must be empty or not there."""
+    """Output folder; must be empty or absent."""
     step: int | None = None
     """Step of the checkpoint of a run, 0 for the policy before training; without one, the newest."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -52,7 +52,7 @@ def export(arguments: ExportArguments) -> Path:
     """
     source = _source(Path(arguments.run_or_checkpoint).expanduser(), arguments.step)
     target = _target(arguments.folder)
-    # All is read before anything is written, so that an error says which of the two it is about.
+    # Everything is read before anything is written, so that an error is clearly about one of the two.
     with _reading(source):
         model = load_model(ModelConfig(device="cpu", dtype=arguments.dtype), str(source))
         if _is_checkpoint(source):
@@ -76,7 +76,7 @@ def export(arguments: ExportArguments) -> Path:
 
 
 def _source(given: Path, step: int | None) -> Path:
-    """The policy's folder in what was named."""
+    """Folder of the policy in the given run or checkpoint."""
     if not given.is_dir():
         raise InputError(f"there is no run or checkpoint {given}")
     if not re.fullmatch(r"step_\d{6,}", given.name):
@@ -89,7 +89,7 @@ def _source(given: Path, step: int | None) -> Path:
 
 
 def _target(given: str) -> Path:
-    """The folder to write, whole path; what lies there or above it must not be in the way."""
+    """Absolute path of the output folder; raises InputError if it, or a parent, cannot be one."""
     try:
         target = Path(given).expanduser().resolve()
         if target == Path.cwd():
@@ -159,7 +159,7 @@ def _take_exact(tensors: Path, model: torch.nn.Module) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line. Exit status 0 when done, 2 for wrong input."""
+    """Command line of exports. Exit status: 0 when done, 2 for wrong input."""
     console = terminal.configure_logging()
     quiet()
     try:

@@ -35,7 +35,7 @@ from paced_fast.run.record.rollouts_file import replayed_settings
 from paced_fast.run.record.summary import write_summary
 from paced_fast.run.saving import make_saver, save
 from paced_fast.run.start import signals
-from paced_fast.run.start.build import Run, build
+from paced_fast.run.start.build import PreparedRun, build
 from paced_fast.run.start.run_folder import RunLock
 from paced_fast.run.start.session import ranks_of_run, watch, watchdog_of_rank
 from paced_fast.run.start.signals import StopRequest
@@ -44,11 +44,12 @@ from paced_fast.run.start.watchdog import Watchdog
 
 
 def train(
-    run: Run, console: Console, stop: StopRequest | None = None, watchdog: Watchdog | None = None
+    run: PreparedRun, console: Console, stop: StopRequest | None = None, watchdog: Watchdog | None = None
 ) -> dict[str, Any]:
-    """The loop; returns the summary that is also written to the run folder. Of several ranks rank 0 writes.
+    """Run the training loop; returns the summary, which is also written to the run folder. With several ranks, only
+    rank 0 writes files.
 
-    Raises StopRequested at the end of the step in which any rank's `stop` was asked for, with a checkpoint.
+    Raises StopRequested, after saving a checkpoint, at the end of the step in which any rank was asked to stop.
     """
     config, stepper = run.config, run.stepper
     began = stepper.counters.step
@@ -66,12 +67,13 @@ def train(
             stepper.guards.stop(step)
             if step == config.steps or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
                 save(run, saver, last=step == config.steps)
-    return write_summary(run.folder, config) if run.world.is_lead else {}
+    return write_summary(run.folder, config) if run.world.is_rank0 else {}
 
 
-def _begin(run: Run, outputs: Outputs) -> None:
-    """Before the first step: the engine is checked, a new run evaluated, a resumed one loses what comes again."""
-    parity = run.stepper.check_parity()  # a resumed run loads the engine anew, so it is checked like a new one
+def _begin(run: PreparedRun, outputs: Outputs) -> None:
+    """Prepare the first step: check the engine, then evaluate a new run, or drop the records that a resumed run
+    repeats."""
+    parity = run.stepper.check_parity()  # a resumed run starts a new engine, so it is checked too
     if run.resumed:
         outputs.drop_from(run.stepper.counters.step + 1)
         return
@@ -86,8 +88,9 @@ def _begin(run: Run, outputs: Outputs) -> None:
         outputs.write(record)
 
 
-def _stop_if_asked(run: Run, saver: checkpoint.Saver, stop: StopRequest | None, began: int) -> None:
-    """Leave with a checkpoint of this step when any rank was asked to; the step that the run `began` at has one."""
+def _stop_if_asked(run: PreparedRun, saver: checkpoint.Saver, stop: StopRequest | None, began: int) -> None:
+    """Save a checkpoint and raise StopRequested if any rank was asked to stop; the step that the run `began` at needs
+    none."""
     if stop is None or not stop.agreed(run.world):
         return
     step = run.stepper.counters.step
@@ -98,10 +101,10 @@ def _stop_if_asked(run: Run, saver: checkpoint.Saver, stop: StopRequest | None, 
 
 
 def run(config: Config, console: Console | None = None, *, replay: Path | None = None) -> dict[str, Any]:
-    """Train by `config` from start to summary; what `main` does after reading the command line.
+    """Train with `config`, from start to summary; `main` calls this after reading the command line.
 
-    With `replay` the rollouts come from that file, and nothing is sampled. The summary is empty on every rank but the
-    lead.
+    With `replay` the rollouts are read from that file, and nothing is sampled. The summary is empty on ranks other than
+    0.
     """
     with (
         ranks_of_run(config, console or Console()) as (world, own),
@@ -125,22 +128,22 @@ def _run(
         finally:
             prepared.collector.scorer.close()
             prepared.collector.generator.close()
-        if config.run.report and world.is_lead:
+        if config.run.report and world.is_rank0:
             report.try_report(prepared.folder)
     return summary
 
 
 def _tell(line: str, error: Exception) -> None:
-    """One line to the user; of an error that every rank has, the lead's is enough."""
+    """Write one line to the user; an error that every rank raises is reported by rank 0 only."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or EVERYWHERE not in getattr(error, "__notes__", ()):
         sys.stderr.write(f"{line}\n" if rank == "0" else f"rank {rank}: {line}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line. Exit status 0 when done, 2 for wrong input, 3 when the run stopped itself.
+    """Command line of training. Exit status: 0 when done, 2 for wrong input, 3 if the run stopped itself.
 
-    A run that a signal asked to stop leaves with 75, or with 0 under torchrun, which would start it again otherwise.
+    A run stopped by a signal exits with 75, or with 0 under torchrun, which would restart it otherwise.
     """
     console = terminal.configure_logging()
     quiet()

@@ -55,7 +55,7 @@ def train_and_tell(world: World, root: Path, keep: int, background: bool) -> Non
     log = os.open(root / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def tell(what: str) -> None:
-        if world.is_lead:
+        if world.is_rank0:
             os.write(log, f"{what} {step} {time.time()}\n".encode())
 
     while True:

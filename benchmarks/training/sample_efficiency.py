@@ -27,7 +27,7 @@ from paced_fast.config.presets import preset
 from paced_fast.config.resolve import resolve
 from paced_fast.errors import InputError
 from paced_fast.run import evaluate_policy
-from paced_fast.run.start.build import Run, build
+from paced_fast.run.start.build import PreparedRun, build
 
 # name -> what it is, and how its settings differ from the preset's. `grpo` comes first: it sets the time budget.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -142,7 +142,7 @@ def run_arm(job: tuple[str, int], *, steps: int, eval_every: int, seconds: float
     }
 
 
-def _point(run: Run, evaluation: Any, rollouts: int, seconds: float) -> dict[str, Any]:
+def _point(run: PreparedRun, evaluation: Any, rollouts: int, seconds: float) -> dict[str, Any]:
     point = {
         "rollouts": rollouts,
         "train_seconds": seconds,

@@ -1,1 +1,1 @@
-"""What a run reads and what flows through it: tasks, data sources, prompts, packed batches."""
+"""Inputs of a run and the records that flow through it: tasks, data sources, prompts, packed batches."""

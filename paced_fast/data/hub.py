@@ -1,6 +1,6 @@
-"""The Hugging Face hub and folders of models: whether the hub is there, and what reading them raises, in one line.
+"""The Hugging Face hub and model folders: whether the hub can be reached, and one-line errors of reading them.
 
-The hub is asked once and briefly: its own client tries again and again for a minute.
+The hub is asked once, with a short time limit, because its own client retries for a minute.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ UNREADABLE = (
     *(OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(SafetensorError, StrictDataclassError),
 )
-"""What transformers raises for settings and files that belong to no model it knows."""
+"""Exceptions of transformers for settings and files of models that it does not know."""
 
 
 def told(error: BaseException) -> str:
-    """The first sentence of what an error says; its type where that alone says little."""
+    """First sentence of an error's message; its type where the message says too little."""
     text = re.sub(r"\s+", " ", str(error)).strip()
     sentence = re.split(r"(?<=\w{2}\.) ", text, maxsplit=1)[0].rstrip(".")[:300]
     says = isinstance(error, OSError | ValueError | RuntimeError | ImportError) and sentence
@@ -37,7 +37,7 @@ def told(error: BaseException) -> str:
 
 
 def pointer(file: Path) -> str:
-    """Says so where the file is only a pointer of git-lfs."""
+    """Hint for a file that is only a git-lfs pointer; empty for any other."""
     try:
         with file.open("rb") as stream:
             is_pointer = stream.read(40).startswith(b"version https://git-lfs")
@@ -47,10 +47,10 @@ def pointer(file: Path) -> str:
 
 
 def place_of(name: str, what: str, kind: Literal["model", "dataset"] = "model") -> str:
-    """Where `name` is to be read from: a folder, or an id on the hub, for which its client asks that.
+    """Resolve `name` to a folder, or to an id that the hub's client fetches.
 
-    `what` says in an error what is wanted, such as `--model.name x`. What was fetched before is a folder of the cache
-    while the hub is out of reach. Raises InputError, in one line and within a few seconds, for what was not.
+    `what` names the setting in an error, such as `--model.name x`. While the hub cannot be reached, a model that was
+    fetched before is read from the cache. Raises InputError, in one line and within a few seconds, if it is not cached.
     """
     from huggingface_hub import constants
 
@@ -71,7 +71,7 @@ def place_of(name: str, what: str, kind: Literal["model", "dataset"] = "model") 
 
 
 def _cached(name: str, kind: str) -> Path | None:
-    """The snapshot of the main branch that was fetched last."""
+    """Snapshot of the main branch that was fetched last."""
     from huggingface_hub import constants
 
     root = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
@@ -84,7 +84,7 @@ def _cached(name: str, kind: str) -> Path | None:
 
 @functools.cache
 def why_out_of_reach(endpoint: str) -> str | None:
-    """Why the hub does not answer, None when it does; asked once a process."""
+    """Reason why the hub does not answer, None when it does; asked once per process."""
     answers: list[str | None] = []
 
     def ask() -> None:
@@ -96,7 +96,7 @@ def why_out_of_reach(endpoint: str) -> str | None:
         except Exception as error:  # the client's own, of its proxy, of the name's look-up
             answers.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
-    # In a thread of its own, for a look-up of the name has no limit of time.
+    # In a separate thread, because the name look-up has no time limit.
     asking = threading.Thread(target=ask, name="hub", daemon=True)
     asking.start()
     asking.join(_SECONDS)

@@ -2,8 +2,8 @@
 
 Two layouts share a prompt among its completions, each of which sees the prompt and itself only: rows of one group each,
 padded to one length, with a mask (`forward_rows`), and all groups in one row, cut into blocks (`packed_row`). The
-prompt is so computed once for a group and not once for each of its completions. The third has every prompt before every
-completion, for kernels that know sequences and nothing else (`packed_row` without sharing).
+prompt is thus computed once per group, not once per completion. A third layout repeats the prompt before every
+completion, for kernels that support plain sequences only (`packed_row` without sharing).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from paced_fast.data.transfer import to_device
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some sequences of a batch, and where in it they and their tokens are."""
+    """Some sequences of a batch, and their positions and those of their tokens in it."""
 
     rollouts: Rollouts
     sequences: Tensor  # i64[b], positions among the sequences of the batch
@@ -36,7 +36,7 @@ def pack(
     device: torch.device,
     shaping: Sequence[float] = (),
 ) -> Rollouts:
-    """B completions with their prompts as one packed record on `device`; a reward of None is one without a verdict."""
+    """Pack B completions with their prompts into one record on `device`; a reward of None is unscored."""
     lengths = tuple(len(completion.token_ids) for completion in completions)
     tokens = [token for completion in completions for token in completion.token_ids]
     logprobs = [logprob for completion in completions for logprob in completion.logprobs]
@@ -55,7 +55,7 @@ def pack(
 
 
 def part(rollouts: Rollouts, sequences: Sequence[int]) -> Part:
-    """The named sequences, in the given order, with their places."""
+    """Select sequences in the given order, with their positions."""
     device = rollouts.token_ids.device
     tokens = token_positions(rollouts, sequences)
     index = to_device(list(sequences), torch.int64, device)
@@ -81,7 +81,7 @@ def select(rollouts: Rollouts, sequences: Sequence[int]) -> Rollouts:
 
 
 def concat(first: Rollouts, second: Rollouts) -> Rollouts:
-    """All sequences of `first`, then all of `second`."""
+    """Concatenate two batches."""
     lengths = first.lengths + second.lengths
     return Rollouts(
         token_ids=torch.cat([first.token_ids, second.token_ids]),

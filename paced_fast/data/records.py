@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptRow:
-    """One row of a prompt table: what the policy reads, and what its completions are judged by.
+    """One row of a prompt table: the prompt, and the data that its completions are scored with.
 
     Example: `PromptRow(prompt="1951=2:", token_ids=(2, 10), slice="k4", reward="signed_sums", columns={"answer": "2"})`
     """
@@ -31,7 +31,7 @@ class PromptRow:
     columns: Mapping[str, Any]
     """Everything else of the data row, `answer` included; handed to the reward function by name."""
     where: str = ""
-    """What names the row in messages: its file and line, or its source and number."""
+    """Name of the row in messages: its file and line, or its source and number."""
     demonstration: str | None = None
     """A completion to imitate in the supervised warm start, without the stop token."""
     in_chat: bool = False
@@ -70,11 +70,11 @@ class Group:
     prompt_index: int
     completions: list[Completion]
     rewards: list[float | None]  # None: no verdict
-    shaping: list[float]  # as it came from the shaping functions; empty without any
+    shaping: list[float]  # unprocessed, from the shaping functions; empty without any
 
     @property
     def scored(self) -> list[float]:
-        """The rewards that there are."""
+        """Rewards of the scored completions."""
         return [reward for reward in self.rewards if reward is not None]
 
     @property
@@ -84,7 +84,7 @@ class Group:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether some completions are better than others."""
+        """Whether the scored rewards differ."""
         return len(set(self.scored)) > 1
 
 
@@ -115,7 +115,7 @@ class Rollouts:
 
 
 class GroupSource(Protocol):
-    """Who gives a trainer the groups of a step in place of drawing prompts, sampling and judging."""
+    """Source of a step's groups, in place of drawing prompts, sampling and scoring."""
 
     def groups(self, step: int, round_: int = 0) -> list[Group]:
         """The groups of the step's batch, then those that were sampled and left out of it; all in the first round."""
@@ -147,7 +147,7 @@ class Fresh:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step leaves on the device."""
+    """Results of a step on the device."""
 
     fresh: Fresh
     rollouts: Rollouts  # fresh and replayed
@@ -162,7 +162,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
-    """What the policy loss compares the current log-probs with."""
+    """Quantities that the policy loss compares the current log-probs with."""
 
     signal: Tensor  # f32[B]: raw reward (tb family), group-normalised advantage (grpo), scaled advantage (flowrl)
     intercept: Tensor  # f32[B]: beta * log Z (tb family), log Z (flowrl), unused by grpo
@@ -173,7 +173,7 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """What happened in `update_policy`; tensors are in the order of the rollouts."""
+    """Result of `update_policy`; tensors are in the order of the rollouts."""
 
     loss: Tensor  # f32[], mean over the optimiser steps
     grad_norm: Tensor  # f32[], likewise, before clipping

@@ -1,9 +1,9 @@
-"""Procedural tasks: problems made on the spot, with an exact verifier, so that a run needs no download.
+"""Procedural tasks: problems generated at run time, with an exact verifier, so that a run needs no download.
 
-`signed_sums` is the small task of the `tiny` preset. A prompt such as `     1951=2:` gives shuffled digits and a
-target; any expression that uses each digit once with + and - and reaches the target is right, here `9-5-1-1`. No sum of
-six digits reaches a target of 100 or more: there, and only there, `*` is allowed.
-`reasoning_gym` rows come from the package of that name; how they are judged is in `rewards.task_rules`.
+`signed_sums` is the small task of the `tiny` preset. A prompt such as ` 1951=2:` gives shuffled digits and a target;
+any expression that uses each digit once with + and - and reaches the target is right, here `9-5-1-1`. No sum of six
+digits reaches a target of 100 or more: there, and only there, `*` is allowed. `reasoning_gym` rows come from the
+package of that name; they are scored by `rewards.procedural`.
 
 k = digits in a problem, n = problems drawn at once.
 """
@@ -224,7 +224,7 @@ def _shares(size: int, weights: Sequence[float]) -> list[int]:
 
 
 def _digits_of_slice(rng: np.random.Generator, slice_name: str, count: int) -> list[tuple[int, int]]:
-    """How many problems of a slice have how many digits."""
+    """Number of problems of a slice by number of digits."""
     if slice_name == "trivial":
         return list(zip((1, 2), _shares(count, (1, 2)), strict=True))
     if slice_name == "hard":
@@ -233,7 +233,7 @@ def _digits_of_slice(rng: np.random.Generator, slice_name: str, count: int) -> l
 
 
 def _symbols_of_slice(slice_name: str) -> int:
-    """How many of + - * a slice draws from."""
+    """Number of operators, of + - *, that a slice draws from."""
     return {"trivial": 1, "hard": 3}.get(slice_name, 2)
 
 
@@ -273,7 +273,7 @@ def _values(digits: Ints, symbols: Ints) -> Ints:
 
 
 def _keys(digits: Ints, target: Ints) -> Ints:
-    """One integer a problem, the same for every order of its digits."""
+    """One integer per problem, the same for every order of its digits."""
     powers = 10 ** np.arange(digits.shape[1], dtype=np.int64)
     return (np.sort(digits, axis=1) * powers).sum(axis=1) * 1000 + target
 

@@ -4,7 +4,7 @@ D1: indices of the drawn prompts and replayed completions come to the host, in o
 D2: what was sampled goes to the device, by copies from pinned memory that the host does not wait for.
 D3: the figures of the step come to the host, in one copy.
 
-Between D2 and D3 nobody asks the device for a value: no Python number, no shape that depends on one.
+Between D2 and D3 nothing reads a value from the device: no Python number, no shape that depends on one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 def to_device(
     values: Tensor | Sequence[int] | Sequence[float] | Sequence[bool], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Host values as a tensor on `device`; the host goes on at once."""
+    """Copy host values to a tensor on `device`, without waiting."""
     host = pinned(torch.as_tensor(values, dtype=dtype), device)
     return host.to(device, non_blocking=True)
 
@@ -30,7 +30,7 @@ def pinned(host: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The values of all tensors as Python numbers and flat lists, by one copy that waits for the device.
+    """Copy all tensors to the host at once, and return Python numbers and flat lists; waits for the device.
 
     A tensor without dimensions becomes a number. Integers beyond 2^53 lose their last digits.
     """

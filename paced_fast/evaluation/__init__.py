@@ -1,1 +1,1 @@
-"""Held-out evaluation: runs of it, estimators of pass@k and maj@k, calibration of the value."""
+"""Held-out evaluation: sampling and scoring, estimators of pass@k and maj@k, calibration of the value."""

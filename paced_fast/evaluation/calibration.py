@@ -1,4 +1,4 @@
-"""How well a value predicts the accuracy: Brier score, calibration error, rank correlation.
+"""Calibration of the value as a prediction of accuracy: Brier score, calibration error, rank correlation.
 
 Nothing here needs a tensor library, so neither does a reader of run folders. P = prompts.
 """
@@ -47,7 +47,7 @@ def rank_correlation(values: ArrayLike, accuracies: ArrayLike) -> float | None:
 
 
 def mixed_group_share(accuracies: ArrayLike) -> float:
-    """Share of the groups [P] that are neither all right nor all wrong, those that teach. nan when P = 0."""
+    """Share of the groups [P] that are neither all correct nor all wrong. nan when P = 0."""
     a = np.asarray(accuracies, dtype=np.float64)
     return _mean((a > 0.0) & (a < 1.0))
 

@@ -1,4 +1,4 @@
-"""What k samples a prompt say about a policy: pass@k, majority votes, and how sure one can be of their means.
+"""Estimators from several samples per prompt: pass@k, majority votes, and confidence intervals of their means.
 
 A benchmark's prompts are taken as drawn from all prompts like them, so intervals are about that population: resampling
 is over prompts, and the samples of a prompt are its measurement.
@@ -22,7 +22,7 @@ _RESAMPLES = 2000
 _FEW = 10
 """Prompts that must differ from an end of [0, 1] before resampling can say how far the mean is from that end."""
 _SAME = 1e-9
-"""Figures no further apart are equal: two estimators of one share differ in their last digits."""
+"""Tolerance for equality: two estimators of one share differ in their last digits."""
 
 
 def pass_at_each(num_samples: ArrayLike, num_correct: ArrayLike, max_k: int) -> Floats:
@@ -45,7 +45,7 @@ def pass_at_each(num_samples: ArrayLike, num_correct: ArrayLike, max_k: int) -> 
 def majority_at_k(votes: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
     """Chance that the most frequent answer among k of the n samples is correct, exact over all subsets of size k.
 
-    A sample votes for `votes[i]`; None abstains, and where nobody votes the answer is wrong. Tied answers share the
+    A sample votes for `votes[i]`; None abstains, and if all abstain the answer counts as wrong. Tied answers share the
     outcome evenly. Where samples of one answer were judged differently, the answer counts with their share of correct
     ones.
     """
@@ -175,7 +175,7 @@ def mean_intervals(figures: Floats, *, level: float = 0.95, seed: int) -> tuple[
 
 
 def _resampled(num_prompts: int, seed: int) -> Floats:
-    """How often each prompt is drawn in each resample, [R, P]."""
+    """Number of draws of each prompt in each resample, [R, P]."""
     source = np.random.default_rng(seed)
     blocks: list[Floats] = []
     per_block = max(1, (1 << 20) // num_prompts)  # the draws of all would take as much memory again

@@ -1,4 +1,4 @@
-"""Held-out evaluation: sample every prompt of a table, score the completions, and say how good the policy is.
+"""Held-out evaluation: sample every prompt of a table, score the completions, and estimate the policy's accuracy.
 
 P = prompts, n = scored samples of a prompt, which may differ from prompt to prompt.
 """
@@ -28,19 +28,19 @@ from paced_fast.rewards.votes import answer_key
 logger = logging.getLogger(__name__)
 
 _MAX_TOKENS_PER_CALL = 1 << 25
-"""Completion tokens asked for at once, at most: the transformers generator holds eight bytes of random numbers each."""
+"""Most completion tokens per call: the transformers generator holds eight bytes of random numbers for each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One completion and what was made of it."""
+    """One completion with its reward and vote."""
 
     row: PromptRow
     text: str
     reward: float | None
     """None for unscored."""
     vote: str | None
-    """The answer it commits to, as `answer_key` has it."""
+    """Final answer, normalised by `answer_key`."""
     tokens: int
     stopped: bool
     """False when it was cut."""
@@ -94,18 +94,18 @@ class Evaluation:
     slices: dict[str, Figures]
     """Of each slice on its own."""
     sampling: Sampling
-    """How its completions were drawn."""
+    """Settings that its completions were sampled with."""
     tokens: int
     """Completion tokens sampled."""
     seconds: float
-    """Spent sampling them."""
+    """Time spent sampling them."""
     verdicts: dict[str, dict[str, int]]
     """Verdicts by kind of each reward that counts them, as `Scorer.take_counts` has them."""
     prompt_accuracy: list[float | None]
     """Share of correct samples of every prompt of the table; None where none was scored."""
 
     def record(self) -> dict[str, Any]:
-        """What goes into metrics.jsonl: every figure, and of each prompt its accuracy, null where none was scored."""
+        """Record for metrics.jsonl: every figure, and the accuracy of each prompt (null where none was scored)."""
         return {
             **dataclasses.asdict(self.overall),
             **dataclasses.asdict(self.sampling),
@@ -140,10 +140,10 @@ def evaluate(
     keep: Callable[[Sequence[Sample]], None] | None = None,
     vocabulary: int | None = None,
 ) -> Evaluation:
-    """Sample every prompt of `table`, score the completions and take their figures; `keep` is shown every sample.
+    """Sample every prompt of `table`, score the completions and compute the figures; `keep` receives every sample.
 
-    `take_counts` is asked before and after scoring, so that neither side counts the other's verdicts. Completions with
-    ids outside `vocabulary` are unscored.
+    `take_counts` is called before and after scoring, so that verdicts of training and evaluation are counted apart.
+    Completions with ids outside `vocabulary` are unscored.
     """
     check_headline(headline, table)
     started = time.perf_counter()
@@ -192,7 +192,7 @@ def check_headline(headline: Sequence[str], table: PromptTable) -> None:
 
 
 def _sample(generator: Generator, table: PromptTable, sampling: Sampling) -> list[Completion]:
-    """`sampling.samples` completions of each prompt in a row; what is too much for one call is asked for in several."""
+    """`sampling.samples` completions per prompt, prompt by prompt; split into several calls above the token limit."""
     per_call = max(1, _MAX_TOKENS_PER_CALL // (sampling.samples * sampling.max_completion_tokens))
     completions: list[Completion] = []
     for start in range(0, len(table), per_call):

@@ -1,6 +1,6 @@
 """Sampling completions: token ids in, token ids and their log-probs out.
 
-Two ways: the trainer's own model through transformers, and a vLLM engine in the same process.
+There are two generators: the trainer's own model through transformers, and a vLLM engine in the same process.
 """
 
 from paced_fast.generation.interface import Generator, Sampling

@@ -54,10 +54,10 @@ class Generator(Protocol):
 
 
 def without_unknown_ids(completions: Sequence[Completion], vocabulary: int) -> list[Completion]:
-    """The completions, one with an id outside [0, vocabulary) without any tokens: it has no log-prob and no text.
+    """Empty every completion that has an id outside [0, vocabulary): such an id has no log-prob and no text.
 
     A generator can sample such ids from the padding of its output layer. A sampled completion has at least one token,
-    so one without was left out: `score_sampled` gives it no verdict.
+    so an empty one marks a rejected completion: `score_sampled` leaves it unscored.
     """
     return [
         Completion(token_ids=[], logprobs=[], stopped=True)

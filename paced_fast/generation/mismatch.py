@@ -27,7 +27,7 @@ def sequence_weights(
     cu_seqlens: Tensor,  # i32[B + 1]
     config: MismatchConfig,
 ) -> Tensor:
-    """Constant weights f32[B], one a sequence, that correct for the engine's rounding; ones when the mode is `off`.
+    """Constant weights f32[B], one per sequence, that correct for the engine's rounding; ones when the mode is `off`.
 
     With d_t = old - generator of a token (nats), d = sum of a sequence's d_t held in [-20, 20], and c = `config.cap`:
 
@@ -64,7 +64,7 @@ def mismatch_metrics(
     *,
     cap: float,
 ) -> dict[str, Tensor]:
-    """Figures of the gap as it is, before any correction; each a scalar f32[] on the device of the log-probs.
+    """Figures of the uncorrected gap, each a scalar f32[] on the device of the log-probs.
 
     * `mean`, `max`: of the absolute difference of a token's two log-probs (nats)
     * `token_ratio`: mean of exp(|difference|); 1.00 when the engines agree, above 1.05 something is wrong

@@ -13,7 +13,7 @@ from paced_fast.generation import Generator, Sampling
 
 
 class SharedGenerator:
-    """A generator on every rank as one: each samples a part of the prompts."""
+    """Combines the generators of all ranks: each samples a part of the prompts."""
 
     def __init__(
         self,
@@ -22,16 +22,18 @@ class SharedGenerator:
         engine_ranks: int = 1,
         whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`own` is this rank's generator; all hold the same weights. `whole` is entered by all around a sampling.
+        """`own` is this rank's generator; all hold the same weights. Every rank enters `whole` while completions are
+        sampled.
 
-        Of `engine_ranks` consecutive ranks that share an engine out, all ask it the same and the first one answers.
+        Each engine is split over `engine_ranks` consecutive ranks: all of them make the same call, and the first one's
+        completions are used.
         """
         self.own, self.world, self.engine_ranks, self.whole = own, world, engine_ranks, whole
         self.progress: Callable[[], object] = lambda: None
         own.progress = lambda: self.progress()
 
     def generate(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, first: int = 0) -> list[Completion]:
-        """See `Generator.generate`; every rank gets all completions. What fails on one rank is raised on all."""
+        """See `Generator.generate`; every rank gets all completions. An error on one rank is raised on all."""
         rank, ways = self.world.rank, self.engine_ranks
         part = World(rank // ways, self.world.size // ways).share(len(prompts))
         completions: list[Completion] = []

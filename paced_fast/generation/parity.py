@@ -1,9 +1,9 @@
 """The parity guard: trainer and engine score the same tokens, and a run stops when they disagree.
 
-Two ways lead to an engine's log-probs, and each has faults that the other does not see. Scoring a prompt reads the
-weights alone. Sampling reads the prefix cache and goes through the sampler, so it also shows keys and values of old
-weights and log-probs renormalised by a filter. Both are compared, on sequences of several cache blocks: a stale cache
-changes nothing for a prompt shorter than one.
+An engine's log-probs come from scoring or from sampling, and each path has faults that the other does not show. Scoring
+a prompt reads the weights alone. Sampling reads the prefix cache and goes through the sampler, so it also shows keys
+and values of old weights and log-probs renormalised by a filter. Both are compared, on sequences of several cache
+blocks: a stale cache changes nothing for a prompt shorter than one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DEFAULT_BOUNDS = {"float32": 0.002, "bfloat16": 0.03}
 """Nats. In float32 a healthy engine stays below a hundredth of its bound (1.6e-5 for SmolLM2). bfloat16 rounds 2^16
 times as coarsely: means of about 0.0012 are usual."""
 _COARSE_BOUND = 0.01
-"""For float32 whose products may be rounded further (`model.matmul_precision`), on one side or both."""
+"""Bound in nats for float32 with reduced matmul precision (`model.matmul_precision`) on one or both sides."""
 _SAMPLED_TOKENS = 16
 _SAMPLES = 2
 _WEIGHTS = "a parameter the engine did not get, or got in another layout"
@@ -31,10 +31,10 @@ _SAMPLING = "keys and values of old weights in the prefix cache, or a sampling f
 
 
 class ScoringEngine(Protocol):
-    """What a check asks of the engine."""
+    """Methods of an engine that a check calls."""
 
     def generate(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, keep_cache: bool) -> list[Completion]:
-        """As `Generator.generate`; with `keep_cache` from the prefix cache as it is."""
+        """See `Generator.generate`; with `keep_cache` the prefix cache is not cleared first."""
         ...
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
@@ -48,7 +48,8 @@ class ParityGuard:
     def __init__(
         self, engine: ScoringEngine, policy: Policy, config: Config, *, sequences: Sequence[tuple[int, ...]]
     ) -> None:
-        """`sequences` are scored, and all but their last tokens sampled from; see `long_sequences`."""
+        """`sequences` are scored, and, without their last tokens, used as prompts to sample from; see
+        `long_sequences`."""
         self.engine, self.policy, self.sequences = engine, policy, list(sequences)
         self.every, self.seed = config.weight_sync.check_every, config.seed
         self.temperature = config.generation.temperature
@@ -64,7 +65,7 @@ class ParityGuard:
         return self.every > 0 and step % self.every == 0
 
     def prime(self) -> None:
-        """Before an update: fill the prefix cache with the prompts, so that forgetting to empty it shows after."""
+        """Fill the prefix cache before an update, so that a cache that is not cleared shows afterwards."""
         self._sample(self.prompts, 1, 1, 0)
 
     def check(self, step: int) -> dict[str, float]:
@@ -75,12 +76,13 @@ class ParityGuard:
         return self.judge(step, *self.ask(step))
 
     def ask(self, step: int) -> tuple[list[Completion], list[list[float]]]:
-        """What the engine samples, and its log-probs of the sequences; the part of a check that can fail on a rank."""
-        # Sampling comes first: scoring would leave keys and values of its own in the cache.
+        """Completions that the engine samples, and its log-probs of the sequences; the part of a check that can fail on
+        a rank."""
+        # Sample first: scoring would leave its own keys and values in the cache.
         return self._sample(self.prompts, _SAMPLES, _SAMPLED_TOKENS, step), self.engine.score(self.sequences)
 
     def judge(self, step: int, completions: list[Completion], scores: list[list[float]]) -> dict[str, float]:
-        """The rest of a check: what the policy makes of the same; on sharded ranks they compute it together."""
+        """Compare them with the policy's log-probs, which sharded ranks compute together."""
         repeated = [prompt for prompt in self.prompts for _ in range(_SAMPLES)]
         sampled = self._compare(repeated, completions, self.temperature)
         scored = self._compare(
@@ -123,9 +125,9 @@ class ParityGuard:
 
 
 def long_sequences(prompts: Sequence[tuple[int, ...]], *, count: int, length: int) -> list[tuple[int, ...]]:
-    """`count` different sequences of `length` tokens, made of the run's own prompts one after another.
+    """`count` different sequences of `length` tokens, concatenated from the run's own prompts.
 
-    Rounding then shows as it does in training; random tokens would make the model far less sure than it ever is.
+    Rounding errors are then those of training; on random tokens the model would be far less certain.
     """
     sequences = []
     position = 0

@@ -1,6 +1,6 @@
-"""How a model reads on: with a cache of keys and values or states, padded or not, or from the start for every token.
+"""Ways to decode with a model: with a cache (of keys and values, or of states), padded or not, or without a cache.
 
-Whatever is chosen says what the model would say of the whole sequence alone. S = sequences, L = tokens, V = vocabulary.
+Each gives the logits of a pass over the whole sequence alone. S = sequences, L = tokens, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 class Reading:
     """`padded`: prompts of any lengths, with a cache. `even`: prompts of one length at a time, with a cache. `whole`:
-    the same without one, so that every token costs a pass over all before it."""
+    prompts of one length without a cache, so that every token costs a pass over all tokens before it."""
 
     def __init__(self, kind: Literal["padded", "even", "whole"]) -> None:
-        """Read in one of the three ways."""
+        """A way to decode, and how prompts are batched for it."""
         self.kind = kind
 
     def batches(self, order: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -50,12 +50,12 @@ class Reading:
             yield current
 
     def reader(self, model: PreTrainedModel) -> PaddedReader | EvenReader | WholeReader:
-        """What reads one batch."""
+        """Decoder of one batch."""
         return {"padded": PaddedReader, "even": EvenReader, "whole": WholeReader}[self.kind](model)
 
 
 class PaddedReader:
-    """Prompts padded on the left; each is read once and its cache repeated for the group."""
+    """Decoder of left-padded prompts; each prompt is read once and its cache repeated for the group."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Nothing is read yet."""
@@ -102,7 +102,8 @@ class PaddedReader:
 
 
 class EvenReader:
-    """Prompts of one length, each read for every sequence of its group: no padding, no mask, no positions."""
+    """Decoder of prompts of one length, each read for every sequence of its group: no padding, no mask, no
+    positions."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Nothing is read yet."""
@@ -127,7 +128,7 @@ class EvenReader:
 
 
 class WholeReader:
-    """Prompts of one length, and a pass over the whole sequences for every token."""
+    """Decoder of prompts of one length, with a pass over the whole sequences per token."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Nothing is read yet."""
@@ -171,7 +172,7 @@ def reading_of(model: PreTrainedModel) -> Reading:
 
 @torch.no_grad()
 def _agrees(model: PreTrainedModel, family: Family) -> bool:
-    """Whether reading on with a cache, rows left out on the way, gives what whole passes give."""
+    """Whether decoding with a cache, with rows dropped on the way, gives the logits of whole passes."""
     for length in (1, spare_tokens(family)):
         rows = torch.tensor(probe_tokens(model.config, family.settings, (length + 5,) * 3), device=model.device)
         prompts, reader = rows[:, :length], EvenReader(model)
@@ -190,7 +191,7 @@ def _agrees(model: PreTrainedModel, family: Family) -> bool:
 
 @torch.no_grad()
 def _agrees_padded(model: PreTrainedModel, family: Family) -> bool:
-    """The same of prompts of two lengths, the shorter padded on the left."""
+    """The same check for prompts of two lengths, the shorter padded on the left."""
     longest = spare_tokens(family) + 1
     lengths, padding = (2, longest), [0] * (longest - 2)
     rows = probe_tokens(model.config, family.settings, [length + 4 for length in lengths])

@@ -19,13 +19,13 @@ class TransformersGenerator:
     """Batched sampling with a key-value cache on the trainer's own model, so there are no weights to push.
 
     A prompt is read once and its cache repeated for the group. Every sequence owns its uniform random numbers, so what
-    it samples does not depend on its neighbours in the batch. Sequences that ended leave the batch when half have. A
-    model that cannot be trusted with a cache or with padding reads as `Reading` says.
+    it samples does not depend on its neighbours in the batch. Finished sequences leave the batch when half have
+    finished. A model that is not exact with a cache or with padding is decoded as `Reading` says.
     """
 
     def __init__(self, model: PreTrainedModel, *, stop_ids: Sequence[int], max_batch_sequences: int) -> None:
-        """Sample from `model`; `stop_ids` end a completion and belong to it. Raises InputError for a model that has no
-        log-probs of completions."""
+        """Sample from `model`; a completion ends with the first of `stop_ids`, inclusive. Raises InputError for a model
+        that has no log-probs of completions."""
         refuse(model.config)
         self.model = model
         self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=model.device)
@@ -46,7 +46,7 @@ class TransformersGenerator:
         uniforms = torch.rand(shape, generator=source, dtype=torch.float64)[first:].to(self.model.device)
         per_call = max(1, self.max_batch_sequences // sampling.samples)
         part = min(sampling.samples, self.max_batch_sequences)
-        # Prompts of similar length go together: less padding. The order of the result is the caller's.
+        # Prompts of similar length are batched together for less padding; the result keeps the caller's order.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         result: list[list[Completion]] = [[] for _ in prompts]
         for chosen in self._reading.batches(order, [len(prompt) for prompt in prompts], per_call):
@@ -58,18 +58,18 @@ class TransformersGenerator:
         return [completion for group in result for completion in group]
 
     def before_training(self) -> None:
-        """See `Generator.before_training`; the cache of keys and values lives as long as a call."""
+        """See `Generator.before_training`; the cache of keys and values is freed at the end of each call."""
 
     def after_update(self) -> dict[str, float]:
-        """See `Generator.after_update`; there is one model and so nothing to do."""
+        """See `Generator.after_update`; the generator uses the trainer's own parameters, so there is nothing to do."""
         return {}
 
     def close(self) -> None:
-        """See `Generator.close`; the model is the trainer's."""
+        """See `Generator.close`; there are no processes to end."""
 
 
 class _Batch:
-    """One batch on its way through the model. S = sequences, L = padded prompt length."""
+    """State of one batch while it is sampled. S = sequences, L = padded prompt length."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class _Batch:
         self.padded = any(len(prompt) != longest for prompt in prompts)
 
     def run(self, progress: Callable[[], object] = lambda: None) -> list[Completion]:
-        """Sample until every sequence has stopped or is full; `progress` is called per token position."""
+        """Sample until every sequence has stopped or reached the limit; `progress` is called per token position."""
         num_sequences, max_tokens = self.uniforms.shape
         device = self.uniforms.device
         tokens = torch.zeros(num_sequences, max_tokens, dtype=torch.int64, device=device)
@@ -148,7 +148,7 @@ def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
 
 
 def _completions(tokens: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor) -> list[Completion]:
-    """The batch as host records; the one copy from the device."""
+    """Host records of the batch; the only copy from the device."""
     rows = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True)
     return [
         Completion(token_ids=ids[:length], logprobs=values[:length], stopped=done) for ids, values, length, done in rows

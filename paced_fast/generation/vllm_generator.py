@@ -23,24 +23,26 @@ _PROGRESS_SECONDS = 30.0
 
 
 class Sync(Protocol):
-    """How the engine learns of an update; `weight_sync` has the two ways."""
+    """Interface to bring an engine's weights up to date; `weight_sync` has the two implementations."""
 
     mode: str
 
     def after_update(self) -> dict[str, float]:
-        """Make the engine see the new weights; figures for the metrics record."""
+        """Make the engine use the new weights; returns figures for the metrics record."""
         ...
 
 
 class VLLMGenerator:
-    """vLLM in the trainer's process. Its weights are shared or pushed by what `attach` is given.
+    """Samples with a vLLM engine in the trainer's process; its weights are shared or pushed, by the object given to
+    `attach`.
 
-    Every sample has its own seed, so what it draws does not depend on its group or on the order of requests. The
-    samples of a prompt are requests of their own that read the prompt's keys and values from the prefix cache.
+    Every sample has its own seed, so it does not depend on its group or on the order of requests. Each sample is a
+    separate request, which reads the prompt's keys and values from the prefix cache.
     """
 
     def __init__(self, settings: vllm_engine.EngineSettings, *, stop_ids: Sequence[int]) -> None:
-        """Start the engine, which takes 10 to 60 s. Raises InputError when it does not start, naming the knob."""
+        """Start the engine, which takes 10 to 60 s. Raises InputError when it does not start, naming the setting to
+        change."""
         self.settings, self.stop_ids = settings, list(stop_ids)
         self.can_sleep = settings.device == "cuda"
         self.sync: Sync | None = None
@@ -51,7 +53,7 @@ class VLLMGenerator:
         try:
             self.engine = vllm_engine.start(settings)
             self.tensor_parallel_size = int(self.engine.vllm_config.parallel_config.tensor_parallel_size)
-            # A kernel that does not know this model fails at its first token: now, not after the first evaluation.
+            # A kernel that does not support this model fails at its first token, so sample one before the run starts.
             probe = Sampling(samples=1, max_completion_tokens=1, temperature=0.0)
             self._run([(0,)], [self._options(probe, probe.seed)])
         except vllm_engine.FAILURES as error:
@@ -59,7 +61,7 @@ class VLLMGenerator:
         logger.info("vllm: ready after %.0f s", time.perf_counter() - started)
 
     def attach(self, sync: Sync) -> None:
-        """Use `sync` after every update."""
+        """Use `sync` in every `after_update`."""
         self.sync = sync
 
     def generate(
@@ -82,7 +84,7 @@ class VLLMGenerator:
                     "--data.max-prompt-tokens"
                 )
         if not keep_cache:
-            # What earlier calls left in the prefix cache would make a call depend on them, after a resume above all.
+            # Otherwise a call would depend on earlier calls through the prefix cache, and a resumed run would differ.
             self.reset_prefix_cache()
         places, each = range(first, first + len(prompts)), range(sampling.samples)
         seeds = [stream_seed(sampling.seed, i, f"sample/{j}") for i in places for j in each]
@@ -91,7 +93,7 @@ class VLLMGenerator:
         return [self._completion(output.outputs[0]) for output in outputs]
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
-        """Log-probs of every token but the first, at temperature 1; the prefix cache has no part in it."""
+        """Log-probs of every token but the first, at temperature 1, computed without the prefix cache."""
         outputs = self._answer(sequences, [vllm_engine.scoring()] * len(sequences))
         return [
             [float(output.prompt_logprobs[t][ids[t]].logprob) for t in range(1, len(ids))]
@@ -99,12 +101,13 @@ class VLLMGenerator:
         ]
 
     def before_training(self) -> None:
-        """See `Generator.before_training`: on a GPU the keys and values go, and the weights at sleep levels 1 and 2."""
+        """See `Generator.before_training`: on a GPU the key-value cache is freed, at sleep levels 1 and 2 the weights
+        too."""
         if not self.can_sleep:
             return
         vllm_engine.settle(self.engine)
         level = self.settings.sleep_level
-        if level == 2:  # vLLM restores parameters by loading them; what is not a parameter would stay lost
+        if level == 2:  # vLLM restores parameters by loading them, but not buffers
             self._buffers = self._of_model(
                 lambda model: {name: buffer.detach().to("cpu", copy=True) for name, buffer in model.named_buffers()}
             )
@@ -113,14 +116,15 @@ class VLLMGenerator:
             self.engine.release_kv_cache_memory()
 
     def after_update(self) -> dict[str, float]:
-        """See `Generator.after_update`: wake, synchronise, and forget every key and value of the old weights."""
+        """See `Generator.after_update`: wake the engine, synchronise its weights, and clear the prefix cache, which
+        holds keys and values of the old weights."""
         if self.can_sleep and self.settings.sleep_level > 0:
             with self._named("taking its weights back"):
                 self.engine.wake_up(["weights"])
                 self._of_model(self._restore_buffers)
         figures = self.sync.after_update() if self.sync is not None else {}
         if self.can_sleep:
-            # What torch keeps of freed gradients is memory that the engine, which has a pool of its own, lacks.
+            # The engine has its own memory pool, so memory that torch caches from freed gradients must be returned.
             torch.cuda.empty_cache()
             with self._named("taking its key-value cache back"):
                 self.engine.wake_up(["kv_cache"])
@@ -129,11 +133,11 @@ class VLLMGenerator:
         return figures
 
     def close(self) -> None:
-        """See `Generator.close`. An engine that joined the trainer's process group ends it too."""
+        """See `Generator.close`. An engine that joined the trainer's process group destroys it too."""
         self.engine.engine_core.shutdown()
 
     def reset_prefix_cache(self) -> None:
-        """Forget all keys and values. vLLM refuses while a request lives, so the refusal is an error here."""
+        """Clear the prefix cache. vLLM refuses while a request is in flight; raises TrainingError then."""
         with self._named("emptying its prefix cache"):
             vllm_engine.settle(self.engine)
             done = self.engine.reset_prefix_cache()
@@ -142,7 +146,8 @@ class VLLMGenerator:
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:
-        """A failure of the engine between samplings as one line that says what it was doing and which knob helps."""
+        """Turn an engine failure between calls into a TrainingError of one line, with what it was doing and a setting
+        that helps."""
         try:
             yield
         except vllm_engine.FAILURES as error:
@@ -152,11 +157,11 @@ class VLLMGenerator:
             ) from error
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The engine's own parameters by name, tied ones once."""
+        """Parameters of the engine by name, tied ones once."""
         return self._of_model(lambda model: dict(model.named_parameters()))
 
     def reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Copy weights in the Hugging Face layout into the engine's, packed or fused as it keeps them."""
+        """Copy weights in the Hugging Face layout into the engine's packed or fused parameters."""
         with self._named("loading the pushed weights"):
             self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
@@ -178,11 +183,11 @@ class VLLMGenerator:
         )
 
     def _answer(self, prompts: Sequence[tuple[int, ...]], options: Sequence[Any]) -> list[Any]:
-        """As `_run`; a failure becomes one line, and what was under way is dropped."""
+        """Call `_run`; on a failure, drop the requests in flight and raise a TrainingError of one line."""
         try:
             return self._run(prompts, options)
         except vllm_engine.FAILURES as error:
-            with contextlib.suppress(*vllm_engine.FAILURES):  # an engine past that too is reported by what broke it
+            with contextlib.suppress(*vllm_engine.FAILURES):  # the first failure is the one to report
                 self.engine.abort_request([f"{self.calls}-{i}" for i in range(len(prompts))])
             raise TrainingError(
                 f"vllm failed while sampling ({vllm_engine.first_line(error)}): nothing of this step is kept; "
@@ -199,7 +204,7 @@ class VLLMGenerator:
         )
 
     def _run(self, prompts: Sequence[tuple[int, ...]], options: Sequence[Any]) -> list[Any]:
-        """The finished request of every prompt, in order."""
+        """Finished requests, in the order of the prompts."""
         self.calls += 1
         found: dict[int, Any] = {}
         for i, (prompt, asked) in enumerate(zip(prompts, options, strict=True)):

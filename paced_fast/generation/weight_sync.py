@@ -28,7 +28,7 @@ from paced_fast.policy import StoredNames, is_adapted, plain_buffers, plain_para
 logger = logging.getLogger(__name__)
 
 MAPPED_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
-"""Model types whose parameters have the same layout on both sides, the fused matrices apart."""
+"""Model types whose parameters have the same layout on both sides, except for fused matrices."""
 
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 _FUSED = {part: ("qkv_proj", _QKV) for part in _QKV} | {part: ("gate_up_proj", _GATE_UP) for part in _GATE_UP}
@@ -36,29 +36,29 @@ _PADDED = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 
 
 class LayoutError(ValueError):
-    """The two layouts cannot share memory; the message is the reason, without a remedy."""
+    """Raised when the two layouts cannot share memory; the message is the reason, without a remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSlice:
-    """Rows `start:start + rows` of the engine's parameter `name`: what one parameter of the trainer is."""
+    """Rows `start:start + rows` of the engine's parameter `name`: the place of one of the trainer's parameters."""
 
     name: str
     start: int
     rows: int
 
     def of(self, engine: Mapping[str, Tensor]) -> Tensor:
-        """The view itself."""
+        """View of these rows."""
         return engine[self.name].detach()[self.start : self.start + self.rows]
 
 
 class Engine(Protocol):
-    """What synchronising asks of a generator that holds its own parameters."""
+    """Methods that synchronising needs of an engine with its own parameters."""
 
     tensor_parallel_size: int
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The engine's parameters by name, tied ones once. Raises LayoutError where they are not in this process."""
+        """Parameters of the engine by name, tied ones once. Raises LayoutError where they are not in this process."""
         ...
 
     def reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -67,19 +67,19 @@ class Engine(Protocol):
 
 
 class WeightSync(Protocol):
-    """How the engine learns of an update. `mode` is `shared` or `push`."""
+    """Brings the engine's weights up to date. `mode` is `shared` or `push`."""
 
     mode: str
 
     def after_update(self) -> dict[str, float]:
-        """Make the engine see the new weights; figures for the metrics record: `bytes` copied, `seconds`."""
+        """Make the engine use the new weights; returns figures for the metrics record: `bytes` copied, `seconds`."""
         ...
 
 
 def map_parameters(
     model_type: str, trainer: Mapping[str, Tensor], engine: Mapping[str, Tensor]
 ) -> dict[str, EngineSlice]:
-    """Where each of the trainer's parameters lies in the engine; both sides without the second name of a tied one.
+    """Map each of the trainer's parameters to its rows in the engine; tied parameters appear once on both sides.
 
     Reads shapes only. Raises LayoutError when a parameter has no place, a size differs, or rows of the engine are left
     over that are not padding of the vocabulary.
@@ -108,7 +108,7 @@ def map_parameters(
 
 
 def _place(name: str, trainer: Mapping[str, Tensor], engine: Mapping[str, Tensor]) -> EngineSlice:
-    """The slice by name alone; the fused matrix when the engine has it."""
+    """Find the slice by name alone; in the fused matrix when the engine has it."""
     rows = trainer[name].shape[0]
     *head, module, kind = name.split(".")
     fused, parts = _FUSED.get(module, ("", ()))
@@ -124,7 +124,8 @@ def _place(name: str, trainer: Mapping[str, Tensor], engine: Mapping[str, Tensor
 
 
 def verify(trainer: Mapping[str, Tensor], engine: Mapping[str, Tensor], slices: Mapping[str, EngineSlice]) -> None:
-    """Type, device, stride and value of each pair, before anything is shared. Raises LayoutError for the first.
+    """Compare type, device, stride and values of each pair before anything is shared. Raises LayoutError for the first
+    difference.
 
     The engine has loaded the trainer's weights by its own code, so equal values prove the mapping.
     """
@@ -145,7 +146,7 @@ def verify(trainer: Mapping[str, Tensor], engine: Mapping[str, Tensor], slices: 
 
 
 class SharedWeights:
-    """The trainer's parameters as views of the engine's; made by `share`."""
+    """Sync by shared memory: the trainer's parameters are views of the engine's; made by `share`."""
 
     mode = "shared"
 
@@ -155,14 +156,15 @@ class SharedWeights:
         engine: Mapping[str, torch.nn.Parameter],
         slices: Mapping[str, EngineSlice],
     ) -> None:
-        """Alias: rebinds `.data` of every parameter of `trainer`, whose identity stays."""
+        """Rebind `.data` of every parameter of `trainer` to the engine's memory; the parameter objects stay the
+        same."""
         self.trainer, self.engine, self.slices = dict(trainer), dict(engine), dict(slices)
         for name, parameter in self.trainer.items():
             parameter.data = self.slices[name].of(self.engine)
         self.check()
 
     def check(self) -> None:
-        """Raises TrainingError when a parameter no longer is the engine's memory: somebody rebound it."""
+        """Raises TrainingError when a parameter no longer uses the engine's memory because something rebound it."""
         for name, parameter in self.trainer.items():
             found = self.slices[name]
             target = self.engine[found.name]
@@ -174,14 +176,14 @@ class SharedWeights:
                 )
 
     def after_update(self) -> dict[str, float]:
-        """Nothing to copy; checks that every address still is the engine's."""
+        """Check that every parameter still uses the engine's memory; nothing is copied."""
         started = time.perf_counter()
         self.check()
         return {"bytes": 0.0, "seconds": time.perf_counter() - started}
 
 
 class PushedWeights:
-    """A copy in the engine, brought up to date by vLLM's own loader, which knows every layout."""
+    """Sync by copying with vLLM's own loader, which supports every layout."""
 
     mode = "push"
 
@@ -205,7 +207,7 @@ class PushedWeights:
         self.names = names
 
     def after_update(self) -> dict[str, float]:
-        """Copy every parameter; bytes are those handed over."""
+        """Copy every parameter; `bytes` counts what was handed to the engine."""
         started = time.perf_counter()
         size = 0
         weights = self._buckets()
@@ -220,7 +222,7 @@ class PushedWeights:
             try:
                 self.engine.reload(counted())
             finally:
-                # Ranks gather sharded weights together, also those that this rank's engine did not take any more.
+                # Gathering is collective, so the remaining weights are gathered even if this rank's engine has failed.
                 for _ in weights:
                     pass
         seconds = time.perf_counter() - started
@@ -265,7 +267,7 @@ def connect(engine: Engine, model: PreTrainedModel, config: WeightSyncConfig) ->
             logger.warning("weights are pushed after every update, not shared: %s", error)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     return PushedWeights(
-        # An engine that gets one weight of a layer takes the others for new ones, too, also those that never change.
+        # An engine that is given one weight of a layer expects all of them, also those that never change.
         lambda: itertools.chain(plain_parameters(model), plain_buffers(model)),
         engine,
         bucket_bytes=config.bucket_mib << 20,
@@ -275,7 +277,7 @@ def connect(engine: Engine, model: PreTrainedModel, config: WeightSyncConfig) ->
 
 
 def share(engine: Engine, model_type: str, trainer: Mapping[str, torch.nn.Parameter]) -> SharedWeights:
-    """Verify and alias. Raises LayoutError before anything has changed."""
+    """Verify the layouts and share memory. Raises LayoutError before anything has changed."""
     if engine.tensor_parallel_size != 1:
         raise LayoutError(f"the engine splits its weights over {engine.tensor_parallel_size} ranks")
     parameters = engine.parameters()
@@ -285,10 +287,10 @@ def share(engine: Engine, model_type: str, trainer: Mapping[str, torch.nn.Parame
 
 
 def _whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A sharded tensor gathered from its ranks, rounded to a smaller `dtype` before it travels; any other as it is."""
+    """Gather a sharded tensor, rounded to a smaller `dtype` before the exchange; return any other tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    # What is still to be summed would be rounded before the sum.
+    # A partial sum would be rounded before it is complete.
     is_final = not any(placement.is_partial() for placement in tensor.placements)
     if dtype is None or dtype.itemsize >= tensor.dtype.itemsize or tensor.ndim < 2 or not is_final:
         return tensor.full_tensor()

@@ -1,4 +1,4 @@
-"""What each algorithm regresses on: the signal and the intercept of the policy's loss, and the target of log Z.
+"""Regression targets of each algorithm: signal and intercept of the policy's loss, and the target of log Z.
 
 P = prompts drawn, G = completions per prompt, B = sequences trained on, replayed ones included, N = prompts in the
 table.
@@ -26,14 +26,14 @@ from paced_kernels import segment_sum
 
 @dataclass(frozen=True, slots=True)
 class Regression:
-    """Functions of the batch, all f32[B]."""
+    """Functions from the batch to f32[B], one set per algorithm."""
 
     signal: Callable[[Config, Rollouts, Fresh], Tensor]
-    """What the policy's loss pulls towards."""
+    """Signal of the policy's loss: the reward or the advantage."""
     intercept: Callable[[Config, Rollouts, Fresh, Tensor | None], Tensor]
-    """What stands for the log of the partition function; the last argument is the value f32[N] of each prompt."""
+    """Estimate of the log partition function; the last argument is the value f32[N] of each prompt."""
     head_target: Callable[[Config, Rollouts, Targets, UpdateResult], tuple[Tensor, Tensor | float]]
-    """What log Z is fitted to, and the weight of each sequence beside that for its verdict."""
+    """Target of log Z, and a weight per sequence that is multiplied with that of its verdict."""
 
 
 def make_targets(
@@ -45,7 +45,7 @@ def make_targets(
     values: Tensor | None,
     world: World = ALONE,
 ) -> Targets:
-    """What the policy's loss compares current log-probs with; the first B of `rollouts` are the `fresh` ones."""
+    """Targets of the policy's loss for `rollouts`, whose first sequences are the `fresh` ones."""
     regression, temperature = REGRESSIONS[config.algorithm], config.generation.temperature
     count = fresh.rollouts.num_sequences
     old = old_logprobs(policy, rollouts, temperature, world)
@@ -68,7 +68,7 @@ def make_targets(
 def fit_log_z(
     log_z: LogZ, config: Config, rollouts: Rollouts, fresh: Fresh, targets: Targets, update: UpdateResult
 ) -> tuple[Tensor, Tensor]:
-    """Train log Z on the correctness of the fresh sequences that have a verdict; its loss and gradient norm, f32[].
+    """Train log Z on the correctness of the scored fresh sequences; returns its loss and gradient norm, f32[].
 
     Replayed successes would bias it upwards. With `trains_log_z` it learns from all, the replayed ones by their
     importance.
@@ -84,25 +84,25 @@ def fit_log_z(
 
 
 def reward(config: Config, rollouts: Rollouts, fresh: Fresh) -> Tensor:
-    """The reward as it is, with what shaping adds."""
+    """Raw reward plus shaping."""
     del config, fresh
     return rollouts.rewards + rollouts.shaping
 
 
 def advantage(config: Config, rollouts: Rollouts, fresh: Fresh) -> Tensor:
-    """The reward, normalised within its group."""
+    """Reward normalised within its group."""
     return group_advantage(rollouts.rewards + rollouts.shaping, fresh.scored, config.generation.group_size)
 
 
 def scaled_advantage(config: Config, rollouts: Rollouts, fresh: Fresh) -> Tensor:
-    """FlowRL's: the normalised reward times its scale."""
+    """FlowRL's advantage: the normalised reward times its scale."""
     return config.loss.flowrl_reward_scale * advantage(config, rollouts, fresh)
 
 
 def value_or_group_mean(config: Config, rollouts: Rollouts, fresh: Fresh, values: Tensor | None) -> Tensor:
     """beta * log Z of the prompt, or its group's accuracy by `loss.intercept`.
 
-    Replayed sequences come without their group, so for them the head's value stands in.
+    Replayed sequences come without their group, so they use the head's value.
     """
     intercept = no_intercept(config, rollouts, fresh, None) if values is None else values[rollouts.prompt_index].clone()
     if config.loss.intercept == "group_mean":
@@ -112,7 +112,7 @@ def value_or_group_mean(config: Config, rollouts: Rollouts, fresh: Fresh, values
 
 
 def no_intercept(config: Config, rollouts: Rollouts, fresh: Fresh, values: Tensor | None) -> Tensor:
-    """Zeros, of a loss that has none."""
+    """Zeros, for a loss without an intercept."""
     del config, fresh, values
     return torch.zeros_like(rollouts.rewards)
 
@@ -138,7 +138,7 @@ def flowrl_log_z(
 
 
 def group_accuracy(rewards: Tensor, scored: Tensor, group_size: int) -> Tensor:
-    """Mean reward f32[P] of the scored ones, bool[B], of consecutive groups of `group_size`; 0 where none is."""
+    """Mean reward f32[P] of the scored completions (bool[B]) in consecutive groups of `group_size`; 0 without any."""
     return _group_means(rewards.view(-1, group_size), scored.view(-1, group_size))[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""From drawn prompts to a batch to learn from: completions, rewards, packed rollouts.
+"""Collect a batch for drawn prompts: completions, rewards, packed rollouts.
 
 P = prompts drawn, G = completions per prompt, B = P * G.
 """
@@ -25,20 +25,20 @@ from paced_fast.rewards.scorer import score_sampled
 from paced_fast.rewards.shaping import centred
 
 Phase = Callable[[str], AbstractContextManager[None]]
-"""Enters the phase of a step that is named, for who measures the time of each."""
+"""Context manager that enters the named phase of a step, so that its time can be measured."""
 
 
 def untimed(name: str) -> AbstractContextManager[None]:
-    """A `Phase` that measures nothing."""
+    """`Phase` without measurement."""
     del name
     return nullcontext()
 
 
 class Collector:
-    """Samples groups of completions for prompts, has them judged, and packs them.
+    """Samples groups of completions for prompts, scores them, and packs them.
 
-    With several ranks `generator` gives all of them the whole batch (`generation.over_ranks`), and each judges its
-    part.
+    With several ranks `generator` returns the whole batch on every rank (`generation.over_ranks`), and each rank scores
+    its part.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Collector:
         recorded: GroupSource | None = None,
         phase: Phase = untimed,
     ) -> None:
-        """`vocabulary`: ids below it are tokens. With `recorded` groups come from there and nothing is sampled."""
+        """`vocabulary`: ids below it are tokens. With `recorded`, groups are read from it and nothing is sampled."""
         self.config, self.table, self.decode, self.vocabulary = config, table, decode, vocabulary
         self.generator, self.scorer, self.shaper = generator, scorer, shaper
         self.device, self.world, self.recorded, self.phase = device, world, recorded, phase
 
     def groups(self, prompt_index: Sequence[int], step: int, round_: int = 0) -> list[Group]:
-        """A sampled and scored group for each prompt. Raises TrainingError when too many rewards failed."""
+        """Sample and score one group per prompt. Raises TrainingError when too many rewards failed."""
         if self.recorded is not None:
             return self.recorded.groups(step, round_)
         config, size = self.config.generation, self.config.generation.group_size
@@ -90,7 +90,7 @@ class Collector:
         ]
 
     def judge(self, rows: Sequence[PromptRow], completions: Sequence[Completion]) -> tuple[Scores, list[float]]:
-        """Rewards of this rank's part, and what shaping adds to each, empty without any."""
+        """Score this rank's part; returns rewards, and shaping terms (empty without shaping functions)."""
         texts = [self.decode(completion.token_ids) for completion in completions]
         rewards = score_sampled(self.scorer.score, rows, texts, completions)
         self.scorer.check_failures()
@@ -98,7 +98,7 @@ class Collector:
         return rewards, self.shaper.shape(rows, texts, completions, limit) if self.shaper else []
 
     def pack(self, groups: list[Group], dropped: list[Group], step: int) -> Fresh:
-        """The batch of P `groups` on the device. Raises TrainingError when no completion has a verdict."""
+        """Pack the batch of P `groups` on the device. Raises TrainingError when no completion has a verdict."""
         size = self.config.generation.group_size
         index = [group.prompt_index for group in groups]
         each = [i for i in index for _ in range(size)]

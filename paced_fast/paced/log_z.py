@@ -13,21 +13,22 @@ from torch import Tensor, nn
 from paced_fast.config import LogZConfig
 from paced_fast.policy.optimizer import GuardedAdamW
 
-# Prompts scored at once: what the head holds in float32 stays small, however large the table is.
+# Prompts scored at once, so that the head's float32 activations stay small for any table size.
 _BLOCK = 8192
 
 
 class LogZ:
-    """A 3-layer MLP on frozen prompt embeddings with an optimiser of its own. N = prompts, H = embedding size.
+    """3-layer MLP on frozen prompt embeddings, with an optimiser of its own. N = prompts, H = embedding size.
 
-    `values` f32[N] is what is known of every prompt: with `scored_per_step` below N a rotating window of it is new.
+    `values` f32[N] are the latest estimates; with `scored_per_step` below N only a rotating window is recomputed per
+    step.
     """
 
     def __init__(self, embeddings: Tensor, config: LogZConfig, *, seed: int, bounded: bool) -> None:
         """`embeddings` f32[N, H]; `bounded` puts a sigmoid on the output (value), else it is a raw log Z."""
         self.config, self.bounded = config, bounded
         self.mean = embeddings.mean(0)
-        self.scale = embeddings.std(0, correction=0).clamp(min=1e-6)  # a table of one prompt has a spread too: 0
+        self.scale = embeddings.std(0, correction=0).clamp(min=1e-6)  # so that a table of one prompt works too
         self.inputs = self._standardise(embeddings)
         self.cursor = torch.zeros((), dtype=torch.int64, device=embeddings.device)  # where the next window begins
         width = config.hidden_size
@@ -45,7 +46,7 @@ class LogZ:
         last = self.mlp[-1]
         assert isinstance(last, nn.Linear)
         with torch.no_grad():
-            last.weight.mul_(0.1)  # start near one half, whatever the prompt
+            last.weight.mul_(0.1)  # start near one half for every prompt
             last.bias.zero_()
         self.optimizer = GuardedAdamW(self.mlp.parameters(), learning_rate=config.learning_rate)
         self.values = self.all_values()
@@ -58,7 +59,7 @@ class LogZ:
 
     @torch.no_grad()
     def score(self) -> Tensor:
-        """Bring `values` up to date, all of them or the next window, and return them."""
+        """Recompute `values`, all of them or the next window, and return them."""
         count, size = len(self.inputs), self.config.scored_per_step
         if not 0 < size < count:
             self.values.copy_(self.all_values())
@@ -69,7 +70,7 @@ class LogZ:
         return self.values
 
     def rescore(self, prompt_index: Tensor) -> None:
-        """Bring the `values` of prompts i64[B] up to date, where `score` may have passed them over."""
+        """Recompute the `values` of prompts i64[B], which the window of `score` may have left out."""
         if 0 < self.config.scored_per_step < len(self.inputs):
             self.values.index_copy_(0, prompt_index, self.value(prompt_index))
 
@@ -93,7 +94,8 @@ class LogZ:
         return torch.sigmoid(logits) if self.bounded else logits
 
     def fit(self, prompt_index: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Move the head towards `target` f32[B] on prompts i64[B], each counted `weight` f32[B]; loss, gradient norm.
+        """Fit the head to `target` f32[B] on prompts i64[B], weighted by `weight` f32[B]; returns loss and gradient
+        norm.
 
         `tb`: mean squared residual in reward units, target = reward - beta * log ratio. `bce`: cross-entropy on raw
         correctness, target = reward. A non-finite loss or gradient leaves the head as it was.
@@ -114,12 +116,12 @@ class LogZ:
         return loss.detach(), grad_norm
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs besides the optimiser's state; `values` because windows leave old ones standing."""
+        """State of the head besides its optimiser's; includes `values`, because a window leaves older ones in place."""
         parameters = {f"mlp.{name}": value for name, value in self.mlp.state_dict().items()}
         return {**parameters, "values": self.values, "cursor": self.cursor}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`."""
+        """Restore `state_dict()`."""
         self.mlp.load_state_dict({k.removeprefix("mlp."): v for k, v in state.items() if k.startswith("mlp.")})
         self.values.copy_(state["values"])
         self.cursor.copy_(state["cursor"])

@@ -21,7 +21,7 @@ from paced_kernels import segment_sum, trajectory_balance_from_logprobs, traject
 
 
 class MicroOutput(NamedTuple):
-    """Loss of one micro-batch, and per sequence the log-ratio to the old policy and the weight, detached."""
+    """Loss of one micro-batch; per sequence, the log-ratio to the old policy and the weight, both detached."""
 
     loss: Tensor  # f32[]
     log_ratio: Tensor  # f32[b]
@@ -37,7 +37,7 @@ def trajectory_balance(
     """mean_i w_i u_i^2 / (2 b), u = value + b (s - s_old) - reward, w = weight min(exp(s - s_old), cap) detached."""
     beta = config.loss.beta
     old = segment_sum(targets.old_logprobs, micro.cu_seqlens)
-    # On the host the offsets are the plan of the chunks too; on the device the op would have to project twice.
+    # With offsets on the host the op can plan its chunks; with offsets on the device it would have to project twice.
     host = torch.device("cpu")
     offsets = pinned(packing.cu_seqlens(micro.lengths, host, torch.int64), policy.device)
     terms: dict[str, Any] = {
@@ -51,7 +51,7 @@ def trajectory_balance(
         "denominator": denominator,
     }
     temperature = config.generation.temperature
-    if policy.family.cap is not None:  # bounded logits are not linear in the states, as the fused op has it
+    if policy.family.cap is not None:  # the fused op assumes logits that are linear in the states; bounded ones are not
         logprobs = policy.token_logprobs(hidden, micro.token_ids, temperature)
         out = trajectory_balance_from_logprobs(logprobs, micro.cu_seqlens, **terms)
     else:

@@ -1,11 +1,11 @@
-"""Replay: a small ring of correct completions, those whose prompt's estimate erred most.
+"""Replay: a small ring buffer of correct completions of the prompts whose estimate was furthest off.
 
 A completion enters with priority |group accuracy - value| (arXiv 2602.12642), or that in standard deviations, so that
 a lucky group does not pass for a wrong estimate. Old log-probs are not kept: the trainer
 computes them again with the current policy, which is the reference of the trajectory-balance loss.
 
-Inserting and choosing are tensors of fixed shape on the device and never make the host wait. What was chosen goes to
-the host with the prompts of the step, before anything is generated, because the host lays out the forward rows.
+Inserting and choosing use tensors of fixed shape on the device and never make the host wait. The choice goes to the
+host together with the prompts of the step, before generation, because the host lays out the forward rows.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from paced_fast.data.records import PromptTable, Rollouts
 from paced_fast.data.transfer import to_device
 from paced_kernels import PriorityTree, segment_sum
 
-# Of a draw by priority: a completion of priority 0 has this much of one of priority 1.
+# Relative weight of a completion of priority 0, in a draw where priority 1 has weight 1.
 _LEAST = 1e-3
 # Bound of the log importance weight of a replayed sequence.
 _MAX_LOG_WEIGHT = 20.0
 
 
 class ReplayBuffer:
-    """A ring of C completions as tensors of fixed shape. M = longest completion, D = completions drawn in a step."""
+    """Ring of C completions as tensors of fixed shape. M = longest completion, D = completions drawn per step."""
 
     def __init__(
         self, config: ReplayConfig, *, group_size: int, max_completion_tokens: int, seed: int, device: torch.device
     ) -> None:
-        """An empty ring of `config.capacity` slots for completions sampled in groups of `group_size`."""
+        """Make an empty ring of `config.capacity` slots for completions sampled in groups of `group_size`."""
         self.config, self.group_size = config, group_size
         capacity = config.capacity
-        # One slot more than the ring has: what does not enter is written there.
+        # One extra slot takes the writes of completions that do not enter.
         rows = capacity + 1
         self._slots = {
             "token_ids": torch.zeros(rows, max_completion_tokens, dtype=torch.int64, device=device),
@@ -56,10 +56,11 @@ class ReplayBuffer:
         self.tree = PriorityTree(capacity, seed=stream_seed(seed, 0, "replay"), device=device, stream=1)
 
     def insert(self, rollouts: Rollouts, values: Tensor, accuracy: Tensor) -> Tensor:
-        """Add the sequences of largest priority, correct ones only unless all are kept; how many entered, i64[].
+        """Insert the sequences of largest priority, correct ones only unless all are kept; returns how many entered,
+        i64[].
 
-        Those without a verdict never enter. With `importance` the first groups enter whole: a choice by outcome is
-        none that weights could make up for.
+        Unscored sequences never enter. With `importance` the first groups enter whole, because importance weights
+        cannot correct a choice that depends on the outcome.
 
         `values` f32[N] are the estimates and `accuracy` f32[B] the accuracies of the sequences' groups.
         """
@@ -107,7 +108,8 @@ class ReplayBuffer:
         return torch.where(self.policy_version >= 0, priority, 0.0)
 
     def choose(self, values: Tensor, version: int | Tensor) -> Tensor:
-        """Slots, lengths and prompts i64[3, D] of distinct completions of at most `max_age` versions; slot -1: none.
+        """Choose distinct completions up to `max_age` versions old; returns slots, lengths and prompts i64[3, D] (slot
+        -1: none).
 
         Evenly, or in proportion to the refreshed priorities when `config.prioritized`, halved every `half_life`
         versions. `version` is a number on the host or i64[] on the device.
@@ -123,7 +125,7 @@ class ReplayBuffer:
         if self.config.half_life > 0.0:
             weight = weight * torch.exp2(-age / self.config.half_life)
         self.tree.rebuild(weight, allowed=is_young)
-        self.tree.size.zero_()  # of an empty ring nothing is drawn
+        self.tree.size.zero_()  # nothing is drawn from an empty ring
         self.tree.step.copy_(now)  # the draw belongs to the step, not to the number of draws before it
         slots = self.tree.sample_distinct(self.config.draw_per_step, method="race").idx
         held = slots.clamp(min=0)
@@ -132,7 +134,7 @@ class ReplayBuffer:
     def take(
         self, slots: Sequence[int], lengths: Sequence[int], prompts: Sequence[int], table: PromptTable
     ) -> Rollouts | None:
-        """The completions of a choice that has come to the host, row by row; None when it is empty."""
+        """Rollouts of a choice that has come to the host; None when it is empty."""
         found = [column for column in zip(slots, lengths, prompts, strict=True) if column[0] >= 0]
         if not found:
             return None
@@ -155,12 +157,12 @@ class ReplayBuffer:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as tensors."""
+        """State of the ring, as tensors."""
         tree = {f"tree.{name}": value for name, value in self.tree.state_dict().items()}
         return {**tree, **self._tensors(), "inserted": self.inserted.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`."""
+        """Restore `state_dict()`."""
         self.tree.load_state_dict({k.removeprefix("tree."): v for k, v in state.items() if k.startswith("tree.")})
         for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
@@ -173,8 +175,8 @@ class ReplayBuffer:
 def importance_weights(rollouts: Rollouts, old_logprobs: Tensor) -> Tensor:
     """pi_old / pi_sampled f32[B] of each sequence, scaled to a mean of 1; `old_logprobs` f32[T] is the trainer's.
 
-    With failures kept, and sequences chosen without regard to their rewards, the weighted mean of a prompt's rewards is
-    the accuracy of the old policy on it; with correct completions alone it is 1 whatever the weights.
+    If failures are kept too and sequences are chosen without regard to their rewards, the weighted mean of a prompt's
+    rewards estimates the old policy's accuracy; with correct completions only it is always 1.
     """
     log_weight = segment_sum(old_logprobs - rollouts.generator_logprobs, rollouts.cu_seqlens)
     weight = log_weight.clamp(-_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT).exp()

@@ -1,4 +1,4 @@
-"""Which prompts come next: weights from the estimated accuracy, drawn through the priority tree.
+"""Prompt scheduling: weights from the estimated accuracy, drawn with the priority tree.
 
 Statistics, weights and draws are tensors of fixed shape on the device. Every draw is a function of (seed, step, round),
 so a resumed run draws what the uninterrupted one would have, and so does every rank.
@@ -12,12 +12,12 @@ from torch import Tensor
 from paced_fast.config import SchedulerConfig, stream_seed
 from paced_kernels import Bell, PriorityTree
 
-# A step's later draws take their random numbers from here on; no run has so many steps.
+# Offset of the random stream for later draws within a step; above the number of steps of any run.
 _ROUND = 2**40
 
 
 class PromptScheduler:
-    """Draws distinct prompts. N = prompts in the table, P = prompts drawn in a step.
+    """Draws distinct prompts. N = prompts in the table, P = prompts drawn per step.
 
     `tree`: weight of a prompt = bell around tau of its value; a share of the draws explores.
     `greedy`: the prompts nearest tau in a random pool (the rule of the paper), plus the same share.
@@ -26,7 +26,7 @@ class PromptScheduler:
     """
 
     def __init__(self, num_prompts: int, config: SchedulerConfig, *, seed: int, device: torch.device) -> None:
-        """A scheduler over `num_prompts` prompts; `seed` fixes every draw."""
+        """Schedule `num_prompts` prompts; `seed` fixes every draw."""
         self.config, self.num_prompts = config, num_prompts
         self.tree = PriorityTree(num_prompts, seed=stream_seed(seed, 0, "schedule"), device=device)
         self.bell = Bell(config.tau, config.bandwidth)
@@ -36,7 +36,7 @@ class PromptScheduler:
         self.epoch_draws = torch.zeros(num_prompts, dtype=torch.int64, device=device)
 
     def draw(self, count: int, step: int | Tensor, values: Tensor | None, round_: int = 0) -> Tensor:
-        """`count` distinct prompts i64[count]; `values` f32[N] is the estimate of every prompt's accuracy.
+        """Draw `count` distinct prompts i64[count]; `values` f32[N] are the estimated accuracies of all prompts.
 
         `step` counts from 1, on the host or as i64[] on the device. `round_` numbers repeated draws within one step
         (`dynamic`). With `count` above N prompts repeat, evenly.
@@ -55,7 +55,7 @@ class PromptScheduler:
         else:
             if rule == "history":
                 accuracy = torch.where(is_blind, 0.5, self.last_accuracy)
-                # Nobody's weight is 0, so that nobody is left to the past for ever.
+                # Every prompt keeps a small weight, so an old measurement cannot exclude it for good.
                 weight = (accuracy * (1 - accuracy) * 4).clamp(min=2.0**-27)
                 self.tree.rebuild(weight, allowed=allowed)
             else:
@@ -67,7 +67,7 @@ class PromptScheduler:
         return index
 
     def _race(self, count: int, now: Tensor, round_: int, *, exploration: float = 0.0) -> Tensor:
-        """Draw by the tree's weights; a race finds `count` prompts even when a few carry nearly all the weight."""
+        """Draw by the tree's weights, without replacement even when a few prompts carry nearly all the weight."""
         self.tree.step.copy_(now + round_ * _ROUND)  # the draw belongs to the step, not to the number of draws before
         by_age = exploration > 0.0 and self.config.explore == "age"
         explored = (now - self.last_visit).clamp(min=1) if by_age else None
@@ -78,7 +78,7 @@ class PromptScheduler:
         return self._race(count, now, round_)
 
     def _repeated(self, count: int, now: Tensor, round_: int) -> Tensor:
-        """The whole table in random order, again and again in another order."""
+        """Repeat the whole table, each time in another random order."""
         passes = -(-count // self.num_prompts)
         orders = [self._uniform(self.num_prompts, now, round_ * passes + k, None) for k in range(passes)]
         return torch.cat(orders)[:count]
@@ -87,7 +87,7 @@ class PromptScheduler:
         pool_size = min(self.num_prompts, max(count, self.config.pool_factor * count))
         pool = self._uniform(pool_size, now, round_, allowed)
         explore = min(round(self.config.exploration * count), count)
-        # A pool larger than the prompts that are allowed ends in -1.
+        # A pool larger than the number of allowed prompts is padded with -1.
         distance = torch.where(pool >= 0, (values[pool.clamp(min=0)] - self.config.tau).abs(), torch.inf)
         nearest = distance.argsort(stable=True)
         chosen, rest = nearest[: count - explore], nearest[count - explore :]
@@ -117,12 +117,12 @@ class PromptScheduler:
         return step if isinstance(step, Tensor) else torch.full((), step, device=self.visits.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as tensors."""
+        """State of the scheduler, as tensors."""
         tree = {f"tree.{name}": value for name, value in self.tree.state_dict().items()}
         return {**tree, **{name: getattr(self, name) for name in _STATISTICS}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`."""
+        """Restore `state_dict()`."""
         self.tree.load_state_dict({k.removeprefix("tree."): v for k, v in state.items() if k.startswith("tree.")})
         for name in _STATISTICS:
             getattr(self, name).copy_(state[name])

@@ -2,7 +2,7 @@
 
     draw prompts -> sample, reward, pack -> old log-probs -> update policy -> fit log Z -> observe, insert
 
-Between packing and the step's end all of it is tensors on the policy's device, and the host never waits for one.
+Between packing and the end of the step everything is a tensor on the policy's device, and the host never waits for one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from paced_fast.policy.sharding import replicas_mesh
 
 
 class Trainer:
-    """What the method consists of, and the step that moves it."""
+    """Components of the method, and the training step."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class Trainer:
         embeddings: Tensor | None,
         world: World = ALONE,
     ) -> None:
-        """`initial`, the policy before training, is for algorithms that keep it as their reference, `embeddings`
-        f32[N, H] of the prompts for those that learn log Z.
+        """`initial` is the policy before training, for algorithms that keep it as their reference; `embeddings`
+        f32[N, H] are the prompts' embeddings, for algorithms that learn log Z.
         """
         self.config, self.policy, self.initial, self.world = config, policy, initial, world
         self.collector, self.phase = collector, collector.phase
@@ -67,10 +67,10 @@ class Trainer:
             )
 
     def step(self, step: int, num_updates: int, collected: Callable[[], None] = lambda: None) -> StepResult:
-        """Do step number `step`, from 1; `num_updates` optimiser steps were made before it.
+        """Train step number `step`, counted from 1; `num_updates` optimiser steps were made before it.
 
-        `collected` is called when the batch is there and nothing has been trained on it. Raises TrainingError where no
-        batch comes together, before anything has changed.
+        `collected` is called after the batch is complete and before the update. Raises TrainingError, with all state
+        unchanged, if no batch can be formed.
         """
         config = self.config
         self.now.fill_(step)
@@ -116,21 +116,22 @@ class Trainer:
         )
 
     def _values(self) -> Tensor | None:
-        """beta * log Z of every prompt, f32[N]; every choice that hangs on them is alike on all ranks, to the bit."""
+        """beta * log Z of every prompt, f32[N], broadcast so that choices that depend on them are bit-equal on all
+        ranks."""
         if self.log_z is None:
             return None
         values = self.log_z.score()
-        self.world.lead_(values)
+        self.world.broadcast_(values)
         return values
 
     def _rescore(self, rollouts: Rollouts) -> None:
-        """Bring the kept values of this batch's prompts up to date with the head."""
+        """Recompute the values of this batch's prompts with the current head."""
         if self.log_z is not None:
             self.log_z.rescore(rollouts.prompt_index)
-            self.world.lead_(self.log_z.values)
+            self.world.broadcast_(self.log_z.values)
 
     def _collect(self, step: int, values: Tensor | None) -> tuple[Fresh, Rollouts | None]:
-        """Draw prompts and sample their groups; `dynamic` goes on until the batch holds mixed groups only."""
+        """Draw prompts and sample their groups; `dynamic` repeats until the batch holds mixed groups only."""
         size, dynamic = self.config.generation.prompts_per_step, self.config.scheduler.rule == "dynamic"
         kept: list[Group] = []
         dropped: list[Group] = []
@@ -146,7 +147,8 @@ class Trainer:
         return self.collector.pack(sampled[:size], sampled[size:], step), replayed
 
     def _draw(self, step: int, values: Tensor | None, round_: int) -> tuple[list[int], Rollouts | None]:
-        """The prompts of a round and, with the first, what is replayed: both choices come to the host in one copy."""
+        """Draw the prompts of a round, and in the first round the replayed completions; both reach the host in one
+        copy."""
         wanted: dict[str, Tensor] = {}
         if round_ == 0 and self.replay is not None and values is not None:
             with self.phase("replay"):

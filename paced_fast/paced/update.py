@@ -1,7 +1,7 @@
-"""One step's optimiser updates: from rollouts and their intercepts to new parameters.
+"""Optimiser updates of one step: from rollouts and their targets to new parameters.
 
-Every algorithm is a policy loss on packed hidden states; what differs is one function each.
-B = sequences, T = packed completion tokens, s = sum of a sequence's log-probs, b = beta.
+Every algorithm is a policy loss on packed hidden states, one function each. B = sequences, T = packed completion
+tokens, s = sum of a sequence's log-probs, b = beta.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from paced_fast.policy.optimizer import PolicyOptimizer
 
 
 def make_optimizer(policy: Policy, config: OptimizerConfig, mesh: DeviceMesh | None = None) -> PolicyOptimizer:
-    """AdamW on the policy's parameters, with the settings of the run; `mesh` are the ranks that each hold all."""
+    """Make AdamW on the policy's parameters with the settings of the run; `mesh` are the ranks that each hold all of
+    them."""
     return PolicyOptimizer(
         policy.named_parameters(),
         learning_rate=config.learning_rate,
@@ -51,7 +52,7 @@ def old_logprobs(policy: Policy, rollouts: Rollouts, temperature: float, world: 
         values = policy.pass_logprobs(part.rollouts, temperature)
         if counts:
             result.index_copy_(0, part.tokens, values)
-    world.sum_(result)  # the others have zeros there
+    world.sum_(result)  # zeros from the other ranks
     return result
 
 
@@ -60,7 +61,8 @@ def passes(
 ) -> Iterator[tuple[list[int], bool]]:
     """This rank's micro-batches of `sequences`, of at most `max_tokens` tokens, and whether each counts.
 
-    Where ranks must call the model alike (`policy.lockstep`), one that has fewer repeats a sequence that does not.
+    Where all ranks must call the model equally often (`policy.lockstep`), a rank with fewer micro-batches repeats a
+    sequence that does not count.
     """
     dealt = rows.deal(rollouts, sequences, world.size, max_tokens)
     if not policy.lockstep:
@@ -86,10 +88,10 @@ def update_policy(
 ) -> UpdateResult:
     """Make `epochs * minibatches` optimiser steps; one with a non-finite loss or gradient changes nothing.
 
-    Minibatches keep the sequences of a prompt together, and leave out those without a verdict. Each divides by its own
-    number of sequences, whatever the split into micro-batches and over ranks. A step left out does not advance the
-    learning-rate schedule. Whether one was left out is decided on the device, alike on every rank, and the host does
-    not ask.
+    Minibatches keep the sequences of a prompt together, and leave out those without a verdict. Each is averaged over
+    its own number of sequences, independent of the split into micro-batches and over ranks. A skipped step does not
+    advance the learning-rate schedule; skipping is decided on the device, identically on every rank, without waiting
+    for the host.
     """
     log_ratio = torch.zeros_like(targets.signal)
     weight = torch.zeros_like(targets.signal)

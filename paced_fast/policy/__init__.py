@@ -1,4 +1,4 @@
-"""The policy: a causal language model seen as hidden states plus a linear head, and how it is trained fast."""
+"""The policy: a causal language model as hidden states plus a linear head, and the parts that make training it fast."""
 
 from paced_fast.policy.attention import SHARED, Attention, choose_attention
 from paced_fast.policy.liger import use_liger

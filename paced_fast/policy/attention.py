@@ -1,4 +1,4 @@
-"""How the policy attends while it is trained: which layout its rows have, and which kernel packed rows are given to.
+"""Attention of the policy in training: the layout of its rows, and the kernel for packed rows.
 
 transformers calls the function registered here for every layer. A packed row travels to it beside the tensors, with its
 kernel; without one (sampling, embedding) it is transformers' own SDPA with its own mask.
@@ -28,7 +28,7 @@ from paced_fast.policy.rows import PackedRow
 from paced_fast.policy.shape import head_size, text_settings
 
 _NAME = "paced_fast"
-"""What the model's configuration calls the function below."""
+"""Name by which the model's configuration refers to the function below."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor, "Packed", float, int | None], Tensor]
 """Query [1, A, L, D], key and value [1, K, L, D], the row, the scale, the window -> output [1, L, A, D]."""
@@ -36,7 +36,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, "Packed", float, int | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A packed row, who attends, and the masks of blocks that need one, by window."""
+    """A packed row, its kernel, and the masks of blocks that need one, by window."""
 
     row: PackedRow
     kernel: Kernel
@@ -45,7 +45,7 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """What `model.attention` came to. Without a kernel rows share their prompts."""
+    """Resolved setting `model.attention`. Without a kernel rows share their prompts."""
 
     name: str
     reason: str
@@ -89,7 +89,7 @@ def choose_attention(setting: str, model: PreTrainedModel, device: torch.device 
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let the model call the function here; what calls it without a packed row gets what it got before."""
+    """Make the model call the function here; calls without a packed row behave as before."""
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     model.set_attn_implementation(_NAME)
@@ -112,7 +112,7 @@ def sdpa_masks(row: PackedRow, windows: set[int | None], dtype: torch.dtype) -> 
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float, window: int | None) -> Tensor:
-    """Block by block with PyTorch's own attention: exact everywhere, and the only one that knows prefixes."""
+    """Kernel of PyTorch's own attention, block by block: exact everywhere, and the only one that supports prefixes."""
     lengths, prefixes = packed.row.lengths, packed.row.prefixes
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
@@ -147,7 +147,7 @@ def _attend(
     packed: Packed | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in every layer, in its own order of arguments."""
+    """Attention function that transformers calls in every layer, with its order of arguments."""
     for option in ("softcap", "s_aux"):
         if options.get(option) is not None:
             raise InputError(
@@ -238,11 +238,11 @@ _VARLEN = {
     "packed-flash2": _Varlen("flash_attn.flash_attn_interface", "flash-attn", 8, 12, _flash("flash_attn")),
     "packed-torch": _Varlen("torch.nn.attention.varlen", "torch", 8, 12, _torch_varlen),
 }
-"""By what `model.attention` calls them, the one that `auto` prefers first."""
+"""Kernels by their name in `model.attention`, in the order in which `auto` prefers them."""
 
 
 def _lacks(name: str, model: PreTrainedModel, device: torch.device) -> str | None:
-    """Why this model cannot have the kernel, or None."""
+    """Reason why this model cannot use the kernel, or None."""
     kernel, settings = _VARLEN[name], model.config
     size = head_size(text_settings(settings))
     if device.type != "cuda":
@@ -258,7 +258,8 @@ def _lacks(name: str, model: PreTrainedModel, device: torch.device) -> str | Non
 
 
 def _absent(kernel: _Varlen) -> str | None:
-    """Why the module cannot be imported, or None; only a GPU asks, so nothing heavy is imported elsewhere."""
+    """Reason why the module cannot be imported, or None; asked on a GPU only, so that nothing heavy is imported
+    elsewhere."""
     parent = kernel.module.partition(".")[0]
     if util.find_spec(parent) is None:
         return f"{kernel.install} is not installed"
@@ -270,5 +271,5 @@ def _absent(kernel: _Varlen) -> str | None:
 
 
 MASKED_ROW = 256
-"""On a CPU rows that share a prompt are computed with a mask up to so many tokens, longer ones block by block: of a
-long row's pairs of positions a mask throws most away, of short rows a call for each block takes longer than that."""
+"""On a CPU, rows that share a prompt are computed with a mask up to this many tokens, longer ones block by block: a
+mask wastes most pairs of positions of a long row, and a call per block costs more than that in a short one."""

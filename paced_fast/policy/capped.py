@@ -1,4 +1,4 @@
-"""Log-probs of models that bound their logits, which the fused operation does not know.
+"""Log-probs of models that bound their logits, which the fused operation does not support.
 
 T = tokens, H = hidden size, V = vocabulary.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _NUMBERS = 2**24
-"""Logits that exist at once."""
+"""Logits held at once."""
 
 
 def capped_logprobs(

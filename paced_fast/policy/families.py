@@ -1,7 +1,7 @@
-"""What kind of language model it is: how its logits follow from states, and whether it keeps sequences apart.
+"""Families of language models: how logits follow from states, and whether sequences that share a row stay apart.
 
-What a type is known for stands in tables that a sweep over all types of transformers has checked. What is not known is
-tried out on the model itself, with a few tokens, before anything is made of it.
+Known types are in tables, checked by a sweep over all types of transformers. Unknown properties are tested on the model
+itself with a few tokens, before the policy is made.
 
 B = sequences, L = tokens, H = size of the states that enter the output layer, V = vocabulary.
 """
@@ -90,7 +90,7 @@ _SCALES = (
 _ATTENTION_CAPS = ("attn_logit_softcapping",)
 _KINDS = {"full_attention", "sliding_attention"}
 BROKEN = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, ImportError)
-"""What a model raises that does not take what it is given."""
+"""Exceptions of a model that does not accept its arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def refuse(settings: Any) -> None:
 
 
 def unshareable(settings: Any) -> str | None:
-    """Why sequences of a model of this configuration must have rows of their own, or None."""
+    """Reason why sequences of a model of this configuration need separate rows, or None."""
     text = text_settings(settings)
     kind = getattr(text, "model_type", "")
     if kind not in SHAREABLE:
@@ -159,7 +159,7 @@ def admit(config: Config, model: PreTrainedModel, tables: Sequence[PromptTable])
 
 
 def check_finite(model: PreTrainedModel) -> None:
-    """Raises InputError for a model with a weight that is no number, or infinite: all that it says would be none."""
+    """Raises InputError for a model with a weight that is NaN or infinite."""
     for name, weight in model.named_parameters():
         if not bool((finite := torch.isfinite(weight)).all()):
             raise InputError(
@@ -183,7 +183,7 @@ def check_positions(limit: Positions, config: Config, *, longest: int, longest_h
 
 
 def is_plain(settings: Any) -> bool:
-    """Whether nothing need be tried out: a common type, and no setting that is not common."""
+    """Whether no test is needed: a common type with common settings."""
     scaled = any(setting(text_settings(settings), name) not in (None, 1, 1.0) for name in _SCALES)
     return settings.model_type in _PLAIN and not scaled and unshareable(settings) is None
 
@@ -195,7 +195,8 @@ def check_length(limit: Positions, tokens: int, remedy: str) -> None:
 
 
 def examine(model: PreTrainedModel) -> Family:
-    """What the model is, tried out where its type alone does not tell. Raises InputError when it cannot be a policy."""
+    """Family of the model, found by tests where its type alone does not tell. Raises InputError when it cannot be a
+    policy."""
     refuse(model.config)
     settings = text_settings(model.config)
     kind = model.config.model_type
@@ -231,7 +232,7 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
 
 
 def head_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What enters the output layer [B, L, H] when the model reads `ids` [B, L] by itself, without the logits."""
+    """Input of the output layer [B, L, H] when the model reads `ids` [B, L] by itself, without the logits."""
     head = output_layer(model)
     caught: list[Tensor] = []
 
@@ -262,7 +263,7 @@ def _instead(head: nn.Linear, forward: Any) -> Iterator[None]:
 
 
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    """The argument that keeps a model from making a cache, for those that have it."""
+    """Argument that keeps a model from making a cache; empty for models without it."""
     return {"use_cache": False} if takes(model, "use_cache") else {}
 
 
@@ -278,7 +279,7 @@ def logits_of(family: Family, raw: Tensor) -> Tensor:
 
 
 def spare_tokens(family: Family) -> int:
-    """How many tokens more than the fewest a trial may take: models of few positions are tried out with fewer."""
+    """Number of tokens that a test may use beyond the fewest; models with few positions are tested with fewer."""
     longest = family.limit.longest
     if longest is not None and longest < 8:
         raise InputError(f"model.name: this is {family.limit.why}, and fewer than 8 leave no room: give another model")

@@ -1,7 +1,7 @@
 """Gradient checkpointing: the backward pass computes a layer again instead of keeping its activations.
 
-transformers has a switch of its own for this; what it asks of a layer changes with the release, and where it is not met
-the switch does nothing. So the layers are wrapped here, one by one, and it is checked that they ran through it.
+transformers has its own switch for this, but its requirements on a layer change with the release, and where they are
+not met the switch does nothing. So each layer is wrapped here, and each pass checks that the wrapper ran.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from paced_fast.errors import InputError
 
 _ARMED = "_computes_again"
-"""Attribute of a layer: its next forward pass keeps its input only."""
+"""Attribute of a layer whose next forward pass keeps its input only."""
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -33,10 +33,10 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def checkpoint_next_forward(model: PreTrainedModel) -> None:
-    """The layers of the next forward pass keep their input only, if it keeps gradients at all.
+    """Make the layers of the next forward pass keep their input only, if that pass computes gradients.
 
-    Sampling, which keeps keys and values, is not affected: it arms nothing. Raises InputError when none of the layers
-    was reached by the forward pass before this one.
+    Sampling, which keeps keys and values, is not affected, because it does not call this. Raises InputError when none
+    of the layers was reached by the forward pass before this one.
     """
     layers = _layers(model)
     if all(getattr(layer, _ARMED, False) for layer in layers):

@@ -21,9 +21,9 @@ _ROTARY = "apply_rotary_pos_emb"
 
 
 def use_liger(setting: str, model: PreTrainedModel, device: torch.device | None = None) -> str:
-    """Do what `model.liger` says and say what came of it; `device` is where the model will be.
+    """Apply the setting `model.liger` and return the outcome in words; `device` is where the model will be.
 
-    Raises InputError when `on` cannot be.
+    Raises InputError when `on` is not possible.
     """
     problem = _lacks(model, device or model.device)
     if setting == "on" and problem is not None:
@@ -57,7 +57,7 @@ def use_liger(setting: str, model: PreTrainedModel, device: torch.device | None 
 
 
 def _lacks(model: PreTrainedModel, device: torch.device) -> str | None:
-    """Why the model cannot have the kernels, or None."""
+    """Reason why the model cannot use the kernels, or None."""
     if device.type != "cuda":
         return "its kernels need a GPU"
     if util.find_spec("liger_kernel") is None:

@@ -93,13 +93,13 @@ def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
 
 
 def _loaded(path: str | Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and what transformers reports of its weights."""
+    """Load the model, with transformers' report on its weights."""
     return cast(Any, AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options))
 
 
 @contextlib.contextmanager
 def _one_line(path: str) -> Iterator[None]:
-    """What a model that cannot be loaded raises, as one line."""
+    """Turn the errors of a model that cannot be loaded into one line."""
     try:
         yield
     except InputError:
@@ -112,7 +112,7 @@ def _one_line(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """transformers tells of what is missing by a table, and draws it at random; here it is an error of one line."""
+    """transformers only logs missing weights, and initialises them at random; here they are an error of one line."""
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
@@ -185,7 +185,7 @@ def model_settings(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
     if config.name == "tiny":
         return tiny_settings(config, vocab_size, stop_id=0, pad_id=0)
     if config.name in KNOWN:
-        try:  # one that lies here may be newer than the table; the hub is not asked for what the table knows
+        try:  # a cached configuration may be newer than the table; the hub is not asked for one that the table has
             return AutoConfig.from_pretrained(config.name, local_files_only=True)
         except (OSError, ValueError):
             entry = dict(KNOWN[config.name])

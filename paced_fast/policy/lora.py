@@ -1,7 +1,7 @@
 """LoRA: low-rank matrices beside frozen ones (arXiv:2106.09685), by PEFT, inside the model that is there.
 
-The model keeps its class and its head, so sampling, packing and the fused loss see nothing of it. Plain names are those
-the model had before: what is handed to an engine or written to a folder is merged, one parameter at a time.
+The model keeps its class and its head, so sampling, packing and the fused loss need no change. Plain names are those of
+the model without adapters: weights for an engine or a folder are merged, one parameter at a time.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def adapt(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
             raise InputError(f"--lora.targets: {reason}: name other layers") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)  # float32 masters are the optimiser's affair, as for all others
+            parameter.data = parameter.data.to(dtype)  # the optimiser keeps float32 masters, as for all parameters
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
@@ -156,7 +156,7 @@ def is_adapted(model: torch.nn.Module) -> bool:
 def plain_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters with what was learned merged in, under the names the model had before, tied ones once.
 
-    A merged one is made when it is asked for: who lets go of it before the next never holds two.
+    A merged parameter is made when the iterator reaches it, so a caller that frees each one holds only one at a time.
     """
     learned = _learned(model)
     for name, parameter in model.named_parameters():
@@ -165,7 +165,7 @@ def plain_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def plain_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint has beside the parameters, such as the bias that balances the experts of a mixture."""
+    """Buffers that a checkpoint has besides the parameters, such as the bias that balances the experts of a mixture."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
         if name not in parameters:

@@ -1,9 +1,9 @@
-"""AdamW that leaves a step out when a number is not finite, and what it needs when the policy is spread over ranks.
+"""AdamW that skips a step when the loss or gradient is not finite, on one rank or spread over several.
 
 R = ranks. What AdamW steps are float32 masters: the parameters themselves where they are float32, else copies, from
 which the parameters are rounded. Replicated parameters have their masters and moments split over the ranks by rows
 (ZeRO stage 1, arXiv:1910.02054): each rank gets the sum of its rows' gradients, steps them, and all ranks gather the
-result into the parameters where they lie. Nobody waits for the device.
+result into the parameters where they lie. The host never waits for the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """torch's fused AdamW with a learning rate and a verdict that live on the device of the parameters."""
+    """torch's fused AdamW, with learning rate and skip flag on the device of the parameters."""
 
     found_inf: Tensor | None  # read by torch's fused step: 1.0 leaves parameters, moments and step counts as they are
 
@@ -53,7 +53,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 class Step(NamedTuple):
-    """What an optimiser step found, the same on every rank."""
+    """Figures of an optimiser step, the same on every rank."""
 
     loss: Tensor  # f32[], the ranks' losses together
     grad_norm: Tensor  # f32[], of the whole gradient, before clipping
@@ -62,7 +62,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one rank steps of one parameter."""
+    """Part of one parameter that one rank updates."""
 
     name: str
     parameter: nn.Parameter  # what the model computes with
@@ -73,7 +73,7 @@ class _Part:
 
     @property
     def is_even(self) -> bool:
-        """Whether every rank has as many rows."""
+        """Whether every rank has the same number of rows."""
         return self.parameter.shape[0] % len(self.rows) == 0
 
     def spread(self, local: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class PolicyOptimizer(GuardedAdamW):
         super().__init__(
             [part.master for part in self._parts], learning_rate=learning_rate, betas=betas, weight_decay=weight_decay
         )
-        for part in self._parts:  # now, and as torch would at the first step: a run that resumes loads into them
+        for part in self._parts:  # made now, as torch would at the first step, so that a resumed run can load into them
             count = torch.zeros((), dtype=torch.float32, device=part.master.device)
             moments = {name: torch.zeros_like(part.master) for name in ("exp_avg", "exp_avg_sq")}
             self.state[part.master] = {"step": count, **moments}
@@ -202,7 +202,7 @@ class PolicyOptimizer(GuardedAdamW):
             work.wait()
 
     def _replicas(self) -> int | None:
-        """How often every gradient is found among the ranks after summing; None without other ranks."""
+        """Number of ranks that hold each gradient after summing; None without other ranks."""
         if self._mesh is not None:
             return 1
         mesh = self._parts[0].mesh
@@ -214,12 +214,13 @@ class PolicyOptimizer(GuardedAdamW):
         return mesh.size() // shards[0]
 
     def _counted(self) -> list[_Part]:
-        """Parts whose gradient this rank adds to the norm: what every rank steps is counted by one."""
+        """Parts whose gradient this rank adds to the norm; a part that every rank updates is counted by one of them."""
         is_first = self._mesh is None or self._mesh.get_local_rank() == 0
         return [part for part in self._parts if is_first or part.rows]
 
     def _send_from(self, name: str) -> None:
-        """A gradient has grown: on the last backward pass it is final, and travels when those before it have."""
+        """Called when a gradient is accumulated: after the last backward pass it is final, and is sent after those
+        before it."""
         if not self._is_last:
             return
         self._final.add(name)
@@ -266,14 +267,15 @@ class PolicyOptimizer(GuardedAdamW):
         for work in self._works:
             work.wait()
         for part, is_found in zip(self._parts, _are_found(counts), strict=True):
-            if not is_found:  # on no rank: left as it is, not stepped by zeros, which would decay it
+            if not is_found:  # no rank has a gradient: skip it, because a step with zeros would decay it
                 part.master.grad = None
         for part in self._split:
             part.parameter.grad = None  # before the step: the whole gradients are R times what the masters need
 
 
 def _part(name: str, parameter: nn.Parameter, mesh: DeviceMesh | None) -> _Part:
-    """What this rank steps of a parameter: its own rows of a matrix, all of a vector, its shard of a sharded one."""
+    """Part of a parameter that this rank updates: its own rows of a matrix, all of a vector, its shard of a sharded
+    one."""
     if isinstance(parameter, DTensor):
         local = parameter.to_local().detach()
         assert local.dtype == torch.float32, f"{name}: sharded parameters are their own masters"

@@ -1,7 +1,7 @@
-"""Every sequence in a row of its own: the layout that every causal model computes right.
+"""Layout with one sequence per row, which every causal model computes correctly.
 
-Rows that share a prompt, or that follow each other without padding, need attention that can be told who sees whom.
-Recurrent states, convolutions and biases of a model's own making cannot. B = sequences, L = longest of them.
+Rows that share a prompt, or that follow each other without padding, need attention that accepts a mask; recurrent
+states, convolutions and custom biases do not. B = sequences, L = longest of them.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Policy:
 
     @torch.no_grad()
     def _check_sharing(self) -> None:
-        """Raises InputError when rows of several sequences do not give what the model says of each of them alone."""
+        """Raises InputError when rows of several sequences do not give the log-probs of each sequence alone."""
         rows = probe_tokens(self.model.config, self.family.settings, (2, 4, spare_tokens(self.family) + 1, 3))
         prompts = [tuple(row) for row in rows[:2] for _ in range(2)]
         completions = [Completion(token_ids=row, logprobs=[0.0] * len(row), stopped=True) for row in rows[2:] * 2]
@@ -122,7 +122,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live."""
+        """Device of the parameters."""
         return self.model.device
 
     @property
@@ -143,7 +143,7 @@ class Policy:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """All of the model on every rank, for passes without gradients that need not be as many on each."""
+        """Gather the whole model on every rank, for passes without gradients, whose number may differ between ranks."""
         with contextlib.nullcontext() if self._shards is None else self._shards.whole():
             yield
 
@@ -288,7 +288,7 @@ class Policy:
 
     @torch.no_grad()
     def pass_logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
-        """The same of one micro-batch, in one pass however long it is."""
+        """Log-probs f32[T] of one micro-batch, in one pass of any length."""
 
         def compute() -> Tensor:
             return self.token_logprobs(self.hidden(rollouts), rollouts.token_ids, temperature)
@@ -327,17 +327,18 @@ class Policy:
 
     @property
     def body(self) -> torch.nn.Module:
-        """What makes states of tokens: the model without its output layer, and without other parts than its text."""
+        """Part of the model that turns tokens into states: the text model without its output layer."""
         return self.model.base_model if self.family.settings is self.model.config else self.model.get_decoder()
 
     def frozen_copy(self) -> Policy:
-        """A copy that no optimiser touches; made before the parameters are split."""
+        """Copy that is never trained; made before the parameters are split."""
         model = copy.deepcopy(self.model).requires_grad_(False)
         return Policy(model, max_tokens=self.max_tokens, attention=self.attention)
 
 
 def make_policy(model: PreTrainedModel, config: Config) -> Policy:
-    """The model as the run's settings want it computed. Raises InputError when they ask for what there is not."""
+    """Make the policy with the run's settings for its computation. Raises InputError for a setting that is not
+    available."""
     return Policy(
         model,
         max_tokens=config.optimizer.micro_batch_tokens,

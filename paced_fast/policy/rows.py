@@ -1,4 +1,4 @@
-"""Rows of a forward pass: how sequences of a batch share them.
+"""Layouts of forward rows: how sequences of a batch share a row.
 
 T = packed completion tokens.
 """
@@ -156,11 +156,11 @@ def packed_row(rollouts: Rollouts, *, share_prompts: bool) -> PackedRow:
 
 
 def _places(first: Sequence[int], second: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """Where the state of every packed token is, on the host: `first` for the first of a sequence, the place after
+    """Position of the state of every packed token, on the host: `first` for the first of a sequence, the position after
     `second` for its second, and so on."""
     sizes = torch.tensor(lengths, dtype=torch.int64)
     places = ranges(torch.tensor(second, dtype=torch.int64), sizes)
-    # The first token of a completion hangs on the last of its prompt.
+    # The first token of a completion is predicted by the last state of its prompt.
     begins, has_tokens = sizes.cumsum(0) - sizes, sizes > 0
     places[begins[has_tokens]] = torch.tensor(first, dtype=torch.int64)[has_tokens]
     return places

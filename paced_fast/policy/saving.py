@@ -1,7 +1,7 @@
-"""A policy as a Hugging Face folder, read back before anybody relies on it.
+"""Save a policy as a Hugging Face folder, and read it back to verify it.
 
-The model that trains is not the one that is saved: weights go into an empty model of the same settings, which has the
-names that others expect, no adapters, and which no other thread computes with.
+Weights are saved through an empty model of the same settings, not through the model that trains: it has the standard
+names and no adapters, and no other thread computes with it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class PolicyFiles:
     """Writes the weights of one model, as they are at the time, to folders; may be used beside training."""
 
     def __init__(self, model: PreTrainedModel, *, generation: bytes | None = None) -> None:
-        """Nothing is written yet. `generation` is the content of the model's generation_config.json, kept to the byte.
+        """Prepare to write; nothing is written yet. `generation` is the content of the model's generation_config.json,
+        kept to the byte.
 
         Raises InputError when the model, its adapters merged, has not the weights that its settings say.
         """
@@ -175,7 +176,7 @@ def check_loads(folder: Path, state: Mapping[str, Tensor], settings: PreTrainedC
 
 
 def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What says how a model computes, and not where it came from or how its weights are stored."""
+    """Settings that determine how a model computes, without those of its origin or of how its weights are stored."""
     return {
         name: _lasting(value) if isinstance(value, Mapping) else value
         for name, value in settings.items()

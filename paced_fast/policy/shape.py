@@ -1,4 +1,4 @@
-"""What a plan needs to know of a model: its sizes, read from any instance of it, one on the meta device included."""
+"""Sizes of a model for plans, read from any instance of it, also one on the meta device."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def differs(settings: Any, name: str) -> bool:
 
 
 def _first(settings: Any, names: tuple[str, ...], default: int) -> int | float:
-    """The first of these settings that is a number, or the largest of a list of numbers, one a layer."""
+    """The first of these settings that is a number, or the largest of a list of numbers, one per layer."""
     for name in names:
         value = setting(settings, name)
         if isinstance(value, (list, tuple)) and value and all(isinstance(one, int | float) for one in value):
@@ -148,14 +148,14 @@ def head_size(settings: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """How long a sequence may be, None for no limit, and where the limit comes from."""
+    """Longest sequence (None for no limit), and the reason of the limit."""
 
     longest: int | None
     why: str
 
 
 def positions(settings: Any) -> Positions:
-    """What a text configuration says of the length of sequences.
+    """Limit on the length of sequences from a text configuration.
 
     Rotary frequencies that depend on the longest sequence of a batch (`dynamic`, `longrope`) are the same for all up
     to the length before scaling; beyond it log-probs would depend on neighbours, and keys in a cache be turned by other

@@ -1,4 +1,4 @@
-"""Where the policy's parameters lie when several ranks train: all of them on every rank, or a shard on each (FSDP2).
+"""Distribution of the policy's parameters over ranks: all of them on every rank, or a shard on each (FSDP2).
 
 Replicated, a rank computes without waiting for the others and the engine may share its weights; sharded, the whole
 policy never lies on one device, and every pass gathers one layer after the other.
@@ -24,11 +24,11 @@ from paced_fast.policy.shape import layer_list
 T = TypeVar("T")
 
 SHARE_OF_DEVICE = 0.85
-"""What the memory plan may take of a device; the rest is for fragments, exchanges between ranks and graphs."""
+"""Share of a device's memory that the plan may use; the rest is for fragmentation, communication buffers and graphs."""
 
 
 class Choice(NamedTuple):
-    """How the parameters are spread, and why, in a sentence."""
+    """Choice of how parameters are distributed, with the reason in a sentence."""
 
     is_sharded: bool
     reason: str
@@ -147,7 +147,7 @@ class Shards:
 
 
 class _Root(nn.Module):
-    """What FSDP2 wraps around a computation that uses the model and then its head."""
+    """Module that FSDP2 wraps, around a computation that uses the model and then its head."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What a stored model must be to be trained: all of its weights there, plain numbers, and a causal language model.
+"""Requirements on a stored model: a causal language model with all of its weights, as plain numbers.
 
-Nothing here reads a weight. A folder is looked at before it is loaded, so that what is wrong with it is told by name;
-what came of loading is looked at afterwards, because a weight that a checkpoint lacks is drawn at random by the loader.
+No weight is read here. A folder is checked before it is loaded, so that errors name the file, and the result is checked
+afterwards, because the loader initialises missing weights at random.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def check_settings(settings: PreTrainedConfig, path: str) -> None:
 
 
 def quantisation(settings: Mapping[str, Any]) -> str | None:
-    """How the weights that belong to the settings, or to a part of them, are quantised; None for plain ones."""
+    """Quantisation of the weights that the settings, or a part of them, declare; None for plain ones."""
     for name, value in settings.items():
         if not isinstance(value, Mapping):
             continue

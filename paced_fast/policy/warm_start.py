@@ -1,4 +1,4 @@
-"""Supervised learning on demonstrations before reinforcement, kept in a cache that knows what it was made from."""
+"""Supervised warm start on demonstrations, cached by a digest of everything it depends on."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from paced_fast.policy import Policy, load_model, make_policy, save_model
 
 logger = logging.getLogger(__name__)
 
-# A cached result is only as good as the code that made it: these modules are part of its key.
+# A cached result depends on the code that made it, so these modules are part of its key.
 _CODE = ("data/*.py", "data/sources/*.py", "data/prompts/*.py", "policy/*.py")
 
 
 def cache_folder(config: Config, beside: Sequence[object] = ()) -> Path:
-    """Where the warm start of `config` is kept: its name is a digest of settings, data, code, and what lies `beside`
+    """Cache folder of the warm start of `config`: its name is a digest of settings, data, code, and inputs `beside`
     them, such as the day in a prompt."""
     package = Path(paced_fast.__file__).parent
     code = [[path.read_text() for path in sorted(package.glob(pattern))] for pattern in _CODE]
@@ -54,8 +54,8 @@ def warm_start(
 ) -> PreTrainedModel:
     """The model after both phases, from the cache when it holds them.
 
-    `load` turns sources into rows; `report` is told how it goes. Raises InputError when a row has no demonstration, one
-    that goes on behind a stop token, or a token that the model has no embedding for.
+    `load` turns sources into rows; `report` receives the progress. Raises InputError when a row has no demonstration,
+    one that goes on behind a stop token, or a token that the model has no embedding for.
     """
     phases = [phase for phase in (config.warm_start.first, config.warm_start.second) if phase.steps > 0]
     if not phases:
@@ -73,7 +73,7 @@ def warm_start(
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     save_model(model, temporary)
     tokenizer.save_pretrained(temporary)
-    if folder.exists():  # another run was faster
+    if folder.exists():  # another run stored it first
         shutil.rmtree(temporary)
     else:
         temporary.rename(folder)
@@ -131,7 +131,7 @@ def _run_phase(
 
 
 def _beside(config: Config, tokenizer: PreTrainedTokenizerBase, stops: prompts.Stops) -> list[object]:
-    """What demonstrations hang on that neither the settings nor the model name: the day, and unusual ends."""
+    """Inputs of the demonstrations that neither settings nor model name: the day, and unusual stop tokens."""
     today = [config.data.date] if prompts.reads_date(tokenizer) else []
     ends = [end for end in (stops.text_end, stops.turn_end) if end != tokenizer.eos_token_id]
     return [*today, *ends]

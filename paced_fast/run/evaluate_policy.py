@@ -9,11 +9,12 @@ from paced_fast.evaluation import calibration
 from paced_fast.evaluation.held_out import Evaluation, evaluate
 from paced_fast.generation import Sampling
 from paced_fast.rewards.over_ranks import shared_judge, summed_counts
-from paced_fast.run.start.build import Run
+from paced_fast.run.start.build import PreparedRun
 
 
-def evaluate_now(run: Run, samples: int) -> Evaluation | None:
-    """Evaluate the policy as it is now on the held-out prompts; None without any, and where nothing is sampled."""
+def evaluate_now(run: PreparedRun, samples: int) -> Evaluation | None:
+    """Evaluate the current policy on the held-out prompts; None without held-out prompts or when rollouts are
+    replayed."""
     config = run.config
     if not run.eval_table.rows or run.collector.recorded is not None:
         return None
@@ -37,10 +38,10 @@ def evaluate_now(run: Run, samples: int) -> Evaluation | None:
         )
 
 
-def evaluation_due(run: Run, step: int) -> dict[str, Any]:
-    """What a step's record has of an evaluation; after the last step also how well the value foretells it.
+def evaluation_due(run: PreparedRun, step: int) -> dict[str, Any]:
+    """Evaluation fields of a step's record; after the last step also the error of the value's forecast.
 
-    The value is that of prompts that the head never saw.
+    The head was never trained on these prompts.
     """
     settings = run.config.evaluation
     if step != run.config.steps:
@@ -55,8 +56,9 @@ def evaluation_due(run: Run, step: int) -> dict[str, Any]:
     return {"eval": evaluation.record()} | ({} if value is None else {"eval_value": value})
 
 
-def value_on_held_out(run: Run, evaluation: Evaluation) -> dict[str, Any] | None:
-    """How well the value foretells the accuracies of `evaluation`; None where it is no accuracy or knows no prompts."""
+def value_on_held_out(run: PreparedRun, evaluation: Evaluation) -> dict[str, Any] | None:
+    """Forecast of the accuracies of `evaluation` by the value, with its errors; None if the value is not an
+    accuracy."""
     if run.trainer.log_z is None or not run.config.value_is_accuracy or run.eval_embeddings is None:
         return None
     predicted = zip(run.trainer.log_z.value_of(run.eval_embeddings).tolist(), evaluation.prompt_accuracy, strict=True)

@@ -1,4 +1,4 @@
-"""What `train` does instead of training: timing a step."""
+"""Modes of `train` other than training: timing a step."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def run_bench(config: Config, mode: modes.Launch, console: Console) -> None:
         result = bench.measure(config, steps=mode.bench or 1, lengths=mode.lengths, world=world)
         for table in bench.tables(result):
             console.print(table)
-        if mode.json is not None and world.is_lead:
+        if mode.json is not None and world.is_rank0:
             files.write_json_atomic(mode.json, result)
 
 
 def ranks_here() -> int:
-    """How many processes the environment says there are, for a plan that names no number."""
+    """Number of processes according to the environment, for a plan without a number."""
     text = os.environ.get("WORLD_SIZE") or "1"
     if not re.fullmatch("[1-9][0-9]{0,5}", text):
         raise InputError(f"--dry-run: WORLD_SIZE is {text[:80]!r}, no number of processes: give --dry-run RANKS")

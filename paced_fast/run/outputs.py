@@ -1,4 +1,4 @@
-"""Where a run writes: the metrics file and its loggers, the terminal, the rollouts that are kept to be replayed."""
+"""Outputs of a run: the metrics file and its loggers, the terminal, the rollouts that are kept for replay."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from paced_fast.data.records import Fresh
 from paced_fast.run.record.rollouts_file import Recorder
 from paced_fast.run.record.terminal import Progress
 from paced_fast.run.record.writer import MetricsWriter
-from paced_fast.run.start.build import Run
+from paced_fast.run.start.build import PreparedRun
 
 
 class Outputs:
-    """Files and terminal of a run, to be used as a context; on every rank but rank 0 all of it does nothing."""
+    """Context manager of a run's files and terminal; does nothing on ranks other than rank 0."""
 
-    def __init__(self, run: Run, console: Console) -> None:
-        """Open the files; those of a resumed run lose what was written after the step it goes on from."""
+    def __init__(self, run: PreparedRun, console: Console) -> None:
+        """Open the files for appending."""
         self._open = contextlib.ExitStack()
         self._writer = self._progress = self._recorder = None
-        if not run.world.is_lead:
+        if not run.world.is_rank0:
             return
         config, step = run.config, run.stepper.counters.step
         self._writer = self._open.enter_context(
@@ -43,17 +43,17 @@ class Outputs:
             self._recorder.drop_from(step)
 
     def say(self, status: str) -> None:
-        """Show what is going on before the first step."""
+        """Show a status before the first step."""
         if self._progress is not None:
             self._progress.update({"step": 0, "status": status})
 
     def keep(self, step: int, fresh: Fresh) -> None:
-        """Keep what a step sampled, where the settings ask for it."""
+        """Save the step's rollouts, if the settings ask for it."""
         if self._recorder is not None:
             self._recorder.write(step, fresh.groups, fresh.dropped)
 
     def write(self, record: StartRecord | StepRecord, shown: Sequence[dict[str, Any]] = ()) -> None:
-        """Write a record and the rollouts to be shown with it."""
+        """Write a record, and the rollouts to show with it."""
         if self._writer is not None and self._progress is not None:
             self._writer.write(record.line())
             self._writer.write_rollouts(shown)

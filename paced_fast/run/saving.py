@@ -10,11 +10,11 @@ from torch import Tensor
 
 from paced_fast.policy import PolicyFiles, plain_state
 from paced_fast.run import checkpoint
-from paced_fast.run.start.build import Run
+from paced_fast.run.start.build import PreparedRun
 
 
-def make_saver(run: Run) -> checkpoint.Saver:
-    """What writes the run's checkpoints; the tokenizer's files are those written before training."""
+def make_saver(run: PreparedRun) -> checkpoint.Saver:
+    """Make the saver of the run's checkpoints; the tokenizer's files are copied from those written before training."""
     initial = run.folder / "initial"
     generation = initial / "generation_config.json"
     files = PolicyFiles(run.trainer.policy.model, generation=generation.read_bytes() if generation.is_file() else None)
@@ -36,8 +36,8 @@ def make_saver(run: Run) -> checkpoint.Saver:
     )
 
 
-def save(run: Run, saver: checkpoint.Saver, *, last: bool) -> None:
-    """Write a checkpoint of the run as it is now; the `last` one is on disk when this returns."""
+def save(run: PreparedRun, saver: checkpoint.Saver, *, last: bool) -> None:
+    """Save a checkpoint of the run's current state; the `last` one is on disk when this returns."""
     stepper = run.stepper
     with stepper.phases.phase("checkpoint"):
         saver.save(

@@ -1,4 +1,5 @@
-"""One step of a run: the method's step, and what a run adds to it: counts, the engine's turns, checks, its record."""
+"""One step of a run: the method's step, with counters, engine sleep and wake-up, parity checks and the step's
+record."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from paced_fast.run.record.step_record import fetch, step_record
 
 @dataclass(slots=True)
 class Counters:
-    """What a run has done so far; part of every checkpoint."""
+    """Counters of a run; part of every checkpoint."""
 
     step: int = 0
     rollouts: int = 0
@@ -34,7 +35,7 @@ class Counters:
 
 
 class Stepped(NamedTuple):
-    """What a step gave."""
+    """Result of a step of a run."""
 
     record: StepRecord  # its line of metrics.jsonl
     shown: list[dict[str, Any]]  # a few rollouts to read
@@ -42,19 +43,19 @@ class Stepped(NamedTuple):
 
 
 class Stepper:
-    """Makes the steps of a run, one after the other, and knows how many there were."""
+    """Runs the steps one after the other, and counts them."""
 
     def __init__(self, trainer: Trainer, phases: Phases, parity: ParityGuard | None = None) -> None:
-        """`phases` is the clock that `trainer` was given the phases of; `parity` checks an engine."""
+        """`phases` is the clock whose `phase` the trainer enters; `parity` checks an engine."""
         self.trainer, self.phases, self.parity = trainer, phases, parity
         self.config, self.world = trainer.config, trainer.world
-        self.counters, self.guards = Counters(), Guards(trainer.config.guard, speaks=trainer.world.is_lead)
+        self.counters, self.guards = Counters(), Guards(trainer.config.guard, speaks=trainer.world.is_rank0)
 
     def step(self) -> Stepped:
-        """Do the next step.
+        """Run the next step.
 
-        Raises TrainingError where no batch comes together, and after `max_consecutive_skips` steps without a finite
-        loss and gradient.
+        Raises TrainingError if no batch can be formed, and after `max_consecutive_skips` steps without a finite loss
+        and gradient.
         """
         counters, generator = self.counters, self.trainer.collector.generator
         counters.step += 1
@@ -63,7 +64,7 @@ class Stepper:
         try:
             result = self.trainer.step(counters.step, counters.num_updates, lambda: self._before_training(is_checked))
         except TrainingError:
-            counters.step -= 1  # nothing was trained on, so there was no step
+            counters.step -= 1  # nothing was trained, so the step does not count
             raise
         with self.phases.phase("metrics"):  # the host waits here, before an engine wakes
             with_replay = result.values is not None and self.config.value_is_accuracy
@@ -79,7 +80,7 @@ class Stepper:
         return Stepped(self._record(result, host, sync, parity), self._shown(result, host), result)
 
     def check_parity(self) -> dict[str, float]:
-        """Figures of the agreement between this rank's engine and the trainer; empty without an engine of its own."""
+        """Check that this rank's engine agrees with the trainer; returns the figures, empty without an engine."""
         guard = self.parity
         if guard is None:
             return {}
@@ -90,11 +91,11 @@ class Stepper:
         return figures
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every tensor a resumed run needs."""
+        """All state tensors of the run."""
         return state.state_tensors(self.trainer, self.guards)
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from `state_tensors()`, those that ranks may spread being filled already."""
+        """Restore `state_tensors()`, after those that may be spread over ranks were filled in place."""
         state.load_state_tensors(self.trainer, self.guards, tensors)
 
     def _before_training(self, is_checked: bool) -> None:

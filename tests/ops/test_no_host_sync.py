@@ -288,7 +288,7 @@ def test_the_loss_never_waits(has_weights: bool, monkeypatch: pytest.MonkeyPatch
     assert waiting_operators(step) == set()
 
 
-def unread_offsets(cu_seqlens: torch.Tensor, num_rows: int, rows_per_chunk: int) -> list[fused_pass.Group]:
+def unread_offsets(cu_seqlens: torch.Tensor, num_rows: int, rows_per_chunk: int) -> list[fused_pass.SequenceGroup]:
     """The plan for offsets on a device: one group."""
     del rows_per_chunk
-    return [fused_pass.Group(slice(0, cu_seqlens.shape[0] - 1), slice(0, num_rows))]
+    return [fused_pass.SequenceGroup(slice(0, cu_seqlens.shape[0] - 1), slice(0, num_rows))]

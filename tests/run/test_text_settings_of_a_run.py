@@ -21,7 +21,7 @@ from paced_fast.config.presets import preset
 from paced_fast.config.resolve import resolve
 from paced_fast.errors import InputError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
-from paced_fast.run.start.build import Run
+from paced_fast.run.start.build import PreparedRun
 from paced_fast.run.start.build import build as build_run
 
 
@@ -56,7 +56,7 @@ def settings(folder: Path, model: str, **changes: Any) -> Config:
     return tiny_policy.replaced(preset("tiny"), **small | changes)
 
 
-def build(config: Config, **changes: Any) -> Run:
+def build(config: Config, **changes: Any) -> PreparedRun:
     made = build_run(resolve(dataclasses.replace(config, **changes)), tiny_run.quiet())
     made.collector.scorer.close()
     return made

@@ -68,8 +68,8 @@ def unread_offsets() -> Iterator[None]:
     """cu_seqlens are planned for as if they were on another device, which the host does not read."""
     with pytest.MonkeyPatch.context() as patch:
 
-        def one_group(cu_seqlens: Tensor, num_rows: int, _: int) -> list[fused_pass.Group]:
-            return [fused_pass.Group(slice(0, cu_seqlens.shape[0] - 1), slice(0, num_rows))]
+        def one_group(cu_seqlens: Tensor, num_rows: int, _: int) -> list[fused_pass.SequenceGroup]:
+            return [fused_pass.SequenceGroup(slice(0, cu_seqlens.shape[0] - 1), slice(0, num_rows))]
 
         patch.setattr(operators, "plan_groups", one_group)
         yield

@@ -18,10 +18,10 @@ from typing import Any, cast
 import tiny_run
 
 from paced_fast import train
-from paced_fast.run.start.build import Run
+from paced_fast.run.start.build import PreparedRun
 
 
-def _with_engine(run: Run) -> None:
+def _with_engine(run: PreparedRun) -> None:
     """Figures as an engine gives them, of whatever samples."""
     cast(Any, run.collector.generator).after_update = lambda: {"bytes": 0.0}
     figures = {"scored_mean": 1e-6, "scored_max": 1e-5, "sampled_mean": 1e-6, "sampled_max": 1e-5}
@@ -29,11 +29,11 @@ def _with_engine(run: Run) -> None:
     run.stepper.parity = cast(Any, guard)
 
 
-def _as_it_is(run: Run) -> None:
+def _as_it_is(run: PreparedRun) -> None:
     del run
 
 
-CASES: dict[str, tuple[str, dict[str, Any], Callable[[Run], None]]] = {
+CASES: dict[str, tuple[str, dict[str, Any], Callable[[PreparedRun], None]]] = {
     "paced": ("paced", {"steps": 3, "reward__shaping": ("0.1*length",)}, _as_it_is),
     "grpo": ("grpo", {"steps": 1}, _as_it_is),
     "flowrl": ("flowrl", {"steps": 1}, _as_it_is),

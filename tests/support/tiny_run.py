@@ -13,7 +13,7 @@ from rich.console import Console
 from paced_fast.config import Config
 from paced_fast.config.presets import preset
 from paced_fast.config.resolve import resolve
-from paced_fast.run.start.build import Run
+from paced_fast.run.start.build import PreparedRun
 from paced_fast.run.start.build import build as build_run
 
 REWARDS = """
@@ -88,5 +88,5 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def build(settings: Config, folder: Path) -> Run:
+def build(settings: Config, folder: Path) -> PreparedRun:
     return build_run(resolve(dataclasses.replace(settings, run_dir=str(folder))), quiet())

@@ -26,28 +26,28 @@ from .torch_rows import RowStats, row_chunks
 MIN_STREAMED_ROWS = 128
 
 
-class Group(NamedTuple):
+class SequenceGroup(NamedTuple):
     """Consecutive sequences whose rows are processed together."""
 
     sequences: slice
     rows: slice
 
 
-def plan_groups(cu_seqlens: Tensor, num_rows: int, rows_per_chunk: int) -> list[Group]:
+def plan_groups(cu_seqlens: Tensor, num_rows: int, rows_per_chunk: int) -> list[SequenceGroup]:
     """Pack whole sequences into groups of at most `rows_per_chunk` rows; a longer sequence is a group of its own.
 
     Offsets on a device are not read: all sequences then form one group.
     """
     num_sequences = cu_seqlens.shape[0] - 1
     if cu_seqlens.device.type != "cpu":
-        return [Group(slice(0, num_sequences), slice(0, num_rows))]
+        return [SequenceGroup(slice(0, num_sequences), slice(0, num_rows))]
     offsets = [int(offset) for offset in cu_seqlens]
     groups = []
     first = 0
     for last in range(1, num_sequences + 1):
         is_end = last == num_sequences
         if is_end or offsets[last + 1] - offsets[first] > rows_per_chunk:
-            groups.append(Group(slice(first, last), slice(offsets[first], offsets[last])))
+            groups.append(SequenceGroup(slice(first, last), slice(offsets[first], offsets[last])))
             first = last
     return groups
 
@@ -105,7 +105,7 @@ class FusedPass:
     def _bonus_per_row(self) -> float:
         return self.options.entropy_bonus / max(self.engine.hidden.shape[0], 1)
 
-    def run(self, groups: list[Group]) -> None:
+    def run(self, groups: list[SequenceGroup]) -> None:
         """Process every group; with no row gradient wanted only log-probs are computed."""
         rows_per_stream = streamed_rows(self.engine, self.options.wanted, self.options.is_budget_firm)
         for group in groups:
@@ -121,14 +121,14 @@ class FusedPass:
             else:
                 self._two_passes(group)
 
-    def _one_pass(self, group: Group) -> None:
+    def _one_pass(self, group: SequenceGroup) -> None:
         live = self._live_rows(group)
         chunk = self.engine.exponentials(group.rows, live)
         coefficient = self._finish(group, chunk.stats)
         bonus = self._entropy_coefficient(coefficient, live)
         self.gradients.add(self.engine, chunk, group.rows, coefficient, live, bonus)
 
-    def _two_passes(self, group: Group) -> None:
+    def _two_passes(self, group: SequenceGroup) -> None:
         stats = score_rows(self.engine, group.rows)
         coefficient = self._finish(group, stats)
         live = self._live_rows(group)
@@ -140,7 +140,7 @@ class FusedPass:
             bonus_part = None if bonus is None else bonus[local]
             self.gradients.add(self.engine, chunk, rows, coefficient[local], live_part, bonus_part)
 
-    def _stream(self, group: Group, num_rows: int) -> None:
+    def _stream(self, group: SequenceGroup, num_rows: int) -> None:
         """One long sequence: gradients of its log-prob first, times c_i when that is known."""
         live = self._live_rows(group)
         own = new_accumulators(self.engine.head, self.options.wanted)
@@ -162,7 +162,7 @@ class FusedPass:
             if total is not None and part is not None:
                 total.addcmul_(part, coefficient)
 
-    def _live_rows(self, group: Group) -> Tensor | None:
+    def _live_rows(self, group: SequenceGroup) -> Tensor | None:
         """[R] False in the rows of sequences of weight 0; None where no sequence has a weight."""
         if not self.terms.has_weights:
             return None
@@ -176,10 +176,10 @@ class FusedPass:
         bonus = torch.full_like(coefficient, -self._bonus_per_row)
         return bonus if live is None else torch.where(live, bonus, 0.0)
 
-    def _offsets(self, group: Group) -> Tensor:
+    def _offsets(self, group: SequenceGroup) -> Tensor:
         return self.cu_seqlens[group.sequences.start : group.sequences.stop + 1] - group.rows.start
 
-    def _finish(self, group: Group, stats: RowStats) -> Tensor:
+    def _finish(self, group: SequenceGroup, stats: RowStats) -> Tensor:
         """Fill the outputs of the group's sequences; return dloss / dlogprobs [R] of its rows."""
         sequences, offsets = group.sequences, self._offsets(group)
         seq_logprobs = reduce_segments(stats.logprobs, offsets, self.options.reduction)

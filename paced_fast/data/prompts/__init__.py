@@ -1,6 +1,7 @@
 """Prompts as the policy reads them: rows of data sources, templates and token ids.
 
-Text of users is never encoded into control tokens: those of every row are compared with those of its bare template.
+User text is never encoded into control tokens: the control tokens of every row are compared with those of its bare
+template.
 """
 
 from paced_fast.data.prompts.chat import ChatSettings, reads_date

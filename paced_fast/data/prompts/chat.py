@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer: what it is given beside the messages, and what it writes between them."""
+"""The chat template of a tokenizer: its arguments besides the messages, and the tokens that it writes around them."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatSettings:
-    """What a chat template is given beside the messages of a row."""
+    """Arguments of a chat template besides the messages of a row."""
 
     system_prompt: str | None = None
     """System message of chats that have none of their own."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the template by name."""
     today: datetime.date | None = None
-    """What the template takes for today, at midnight; None for what the clock says."""
+    """Date that the template sees as today, at midnight; None for the real date."""
 
     @classmethod
     def parsed(cls, *, system_prompt: str | None, template_args: Sequence[str], date: str | None) -> ChatSettings:
-        """Those of a run's settings. Raises InputError for an argument or a day that cannot be read."""
+        """Parse a run's settings. Raises InputError for an argument or a day that cannot be read."""
         today = None if date is None else parse_day(date)
         return cls(system_prompt=system_prompt, arguments=template_arguments(template_args), today=today)
 
     def template_options(self, template: str) -> dict[str, Any]:
-        """What to hand to `apply_chat_template`: the arguments, and the template with its clock stopped at `today`.
+        """Keyword arguments for `apply_chat_template`: the template's arguments, and the template with its clock fixed
+        at `today`.
 
         Its questions for the time are answered in its text, since transformers from 5.24 on hands it plain data only;
         before, one that it puts together itself is answered by a function.
@@ -65,14 +66,14 @@ def reads_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
-    """The messages, behind the system prompt where they have neither a system nor a developer message."""
+    """Prepend the system prompt to messages that have neither a system nor a developer message."""
     if system_prompt is None or any(message["role"] in ("system", "developer") for message in messages):
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def check_chat_settings(tokenizer: PreTrainedTokenizerBase, settings: ChatSettings) -> None:
-    """Refuse what the chat template has no place for.
+    """Check that the chat template uses the arguments and the system message.
 
     Raises:
         InputError: the template never reads an argument, refuses a system message, or leaves it out.
@@ -101,7 +102,7 @@ def check_chat_settings(tokenizer: PreTrainedTokenizerBase, settings: ChatSettin
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, settings: ChatSettings, where: str, *, reply: bool = True
 ) -> str:
-    """The text of a chat, open for a reply where there is to be one.
+    """Render a chat, open for a reply where there is to be one.
 
     A chat whose last message is the assistant's stays open at its end, so that the reply goes on with it.
 
@@ -127,13 +128,14 @@ class Frame:
     """Tokens that a chat template puts around messages."""
 
     turn_end: int | None
-    """What closes a message of the assistant."""
+    """Token that closes a message of the assistant."""
     tokens: frozenset[int]
-    """That, and what opens and closes a message of the user."""
+    """That token, and those that open and close a message of the user."""
 
 
 def frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """What the chat template puts around messages, of added tokens; nothing where it has none, or refuses to say.
+    """Added tokens that the chat template writes around messages; empty without a template, or when it refuses a plain
+    chat.
 
     The opening of a reply does not count: templates may begin an answer there, as with <think>.
     """
@@ -153,7 +155,7 @@ def frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
         between = between.rpartition(_SECOND)[2]
         tokens.update(added[found] for found in pattern.findall(between + after))
     except BadRow:
-        return Frame(turn_end, frozenset(tokens))  # of a template that wants more than a plain chat
+        return Frame(turn_end, frozenset(tokens))  # raised by templates that need more than a plain chat
     return Frame(turn_end, frozenset(tokens))
 
 

@@ -1,4 +1,4 @@
-"""Where completions end, and what of their tokens is text."""
+"""Stop tokens, and decoding of completions to text."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Stops:
 
     ids: tuple[int, ...]
     names: tuple[str, ...]
-    """Each by its text, or by its id where the text says too little; `find_stops` reads them back."""
+    """Tokens by text, or by id where the text is ambiguous; `find_stops` reads them back."""
     text_end: int
-    """What closes an answer to plain text."""
+    """Ids that end an answer to a plain-text prompt."""
     turn_end: int
-    """What closes an answer in a chat."""
+    """Ids that end an answer in a chat."""
 
     def __str__(self) -> str:
         """In words and in the order of the ids, such as `<|endoftext|> (0), <|im_end|> (2)`."""
@@ -133,7 +133,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
 
 
 def hidden_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], keep: Sequence[str]) -> frozenset[int]:
-    """Tokens that are no text of a completion, by the words of `Decoder`; one that is blank is text.
+    """Tokens that are not part of a completion's text, given `Decoder`'s words; blank tokens are text.
 
     A token that `keep` names by its text is text even where it ends the completion.
     """

@@ -1,4 +1,5 @@
-"""From prompts and a template to token ids. Control tokens come from templates only, never from the text of a row."""
+"""Encode prompts with a template into token ids. Control tokens come from templates only, never from the text of a
+row."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _ENCODE_CHUNK = 4096
 
 
 class Encoder:
-    """Prompts to ids. Control tokens (added tokens that are not blank) come from templates only, never from a row.
+    """Encodes prompts into ids. Control tokens (added tokens that are not blank) come from templates only, never from a
+    row.
 
     One exception: where the last message of a chat begins the reply, tags such as <think> in it are the tokens that the
     policy writes itself.
@@ -50,10 +52,10 @@ class Encoder:
         *,
         refuse: Callable[[BadRow], None],
     ) -> list[list[int] | None]:
-        """The ids of each prompt in the template; None for one that cannot be encoded, once `refuse` was told.
+        """Encode each prompt in the template; None for one that cannot be encoded, after `refuse` was called with it.
 
-        The usual path is the tokenizer's own, in bulk. A row whose control tokens are not those of its bare template
-        has text that reads like one; it is encoded again with that text as plain text.
+        The usual path is the tokenizer's own, in bulk. A row whose control tokens differ from those of its bare
+        template has text that looks like one; it is encoded again with that text as plain text.
         """
         template = "{prompt}" if template == "plain" else template
         if template == "chat" and not self.tokenizer.chat_template:
@@ -262,7 +264,8 @@ class Encoder:
         return [numbers.get(token, token) for token in ids]
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
-        """First and last character of each token of a text as plain text; its characters where nobody can tell."""
+        """First and last character of each token of a text as plain text; single characters where the tokenizer does
+        not report offsets."""
         plain = self._plain_tokenizer()
         if plain is None:
             return [(i, i + 1) for i in range(len(text))]

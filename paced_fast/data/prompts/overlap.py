@@ -1,4 +1,4 @@
-"""Prompts that are the same text, dress aside: between training and held-out rows, and among training rows."""
+"""Prompts with equal normalised text: between training and held-out rows, and among training rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Overlap:
     eval_rows: int
     """Held-out rows that have such a training row."""
     pairs: tuple[tuple[str, str], ...]
-    """What names the first few training rows, each with its held-out row."""
+    """Names of the first few such training rows, each with its held-out row."""
     slices: frozenset[str]
     """Slices of those held-out rows."""
 
@@ -60,7 +60,7 @@ def duplicates(table: PromptTable) -> tuple[tuple[int, int], ...]:
 
 
 def normalised(text: str) -> str:
-    """A text without what does not change its meaning: the parts that count, one space apart."""
+    """Normalise a text: the parts that carry meaning, one space apart."""
     plain = unicodedata.normalize("NFKC", text).translate(_DASHES).casefold()
     return " ".join(part.replace(",", "") for part in _PARTS.findall(plain))
 
@@ -69,5 +69,5 @@ def _key(row: PromptRow) -> bytes:
     prompt = row.prompt
     if not isinstance(prompt, str):
         prompt = "\n".join(m["content"] for m in prompt if m["role"] not in ("system", "developer"))
-    # A prompt of nothing but dress is compared as it is.
+    # A prompt without any such part is compared as it is.
     return hashlib.sha256((normalised(prompt) or prompt).encode()).digest()[:16]

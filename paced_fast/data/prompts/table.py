@@ -1,4 +1,4 @@
-"""The prompt table of a run: rows of all sources, encoded, within the limit of tokens."""
+"""The prompt table of a run: rows of all sources, encoded, within the token limit."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def load_table(
 
 
 def _tell(spec: str, prompts: Sequence[str | Messages], as_text: int, chat: ChatSettings | None) -> None:
-    """What a user may not expect of the prompts of a source."""
+    """Log facts about a source's prompts that a user may not expect."""
     if as_text:
         logger.warning(
             "%s: %d of %d prompts read like control tokens in places, which are encoded as text: a prompt that is "

@@ -1,4 +1,4 @@
-"""Tokenizers: made from an alphabet or loaded, and where their models say that they stop."""
+"""Tokenizers, made from an alphabet or loaded, and the stop tokens that a model's settings declare."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _READ = (".json", ".jinja", ".model", ".txt")
 
 
 def character_tokenizer(alphabet: str, *, pad: str, stop: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a character, ids in the order of `alphabet`; `pad` and `stop` are two of them.
+    """Tokenizer with one token per character, ids in the order of `alphabet`; `pad` and `stop` are two of them.
 
     Raises:
         InputError: a character occurs twice, or `pad` or `stop` is not one character of the alphabet.
@@ -74,7 +74,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def declared_stop_ids(path: str) -> tuple[int, ...]:
-    """Where the model in a folder, or of a hub id, says that it stops: in its generation settings and configuration.
+    """Stop token ids that the model in a folder, or of a hub id, declares in its generation settings and configuration.
 
     Raises:
         InputError: a file is damaged, or names something that is no token id.
@@ -122,7 +122,7 @@ def check_embedded(
 
 
 def num_embedded(model: PreTrainedModel) -> int:
-    """How many token ids a model has an embedding for."""
+    """Number of token ids that a model has an embedding for."""
     weight: Any = model.get_input_embeddings().weight
     return int(weight.shape[0])
 

@@ -1,4 +1,4 @@
-"""Benchmarks by name: where their prompts are, and what judges the answers."""
+"""Benchmarks by name: sources of their prompts, and their reward functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a chat template is given beside the messages, as settings spell it: arguments and the day that is today."""
+"""Chat-template settings: arguments besides the messages, and the date that counts as today."""
 
 from __future__ import annotations
 

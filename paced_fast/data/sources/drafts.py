@@ -21,7 +21,7 @@ from paced_fast.errors import InputError
 logger = logging.getLogger(__name__)
 
 Check = Callable[[str, Mapping[str, Any]], str | None]
-"""From a reward's name and a row's columns to what keeps the row from ever being judged."""
+"""Function of a reward's name and a row's columns; returns why the row could never be scored, or None."""
 
 _FIRST_ROWS = 100
 
@@ -86,7 +86,7 @@ def _layout(source: Source, reader: Reader, first: range) -> Layout:
         try:
             row = reader.decode(where, raw)
         except BadRow:
-            continue  # it is met again when its turn comes
+            continue  # it is read again when its turn comes
         layout, recognised = layout_of(source, row)
         if recognised:
             answer = " or ".join(layout.answers + ((f"\\boxed{{}} of {layout.boxed}",) if layout.boxed else ()))

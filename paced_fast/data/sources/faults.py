@@ -1,4 +1,4 @@
-"""Rows that cannot be used: what is wrong with them, and whether that stops the run."""
+"""Rows that cannot be used: the reason, and whether it stops the run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _SHOWN = 3
 
 
 class BadRow(InputError):
-    """One row cannot be used; the message begins with what names it."""
+    """Raised for a row that cannot be used; the message begins with its name."""
 
 
 class BadRows:
-    """What becomes of bad rows: the first one is raised (`error`), or they are left out and counted (`skip`)."""
+    """Handling of bad rows: raise the first one (`error`), or leave them out and count them (`skip`)."""
 
     def __init__(self, mode: Literal["error", "skip"] = "error", max_share: float = 0.01) -> None:
         self.mode = mode
@@ -39,7 +39,7 @@ class BadRows:
         self._found.append(bad)
 
     def settle(self, spec: str, kept: int) -> None:
-        """Says in one line how many rows of the source were left out beside `kept` good ones, and starts anew.
+        """Log in one line how many rows of the source were left out besides `kept` good ones, and reset the count.
 
         Raises:
             InputError: their share is above the limit.

@@ -31,7 +31,7 @@ _REWARDS_OF_ANSWERS = ("exact", "number", "math")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Where the parts of a row are."""
+    """Fields of a row that hold its parts."""
 
     name: str
     prompt: str
@@ -129,7 +129,7 @@ def _plain(row: Mapping[str, Any]) -> Layout:
 
 
 def boxed(text: Any) -> str | None:
-    r"""What the last \boxed{} of a text holds, None without one that closes."""
+    r"""Content of the last \boxed{} of a text; None without one that closes."""
     if not isinstance(text, str):
         return None
     starts = [match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]

@@ -1,4 +1,4 @@
-"""Rows of files and data sets as streams: what is not wanted is neither decoded nor kept."""
+"""Rows of files and data sets as streams; rows that are not selected are neither decoded nor kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Reader(Protocol):
     """The rows of one source, numbered from 0. Each call of `stream` begins at the first again."""
 
     def count(self, stop: int | None) -> int:
-        """How many rows there are; `stop` when there are as many, without reading further."""
+        """Number of rows, up to `stop`, without reading further."""
         ...
 
     def stream(self, wanted: Sequence[int], field: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -56,7 +56,7 @@ def open_source(source: Source, data_dir: str | None) -> Reader:
 
 
 class JsonLines:
-    """One JSON object a line, blank lines aside; a name that ends in .gz is decompressed on the way."""
+    """One JSON object per line, blank lines aside; a name that ends in .gz is decompressed on the way."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -99,7 +99,7 @@ class JsonLines:
         except RecursionError as error:
             raise BadRow(f"{where} is nested too deeply: drop the row") from error
         except ValueError as error:
-            raise BadRow(f"{where} is not JSON ({error}): one object a line is expected") from error
+            raise BadRow(f"{where} is not JSON ({error}): one object per line is expected") from error
         if not isinstance(row, dict):
             raise BadRow(f"{where} is a JSON {type(row).__name__}, not an object with fields")
         return row
@@ -275,7 +275,7 @@ def _ask_hub(name: str) -> None:
 
 
 class MadeRows:
-    """Rows of a procedural task, which are made at once."""
+    """Rows of a procedural task, all made at once."""
 
     def __init__(self, source: Source) -> None:
         self.name = f"{source.kind}:{source.name}"
@@ -328,12 +328,12 @@ def looked_at(source: Source, data_dir: str | None) -> str:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that no file system takes
+    except OSError:  # for example a name that is too long for the file system
         return False
 
 
 def _places(name: str, data_dir: str | None) -> list[Path]:
-    """Where a file is looked up, in this order."""
+    """Places where a file is looked up, in this order."""
     path = Path(name)
     with contextlib.suppress(RuntimeError):  # ~nobody: there is no such home
         path = path.expanduser()

@@ -1,4 +1,4 @@
-"""The language of source strings, `kind:name?key=value&key=value`; the package says what each key does."""
+"""Syntax of source strings, `kind:name?key=value&key=value`; the package's docstring explains each key."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _read(kind: str, key: str, text: str) -> Any:
 
 
 def is_template(text: str) -> bool:
-    """Whether a text says how a prompt is written."""
+    """Whether a text is a valid prompt template."""
     return text in ("chat", "plain") or "{prompt}" in text
 
 

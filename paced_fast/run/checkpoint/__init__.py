@@ -1,7 +1,7 @@
 """Checkpoints: a fresh folder, hashed and renamed into place, so that a reader finds all of one or none of it.
 
-`Saver` writes them, `newest` finds the one to go on from, `load` reads it. Nothing is pickled: reading a checkpoint
-runs no code from it. What lies where is said in `checkpoint.folder`.
+`Saver` writes them, `newest` finds the one to resume from, `load` reads it. Nothing is pickled: reading a checkpoint
+runs no code from it. `checkpoint.folder` describes the files.
 """
 
 from paced_fast.policy.optimizer import load_optimizer_tensors, optimizer_tensors

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: what its manifest promises, whether that is so, and which folders stay.
+"""The folder of a checkpoint: its manifest, validation against it, and removal of old checkpoints.
 
     checkpoints/step_000100/
         policy/             a plain Hugging Face folder
@@ -37,12 +37,12 @@ _ALWAYS = frozenset({"state.safetensors", "state.json"})
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """Path of the checkpoint of `step`."""
     return root / f"step_{step:06d}"
 
 
 def folders(root: Path) -> list[Path]:
-    """Oldest first; they may be damaged."""
+    """Checkpoint folders, oldest first; some may be damaged."""
     found = ((_NAME.fullmatch(path.name), path) for path in root.glob("step_*") if path.is_dir())
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
@@ -53,13 +53,13 @@ def newest(root: Path, world: World = ALONE) -> Path | None:
     The log names the damaged ones passed over. Every rank calls this; they share the reading. Raises InputError, on
     every rank, when any is of another format: it is whole, and to go on from an older one would cost it.
     """
-    names = world.gather_text("\n".join(path.name for path in folders(root)) if world.is_lead else "")[0]
-    world.agree(_of_another_version(folders(root)) if world.is_lead else None)
+    names = world.gather_text("\n".join(path.name for path in folders(root)) if world.is_rank0 else "")[0]
+    world.agree(_of_another_version(folders(root)) if world.is_rank0 else None)
     for name in reversed(names.split("\n") if names else []):
         problem = verify(root / name, world)
         if problem is None:
             return root / name
-        if world.is_lead:
+        if world.is_rank0:
             logger.warning("checkpoint %s is damaged (%s): trying the one before", root / name, problem)
     return None
 
@@ -83,7 +83,7 @@ def _format_of(folder: Path) -> int | None:
 
 
 def verify(folder: Path, world: World = ALONE) -> str | None:
-    """What is wrong with the checkpoint, or None; the same on every rank, which all call this and share the reading."""
+    """Problem with the checkpoint, or None. Every rank calls this and reads a part; the result is the same on all."""
     problem, files = _read_manifest(folder)
     if problem is None:
         largest_first = sorted(files, key=lambda name: (-files[name]["bytes"], name))
@@ -117,7 +117,7 @@ def policy_folder(run_dir: Path, step: int | None) -> Path:
 
 
 def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Any]]:
-    """What is wrong with the manifest or the set of files, and what it says of each file."""
+    """Problem with the manifest or the set of files, and the manifest's entry for each file."""
     try:
         if (folder / "manifest.json").is_symlink():
             return "manifest.json is no plain file", {}
@@ -163,7 +163,7 @@ def _other_format(manifest: Any) -> int | None:
 
 
 def _names(folder: Path) -> list[str]:
-    """Everything below `folder` that is no folder, a link too."""
+    """Everything below `folder` except folders; links included."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return [path.relative_to(folder).as_posix() for path in paths]
 
@@ -181,13 +181,13 @@ def _difference(folder: Path, name: str, expected: Mapping[str, Any]) -> str | N
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
+    """Manifest entry of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _manifest_text(manifest: Mapping[str, Any]) -> str:
-    """The manifest with the hash of itself, so that no change of it goes unseen."""
+    """Manifest with a hash of itself, so that any change of it is detected."""
     own = hashlib.sha256(_body(manifest)).hexdigest()
     return json.dumps({**manifest, "sha256": own}, sort_keys=True, indent=1)
 
@@ -198,7 +198,7 @@ def _body(manifest: Mapping[str, Any]) -> bytes:
 
 
 def fresh(root: Path, step: int) -> Path:
-    """A new folder to write the checkpoint of `step` into; what dead saves left behind is removed, or passed over."""
+    """Make a folder to write the checkpoint of `step` into; leftovers of failed saves are removed, or ignored."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in (*root.glob(".step_*.partial"), *root.glob(".step_*.removed")):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -211,9 +211,9 @@ def fresh(root: Path, step: int) -> Path:
 
 
 def commit(partial: Path, step: int, files: Mapping[str, Any]) -> Path:
-    """Give the folder its manifest and, once all of it is on the disk, its name; the files are there already.
+    """Write the manifest and, once everything is on disk, rename the folder; the other files are there already.
 
-    Raises InputError when the lead does not see what another rank wrote.
+    Raises InputError when rank 0 does not see files that another rank wrote.
     """
     root = partial.parent
     present = set(_names(partial))
@@ -265,7 +265,7 @@ def _aside(folder: Path) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
+    """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

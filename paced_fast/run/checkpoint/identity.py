@@ -1,4 +1,4 @@
-"""What a run is made of besides its settings, by hash: a resumed run must be made of the same."""
+"""Identity of a run besides its settings: hashes of data and tokenizer, which a resumed run must match."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def identity(table: PromptTable, eval_table: PromptTable, tokenizer: PreTrainedT
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers of a run may hang on."""
+    """Versions of the libraries that a run's numbers may depend on."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:

@@ -1,4 +1,4 @@
-"""Loading what `Saver` wrote, on as many ranks as there are now."""
+"""Load what `Saver` wrote, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def load(
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
     """Fill the tensors `spread` in place; return the other tensors, the state, and this rank's ambient generators.
 
-    The last is None where the checkpoint was written by fewer ranks. Nothing is hashed here: `newest` has. Raises
-    InputError, on every rank, for a folder that cannot be read as what it should be.
+    The last is None where the checkpoint was written by fewer ranks. Hashes are not checked here; `newest` has checked
+    them. Raises InputError, on every rank, for a folder that is not a readable checkpoint.
     """
     error: InputError | None = None
     found: tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None] = {}, {}, None

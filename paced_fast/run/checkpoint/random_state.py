@@ -11,7 +11,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The ambient generators of python, numpy and torch, that of this process's GPU too once it is in use."""
+    """State of the ambient generators of python, numpy and torch, including this process's GPU once it is in use."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     state = {
@@ -25,14 +25,14 @@ def random_state() -> dict[str, Any]:
 
 
 def seed_random_state(seed: int) -> None:
-    """Start the ambient generators of a new run."""
+    """Seed the ambient generators of a new run."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Continue from `random_state()`."""
+    """Restore `random_state()`."""
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))

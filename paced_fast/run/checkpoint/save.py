@@ -1,8 +1,8 @@
-"""Saving: what is to be kept is copied in the step and written beside the steps that follow.
+"""Saving: tensors are copied within the step, and written in the background of the following steps.
 
-Every rank writes, flushes and hashes its own files in one fresh folder; when all have, the lead writes the manifest and
-gives the folder its name. So a reader finds all of a checkpoint or none of it, and a save that fails on one rank is one
-that fails on all. The ranks talk in a group of their own, because training talks in its group at the same time.
+Every rank writes, flushes and hashes its own files in one fresh folder; then rank 0 writes the manifest and renames the
+folder. So a reader finds all of a checkpoint or none of it, and a save that fails on one rank fails on all. The ranks
+use a separate process group, because training communicates at the same time.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from paced_fast.run.checkpoint.tensors import HostMemory, HostPart, full_copies,
 logger = logging.getLogger(__name__)
 
 SPREAD = ("policy.", "optimizer.")
-"""How the names of tensors begin that may be spread over ranks; the others are the same on every rank."""
+"""Prefixes of the names of tensors that may be spread over ranks; the others are the same on every rank."""
 
 WritePolicy = Callable[[Path, dict[str, Tensor]], None]
-"""Makes a Hugging Face folder of whole tensors; called on the lead, beside training."""
+"""Writes whole tensors to a Hugging Face folder; called on rank 0, concurrently with training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class _Job:
 
     @property
     def bytes(self) -> int:
-        """About what it takes on the disk."""
+        """Approximate size on disk."""
         copies = {copy.data_ptr(): copy for copy in (*self.control.values(), *self.policy.values())}
         return self.part.bytes + sum(copy.nbytes for copy in copies.values()) + len(self.state) + len(self.random)
 
@@ -59,7 +59,7 @@ class Saver:
     def __init__(
         self, root: Path, *, keep: int, write_policy: WritePolicy, background: bool, world: World = ALONE
     ) -> None:
-        """Checkpoints go to `root`, the `keep` newest stay; in the background or before `save` returns.
+        """Write checkpoints to `root`, in the background or before `save` returns, and keep the `keep` newest.
 
         With several ranks all make their saver at the same place, and call each of its methods alike.
         """
@@ -69,7 +69,7 @@ class Saver:
         self._written: list[int] = []  # steps whose checkpoints are known to be whole
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self._pending: Future[str | None] | None = None
-        self._stopped: BaseException | None = None  # what asked this rank to end while it wrote
+        self._stopped: BaseException | None = None  # the exception that asked this rank to end while it wrote
 
     def save(
         self,
@@ -82,19 +82,19 @@ class Saver:
     ) -> None:
         """Save `tensors` by name, the policy `model` by the names of its state dict, and `state`, plain values.
 
-        Waits for the save before. A disk that cannot take this one costs the save, and the log says so; the `last` one
-        of a run is written when this returns, or raises TrainingError.
+        Waits for the save before. If the disk cannot take it, this checkpoint is skipped with a warning and training
+        continues. The `last` one of a run is on disk when this returns; raises TrainingError if it cannot be written.
         """
         self.wait()
         if step in self._written:
-            return  # all of it follows from the step
+            return  # all of it depends on the step only
         spread = {name: tensor for name, tensor in tensors.items() if name.startswith(SPREAD)}
         alike = {name: tensor for name, tensor in tensors.items() if name not in spread}
-        lead = self._world.is_lead
+        is_rank0 = self._world.is_rank0
         job = _Job(
             step=step,
             part=HostPart(spread, self._world, self._memory),
-            control={name: self._memory.copy(name, tensor) for name, tensor in alike.items()} if lead else {},
+            control={name: self._memory.copy(name, tensor) for name, tensor in alike.items()} if is_rank0 else {},
             policy=full_copies(model, self._train_world, self._memory),
             state=json.dumps(state, indent=1),
             random=json.dumps(random_state()),
@@ -108,27 +108,27 @@ class Saver:
             raise _of_all(TrainingError(f"the last checkpoint was not written: {failure}"))
 
     def wait(self) -> str | None:
-        """Until nothing is being written any more; why the save in the background failed, if it did.
+        """Wait for the save in the background; returns why it failed, or None.
 
-        Raises what went wrong with it unless that was the disk.
+        Raises its error unless that was one of the disk.
         """
         pending, self._pending = self._pending, None
         return None if pending is None else pending.result()
 
     def close(self) -> None:
-        """Finish what is being written, whatever came of it: a run that ends by an error keeps its last checkpoint."""
+        """Finish writing, whether it succeeds or not: a run that ends with an error keeps its last checkpoint."""
         if self._thread is not None:
             self._thread.shutdown()
         if self._pending is not None and (error := self._pending.exception()) is not None:
             logger.warning("the last checkpoint was not written: %s", error)
 
     def _write(self, job: _Job) -> str | None:
-        """Write the checkpoint together with the other ranks; why that failed, if it did, the same on all."""
-        lead = self._world.is_lead
+        """Write the checkpoint together with the other ranks; returns why that failed, or None, the same on all."""
+        is_rank0 = self._world.is_rank0
         partial: Path | None = None
         done = False
         try:
-            answers = self._exchange(self._tried(lambda: str(fresh(self._root, job.step)), job) if lead else {})
+            answers = self._exchange(self._tried(lambda: str(fresh(self._root, job.step)), job) if is_rank0 else {})
             failure = self._failure(answers)
             if failure is None:
                 partial = folder = Path(answers[0]["done"])
@@ -136,17 +136,17 @@ class Saver:
                 failure = self._failure(answers)
             if partial is not None and failure is None:
                 folder, files = partial, {k: v for answer in answers for k, v in answer["done"].items()}
-                own = self._tried(lambda: str(commit(folder, job.step, files)), job) if lead else {}
+                own = self._tried(lambda: str(commit(folder, job.step, files)), job) if is_rank0 else {}
                 failure = self._failure(self._exchange(own))
             done = failure is None
         finally:
-            if lead and partial is not None and not done:
+            if is_rank0 and partial is not None and not done:
                 shutil.rmtree(partial, ignore_errors=True)
         if failure is None:
             self._written.append(job.step)
-        if lead and failure is None:
+        if is_rank0 and failure is None:
             self._keep_newest(job.step)
-        elif lead:
+        elif is_rank0:
             left = folders(self._root)
             logger.warning(
                 "checkpoint of step %d was not written (%s): training goes on, %s",
@@ -157,14 +157,14 @@ class Saver:
         return failure
 
     def _write_own(self, job: _Job, folder: Path) -> dict[str, Any]:
-        """Write this rank's files and wait until the disk has them; what the manifest says of each."""
+        """Write this rank's files and flush them; returns their manifest entries."""
         self._memory.wait()
         rank = self._world.rank
         job.part.write(folder / "tensors")
         random = folder / "random" / f"rank_{rank:05d}.json"
         random.write_text(job.random)
         own = [random, *rank_files(folder / "tensors", rank)]
-        if self._world.is_lead:
+        if self._world.is_rank0:
             (folder / "state.safetensors").write_bytes(to_bytes(job.control))
             (folder / "state.json").write_text(job.state)
             self._write_policy(folder / "policy", dict(job.policy))
@@ -182,7 +182,7 @@ class Saver:
             logger.warning("an old checkpoint could not be removed: %s", error)
 
     def _tried(self, act: Callable[[], Any], job: _Job) -> dict[str, Any]:
-        """What `act` returned, or what the disk had against it; other errors are every rank's to raise."""
+        """Result of `act`, or the disk's error; any other error is raised on every rank."""
         try:
             return {"done": act()}
         except (OSError, SafetensorError) as error:
@@ -209,7 +209,7 @@ class Saver:
         return [json.loads(text) for text in self._world.gather_text(json.dumps(own))]
 
     def _failure(self, answers: list[dict[str, Any]]) -> str | None:
-        """What the disk had against it on some rank. Raises any other error on all, and what ends this rank on it."""
+        """Disk error of any rank, or None. Raises any other error on all ranks, and one that ends this rank on it."""
         stopped, self._stopped = self._stopped, None
         if stopped is not None:
             raise stopped

@@ -1,4 +1,4 @@
-"""The tensors of a run: everything that a resumed one needs beside the policy's weights and its counters."""
+"""State tensors of a run: everything besides the policy's weights and the counters."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from paced_fast.run.checkpoint.tensors import below, prefixed
 
 
 class Remembers(Protocol):
-    """What has a state of tensors."""
+    """Object with a state of tensors."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state."""
+        """Return the state."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from it."""
+        """Restore the state."""
         ...
 
 
 def state_tensors(trainer: Trainer, guards: Remembers) -> dict[str, Tensor]:
-    """Every tensor a resumed run needs."""
+    """All state tensors of a run."""
     tensors = spread_tensors(trainer) | prefixed("scheduler", trainer.scheduler.state_dict())
     tensors |= prefixed("guards", guards.state_dict())
     if trainer.log_z is not None:
@@ -37,12 +37,12 @@ def state_tensors(trainer: Trainer, guards: Remembers) -> dict[str, Tensor]:
 
 
 def spread_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """Those that may be spread over ranks; filled in place when a run is resumed."""
+    """State tensors that may be spread over ranks; filled in place when a run is resumed."""
     return trainer.optimizer.named_state()
 
 
 def load_state_tensors(trainer: Trainer, guards: Remembers, tensors: dict[str, Tensor]) -> None:
-    """Continue from `state_tensors()`, those of `spread_tensors` being filled already."""
+    """Restore `state_tensors()`, after those of `spread_tensors` were filled in place."""
     trainer.optimizer.publish()
     trainer.scheduler.load_state_dict(below("scheduler", tensors))
     guards.load_state_dict(below("guards", tensors))

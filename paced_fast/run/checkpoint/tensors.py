@@ -1,8 +1,8 @@
 """Tensors spread over ranks, in safetensors files that every rank writes and reads its own part of.
 
 Planning and files are those of torch.distributed.checkpoint in its Hugging Face format. Its own `save` and `load`
-exchange plans between ranks; nothing has to be exchanged here, because what a rank writes follows from the names, sizes
-and placements that all ranks know: its shard of a DTensor, and its turn of the tensors that all ranks hold whole.
+exchange plans between ranks. No exchange is needed here, because names, sizes and placements are known on all ranks and
+determine which rank writes what: its shard of a DTensor, and its share of the tensors that all ranks hold whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HostMemory:
     """Copies of tensors on the host; those of CUDA tensors go to pinned memory that later copies use again."""
 
     def __init__(self) -> None:
-        """Nothing is held yet."""
+        """Start without any copy."""
         self._pinned: dict[str, Tensor] = {}
         self._copied: torch.cuda.Event | None = None
 
@@ -50,13 +50,13 @@ class HostMemory:
         return target
 
     def wait(self) -> None:
-        """Until the copies asked for are there; the training stream does not wait."""
+        """Wait for the copies; the training stream does not wait."""
         if self._copied is not None:
             self._copied.synchronize()
 
 
 class HostPart(DefaultSavePlanner):
-    """What one rank writes of a flat dict of tensors, copied: training may change them while it is written."""
+    """One rank's part of a flat dict of tensors, copied so that training may change the originals meanwhile."""
 
     def __init__(self, tensors: Mapping[str, Tensor], world: World, memory: HostMemory) -> None:
         """Copy this rank's part of `tensors`; every rank names the same tensors."""
@@ -86,7 +86,7 @@ class HostPart(DefaultSavePlanner):
         return first and 0 not in item.tensor_data.chunk.sizes  # fewer rows than ranks leave some without any
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The copy."""
+        """Return the copy."""
         return self._host[write_item.index]
 
     def write(self, folder: Path) -> None:
@@ -169,7 +169,8 @@ def _check_same(folder: Path, saved: Mapping[str, torch.Size], into: Mapping[str
 
 
 def full_copies(tensors: Mapping[str, Tensor], world: World, memory: HostMemory) -> dict[str, Tensor]:
-    """Whole tensors on the host of the lead, one for those that are the same; every rank takes part, one at a time.
+    """Gather whole tensors on the host of rank 0, one tensor at a time; every rank takes part, and tied tensors are
+    gathered once.
 
     The other ranks get an empty dict.
     """
@@ -177,7 +178,7 @@ def full_copies(tensors: Mapping[str, Tensor], world: World, memory: HostMemory)
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world.is_lead:
+        if world.is_rank0:
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             key = (local.data_ptr(), tensor.shape)
             if key not in copies:
@@ -187,10 +188,10 @@ def full_copies(tensors: Mapping[str, Tensor], world: World, memory: HostMemory)
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors with `prefix.` before every name."""
+    """Add `prefix.` to every name."""
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
 def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose name begins with `prefix.`, without it."""
+    """Select the tensors whose name begins with `prefix.`, and remove it."""
     return {name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")}

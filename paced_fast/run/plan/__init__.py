@@ -1,1 +1,1 @@
-"""What a run will need and reach: memory, rooflines, devices."""
+"""Plans of a run: memory, time (rooflines), devices."""

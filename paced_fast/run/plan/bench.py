@@ -1,9 +1,9 @@
-"""Training steps timed on random rollouts: the trainer's own step, fed with groups that nobody sampled or judged.
+"""Time training steps on random rollouts: the trainer's own step, without sampling and scoring.
 
 A model of the configured sizes with random weights is trained on random tokens, so that neither weights nor data are
-needed. What is reported is the step without generation and rewards.
+needed. The figures are those of a step without generation and rewards.
 
-P = prompts a step, G = completions a prompt, N = prompts in the table.
+P = prompts per step, G = completions per prompt, N = prompts in the table.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from paced_fast.run.record.phases import Phases, clock_of, probe
 from paced_fast.run.step import Stepper
 
 _TABLE_FACTOR = 4
-"""The table holds so many times the prompts of a step."""
+"""Size of the table, in multiples of the prompts per step."""
 
 
 class RandomRollouts:
-    """Groups of random tokens with rewards of 0 or 1, a function of seed and step alone."""
+    """Source of groups of random tokens with rewards of 0 or 1, which depend on seed and step only."""
 
     def __init__(self, config: Config, table: PromptTable, vocab_size: int, *, lengths: str) -> None:
         """`lengths` is `full`, every completion at the limit, or `even`, drawn evenly from 1 to the limit."""
         self._config, self._table, self._vocab_size, self._lengths = config, table, vocab_size, lengths
 
     def groups(self, step: int, round_: int = 0) -> list[Group]:
-        """P groups of G completions; other rounds have others."""
+        """Make P groups of G completions, different ones per step and round."""
         settings = self._config.generation
         source = torch.Generator().manual_seed(stream_seed(self._config.seed, step, f"bench/{round_}"))
         drawn = torch.randperm(len(self._table), generator=source)[: settings.prompts_per_step].tolist()
@@ -67,7 +67,7 @@ class RandomRollouts:
 
 @dataclass(frozen=True, slots=True)
 class _Totals:
-    """What a step's rollouts ask of the model, padding and repeated prompts left out."""
+    """Work of a step's rollouts, without padding and repeated prompts."""
 
     row_tokens: int
     completion_tokens: int
@@ -151,7 +151,8 @@ def _totals(table: PromptTable, groups: list[Group]) -> _Totals:
 
 
 def _model_flops(shape: ModelShape, config: Config, work: _Totals) -> float:
-    """One forward pass for the old log-probs and, an epoch, one forward and backward pass; nothing counted twice."""
+    """Operations of one forward pass for the old log-probs and, per epoch, one forward and backward pass, without
+    recomputation."""
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_size * work.pairs
     matmul = 2 * (shape.body_parameters * work.row_tokens + shape.head_parameters * work.completion_tokens)
     references = 2 if config.algorithm == "flowrl" else 1
@@ -221,7 +222,7 @@ def _device_name(config: Config) -> str:
 
 
 def tables(result: dict[str, Any]) -> list[Any]:
-    """What was measured, to print: figures of the step, and seconds and memory by phase."""
+    """Tables of the result: figures of the step, and seconds and memory by phase."""
     estimated, peaks = result["estimated_seconds"], result["peak_bytes"]
     rows = {}
     for name, seconds in sorted(result["seconds"].items(), key=lambda item: -item[1]):
@@ -232,7 +233,7 @@ def tables(result: dict[str, Any]) -> list[Any]:
             parts.append(f"estimated {estimated[name]:.3g} s, {seconds / estimated[name]:.2f} times that")
         rows[name] = ", ".join(parts)
     peak = result["peak_flops_per_second"]
-    mfu = "unknown for this GPU" if peak is None else f"{result['mfu']:.1%} of {peak / 1e12:.3g} TFLOP/s a rank"
+    mfu = "unknown for this GPU" if peak is None else f"{result['mfu']:.1%} of {peak / 1e12:.3g} TFLOP/s per rank"
     figures = {
         "model": f"{result['model']}, {result['parameters']:,} parameters in {result['dtype']}, random weights",
         "device": f"{result['device']}, {result['ranks']} rank{'s' * (result['ranks'] > 1)}, {result['mode']}",

@@ -1,4 +1,4 @@
-"""What chips can do: peaks from their data sheets, measured ones of a CPU, and which of them this machine has."""
+"""Peak rates of chips, from data sheets or measured on a CPU, and detection of this machine's chip."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _EXACT_ERROR = 1e-5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """Peaks of one chip: floating-point operations and bytes a second, dense."""
+    """Peaks of one chip: dense floating-point operations and bytes per second."""
 
     name: str
     bfloat16_flops: float
     float32_flops: float
-    """Of float32 operands: TF32 on a GPU, where `model.matmul_precision` allows it."""
+    """Operations per second on float32 operands: TF32 on a GPU, if `model.matmul_precision` allows it."""
     memory_bytes: int
     memory_bandwidth: float
     link_bandwidth: float
@@ -120,7 +120,8 @@ def device_here(kind: str, dtype: str) -> Device | None:
 
 
 def measured_cpu(dtype: str) -> Device:
-    """This CPU by a product of two matrices of `dtype` and a copy, with torch's present threads and precision."""
+    """Measure this CPU by a product of two matrices of `dtype` and a copy, with torch's current threads and
+    precision."""
     square = torch.ones(_MATMUL_SIZE, _MATMUL_SIZE, dtype=getattr(torch, dtype))
     peak = 2 * _MATMUL_SIZE**3 / _fastest(lambda: square @ square)
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8)
@@ -155,7 +156,7 @@ def require_float32_products() -> None:
 
 
 def _fastest(work: Callable[[], object], repeats: int = 3) -> float:
-    """Least seconds of a few runs, after one that warms caches."""
+    """Minimum seconds of a few runs, after a warm-up run."""
     work()
     seconds = []
     for _ in range(repeats):

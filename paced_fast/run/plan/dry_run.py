@@ -1,4 +1,4 @@
-"""What a run would be, printed without weights, data or an engine: settings, memory of a rank, time of a step."""
+"""Dry run: settings, memory per rank and time per step, without weights, data or an engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RANKS_PER_NODE = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a dry run found; `notes` says what it took for granted."""
+    """Result of a dry run; `notes` lists its assumptions."""
 
     config: Config
     shape: ModelShape
@@ -43,7 +43,7 @@ class Plan:
     parts: dict[str, int]
     """Bytes that one rank holds, by purpose."""
     seconds: dict[str, float]
-    """A step's time by phase."""
+    """Seconds per step by phase."""
     notes: list[str]
 
 
@@ -145,7 +145,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def _assume_generator(config: Config, device: str | None, notes: list[str]) -> Config:
-    """The resolved settings; of a GPU that is not here vLLM is expected, though it is not installed here."""
+    """Resolve the settings; for a GPU of another machine vLLM is assumed to be installed there."""
     elsewhere = config.model.device == "cuda" and (device is not None or not torch.cuda.is_available())
     if config.generator == "auto" and elsewhere:
         notes.append("vllm is installed where the run will be (--generator transformers plans without it)")

@@ -1,4 +1,4 @@
-"""What a run will hold in memory, reckoned from sizes before anything is loaded, and what it holds while it trains."""
+"""Memory plan of a run, computed from sizes before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from paced_kernels import default_workspace_bytes
 ENGINE_BLOCK = 32
 """Tokens in a block of the engine's key-value cache, at most."""
 CHECK_TOKENS = 256
-"""A check of both sides scores sequences of up to so many tokens: several blocks, or it would miss a stale cache."""
+"""Tokens of the sequences in a parity check: several blocks, because a shorter one would miss a stale cache."""
 _SHARE_OF_GPU = 0.85
-"""What weights, moments and keys and values may take together while an engine samples; the rest is for its activations
+"""Share of memory for weights, moments and the key-value cache while an engine samples; the rest is for its activations
 and graphs."""
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 _GRADIENTS = "gradients"
@@ -38,7 +38,7 @@ Mode = Literal["replicated", "sharded"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Over which ranks a run is spread, and what one of them has."""
+    """Ranks that a run is spread over, and the memory of one of them."""
 
     ranks: int = 1
     nodes: int = 1
@@ -142,10 +142,10 @@ def _engine_weights(shape: ModelShape, config: Config, layout: Layout) -> dict[s
 
 
 def at_a_time(parts: dict[str, int]) -> dict[str, int]:
-    """The parts of a plan that are held together when most is held.
+    """Parts of a plan that are held together at the peak.
 
-    Keys and values are let go while the policy trains, and an engine's weights where it sleeps; what passes of the
-    policy take is there only then. A copy of the weights that sharing may save is left out.
+    The key-value cache is freed while the policy trains, and so are an engine's weights if it sleeps; activations of
+    the policy exist only then. A copy of the weights that sharing may save is left out.
     """
     training, sampling = ({name: parts[name] for name in part if name in parts} for part in _TAKE_TURNS)
     smaller = min(training, sampling, key=lambda part: sum(part.values()))
@@ -158,7 +158,7 @@ def shares_prompts(config: Config) -> bool:
 
 
 def needs_mask(config: Config) -> bool:
-    """Whether attention is given numbers for pairs of positions; the kernels for packed rows are not."""
+    """Whether attention uses a mask of all pairs of positions; the kernels for packed rows do not."""
     return shares_prompts(config) or config.model.attention == "packed-sdpa"
 
 

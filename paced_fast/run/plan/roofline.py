@@ -1,8 +1,8 @@
-"""How long a step should take: operations and bytes against what a chip can do, phase by phase.
+"""Roofline estimate of the time per step: operations and bytes of each phase against a chip's peaks.
 
-N = parameters that every token is multiplied with, V = vocabulary, H = hidden size. A forward pass takes 2 N a token,
-2 V H where the output layer is read, and 4 H_q of attention a layer for each position a token looks at (H_q = heads *
-head size); a backward pass twice that, and a forward pass more where activations are computed again.
+N = parameters that every token is multiplied with, V = vocabulary, H = hidden size. A forward pass takes 2 N operations
+per token, 2 V H where the output layer is used, and 4 H_q of attention per layer for each position that a token attends
+to (H_q = heads * head size); a backward pass takes twice that, plus a forward pass where activations are recomputed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from paced_fast.run.plan.devices import Device
 from paced_fast.run.plan.memory import Layout, kv_cache_bytes, row_tokens, shares_prompts
 
 MATMUL_SHARE = 0.5
-"""Of the peak, what products of whole micro-batches reach."""
+"""Share of the peak that matrix products of whole micro-batches reach."""
 BANDWIDTH_SHARE = 0.7
-"""Of the memory's bandwidth, what decoding and the optimiser reach; of a link's, what collectives do."""
+"""Share of the memory bandwidth that decoding and the optimiser reach, and of a link's that collectives reach."""
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
@@ -26,10 +26,10 @@ class Work:
     """Tokens that a step's passes see, over all ranks."""
 
     row_tokens: int
-    """Prompts once a row, completions, padding left out."""
+    """Tokens of prompts, once per row, and of completions, without padding."""
     completion_tokens: int
     seen: float
-    """Positions a token looks at, on average over the row tokens."""
+    """Positions that a token attends to, averaged over the row tokens."""
 
 
 def step_work(config: Config) -> Work:
@@ -86,7 +86,7 @@ def estimate(shape: ModelShape, config: Config, layout: Layout, device: Device) 
 
 
 def generation_seconds(shape: ModelShape, config: Config, layout: Layout, device: Device) -> float:
-    """Prompts read once a group, then one pass a token for as many sequences as are decoded at once.
+    """Seconds to read each prompt once per group, then one pass per token for the sequences that are decoded at once.
 
     A pass reads all weights, and the keys and values of every sequence up to half its length on average; it takes as
     long as the slower of bytes and operations. What does not fit the key-value cache waits.
@@ -109,7 +109,7 @@ def generation_seconds(shape: ModelShape, config: Config, layout: Layout, device
 
 
 def _optimizer_seconds(shape: ModelShape, config: Config, layout: Layout, device: Device) -> float:
-    """Weights, gradient, masters and two moments are read, and all but the gradient written."""
+    """Seconds to read weights, gradient, masters and two moments, and to write all but the gradient."""
     parts = layout.ranks if layout.mode == "replicated" else layout.shards
     moved = 7 * 4 * shape.trainable / parts
     steps = config.optimizer.minibatches * config.optimizer.epochs
@@ -117,7 +117,8 @@ def _optimizer_seconds(shape: ModelShape, config: Config, layout: Layout, device
 
 
 def _exchange_seconds(shape: ModelShape, config: Config, layout: Layout, device: Device) -> float:
-    """Gradients are reduced once an optimiser step and parameters gathered; sharded, gathered in every pass as well."""
+    """Seconds to reduce gradients and gather parameters once per optimiser step; sharded, also to gather in every
+    pass."""
     if layout.ranks == 1:
         return 0.0
     link = device.network_bandwidth if layout.nodes > 1 else device.link_bandwidth

@@ -1,4 +1,4 @@
-"""JSON files that are whole or not there."""
+"""Atomic writing of JSON files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_json_atomic(path: str | Path, obj: object) -> None:
-    """Replaces the file at `path` by `obj` as indented JSON; a reader sees the old file or the new one, never a part.
+    """Replace the file at `path` with `obj` as indented JSON; a reader sees the old file or the new one, never a part.
 
     Non-finite floats become null. Raises TypeError on what JSON cannot hold.
     """
@@ -18,7 +18,7 @@ def write_json_atomic(path: str | Path, obj: object) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Puts `text` at `path` at once: a reader sees the file of before or the whole new one."""
+    """Replace the file at `path` with `text`; a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,7 +32,7 @@ def replace(path: Path, text: str) -> None:
 
 
 def plain(obj: object) -> object:
-    """The same thing in JSON's own types; arrays and tensors become lists, non-finite floats null."""
+    """Convert to JSON's types; arrays and tensors become lists, non-finite floats null."""
     if obj is None or isinstance(obj, bool | int | str):
         return obj
     if isinstance(obj, float):

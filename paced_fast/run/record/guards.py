@@ -1,7 +1,7 @@
-"""Guards on a step's figures: named warnings when a number says that training is going wrong.
+"""Guards on a step's figures: named warnings when a figure indicates that training is going wrong.
 
-They read the step's record and nothing else, so they ask no device for anything, and every rank, which has the same
-record, comes to the same verdict without a word.
+They read only the step's record, so they never wait for a device, and every rank reaches the same verdict from the same
+record without communication.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 _HEAD_STEPS = 20
 _HEAD_STEPS_NEEDED = 5
-_HEAD_LOSS_FLOOR = 1.0  # rewards lie in [0, 1], so no honest squared error is larger
+_HEAD_LOSS_FLOOR = 1.0  # rewards lie in [0, 1], so a squared error above 1 is not a prediction error
 _STUCK_FACTOR = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A warning that holds: its name, the figure and its bound in words, and what to do."""
+    """A warning that holds: its name, the figure and its bound in words, and the remedy."""
 
     name: str
     text: str
@@ -39,14 +39,14 @@ class Finding:
 
 
 class Guards:
-    """The warnings of a run. `check` is given every step's record, in order; what it remembers is in checkpoints.
+    """Warnings of a run. `check` is called with every step's record, in order; its memory is part of checkpoints.
 
-    A warning is logged when it begins to hold and every `repeat_every` steps while it does. Raising is left to `stop`,
-    so that the step that stopped the run is on record.
+    A warning is logged when it begins to hold and every `repeat_every` steps while it does. `stop` raises, so that the
+    step that stops the run is recorded first.
     """
 
     def __init__(self, config: GuardConfig, *, speaks: bool = True) -> None:
-        """`speaks`: whether this rank logs; all decide alike."""
+        """`speaks`: whether this rank logs; all ranks reach the same verdicts."""
         self.config, self.speaks = config, speaks
         self.rewards: deque[float] = deque(maxlen=config.patience)
         self.head_losses: deque[float] = deque(maxlen=_HEAD_STEPS)
@@ -55,11 +55,12 @@ class Guards:
         self.gap_steps = self.stuck_steps = 0
         """Steps in a row, up to the last, in which the value was off or stuck."""
         self.said: dict[str, int] = {}
-        """Warnings that held in the last step, and when each was said last."""
+        """Warnings that held in the last step, and the step in which each was logged last."""
         self._fatal: Finding | None = None
 
     def check(self, record: StepRecord) -> list[str]:
-        """Names of the warnings that hold in this step; those that begin to, or have held long, go to the log."""
+        """Names of the warnings that hold in this step; logs those that are new, or were logged `repeat_every` steps
+        ago."""
         step = record.step
         found = [finding for finding in self._findings(record) if finding is not None]
         said: dict[str, int] = {}
@@ -81,7 +82,7 @@ class Guards:
             raise TrainingError(f"step {step}, {finding.name}: {finding.text}: {finding.remedy} (--guard.stop-on)")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs to warn as the whole run would have."""
+        """State, so that a resumed run gives the same warnings."""
         said = [(float(_NAMES.index(name)), float(step)) for name, step in self.said.items()]
         scalars = [self.best_reward, float(self.gap_steps), float(self.stuck_steps)]
         return {
@@ -92,7 +93,7 @@ class Guards:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state_dict()`; an empty one, of a checkpoint older than the guards, starts them anew."""
+        """Restore `state_dict()`; an empty one, from a checkpoint without guards, keeps the initial state."""
         if not state:
             return
         self.rewards = deque(state["rewards"].tolist(), maxlen=self.config.patience)
@@ -108,7 +109,8 @@ class Guards:
             yield check(record)
 
     def _update(self, record: StepRecord) -> Iterator[Finding | None]:
-        """How far the policy moved; after a loss that is no number that is said, and the rest follows from it."""
+        """Findings on the size of the update; if loss or gradient is not finite, that alone, because the others follow
+        from it."""
         loss, norm = record.loss, record.grad_norm
         if not (math.isfinite(loss) and math.isfinite(norm)):
             text = f"loss {loss:.3g}, gradient norm {norm:.3g}"
@@ -202,4 +204,4 @@ def _above(name: str, key: str, figure: float, most: float, remedy: str, *, size
 
 _SLOWER = "the policy moves too far in a step: lower --optimizer.learning-rate or --optimizer.max-grad-norm"
 _NAMES: tuple[str, ...] = typing.get_args(WarningName)
-"""Checkpoints name a warning by its place here."""
+"""Checkpoints store a warning as its index here."""

@@ -1,4 +1,4 @@
-"""A file of lines that a run appends to: a disk that takes none costs lines at most, never the run."""
+"""Append-only file of lines; a full disk can lose lines but never ends the run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 class Journal:
     """Appends whole lines to a file, or nothing.
 
-    What the disk does not take is told once and, up to `keep_bytes`, written with the next lines that it does take;
-    lines beyond that are left out.
+    A failed write is logged once, and its lines are kept up to `keep_bytes` and written with the next lines that
+    succeed; lines beyond that are lost.
     """
 
     def __init__(self, path: Path, *, keep_bytes: int) -> None:
@@ -43,7 +43,7 @@ class Journal:
         self._waiting, self._is_failing = b"", False
 
     def close(self) -> None:
-        """A last attempt at what the disk did not take; says how many lines are missing."""
+        """Try the unwritten lines a last time, and log how many are missing."""
         if self._waiting:
             self.append([])
         if self._is_failing:
@@ -58,7 +58,7 @@ class Journal:
 
 
 def _append(path: Path, data: bytes) -> None:
-    """All of the data, or none where the disk does not take it."""
+    """Write all of the data, or none of it on an error."""
     if not data:
         return
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)

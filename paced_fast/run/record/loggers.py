@@ -1,4 +1,4 @@
-"""Where a run's numbers are shown besides its own files: wandb and TensorBoard. None of them can end a run."""
+"""Loggers that mirror a run's figures: wandb and TensorBoard. A failing logger never ends a run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from paced_fast.errors import InputError
 logger = logging.getLogger(__name__)
 
 Sink = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
-"""How to log one step's scalars, and how to close."""
+"""Functions of a sink: log one step's scalars, close."""
 
 WANDB_FILE = "wandb.json"
-"""In a run folder: which run at wandb it is."""
+"""File in a run folder with the id of its wandb run."""
 
 _MOST_DOUBLINGS = 7
 
-_SECONDS = 300.0  # far above what a sink takes: wandb itself waits 90 s for its server
+_SECONDS = 300.0  # far above what a sink needs: wandb itself waits 90 s for its server
 
 _SINK_MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 
@@ -74,7 +74,7 @@ def _line(error: Exception) -> str:
 
 
 class _Caller:
-    """Makes calls in a thread of its own, one after the other, and waits for each so long and no longer."""
+    """Makes calls in a separate thread, one after the other, and waits for each up to a time limit."""
 
     def __init__(self) -> None:
         self._asked: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -111,7 +111,7 @@ class _Caller:
 
 
 class Logger:
-    """A sink whose failures cost what it would have shown: one warning, then it is tried again ever more rarely."""
+    """A sink whose failures lose its figures only: one warning, then retries at growing intervals."""
 
     def __init__(self, name: str, run_dir: Path, config: object) -> None:
         """The sink `name` of a run, whose settings are `config` in JSON's own types; nothing is opened yet.
@@ -124,7 +124,7 @@ class Logger:
         self._failures = self._skipping = 0
 
     def open(self) -> None:
-        """Open the sink, if it lets itself be opened."""
+        """Open the sink, if that is possible."""
         self._try(lambda: None)
 
     def log(self, scalars: dict[str, float], step: int) -> None:
@@ -199,7 +199,7 @@ def _remember(path: Path, name: str) -> None:
 
 
 def _known_run(path: Path) -> dict[str, str]:
-    """What makes wandb go on with the run that a file names; nothing where it names none."""
+    """Arguments with which wandb continues the run that a file names; empty without one."""
     try:
         return {"id": str(json.loads(path.read_text())["id"]), "resume": "allow"}
     except (OSError, ValueError, LookupError, TypeError):

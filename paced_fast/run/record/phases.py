@@ -34,10 +34,10 @@ class Phases:
         """
         self._clock, self._elapsed, self._memory = clock, elapsed, memory
         self.peak_bytes: dict[str, int] = {}
-        """Most bytes held in each phase of the step that `take` closed last; empty when nobody measures them."""
+        """Peak bytes in each phase of the step that `take` closed last; empty if memory is not measured."""
         self._peaks: dict[str, int] = {}
         self.listener: Callable[[str], object] = lambda name: None
-        """Told the name of every stretch as it begins."""
+        """Called with the name of every stretch as it begins."""
         self._open: list[str] = []
         self._marks: list[tuple[Any, str]] = []  # a mark, and what began at it
         self._charge("other")
@@ -79,10 +79,10 @@ _STATM = Path("/proc/self/statm")
 
 
 def probe(device: torch.device) -> Callable[[], int] | None:
-    """A function that gives the most bytes held since its last call; None where nothing tells.
+    """Function that returns the peak bytes since its last call; None where memory cannot be measured.
 
-    On a GPU what torch has allocated there, as the host's books have it: nobody waits for the device. On a CPU the
-    resident memory of the process at the time of the call.
+    On a GPU the memory that torch has allocated, from the allocator's statistics, without waiting for the device. On a
+    CPU the resident memory of the process at the time of the call.
     """
     if device.type == "cuda":
 

@@ -1,6 +1,6 @@
-"""Rollouts kept in a file, and read again as the groups of a step, so that a run can be trained without sampling.
+"""Rollouts recorded in a file, and read again as the groups of a step, so that a run can be trained without sampling.
 
-`rollouts_full.jsonl` has one object a completion, in the order of the batch:
+`rollouts_full.jsonl` has one object per completion, in the order of the batch:
 
     step, group, position           where it belongs; groups and positions count from 0 within a step
     prompt_index                    its row of the training data
@@ -65,7 +65,7 @@ class Recorder:
                     "stopped": completion.stopped,
                     "num_tokens": len(completion.token_ids),
                     "token_ids": completion.token_ids,
-                    # Nine digits are every float32.
+                    # Nine digits represent every float32 exactly.
                     "logprobs": [float(f"{value:.9g}") for value in completion.logprobs],
                 }
                 lines.append(json.dumps(row))
@@ -73,7 +73,7 @@ class Recorder:
         self._file.append(lines)
 
     def close(self) -> None:
-        """A last attempt at what the disk did not take."""
+        """Try the unwritten lines a last time."""
         self._file.close()
 
     def drop_from(self, step: int) -> None:
@@ -144,7 +144,7 @@ class RecordedRollouts:
             yield self._row(number, line)
 
     def _row(self, number: int, line: bytes) -> dict[str, Any]:
-        """The whole record of a line, fit to train on."""
+        """Parse and check the whole record of a line."""
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -165,7 +165,7 @@ class RecordedRollouts:
         return row
 
     def _check(self) -> None:
-        """Read the heads of all lines: what can be wrong with them is known before anything is trained."""
+        """Read the heads of all lines, so that errors are found before training starts."""
         known: dict[int, tuple[str, str]] = {}
         settings = self._config.generation
         step = position = in_batch = 0
@@ -173,7 +173,7 @@ class RecordedRollouts:
         for number, start, line in _lines(self.path):
             head = _head(line)
             if head is None and step == self._config.steps and in_batch == self._config.rollouts_per_step:
-                break  # what a kill tore off is not needed
+                break  # a torn last line is not needed
             if head is None:
                 raise self._wrong(f"line {number} is cut off or no record" + self._whole(step, in_batch))
             if head["step"] > max(self._config.steps, step):
@@ -205,7 +205,7 @@ class RecordedRollouts:
             raise self._wrong(f"step {step} is cut off after {in_batch} completions: give --steps {step - 1}")
         self._check_step(step, position, in_batch)
         self._check_range(step)
-        for _ in self._rows(1):  # the first step in full: another tokenizer shows there
+        for _ in self._rows(1):  # the first step in full, which reveals another tokenizer
             pass
 
     def _check_step(self, step: int, position: int, in_batch: int) -> None:
@@ -248,7 +248,7 @@ class RecordedRollouts:
             raise self._wrong(f"step {last + 1} is missing: it ends at step {last}, give --steps {last}")
 
     def _whole(self, step: int, in_batch: int) -> str:
-        """What to do about a file that ends in `step`."""
+        """Remedy for a file that ends in `step`."""
         whole = step if in_batch == self._config.rollouts_per_step else step - 1
         if whole > 0:
             return f": --steps {whole} takes what is whole"

@@ -1,4 +1,4 @@
-"""The rollouts of a step that are written down to be read."""
+"""Rollouts of a step that are recorded for people to read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from paced_fast.data.records import PromptTable, StepResult
 _SHOWN_TOKENS = 512
 """Of a completion shown, up to this many first tokens are kept one by one."""
 _WINDOW = 8
-"""Tokens decoded together to see what the last of them adds: enough for any character and for spaces between words."""
+"""Tokens decoded together to find the text that the last one adds: enough for any character and for spaces between
+words."""
 
 
 def shown_rollouts(
@@ -23,7 +24,7 @@ def shown_rollouts(
     limit: int,
     decode: Callable[[list[int]], str],
 ) -> list[dict[str, Any]]:
-    """At most `limit` rollouts of the step, spread over its groups, and one replayed when there is one.
+    """Up to `limit` rollouts of the step, spread over its groups, and one replayed rollout if there is one.
 
     `values` are the estimates of the fresh groups' prompts, None where the head does not predict accuracy.
     """
@@ -63,7 +64,7 @@ def shown_tokens(
 ) -> dict[str, list[Any]]:
     """The first tokens of a completion as `tokens`, pieces of its text, and their `logprobs` in nats, to four digits.
 
-    A piece is what its token adds to the text: "" for a stop token, and for one that ends within a character.
+    A piece is the text that its token adds: "" for a stop token, and for one that ends within a character.
     """
     count = min(len(token_ids), len(logprobs), _SHOWN_TOKENS)
     return {

@@ -20,7 +20,8 @@ _BINS = 20
 
 
 def fetch(result: StepResult, replay: ReplayBuffer | None, *, mismatch_cap: float) -> dict[str, Any]:
-    """Every figure of the step by one copy to the host; ratios outside [1 / cap, cap] count as mismatched."""
+    """Compute every figure of the step and bring them to the host in one copy; ratios outside [1 / cap, cap] count as
+    mismatched."""
     fresh, update = result.fresh, result.update
     sampled = fresh.rollouts.generator_logprobs
     own = result.targets.old_logprobs[: fresh.rollouts.num_tokens]
@@ -127,7 +128,8 @@ def _sample_figures(result: StepResult) -> dict[str, Any]:
 
 
 def _value_figures(result: StepResult, host: dict[str, Any], step: int) -> dict[str, Any]:
-    """Errors of the value's forecast of this step's groups, before it was trained on them; the replay ring."""
+    """Errors of the value as a forecast of this step's groups, made before it was trained on them; state of the replay
+    ring."""
     pairs = zip(host["values_fresh"], result.fresh.groups, strict=True)
     known = [(value, group.accuracy) for value, group in pairs if group.accuracy is not None]
     predicted, accuracy = [value for value, _ in known], [measured for _, measured in known]

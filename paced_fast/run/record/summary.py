@@ -21,7 +21,7 @@ _COMPARED = (
 
 
 def write_summary(folder: Path, config: Config) -> dict[str, Any]:
-    """The summary of a finished run, also in its summary.json; empty where the disk took no metrics."""
+    """Write and return the summary of a finished run; empty if metrics.jsonl or summary.json cannot be used."""
     try:
         summary = summarise(folder, config)
         write_json_atomic(folder / "summary.json", summary)
@@ -32,7 +32,7 @@ def write_summary(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def summarise(folder: Path, config: Config) -> dict[str, Any]:
-    """`summary.json` from the metrics of a finished run."""
+    """Content of summary.json, from the metrics of a finished run."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["step"] > 0]
     evaluations = [record["eval"] for record in records if record.get("eval")]

@@ -1,6 +1,6 @@
-"""What a person at the terminal sees: the live line of a run and the tables around it.
+"""Terminal output: the live line of a run, and tables before and after it.
 
-Shows plain records and knows nothing else of the package.
+It takes plain records and depends on nothing else in the package.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def configure_logging(*, rank: int = 0, console: Console | None = None) -> Conso
 
 
 class Progress:
-    """How a run is doing: live where a terminal can draw, else one log line every `interval_s` seconds.
+    """Progress of a run: live on a terminal, else one log line every `interval_s` seconds.
 
     Use as a context manager and feed every metrics record to `update`. The first, the last and every evaluation record
     are always logged, so a slow run logs each step. `start_step` is the step a resumed run continues after.
@@ -83,7 +83,7 @@ class Progress:
             self._live.stop()
 
     def update(self, record: Mapping[str, object]) -> None:
-        """Takes in one metrics record, or part of one; keys it lacks keep what they last showed.
+        """Update with a metrics record, or part of one; missing keys keep their last value.
 
         A key `status` shows its text until the next step ends: what a long start-up is doing, for example.
         """
@@ -150,7 +150,7 @@ def memory_plan_table(plan: Mapping[str, int], *, available_bytes: int | None = 
 
 
 def final_table(summary: Mapping[str, object], *, run_dir: str) -> Table:
-    """What a finished run achieved, from the keys of `summary.json`; missing or null ones show as a dash."""
+    """Results of a finished run, from the keys of `summary.json`; missing or null ones show as a dash."""
 
     def shown(key: str, spec: str = ".3f") -> str:
         value = _number(summary, key)
@@ -173,7 +173,7 @@ def final_table(summary: Mapping[str, object], *, run_dir: str) -> Table:
 
 
 def evaluation_tables(record: Mapping[str, object], *, max_columns: int = 8) -> list[Table]:
-    """What an evaluation found, from its record: a line for each slice, then pass@k and maj@k with their intervals.
+    """Results of an evaluation, from its record: a line per slice, then pass@k and maj@k with their intervals.
 
     Of more than `max_columns` numbers of samples k the first and the last are shown.
     """

@@ -16,10 +16,11 @@ _KEPT_BYTES = 1 << 26
 
 
 def drop_steps(path: str | Path, first_step: int) -> int:
-    """Removes the JSON lines with `step` >= `first_step`, and a torn last line, atomically; returns how many went.
+    """Remove the JSON lines with `step` >= `first_step`, and a torn last line, atomically; returns how many were
+    removed.
 
-    A resumed run calls this: what was logged after the checkpoint happens again. A missing file is an empty one.
-    Raises InputError when a line other than the last is no JSON object with a step.
+    A resumed run calls this, because steps after the checkpoint are repeated. A missing file is an empty one. Raises
+    InputError when a line other than the last is no JSON object with a step.
     """
     path = Path(path)
     if not path.exists():
@@ -58,9 +59,9 @@ class MetricsWriter:
             sink.open()
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Appends one step's record at once; keys keep their order, non-finite floats become null.
+        """Append one record; keys keep their order, non-finite floats become null.
 
-        Neither a disk that takes no line nor a sink that fails ends the run: each is told of, and tried again.
+        Neither a full disk nor a failing sink ends the run: both are logged and retried.
         """
         line = {str(key): plain(value) for key, value in record.items()}
         step = line.get("step")
@@ -72,16 +73,16 @@ class MetricsWriter:
             sink.log(scalars, step)
 
     def write_rollouts(self, rows: Iterable[Mapping[str, object]]) -> None:
-        """Appends sample rollouts: step, prompt, completion, reward, value, slice, replayed."""
+        """Append sample rollouts: step, prompt, completion, reward, value, slice, replayed."""
         self._append("rollouts", [plain(row) for row in rows])
 
     def drop_from(self, step: int) -> None:
-        """Forgets every record of `step` and later, for a run that resumes there; each file changes atomically."""
+        """Remove every record of `step` and later, for a run that resumes there; each file changes atomically."""
         for file in self._files.values():
             drop_steps(file.path, step)
 
     def close(self) -> None:
-        """Closes the files and the sinks; a second call does nothing."""
+        """Close the files and the sinks; a second call does nothing."""
         for file in self._files.values():
             file.close()
         for sink in self._sinks:

@@ -1,1 +1,1 @@
-"""How a run comes to be: its folder, tables, model, generator, resume, signals, watchdog."""
+"""Start of a run: its folder, tables, model, generator, resume, signals, watchdog."""

@@ -1,4 +1,4 @@
-"""Everything a run needs, put together: data, model, warm start, run folder, and what a resumed run continues with."""
+"""Assembly of a run: data, model, warm start, run folder, and the state of a resumed run."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from paced_fast.run.start.generator import make_generator
 from paced_fast.run.start.model import make_trained_policy
 from paced_fast.run.start.resume import continue_from, newest_checkpoint
 from paced_fast.run.start.run_folder import RunLock, run_folder
-from paced_fast.run.start.tables import Data, of_lead, read_data
+from paced_fast.run.start.tables import Data, path_from_rank0, read_data
 from paced_fast.run.step import Stepper
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PreparedRun:
     """A run ready to train: its parts, its folder, and the step it continues after."""
 
     config: Config
@@ -45,16 +45,16 @@ class Run:
     """Training prompts that are held-out prompts."""
     resumed: bool
     identity: dict[str, str]
-    """Hashes of data and tokenizer, and the stop tokens; a continuation must have the same."""
+    """Hashes of data and tokenizer, and the stop tokens; a resumed run must match them."""
 
     @property
     def trainer(self) -> Trainer:
-        """The method's parts and step."""
+        """Components and step of the method."""
         return self.stepper.trainer
 
     @property
     def collector(self) -> Collector:
-        """Who samples and judges."""
+        """Sampling and scoring of groups."""
         return self.stepper.trainer.collector
 
     @property
@@ -69,20 +69,20 @@ def build(
     world: World = ALONE,
     replay: Path | None = None,
     lock: RunLock | None = None,
-) -> Run:
+) -> PreparedRun:
     """Load data and model, warm-start or resume, and only then create the run folder.
 
-    Of several ranks rank 0 makes the folder and the first weights, which the others read from it. With `replay` the
-    rollouts of a run that was recorded take the place of sampling. Rank 0 takes the `lock`; the caller ends it.
+    With several ranks, rank 0 makes the folder and the first weights, which the others read from it. With `replay`,
+    recorded rollouts take the place of sampling. Rank 0 takes the `lock`; the caller ends it.
     """
     _prepare_process(config, world)
     lock = lock or RunLock()
-    folder = of_lead(world, lambda: run_folder(config, lock))
+    folder = path_from_rank0(world, lambda: run_folder(config, lock))
     assert folder is not None
     newest = newest_checkpoint(config, folder, lock, world) if config.resume == "auto" else None
     data = read_data(config, folder, world, replay)
     made = make_trained_policy(data, folder, newest, lock, world, console)
-    # Before the trainer makes the optimiser: sharing gives the parameters other memory.
+    # Must precede the trainer's optimiser, because sharing moves the parameters to other memory.
     generator, guard = make_generator(data, made, folder / "initial" if newest is None else newest / "policy", world)
     phases = Phases(*clock_of(made.policy.device), probe(made.policy.device))
     trainer = Trainer(
@@ -96,7 +96,7 @@ def build(
     stepper = Stepper(trainer, phases, guard)
     if newest is not None:
         continue_from(stepper, folder, newest, data.identity)
-    return Run(
+    return PreparedRun(
         config=data.config,
         folder=folder,
         stepper=stepper,
@@ -110,12 +110,12 @@ def build(
 
 
 def _prepare_process(config: Config, world: World) -> None:
-    """Set what holds for the whole process, and refuse what this machine lacks before anything is read."""
+    """Apply process-wide settings, and check the machine before anything is read."""
     torch.set_num_threads(config.run.threads or max(1, usable_cores() // world.local_size))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     if (config.model.device, config.model.dtype) == ("cpu", "float32"):
         require_float32_products()
-    torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, and AdamW crawls on those
+    torch.set_flush_denormal(True)  # squared gradients of unlikely tokens are denormal, which makes AdamW slow
     loggers.require_sinks(config.run.loggers)
     check_engine_ranks(config, world.size)
     if config.generator == "vllm":

@@ -1,4 +1,4 @@
-"""Who samples for a run."""
+"""The generator of a run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from paced_fast.run.start.tables import Data
 def make_generator(
     data: Data, made: TrainedPolicy, weights: Path, world: World
 ) -> tuple[Generator, ParityGuard | None]:
-    """Who samples and, for vLLM, who checks it; `weights` is a folder with the policy's present parameters."""
+    """Make the generator and, for vLLM, its parity guard; `weights` is a folder with the policy's current
+    parameters."""
     config = data.config
     with world.agreement():
         generator, guard = _own_generator(data, made, weights, world)
     if world.size == 1:
         return generator, guard
-    # An engine has weights of its own; for the trainer's model the shards must be gathered.
+    # An engine has its own weights; to sample from the trainer's model, its shards must be gathered.
     whole = made.policy.whole if config.generator == "transformers" else contextlib.nullcontext
     return SharedGenerator(generator, world, engine_ranks=config.weight_sync.tensor_parallel, whole=whole), guard
 
@@ -57,10 +58,10 @@ def _own_generator(
         ),
         stop_ids=stop_ids,
     )
-    checkpoint.restore_random_state(random_state)  # an engine that starts seeds every global generator
+    checkpoint.restore_random_state(random_state)  # starting an engine seeds every global generator
     generator.attach(weight_sync.connect(generator, model, config.weight_sync))
     if config.model.device == "cuda":
-        torch.cuda.empty_cache()  # the trainer's own copy, where the weights are shared now
+        torch.cuda.empty_cache()  # the trainer's own copy, if the weights are now shared
     length = min(memory.CHECK_TOKENS, memory.engine_tokens(shape, config)) - 1  # scoring samples one token more
     own = [row.token_ids for row in data.table.rows]
     sequences = long_sequences(own, count=config.weight_sync.check_prompts, length=length)

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedPolicy:
-    """The policy that is trained, with what belongs to it as it was before training."""
+    """The policy to train, with the reference policy and the embeddings from before training."""
 
     policy: Policy
     initial: Policy | None
@@ -53,7 +53,7 @@ def make_trained_policy(
 ) -> TrainedPolicy:
     """Make or read the policy, spread over the ranks; the run folder is made with the first one.
 
-    With `newest`, a checkpoint's folder, its parameters are those. The memory plan goes to the console.
+    With `newest`, a checkpoint's folder, its parameters are those. Prints the memory plan to the console.
     """
     config, home = data.config, _home(data.config, world)
     model = _first_model(data, folder, newest is None, home, lock, world)
@@ -72,7 +72,7 @@ def make_trained_policy(
             embeddings = policy.embed([row.token_ids for row in data.table.rows])
             eval_embeddings = policy.embed([row.token_ids for row in data.eval_table.rows])
     if newest is not None and config.lora.rank == 0:  # adapters lie beside the weights from before training
-        del model  # or a second copy would be held while an engine starts
+        del model  # otherwise a second copy would be held while an engine starts
         with world.agreement():
             latest = load_model(home, str(newest / "policy"))
         with world.agreement():
@@ -89,15 +89,15 @@ def make_trained_policy(
 def _first_model(
     data: Data, folder: Path, is_new: bool, home: ModelConfig, lock: RunLock, world: World
 ) -> PreTrainedModel:
-    """The model before training, which rank 0 makes for a new run; everybody else reads it from the run folder."""
+    """Model before training: rank 0 makes it for a new run, and the other ranks read it from the run folder."""
     model = None
     with world.agreement(patient=True):
-        if is_new and world.is_lead:
+        if is_new and world.is_rank0:
             model = _begin(data, folder, home, lock)
     with world.agreement(patient=True):
         if model is None:
             model = load_model(home, str(folder / "initial"))
-    # Where the others have it, too: it may be more than one device can hold.
+    # On the same device as on the other ranks: it may not fit on one device.
     cast(torch.nn.Module, model).to(home.device)
     return model
 
@@ -120,20 +120,21 @@ def _begin(data: Data, folder: Path, home: ModelConfig, lock: RunLock) -> PreTra
 
 
 def _home(config: Config, world: World) -> ModelConfig:
-    """Where weights are read to: the host while it is not known whether one device can hold them."""
+    """Model settings with the device to read weights to: the host while it is not known whether one device can hold
+    them."""
     is_open = world.size > 1 and config.distributed.mode != "replicated"
     return dataclasses.replace(config.model, device="cpu") if is_open else config.model
 
 
 def _device_bytes(config: Config, world: World) -> int:
-    """Memory that every rank may think of as its own: a GPU, or its part of the machine; the least if they differ."""
+    """Bytes available to each rank (its GPU, or its share of host memory); the minimum over ranks."""
     device = torch.device(config.model.device)
     own = memory.available(device) // (1 if device.type == "cuda" else world.local_size)
     return min(joined(world.gather(torch.tensor([own], dtype=torch.int64))))
 
 
 def _trained_shape(config: Config, model: PreTrainedModel) -> ModelShape:
-    """The sizes of what will be trained: with adapters, which the model does not have yet, those of the adapters."""
+    """Sizes of the model as it will be trained, including adapters that it does not have yet."""
     if config.lora.rank == 0:
         return shape_of(model)
     adapted = skeleton(model.config)
@@ -142,7 +143,7 @@ def _trained_shape(config: Config, model: PreTrainedModel) -> ModelShape:
 
 
 def _layout(config: Config, shape: ModelShape, num_prompts: int, world: World) -> memory.Layout:
-    """How the run is spread over its ranks: parameters replicated or sharded, which the log says with the reason."""
+    """Choose whether parameters are replicated or sharded over the ranks, and log the reason."""
     device_bytes = _device_bytes(config, world)
     layout = memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=device_bytes)
     parts = memory.at_a_time(memory.plan(shape, config, num_prompts, layout))
@@ -155,9 +156,9 @@ def _layout(config: Config, shape: ModelShape, num_prompts: int, world: World) -
 def _policies(
     config: Config, model: PreTrainedModel, world: World, is_sharded: bool, *, with_initial: bool = True
 ) -> tuple[Policy, Policy | None]:
-    """The policy on the device, all of it or this rank's shards, and the reference that flowrl keeps beside it.
+    """Make the policy on the device, whole or this rank's shards, and the reference policy that flowrl keeps.
 
-    What is split cannot be given adapters or other layers any more, so it gets them before.
+    Adapters and fused layers are added first, because a sharded model cannot be changed.
     """
     device = torch.device(config.model.device)
     if not is_sharded:
@@ -175,7 +176,8 @@ def _policies(
 def _initial_model(
     path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stops: prompts.Stops, tables: Sequence[PromptTable]
 ) -> Any:
-    """The model before training, after its warm start; refused before that when it has no embedding for a prompt."""
+    """Make the model before training, including its warm start; first checks that it has an embedding for every prompt
+    token."""
     if path == "tiny":
         pad_id = tokenizer.convert_tokens_to_ids(tasks.SIGNED_SUMS_PAD)
         assert isinstance(pad_id, int)
@@ -192,7 +194,7 @@ def _initial_model(
             "--generation.stop-tokens"
         )
     admit(config, model, tables)
-    _trained_shape(config, model)  # what cannot be adapted is refused before anything is made of it
+    _trained_shape(config, model)  # check that adapters are possible before the warm start
     started = time.perf_counter()
     result = warm_start(
         model,

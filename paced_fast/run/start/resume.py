@@ -1,4 +1,4 @@
-"""What a run that is resumed goes on from, and what may differ in it."""
+"""Resuming a run: its checkpoint, and the settings that may differ."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def continue_from(stepper: Stepper, folder: Path, newest: Path, identity: dict[str, str]) -> None:
-    """Give the run the state of a checkpoint, and keep the settings it goes on with."""
+    """Restore the state of a checkpoint, and save the settings of the resumed run."""
     world, config = stepper.world, stepper.config
     tensors, state, generators = checkpoint.load(newest, spread_tensors(stepper.trainer), world)
     with world.agreement():
@@ -32,31 +32,32 @@ def continue_from(stepper: Stepper, folder: Path, newest: Path, identity: dict[s
         checkpoint.seed_random_state(stream_seed(config.seed, stepper.counters.step, f"ambient/{world.rank}"))
     else:
         checkpoint.restore_random_state(generators)
-    if world.is_lead:
+    if world.is_rank0:
         files.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
     logger.info("resumed after step %d from %s", stepper.counters.step, newest)
 
 
-# What may differ between a run and its continuation: how long it goes on, what it keeps and where things lie.
-# What an error message advises to change must be free too.
+# Settings that may differ in a resumed run: its length, what it keeps, and paths.
+# Settings that an error message advises to change must be among them.
 _FREE_ON_RESUME = (
     *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger")),
     *("steps", "resume", "run_dir", "run.", "distributed.", "guard."),
     *("warm_start.cache_dir", "generation.max_batch_sequences"),
-    "generation.stop_tokens",  # compared by what they come to, which the checkpoint says
+    "generation.stop_tokens",  # compared by their resolved value, which the checkpoint has
     *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib", "tensor_parallel")),
     *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
 )
 
 
 def newest_checkpoint(config: Config, folder: Path, lock: RunLock, world: World) -> Path | None:
-    """What `--resume auto` continues from; None when nothing has been saved yet. Never starts over a damaged run."""
-    began = world.is_lead and any((folder / name).exists() for name in OWN_NAMES)
+    """Checkpoint that `--resume auto` continues from; None when nothing has been saved yet. Raises InputError rather
+    than restart a damaged run."""
+    began = world.is_rank0 and any((folder / name).exists() for name in OWN_NAMES)
     with world.agreement():
         if began:
             _check_same_run(config, folder)
     with world.agreement():
-        if world.is_lead and folder.is_dir():
+        if world.is_rank0 and folder.is_dir():
             lock.take(folder)
     root = folder / "checkpoints"
     newest, error = checkpoint.newest(root, world), None

@@ -23,10 +23,10 @@ OWN_NAMES = (
     *("metrics.jsonl", "checkpoints", "config.json", "initial", "rollouts.jsonl", FILE_NAME),
     *("summary.json", "report.html", WANDB_FILE),
 )
-"""What a run folder holds; a folder with any of these is not ours to write into unless the user says so."""
+"""Files of a run folder; a folder with any of these is not written into unless the user says so."""
 
 LOCK_NAME = ".lock"
-"""Beside those; it says nothing about an earlier run, and stays."""
+"""Lock file; it is no sign of an earlier run, and stays."""
 
 
 class RunLock:
@@ -38,7 +38,7 @@ class RunLock:
     """
 
     def __init__(self) -> None:
-        """Nothing is locked yet."""
+        """Start without a lock."""
         self._descriptor: int | None = None
         self._is_impossible = False
 
@@ -77,7 +77,7 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let others have the folder; the file stays, because removing it could remove another run's."""
+        """Release the folder; the file stays, because removing it could remove another run's."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -15,11 +15,11 @@ from paced_fast.config import Config
 from paced_fast.distributed import World
 from paced_fast.errors import InputError
 from paced_fast.run.start import signals
-from paced_fast.run.start.build import Run
+from paced_fast.run.start.build import PreparedRun
 from paced_fast.run.start.watchdog import Watchdog, open_board
 
 
-def watch(run: Run, watchdog: Watchdog) -> None:
+def watch(run: PreparedRun, watchdog: Watchdog) -> None:
     """Let the watchdog see every phase of the run, and within one every pass of the policy and of the generator."""
     watchdog.count = lambda: run.stepper.counters.step
     run.stepper.phases.listener = watchdog.phase
@@ -29,7 +29,7 @@ def watch(run: Run, watchdog: Watchdog) -> None:
 
 @contextlib.contextmanager
 def ranks_of_run(config: Config, console: Console) -> Iterator[tuple[World, Console]]:
-    """The ranks of a run, together until the end, and a console that only the lead's words reach."""
+    """Context of a run's ranks, which stay together until the end, and a console that prints on rank 0 only."""
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"preset {config.preset} runs on a GPU (--model.device cuda) and torch sees none: "
@@ -39,17 +39,18 @@ def ranks_of_run(config: Config, console: Console) -> Iterator[tuple[World, Cons
     if world.size > 1:
         signals.end_with_parent()
     try:
-        if not world.is_lead:
+        if not world.is_rank0:
             logging.getLogger("paced_fast").setLevel(logging.WARNING)
-        yield world, console if world.is_lead else Console(quiet=True)
+        yield world, console if world.is_rank0 else Console(quiet=True)
     finally:
         distributed.stop()
 
 
 def watchdog_of_rank(config: Config, world: World) -> Watchdog:
-    """The watchdog of this rank; torchrun says where the store of all ranks is, and which attempt this is."""
+    """Make the watchdog of this rank; torchrun's environment names the store of all ranks, and the number of this
+    attempt."""
     address, port = "", 0
-    if world.size > 1:  # or they may be anybody's: Kubernetes gives a service called master a MASTER_PORT of its own
+    if world.size > 1:  # with one rank they may be unrelated: Kubernetes sets MASTER_PORT for a service called master
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return Watchdog(
         world,

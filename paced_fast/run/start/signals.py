@@ -37,7 +37,7 @@ def status(launched: bool) -> int:
 
 
 class StopRequest:
-    """Hears the signals while it is entered; in a thread other than the main one, which gets none, it hears nothing.
+    """Handles the signals while it is entered; in a thread other than the main one, which gets none, it does nothing.
 
     Example: `with StopRequest() as stop: ...; if stop.agreed(world): ...`
     """
@@ -90,7 +90,7 @@ class StopRequest:
             self.name, self._heard_at = number.name, now
             logger.warning("%s: stopping at the end of this step; a second signal stops at once", number.name)
         elif now - self._heard_at > SAME_REQUEST_SECONDS:
-            with contextlib.suppress(OSError, ValueError):  # nobody may be left to read it
+            with contextlib.suppress(OSError, ValueError):  # the reading end may be closed
                 sys.stderr.write(f"stopped: a second {number.name}, at once and without a checkpoint\n")
                 sys.stderr.flush()
             os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""What a run reads: its tokenizer and its prompts, checked against each other and against the rewards."""
+"""Inputs of a run: tokenizer and prompts, checked against each other and against the rewards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """What a run has read before there is a model, and the settings with what only the data could tell."""
+    """Inputs read before the model exists, and the settings completed from the data."""
 
     config: Config
     path: str  # of the model
@@ -53,7 +53,7 @@ def read_data(config: Config, folder: Path, world: World, replay: Path | None = 
     """
     path = config.model.name
     if path == "smollm2":
-        path = str(of_lead(world, lambda: smollm2_folder(Path(config.warm_start.cache_dir).expanduser())))
+        path = str(path_from_rank0(world, lambda: smollm2_folder(Path(config.warm_start.cache_dir).expanduser())))
     with world.agreement():
         tokenizer = read_tokenizer(path)
     config = _dated(config, folder, tokenizer, world)
@@ -81,11 +81,11 @@ def read_data(config: Config, folder: Path, world: World, replay: Path | None = 
     )
 
 
-def of_lead(world: World, find: Callable[[], Path | None]) -> Path | None:
-    """The path that `find` finds on rank 0, told to every rank; the others do not call it."""
+def path_from_rank0(world: World, find: Callable[[], Path | None]) -> Path | None:
+    """Path that `find` returns on rank 0, broadcast to every rank; the other ranks do not call it."""
     found = None
     with world.agreement(patient=True):
-        if world.is_lead:
+        if world.is_rank0:
             found = find()
     told = world.gather_text("" if found is None else str(found))[0]
     return Path(told) if told else None
@@ -103,7 +103,7 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def read_ends(
     config: Config, path: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Config, prompts.Stops, prompts.Decoder]:
-    """Where completions of the model at `path` end, in the settings too, and what of them is text.
+    """Find the stop tokens of the model at `path`, also in the settings, and make the decoder of completions.
 
     Raises:
         InputError: a setting names what is no token, or nothing ends a completion.
@@ -209,7 +209,7 @@ def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple
 
 
 def _try_rewards(scorer: Scorer, shaper: Shaper, rows: Sequence[PromptRow]) -> None:
-    """Judge an empty completion of one row for each reward, so that one that cannot be used fails before any work."""
+    """Score an empty completion of one row per reward, so that a reward that cannot be used fails early."""
     first = list({row.reward: row for row in reversed(rows)}.values())
     scorer.score(first, [""] * len(first))
     empty = Completion(token_ids=[], logprobs=[], stopped=True)
@@ -217,11 +217,11 @@ def _try_rewards(scorer: Scorer, shaper: Shaper, rows: Sequence[PromptRow]) -> N
 
 
 def _dated(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase, world: World) -> Config:
-    """The settings with the day of the run, where prompts hang on it: that of one that is continued, else today."""
+    """Settings with the date of the run, if prompts depend on it: the date of the resumed run, else today."""
     if config.data.date is not None or not (writes_chats(config) and prompts.reads_date(tokenizer)):
         return config
     today = ""
-    if world.is_lead:
+    if world.is_rank0:
         today = datetime.date.today().isoformat()
         if config.resume == "auto" and (folder / "config.json").is_file():
             today = load_config(folder).data.date or today

@@ -1,10 +1,10 @@
-"""A watchdog for a run that hangs: who is behind, what the others wait for, and what every rank is executing.
+"""Watchdog of a hanging run: reports which rank is behind, which call the others wait in, and the stack of every rank.
 
 A thread of each rank looks whether the main thread still goes on from phase to phase. The ranks tell each other where
 they are through torchrun's key-value store, by a connection of the thread's own: it works while the main thread is
-stuck in a collective, and what a stopped rank said last stays there. A run that stalls is told about, again each
-time the stall has doubled, and not ended: `distributed.timeout_seconds` does that, in the exchange or, where one has no
-limit, here.
+stuck in a collective, and what a stopped rank said last stays there. A stall is reported, and again each time its
+duration has doubled; the run is not ended: `distributed.timeout_seconds` does that, in the exchange or, where one has
+no limit, here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STORE_SECONDS = 5.0
 
 
 class Board(Protocol):
-    """Where the ranks write what they do: a torch.distributed store, or None for one process."""
+    """Key-value store of the ranks' states: a torch.distributed store, or None for one process."""
 
     def set(self, key: str, value: str) -> None:
         """Replace the value of a key."""
@@ -55,7 +55,7 @@ class Board(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank is: the phases of a run come in the same order on every rank, so `beats` says who is behind."""
+    """State of a rank. Phases come in the same order on every rank, so `beats` shows which rank is behind."""
 
     rank: int
     phase: str
@@ -63,11 +63,11 @@ class Place:
     beats: int
     """Phases begun so far."""
     exchange: str
-    """The call it waits for other ranks in; "" when it is at work."""
+    """Call in which it waits for other ranks; "" while it works."""
     still_seconds: float
     """Time since it last made progress."""
     looked: float
-    """When it said so, in seconds since 1970."""
+    """Time of this report, in seconds since 1970."""
 
 
 class Watchdog:
@@ -86,16 +86,16 @@ class Watchdog:
         board: Board | None = None,
         name: str = "",
     ) -> None:
-        """`board` is how ranks see each other, and `name` keeps what they write apart from an earlier attempt's.
+        """`board` shares states between ranks; `name` separates them from those of an earlier attempt.
 
-        `gone_seconds`: a rank that is silent for so long, its watchdog too, is stopped for good or cut off; one that
-        waits for it ends its process.
+        `gone_seconds`: a rank whose watchdog is silent for this long has died or lost its connection; a rank that waits
+        for it ends its process.
         """
         self.world, self.stall_seconds, self.gone_seconds, self.board = world, stall_seconds, gone_seconds, board
         self.count: Callable[[], int] = lambda: 0
         """The step under way, or the last."""
         self.reports: list[float] = []
-        """How many seconds the main thread had stood still, at each report."""
+        """Seconds without progress of the main thread, at each report."""
         self._key = f"paced_fast/watchdog/{name}"
         self._phase, self._beats, self._marks = "start", 0, 0
         self._stop = threading.Event()
@@ -131,7 +131,7 @@ class Watchdog:
                 self._leave_if_alone()
             if now - since > patience:
                 patience = 2 * (now - since)  # a first report may have come before all ranks were heard of
-                # What the others said last may be as old as a look: a moment, and all have found the stall.
+                # The other ranks' states may be one look old; after a moment all have found the stall.
                 if self.world.size > 1 and self._stop.wait(2 * self._every):
                     return
                 if seen == self._marks:
@@ -147,7 +147,7 @@ class Watchdog:
                 self.board.set(f"{self._key}/{self.world.rank}", json.dumps(asdict(self._place(still_seconds))))
 
     def _read(self) -> dict[int, Place]:
-        """What the other ranks said last, those left out that said nothing."""
+        """Latest states of the other ranks, without those never reported."""
         places: dict[int, Place] = {}
         for rank in range(self.world.size):
             key = f"{self._key}/{rank}"
@@ -157,7 +157,8 @@ class Watchdog:
         return places
 
     def _leave_if_alone(self) -> None:
-        """End this process when it waits for a rank that is gone: some waits, for a warm start, have no limit."""
+        """End this process when it waits for a rank that is gone; some waits, such as for a warm start, have no time
+        limit."""
         if math.isinf(self.gone_seconds) or not self._place(0.0).exchange:
             return
         now = time.time()
@@ -175,11 +176,11 @@ class Watchdog:
         message = f"rank {own.rank}: no progress for {still_seconds:.0f} s in phase {own.phase} of step {own.step}"
         places = {**others, own.rank: own}
         now, silent_seconds = own.looked, _LOOKS_UNTIL_SILENT * self._every  # this rank is heard, however late it is
-        # The lead says who is where, or the first rank after it that can.
+        # Rank 0 reports the ranks' states, or the first rank after it that can.
         if self.world.size > 1 and min(_heard(places, now, silent_seconds), default=own.rank) == own.rank:
             message += f"; {describe(places, self.world.size, now, silent_seconds)}"
         logger.warning("%s; its stacks:", message)
-        with contextlib.suppress(OSError, ValueError):  # standard error may be closed, or a pipe nobody reads
+        with contextlib.suppress(OSError, ValueError):  # standard error may be closed, or a pipe without a reader
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
@@ -188,7 +189,7 @@ def _heard(places: Mapping[int, Place], now: float, silent_seconds: float) -> li
 
 
 def describe(places: Mapping[int, Place], size: int, now: float, silent_seconds: float) -> str:
-    """Who is behind and what the others wait for, in one line.
+    """Report in one line which rank is behind, and which call the others wait in.
 
     A rank not heard of for `silent_seconds` is stopped or dead; one that works while others are in an exchange is
     behind; where all are in one, or none, those that have begun fewer phases are.
