@@ -84,7 +84,7 @@ class EvaluateArguments:
     step: int | None = None
     """Step of the checkpoint of a run, 0 for the policy before training; without one, the newest."""
     device: Literal["cpu", "cuda"] | None = None
-    """Where the model runs; without one where the run trained, else a GPU if there is one."""
+    """Device of the model; without one the run's, else a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the weights; without one the run's, else bfloat16 on a GPU and float32 on a CPU."""
     max_batch_sequences: int | None = None

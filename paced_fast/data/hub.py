@@ -56,7 +56,7 @@ def place_of(name: str, what: str, kind: Literal["model", "dataset"] = "model") 
 
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
     if is_path or constants.HF_HUB_OFFLINE:
-        return name  # nobody asks the hub
+        return name  # the hub is not asked
     reason = why_out_of_reach(constants.ENDPOINT)
     if reason is None:
         return name

@@ -29,7 +29,7 @@ class PromptRow:
     slice: str
     """Name of the part of the data this row belongs to; evaluation reports each slice on its own."""
     columns: Mapping[str, Any]
-    """Everything else of the data row, `answer` included; handed to the reward function by name."""
+    """Other columns of the data row, `answer` included; passed to the reward function by name."""
     where: str = ""
     """Name of the row in messages: its file and line, or its source and number."""
     demonstration: str | None = None

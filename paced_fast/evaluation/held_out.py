@@ -88,11 +88,11 @@ class Evaluation:
     """Scores of one policy on a table of held-out prompts."""
 
     overall: Figures
-    """Over the prompts of the headline slices."""
+    """Figures over the prompts of the headline slices."""
     headline: tuple[str, ...]
-    """Those slices; empty for all."""
+    """Names of the headline slices; empty for all."""
     slices: dict[str, Figures]
-    """Of each slice on its own."""
+    """Figures of each slice."""
     sampling: Sampling
     """Settings that its completions were sampled with."""
     tokens: int

@@ -98,7 +98,8 @@ def install(model: PreTrainedModel) -> None:
 def sdpa_masks(row: PackedRow, windows: set[int | None], dtype: torch.dtype) -> dict[int | None, Tensor]:
     """For each window the mask [n, p + n] of the longest block after the longest prefix; `sdpa` cuts what it needs.
 
-    0 where a token may look, minus infinity elsewhere: attention would turn a boolean mask into numbers in every layer.
+    0 where a token may attend, minus infinity elsewhere: attention would convert a boolean mask to numbers in every
+    layer.
     """
     device = row.input_ids.device
     prefix = max((row.lengths[p] for p in row.prefixes if p >= 0), default=0)

@@ -95,7 +95,7 @@ BROKEN = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeEr
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How the logits of a model follow from its states: cap(scale * (states W + b))."""
+    """Logits of a model from its states: cap(scale * (states W + b))."""
 
     model_type: str
     settings: Any
@@ -169,7 +169,7 @@ def check_finite(model: PreTrainedModel) -> None:
 
 
 def check_positions(limit: Positions, config: Config, *, longest: int, longest_held_out: int) -> None:
-    """Raises InputError when a prompt of so many tokens and its completion are more than the model can place."""
+    """Raises InputError when a prompt of this many tokens and its completion exceed the model's positions."""
     generation, evaluation = config.generation.max_completion_tokens, config.evaluation.max_completion_tokens
     for prompt, cut, owner, kind in (
         (longest, generation, "generation", "a training prompt"),
@@ -189,7 +189,7 @@ def is_plain(settings: Any) -> bool:
 
 
 def check_length(limit: Positions, tokens: int, remedy: str) -> None:
-    """Raises InputError when a sequence of so many tokens is beyond what the model can place."""
+    """Raises InputError when a sequence of this many tokens exceeds the model's positions."""
     if limit.longest is not None and tokens > limit.longest:
         raise InputError(f"prompt and completion are {tokens} tokens together, and this is {limit.why}: {remedy}")
 

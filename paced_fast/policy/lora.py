@@ -106,9 +106,10 @@ def _is_product(kind: type[torch.nn.Module]) -> bool:
 
 @torch.no_grad()
 def _uncalled(model: PreTrainedModel, names: set[str]) -> set[str]:
-    """Those of the modules that a pass does not call: what reads their matrix itself would miss what is learned.
+    """Modules, of those given, that a forward pass does not call: code that reads their matrix directly would miss the
+    adapter.
 
-    Experts that are modules of their own are left out, as they may wait for other tokens.
+    Experts that are separate modules are left out, because they may be called for other tokens only.
     """
     called = set[str]()
     hooks = [

@@ -180,8 +180,8 @@ class Policy:
 
     @property
     def longest_masked_row(self) -> int:
-        """Rows up to so many tokens have a mask: none of a kernel for packed rows, all on a GPU without one, where a
-        call for each block would take longer than what the mask throws away."""
+        """Longest row that uses a mask: 0 with a kernel for packed rows, unlimited on a GPU without one, where a call
+        per block would cost more than the masked-out work."""
         if self.attention.kernel is not None:
             return 0
         return MASKED_ROW if self.device.type == "cpu" else sys.maxsize
@@ -191,7 +191,7 @@ class Policy:
         return self.attention.name == PADDED.name
 
     def check_length(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """Raises InputError when a sequence of so many tokens is longer than the model can place."""
+        """Raises InputError when a sequence of this many tokens exceeds the model's positions."""
         total = prompt_tokens + completion_tokens
         check_length(self.family.limit, total, "lower --data.max-prompt-tokens or --generation.max-completion-tokens")
 

@@ -36,7 +36,7 @@ class ModelShape:
 
     @property
     def head_parameters(self) -> int:
-        """Of the output layer."""
+        """Parameters of the output layer."""
         return self.vocab_size * self.hidden_size
 
     @property

@@ -34,7 +34,7 @@ class Stops:
     """Ids that end an answer in a chat."""
 
     def __str__(self) -> str:
-        """In words and in the order of the ids, such as `<|endoftext|> (0), <|im_end|> (2)`."""
+        """Text of the tokens in the order of their ids, such as `<|endoftext|> (0), <|im_end|> (2)`."""
         pairs = sorted(zip(self.ids, self.names, strict=True))
         return ", ".join(name if name == str(i) else f"{name} ({i})" for i, name in pairs)
 

@@ -132,7 +132,7 @@ class Encoder:
     def _with_controls_of_template(
         self, prompt: str | Messages, template: str, text: str, ids: list[int], where: str
     ) -> list[int]:
-        """The ids of a rendered prompt; encoded again where its text reads like control tokens."""
+        """Encode a rendered prompt; encoded again if its text looks like control tokens."""
         parts, expected = self._bare_template(prompt, template, where)
         messages = prompt if template != "chat" else self._messages(prompt)
         has_begun = is_begun_reply(messages, template)

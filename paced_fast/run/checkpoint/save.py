@@ -37,7 +37,7 @@ WritePolicy = Callable[[Path, dict[str, Tensor]], None]
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Everything one rank writes, on the host."""
+    """Data of one rank's part of a checkpoint, on the host."""
 
     step: int
     part: HostPart

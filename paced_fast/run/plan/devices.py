@@ -29,9 +29,9 @@ class Device:
     memory_bytes: int
     memory_bandwidth: float
     link_bandwidth: float
-    """To another chip of the node, one way."""
+    """Bytes per second to another chip of the node, one way."""
     network_bandwidth: float
-    """To another node, one way, a chip's share."""
+    """Bytes per second to another node, one way, per chip."""
     capability: tuple[int, int] | None = None
 
     def flops(self, dtype: str) -> float:

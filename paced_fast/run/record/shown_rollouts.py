@@ -8,7 +8,7 @@ from typing import Any
 from paced_fast.data.records import PromptTable, StepResult
 
 _SHOWN_TOKENS = 512
-"""Of a completion shown, up to this many first tokens are kept one by one."""
+"""Number of first tokens of a shown completion that are kept one by one."""
 _WINDOW = 8
 """Tokens decoded together to find the text that the last one adds: enough for any character and for spaces between
 words."""
