@@ -1,11 +1,68 @@
-"""How the policy and log Z learn, and what they learn from: loss, optimiser, head, schedule, replay."""
+"""Settings of the method: algorithm, loss, log Z, schedule, replay; and what each algorithm and schedule asks for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+Algorithm = Literal["paced", "tb", "tb_group", "flowrl", "grpo"]
 Rule = Literal["auto", "tree", "greedy", "history", "uniform", "dynamic"]
+Intercept = Literal["value", "group_mean"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traits:
+    """Needs and defaults of an algorithm."""
+
+    rule: Rule = "uniform"
+    """Meaning of `scheduler.rule` auto."""
+    replay: Literal["on", "off"] = "off"
+    """Meaning of `replay.mode` auto."""
+    intercepts: tuple[Intercept, ...]
+    """Values that `loss.intercept` may have; the first is the meaning of auto."""
+    compares_groups: bool = False
+    """Whether the signal of a completion depends on the other completions of its group."""
+    keeps_initial_policy: bool = False
+    """Whether the reference is the policy before training, not the policy before the step."""
+    value_is_accuracy: bool = True
+    """Whether the head, where there is one, predicts accuracy."""
+
+    @property
+    def may_replay(self) -> bool:
+        """Whether completions can be replayed: they come without their group, ranked by the error of an accuracy."""
+        return self.value_is_accuracy and not self.compares_groups
+
+
+ALGORITHMS: dict[Algorithm, Traits] = {
+    "paced": Traits(rule="tree", replay="on", intercepts=("value", "group_mean")),
+    "tb": Traits(intercepts=("value", "group_mean")),
+    "tb_group": Traits(intercepts=("group_mean",)),
+    "flowrl": Traits(intercepts=("value",), compares_groups=True, keeps_initial_policy=True, value_is_accuracy=False),
+    "grpo": Traits(intercepts=("group_mean",), compares_groups=True),
+}
+"""Every algorithm; its loss is in `paced.losses`, what it regresses on in `paced.algorithms`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuleTraits:
+    """Needs of a schedule."""
+
+    reads_value: bool = False
+    """Whether it draws by the learned value; before there is one it draws uniformly."""
+    explores_by_age: bool = False
+    """Whether `scheduler.explore` age has a meaning."""
+    drops_uniform_groups: bool = False
+    """Whether groups that are all right or all wrong are dropped and others drawn in their place."""
+
+
+RULES: dict[str, RuleTraits] = {
+    "tree": RuleTraits(reads_value=True, explores_by_age=True),
+    "greedy": RuleTraits(reads_value=True),
+    "history": RuleTraits(explores_by_age=True),
+    "uniform": RuleTraits(),
+    "dynamic": RuleTraits(drops_uniform_groups=True),
+}
+"""Every schedule; `paced.scheduler` has its draw."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +155,3 @@ class ReplayConfig:
     is drawn is then chosen without regard to rewards, or no weight could make up for the choice."""
     trains_log_z: bool = False
     """Whether the head learns from replayed completions too; correct ones alone bias it upwards."""
-
-
-Algorithm = Literal["paced", "tb", "tb_group", "flowrl", "grpo"]

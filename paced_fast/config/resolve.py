@@ -10,6 +10,7 @@ from importlib import util
 from typing import Any
 
 from paced_fast.config import Config, flatten
+from paced_fast.config.paced import ALGORITHMS, RULES
 from paced_fast.data.sources import is_template, parse_day, parse_source, template_arguments
 from paced_fast.errors import InputError
 
@@ -22,11 +23,10 @@ def resolve(config: Config) -> Config:
 
     Raises InputError naming the first field that is out of range or in conflict with another.
     """
-    paced = config.algorithm == "paced"
-    auto_intercept = "group_mean" if config.algorithm in ("tb_group", "grpo") else "value"
-    intercept = auto_intercept if config.loss.intercept == "auto" else config.loss.intercept
-    rule = ("tree" if paced else "uniform") if config.scheduler.rule == "auto" else config.scheduler.rule
-    replay = ("on" if paced else "off") if config.replay.mode == "auto" else config.replay.mode
+    traits = config.traits
+    intercept = traits.intercepts[0] if config.loss.intercept == "auto" else config.loss.intercept
+    rule = traits.rule if config.scheduler.rule == "auto" else config.scheduler.rule
+    replay = traits.replay if config.replay.mode == "auto" else config.replay.mode
     head_loss = "tb" if config.log_z.loss == "auto" else config.log_z.loss
     # On a CPU the engine takes longer to start than a small run to train, so it is there on demand only.
     vllm = util.find_spec("vllm")
@@ -181,6 +181,12 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _either(names: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _check(config: Config) -> None:
     for name, value in flatten(config).items():
         check_value(name, value)
@@ -200,15 +206,17 @@ def _check(config: Config) -> None:
             raise InputError(f"--warm-start.{name}.steps is {phase.steps}, but --warm-start.{name}.sources names none")
     if not config.data.train:
         raise InputError("--data.train names no source: give at least one, such as rg:chain_sum?size=500")
-    if config.algorithm in ("flowrl", "grpo"):
-        if config.replay.mode == "on":
-            raise InputError(f"--replay.mode on needs --algorithm paced, tb or tb_group, not {config.algorithm}")
-        if config.generation.group_size < 2:
-            raise InputError(f"--generation.group-size must be 2 or more for {config.algorithm}: it compares a group")
-    if config.algorithm == "flowrl" and config.scheduler.rule in ("tree", "greedy"):
+    traits = config.traits
+    if config.replay.mode == "on" and not traits.may_replay:
+        others = _either(name for name, other in ALGORITHMS.items() if other.may_replay)
+        raise InputError(f"--replay.mode on needs --algorithm {others}, not {config.algorithm}")
+    if config.generation.group_size < 2 and traits.compares_groups:
+        raise InputError(f"--generation.group-size must be 2 or more for {config.algorithm}: it compares a group")
+    if RULES[config.scheduler.rule].reads_value and not traits.value_is_accuracy:
+        others = _either(name for name, rule in RULES.items() if not rule.reads_value)
         raise InputError(
-            f"--scheduler.rule {config.scheduler.rule} needs a value that means accuracy; flowrl's log Z does not: "
-            "use uniform, history or dynamic"
+            f"--scheduler.rule {config.scheduler.rule} needs a value that means accuracy; {config.algorithm}'s log Z "
+            f"does not: use {others}"
         )
     if config.weight_sync.sleep_level > 0 and config.weight_sync.mode != "push":
         raise InputError(
@@ -241,11 +249,11 @@ def _check(config: Config) -> None:
     if config.generator == "vllm" and coldest < 0.01:
         raise InputError(f"--generator vllm samples at temperatures from 0.01, not {coldest:g}: raise it")
     _check_schedule(config)
-    needed = {"tb_group": "group_mean", "grpo": "group_mean", "flowrl": "value"}.get(config.algorithm)
-    if needed not in (None, config.loss.intercept):
+    if config.loss.intercept not in traits.intercepts:
+        others = _either(name for name, other in ALGORITHMS.items() if len(other.intercepts) > 1)
         raise InputError(
             f"--loss.intercept {config.loss.intercept} does not go with --algorithm {config.algorithm}, which has its "
-            "own: leave it out, or take paced or tb"
+            f"own: leave it out, or take {others}"
         )
     if config.loss.intercept == "group_mean" and config.generation.group_size < 2:
         raise InputError("--generation.group-size must be 2 or more for --loss.intercept group_mean")
@@ -308,10 +316,11 @@ def named(option: str, read: Callable[[], object]) -> None:
 def _check_schedule(config: Config) -> None:
     """Settings of scheduler and replay that would be ignored, or that contradict each other."""
     replay, scheduler = config.replay, config.scheduler
-    if scheduler.explore == "age" and scheduler.rule not in ("tree", "history"):
+    if scheduler.explore == "age" and not RULES[scheduler.rule].explores_by_age:
+        others = _either(name for name, rule in RULES.items() if rule.explores_by_age)
         raise InputError(
-            f"--scheduler.explore age has no part in --scheduler.rule {scheduler.rule}: take the rule tree or history, "
-            "or leave it out"
+            f"--scheduler.explore age has no part in --scheduler.rule {scheduler.rule}: take the rule {others}, or "
+            "leave it out"
         )
     if replay.mode == "off" and (replay.importance or replay.trains_log_z or replay.keep == "all"):
         raise InputError("--replay.keep all, importance and trains-log-z need replay: give --replay.mode on")

@@ -11,7 +11,16 @@ from typing import Any, Literal
 from paced_fast.config.data import DataConfig
 from paced_fast.config.generation import GenerationConfig, MismatchConfig, WeightSyncConfig
 from paced_fast.config.guards import GuardConfig
-from paced_fast.config.paced import Algorithm, LogZConfig, LossConfig, ReplayConfig, SchedulerConfig
+from paced_fast.config.paced import (
+    ALGORITHMS,
+    RULES,
+    Algorithm,
+    LogZConfig,
+    LossConfig,
+    ReplayConfig,
+    SchedulerConfig,
+    Traits,
+)
 from paced_fast.config.policy import LoraConfig, ModelConfig, OptimizerConfig, WarmStartConfig
 from paced_fast.config.rewards import RewardConfig
 
@@ -118,20 +127,19 @@ class Config:
         return self.generation.prompts_per_step * self.generation.group_size
 
     @property
+    def traits(self) -> Traits:
+        """Needs and defaults of the algorithm."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
     def uses_head(self) -> bool:
-        """Whether log Z is learned: the intercept, the schedule or replay reads it."""
-        learned_intercept = self.algorithm in ("paced", "tb") and self.loss.intercept == "value"
-        return (
-            learned_intercept
-            or self.algorithm == "flowrl"
-            or self.scheduler.rule in ("tree", "greedy")
-            or self.replay.mode == "on"
-        )
+        """Whether log Z is learned: the intercept, the schedule or replay reads it. Of resolved settings only."""
+        return self.loss.intercept == "value" or RULES[self.scheduler.rule].reads_value or self.replay.mode == "on"
 
     @property
     def value_is_accuracy(self) -> bool:
         """Whether the head predicts accuracy (FlowRL's log Z belongs to normalised rewards and does not)."""
-        return self.uses_head and self.algorithm != "flowrl"
+        return self.uses_head and self.traits.value_is_accuracy
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

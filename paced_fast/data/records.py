@@ -164,10 +164,10 @@ class StepResult:
 class Targets:
     """Quantities that the policy loss compares the current log-probs with."""
 
-    signal: Tensor  # f32[B]: raw reward (tb family), group-normalised advantage (grpo), scaled advantage (flowrl)
-    intercept: Tensor  # f32[B]: beta * log Z (tb family), log Z (flowrl), unused by grpo
+    signal: Tensor  # f32[B]: raw reward, group-normalised advantage or scaled advantage
+    intercept: Tensor  # f32[B]: beta * log Z or log Z; 0 for a loss without one
     old_logprobs: Tensor  # f32[T], the policy at the start of the step
-    ref_logprobs: Tensor  # f32[T], old_logprobs, or the initial policy's for flowrl
+    ref_logprobs: Tensor  # f32[T], old_logprobs, or the initial policy's where that is the reference
     weights: Tensor  # f32[B], constant factor of each sequence: 1, or what corrects for the policy that sampled it
 
 

@@ -6,24 +6,33 @@ so a resumed run draws what the uninterrupted one would have, and so does every 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from paced_fast.config import SchedulerConfig, stream_seed
+from paced_fast.config.paced import RULES
 from paced_kernels import Bell, PriorityTree
 
 # Offset of the random stream for later draws within a step; above the number of steps of any run.
 _ROUND = 2**40
 
 
-class PromptScheduler:
-    """Draws distinct prompts. N = prompts in the table, P = prompts drawn per step.
+class Draw(NamedTuple):
+    """What a rule is asked for."""
 
-    `tree`: weight of a prompt = bell around tau of its value; a share of the draws explores.
-    `greedy`: the prompts nearest tau in a random pool (the rule of the paper), plus the same share.
-    `history`: weight p (1 - p) of the last measured group accuracy p, one quarter while unseen; same share.
-    `uniform` and `dynamic`: uniform; `dynamic` differs in what the trainer does with the groups.
-    """
+    count: int  # prompts, at most N
+    now: Tensor  # i64[], the step
+    round_: int
+    is_warmup: Tensor  # bool[]
+    values: Tensor | None  # f32[N], tau during the warm-up; None for a rule that does not read them
+    allowed: Tensor | None  # bool[N]; None for all
+
+
+class PromptScheduler:
+    """Draws distinct prompts by one of the rules in `DRAWS`. N = prompts in the table, P = prompts drawn in a step."""
 
     def __init__(self, num_prompts: int, config: SchedulerConfig, *, seed: int, device: torch.device) -> None:
         """Schedule `num_prompts` prompts; `seed` fixes every draw."""
@@ -42,29 +51,23 @@ class PromptScheduler:
         (`dynamic`). With `count` above N prompts repeat, evenly.
         """
         now = self._now(step)
-        rule = "uniform" if values is None and self.config.rule in ("tree", "greedy") else self.config.rule
         if count > self.num_prompts:
             return self._repeated(count, now, round_)
-        allowed = self._allowed(count)
-        is_blind = now <= self.config.warmup_steps
-        if rule in ("uniform", "dynamic"):
-            index = self._uniform(count, now, round_, allowed)
-        elif rule == "greedy":
-            assert values is not None
-            index = self._nearest(count, now, round_, torch.where(is_blind, self.config.tau, values), allowed)
-        else:
-            if rule == "history":
-                accuracy = torch.where(is_blind, 0.5, self.last_accuracy)
-                # Every prompt keeps a small weight, so an old measurement cannot exclude it for good.
-                weight = (accuracy * (1 - accuracy) * 4).clamp(min=2.0**-27)
-                self.tree.rebuild(weight, allowed=allowed)
+        allowed, is_warmup = self._allowed(count), now <= self.config.warmup_steps
+        rule, estimate = self.config.rule, None
+        if RULES[rule].reads_value:
+            if values is None:
+                rule = "uniform"
             else:
-                assert values is not None
-                self.tree.rebuild(self.bell, torch.where(is_blind, self.config.tau, values), allowed=allowed)
-            index = self._race(count, now, round_, exploration=self.config.exploration)
+                estimate = torch.where(is_warmup, self.config.tau, values)
+        index = DRAWS[rule](self, Draw(count, now, round_, is_warmup, estimate, allowed))
         if self.config.max_visits:
             self.epoch_draws.index_add_(0, index, torch.ones_like(index))
         return index
+
+    def race(self, draw: Draw) -> Tensor:
+        """Draw by the tree's weights, but for the share that explores."""
+        return self._race(draw.count, draw.now, draw.round_, exploration=self.config.exploration)
 
     def _race(self, count: int, now: Tensor, round_: int, *, exploration: float = 0.0) -> Tensor:
         """Draw by the tree's weights, without replacement even when a few prompts carry nearly all the weight."""
@@ -82,17 +85,6 @@ class PromptScheduler:
         passes = -(-count // self.num_prompts)
         orders = [self._uniform(self.num_prompts, now, round_ * passes + k, None) for k in range(passes)]
         return torch.cat(orders)[:count]
-
-    def _nearest(self, count: int, now: Tensor, round_: int, values: Tensor, allowed: Tensor | None) -> Tensor:
-        pool_size = min(self.num_prompts, max(count, self.config.pool_factor * count))
-        pool = self._uniform(pool_size, now, round_, allowed)
-        explore = min(round(self.config.exploration * count), count)
-        # A pool larger than the number of allowed prompts is padded with -1.
-        distance = torch.where(pool >= 0, (values[pool.clamp(min=0)] - self.config.tau).abs(), torch.inf)
-        nearest = distance.argsort(stable=True)
-        chosen, rest = nearest[: count - explore], nearest[count - explore :]
-        # The pool is in random order, so its first members among the rest are a uniform draw.
-        return torch.cat([pool[chosen], pool[rest.sort().values[:explore]]])
 
     def _allowed(self, count: int) -> Tensor | None:
         """Prompts bool[N] that this epoch has not drawn `max_visits` times; None when there is no limit.
@@ -129,3 +121,49 @@ class PromptScheduler:
 
 
 _STATISTICS = ("last_accuracy", "visits", "last_visit", "epoch_draws")
+
+
+def near_tau(scheduler: PromptScheduler, draw: Draw) -> Tensor:
+    """`tree`: the weight of a prompt is a bell around tau of its value; a share of the draws explores."""
+    assert draw.values is not None
+    scheduler.tree.rebuild(scheduler.bell, draw.values, allowed=draw.allowed)
+    return scheduler.race(draw)
+
+
+def nearest_of_pool(scheduler: PromptScheduler, draw: Draw) -> Tensor:
+    """`greedy`: the prompts nearest tau in a random pool (the rule of the paper); the same share explores the rest."""
+    assert draw.values is not None
+    config, count = scheduler.config, draw.count
+    pool_size = min(scheduler.num_prompts, max(count, config.pool_factor * count))
+    pool = scheduler._uniform(pool_size, draw.now, draw.round_, draw.allowed)
+    explore = min(round(config.exploration * count), count)
+    # A pool larger than the prompts that are allowed ends in -1.
+    distance = torch.where(pool >= 0, (draw.values[pool.clamp(min=0)] - config.tau).abs(), torch.inf)
+    nearest = distance.argsort(stable=True)
+    chosen, rest = nearest[: count - explore], nearest[count - explore :]
+    # The pool is in random order, so its first members among the rest are a uniform draw.
+    return torch.cat([pool[chosen], pool[rest.sort().values[:explore]]])
+
+
+def mixed_before(scheduler: PromptScheduler, draw: Draw) -> Tensor:
+    """`history`: weight p (1 - p) of the last measured group accuracy p, one quarter while unseen; same share."""
+    accuracy = torch.where(draw.is_warmup, 0.5, scheduler.last_accuracy)
+    # Every prompt keeps a small weight, so an old measurement cannot exclude it for good.
+    weight = (accuracy * (1 - accuracy) * 4).clamp(min=2.0**-27)
+    scheduler.tree.rebuild(weight, allowed=draw.allowed)
+    return scheduler.race(draw)
+
+
+def evenly(scheduler: PromptScheduler, draw: Draw) -> Tensor:
+    """`uniform`, and `dynamic`, which differs in what the trainer does with the groups."""
+    return scheduler._uniform(draw.count, draw.now, draw.round_, draw.allowed)
+
+
+DRAWS: dict[str, Callable[[PromptScheduler, Draw], Tensor]] = {
+    "tree": near_tau,
+    "greedy": nearest_of_pool,
+    "history": mixed_before,
+    "uniform": evenly,
+    "dynamic": evenly,
+}
+"""The draw of each rule: distinct prompts, i64[count]."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paced_fast.config import Config, stream_seed
+from paced_fast.config.paced import RULES
 from paced_fast.data import packing
 from paced_fast.data.records import Fresh, Group, Rollouts, StepResult
 from paced_fast.data.transfer import to_host
@@ -131,16 +132,16 @@ class Trainer:
             self.world.broadcast_(self.log_z.values)
 
     def _collect(self, step: int, values: Tensor | None) -> tuple[Fresh, Rollouts | None]:
-        """Draw prompts and sample their groups; `dynamic` repeats until the batch holds mixed groups only."""
-        size, dynamic = self.config.generation.prompts_per_step, self.config.scheduler.rule == "dynamic"
+        """Draw prompts and sample their groups; a rule may drop uniform ones and go on to a full batch."""
+        size, drops = self.config.generation.prompts_per_step, RULES[self.config.scheduler.rule].drops_uniform_groups
         kept: list[Group] = []
         dropped: list[Group] = []
         replayed = None
-        for round_ in range(self.config.scheduler.max_resamples if dynamic else 1):
+        for round_ in range(self.config.scheduler.max_resamples if drops else 1):
             drawn, chosen = self._draw(step, values, round_)
             replayed = replayed if chosen is None else chosen
             for group in self.collector.groups(drawn, step, round_):
-                (kept if group.is_mixed or not dynamic else dropped).append(group)
+                (kept if group.is_mixed or not drops else dropped).append(group)
             if len(kept) >= size:
                 break
         sampled = kept + dropped

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny_policy
 
-from paced_fast.config import Config, digest, flatten, stream_seed
+from paced_fast.config import Algorithm, Config, GeneratorName, Rule, digest, flatten, stream_seed
+from paced_fast.config.paced import ALGORITHMS, RULES
 from paced_fast.config.presets import preset
 from paced_fast.config.resolve import _BOUNDS, resolve
 from paced_fast.config.saved import config_from_dict
 from paced_fast.errors import InputError
+from paced_fast.paced.algorithms import REGRESSIONS
+from paced_fast.paced.losses import POLICY_LOSSES
+from paced_fast.paced.scheduler import DRAWS
+from paced_fast.run.start.generator import GENERATORS
 
 NUMBERS = [name for name, value in flatten(Config()).items() if type(value) in (int, float)]
 """Dotted names of all settings that are numbers."""
@@ -60,6 +65,14 @@ EXPECTED = {
     "flowrl": ("value", "uniform", "off", "tb", True, False),
     "grpo": ("group_mean", "uniform", "off", "tb", False, False),
 }
+
+
+def test_every_algorithm_and_every_schedule_has_all_its_parts() -> None:
+    names = list(get_args(Algorithm))
+    assert names == list(ALGORITHMS) == list(EXPECTED)
+    assert set(names) == set(POLICY_LOSSES) == set(REGRESSIONS)
+    assert set(get_args(Rule)) - {"auto"} == set(RULES) == set(DRAWS)
+    assert set(get_args(GeneratorName)) - {"auto"} == set(GENERATORS)
 
 
 @pytest.mark.parametrize("algorithm", sorted(EXPECTED))

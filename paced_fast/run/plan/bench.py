@@ -110,7 +110,7 @@ def _stepper(config: Config, lengths: str, world: World) -> tuple[Stepper, Rando
     settings = model_settings(config.model, len(SIGNED_SUMS_ALPHABET))
     model = random_model(config.model, settings, seed=stream_seed(config.seed, 0, "initial weights"))
     policy = make_policy(model, config)
-    initial = policy.frozen_copy() if config.algorithm == "flowrl" else None
+    initial = policy.frozen_copy() if config.traits.keeps_initial_policy else None
     prepare(policy, config)
     size = (_TABLE_FACTOR * config.generation.prompts_per_step, config.data.max_prompt_tokens)
     ids = torch.randint(0, settings.vocab_size, size, generator=source).tolist()
@@ -155,7 +155,7 @@ def _model_flops(shape: ModelShape, config: Config, work: _Totals) -> float:
     recomputation."""
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_size * work.pairs
     matmul = 2 * (shape.body_parameters * work.row_tokens + shape.head_parameters * work.completion_tokens)
-    references = 2 if config.algorithm == "flowrl" else 1
+    references = 2 if config.traits.keeps_initial_policy else 1
     return (matmul + attention) * (references + config.optimizer.epochs * (2 + shape.trainable / shape.parameters))
 
 

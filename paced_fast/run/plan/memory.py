@@ -87,7 +87,7 @@ def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | N
         _KEYS_AND_VALUES: kv_cache_bytes(shape, config, layout),
         **_engine_weights(shape, config, layout),
     }
-    if config.algorithm == "flowrl":
+    if config.traits.keeps_initial_policy:
         result["reference policy"] = result["weights"]
     if config.uses_head:
         result["prompt embeddings"] = num_prompts * shape.hidden_size * _ITEMSIZE[config.log_z.cache_dtype]

@@ -70,7 +70,7 @@ def estimate(shape: ModelShape, config: Config, layout: Layout, device: Device) 
     backward = 2.0 if shape.trainable == shape.parameters else 1.0 + shape.trainable / shape.parameters
     again = 1.0 if config.model.gradient_checkpointing else 0.0
     passes = (1.0 + backward + again) * config.optimizer.epochs
-    references = 2.0 if config.algorithm == "flowrl" else 1.0
+    references = 2.0 if config.traits.keeps_initial_policy else 1.0
     seconds = {
         "generate": generation_seconds(shape, config, layout, device),
         "old_logprobs": references * forward / rate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def make_generator(
     parameters."""
     config = data.config
     with world.agreement():
-        generator, guard = _own_generator(data, made, weights, world)
+        generator, guard = GENERATORS[config.generator](data, made, weights, world)
     if world.size == 1:
         return generator, guard
     # An engine has its own weights; to sample from the trainer's model, its shards must be gathered.
@@ -34,15 +35,21 @@ def make_generator(
     return SharedGenerator(generator, world, engine_ranks=config.weight_sync.tensor_parallel, whole=whole), guard
 
 
-def _own_generator(
+def transformers_generator(
     data: Data, made: TrainedPolicy, weights: Path, world: World
 ) -> tuple[Generator, ParityGuard | None]:
-    config, policy, stop_ids = data.config, made.policy, data.stops.ids
-    settings, model = config.generation, policy.model
+    """The trainer's own model."""
+    del weights, world
+    size = data.config.generation.max_batch_sequences
+    return TransformersGenerator(made.policy.model, stop_ids=data.stops.ids, max_batch_sequences=size), None
+
+
+def vllm_generator(
+    data: Data, made: TrainedPolicy, weights: Path, world: World
+) -> tuple[Generator, ParityGuard | None]:
+    """A vLLM engine with the weights shared or pushed, and the guard that checks its log-probs."""
+    config, policy, model = data.config, made.policy, made.policy.model
     shape = shape_of(model)
-    if config.generator == "transformers":
-        plain = TransformersGenerator(model, stop_ids=stop_ids, max_batch_sequences=settings.max_batch_sequences)
-        return plain, None
     random_state = checkpoint.random_state()
     generator = VLLMGenerator(
         EngineSettings(
@@ -50,13 +57,13 @@ def _own_generator(
             dtype=config.weight_sync.dtype,
             device=config.model.device,
             max_tokens=memory.engine_tokens(shape, config),
-            max_sequences=settings.max_batch_sequences,
+            max_sequences=config.generation.max_batch_sequences,
             kv_cache_bytes=memory.kv_cache_bytes(shape, config, made.layout),
             sleep_level=config.weight_sync.sleep_level,
             ranks=world.size,
             tensor_parallel_size=config.weight_sync.tensor_parallel,
         ),
-        stop_ids=stop_ids,
+        stop_ids=data.stops.ids,
     )
     checkpoint.restore_random_state(random_state)  # starting an engine seeds every global generator
     generator.attach(weight_sync.connect(generator, model, config.weight_sync))
@@ -66,3 +73,10 @@ def _own_generator(
     own = [row.token_ids for row in data.table.rows]
     sequences = long_sequences(own, count=config.weight_sync.check_prompts, length=length)
     return generator, ParityGuard(generator, policy, config, sequences=sequences)
+
+
+GENERATORS: dict[str, Callable[[Data, TrainedPolicy, Path, World], tuple[Generator, ParityGuard | None]]] = {
+    "transformers": transformers_generator,
+    "vllm": vllm_generator,
+}
+"""Makers of this rank's generator, by `config.generator`; only an engine with weights of its own has a guard."""

@@ -156,7 +156,7 @@ def _layout(config: Config, shape: ModelShape, num_prompts: int, world: World) -
 def _policies(
     config: Config, model: PreTrainedModel, world: World, is_sharded: bool, *, with_initial: bool = True
 ) -> tuple[Policy, Policy | None]:
-    """Make the policy on the device, whole or this rank's shards, and the reference policy that flowrl keeps.
+    """The policy on the device, all of it or this rank's shards, and the policy before training if it is the reference.
 
     Adapters and fused layers are added first, because a sharded model cannot be changed.
     """
@@ -164,7 +164,7 @@ def _policies(
     if not is_sharded:
         cast(torch.nn.Module, model).to(device)
     policy = make_policy(model, config)
-    initial = policy.frozen_copy() if config.algorithm == "flowrl" and with_initial else None
+    initial = policy.frozen_copy() if config.traits.keeps_initial_policy and with_initial else None
     if is_sharded:
         prepare(policy, config)
         for one in (policy, initial):
