@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
-import functools
 import io
 import itertools
 import re
@@ -17,6 +15,7 @@ import tyro
 
 from paced_fast.config import Config, flatten
 from paced_fast.config import modes as launch
+from paced_fast.config.bounds import settings
 from paced_fast.config.presets import PRESETS, preset
 from paced_fast.config.resolve import check_value
 from paced_fast.errors import InputError
@@ -50,7 +49,7 @@ def _check_words(words: Sequence[str], known: Mapping[str, str]) -> None:
 
     Tyro would refuse both, but it says less: not which flag was handed a value, nor what was expected.
     """
-    types = _types(Config)
+    types = {name: setting.kind for name, setting in settings(Config).items()}
     for i, word in enumerate(words):
         if not word.startswith("--") or word == "--help":
             continue
@@ -97,18 +96,6 @@ def _value(option: str, kind: Any, text: str) -> Any:
             wanted = "a whole number" if kind is int else "a number"
             raise InputError(f"{option} {text[:80]!r} is not {wanted}") from None
     return text
-
-
-@functools.cache
-def _types(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """Types of all settings by dotted name."""
-    found: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            found.update(_types(hint, f"{prefix}{name}."))
-        else:
-            found[f"{prefix}{name}"] = hint
-    return found
 
 
 def read(words: Sequence[str], parse_words: Callable[[], T]) -> T:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from paced_fast.config.bounds import Bounds
 
 Algorithm = Literal["paced", "tb", "tb_group", "flowrl", "grpo"]
 Rule = Literal["auto", "tree", "greedy", "history", "uniform", "dynamic"]
@@ -69,17 +72,17 @@ RULES: dict[str, RuleTraits] = {
 class LossConfig:
     """The policy's loss."""
 
-    beta: float = 0.05
+    beta: Annotated[float, Bounds(1e-6, 1e6)] = 0.05
     """Weight of the squared log-ratio against the reward: the residual uses reward / beta."""
     intercept: Literal["auto", "value", "group_mean"] = "auto"
     """What stands for beta * log Z in the policy's loss: the learned value (paper) or the group's mean reward."""
-    importance_cap: float = 1.28
+    importance_cap: Annotated[float, Bounds(1e-6, math.inf)] = 1.28
     """Upper bound of the detached weight exp(log pi - log pi_old) of a sequence."""
-    grpo_clip: float = 0.2
+    grpo_clip: Annotated[float, Bounds(1e-6, 1.0)] = 0.2
     """Half width of the ratio clip of `grpo`."""
-    flowrl_reward_scale: float = 15.0
+    flowrl_reward_scale: Annotated[float, Bounds(0.0, 1e6)] = 15.0
     """`flowrl`: factor of the group-normalised reward (an inverse temperature)."""
-    flowrl_importance_cap: float = 10.0
+    flowrl_importance_cap: Annotated[float, Bounds(1e-6, math.inf)] = 10.0
     """`flowrl`: upper bound of the sequence weight."""
 
 
@@ -89,17 +92,17 @@ class LogZConfig:
 
     loss: Literal["auto", "tb", "bce"] = "auto"
     """`tb`: squared trajectory-balance residual in reward units (paper); `bce`: cross-entropy on raw correctness."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, Bounds(0.0, 1.0)] = 1e-3
     """AdamW learning rate of the head."""
-    hidden_size: int = 128
+    hidden_size: Annotated[int, Bounds(1, 10**6)] = 128
     """Width of the head's two hidden layers."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Bounds(1e-12, math.inf)] = 1.0
     """Gradient norm bound of the head, apart from the policy's."""
-    updates_per_step: int = 1
+    updates_per_step: Annotated[int, Bounds(1, 10**6)] = 1
     """Gradient steps on each batch of fresh groups."""
     cache_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type in which the prompts' embeddings are kept; the head computes in float32."""
-    scored_per_step: int = 0
+    scored_per_step: Annotated[int, Bounds(0, 10**9)] = 0
     """Prompts whose value is brought up to date in a step, in turn; 0 for all. The drawn ones always are."""
 
 
@@ -110,21 +113,21 @@ class SchedulerConfig:
     rule: Rule = "auto"
     """`tree` (weights peak at tau), `greedy` (nearest tau in a pool), `history` (past group variance), `uniform`,
     or `dynamic` (DAPO: draw uniformly, drop groups that are all right or all wrong, draw again)."""
-    tau: float = 0.5
+    tau: Annotated[float, Bounds(0.0, 1.0)] = 0.5
     """Accuracy that training aims at."""
-    bandwidth: float = 0.1
+    bandwidth: Annotated[float, Bounds(1e-3, 1e6)] = 0.1
     """Width of the bell around tau in the `tree` rule."""
-    exploration: float = 0.1
+    exploration: Annotated[float, Bounds(0.0, 1.0)] = 0.1
     """Share of draws that ignores the estimate."""
     explore: Literal["uniform", "age"] = "uniform"
     """Whom that share goes to (`tree` and `history`): every prompt alike, or by the steps since its last visit."""
-    max_visits: int = 0
+    max_visits: Annotated[int, Bounds(0, 10**9)] = 0
     """Most draws of a prompt within an epoch, which is as many whole batches as the prompts make; 0 for no limit."""
-    warmup_steps: int = 5
+    warmup_steps: Annotated[int, Bounds(0, 10**9)] = 5
     """First steps, drawn uniformly."""
-    pool_factor: int = 8
+    pool_factor: Annotated[int, Bounds(1, 10**6)] = 8
     """`greedy`: size of the random pool, in batches."""
-    max_resamples: int = 10
+    max_resamples: Annotated[int, Bounds(1, 10**6)] = 10
     """`dynamic`: rounds of drawing for one batch before it is taken as it is."""
 
 
@@ -136,17 +139,17 @@ class ReplayConfig:
     """Whether completions are replayed."""
     keep: Literal["correct", "all"] = "correct"
     """Which completions may enter: correct ones, or failures too, which `importance` needs."""
-    capacity: int = 128
+    capacity: Annotated[int, Bounds(1, 10**9)] = 128
     """Completions kept; the oldest leaves first."""
-    insert_per_step: int = 64
+    insert_per_step: Annotated[int, Bounds(1, 10**9)] = 64
     """At most so many completions enter in a step, those of the largest priority."""
     priority: Literal["error", "z"] = "error"
     """`error`: |group accuracy - value| (paper); `z`: that over its standard deviation if the value were right."""
-    draw_per_step: int = 64
+    draw_per_step: Annotated[int, Bounds(1, 10**9)] = 64
     """Completions added to each step's batch."""
-    max_age: int = 4
+    max_age: Annotated[int, Bounds(1, 10**9)] = 4
     """Completions sampled more steps ago are not drawn."""
-    half_life: float = 0.0
+    half_life: Annotated[float, Bounds(0.0, math.inf)] = 0.0
     """Steps after which a completion is drawn half as often; 0 for no decay."""
     prioritized: bool = False
     """Draw in proportion to the refreshed priority (true) or evenly (false)."""

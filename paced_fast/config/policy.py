@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from paced_fast.config.bounds import Bounds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,13 +34,13 @@ class ModelConfig:
     work."""
     liger: Literal["auto", "on", "off"] = "auto"
     """liger-kernel's RMSNorm, SwiGLU and rotary embedding: `auto` takes them on a GPU where they are installed."""
-    hidden_size: int = 96
+    hidden_size: Annotated[int, Bounds(1, 10**6)] = 96
     """Width of `tiny`."""
-    intermediate_size: int = 256
+    intermediate_size: Annotated[int, Bounds(1, 10**6)] = 256
     """Width of the gated MLP of `tiny`."""
-    num_layers: int = 2
+    num_layers: Annotated[int, Bounds(1, 10**4)] = 2
     """Layers of `tiny`."""
-    num_heads: int = 4
+    num_heads: Annotated[int, Bounds(1, 10**4)] = 4
     """Attention heads of `tiny`."""
 
 
@@ -47,15 +50,15 @@ class WarmStartPhase:
 
     sources: tuple[str, ...] = ()
     """Sources whose rows carry a demonstration."""
-    steps: int = 0
+    steps: Annotated[int, Bounds(0, 10**9)] = 0
     """Optimiser steps; 0 skips the phase."""
-    batch_size: int = 256
+    batch_size: Annotated[int, Bounds(1, 10**6)] = 256
     """Demonstrations in a step."""
-    learning_rate: float = 2e-3
+    learning_rate: Annotated[float, Bounds(0.0, 1.0)] = 2e-3
     """Peak learning rate, reached after the warm-up and decayed linearly to a twentieth."""
-    warmup_steps: int = 10
+    warmup_steps: Annotated[int, Bounds(0, 10**9)] = 10
     """Steps of linear warm-up."""
-    beta2: float = 0.98
+    beta2: Annotated[float, Bounds(0.0, 0.9999999)] = 0.98
     """AdamW's second-moment decay."""
 
 
@@ -67,7 +70,7 @@ class WarmStartConfig:
     """First phase."""
     second: WarmStartPhase = WarmStartPhase()
     """Second phase."""
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     """Seed of initial weights and batches, apart from the run's seed so that runs can share a warm start."""
     cache_dir: str = "~/.cache/paced_fast"
     """Where finished warm starts are kept; a key of settings and code decides whether one fits."""
@@ -77,25 +80,25 @@ class WarmStartConfig:
 class OptimizerConfig:
     """AdamW of the policy."""
 
-    learning_rate: float = 1e-6
+    learning_rate: Annotated[float, Bounds(0.0, 1.0)] = 1e-6
     """Learning rate after the warm-up."""
-    warmup_steps: int = 10
+    warmup_steps: Annotated[int, Bounds(0, 10**9)] = 10
     """Steps over which the learning rate rises linearly."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Bounds(0.0, 1.0)] = 0.01
     """Decoupled weight decay."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Bounds(0.0, 0.9999999)] = 0.9
     """First-moment decay."""
-    beta2: float = 0.999
+    beta2: Annotated[float, Bounds(0.0, 0.9999999)] = 0.999
     """Second-moment decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Bounds(1e-12, math.inf)] = 1.0
     """Gradients are scaled down to this norm."""
-    minibatches: int = 2
+    minibatches: Annotated[int, Bounds(1, 10**6)] = 2
     """Optimiser steps made from one batch of rollouts."""
-    epochs: int = 1
+    epochs: Annotated[int, Bounds(1, 10**4)] = 1
     """Passes over one batch of rollouts."""
-    micro_batch_tokens: int = 32768
+    micro_batch_tokens: Annotated[int, Bounds(1, 10**9)] = 32768
     """Tokens (padding included) in one forward and backward pass."""
-    max_consecutive_skips: int = 3
+    max_consecutive_skips: Annotated[int, Bounds(1, 10**6)] = 3
     """Steps skipped in a row for a non-finite loss or gradient before the run stops."""
 
 
@@ -103,9 +106,9 @@ class OptimizerConfig:
 class LoraConfig:
     """Low-rank adapters in place of all parameters; the warm start trains all of them all the same."""
 
-    rank: int = 0
+    rank: Annotated[int, Bounds(0, 10**4)] = 0
     """Rank of the matrices that are trained; 0 trains every parameter."""
-    alpha: int = 32
+    alpha: Annotated[int, Bounds(1, 10**6)] = 32
     """What is learned is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the linear layers that get them, such as q_proj; all-linear is every one, experts included, but the

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from importlib import util
 from typing import Any
 
 from paced_fast.config import Config, flatten
+from paced_fast.config.bounds import settings
 from paced_fast.config.paced import ALGORITHMS, RULES
 from paced_fast.data.sources import is_template, parse_day, parse_source, template_arguments
 from paced_fast.errors import InputError
@@ -46,122 +46,14 @@ def resolve(config: Config) -> Config:
     return resolved
 
 
-# What is counted is bounded far above any use, so that a slip of the keyboard is not taken for a wish.
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "steps": (0, 10**9),
-    "seed": (0, 2**63 - 1),
-    "model.hidden_size": (1, 10**6),
-    "model.intermediate_size": (1, 10**6),
-    "model.num_layers": (1, 10**4),
-    "model.num_heads": (1, 10**4),
-    "lora.rank": (0, 10**4),
-    "lora.alpha": (1, 10**6),
-    "data.max_prompt_tokens": (1, 10**7),
-    "data.max_bad_share": (0.0, 1.0),
-    "warm_start.first.steps": (0, 10**9),
-    "warm_start.first.batch_size": (1, 10**6),
-    "warm_start.first.learning_rate": (0.0, 1.0),
-    "warm_start.first.warmup_steps": (0, 10**9),
-    "warm_start.first.beta2": (0.0, 0.9999999),
-    "warm_start.second.steps": (0, 10**9),
-    "warm_start.second.batch_size": (1, 10**6),
-    "warm_start.second.learning_rate": (0.0, 1.0),
-    "warm_start.second.warmup_steps": (0, 10**9),
-    "warm_start.second.beta2": (0.0, 0.9999999),
-    "warm_start.seed": (0, 2**63 - 1),
-    "reward.workers": (0, 1024),
-    "reward.math_seconds": (0.01, 3600.0),
-    "reward.async_seconds": (0.01, 86400.0),
-    "reward.function_seconds": (0.01, 86400.0),
-    "reward.task_seconds": (0.01, 3600.0),
-    "reward.max_unscored_share": (0.0, 1.0),
-    "reward.overlong_share": (1e-6, 1.0),
-    "reward.code_seconds": (0.1, 3600.0),
-    "reward.code_memory_mib": (128, 1 << 20),
-    "reward.code_output_kib": (1, 1 << 20),
-    "reward.code_threads": (1, 1024),
-    "generation.prompts_per_step": (1, 10**6),
-    "generation.group_size": (1, 10**5),
-    "generation.max_completion_tokens": (1, 10**7),
-    "generation.temperature": (1e-3, 100.0),
-    "generation.max_batch_sequences": (1, 10**6),
-    "weight_sync.bucket_mib": (1, 1 << 20),
-    "weight_sync.tensor_parallel": (1, 1024),
-    "weight_sync.sleep_level": (0, 2),
-    "weight_sync.kv_cache_gib": (0.0, 1e6),
-    "weight_sync.check_every": (0, 10**9),
-    "weight_sync.check_prompts": (1, 64),
-    "weight_sync.max_mean_difference": (0.0, math.inf),
-    "mismatch.cap": (1.0 + 1e-6, 1e6),
-    "loss.beta": (1e-6, 1e6),
-    "loss.importance_cap": (1e-6, math.inf),
-    "loss.grpo_clip": (1e-6, 1.0),
-    "loss.flowrl_reward_scale": (0.0, 1e6),
-    "loss.flowrl_importance_cap": (1e-6, math.inf),
-    "optimizer.learning_rate": (0.0, 1.0),
-    "optimizer.warmup_steps": (0, 10**9),
-    "optimizer.weight_decay": (0.0, 1.0),
-    "optimizer.beta1": (0.0, 0.9999999),
-    "optimizer.beta2": (0.0, 0.9999999),
-    "optimizer.max_grad_norm": (1e-12, math.inf),
-    "optimizer.minibatches": (1, 10**6),
-    "optimizer.epochs": (1, 10**4),
-    "optimizer.micro_batch_tokens": (1, 10**9),
-    "optimizer.max_consecutive_skips": (1, 10**6),
-    "distributed.timeout_seconds": (1.0, 86400.0),
-    "distributed.stall_seconds": (1.0, 86400.0),
-    "guard.max_kl": (0.0, math.inf),
-    "guard.max_log_ratio": (0.0, math.inf),
-    "guard.min_sample_share": (0.0, 1.0),
-    "guard.max_token_ratio": (1.0, math.inf),
-    "guard.max_truncated_share": (0.0, 1.0),
-    "guard.collapsed_reward": (0.0, 1.0),
-    "guard.healthy_reward": (0.0, 1.0),
-    "guard.max_value_gap": (0.0, math.inf),
-    "guard.stuck_value": (0.0, 0.1),
-    "guard.max_head_loss_growth": (1.0, math.inf),
-    "guard.patience": (1, 10**4),
-    "guard.repeat_every": (1, 10**9),
-    "log_z.learning_rate": (0.0, 1.0),
-    "log_z.hidden_size": (1, 10**6),
-    "log_z.max_grad_norm": (1e-12, math.inf),
-    "log_z.updates_per_step": (1, 10**6),
-    "log_z.scored_per_step": (0, 10**9),
-    "scheduler.tau": (0.0, 1.0),
-    "scheduler.bandwidth": (1e-3, 1e6),
-    "scheduler.exploration": (0.0, 1.0),
-    "scheduler.warmup_steps": (0, 10**9),
-    "scheduler.max_visits": (0, 10**9),
-    "scheduler.pool_factor": (1, 10**6),
-    "scheduler.max_resamples": (1, 10**6),
-    "replay.capacity": (1, 10**9),
-    "replay.insert_per_step": (1, 10**9),
-    "replay.draw_per_step": (1, 10**9),
-    "replay.max_age": (1, 10**9),
-    "replay.half_life": (0.0, math.inf),
-    "evaluation.every": (0, 10**9),
-    "evaluation.samples": (1, 10**5),
-    "evaluation.final_samples": (1, 10**5),
-    "evaluation.temperature": (0.0, 100.0),
-    "evaluation.top_p": (1e-6, 1.0),
-    "evaluation.max_completion_tokens": (0, 10**7),
-    "run.checkpoint_every": (0, 10**9),
-    "run.keep_checkpoints": (1, 10**9),
-    "run.rollouts_per_step": (0, 10**9),
-    "run.threads": (0, 10**4),
-}
-
-
-_MAY_BE_EMPTY = {"data.system_prompt"}
-
-
 def check_value(name: str, value: Any) -> None:
     """Raises InputError when the value of the setting `name` is out of range, or an empty text."""
-    if name in _BOUNDS:
-        low, high = _BOUNDS[name]
+    setting = settings(Config)[name]
+    if setting.bounds is not None:
+        low, high = setting.bounds
         if not low <= value <= high:  # a NaN fails every comparison, so it ends here too
             raise InputError(f"{_option(name)} is {value}: give a value from {low:g} to {high:g}")
-    if name in _MAY_BE_EMPTY:
+    if setting.may_be_empty:
         return
     if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, tuple) else [value])):
         raise InputError(f"{_option(name)} is empty: give a value, or leave it out")

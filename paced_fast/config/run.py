@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from paced_fast.config.bounds import Bounds
 from paced_fast.config.data import DataConfig
 from paced_fast.config.generation import GenerationConfig, MismatchConfig, WeightSyncConfig
 from paced_fast.config.guards import GuardConfig
@@ -31,17 +32,17 @@ GeneratorName = Literal["auto", "vllm", "transformers"]
 class EvaluationConfig:
     """Held-out evaluation."""
 
-    every: int = 25
+    every: Annotated[int, Bounds(0, 10**9)] = 25
     """Steps between evaluations during training; 0 for none."""
-    samples: int = 8
+    samples: Annotated[int, Bounds(1, 10**5)] = 8
     """Completions for each prompt during training."""
-    final_samples: int = 16
+    final_samples: Annotated[int, Bounds(1, 10**5)] = 16
     """Completions for each prompt before and after training."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Bounds(0.0, 100.0)] = 1.0
     """Sampling temperature, apart from training's; 0 takes the likeliest token."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Bounds(1e-6, 1.0)] = 1.0
     """Sample from the likeliest tokens that hold this share of the mass; training always samples from all."""
-    max_completion_tokens: int = 0
+    max_completion_tokens: Annotated[int, Bounds(0, 10**7)] = 0
     """Completions are cut here; 0 for generation.max-completion-tokens."""
 
 
@@ -49,20 +50,20 @@ class EvaluationConfig:
 class RunConfig:
     """What a run keeps."""
 
-    checkpoint_every: int = 50
+    checkpoint_every: Annotated[int, Bounds(0, 10**9)] = 50
     """Steps between checkpoints; the last step always writes one; 0 for the last only."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, Bounds(1, 10**9)] = 2
     """Newest checkpoints kept."""
     async_save: bool = True
     """Write checkpoints beside the steps that follow; a step waits for its parameters to be copied only."""
-    rollouts_per_step: int = 4
+    rollouts_per_step: Annotated[int, Bounds(0, 10**9)] = 4
     """Rollouts written to rollouts.jsonl each step."""
     save_rollouts: bool = False
     """Write every completion of every step, its tokens and log-probs, to rollouts_full.jsonl: what --replay-rollouts
     trains from. About 20 bytes a token."""
     overwrite: bool = False
     """Replace the results of an earlier run in the same folder."""
-    threads: int = 0
+    threads: Annotated[int, Bounds(0, 10**4)] = 0
     """CPU threads of torch; 0 for one a core."""
     report: bool = True
     """Write the HTML report and its plots at the end."""
@@ -77,9 +78,9 @@ class DistributedConfig:
     mode: Literal["auto", "replicated", "sharded"] = "auto"
     """`replicated` (every rank holds all parameters, and a part of the optimiser's state), `sharded` (FSDP2: parameters
     too are split), or `auto`: replicated where it fits, and the memory plan says why."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: Annotated[float, Bounds(1.0, 86400.0)] = 600.0
     """Longest wait for another rank in an exchange; after it the run stops."""
-    stall_seconds: float = 300.0
+    stall_seconds: Annotated[float, Bounds(1.0, 86400.0)] = 300.0
     """Time without progress after which every rank logs where it is and what it runs, once; nothing is stopped. Below
     `timeout_seconds`, so that the reason is on record when that ends the run."""
 
@@ -92,9 +93,9 @@ class Config:
     """Name of the preset these settings began from."""
     algorithm: Algorithm = "paced"
     """`paced`, `tb` (learned log Z, uniform prompts), `tb_group` (group-mean intercept), `flowrl` or `grpo`."""
-    steps: int = 150
+    steps: Annotated[int, Bounds(0, 10**9)] = 150
     """Steps of training."""
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     """Seed of every draw of the run."""
     run_dir: str | None = None
     """Run folder; without one, runs/PRESET-ALGORITHM-SEED (with a number when that is taken)."""

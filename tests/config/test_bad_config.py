@@ -11,7 +11,8 @@ from typing import Any, Literal
 import pytest
 
 from paced_fast.config import Config, cli, flatten
-from paced_fast.config.resolve import _BOUNDS, resolve
+from paced_fast.config.bounds import settings
+from paced_fast.config.resolve import resolve
 from paced_fast.data.sources import parse_source
 from paced_fast.data.sources.spec import _KEYS
 from paced_fast.errors import InputError
@@ -28,6 +29,7 @@ def types_of(kind: Any, prefix: str = "") -> dict[str, Any]:
 
 
 TYPES = types_of(Config)
+BOUNDS = {name: setting.bounds for name, setting in settings(Config).items() if setting.bounds is not None}
 
 
 def option(name: str) -> str:
@@ -43,7 +45,7 @@ def typos(word: str) -> Iterator[str]:
 
 
 def number_faults(name: str, whole: bool) -> Iterator[str]:
-    low, high = _BOUNDS[name]
+    low, high = BOUNDS[name]
     yield from (
         "many",
         "[1]",
@@ -144,7 +146,7 @@ def test_what_the_remedy_is(words: list[str], message: str) -> None:
 
 def test_values_at_the_bounds_are_taken() -> None:
     """The other side of the faults: both ends of every range pass, so a bound cannot hide in a wider refusal."""
-    for name, (low, high) in _BOUNDS.items():
+    for name, (low, high) in BOUNDS.items():
         for value in (low, high):
             if math.isfinite(value):
                 text = repr(float(value)) if TYPES[name] is float else str(int(value))

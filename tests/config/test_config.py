@@ -11,9 +11,10 @@ import pytest
 import tiny_policy
 
 from paced_fast.config import Algorithm, Config, GeneratorName, Rule, digest, flatten, stream_seed
+from paced_fast.config.bounds import settings
 from paced_fast.config.paced import ALGORITHMS, RULES
 from paced_fast.config.presets import preset
-from paced_fast.config.resolve import _BOUNDS, resolve
+from paced_fast.config.resolve import resolve
 from paced_fast.config.saved import config_from_dict
 from paced_fast.errors import InputError
 from paced_fast.paced.algorithms import REGRESSIONS
@@ -23,15 +24,16 @@ from paced_fast.run.start.generator import GENERATORS
 
 NUMBERS = [name for name, value in flatten(Config()).items() if type(value) in (int, float)]
 """Dotted names of all settings that are numbers."""
+BOUNDS = {name: setting.bounds for name, setting in settings(Config).items() if setting.bounds is not None}
 
 
 def test_every_number_has_bounds() -> None:
-    assert set(_BOUNDS) == set(NUMBERS)
+    assert set(BOUNDS) == set(NUMBERS)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_out_of_range_is_named_with_its_range(name: str) -> None:
-    low, high = _BOUNDS[name]
+    low, high = BOUNDS[name]
     option = f"--{name.replace('_', '-')}"
     for value in [low - 1, math.nan, -math.inf, *([high * 2 + 1] if math.isfinite(high) else [])]:
         with pytest.raises(InputError) as raised:
