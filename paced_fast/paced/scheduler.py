@@ -7,7 +7,7 @@ so a resumed run draws what the uninterrupted one would have, and so does every 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from paced_kernels import Bell, PriorityTree
 _ROUND = 2**40
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Draw:
     """What a rule is asked for."""
 
     count: int  # prompts, at most N

@@ -123,6 +123,7 @@ def test_a_group_mean_without_selection_or_replay_needs_no_head() -> None:
         ("tb_group", {"generation__group_size": 1}, "--generation.group-size must be 2 or more"),
         ("flowrl", {"scheduler__rule": "tree"}, "--scheduler.rule tree needs a value that means accuracy"),
         ("tb_group", {"loss__intercept": "value"}, "--loss.intercept value does not go with --algorithm tb_group"),
+        ("grpo", {"loss__intercept": "value"}, "--loss.intercept value does not go with --algorithm grpo"),
         ("flowrl", {"loss__intercept": "group_mean"}, "--loss.intercept group_mean does not go with"),
         ("paced", {"optimizer__minibatches": 17}, "--optimizer.minibatches is 17 but a step draws only 16 prompts"),
         ("paced", {"data__train": ()}, "--data.train names no source"),
