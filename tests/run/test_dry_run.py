@@ -202,6 +202,10 @@ def test_seconds_follow_the_device_and_the_ranks() -> None:
     two = roofline.estimate(shape, config, memory.Layout(ranks=2), slow)
     assert two["old_logprobs"] == pytest.approx(seconds["old_logprobs"] / 2)
     assert "exchange between ranks" in two
+    # A reference that is kept is computed beside the old log-probs, and is no part of the update.
+    kept = roofline.estimate(shape, dataclasses.replace(config, algorithm="flowrl"), memory.Layout(), slow)
+    assert kept["old_logprobs"] == pytest.approx(2 * forward / 0.5e9)
+    assert kept["update"] == seconds["update"]
     # Decoding is bound by memory: 13 passes that read all weights, and keys and values of 8 sequences of 18.5 tokens.
     narrow = dataclasses.replace(slow, float32_flops=1e30, memory_bandwidth=1e6)
     read = 4 * (shape.body_parameters + shape.head_parameters + 8 * 18.5 * shape.kv_numbers)
