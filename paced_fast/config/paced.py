@@ -54,8 +54,8 @@ class RuleTraits:
     """Whether it draws by the learned value; before there is one it draws uniformly."""
     explores_by_age: bool = False
     """Whether `scheduler.explore` age has a meaning."""
-    drops_uniform_groups: bool = False
-    """Whether groups that are all right or all wrong are dropped and others drawn in their place."""
+    mixed_groups_only: bool = False
+    """Whether groups that are all right or all wrong are dropped, and prompts drawn in their place."""
 
 
 RULES: dict[str, RuleTraits] = {
@@ -63,7 +63,7 @@ RULES: dict[str, RuleTraits] = {
     "greedy": RuleTraits(reads_value=True),
     "history": RuleTraits(explores_by_age=True),
     "uniform": RuleTraits(),
-    "dynamic": RuleTraits(drops_uniform_groups=True),
+    "dynamic": RuleTraits(mixed_groups_only=True),
 }
 """Every schedule; `paced.scheduler` has its draw."""
 

@@ -132,16 +132,16 @@ class Trainer:
             self.world.broadcast_(self.log_z.values)
 
     def _collect(self, step: int, values: Tensor | None) -> tuple[Fresh, Rollouts | None]:
-        """Draw prompts and sample their groups; a rule may drop uniform ones and go on to a full batch."""
-        size, drops = self.config.generation.prompts_per_step, RULES[self.config.scheduler.rule].drops_uniform_groups
+        """Draw prompts and sample their groups; a rule may take mixed ones only and draw until the batch is full."""
+        size, mixed_only = self.config.generation.prompts_per_step, RULES[self.config.scheduler.rule].mixed_groups_only
         kept: list[Group] = []
         dropped: list[Group] = []
         replayed = None
-        for round_ in range(self.config.scheduler.max_resamples if drops else 1):
+        for round_ in range(self.config.scheduler.max_resamples if mixed_only else 1):
             drawn, chosen = self._draw(step, values, round_)
             replayed = replayed if chosen is None else chosen
             for group in self.collector.groups(drawn, step, round_):
-                (kept if group.is_mixed or not drops else dropped).append(group)
+                (kept if group.is_mixed or not mixed_only else dropped).append(group)
             if len(kept) >= size:
                 break
         sampled = kept + dropped

@@ -762,3 +762,22 @@ def test_selection_doubles_the_share_of_mixed_groups(tmp_path: Path) -> None:
         late = [r["mixed_group_share"] for r in records(tmp_path / algorithm) if r["step"] > 10]
         shares[algorithm] = sum(late) / len(late)
     assert shares["paced"] > 2 * shares["tb_group"], shares
+
+
+@pytest.mark.parametrize("algorithm", ["flowrl", "grpo"])
+def test_the_reference_is_the_policy_before_training_where_it_is_kept(
+    algorithm: str, rewards: Path, tmp_path: Path
+) -> None:
+    run = build(config(rewards, algorithm), tmp_path / "run")
+    trainer = run.trainer
+    assert (trainer.initial is not None) == run.config.traits.keeps_initial_policy == (algorithm == "flowrl")
+    before = {name: tensor.clone() for name, tensor in trainer.policy.model.state_dict().items()}
+    run.stepper.step()
+    second = run.stepper.step().result
+    after = trainer.policy.model.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    kept = None if trainer.initial is None else trainer.initial.model.state_dict()
+    assert kept is None or all(torch.equal(before[name], kept[name]) for name in before)
+    # In the second step the policy before it is not the one before training any more.
+    is_old = torch.equal(second.targets.ref_logprobs, second.targets.old_logprobs)
+    assert is_old == (kept is None)
