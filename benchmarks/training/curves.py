@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paced_fast.report.charts import renderer
+from paced_fast.report.charts.chart import COLORS, NUMBER, PERCENT, TIME, Axis, Chart, Line
+
 Floats = NDArray[np.float64]
 
 COLUMNS = (
@@ -141,27 +144,26 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def draw(runs: dict[str, list[dict[str, Any]]], titles: dict[str, str], path: Path) -> None:
     """Mean accuracy with a band of one standard error, against rollouts and against seconds, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
-    colours = pyplot.get_cmap("tab20").colors  # pyright: ignore[reportAttributeAccessIssue]
-    for plot, axis, label in zip(axes, ("rollouts", "train_seconds"), ("rollouts", "training seconds"), strict=True):
+    charts = []
+    for axis, label, unit in (("rollouts", "rollouts", NUMBER), ("train_seconds", "training time", TIME)):
+        lines = []
         for k, (name, members) in enumerate(runs.items()):
             end = min(run["curve"][-1][axis] for run in members)
             grid = np.linspace(0, end, 40)
             curves = np.stack([at(run, axis, grid) for run in members])
             mean = curves.mean(0)
             error = curves.std(0, ddof=1) / math.sqrt(len(curves)) if len(curves) > 1 else np.zeros_like(mean)
-            colour = colours[k % len(colours)]
-            plot.plot(grid, mean, label=titles[name], color=colour)
-            plot.fill_between(grid, mean - error, mean + error, color=colour, alpha=0.15)
-        plot.set_xlabel(label)
-        plot.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out accuracy, medium problems")
-    axes[1].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+            look = {"color": k % COLORS, "style": "thick" if k < COLORS else "thin"}  # colours come twice at most
+            lines.append(Line(name=titles[name], x=grid, y=mean, low=mean - error, high=mean + error, **look))
+        charts.append(
+            Chart(
+                name=axis,
+                title="Held-out accuracy, medium problems",
+                words="",
+                x=Axis(label=label, low=0.0, unit=unit),
+                y=Axis(label="accuracy", unit=PERCENT),
+                lines=lines,
+                legend=[(line.name, line.color) for line in lines],
+            )
+        )
+    path.write_bytes(renderer.draw([], {"curves": charts})[1]["curves"])

@@ -5,14 +5,13 @@ Runs that differ in nothing but the seed are one group: its curve is the mean of
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
+from markupsafe import Markup
 
 from paced_fast.errors import InputError
-from paced_fast.report.charts.chart import Chart, curve_table
+from paced_fast.report.charts.chart import COLORS, PERCENT, Axis, Chart, Line, running_mean
 from paced_fast.report.charts.held_out import (
     ROLLOUTS,
     SECONDS,
@@ -22,9 +21,9 @@ from paced_fast.report.charts.held_out import (
     learning_lead,
     line_over_k,
 )
-from paced_fast.report.charts.svg import Axis, Line, compact, line_chart, percent
+from paced_fast.report.charts.renderer import draw
 from paced_fast.report.figures_table import FIGURES_LEAD, figures_table
-from paced_fast.report.html import Section, document, figures, shown, table, write_page
+from paced_fast.report.html import Section, document, part, shown, write_page
 from paced_fast.report.read_run import Run, read_run, series
 from paced_fast.report.seeds import FEWEST, PLACES, Group, grouped, mean_line
 
@@ -51,18 +50,23 @@ def compare(folders: Sequence[str | Path], out: str | Path | None = None) -> Pat
 def page_of(runs: Sequence[Run]) -> str:
     """The comparison as HTML."""
     groups = grouped(runs)
+    learning, training = _learning(groups), _training(groups)
+    drawn, _ = draw([*learning, *training])
     parts = [
-        ("learning", "Learning", _lead(runs), figures(_learning(groups))),
-        ("training", "Training", "On the prompts each run drew; running means.", figures(_training(groups))),
+        ("learning", "Learning", _lead(runs), learning and part("figures", learning, drawn)),
+        (
+            "training",
+            "Training",
+            "On the prompts each run drew; running means.",
+            training and part("figures", training, drawn),
+        ),
         ("figures", "Figures", FIGURES_LEAD, figures_table(groups)),
         ("settings", "Settings", "Only what differs.", _settings(groups)),
         ("runs", "Runs", "", _runs(groups)),
     ]
     sections = [Section(name=name, title=title, lead=lead, body=body) for name, title, lead, body in parts if body]
-    state = "".join(
-        f'<span><i class="key k{i % 8}"></i>{html.escape(_titled(group))}</span>' for i, group in enumerate(groups)
-    )
-    return document(title=f"{len(runs)} runs compared", state=state, top="", sections=sections)
+    state = part("keys", [(_titled(group), i % COLORS) for i, group in enumerate(groups)])
+    return document(title=f"{len(runs)} runs compared", state=state, sections=sections)
 
 
 def _lead(runs: Sequence[Run]) -> str:
@@ -80,7 +84,7 @@ def _lines(groups: Sequence[Group], line_of: Callable[[Run], Line | None]) -> tu
     lines, few, seeds, prompts = [], False, False, False
     for i, group in enumerate(groups):
         members = [line for run in group.runs if (line := line_of(run)) is not None]
-        line = mean_line(members, name=group.name, color=i % 8)
+        line = mean_line(members, name=group.name, color=i % COLORS)
         if line is None:
             continue
         lines.append(line)
@@ -88,7 +92,7 @@ def _lines(groups: Sequence[Group], line_of: Callable[[Run], Line | None]) -> tu
             few = True
             runs = (run.name for run in group.runs if line_of(run) is not None)
             lines += [
-                Line(name=name, x=one.x, y=one.y, color=i % 8, style="thin")
+                Line(name=name, x=one.x, y=one.y, color=i % COLORS, style="thin")
                 for name, one in zip(runs, members, strict=True)
             ]
         seeds = seeds or len(members) >= FEWEST
@@ -106,15 +110,16 @@ def _overlay(
     if not lines:
         return []
     thick = [line for line in lines if line.style != "thin"]
-    label = f"{title}: " + ", ".join(f"{line.name} ends at {axes[1].write(float(line.y[-1]))}" for line in thick)
     return [
         Chart(
             name=name,
             title=title,
             caption=caption,
-            svg=line_chart(lines, *axes, label),
+            x=axes[0],
+            y=axes[1],
+            words=f"{title}: " + ", ".join(f"{line.name} ends at {axes[1].write(float(line.y[-1]))}" for line in thick),
+            lines=lines,
             legend=[(line.name, line.color) for line in thick],
-            table=curve_table(lines, *axes),
         )
     ]
 
@@ -124,7 +129,7 @@ def _learning(groups: Sequence[Group]) -> list[Chart]:
         def line_of(run: Run) -> Line | None:
             return evaluation_line(run.evaluations, key, clock=clock, name="", color=0)
 
-        return _overlay(groups, name, title, (axis, Axis(label=title.split()[1], text=percent)), line_of)
+        return _overlay(groups, name, title, (axis, Axis(label=title.split()[1], unit=PERCENT)), line_of)
 
     charts = course("accuracy_rollouts", "Held-out accuracy against rollouts", ROLLOUTS, "accuracy")
     charts += course("accuracy_time", "Held-out accuracy against training time", SECONDS, "accuracy", clock=True)
@@ -144,11 +149,11 @@ def _training(groups: Sequence[Group]) -> list[Chart]:
     charts = []
     for key, title, axis in (
         ("reward_mean", "Mean reward of fresh rollouts", Axis()),
-        ("mixed_group_share", "Mixed groups", Axis(low=0.0, high=1.0, text=percent)),
+        ("mixed_group_share", "Mixed groups", Axis(low=0.0, high=1.0, unit=PERCENT)),
         ("value_brier", "Brier score of the value", Axis(low=0.0)),
         ("value_ece", "Expected calibration error of the value", Axis(low=0.0)),
         ("entropy", "Entropy (nats a token)", Axis(low=0.0)),
-        ("tokens_per_second", "Tokens sampled a second", Axis(low=0.0, text=compact)),
+        ("tokens_per_second", "Tokens sampled a second", Axis(low=0.0)),
     ):
         charts += _overlay(groups, key, title, (ROLLOUTS, axis), lambda run, key=key: _smooth(run, key))
     return charts
@@ -157,17 +162,13 @@ def _training(groups: Sequence[Group]) -> list[Chart]:
 def _smooth(run: Run, key: str) -> Line | None:
     """A running mean over a fifteenth of the run, against rollouts."""
     x, y = series(run.records, key, x="rollouts")
-    if not x.size:
-        return None
-    ones = np.ones(max(1, x.size // 15))
-    mean = np.convolve(y, ones, mode="same") / np.convolve(np.ones_like(y), ones, mode="same")
-    return Line(name=key, x=x, y=mean)
+    return Line(name=key, x=x, y=running_mean(y)) if x.size else None
 
 
 # Settings
 
 
-def _settings(groups: Sequence[Group]) -> str:
+def _settings(groups: Sequence[Group]) -> Markup:
     configs = [group.runs[0].config for group in groups]
     keys = list(dict.fromkeys(key for config in configs for key in config))
     missing = [group.name for group, config in zip(groups, configs, strict=True) if not config]
@@ -176,15 +177,13 @@ def _settings(groups: Sequence[Group]) -> str:
         for key in keys
         if key != "seed" and not key.startswith(PLACES) and len({repr(config.get(key)) for config in configs}) > 1
     ]
-    parts = [f'<p class="none">no config.json: {html.escape(", ".join(missing))}</p>'] if missing else []
+    said = part("absent", f"no config.json: {', '.join(missing)}") if missing else Markup()
     if rows:
-        parts.append(f'<div class="card scroll">{table(["setting", *(g.name for g in groups)], rows)}</div>')
-    elif not missing:
-        parts.append('<p class="none">none: the runs differ in their seeds and folders alone</p>')
-    return "".join(parts)
+        return said + part("card", part("table", ["setting", *(group.name for group in groups)], rows))
+    return said or part("absent", "none: the runs differ in their seeds and folders alone")
 
 
-def _runs(groups: Sequence[Group]) -> str:
+def _runs(groups: Sequence[Group]) -> Markup:
     rows = [
         [
             group.name,
@@ -195,4 +194,4 @@ def _runs(groups: Sequence[Group]) -> str:
         for group in groups
         for run in group.runs
     ]
-    return f'<div class="card scroll">{table(["", "folder", "seed", "steps"], rows)}</div>'
+    return part("card", part("table", ["", "folder", "seed", "steps"], rows))

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 
 from paced_fast.evaluation.calibration import brier_score, expected_calibration_error
-from paced_fast.report.charts.chart import seconds
+from paced_fast.report.charts.chart import compact, percent, seconds
 from paced_fast.report.charts.held_out import interval, largest_k, measured
-from paced_fast.report.charts.svg import compact, percent
 from paced_fast.report.charts.value import forecasts
-from paced_fast.report.html import table
+from paced_fast.report.html import part
 from paced_fast.report.read_run import Floats, Record, Run, number, series
 from paced_fast.report.seeds import FEWEST, Group, t_error
 
@@ -80,7 +80,7 @@ _ROWS = (
 )
 
 
-def figures_table(groups: Sequence[Group]) -> str:
+def figures_table(groups: Sequence[Group]) -> Markup:
     """The table as HTML."""
     k = largest_k([_last(run) for group in groups for run in group.runs], "maj_at_k")
     votes = (_evaluated(f"held-out maj@{k}", f"maj_at_k/{k}"),) if k else ()
@@ -88,7 +88,7 @@ def figures_table(groups: Sequence[Group]) -> str:
     pairs = [paired(groups[0], group) for group in groups[1:]]
     if any(pairs):
         rows.insert(2, ["accuracy, prompt by prompt", "", *pairs])
-    return f'<div class="card scroll tall">{table(["", *(group.name for group in groups)], rows)}</div>'
+    return part("card", part("table", ["", *(group.name for group in groups)], rows), tall=True)
 
 
 def _row(figure: _Figure, groups: Sequence[Group]) -> list[str]:
@@ -169,7 +169,7 @@ def _marks(run: Run) -> dict[str, float]:
     headline = run.config.get("data.headline")
     headline = headline if isinstance(headline, list) else []
     known: dict[str, list[float]] = {}
-    for name, part, mark in zip(ids, slices, marks, strict=True):
-        if (accuracy := number(mark)) is not None and (not headline or part in headline):
+    for name, of, mark in zip(ids, slices, marks, strict=True):
+        if (accuracy := number(mark)) is not None and (not headline or of in headline):
             known.setdefault(str(name), []).append(accuracy)
     return {name: float(np.mean(values)) for name, values in known.items()}

@@ -1,43 +1,37 @@
-"""The parts a page is put together from: document, tiles, figures, tables."""
+"""A page put together from `templates/`: whatever a run holds is escaped there, unless it is `Markup` of a template."""
 
 from __future__ import annotations
 
-import html
+import base64
+import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
 
 from paced_fast.errors import InputError
-from paced_fast.report.charts.chart import Chart
-from paced_fast.report.charts.svg_maps import LEVELS
-from paced_fast.report.style import POLICY, SCRIPT, STYLE
+from paced_fast.report.charts.chart import Chart, percent
+from paced_fast.report.charts.renderer import LEVELS, pointer
 
-__all__ = [
-    "Section",
-    "Tile",
-    "counted",
-    "document",
-    "figures",
-    "notes",
-    "pairs_table",
-    "shown",
-    "table",
-    "tiles",
-    "write_page",
-]
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
-ARROW = "\u2192"
+__all__ = ["Section", "Tile", "counted", "document", "pairs_table", "part", "shown", "write_page"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """A headline figure: HTML of the number, of the line below, and of a picture."""
+    """A headline figure: the number, the line below, and its course."""
 
     name: str
     text: str
     sub: str = ""
-    picture: str = ""
+    course: Chart | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,28 +40,50 @@ class Section:
 
     name: str
     title: str
-    body: str
+    body: Markup
     lead: str = ""
 
 
-def document(*, title: str, state: str, top: str, sections: Sequence[Section]) -> str:
-    """The whole page as HTML that needs nothing beside it and asks nobody for anything."""
-    links = "".join(f'<a href="#{part.name}">{html.escape(part.title)}</a>' for part in sections)
-    parts = "".join(
-        f'<section id="{part.name}"><h2>{html.escape(part.title)}</h2>'
-        + (f'<p class="lead">{html.escape(part.lead)}</p>' if part.lead else "")
-        + f"{part.body}</section>"
-        for part in sections
-    )
+@functools.cache
+def _templates() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("paced_fast.report")
+    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    templates.globals |= {
+        "levels": range(1, LEVELS + 1),
+        "middot": Markup(" &middot; "),
+        "percent": percent,
+        "pointer": lambda chart: json.dumps(pointer(chart), separators=(",", ":")),
+    }
+    return templates
+
+
+def part(name: str, *values: object, **named: object) -> Markup:
+    """A macro of parts.html as HTML."""
+    return getattr(_templates().get_template("parts.html").module, name)(*values, **named)
+
+
+def document(*, title: str, state: Markup, sections: Sequence[Section], top: Markup | None = None) -> str:
+    """The whole page as HTML that needs nothing beside it and asks nobody for anything.
+
+    Its policy: nothing is fetched, and no script runs but the page's own, whatever a completion says.
+    """
+    folder = files("paced_fast.report") / "templates"
+    style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "hover.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>"
-        f'<header><h1>{html.escape(title)}</h1><div class="state">{state}</div></header>'
-        f'<nav aria-label="Parts of the page">{links}</nav>{top}{parts}'
-        f'</main><div id="tip" aria-hidden="true"></div><script>{SCRIPT}</script></body></html>\n'
+        _templates()
+        .get_template("page.html")
+        .render(
+            policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+            style=Markup(style),
+            script=Markup(script),
+            title=title,
+            state=state,
+            top=top or "",
+            sections=sections,
+        )
     )
 
 
@@ -83,71 +99,13 @@ def write_page(path: Path, text: str) -> None:
         raise InputError(f"the page cannot be written to {path}: {error.strerror or error}") from error
 
 
-def tiles(items: Sequence[Tile]) -> str:
-    """The headline figures."""
-    cards = "".join(
-        f'<div class="card tile"><span class="name">{html.escape(item.name)}</span><b>{item.text}</b>'
-        f'{item.picture}<span class="sub">{item.sub}</span></div>'
-        for item in items
-    )
-    return f'<div class="tiles">{cards}</div>' if items else ""
-
-
-def notes(lines: Sequence[str]) -> str:
-    """What a reader must not miss."""
-    return f'<ul class="notes">{"".join(f"<li>{html.escape(line)}</li>" for line in lines)}</ul>' if lines else ""
-
-
-def figures(charts: Sequence[Chart]) -> str:
-    """Charts side by side, large ones first, each with its numbers as a table."""
-    charts = sorted(charts, key=lambda chart: chart.third)
-    return f'<div class="grid">{"".join(_figure(chart) for chart in charts)}</div>' if charts else ""
-
-
-def _figure(chart: Chart) -> str:
-    keys = "".join(f'<span><i class="k{color}"></i>{html.escape(name)}</span>' for name, color in chart.legend)
-    if chart.shades:
-        scale = "".join(f'<i class="h{level}"></i>' for level in range(1, LEVELS + 1))
-        keys += f"<span>share of a step: 0 {scale} {html.escape(chart.shades)} or more</span>"
-    head, rows = chart.table
-    data = f'<details class="data"><summary>numbers</summary><div>{table(head, rows)}</div></details>' if rows else ""
-    caption = f"<figcaption>{html.escape(chart.caption)}</figcaption>" if chart.caption else ""
-    return (
-        f'<figure class="card {"third" if chart.third else "wide"}" id="chart-{html.escape(chart.name)}">'
-        f"<h3>{html.escape(chart.title)}</h3>"
-        + (f'<div class="legend">{keys}</div>' if keys else "")
-        + f"{chart.svg}{caption}{data}</figure>"
-    )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, changed: bool = False) -> str:
-    """A table of plain texts; with `changed` the last column stands out."""
-    top = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<th scope="row">{html.escape(cell)}</th>'
-            if i == 0
-            else f"<td{' class=changed' if changed and i == len(row) - 1 else ''}>{html.escape(cell)}</td>"
-            for i, cell in enumerate(row)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table>{f'<thead><tr>{top}</tr></thead>' if any(head) else ''}<tbody>{body}</tbody></table>"
-
-
-def pairs_table(rows: Mapping[str, object]) -> str:
-    """Names and values."""
+def pairs_table(rows: Mapping[str, object]) -> Markup:
+    """Names and values; nested ones folded."""
     if not rows:
-        return '<p class="none">not written yet</p>'
-    plain = [[key, shown(value)] for key, value in rows.items() if not isinstance(value, Mapping | list) or not value]
-    nested = "".join(
-        f"<details><summary>{html.escape(key)}</summary><pre>{html.escape(json.dumps(value, indent=1))}</pre></details>"
-        for key, value in rows.items()
-        if isinstance(value, Mapping | list) and value
-    )
-    return table((), plain) + nested
+        return part("absent", "not written yet")
+    nested = {key: value for key, value in rows.items() if isinstance(value, Mapping | list) and value}
+    plain = [[key, shown(value)] for key, value in rows.items() if key not in nested]
+    return part("pairs", plain, [(key, json.dumps(value, indent=1)) for key, value in nested.items()])
 
 
 def counted(count: int, what: str) -> str:

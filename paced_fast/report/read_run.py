@@ -6,6 +6,7 @@ Needs no tensor library. A run that still goes on leaves half a line at the end 
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,27 @@ from numpy.typing import NDArray
 from paced_fast.data.metrics import KEYS
 from paced_fast.errors import InputError
 
-__all__ = ["Evaluated", "Floats", "Record", "Run", "flatten", "mapping", "number", "numbers", "read_run", "series"]
+__all__ = [
+    "HIDDEN",
+    "Evaluated",
+    "Floats",
+    "Record",
+    "Run",
+    "flatten",
+    "mapping",
+    "number",
+    "numbers",
+    "read_run",
+    "series",
+]
 
 Record = Mapping[str, object]
 Floats = NDArray[np.float64]
 
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
+)
+"""What nobody sees in a text, or what hides how it runs: control characters, changes of direction, half characters."""
 _NEWEST_ROLLOUTS = 2000
 """Lines at the end of rollouts.jsonl that are read."""
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import html
-import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from markupsafe import Markup
+
 from paced_fast.config import flatten
 from paced_fast.config.presets import PRESETS
 from paced_fast.errors import InputError
-from paced_fast.report.charts.chart import Chart, seconds
+from paced_fast.report.charts.chart import Axis, Chart, Line, merged, percent, seconds
 from paced_fast.report.charts.held_out import (
     interval,
     largest_k,
@@ -21,28 +21,25 @@ from paced_fast.report.charts.held_out import (
     scored_prompts,
     unscored_notes,
 )
-from paced_fast.report.charts.png import PLOTS
-from paced_fast.report.charts.svg import percent, sparkline
+from paced_fast.report.charts.renderer import draw
 from paced_fast.report.charts.training import generator_charts, health_charts, reward_charts, time_charts
 from paced_fast.report.charts.value import replay_charts, schedule_charts, value_charts
 from paced_fast.report.html import (
-    ARROW,
     Section,
     Tile,
     counted,
     document,
-    figures,
-    notes,
     pairs_table,
+    part,
     shown,
-    table,
-    tiles,
     write_page,
 )
 from paced_fast.report.read_run import Run, mapping, number, read_run, series
 from paced_fast.report.sample_rollouts import rollouts_section
 
-__all__ = ["changed_settings", "make_report"]
+__all__ = ["changed_settings", "make_report", "report_of", "try_report"]
+
+ARROW = "\u2192"
 
 logger = logging.getLogger(__name__)
 
@@ -61,32 +58,42 @@ def make_report(run_dir: str | Path) -> Path:
     Raises InputError when the folder or its `metrics.jsonl` is missing, empty, or broken before its last line.
     """
     run = read_run(run_dir)
-    page, folder = run.folder / "report.html", run.folder / "plots"
-    write_page(page, page_of(run))
+    path, folder = run.folder / "report.html", run.folder / "plots"
+    page, pictures = report_of(run)
+    write_page(path, page)
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} is no folder, so the page has no pictures beside it: move it away") from error
-    for name, draw in PLOTS.items():
-        path, buffer = folder / f"{name}.png", io.BytesIO()
-        try:
-            figure = draw(run.records)
-            if figure is not None:
-                figure.savefig(buffer, format="png", dpi=120)
-        except Exception:
-            # The page is written and the other pictures are worth having; an old one would contradict them.
-            logger.exception("%s is not drawn", path)
-            figure = None
-        if figure is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.write_bytes(buffer.getvalue())
-    return page
+    for name in PICTURES:
+        picture = folder / f"{name}.png"
+        if name in pictures:
+            picture.write_bytes(pictures[name])
+        else:  # one of an earlier report would contradict the page
+            picture.unlink(missing_ok=True)
+    return path
 
 
-def page_of(run: Run) -> str:
-    """The page as HTML; one figure for everything the run has data for."""
-    drawn: list[tuple[str, str, str, list[Chart]]] = [
+PICTURES = {
+    "learning_curve": ("learning_rollouts", "pass_at_8"),
+    "calibration": ("calibration_first", "calibration_last", "calibration_all"),
+    "value_histogram": ("value_histogram",),
+    "mixed_groups": ("mixed_groups",),
+    "train_reward": ("train_reward",),
+    "value_quality": ("value_brier", "value_ece", "value_rank_correlation"),
+    "replay_priorities": ("replay_priorities",),
+    "seconds_by_phase": ("seconds_by_phase",),
+    "health": (
+        *("loss", "grad_norm", "entropy", "mean_length", "truncated_share", "log_ratio_mean", "kl"),
+        *("generator_mismatch_max", "tokens_per_second"),
+    ),
+}
+"""Files by name without their ending, and the charts of the page that stand in each, for a slide or a paper."""
+
+
+def report_of(run: Run) -> tuple[str, dict[str, bytes]]:
+    """The page as HTML, a chart for everything the run has data for; and pictures by the names of `PICTURES`."""
+    parts: list[tuple[str, str, str, list[Chart]]] = [
         ("learning", "Learning", learning_lead(run), learning_charts(run)),
         (
             "value",
@@ -112,35 +119,34 @@ def page_of(run: Run) -> str:
         ),
         ("cost", "Time and memory", "Where a step's time and memory go.", time_charts(run)),
     ]
+    charts = {chart.name: chart for *_, found in parts for chart in found}
+    pictures = {name: [charts[key] for key in keys if key in charts] for name, keys in PICTURES.items()}
+    tiles = _tiles(run)
+    courses = [tile.course for tile in tiles if tile.course is not None]
+    drawn, files = draw([*charts.values(), *courses], {name: found for name, found in pictures.items() if found})
     sections = [
-        Section(name=name, title=title, lead=lead, body=figures(charts))
-        for name, title, lead, charts in drawn
-        if charts
+        Section(name=name, title=title, lead=lead, body=part("figures", found, drawn))
+        for name, title, lead, found in parts
+        if found
     ]
     sections.append(Section(name="rollouts", title="Rollouts", body=rollouts_section(run.rollouts), lead="The newest."))
     sections.append(Section(name="configuration", title="Configuration", body=_configuration(run)))
     versions = next((v for source in (run.summary, run.records[0]) if (v := mapping(source.get("versions")))), {})
     if versions:
-        sections.append(Section(name="versions", title="Versions", body=_card(pairs_table(versions))))
-    sections.append(Section(name="summary", title="Summary", body=_card(pairs_table(run.summary))))
-    return document(title=run.name, state=_state(run), top=tiles(_tiles(run)) + notes(_notes(run)), sections=sections)
+        sections.append(Section(name="versions", title="Versions", body=part("card", pairs_table(versions))))
+    sections.append(Section(name="summary", title="Summary", body=part("card", pairs_table(run.summary))))
+    top = part("tiles", tiles, drawn) + part("notes", _notes(run))
+    return document(title=run.name, state=_state(run), top=top, sections=sections), files
 
 
-def _card(body: str) -> str:
-    return f'<div class="card scroll">{body}</div>'
-
-
-def _state(run: Run) -> str:
+def _state(run: Run) -> Markup:
     steps = number(run.config.get("steps"))
     if run.summary:
-        badge = f'<span class="badge finished">finished</span> after {counted(run.last_step, "step")}'
+        badge, text = "finished", f"after {counted(run.last_step, 'step')}"
     else:
-        of = f" of {steps:,.0f}" if steps else ""
-        badge = f'<span class="badge running">not finished</span> step {run.last_step:,}{of}'
-    facts = [
-        f"{name} {html.escape(str(run.config[key]))}" for key, name in _FACTS.items() if run.config.get(key) is not None
-    ]
-    return badge + "".join(f"<span>{fact}</span>" for fact in facts)
+        badge, text = "not finished", f"step {run.last_step:,}" + (f" of {steps:,.0f}" if steps else "")
+    facts = [f"{name} {run.config[key]}" for key, name in _FACTS.items() if run.config.get(key) is not None]
+    return part("state", badge, text, facts)
 
 
 _FACTS = {
@@ -167,17 +173,16 @@ def _tiles(run: Run) -> list[Tile]:
         found = number(run.summary.get(summary_key or key))
         return found if found is not None else next((y for y in reversed(series(run.records, key)[1].tolist())), None)
 
-    mixed, uniform = latest("mixed_group_share"), latest("mixed_group_share_uniform")
+    mixed = latest("mixed_group_share")
     if mixed is not None:
-        sub = f"uniform prompts: {percent(uniform)}" if uniform is not None else "groups that teach"
-        picture = sparkline(series(run.records, "mixed_group_share")[1])
-        items.append(Tile(name="mixed groups", text=percent(mixed), sub=sub, picture=picture))
+        course = _spark(run, "mixed_group_share")
+        items.append(Tile(name="mixed groups", text=percent(mixed), sub="groups that teach", course=course))
     rank = latest("value_rank_correlation")
     if rank is not None:
         scores = {"Brier": latest("value_brier"), "ECE": latest("value_ece")}
         sub = ", ".join(f"{name} {score:.3f}" for name, score in scores.items() if score is not None)
-        picture = sparkline(series(run.records, "value_rank_correlation")[1])
-        items.append(Tile(name="value rank correlation", text=f"{rank:.2f}", sub=sub, picture=picture))
+        course = _spark(run, "value_rank_correlation")
+        items.append(Tile(name="value rank correlation", text=f"{rank:.2f}", sub=sub, course=course))
     rollouts, spent = number(last.get("rollouts")), number(last.get("train_seconds"))
     if rollouts:
         items.append(Tile(name="rollouts", text=f"{rollouts:,.0f}", sub=f"in {counted(run.last_step, 'step')}"))
@@ -186,6 +191,17 @@ def _tiles(run: Run) -> list[Tile]:
         sub = f"{rate:,.0f} tokens a second" if rate is not None else ""
         items.append(Tile(name="training time", text=seconds(spent), sub=sub))
     return items
+
+
+def _spark(run: Run, key: str) -> Chart | None:
+    """The course of a figure, for its tile."""
+    x, y = merged(*series(run.records, key), 40)
+    if x.size < 3:
+        return None
+    line = Line(name=key, x=x, y=y)
+    return Chart(
+        name=f"spark_{key}", title="", x=Axis(), y=Axis(), words="", lines=[line], bare=True, width=100, height=26
+    )
 
 
 def _change(run: Run, key: str, name: str) -> list[Tile]:
@@ -197,16 +213,18 @@ def _change(run: Run, key: str, name: str) -> list[Tile]:
     if after is None:
         return []
     text = percent(after) if before is None or len(evaluations) == 1 else f"{percent(before)} {ARROW} {percent(after)}"
-    subs, ends = [], [f"{100 * end:.1f}" for end in (interval(evaluations[-1], key) if evaluations else ())]
+    ends = [f"{100 * end:.1f}" for end in (interval(evaluations[-1], key) if evaluations else ())]
+    subs: list[str] = []
     both = before is not None and len(evaluations) != 1
     if before is not None and both:
         points = 100 * (after - before)
-        subs.append(f'<span class="{"up" if points >= 0 else "down"}">{points:+.1f} points</span>')
+        direction = "up" if points >= 0 else "down"
+        subs.append(Markup('<span class="{}">{} points</span>').format(direction, f"{points:+.1f}"))
     if "nan" not in ends and ends:
         subs.append(f"95 %: {ends[0]} to {ends[1]} %{' after' if both else ''}")
     if both and evaluations and scored_prompts(evaluations[0]) != scored_prompts(evaluations[-1]):
         subs.append("not the same prompts scored")
-    return [Tile(name=name, text=text, sub="; ".join(subs))]
+    return [Tile(name=name, text=text, sub=Markup("; ").join(subs))]
 
 
 def _notes(run: Run) -> list[str]:
@@ -250,17 +268,9 @@ def changed_settings(config: Mapping[str, object]) -> tuple[list[list[str]], lis
     return changed, decided
 
 
-def _configuration(run: Run) -> str:
+def _configuration(run: Run) -> Markup:
     if not run.config:
-        return '<p class="none">not written yet</p>'
+        return part("absent", "not written yet")
     changed, decided = changed_settings(run.config)
-    head = ("setting", "preset", "this run")
-    parts = [f"<h3>Changed from the preset</h3>{table(head, changed, changed=True)}"] if changed else []
-    if not changed and str(run.config.get("preset")) in PRESETS:
-        parts.append('<p class="none">nothing was changed from the preset</p>')
-    if decided:
-        parts.append(
-            f"<details><summary>decided by the algorithm or the machine</summary>{table(head, decided)}</details>"
-        )
-    parts.append(f"<details><summary>every setting</summary>{pairs_table(run.config)}</details>")
-    return f'<div class="cards">{"".join(_card(part) for part in parts)}</div>'
+    known = str(run.config.get("preset")) in PRESETS
+    return part("configuration", known, changed, decided, pairs_table(run.config))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import math
+from collections import Counter
 from collections.abc import Sequence
 
-from paced_fast.report.read_run import Record, number
+from markupsafe import Markup
+
+from paced_fast.report.html import part
+from paced_fast.report.read_run import HIDDEN, Record, number
 
 __all__ = ["chosen", "outcome", "rollouts_section", "visible"]
 
@@ -36,47 +39,31 @@ def chosen(rows: Sequence[Record]) -> list[Record]:
     return [rows[i] for i in sorted(kept, reverse=True)]
 
 
-def visible(text: str) -> str:
+def visible(text: str) -> Markup:
     """Text as HTML that shows what it holds: control characters, half characters and changes of direction by name."""
-    out = []
-    for char in text:
-        code = ord(char)
-        hidden = (code < 32 and char not in "\n\t") or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000
-        hidden = (
-            hidden or code in (0x61C, 0x200E, 0x200F, 0xFEFF) or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
-        )
-        out.append(f'<i class="code">U+{code:04X}</i>' if hidden else html.escape(char))
-    return "".join(out)
+    pieces = HIDDEN.split(text)
+    codes = [Markup('<i class="code">U+{:04X}</i>').format(ord(char)) for char in HIDDEN.findall(text)]
+    return Markup().join(piece for pair in zip(pieces, [*codes, ""], strict=True) for piece in pair)
 
 
-def rollouts_section(rows: Sequence[Record]) -> str:
+def rollouts_section(rows: Sequence[Record]) -> Markup:
     """The newest rollouts of each outcome, with a choice of which to see."""
     if not rows:
-        return '<p class="none">none recorded yet</p>'
-    shown = chosen(rows)
-    kinds = [name for name in ("right", "wrong", "unscored") if any(outcome(row) == name for row in shown)]
-    kinds += ["replayed"] if any(row.get("replayed") is True for row in shown) else []
-    choices = "".join(
-        f'<input type="radio" name="show" id="show-{name}"{" checked" if name == "all" else ""}>'
-        f'<label for="show-{name}">{name}</label>'
-        for name in ("all", *kinds)
-    )
-    seen: dict[str, int] = {}
-    items = []
-    for row in shown:
-        seen[outcome(row)] = seen.get(outcome(row), 0) + 1
+        return part("absent", "none recorded yet")
+    found = chosen(rows)
+    kinds = [name for name in ("right", "wrong", "unscored") if any(outcome(row) == name for row in found)]
+    kinds += ["replayed"] if any(row.get("replayed") is True for row in found) else []
+    seen: Counter[str] = Counter()
+    shown = []
+    for row in found:
+        seen[outcome(row)] += 1
         length = len(_plain(row.get("prompt"))) + len(_plain(row.get("completion")))
-        items.append(_rollout(row, is_open=seen[outcome(row)] <= _OPEN or length <= _SHORT))
-    scale = "".join(f'<span class="p{level}">{text}</span>' for level, text in enumerate(_SCALE))
-    legend = f'<p class="scale">probability of a token when it was sampled: {scale}</p>' if _any_tokens(shown) else ""
-    return f'<div class="rollouts">{choices}{legend}<div class="list">{"".join(items)}</div></div>'
+        shown.append(_rollout(row) | {"open": seen[outcome(row)] <= _OPEN or length <= _SHORT})
+    has_tokens = any(isinstance(row.get("tokens"), list) for row in found)
+    return part("rollouts", kinds, _SCALE if has_tokens else (), shown)
 
 
 _SCALE = ("above 90%", "50%", "20%", "5%", "1%", "below 1%")
-
-
-def _any_tokens(rows: Sequence[Record]) -> bool:
-    return any(isinstance(row.get("tokens"), list) for row in rows)
 
 
 def _level(probability: float) -> int:
@@ -84,32 +71,29 @@ def _level(probability: float) -> int:
     return next((i for i, least in enumerate((0.9, 0.5, 0.2, 0.05, 0.01)) if probability >= least), 5)
 
 
-def _rollout(row: Record, *, is_open: bool) -> str:
+def _rollout(row: Record) -> dict[str, object]:
+    """What a template shows of it."""
     kind, replayed = outcome(row), row.get("replayed") is True
-    reward, value, age = (number(row.get(key)) for key in ("reward", "value", "age"))
-    step = number(row.get("step"))
-    facts = [f"step {step:.0f}" if step is not None else ""]
-    facts.append(visible(str(row["slice"])) if row.get("slice") else "")
-    facts.append(f"value {value:.2f}" if value is not None else "")
-    facts.append(
-        f"replayed, {age:.0f} step{'' if age == 1 else 's'} old"
-        if replayed and age is not None
-        else "replayed" * replayed
-    )
-    badge = "unscored" if reward is None else f"{kind} {reward:g}"
+    reward, value, age, step = (number(row.get(key)) for key in ("reward", "value", "age", "step"))
+    facts: list[str] = [f"step {step:.0f}"] if step is not None else []
+    facts += [visible(str(row["slice"]))] if row.get("slice") else []
+    facts += [f"value {value:.2f}"] if value is not None else []
+    old = f", {age:.0f} step{'' if age == 1 else 's'} old" if age is not None else ""
+    facts += [f"replayed{old}"] if replayed else []
     prompt = _plain(row.get("prompt"))
     short = prompt.strip().replace("\n", " ")
-    short = visible(short if len(short) <= _MAX_SHORT else short[:_MAX_SHORT] + " ...")
-    return (
-        f'<details class="card r {kind}{" replayed" if replayed else ""}"{" open" if is_open else ""}>'
-        f'<summary><b class="badge {kind}">{badge}</b><span class="facts">'
-        f'{" &middot; ".join(fact for fact in facts if fact)}</span><bdi class="short">{short}</bdi></summary>'
-        f'<pre class="prompt" dir="auto">{visible(_cut(prompt))}</pre>'
-        f'<pre dir="auto">{_completion(row)}</pre></details>'
-    )
+    return {
+        "kind": kind,
+        "replayed": replayed,
+        "badge": kind if reward is None else f"{kind} {reward:g}",
+        "facts": facts,
+        "short": visible(short if len(short) <= _MAX_SHORT else short[:_MAX_SHORT] + " ..."),
+        "prompt": visible(_cut(prompt)),
+        "completion": _completion(row),
+    }
 
 
-def _completion(row: Record) -> str:
+def _completion(row: Record) -> Markup:
     text = _plain(row.get("completion"))
     tokens, logprobs = row.get("tokens"), row.get("logprobs")
     if not (isinstance(tokens, list) and isinstance(logprobs, list)):
@@ -117,15 +101,16 @@ def _completion(row: Record) -> str:
     spans = []
     for piece, value in zip(tokens, logprobs, strict=False):
         logprob = number(value)
-        shown = visible(str(piece)) or "&#9633;"  # an end of the text, or a part of a character
+        shown = visible(str(piece)) or Markup("&#9633;")  # an end of the text, or a part of a character
         if logprob is None:
-            spans.append(f"<span>{shown}</span>")
+            spans.append(Markup("<span>{}</span>").format(shown))
             continue
         p = math.exp(min(0.0, logprob))
-        spans.append(f'<span class="p{_level(p)}" title="{100 * p:.3g}%, log-prob {logprob:.3g}">{shown}</span>')
+        title = f"{100 * p:.3g}%, log-prob {logprob:.3g}"
+        spans.append(Markup('<span class="p{}" title="{}">{}</span>').format(_level(p), title, shown))
     said = "".join(str(piece) for piece in tokens)
     rest = text[len(said) :] if len(said) < len(text) and text.startswith(said) else ""
-    return "".join(spans) + visible(_cut(rest))
+    return Markup().join(spans) + visible(_cut(rest))
 
 
 def _plain(text: object) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paced_fast.report.charts.svg import Line
+from paced_fast.report.charts.chart import Line
 from paced_fast.report.read_run import Floats, Run
 
 __all__ = ["FEWEST", "PLACES", "Group", "grouped", "mean_line", "t_error", "t_quantile"]

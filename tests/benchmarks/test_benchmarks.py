@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import drawn_charts
 import numpy as np
 import pytest
 
@@ -74,6 +75,15 @@ def test_summary_pairs_seeds_and_counts_wins():
     assert row["accuracy_at_seconds"]["mean"] == pytest.approx((0.25 + 0.2) / 2)
     # Mean curves rise linearly from .1 to .35 and to .25, so the level .25 is reached at .15 / .25 of the budget.
     assert row["share"] == pytest.approx(0.6)
+
+
+@pytest.mark.process
+def test_curves_are_drawn_against_rollouts_and_time(tmp_path):
+    runs = {name: [_run(name, seed, 0.2 + seed / 10) for seed in (0, 1)] for name in ("grpo", "paced")}
+    curves.draw(runs, {"grpo": "GRPO", "paced": "PACED-RL"}, tmp_path / "curves.png")
+    width, height = drawn_charts.png_size(tmp_path / "curves.png")
+    assert width > 2 * 900
+    assert height > 600
 
 
 def test_a_losing_arm_is_shown_as_losing():

@@ -42,6 +42,8 @@ HOMES = {
     "peft": {"policy.lora"},
     "liger_kernel": {"policy.liger"},
     "flash_attn": {"policy.attention"},
+    "vl_convert": {"report.charts.render_process"},
+    "jinja2": {"report.html"},
 }
 """Third-party packages and the only modules of `paced_fast` that may name them; integrations are adapters and free."""
 
@@ -509,8 +511,10 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path: Path) -> No
     assert {name.split("/")[0] for name in names} == {"paced_fast", "paced_kernels", info}
     packages = (ROOT / "paced_fast", ROOT / "kernels" / "paced_kernels")
     sources = {str(p.relative_to(f.parent)) for f in packages for p in f.rglob("*.py")}
-    typed = {f"{f.name}/py.typed" for f in packages}
-    assert {name for name in names if not name.startswith(info)} == sources | typed
+    data = {f"{f.name}/py.typed" for f in packages}
+    templates = {str(p.relative_to(ROOT)) for p in (ROOT / "paced_fast" / "report" / "templates").iterdir()}
+    assert {name.rpartition("/")[2] for name in templates} == {"hover.js", "page.html", "parts.html", "style.css"}
+    assert {name for name in names if not name.startswith(info)} == sources | data | templates
     assert f"{info}/licenses/LICENSE" in names
 
 

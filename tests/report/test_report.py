@@ -14,18 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import drawn_charts
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from paced_fast import report
 from paced_fast.config.presets import preset
 from paced_fast.errors import InputError
 from paced_fast.report import read_run, run_page, sample_rollouts
 from paced_fast.report.__main__ import main
-from paced_fast.report.charts import held_out, png, svg, svg_maps
+from paced_fast.report.charts import chart as described
+from paced_fast.report.charts import held_out, renderer, training
 from paced_fast.report.charts import value as learning
+from paced_fast.report.charts.chart import Axis, Chart, Heat, Line, Stack
 
 
 def _records(*, num_steps: int = 60, learned_value: bool = True, seed: int = 0) -> list[dict[str, object]]:
@@ -55,7 +56,7 @@ def _records(*, num_steps: int = 60, learned_value: bool = True, seed: int = 0) 
             "generator_mismatch_max": 2e-6,
             "skipped_steps": 0,
             "verdicts": {"signed_sums": {"right": 60, "wrong": 60, "unreadable": 8}},
-            "unscored_share": 0.0,
+            "unscored_share": 0.01,
             "memory": {"generate": 4 << 30, "update": 7 << 30, "other": 3 << 30},
             "value_mean": float(value.mean()) if learned_value else None,
             "value_brier": 0.25 - 0.12 * done if learned_value else None,
@@ -81,7 +82,6 @@ def _records(*, num_steps: int = 60, learned_value: bool = True, seed: int = 0) 
             record["replay_age_mean"] = 1.5
             record["replay_ages"] = rng.integers(0, 5, size=min(128, 64 * step)).tolist()
             record["replay_priorities"] = rng.beta(2, 5, size=min(128, 64 * step)).tolist()
-            record["mixed_group_share_uniform"] = 0.14
         if step % 20 == 0:
             record["eval"] = _evaluation(done)
         records.append(record)
@@ -171,7 +171,7 @@ class Page(html.parser.HTMLParser):
         self.text += data + "\n"
 
 
-EVERY_PLOT = set(png.PLOTS)
+EVERY_PLOT = set(run_page.PICTURES)
 SECTIONS = (
     *("learning", "value", "schedule", "replay", "reward", "health", "generator", "cost", "rollouts"),
     *("configuration", "summary"),
@@ -193,17 +193,21 @@ def _drawn(run_dir: Path) -> set[str]:
 
 
 @pytest.fixture
-def _quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are drawn and not rendered, which takes most of a report's time."""
-    monkeypatch.setattr(Figure, "savefig", lambda self, buffer, **_: buffer.write(b"drawn"))
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_charts.draws_nothing(monkeypatch)
 
 
+@pytest.mark.process
 def test_report_of_a_finished_run_holds_everything_and_fetches_nothing(tmp_path: Path) -> None:
     path = report.make_report(_write_run(tmp_path / "my-run", _records()))
     page = Page(path)
     assert path == tmp_path / "my-run" / "report.html"
     assert page.open_tags == [], "every tag is closed"
     assert _drawn(path.parent) == EVERY_PLOT
+    for name in EVERY_PLOT:
+        width, height = drawn_charts.png_size(path.parent / "plots" / f"{name}.png")
+        assert width > 700, name
+        assert height > 400, name
     assert page.sources == [f"#{name}" for name in SECTIONS], "links lead to parts of the page, and nothing is loaded"
     assert "://" not in path.read_text(encoding="utf-8")
     assert "default-src 'none'" in html.unescape(path.read_text(encoding="utf-8"))
@@ -229,7 +233,7 @@ def test_rollouts_shown_are_the_newest_of_each_outcome_newest_first() -> None:
     assert shown == sorted([*range(98, 78, -2), *fresh_right, *range(91, 0, -10), 50], reverse=True)
 
 
-@pytest.mark.usefixtures("_quick_pictures")
+@pytest.mark.usefixtures("_undrawn")
 def test_report_without_a_learned_value_leaves_those_figures_out(tmp_path: Path) -> None:
     run_dir = _write_run(tmp_path, _records())
     report.make_report(run_dir)
@@ -238,7 +242,7 @@ def test_report_without_a_learned_value_leaves_those_figures_out(tmp_path: Path)
     assert _drawn(run_dir) == EVERY_PLOT - NEEDS_VALUE, "figures of the earlier report are gone too"
 
 
-@pytest.mark.usefixtures("_quick_pictures")
+@pytest.mark.usefixtures("_undrawn")
 def test_report_of_a_running_run_without_evaluation(tmp_path: Path) -> None:
     records = [{key: r[key] for key in ("step", "reward_mean", "seconds")} for r in _records(num_steps=4)[1:]]
     run_dir = _write_run(tmp_path, records, finished=False)
@@ -250,7 +254,7 @@ def test_report_of_a_running_run_without_evaluation(tmp_path: Path) -> None:
     assert "step 4" in page.text
 
 
-@pytest.mark.usefixtures("_quick_pictures")
+@pytest.mark.usefixtures("_undrawn")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_report_after_the_first_steps(tmp_path: Path, count: int) -> None:
     run_dir = _write_run(tmp_path, _records(num_steps=3)[:count], finished=False)
@@ -258,6 +262,7 @@ def test_report_after_the_first_steps(tmp_path: Path, count: int) -> None:
     assert _drawn(run_dir) == ({"learning_curve"} if count == 1 else EVERY_PLOT)
 
 
+@pytest.mark.process
 def test_unusual_numbers_do_not_stop_the_report(tmp_path: Path) -> None:
     records = _records(num_steps=6)
     records[3] |= {
@@ -288,10 +293,10 @@ def test_a_folder_without_usable_metrics_is_an_input_error(tmp_path: Path, conte
         report.make_report(tmp_path)
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_command_line_prints_the_path_and_exits_2_with_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_page, "PLOTS", {})
     main([str(_write_run(tmp_path, _records(num_steps=2)))])
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     with pytest.raises(SystemExit) as stop:
@@ -300,69 +305,94 @@ def test_command_line_prints_the_path_and_exits_2_with_one_line(
     assert capsys.readouterr().err == f"report: no run folder at {tmp_path / 'absent'}\n"
 
 
-def _axes(figure: Figure | None) -> list[Axes]:
-    assert figure is not None
-    return list(figure.axes)
+def _charts(charts: list[Chart]) -> dict[str, Chart]:
+    return {chart.name: chart for chart in charts}
 
 
 def test_learning_curve_draws_the_headline_against_rollouts() -> None:
-    axes = _axes(png.learning_curve(_records()))[0]
-    line = next(line for line in axes.get_lines() if line.get_label() == "headline")
-    assert np.asarray(line.get_xdata()).tolist() == [0, 2560, 5120, 7680]
-    assert np.asarray(line.get_ydata()).tolist() == pytest.approx([0.142, 0.142 + 0.145 / 3, 0.142 + 0.29 / 3, 0.287])
+    chart = _charts(held_out.learning_charts(_run(_records())))["learning_rollouts"]
+    headline, *slices = chart.lines
+    assert (headline.name, headline.style) == ("headline", "thick")
+    assert headline.x.tolist() == [0, 2560, 5120, 7680]
+    assert headline.y.tolist() == pytest.approx([0.142, 0.142 + 0.145 / 3, 0.142 + 0.29 / 3, 0.287])
+    assert [line.name for line in slices] == ["hard", "k3", "k4", "k5", "k6", "trivial"]
+    assert slices[1].y.tolist() == pytest.approx([0.27 + 0.2 * done for done in (0, 1 / 3, 2 / 3, 1)])
+    passed = _charts(held_out.learning_charts(_run(_records())))["pass_at_8"]
+    assert passed.lines[0].y[-1] == pytest.approx(0.574 + 0.07)
+    assert passed.lines[-1].y.tolist() == [1.0] * 4, "of the trivial slice"
 
 
 def test_calibration_compares_the_first_third_with_the_last() -> None:
     record = {"step": 1, "value_fresh": [0.21, 0.28, 1.0, None], "accuracy_fresh": [0.5, 0.25, 1.0, 0.5]}
     late = {"step": 9, "value_fresh": [0.71], "accuracy_fresh": [0.75]}
-    axes = _axes(png.calibration([record, record, late]))
-    assert [a.get_title(loc="left") for a in axes] == ["first step: 3 groups", "last step: 1 group"]
-    first, last = (np.asarray(a.collections[-1].get_offsets()) for a in axes)
-    assert first == pytest.approx(np.array([[0.245, 0.375], [1.0, 1.0]]))
-    assert last == pytest.approx(np.array([[0.71, 0.75]]))
-    areas = axes[0].collections[-1].get_sizes()  # type: ignore[attr-defined]
-    assert areas[0] == pytest.approx(400)
-    assert areas[1] == pytest.approx(210), "half the groups, half the scaled area"
+    charts = learning.value_charts(_run([record, record, late]))
+    assert [chart.title for chart in charts] == ["Calibration, first step", "Calibration, last step"]
+    assert "3 groups" in charts[0].caption
+    assert "1 group." in charts[1].caption
+    first, last = (chart.lines[-1] for chart in charts)
+    assert first.x.tolist() == pytest.approx([0.245, 1.0])
+    assert first.y.tolist() == pytest.approx([0.375, 1.0])
+    assert (last.x.tolist(), last.y.tolist()) == ([0.71], [0.75])
+    assert first.sizes is not None
+    assert first.sizes.tolist() == [1.0, 0.5], "half the groups, half the area"
 
 
 def test_histogram_columns_are_shares_of_their_own_step() -> None:
-    records = [{"step": 1, "value_histogram": [3, 1]}, {"step": 2, "value_histogram": [0, 8]}]
-    mesh = _axes(png.value_histogram(records))[0].collections[0]
-    assert np.asarray(mesh.get_array()).tolist() == [[0.75, 0.0], [0.25, 1.0]]
+    records = [{"step": 1, "value_histogram": [3, 1], "value_fresh": [0.5]}]
+    records += [{"step": 2, "value_histogram": [0, 8], "value_fresh": [0.5]}]
+    heat = _charts(learning.schedule_charts(_run(records)))["value_histogram"].heat
+    assert heat is not None
+    assert heat.shares.tolist() == [[0.75, 0.25], [0.0, 1.0]]
     priorities = [{"step": 1, "replay_priorities": [0.0, 0.26, 0.27, 0.99]}]
-    column = np.asarray(_axes(png.replay_priorities(priorities))[0].collections[0].get_array())[:, 0]
+    heat = _charts(learning.replay_charts(_run(priorities)))["replay_priorities"].heat
+    assert heat is not None
+    (column,) = heat.shares
     assert {int(i): float(column[i]) for i in np.flatnonzero(column)} == {0: 0.25, 5: 0.5, 19: 0.25}
 
 
 def test_seconds_are_stacked_and_shares_are_of_the_whole_run() -> None:
     records = [{"step": s, "seconds": {"generate": 1.0 * s, "update": 2.0, "idle": 0.0, "other": 0.5}} for s in (1, 2)]
-    figure = png.seconds_by_phase(records)
-    axes = _axes(figure)[0]
-    bars = [(b.get_x() + 0.5, b.get_y(), b.get_height()) for b in axes.patches]  # type: ignore[attr-defined]
-    assert bars == [(1, 0, 1), (2, 0, 2), (1, 1, 2), (2, 2, 2), (1, 3, 0.5), (2, 4, 0.5)]
-    assert figure is not None
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["other  12%", "update  50%", "generate  38%"]
-
-
-def test_mixed_groups_say_what_uniform_prompts_would_give() -> None:
-    texts = [t.get_text() for t in _axes(png.mixed_groups(_records(num_steps=3)))[0].texts]
-    assert texts == ["uniform prompts: 14%"]
-    assert _axes(png.mixed_groups([{"step": 1, "mixed_group_share": 0.5}]))[0].texts[:] == []
+    (chart,) = training.time_charts(_run(records))
+    assert chart.stack is not None
+    assert {name: layer.tolist() for name, layer in chart.stack.layers.items()} == {
+        "update": [2.0, 2.0],
+        "generate": [1.0, 2.0],
+        "other": [0.5, 0.5],
+    }
+    assert chart.legend == [("update 50%", 0), ("generate 37.5%", 1), ("other 12.5%", 2)]
 
 
 def test_the_smoothed_line_is_a_mean_of_neighbours_also_at_the_ends() -> None:
-    records = [{"step": s, "reward_mean": float(s == 23)} for s in range(1, 46)]
-    raw, smooth = (np.asarray(line.get_ydata()) for line in _axes(png.train_reward(records))[0].get_lines())
+    def reward(rows: list[dict[str, object]]) -> Chart:
+        return _charts(learning.schedule_charts(_run(rows)))["train_reward"]
+
+    raw, smooth = (line.y for line in reward([{"step": s, "reward_mean": float(s == 23)} for s in range(1, 46)]).lines)
     assert raw.sum() == 1.0
     assert smooth[21:24].tolist() == pytest.approx([1 / 3] * 3)
-    level = [{"step": s, "reward_mean": 0.5} for s in range(1, 46)]
-    flat = np.asarray(_axes(png.train_reward(level))[0].get_lines()[1].get_ydata())
+    flat = reward([{"step": s, "reward_mean": 0.5} for s in range(1, 46)]).lines[1].y
     assert flat.tolist() == pytest.approx([0.5] * 45), "no droop where the window leaves the run"
 
 
+@pytest.mark.usefixtures("_undrawn")
+def test_what_a_run_did_not_have_is_left_out() -> None:
+    rows = _records(num_steps=4)
+    for row in rows:
+        row |= {"unscored_share": 0.0, "truncated_share": 0.0, "kl": 0.0, "reward_mean": 0.0, "verdicts": {}}
+        for key in [key for key in row if key.startswith("replay")]:
+            del row[key]
+    text = _page(_run(rows))
+    for name in ("unscored_share", "truncated_share", "kl", "replay_ages", "trained_sequences"):
+        assert f'id="chart-{name}"' not in text
+    assert 'href="#reward"' not in text
+    assert 'href="#replay"' not in text
+    assert 'id="chart-train_reward"' in text, "no reward at all is worth seeing"
+    rows[2]["unscored_share"] = 0.01
+    assert 'id="chart-unscored_share"' in _page(_run(rows))
+
+
 @pytest.mark.process
-def test_importing_report_needs_no_torch_and_no_window_system() -> None:
-    code = "import sys, paced_fast.report; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+def test_importing_report_needs_no_torch_and_nothing_that_draws() -> None:
+    code = "import sys, paced_fast.report; sys.exit(bool({'torch', 'vl_convert', 'jinja2'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -370,94 +400,131 @@ def _run(rows: list[dict[str, object]], **more: Any) -> read_run.Run:
     return read_run.Run(folder=Path("a-run"), records=list(rows), **more)
 
 
+def _page(run: read_run.Run) -> str:
+    return run_page.report_of(run)[0]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("seed", [1, 2])
+def test_odd_values_are_drawn(seed: int) -> None:
+    text = _odd_page(random.Random(seed))
+    assert text.count("<svg") > 15
+    assert "could not be drawn" not in text
+
+
+@pytest.mark.usefixtures("_undrawn")
 def test_no_odd_value_stops_the_page() -> None:
-    # Whatever a figure holds, at any depth: a run of another version, a bug, a hand-edited file.
     rng = random.Random(0)
-    odd = [None, "text", [], {}, [None], [[1]], {"a": {"b": 1}}, True, math.nan, math.inf, -1e300, 10**400, -5, 0]
     for _ in range(80):
-        rows = _records(num_steps=4)
-        for row in rows:
-            places: list[tuple[Any, Any]] = [(row, key) for key in row if key != "step"]
-            places += [(row[k], key) for k in ("eval", "seconds", "memory") if k in row for key in row[k]]  # type: ignore
-            places += [(row["value_fresh"], 3)] if "value_fresh" in row else []
-            for owner, key in rng.sample(places, 6):
-                owner[key] = rng.choice(odd)
-        sample = [{"step": rng.choice(odd), "tokens": rng.choice(odd), "logprobs": rng.choice(odd), "prompt": 1}]
-        config = read_run.flatten(
-            {"preset": rng.choice(odd), "steps": rng.choice(odd), "seed": {}, "a": rng.choice(odd)}
-        )
-        assert "</html>" in run_page.page_of(
-            _run(rows, rollouts=sample, config=config, summary={"accuracy_after": "x"})
-        )
+        text = _odd_page(rng)
+        assert "</html>" in text
+        assert "could not be drawn" not in text
 
 
+def _odd_page(rng: random.Random) -> str:
+    # Whatever a figure holds, at any depth: a run of another version, a bug, a hand-edited file.
+    odd = [None, "text", [], {}, [None], [[1]], {"a": {"b": 1}}, True, math.nan, math.inf, -1e300, 10**400, -5, 0]
+    rows = _records(num_steps=4)
+    for row in rows:
+        places: list[tuple[Any, Any]] = [(row, key) for key in row if key != "step"]
+        places += [(row[k], key) for k in ("eval", "seconds", "memory") if k in row for key in row[k]]  # type: ignore
+        places += [(row["value_fresh"], 3)] if "value_fresh" in row else []
+        for owner, key in rng.sample(places, 6):
+            owner[key] = rng.choice(odd)
+    sample = [{"step": rng.choice(odd), "tokens": rng.choice(odd), "logprobs": rng.choice(odd), "prompt": 1}]
+    config = read_run.flatten({"preset": rng.choice(odd), "steps": rng.choice(odd), "seed": {}, "a": rng.choice(odd)})
+    return _page(_run(rows, rollouts=sample, config=config, summary={"accuracy_after": "x"}))
+
+
+@pytest.mark.usefixtures("_undrawn")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_page_after_the_first_steps(count: int) -> None:
-    assert "</html>" in run_page.page_of(_run(_records(num_steps=3)[:count]))
-    assert "</html>" in run_page.page_of(_run(_records(num_steps=3, learned_value=False)[1 : count + 1]))
+    assert "</html>" in _page(_run(_records(num_steps=3)[:count]))
+    assert "</html>" in _page(_run(_records(num_steps=3, learned_value=False)[1 : count + 1]))
 
 
+@pytest.mark.process
 def test_a_long_run_stays_a_page_of_moderate_size() -> None:
-    sizes = [len(run_page.page_of(_run(_records(num_steps=n)))) for n in (150, 1000)]
+    sizes = [len(_page(_run(_records(num_steps=n)))) for n in (150, 1000)]
     assert sizes[0] < 1_000_000
     assert sizes[1] < 1_500_000, "curves and maps of a long run are averaged"
 
 
 def test_numbers_are_written_short() -> None:
-    found = [svg.compact(x) for x in (0, 0.12345, 3, 1234.5, 99_999, 123_456, 2.5e6, 3e9, 7.5e-5, -2e-7, math.nan)]
+    found = [
+        described.compact(x) for x in (0, 0.12345, 3, 1234.5, 99_999, 123_456, 2.5e6, 3e9, 7.5e-5, -2e-7, math.nan)
+    ]
     assert found == ["0", "0.123", "3", "1,234", "99,999", "123k", "2.5M", "3G", "7.5e-5", "-2e-7", "-"]
-    assert [svg.percent(x) for x in (0, 0.5, 0.1234, 1, 0.00255, 2e-7)] == ["0%", "50%", "12.3%", "100%", "0.26%", "0%"]
-
-
-BARE = svg.Size(width=100, height=100, left=0, right=0, top=0, bottom=0)
-
-
-def _hover(chart: str) -> dict[str, Any]:
-    return json.loads(html.unescape(re.findall(r'data-hover="([^"]*)"', chart)[0]))
-
-
-def test_a_curve_goes_through_its_points() -> None:
-    # An axis of 0 to 4 over 100 units, and one of 0 to 1 from the bottom up.
-    line = svg.Line(
-        name="a<b", x=np.array([0.0, 1.0, 4.0]), y=np.array([0.0, 0.25, 1.0]), low=np.array([0.0, 0.2, 0.9])
-    )
-    line = dataclasses.replace(line, high=np.array([0.1, 0.3, 1.0]))
-    chart = svg.line_chart([line], svg.Axis(low=0, high=4), svg.Axis(low=0, high=1), "<words>", size=BARE)
-    assert 'd="M0 100L25 75L100 0"' in chart
-    assert 'class="band f0" d="M0 90L25 70L100 0L100 10L25 80L0 100Z"' in chart
-    assert 'aria-label="&lt;words&gt;"' in chart
-    assert _hover(chart)["s"] == [
-        {
-            "n": "a<b",
-            "c": 0,
-            "p": [[0, 100, "0", "0 [0, 0.1]"], [25, 75, "1", "0.25 [0.2, 0.3]"], [100, 0, "4", "1 [0.9, 1]"]],
-        }
+    assert [described.percent(x) for x in (0, 0.5, 0.1234, 1, 0.00255, 2e-7)] == [
+        "0%",
+        "50%",
+        "12.3%",
+        "100%",
+        "0.26%",
+        "0%",
     ]
 
 
+def _chart(**parts: Any) -> Chart:
+    return Chart(**({"name": "c", "title": "", "words": "", "x": Axis(), "y": Axis()} | parts))
+
+
+def _hover(text: str, name: str) -> dict[str, Any]:
+    figure = text[text.index(f'id="chart-{name}"') :]
+    return json.loads(html.unescape(re.findall(r'data-hover="([^"]*)"', figure)[0]))
+
+
+@pytest.mark.process
+def test_a_curve_goes_through_its_points() -> None:
+    low, high = np.array([0.0, 0.2, 0.9]), np.array([0.1, 0.3, 1.0])
+    line = Line(name="a<b", x=np.array([0.0, 1.0, 4.0]), y=np.array([0.0, 0.25, 1.0]), low=low, high=high, color=3)
+    chart = _chart(lines=[line], x=Axis(low=0, high=4), y=Axis(low=0, high=1))
+    band, curve = drawn_charts.marks(chart)
+    assert (curve.color, curve.points) == ("c3", [(0, 0), (0.25, 0.25), (1, 1)])
+    assert (band.color, band.opacity) == ("c3", 0.16)
+    assert sorted(band.points) == [(0, 0), (0, 0.1), (0.25, 0.2), (0.25, 0.3), (1, 0.9), (1, 1)]
+    assert renderer.pointer(chart)["s"] == [
+        {"n": "a<b", "c": 3, "p": [(0, "0", "0 [0, 0.1]"), (0.25, "1", "0.25 [0.2, 0.3]"), (1, "4", "1 [0.9, 1]")]}
+    ]
+
+
+@pytest.mark.process
 def test_a_stack_puts_each_layer_on_those_before() -> None:
-    layers = [("a", np.array([1.0, 2.0])), ("b", np.array([1.0, 0.0])), ("c", np.ones(2))]
-    chart = svg.stack_chart(np.array([1.0, 2.0]), layers, (svg.Axis(), svg.Axis(high=4.0)), "", size=BARE)
-    # Two columns 50 wide; a quarter of the height for one.
-    assert 'd="M0 75L50 75L50 50L100 50L100 100L50 100L50 100L0 100Z"' in chart
-    assert 'd="M0 50L50 50L50 50L100 50L100 50L50 50L50 75L0 75Z"' in chart
-    assert 'd="M0 25L50 25L50 25L100 25L100 50L50 50L50 50L0 50Z"' in chart
-    assert [(s["n"], [p[3] for p in s["p"]]) for s in _hover(chart)["s"]][1:] == [("b", ["1", "0"]), ("a", ["1", "2"])]
+    layers = {"a": np.array([1.0, 2.0]), "b": np.array([1.0, 0.0]), "c": np.ones(2)}
+    chart = _chart(stack=Stack(x=np.array([1.0, 2.0]), layers=layers), y=Axis(high=4.0))
+    # Two columns, each half as wide as the plot; a quarter of the height for one.
+    corners = [
+        [(0, 0.25), (0.5, 0.25), (0.5, 0.5), (1, 0.5), (1, 0), (0.5, 0), (0.5, 0), (0, 0)],
+        [(0, 0.5), (0.5, 0.5), (0.5, 0.5), (1, 0.5), (1, 0.5), (0.5, 0.5), (0.5, 0.25), (0, 0.25)],
+        [(0, 0.75), (0.5, 0.75), (0.5, 0.75), (1, 0.75), (1, 0.5), (0.5, 0.5), (0.5, 0.5), (0, 0.5)],
+    ]
+    drawn = drawn_charts.marks(chart)
+    assert [mark.color for mark in drawn] == ["c0", "c1", "c2"]
+    for mark, expected in zip(drawn, corners, strict=True):
+        assert set(mark.points) == set(expected)
+    shown = [(s["n"], [p[2] for p in s["p"]]) for s in renderer.pointer(chart)["s"]]
+    assert shown == [("c", ["1", "1"]), ("b", ["1", "0"]), ("a", ["1", "2"])]
 
 
+@pytest.mark.process
 def test_a_heat_map_is_darkest_where_the_share_is_largest() -> None:
-    columns = np.array([[0.25, 0.75], [1.0, 0.0]])
-    chart = svg_maps.heat_map(np.array([1.0, 2.0]), columns, (svg.Axis(), svg.Axis()), "", size=BARE)
-    cells = {level: cell for level, cell in re.findall(r'class="h(\d)" d="([^"]*)"', chart)}
-    # Of the 99th percentile, 0.9925: the square roots of 0.252, 0.756 and 1 in ninths, rounded up.
-    assert cells == {"5": "M0 50H50V100H0", "8": "M0 0H50V50H0", "9": "M50 50H100V100H50"}
-    assert _hover(chart)["g"]["v"] == [[0.25, 0.75], [1.0, 0.0]]
+    shares = np.array([[0.25, 0.75], [1.0, 0.0]])
+    chart = _chart(heat=Heat(x=np.array([1.0, 2.0]), shares=shares), y=Axis(low=0.0, high=1.0))
+    cells = {(min(mark.points), max(mark.points)): mark.opacity for mark in drawn_charts.marks(chart)}
+    # Of the 99th percentile, 0.9925: the square roots of 0.252, 0.756 and 1 in ninths, rounded up to 5, 8 and 9.
+    shades = [round(0.08 + 0.92 * (level / 9) ** 1.2, 2) for level in (5, 8, 9)]
+    places = [((0, 0), (0.5, 0.5)), ((0, 0.5), (0.5, 1)), ((0.5, 0), (1, 0.5))]
+    assert cells == dict(zip(places, shades, strict=True))
+    grid = renderer.pointer(chart)["g"]
+    assert grid["v"] == [[0.25, 0.75], [1.0, 0.0]]
+    assert grid["x"] == [(0.25, "1"), (0.75, "2")]
+    assert grid["y"] == ["0 to 0.5", "0.5 to 1"]
 
 
 def test_what_is_averaged_keeps_its_mean_and_order() -> None:
     x = np.arange(1000.0)
-    merged_x, columns = svg.merged(x, np.stack([x, x**2], axis=1))
-    assert merged_x.size == columns.shape[0] == svg.MAX_POINTS
+    merged_x, columns = described.merged(x, np.stack([x, x**2], axis=1))
+    assert merged_x.size == columns.shape[0] == described.MAX_POINTS
     assert np.all(np.diff(merged_x) > 0)
     assert columns[:, 0].tolist() == merged_x.tolist()
     assert merged_x[0] == 1.5, "of 0, 1, 2, 3"
@@ -478,21 +545,23 @@ def test_the_selection_is_compared_with_what_there_was() -> None:
 def test_pass_at_k_has_a_curve_before_and_one_after() -> None:
     before = {"accuracy": 0.2, "pass_at_k": {"1": 0.2, "2": 0.3, "4": 0.5}, "pass_at_k_interval": {"4": [0.4, 0.6]}}
     (chart,) = held_out.over_k([("before", before), ("after", {"accuracy": 0.3, "pass_at_8": 0.9})])
-    first, second = _hover(chart.svg)["s"]
-    assert [p[2:] for p in first["p"]] == [["1", "20%"], ["2", "30%"], ["4", "50% [40%, 60%]"]]
-    assert [p[2:] for p in second["p"]] == [["1", "30%"], ["8", "90%"]]
+    first, second = renderer.pointer(chart)["s"]
+    assert [list(p[1:]) for p in first["p"]] == [["1", "20%"], ["2", "30%"], ["4", "50% [40%, 60%]"]]
+    assert [list(p[1:]) for p in second["p"]] == [["1", "30%"], ["8", "90%"]]
     assert held_out.over_k([("before", {"accuracy": 0.2})]) == []
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_intervals_of_evaluations_become_bands() -> None:
     rows = _records(num_steps=40)
     for row in rows:
         if "eval" in row:
             row["eval"] |= {"accuracy_interval": [0.1, 0.4]}  # type: ignore[operator]
-    charts = {chart.name: chart for chart in held_out.learning_charts(_run(rows))}
-    assert charts["learning_rollouts"].svg.count('class="band') == 1
-    assert "[10%, 40%]" in charts["learning_time"].svg
-    assert [p[2] for p in _hover(charts["learning_time"].svg)["s"][0]["p"]] == ["0 s", "5 s", "10 s"]
+    charts = _charts(held_out.learning_charts(_run(rows)))
+    assert [line.name for line in charts["learning_rollouts"].lines if line.low is not None] == ["headline"]
+    points = _hover(_page(_run(rows)), "learning_time")["s"][0]["p"]
+    assert [p[1] for p in points] == ["0 s", "5 s", "10 s"]
+    assert all("[10%, 40%]" in p[2] for p in points)
 
 
 def test_settings_are_compared_with_the_preset() -> None:
@@ -521,7 +590,7 @@ def test_what_stands_out_is_said() -> None:
 def test_text_shows_what_it_hides() -> None:
     text = "a<b>&\"'\x00\u202e\ud800\n\t"
     codes = "".join(f'<i class="code">U+{code}</i>' for code in ("0000", "202E", "D800"))
-    assert sample_rollouts.visible(text) == f"a&lt;b&gt;&amp;&quot;&#x27;{codes}\n\t"
+    assert sample_rollouts.visible(text) == f"a&lt;b&gt;&amp;&#34;&#39;{codes}\n\t"
 
 
 def test_tokens_are_coloured_by_their_probability_and_the_rest_follows() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -13,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_run
-from matplotlib.image import imread
 from numpy.typing import NDArray
+from PIL import Image
 
 from paced_fast import train
 from paced_fast.report import compare, run_page
@@ -33,14 +35,18 @@ HOSTILE = (
 )
 
 PROBE = """<script>
-const boxes = [...document.querySelectorAll('svg.chart')].map(svg => {
+const boxes = [...document.querySelectorAll('.chart svg')].map(svg => {
   const box = svg.getBoundingClientRect();
   return [svg.closest('figure').id, box.left, box.top, box.width, box.height];
 });
-const first = document.querySelector('#chart-learning_rollouts svg, #chart-accuracy_rollouts svg');
+const first = document.querySelector('#chart-learning_rollouts .chart, #chart-accuracy_rollouts .chart');
 const at = first.getBoundingClientRect();
 first.dispatchEvent(new PointerEvent('pointermove', {clientX: at.left + at.width / 2, clientY: at.top + 50}));
 const tip = document.getElementById('tip').textContent;
+const cross = document.getElementById('cross').getBoundingClientRect();
+const dots = [...first.querySelectorAll('path[fill="var(--c0)"][transform]')];
+const line = Math.min(...dots.map(dot => dot.getBoundingClientRect()).map(
+  dot => Math.abs(dot.left + dot.width / 2 - cross.left)));
 first.dispatchEvent(new PointerEvent('pointerleave'));
 const list = [...document.querySelectorAll('.r')], visible = () => list.filter(r => r.offsetParent).length;
 const filtered = {all: visible()};
@@ -50,10 +56,21 @@ for (const name of ['right', 'wrong', 'replayed']) {
 }
 if (list.length) document.getElementById('show-all').checked = true;
 const tokens = [...document.querySelectorAll('pre span[title]')].map(s => getComputedStyle(s).backgroundColor);
-const found = {boxes, tip, filtered, tokens, title: document.title,
+let ran = '';
+const late = document.createElement('script');
+late.textContent = "ran += 'script '";
+const button = document.createElement('button');
+button.setAttribute('onclick', "ran += 'handler '");
+document.body.append(late, button);
+button.click();
+late.remove();
+button.remove();
+try { ran += eval("'eval'"); } catch (error) { }
+const found = {boxes, tip, line, ran, filtered, tokens, title: document.title,
   loaded: performance.getEntriesByType('resource').length,
   elements: document.querySelectorAll('img, iframe, object, embed, link, base, form, [src]').length,
-  page: getComputedStyle(document.body).backgroundColor, color: getComputedStyle(document.querySelector('.s0')).stroke};
+  page: getComputedStyle(document.body).backgroundColor,
+  color: getComputedStyle(document.querySelector('[stroke="var(--c0)"]')).stroke};
 const out = document.createElement('output');
 out.id = 'probe';
 out.style.display = 'none';
@@ -84,6 +101,10 @@ def probed(page: Path, *arguments: str, screenshot: Path | None = None) -> dict[
     """What a script at the end of a copy of the page finds; optionally a picture of that same copy."""
     copy = page.with_name("probed.html")
     text = page.read_text(encoding="utf-8")
+    digest = base64.b64encode(
+        hashlib.sha256(PROBE.removeprefix("<script>").removesuffix("</script>").encode()).digest()
+    )
+    text = text.replace("script-src &#39;", f"script-src &#39;sha256-{digest.decode()}&#39; &#39;", 1)
     copy.write_text(text.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
     if screenshot is not None:
         browse(copy, *arguments, f"--screenshot={screenshot}")
@@ -110,7 +131,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(run_dir: Path) -> Path:
     path = run_dir / "report.html"
-    path.write_text(run_page.page_of(read_run(run_dir)), encoding="utf-8")
+    path.write_text(run_page.report_of(read_run(run_dir))[0], encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -118,7 +139,8 @@ def page(run_dir: Path) -> Path:
 def seen(page: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], NDArray[np.float32]]:
     """What the script found, and the picture."""
     picture = tmp_path_factory.mktemp("picture") / "page.png"
-    return probed(page, screenshot=picture), imread(picture)
+    found = probed(page, screenshot=picture)
+    return found, np.asarray(Image.open(picture), np.float32) / 255
 
 
 def test_every_chart_has_ink(seen: tuple[dict[str, Any], NDArray[np.float32]], page: Path) -> None:
@@ -146,16 +168,20 @@ def test_nothing_is_fetched_and_no_completion_runs(
     found, _ = seen
     assert found["title"] == "run", "the folder's name"
     assert (found["loaded"], found["elements"]) == (0, 0)
+    assert found["ran"] == "", "neither a script, nor a handler, nor eval, by a policy that names the page's own"
     text = page.read_text(encoding="utf-8")
+    assert "unsafe-eval" not in text
+    assert re.search(r"script-src &#39;sha256-[\w+/=]+&#39;\"", text)
     assert "http:" not in text
     assert "https:" not in text
     assert text.count("<script") == 1
-    assert "default-src &#x27;none&#x27;" in text
+    assert "default-src &#39;none&#39;" in text
 
 
 def test_the_pointer_and_the_choice_of_rollouts_work(seen: tuple[dict[str, Any], NDArray[np.float32]]) -> None:
     found, _ = seen
     assert re.fullmatch(r"rollouts \d+(headline|\w+): .*", found["tip"])
+    assert found["line"] < 1.5, "the line under the pointer goes through a point"
     counts = found["filtered"]
     assert counts["all"] > counts["right"] > 0
     assert counts["all"] == counts["right"] + counts["wrong"]

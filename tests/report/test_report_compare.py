@@ -6,15 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import drawn_charts
 import numpy as np
 import pytest
 
 from paced_fast.report.__main__ import main
-from paced_fast.report.charts.svg import Line
+from paced_fast.report.charts.chart import Line
 from paced_fast.report.compare_page import page_of
 from paced_fast.report.figures_table import _EVALUATED, _ends, _overlap, paired
 from paced_fast.report.read_run import Run
 from paced_fast.report.seeds import Group, grouped, mean_line, t_quantile
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_charts.draws_nothing(monkeypatch)
 
 
 def _records(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import drawn_charts
 import pytest
 
 from paced_fast.report import run_page
@@ -49,8 +50,11 @@ def _evaluation(accuracy: float, **more: Any) -> Record:
         ),
     ],
 )
-def test_that_training_never_sees_them_is_said_only_where_it_was_counted(first: dict[str, Any], lead: str) -> None:
-    assert lead in run_page.page_of(_run(_evaluation(0.2), **first))
+def test_that_training_never_sees_them_is_said_only_where_it_was_counted(
+    first: dict[str, Any], lead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn_charts.draws_nothing(monkeypatch)
+    assert lead in run_page.report_of(_run(_evaluation(0.2), **first))[0]
 
 
 def test_majority_vote_is_shown_at_the_largest_common_k_with_its_interval() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+import drawn_charts
 import numpy as np
 import pytest
 
@@ -17,7 +16,8 @@ from paced_fast.errors import InputError
 from paced_fast.report import compare, make_report, run_page
 from paced_fast.report import html as page
 from paced_fast.report.__main__ import main
-from paced_fast.report.charts import png, svg, svg_maps, training, value
+from paced_fast.report.charts import renderer, training, value
+from paced_fast.report.charts.chart import Axis, Chart, Line, percent
 from paced_fast.report.read_run import Run
 
 
@@ -31,21 +31,69 @@ def _run(*records: dict[str, Any], **more: Any) -> Run:
     return Run(folder=Path("a-run"), records=list(records), **more)
 
 
-def test_a_broken_picture_costs_only_itself_and_is_logged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(records: object) -> None:
-        raise ValueError("no font")
-
-    folder = _folder(tmp_path / "a", {"step": 1, "reward_mean": 0.5})
+def _two_figures(folder: Path) -> Path:
+    _folder(folder, {"step": 1, "reward_mean": 0.5, "mixed_group_share": 0.5})
     (folder / "plots").mkdir()
-    (folder / "plots" / "broken.png").write_text("of an earlier report")
-    monkeypatch.setattr(run_page, "PLOTS", {"broken": broken, "train_reward": png.train_reward})
+    (folder / "plots" / "mixed_groups.png").write_text("of an earlier report")
+    return folder
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("where", ["describing", "drawing"])
+def test_a_broken_chart_costs_only_itself_and_is_logged(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    view = renderer._view
+
+    def broken(chart: Chart, colors: Any) -> Any:
+        if chart.name != "mixed_groups":
+            return view(chart, colors)
+        if where == "describing":
+            raise ValueError("no font")
+        return {"layer": [{"mark": "no font"}]}
+
+    monkeypatch.setattr(renderer, "_view", broken)
+    folder = _two_figures(tmp_path / "a")
     with caplog.at_level(logging.ERROR):
-        assert make_report(folder).exists()
+        text = make_report(folder).read_text()
     assert [path.name for path in (folder / "plots").iterdir()] == ["train_reward.png"]
-    assert "broken.png is not drawn" in caplog.text
-    assert "no font" in caplog.text
+    assert "mixed_groups.png is not drawn" in caplog.text
+    assert "mixed_groups.svg is not drawn" in caplog.text
+    assert ("no font" if where == "describing" else "TypeError") in caplog.text
+    assert text.count("<svg") == text.count("This chart could not be drawn.") == 1
+    assert "<td>50%</td>" in text, "its numbers are there all the same"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("end", ["import os; os.abort()", "no program", "print('{'); import time; time.sleep(9)"])
+def test_a_process_that_cannot_draw_leaves_a_page_without_pictures(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The library aborts, for one, where a limit on addresses leaves V8 no room; a page is worth having without it.
+    program = tmp_path / "program.py"
+    program.write_text(end)
+    monkeypatch.setattr(renderer, "_PROGRAM", program)
+    folder = _two_figures(tmp_path / "a")
+    with caplog.at_level(logging.ERROR):
+        text = make_report(folder).read_text()
+    assert text.count("This chart could not be drawn.") == 2
+    assert "<td>50%</td>" in text
+    assert list((folder / "plots").iterdir()) == []
+    assert "the process that draws" in caplog.text
+
+
+@pytest.mark.process
+def test_text_that_no_picture_can_hold_stands_there_by_its_number(tmp_path: Path) -> None:
+    names = ["\x00\x1b", "\ufffe", "\ud800 & <b>", "\u202e" + "x" * 500, "</svg><script>", "{{7*7}}", "'] + datum"]
+    slices = {name: {"accuracy": 0.1} for name in names}
+    folder = _folder(tmp_path / "a", {"step": 0, "rollouts": 0, "eval": {"accuracy": 0.1, "slices": slices}})
+    text = make_report(folder).read_text()
+    assert "could not be drawn" not in text
+    assert text.count("<script") == 1
+    assert "{{7*7}}" in text
+    assert drawn_charts.png_size(folder / "plots" / "learning_curve.png")[0] > 700
+    assert renderer._plain("\x00\ud800\u202e\ufffe") == "U+0000U+D800U+202EU+FFFE"
+    assert renderer._plain("x" * 500) == "x" * 37 + "..."
 
 
 @pytest.mark.parametrize("known", [0, 3])
@@ -53,17 +101,20 @@ def test_groups_without_a_verdict_leave_calibration_to_the_others(known: int) ->
     null = {"value_fresh": [0.5, None], "accuracy_fresh": [None, 0.5]}
     rows: list[dict[str, Any]] = [{"step": i, **null} for i in range(1, 7)]
     rows += [{"step": 7 + i, "value_fresh": [0.5], "accuracy_fresh": [1.0]} for i in range(known)]
-    assert (png.calibration(rows) is None) == (known == 0)
     assert len(value.value_charts(_run(*rows))) == (2 if known else 0)
 
 
+@pytest.mark.process
 def test_a_step_recorded_twice_does_not_stop_stacks_and_maps() -> None:
     row = {"step": 3, "seconds": {"update": 1.0}, "value_histogram": [1, 2], "value_fresh": [0.5], "replay_ages": [1]}
-    for chart in re.findall("<svg.*?</svg>", run_page.page_of(_run(row, row, {**row, "step": 4}))):
-        assert "nan" not in chart
-        assert "inf" not in chart
+    text = run_page.report_of(_run(row, row, {**row, "step": 4}))[0]
+    assert text.count("<svg") == text.count('class="chart"') > 4
+    for chart in text.split("<svg")[1:]:
+        assert "nan" not in chart[: chart.index("</svg>")].lower()
+        assert "inf" not in chart[: chart.index("</svg>")].lower()
 
 
+@pytest.mark.process
 def test_names_need_not_be_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slices = {"\ud800x": {"accuracy": 0.1}, "$b_$": {"accuracy": 0.2}, "_c": {"accuracy": 0.3}}
     name = os.fsdecode(b"\xff")
@@ -77,7 +128,8 @@ def test_names_need_not_be_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "\\udcff" in text
 
 
-def test_what_is_in_the_way_is_one_line(tmp_path: Path) -> None:
+def test_what_is_in_the_way_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_charts.draws_nothing(monkeypatch)
     plain = _folder(tmp_path / "plain", {"step": 1})
     (plain / "plots").write_text("")
     with pytest.raises(InputError, match="plots is no folder"):
@@ -106,34 +158,37 @@ def test_columns_are_cut_off_only_where_some_are_far_higher_and_then_it_is_said(
     assert "cut off" in caption(9.0)
 
 
-def _rows(text: str) -> Any:
-    return json.loads(html.unescape(re.findall(r'data-hover="([^"]*)"', text)[0]))["g"]["y"]
-
-
 def test_ages_stand_in_rows_around_whole_numbers() -> None:
     few, many = {"step": 1, "replay_ages": [0, 1, 1, 3]}, {"step": 1, "replay_ages": [0, 49]}
     (chart,) = value._held([few], "replay_ages", title="", caption="", whole=True)
-    assert [row[1] for row in _rows(chart.svg)] == ["0", "1", "2", "3"]
-    assert chart.shades == "49.2%", "the share that 1 in 100 exceed"
+    assert renderer.pointer(chart)["g"]["y"] == ["0", "1", "2", "3"]
+    assert chart.heat is not None
+    assert percent(chart.heat.darkest) == "49.2%", "the share that 1 in 100 exceed"
     (chart,) = value._held([many], "replay_ages", title="", caption="", whole=True)
-    assert [row[1] for row in _rows(chart.svg)][:2] == ["0 to 2", "3 to 5"]
+    assert renderer.pointer(chart)["g"]["y"][:2] == ["0 to 2", "3 to 5"]
 
 
+@pytest.mark.process
 def test_one_point_stands_in_the_middle_and_below_the_top() -> None:
-    size = svg.Size(width=100, height=100, left=0, right=0, top=0, bottom=0)
-    line = svg.Line(name="", x=np.array([7.0]), y=np.array([0.5]))
-    text = svg.line_chart([line], svg.Axis(low=0.0), svg.Axis(low=0.0), "", size=size)
-    ((x, y),) = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', text)
-    assert float(x) == 50
-    assert 0 < float(y) < 10
+    line = Line(name="", x=np.array([7.0]), y=np.array([0.5]))
+    (dot,) = drawn_charts.marks(
+        Chart(name="c", title="", words="", lines=[line], x=Axis(low=0.0), y=Axis(low=0.0), height=100)
+    )
+    ((x, y),) = dot.points
+    assert dot.dot
+    assert x == 0.5
+    assert 0.9 < y < 1
 
 
+@pytest.mark.process
 def test_vertical_axes_have_their_names_and_counts_a_strip_of_their_own() -> None:
-    axes = svg.Axis(label="value"), svg.Axis(label="measured")
-    text = svg_maps.reliability([(0.05, 0.0, 0.0, 4)], axes, "", size=svg.Size(width=200, height=200))
-    assert ">measured</text>" in text
-    point = float(re.findall(r'<circle[^>]* cy="([\d.]+)"', text)[0])
-    assert float(re.findall(r'<rect[^>]* y="([\d.]+)"', text)[0]) > point
+    chart = value._reliability("x", "", np.array([0.05] * 4), np.zeros(4))
+    assert ">measured accuracy</text>" in renderer.draw([chart])[0]["calibration_x"]
+    drawn = drawn_charts.marks(chart)
+    (point,) = (mark.points for mark in drawn if mark.dot)
+    (bar,) = (mark.points for mark in drawn if mark.color == "c0" and mark.opacity == 0.35)
+    assert min(y for _, y in bar) == 0
+    assert 0 < max(y for _, y in bar) < point[0][1]
 
 
 def test_nested_values_of_a_summary_are_folded() -> None:
@@ -142,9 +197,10 @@ def test_nested_values_of_a_summary_are_folded() -> None:
     assert text.index("steps") < text.index("none") < text.index("<details>")
 
 
-def test_one_step_is_one_step() -> None:
+def test_one_step_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"step": 1, "rollouts": 8, "skipped_steps": 1, "unscored_share": 0.5}
-    text = run_page.page_of(_run(record, summary={"a": 1}))
+    drawn_charts.draws_nothing(monkeypatch)
+    text = run_page.report_of(_run(record, summary={"a": 1}))[0]
     assert "after 1 step<" in text
     assert "in 1 step<" in text
     assert "1 step was skipped" in text

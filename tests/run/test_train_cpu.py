@@ -79,6 +79,7 @@ SUMMARY_KEYS = {
 }
 
 
+@pytest.mark.process
 def test_a_run_leaves_a_complete_folder(rewards: Path, tmp_path: Path) -> None:
     settings = config(
         rewards,
@@ -715,6 +716,7 @@ def test_a_finished_run_continues_to_nothing(rewards: Path, tmp_path: Path) -> N
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
 
 
+@pytest.mark.process
 def test_no_steps_are_an_evaluation(rewards: Path, tmp_path: Path) -> None:
     summary = go(config(rewards, steps=0, run__report=True), tmp_path / "run")
     assert summary["accuracy_before"] == summary["accuracy_after"]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from paced_fast.report.charts.chart import Chart, curve_table, seconds
-from paced_fast.report.charts.svg import Axis, Line, line_chart, percent
+from paced_fast.report.charts.chart import PERCENT, TIME, Axis, Chart, Line, Unit, percent
 from paced_fast.report.read_run import Evaluated, Record, Run, mapping, number, numbers
 
 __all__ = [
     "BAND",
     "ROLLOUTS",
     "SECONDS",
-    "SHARE",
     "chart_over_k",
     "evaluation_line",
     "interval",
@@ -29,8 +28,7 @@ __all__ = [
 ]
 
 ROLLOUTS = Axis(label="rollouts", low=0.0)
-SECONDS = Axis(label="training time", low=0.0, text=seconds)
-SHARE = Axis(label="share", text=percent)
+SECONDS = Axis(label="training time", low=0.0, unit=TIME)
 BAND = "Band: 95 % interval over held-out prompts."
 
 
@@ -70,9 +68,7 @@ def largest_k(evaluated: Sequence[Record], name: str) -> int:
     return max(set.intersection(*known), default=0) if known else 0
 
 
-def evaluation_line(
-    evaluations: Sequence[Evaluated], key: str, *, clock: bool, name: str, color: int, style: str = "thick"
-) -> Line | None:
+def evaluation_line(evaluations: Sequence[Evaluated], key: str, *, clock: bool, name: str, color: int) -> Line | None:
     """A figure of the evaluations against rollouts or seconds, with its intervals where any is recorded."""
     points = [
         (e.seconds if clock else e.rollouts, y, *interval(e.figures, key))
@@ -90,55 +86,62 @@ def evaluation_line(
         low=low if known else None,
         high=high if known else None,
         color=color,
-        style="thick" if style == "thick" else "thin",
+        style="thick",
         dots=True,
     )
 
 
 def learning_charts(run: Run) -> list[Chart]:
     """Held-out accuracy against rollouts and against time, by slice, and pass@k and maj@k before and after."""
-    charts: list[Chart] = []
     evaluations = run.evaluations
-    names = sorted({name for e in evaluations for name in mapping(e.figures.get("slices"))})
-    names = names if len(names) > 1 else []
-    for clock, axis in ((False, ROLLOUTS), (True, SECONDS)):
-        lines = [evaluation_line(evaluations, "accuracy", clock=clock, name="headline", color=0)]
-        for i, name in enumerate(names):
-            parts = [
-                Evaluated(e.step, e.rollouts, e.seconds, mapping(mapping(e.figures.get("slices")).get(name)))
-                for e in evaluations
-            ]
-            line = evaluation_line(parts, "accuracy", clock=clock, name=name, color=1 + i % 7, style="thin")
-            # A band around every slice would hide them all.
-            lines.append(None if line is None else Line(name=name, x=line.x, y=line.y, color=line.color, style="thin"))
-        found = [line for line in lines if line is not None]
-        if not found:
-            continue
-        where = "time" if clock else "rollouts"
-        words = ["Thick: the headline slices." if found[0].name == "headline" else ""]
-        words += [BAND if found[0].low is not None else "", "Thin: every slice." if names else ""]
-        charts.append(
-            Chart(
-                name=f"learning_{where}",
-                title=f"Held-out accuracy against {'training time' if clock else 'rollouts'}",
-                caption=" ".join(word for word in words if word),
-                svg=line_chart(found, axis, _named("accuracy"), _course(found[0], axis)),
-                legend=[(line.name, line.color) for line in found],
-                table=curve_table(found, axis, SHARE),
-            )
-        )
     ends = [("before", evaluations[0].figures), ("after", evaluations[-1].figures)] if evaluations else []
-    return [*charts, *over_k(ends), *over_k(ends, "maj_at_k"), *_over_time(evaluations)]
+    return [
+        *_accuracy(evaluations, "learning_rollouts", ROLLOUTS),
+        *_accuracy(evaluations, "learning_time", SECONDS),
+        *over_k(ends),
+        *over_k(ends, "maj_at_k"),
+        *_over_time(evaluations),
+    ]
 
 
-def _named(label: str) -> Axis:
-    return Axis(label=label, text=percent)
+def _accuracy(evaluations: Sequence[Evaluated], name: str, axis: Axis) -> list[Chart]:
+    """Accuracy of the headline slices, and of every slice where there are several."""
+    clock = axis is SECONDS
+    headline = evaluation_line(evaluations, "accuracy", clock=clock, name="headline", color=0)
+    slices = _slices(evaluations, "accuracy", clock=clock)
+    if headline is None and not slices:
+        return []
+    words = ["Thick: the headline slices."] if headline is not None else []
+    words += [BAND] if headline is not None and headline.low is not None else []
+    words += ["Thin: every slice."] if slices else []
+    lines = [*([headline] if headline is not None else []), *slices]
+    return [_course(lines, axis, name, f"Held-out accuracy against {axis.label}", "accuracy", " ".join(words))]
 
 
-def _course(line: Line, axis: Axis) -> str:
-    return (
-        f"Held-out accuracy of the {line.name} slices against {axis.label}: {percent(float(line.y[0]))} at "
-        f"{axis.write(float(line.x[0]))}, {percent(float(line.y[-1]))} at {axis.write(float(line.x[-1]))}"
+def _slices(evaluations: Sequence[Evaluated], key: str, *, clock: bool) -> list[Line]:
+    """A figure of every slice, where there are several; a band around each would hide them all."""
+    names = sorted({name for e in evaluations for name in mapping(e.figures.get("slices"))})
+    lines = []
+    for i, name in enumerate(names if len(names) > 1 else []):
+        parts = [replace(e, figures=mapping(mapping(e.figures.get("slices")).get(name))) for e in evaluations]
+        line = evaluation_line(parts, key, clock=clock, name=name, color=1 + i % 7)
+        lines += [] if line is None else [replace(line, low=None, high=None, style="thin", dots=False)]
+    return lines
+
+
+def _course(lines: Sequence[Line], axis: Axis, name: str, title: str, label: str, caption: str) -> Chart:
+    """Curves of held-out figures, and the first of them in words."""
+    first = lines[0]
+    ends = " to ".join(f"{percent(float(first.y[i]))} at {axis.write(float(first.x[i]))}" for i in (0, -1))
+    return Chart(
+        name=name,
+        title=title,
+        caption=caption,
+        x=axis,
+        y=Axis(label=label, unit=PERCENT),
+        words=f"{title}, {first.name}: {ends}",
+        lines=lines,
+        legend=[(line.name, line.color) for line in lines],
     )
 
 
@@ -191,43 +194,39 @@ def chart_over_k(lines: Sequence[Line], key: str, caption: str) -> list[Chart]:
     if not lines:
         return []
     name = _OVER_K[key][0]
-    axis, y = Axis(label="k", text=lambda x: f"{2**x:.3g}", whole=True), _named(name)
-    label = f"{name}: " + "; ".join(
-        f"{line.name} {percent(float(line.y[0]))} to {percent(float(line.y[-1]))}" for line in lines
-    )
+    ends = (f"{line.name} {percent(float(line.y[0]))} to {percent(float(line.y[-1]))}" for line in lines)
     return [
         Chart(
             name=key,
             title=f"{name} on held-out prompts",
             caption=caption,
-            svg=line_chart(lines, axis, y, label),
+            x=Axis(label="k", unit=_POWER, whole=True),
+            y=Axis(label=name, unit=PERCENT),
+            words=f"{name}: {'; '.join(ends)}",
+            lines=lines,
             legend=[(line.name, line.color) for line in lines if line.style != "thin"],
-            table=curve_table(lines, axis, SHARE),
         )
     ]
+
+
+_POWER = Unit(text=lambda x: f"{2**x:.3g}", tick="pow(2, datum.value)")
 
 
 def _over_time(evaluations: Sequence[Evaluated]) -> list[Chart]:
     k = largest_k([e.figures for e in evaluations], "maj_at_k")
+    slices = _slices(evaluations, "pass_at_8", clock=False)
     keys = {"pass_at_8": "pass@8"} | ({f"maj_at_k/{k}": f"maj@{k}"} if k else {})
     lines = [
         line
-        for color, (key, name) in enumerate(keys.items())
+        for color, (key, name) in zip((0, 7 if slices else 1), keys.items(), strict=False)
         if (line := evaluation_line(evaluations, key, clock=False, name=name, color=color)) is not None
     ]
     if not lines or max(line.x.size for line in lines) < 2:
         return []
-    banded = any(line.low is not None for line in lines)
-    return [
-        Chart(
-            name="pass_at_8",
-            title=" and ".join(line.name for line in lines) + " against rollouts",
-            caption="On the headline slices." + (f" {BAND}" if banded else ""),
-            svg=line_chart(lines, ROLLOUTS, SHARE, _course(lines[0], ROLLOUTS)),
-            legend=[(line.name, line.color) for line in lines],
-            table=curve_table(lines, ROLLOUTS, SHARE),
-        )
-    ]
+    words = ["On the headline slices.", *([BAND] if any(line.low is not None for line in lines) else [])]
+    words += ["Thin: pass@8 of every slice."] if slices else []
+    title = " and ".join(line.name for line in lines) + " against rollouts"
+    return [_course([*lines, *slices], ROLLOUTS, "pass_at_8", title, "share", " ".join(words))]
 
 
 def scored_prompts(figures: Record) -> object:

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from paced_fast.evaluation.calibration import brier_score, expected_calibration_error
-from paced_fast.report.charts.chart import Chart, curve_table, share, single
-from paced_fast.report.charts.svg import Axis, Line, Size, line_chart, percent
-from paced_fast.report.charts.svg_maps import heat_map, reliability, shade_limit
-from paced_fast.report.read_run import Floats, Record, Run, mapping, number, numbers, series
+from paced_fast.report.charts.chart import PERCENT, Axis, Chart, Heat, Line, percent, share, single
+from paced_fast.report.read_run import Floats, Record, Run, mapping, number, numbers
 
 __all__ = ["calibration_bins", "forecasts", "replay_charts", "schedule_charts", "value_charts"]
 
-SQUARE = Size(width=360, height=380, left=46, right=18, top=10, bottom=40)
-HEAT = Size(width=360, height=250, left=44, right=10, top=8, bottom=38)
+STEP = Axis(label="step", whole=True)
+VALUE = Axis(label="value (predicted accuracy)", low=0.0, high=1.0, unit=PERCENT)
+SQUARE, HEAT = 380, 250
+"""Heights in pixels."""
 
 
 def forecasts(records: Sequence[Record]) -> list[tuple[Floats, Floats]]:
@@ -67,20 +67,49 @@ def value_charts(run: Run) -> list[Chart]:
 
 
 def _reliability(name: str, title: str, value: Floats, accuracy: Floats) -> Chart:
+    """Measured against predicted accuracy: an area is a number of groups, as is a bar in the strip below."""
     bins = calibration_bins(value, accuracy)
     brier, ece = brier_score(value, accuracy), expected_calibration_error(value, accuracy)
     scores = f"Brier {brier:.3f}, ECE {ece:.3f}, {value.size:,} group{'' if value.size == 1 else 's'}"
-    axes = Axis(label="value (predicted accuracy)", text=percent), Axis(label="measured accuracy", text=percent)
-    rows = [[percent(v), percent(a), percent(e), f"{n:,}"] for v, a, e, n in bins]
+    predicted, measured, error, groups = np.array(bins).T
+    counts = groups / groups.max()
+    bars, floor = np.minimum(np.floor(predicted * 10), 9) / 10 + 0.05, np.full_like(counts, -_STRIP)
+    y = Axis(label="measured accuracy", low=-_STRIP, high=1.0, unit=PERCENT, ticks=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
+    texts = [f"{percent(a)} +- {percent(e)}, {n:,} groups" for _, a, e, n in bins]
+    ends = np.array([0.0, 1.0])
     return Chart(
         name=f"calibration_{name}",
         title=title,
         caption=f"{scores}. On the dashed line the value predicts accuracy exactly; bars through points are one "
         "standard error, those below numbers of groups.",
-        svg=reliability(bins, axes, f"{title}: {scores}", size=SQUARE),
-        table=(["value", "measured accuracy", "standard error", "groups"], rows),
+        x=VALUE,
+        y=y,
+        words=f"{title}: {scores}",
+        lines=[
+            Line(name="exact", x=ends, y=ends, style="dashed"),
+            Line(name="groups", x=bars, y=floor, low=floor, high=floor + 0.8 * _STRIP * counts, style="bars"),
+            Line(
+                name="measured accuracy",
+                x=predicted,
+                y=measured,
+                low=np.maximum(0.0, measured - error),
+                high=np.minimum(1.0, measured + error),
+                style="bubbles",
+                sizes=counts,
+                texts=texts,
+            ),
+        ],
+        table=(
+            ["value", "measured accuracy", "standard error", "groups"],
+            [[percent(v), percent(a), percent(e), f"{n:,}"] for v, a, e, n in bins],
+        ),
         third=True,
+        height=SQUARE,
     )
+
+
+_STRIP = 0.12
+"""Of a calibration chart, below 0: the height of the strip of its counts."""
 
 
 def _histograms(records: Sequence[Record]) -> list[tuple[float, Floats, Floats]]:
@@ -100,7 +129,15 @@ def schedule_charts(run: Run) -> list[Chart]:
     """Which difficulties there were and which were drawn, and how many groups could teach."""
     return [
         *_difficulties(_histograms(run.records)),
-        *_mixed(run.records),
+        *single(
+            run.records,
+            "mixed_group_share",
+            name="mixed_groups",
+            title="Mixed groups",
+            caption="Share of groups with right and wrong completions. Only those teach.",
+            unit=PERCENT,
+            ends=(0.0, 1.0),
+        ),
         *single(
             run.records,
             "reward_mean",
@@ -112,68 +149,68 @@ def schedule_charts(run: Run) -> list[Chart]:
     ]
 
 
+def _heat(x: Floats, shares: Floats, mean: Floats, y: Axis, *, name: str, title: str, caption: str) -> Chart:
+    """Shares over the steps, and the mean over them."""
+    rows = np.linspace(y.low or 0.0, 1.0 if y.high is None else y.high, shares.shape[1] + 1)
+    ends = [[percent(float(shares[i, j])) for i in (0, -1)] for j in range(shares.shape[1])]
+    return Chart(
+        name=name,
+        title=title,
+        caption=f"{caption} The line is the mean.",
+        x=STEP,
+        y=y,
+        words=f"{title}: mean {y.write(float(mean[0]))} first, {y.write(float(mean[-1]))} last",
+        heat=Heat(x=x, shares=shares),
+        lines=[Line(name="mean", x=x, y=mean, color=1)],
+        table=(
+            [y.label, f"step {x[0]:.0f}", f"step {x[-1]:.0f}"],
+            [[y.row_name(low, high), *pair] for low, high, pair in zip(rows[:-1], rows[1:], ends, strict=True)],
+        ),
+        third=True,
+        height=HEAT,
+    )
+
+
 def _difficulties(rows: Sequence[tuple[float, Floats, Floats]]) -> list[Chart]:
     if not rows:
         return []
     x = np.array([step for step, *_ in rows])
     there, drawn = (np.stack([row[i] for row in rows]) for i in (1, 2))
-    axes = Axis(label="step"), Axis(label="value", low=0.0, high=1.0, text=percent)
+    y = Axis(label="value", low=0.0, high=1.0, unit=PERCENT)
     centers = (np.arange(there.shape[1]) + 0.5) / there.shape[1]
-    charts = []
-    for name, title, columns, caption in (
-        ("value_histogram", "Difficulty of all training prompts", there, "Where the head places the prompts"),
-        ("selection", "Difficulty of the prompts drawn", drawn, "What the schedule takes of them"),
-    ):
-        mean = Line(name="mean", x=x, y=columns @ centers, color=1)
-        label = f"{title}: mean value {percent(float(mean.y[0]))} first, {percent(float(mean.y[-1]))} last"
-        ends = [[percent(float(columns[i, j])) for i in (0, -1)] for j in range(centers.size)]
-        charts.append(
-            Chart(
-                name=name,
-                title=title,
-                caption=f"{caption}, from value 0 (never solved) at the bottom to 1 at the top. The line is the mean.",
-                svg=heat_map(x, columns, axes, label, size=HEAT, line=mean),
-                shades=percent(shade_limit(columns)),
-                table=(
-                    ["value", f"step {x[0]:.0f}", f"step {x[-1]:.0f}"],
-                    [[f"{center:.3f}", *pair] for center, pair in zip(centers.tolist(), ends, strict=True)],
-                ),
-                third=True,
-            )
-        )
     half = len(rows) // 2
     lines = [
         Line(name="all prompts", x=centers, y=there[half:].mean(axis=0), color=0, style="thick"),
         Line(name="drawn prompts", x=centers, y=drawn[half:].mean(axis=0), color=1, style="thick"),
     ]
-    ax, ay = (
-        Axis(label="value (predicted accuracy)", low=0.0, high=1.0, text=percent),
-        Axis(label="share of prompts", low=0.0, text=percent),
-    )
-    drawn_against = Chart(
-        name="selection_share",
-        title="Drawn against available",
-        caption="Second half of the run. Prompts near the target accuracy should be drawn more often than they occur.",
-        svg=line_chart(lines, ax, ay, "Share of all prompts and of the drawn prompts by value", size=HEAT),
-        legend=[(line.name, line.color) for line in lines],
-        table=curve_table(lines, ax, ay),
-        third=True,
-    )
-    return [*charts, drawn_against]
-
-
-def _mixed(records: Sequence[Record]) -> list[Chart]:
-    _, uniform = series(records, "mixed_group_share_uniform")
-    more = f" Uniform prompts would give {percent(float(uniform[0]))}." if uniform.size else ""
-    return single(
-        records,
-        "mixed_group_share",
-        name="mixed_groups",
-        title="Mixed groups",
-        caption=f"Share of groups with right and wrong completions. Only those teach.{more}",
-        text=percent,
-        ends=(0.0, 1.0),
-    )
+    ends = "from value 0 (never solved) at the bottom to 1 at the top."
+    return [
+        _heat(
+            *(x, there, there @ centers, y),
+            name="value_histogram",
+            title="Difficulty of all training prompts",
+            caption=f"Where the head places the prompts, {ends}",
+        ),
+        _heat(
+            *(x, drawn, drawn @ centers, y),
+            name="selection",
+            title="Difficulty of the prompts drawn",
+            caption=f"What the schedule takes of them, {ends}",
+        ),
+        Chart(
+            name="selection_share",
+            title="Drawn against available",
+            caption="Second half of the run. Prompts near the target accuracy should be drawn more often than they "
+            "occur.",
+            x=VALUE,
+            y=Axis(label="share of prompts", low=0.0, unit=PERCENT),
+            words="Share of all prompts and of the drawn prompts by value",
+            lines=lines,
+            legend=[(line.name, line.color) for line in lines],
+            third=True,
+            height=HEAT,
+        ),
+    ]
 
 
 def replay_charts(run: Run) -> list[Chart]:
@@ -190,10 +227,10 @@ def replay_charts(run: Run) -> list[Chart]:
     ]
     if not any(chart.name == "replay_ages" for chart in charts):
         title = "Mean age in replay (steps)"
-        charts += single(r, "replay_age_mean", name="replay_age_mean", title=title, ends=(0.0, None), size=HEAT)
+        charts += single(r, "replay_age_mean", name="replay_age_mean", title=title, ends=(0.0, None), height=HEAT)
     if charts:
         title = "Sequences trained on in a step"
-        charts += single(r, "trained_sequences", name="trained_sequences", title=title, ends=(0.0, None), size=HEAT)
+        charts += single(r, "trained_sequences", name="trained_sequences", title=title, ends=(0.0, None), height=HEAT)
     return charts
 
 
@@ -213,19 +250,7 @@ def _held(records: Sequence[Record], key: str, *, title: str, caption: str, whol
         width = -(-rows // 24)
         bins = -(-rows // width)
         low, top = -0.5, bins * width - 0.5
-    columns = np.stack([np.histogram(v, bins=bins, range=(low, top))[0] / v.size for _, v in steps])
+    shares = np.stack([np.histogram(v, bins=bins, range=(low, top))[0] / v.size for _, v in steps])
     x, mean = np.array([s for s, _ in steps]), np.array([v.mean() for _, v in steps])
-    axes = Axis(label="step"), Axis(label="steps" if whole else "priority", low=low, high=top, whole=whole)
-    line = Line(name="mean", x=x, y=mean, color=1)
-    label = f"{title}: mean {mean[0]:.3g} first, {mean[-1]:.3g} last"
-    return [
-        Chart(
-            name=key,
-            title=title,
-            caption=f"{caption} The line is the mean.",
-            svg=heat_map(x, columns, axes, label, size=HEAT, line=line),
-            shades=percent(shade_limit(columns)),
-            table=curve_table([Line(name="mean", x=x, y=mean)], axes[0], Axis()),
-            third=True,
-        )
-    ]
+    y = Axis(label="steps" if whole else "priority", low=low, high=top, whole=whole)
+    return [_heat(x, shares, mean, y, name=key, title=title, caption=caption)]

@@ -1,0 +1,374 @@
+"""Draws charts: each description becomes one Vega-Lite specification, and that an SVG for a page or part of a PNG.
+
+An SVG names the colours of the page's style sheet, so that it follows the reader's light or dark setting; it holds no
+name of the run: those are in the page around it. A PNG has the light colours, its title and its legend.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import subprocess
+import sys
+from base64 import b64decode
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from markupsafe import Markup
+
+from paced_fast.report.charts.chart import Axis, Chart, Line, column_edges, merged, percent
+from paced_fast.report.read_run import HIDDEN, Floats
+
+__all__ = ["LEVELS", "draw", "pointer", "specification"]
+
+logger = logging.getLogger(__name__)
+
+LEVELS = 9
+"""Shades of a heat map."""
+_WIDTHS = {"thick": 2.6, "plain": 1.9, "thin": 1.3, "raw": 1.0, "dashed": 1.3, "bubbles": 1.9, "bars": 21.0}
+_OPACITIES = {"thin": 0.75, "raw": 0.3, "dashed": 0.7, "bubbles": 0.85, "bars": 0.35}
+_FONT = "system-ui, -apple-system, Segoe UI, Roboto, Liberation Sans, sans-serif"
+_LONGEST = 40
+"""Characters of a name in a picture."""
+_PROGRAM = Path(__file__).with_name("render_process.py")
+_SECONDS = 600
+"""After which the process that draws is given up: hundreds of times what it takes."""
+
+Spec = dict[str, Any]
+Ends = tuple[float, float]
+
+
+def draw(
+    charts: Sequence[Chart], pictures: Mapping[str, Sequence[Chart]] | None = None
+) -> tuple[dict[str, Markup], dict[str, bytes]]:
+    """SVGs of charts by their names, and a PNG of each of `pictures`, its charts side by side.
+
+    What cannot be drawn is left out and logged.
+    """
+    light = _light()
+    page = {name: f"var(--{name})" for name in light}
+    jobs: dict[tuple[str, str], Spec] = {}
+    for kind, wanted in (("svg", {chart.name: [chart] for chart in charts}), ("png", pictures or {})):
+        for name, parts in wanted.items():
+            try:
+                spec = specification(parts[0], page) if kind == "svg" else _beside(parts, light)
+                json.dumps(spec, allow_nan=False)
+                jobs[kind, name] = spec
+            except Exception:  # the others are worth having
+                logger.exception("%s.%s is not drawn", name, kind)
+    drawn = _drawn([(kind, spec) for (kind, _), spec in jobs.items()])
+    svgs, pngs = {}, {}
+    for (kind, name), found in zip(jobs, drawn, strict=True):
+        if "error" in found:
+            logger.error("%s.%s is not drawn: %s", name, kind, found["error"])
+        elif kind == "svg":
+            svgs[name] = _inline(found["svg"])
+        else:
+            pngs[name] = b64decode(found["png"])
+    return svgs, pngs
+
+
+def _drawn(jobs: Sequence[tuple[str, Spec]]) -> list[dict[str, str]]:
+    """`svg`, `png` in base 64, or `error` of each job, from a process of its own."""
+    command = [sys.executable, "-P", str(_PROGRAM)]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(jobs), capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+        told = f"the process that draws ended with {done.returncode}: {done.stderr[:2000]}"
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        found, told = [], f"the process that draws did not answer: {error}"
+    return [*found, *({"error": told if i == len(found) else "as above"} for i in range(len(found), len(jobs)))]
+
+
+def _light() -> dict[str, str]:
+    """Colours of the style sheet by name, those of a light page."""
+    style = files("paced_fast.report").joinpath("templates/style.css").read_text(encoding="utf-8")
+    return dict(re.findall(r"--([\w-]+): (#\w{6})", style[: style.index("}")]))
+
+
+def _inline(svg: str) -> Markup:
+    """An SVG as part of a page: as wide as its place, two digits behind the point, without what a page does not use."""
+    root = ElementTree.fromstring(re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2))
+    plot = root.find(".//path[@class='background']")  # the pointer's script asks where it lies
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child is not plot and child.get("class") in ("background", "foreground"):
+                parent.remove(child)
+    for node in root.iter():
+        kept = {k: v for k, v in node.items() if not k.startswith(("aria", "class", "role", "pointer", "font-family"))}
+        node.attrib.clear()
+        node.attrib.update(
+            {k: _FRACTION.sub(_short, v) for k, v in kept.items()} | ({"class": "plot"} if node is plot else {})
+        )
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name)
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+_FRACTION = re.compile(r"-?\d+\.\d{3,}(e-\d+)?")
+
+
+def _short(found: re.Match[str]) -> str:
+    return f"{round(float(found.group()), 2):g}"
+
+
+# Specifications
+
+
+def specification(chart: Chart, colors: Mapping[str, str]) -> Spec:
+    """A chart as Vega-Lite for a page; title, legend and caption are the page's."""
+    fit = {"type": "fit", "contains": "padding"}
+    return {**_view(chart, colors), "config": _config(colors), "background": None, "padding": 3, "autosize": fit}
+
+
+def _beside(charts: Sequence[Chart], colors: Mapping[str, str]) -> Spec:
+    """Charts as one picture, with titles and legends."""
+    views = []
+    for chart in charts:
+        view = _view(chart, colors)
+        named = [(_plain(name), colors[f"c{color}"]) for name, color in chart.legend]
+        if named:
+            view["layer"].append(_legend(dict(named)))
+        shades = f"darkest: {percent(chart.heat.darkest)} of a step or more" if chart.heat else ""
+        views.append({**view, "title": {"text": _plain(chart.title), "subtitle": shades}})
+    apart = {"scale": {"color": "independent"}, "legend": {"color": "independent"}}
+    columns = 3 if len(views) > 2 else 2
+    whole = {"config": _config(colors), "background": colors["card"], "padding": 20, "spacing": 32, "resolve": apart}
+    return {"concat": views, "columns": columns, **whole}
+
+
+def _plain(text: str) -> str:
+    """A name of the run as a picture can have it: what cannot be seen by its number, and not too long."""
+    shown = HIDDEN.sub(lambda found: f"U+{ord(found.group()):04X}", text)
+    return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 3] + "..."
+
+
+def _config(colors: Mapping[str, str]) -> Spec:
+    text = {"labelColor": colors["soft"], "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal"}
+    axis = {**text, "titleColor": colors["soft"], "gridColor": colors["grid"], "domainColor": colors["line"]}
+    axis |= {"ticks": False, "labelPadding": 7, "tickCount": 5}
+    title = {"anchor": "start", "color": colors["ink"], "subtitleColor": colors["soft"], "fontSize": 14, "offset": 22}
+    return {
+        "aria": False,
+        "font": _FONT,
+        "view": {"stroke": None},
+        "axis": axis,
+        "axisX": {"grid": False, "labelFlush": False, "labelSeparation": 14, "titlePadding": 9},
+        "axisY": {"domain": False, "minExtent": 38, "labelOverlap": False},
+        "legend": {**text, "orient": "bottom", "columns": 4, "title": None, "symbolOpacity": 1, "labelLimit": 260},
+        "title": title,
+    }
+
+
+def _legend(named: Mapping[str, str]) -> Spec:
+    """Marks that nobody sees, and what explains them."""
+    scale = {"domain": list(named), "range": list(named.values())}
+    color = {"field": "name", "type": "nominal", "scale": scale}
+    return {
+        "data": {"values": [{"name": name} for name in named]},
+        "mark": {"type": "square", "opacity": 0},
+        "encoding": {"x": {"value": 0}, "y": {"value": 0}, "color": color},
+    }
+
+
+def _view(chart: Chart, colors: Mapping[str, str]) -> Spec:
+    """The axes and every mark."""
+    across, up, only = _ends(chart)
+    (by_x, x_unit), (by_y, y_unit) = _scale(chart.x, across[1]), _scale(chart.y, up[1])
+    layers = [*_cells(chart, colors["heat"]), *_layers(chart, colors)]
+    for line in sorted(map(_thinned, chart.lines), key=lambda line: line.style == "thick"):
+        layers += _curve(line, colors["soft"] if line.style == "dashed" else colors[f"c{line.color}"], up)
+    for layer in layers:
+        for row in layer["data"]["values"]:
+            row |= {k: row[k] / by_x for k in ("x", "x2") if k in row}
+            row |= {k: row[k] / by_y for k in ("y", "low", "high") if k in row}
+    x = _axis(chart.x, x_unit) | ({"values": [only / by_x]} if only is not None else {})
+    y = _axis(chart.y, y_unit) | _ABOVE | {"grid": chart.heat is None}
+    encoding = {
+        name: {"field": name, "type": "quantitative", "scale": _linear(ends, by), "axis": None if chart.bare else axis}
+        for name, ends, by, axis in (("x", across, by_x, x), ("y", up, by_y, y))
+    }
+    width, height = (360, 200) if chart.third else (480, 270)
+    height = (chart.height or height) + (22 if chart.y.label else 0)
+    return {"width": chart.width or width, "height": height, "encoding": encoding, "layer": layers}
+
+
+_ABOVE = {"titleAngle": 0, "titleAlign": "left", "titleAnchor": "end", "titleX": -38, "titleY": -12}
+"""Where the name of a vertical axis stands."""
+
+
+def _linear(ends: Ends, by: float) -> Spec:
+    return {"domain": [ends[0] / by, ends[1] / by], "nice": False, "zero": False}
+
+
+def _scale(axis: Axis, end: float) -> tuple[float, str]:
+    """The size of what the ticks count, and its name."""
+    scales = axis.unit.scales
+    return next((scale for scale in scales if end >= 2 * scale[0]), scales[-1] if scales else (1.0, ""))
+
+
+def _axis(axis: Axis, unit: str) -> Spec:
+    title = _plain(axis.label) + (f" ({unit})" if unit else "")
+    ticks: Spec = {"tickMinStep": 1} if axis.whole else {}
+    ticks |= {"values": list(axis.ticks), "tickCount": 2 * len(axis.ticks)} if axis.ticks else {}
+    return {"title": title or None, "labelExpr": axis.unit.tick, **ticks}
+
+
+def _mark(mark: str, color: str, columns: Mapping[str, Floats], encoding: Spec | None = None, **look: object) -> Spec:
+    """A layer with data of its own."""
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    values = [dict(zip(columns, row, strict=True)) for row in rows]
+    return {"data": {"values": values}, "mark": {"type": mark, "color": color, **look}, "encoding": encoding or {}}
+
+
+_FROM_LOW_TO_HIGH = {"y": {"field": "low"}, "y2": {"field": "high"}}
+
+
+def _own(field: str) -> Spec:
+    """An encoding whose data are what is drawn."""
+    return {"field": field, "type": "quantitative", "scale": None, "legend": None}
+
+
+def _cells(chart: Chart, color: str) -> Iterator[Spec]:
+    """The shades of a heat map."""
+    if chart.heat is None:
+        return
+    (x, shares), (low, high) = chart.heat.columns(), _ends(chart)[1]
+    edges, rows = column_edges(x), np.linspace(low, high, shares.shape[1] + 1)
+    # The square root, so that the few between the extremes, the ones of interest, can be seen.
+    levels = np.ceil(LEVELS * np.sqrt(np.clip(shares / chart.heat.darkest, 0, 1)))
+    i, j = np.nonzero(levels)
+    shade = np.round(0.08 + 0.92 * (levels[i, j] / LEVELS) ** 1.2, 2)
+    columns = {"x": edges[i], "x2": edges[i + 1], "low": rows[j], "high": rows[j + 1], "shade": shade}
+    yield _mark("rect", color, columns, {"x2": {"field": "x2"}, **_FROM_LOW_TO_HIGH, "opacity": _own("shade")})
+
+
+def _layers(chart: Chart, colors: Mapping[str, str]) -> Iterator[Spec]:
+    """The layers of a stack, each flat over a column, as far as the axis reaches."""
+    if chart.stack is None:
+        return
+    x, columns = chart.stack.columns()
+    heights = np.concatenate([columns, columns[-1:]])  # the last column ends at an edge of its own
+    bounds = np.minimum(np.pad(np.cumsum(heights, axis=1), ((0, 0), (1, 0))), _ends(chart)[1][1])
+    for i in range(columns.shape[1]):
+        ends = {"x": column_edges(x), "low": bounds[:, i], "high": bounds[:, i + 1]}
+        yield _mark("area", colors[f"c{i}"], ends, _FROM_LOW_TO_HIGH, interpolate="step-after", opacity=0.9)
+
+
+def _curve(line: Line, color: str, up: Ends) -> Iterator[Spec]:
+    """A curve with its interval and its dots."""
+    points = {"x": line.x, "y": np.clip(line.y, *up) if line.style == "raw" else line.y}
+    look = {"strokeWidth": _WIDTHS[line.style], "opacity": _OPACITIES.get(line.style, 1)}
+    if line.low is not None and line.high is not None:
+        known = np.isfinite(line.low) & np.isfinite(line.high)
+        interval = {"x": line.x[known], "low": line.low[known], "high": line.high[known]}
+        if line.style in ("bubbles", "bars") or known.sum() == 1:
+            yield _mark("rule", color, interval, _FROM_LOW_TO_HIGH, **look)
+        else:
+            yield _mark("area", color, interval, _FROM_LOW_TO_HIGH, opacity=0.16)
+    if line.style == "bars":
+        return
+    if line.x.size > 1 and line.style != "bubbles":
+        dash = {"strokeDash": [4, 4]} if line.style == "dashed" else {}
+        yield _mark("line", color, points, strokeJoin="round", strokeCap="round", **dash, **look)
+    if line.sizes is not None:
+        area = np.pi * (3 + 9 * np.sqrt(line.sizes)) ** 2
+        yield _mark("circle", color, {**points, "area": area}, {"size": _own("area")}, opacity=look["opacity"])
+    elif line.dots or line.x.size == 1:
+        radius = {"thick": 3.4, "plain": 2.8}.get(line.style, 2.0)
+        yield _mark("circle", color, points, size=math.pi * radius**2, opacity=1)
+
+
+def _thinned(line: Line) -> Line:
+    parts = [line.y, *(part for part in (line.low, line.high) if part is not None)]
+    x, means = merged(line.x, np.stack(parts, axis=1))
+    return line if x.size == line.x.size else line.with_points(x, *means.T)
+
+
+# Ends of the axes, and what the pointer finds between them
+
+
+def _ends(chart: Chart) -> tuple[Ends, Ends, float | None]:
+    """Of both axes; and the one x there is, which then stands in the middle."""
+    of_columns = chart.heat or chart.stack
+    if of_columns is not None:
+        edges = column_edges(of_columns.columns()[0])
+        return (
+            (float(edges[0]), float(edges[-1])),
+            (chart.y.low or 0.0, 1.0 if chart.y.high is None else chart.y.high),
+            None,
+        )
+    lines = [_thinned(line) for line in chart.lines]
+    up = _range(chart.y, _extents(lines), pad=0.06)
+    places = {float(at) for line in lines for at in line.x}
+    if len(places) == 1:
+        (only,) = places
+        return (only - 1.0, only + 1.0), up, only
+    return _range(chart.x, [line.x for line in lines], pad=0.0), up, None
+
+
+def _extents(lines: Sequence[Line]) -> list[Floats]:
+    """What must be in sight: the curves and their intervals; of raw points only what is not far outside."""
+    found = []
+    for line in lines:
+        if line.style == "raw" and line.y.size > 20:
+            found.append(np.quantile(line.y, [0.01, 0.99]))
+            continue
+        found += [part for part in (line.y, line.low, line.high) if part is not None]
+    return found
+
+
+def _range(axis: Axis, values: Sequence[Floats], *, pad: float) -> Ends:
+    """The ends of an axis: those given, else those of the finite data and a little more."""
+    known = np.concatenate([v[np.isfinite(v)] for v in values] or [np.zeros(1)])
+    known = known if known.size else np.zeros(1)
+    low, high = float(known.min()), float(known.max())
+    room = pad * (high - (low if axis.low is None else min(low, axis.low)))
+    low = axis.low if axis.low is not None else low - room
+    high = axis.high if axis.high is not None else high + room
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):  # a point, or a constant
+        room = 0.1 * abs(low) or 1.0
+        low, high = (low if axis.low is not None else low - room), max(low, high) + room
+    return low, high
+
+
+def pointer(chart: Chart) -> Spec:
+    """What is shown under the pointer, by place: shares of the plot's width, and its rows from the bottom."""
+    across, up, _ = _ends(chart)
+
+    def places(values: Floats, ends: Ends) -> list[float]:
+        return np.round((values - ends[0]) / (ends[1] - ends[0]), 4).tolist()
+
+    if chart.heat is not None:
+        x, shares = chart.heat.columns()
+        rows = np.linspace(*up, shares.shape[1] + 1)
+        names = [chart.y.row_name(low, high) for low, high in pairwise(rows.tolist())]
+        grid = {"x": list(zip(places(x, across), map(chart.x.write, x.tolist()), strict=True)), "y": names}
+        return {"x": chart.x.label, "g": grid | {"v": np.round(shares, 4).tolist()}}
+    if chart.stack is not None:
+        x, columns = chart.stack.columns()
+        found = list(enumerate(zip(chart.stack.layers, columns.T, strict=True)))
+        lines = [Line(name=name, x=x, y=layer, color=i) for i, (name, layer) in reversed(found)]
+    else:
+        lines = [_thinned(line) for line in chart.lines if not line.in_background]
+    series = []
+    for line in lines:
+        texts = line.texts or [chart.y.write(y) + _interval(line, i, chart.y) for i, y in enumerate(line.y.tolist())]
+        points = list(zip(places(line.x, across), map(chart.x.write, line.x.tolist()), texts, strict=True))
+        series.append({"n": line.name, "c": line.color, "p": points})
+    return {"x": chart.x.label, "s": series}
+
+
+def _interval(line: Line, i: int, y: Axis) -> str:
+    if line.low is None or line.high is None or not math.isfinite(line.low[i] + line.high[i]):
+        return ""
+    return f" [{y.write(float(line.low[i]))}, {y.write(float(line.high[i]))}]"
