@@ -22,8 +22,8 @@ from paced_fast.report.charts.held_out import (
     line_over_k,
 )
 from paced_fast.report.charts.renderer import draw
-from paced_fast.report.figures_table import FIGURES_LEAD, figures_table
-from paced_fast.report.html import Section, document, part, shown, write_page
+from paced_fast.report.figures_table import figures_table
+from paced_fast.report.html import document, part, shown, write_page
 from paced_fast.report.read_run import Run, read_run, series
 from paced_fast.report.seeds import FEWEST, PLACES, Group, grouped, mean_line
 
@@ -52,21 +52,16 @@ def page_of(runs: Sequence[Run]) -> str:
     groups = grouped(runs)
     learning, training = _learning(groups), _training(groups)
     drawn, _ = draw([*learning, *training])
-    parts = [
-        ("learning", "Learning", _lead(runs), learning and part("figures", learning, drawn)),
-        (
-            "training",
-            "Training",
-            "On the prompts each run drew; running means.",
-            training and part("figures", training, drawn),
-        ),
-        ("figures", "Figures", FIGURES_LEAD, figures_table(groups)),
-        ("settings", "Settings", "Only what differs.", _settings(groups)),
-        ("runs", "Runs", "", _runs(groups)),
-    ]
-    sections = [Section(name=name, title=title, lead=lead, body=body) for name, title, lead, body in parts if body]
+    bodies = {
+        "learning": part("figures", learning, drawn),
+        "training": part("figures", training, drawn),
+        "figures": figures_table(groups),
+        "settings": _settings(groups),
+        "runs": _runs(groups),
+    }
     state = part("keys", [(_titled(group), i % COLORS) for i, group in enumerate(groups)])
-    return document(title=f"{len(runs)} runs compared", state=state, sections=sections)
+    title = f"{len(runs)} runs compared"
+    return document("compare.html", bodies, title=title, state=state, top="", lead=_lead(runs), fewest=FEWEST)
 
 
 def _lead(runs: Sequence[Run]) -> str:

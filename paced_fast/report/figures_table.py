@@ -17,12 +17,7 @@ from paced_fast.report.html import part
 from paced_fast.report.read_run import Floats, Record, Run, number, series
 from paced_fast.report.seeds import FEWEST, Group, t_error
 
-__all__ = ["FIGURES_LEAD", "figures_table", "paired"]
-
-FIGURES_LEAD = (
-    "Differences are to the first. An interval holds 95 %: of one run over held-out prompts, as its evaluation records "
-    f"it; of {FEWEST} seeds or more over the seeds."
-)
+__all__ = ["figures_table", "paired"]
 
 
 @dataclass(frozen=True, slots=True)

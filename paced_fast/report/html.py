@@ -6,7 +6,7 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +21,7 @@ from paced_fast.report.charts.renderer import LEVELS, pointer
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["Section", "Tile", "counted", "document", "pairs_table", "part", "shown", "write_page"]
+__all__ = ["Tile", "counted", "document", "pairs_table", "part", "shown", "write_page"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,16 +32,6 @@ class Tile:
     text: str
     sub: str = ""
     course: Chart | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Section:
-    """A part of the page with an entry in its navigation."""
-
-    name: str
-    title: str
-    body: Markup
-    lead: str = ""
 
 
 @functools.cache
@@ -64,27 +54,17 @@ def part(name: str, *values: object, **named: object) -> Markup:
     return getattr(_templates().get_template("parts.html").module, name)(*values, **named)
 
 
-def document(*, title: str, state: Markup, sections: Sequence[Section], top: Markup | None = None) -> str:
-    """The whole page as HTML that needs nothing beside it and asks nobody for anything.
+def document(template: str, bodies: Mapping[str, Markup], **shown: object) -> str:
+    """A page as HTML that needs nothing beside it and asks nobody for anything; parts without a body are left out.
 
     Its policy: nothing is fetched, and no script runs but the page's own, whatever a completion says.
     """
     folder = files("paced_fast.report") / "templates"
-    style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "hover.js"))
+    style, script = (Markup(folder.joinpath(name).read_text(encoding="utf-8")) for name in ("style.css", "hover.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        _templates()
-        .get_template("page.html")
-        .render(
-            policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
-            style=Markup(style),
-            script=Markup(script),
-            title=title,
-            state=state,
-            top=top or "",
-            sections=sections,
-        )
-    )
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    page = _templates().get_template(template)
+    return page.render(policy=policy, style=style, script=script, bodies=bodies, **shown)
 
 
 def write_page(path: Path, text: str) -> None:

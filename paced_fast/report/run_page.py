@@ -24,16 +24,7 @@ from paced_fast.report.charts.held_out import (
 from paced_fast.report.charts.renderer import draw
 from paced_fast.report.charts.training import generator_charts, health_charts, reward_charts, time_charts
 from paced_fast.report.charts.value import replay_charts, schedule_charts, value_charts
-from paced_fast.report.html import (
-    Section,
-    Tile,
-    counted,
-    document,
-    pairs_table,
-    part,
-    shown,
-    write_page,
-)
+from paced_fast.report.html import Tile, counted, document, pairs_table, part, shown, write_page
 from paced_fast.report.read_run import Run, mapping, number, read_run, series
 from paced_fast.report.sample_rollouts import rollouts_section
 
@@ -93,50 +84,30 @@ PICTURES = {
 
 def report_of(run: Run) -> tuple[str, dict[str, bytes]]:
     """The page as HTML, a chart for everything the run has data for; and pictures by the names of `PICTURES`."""
-    parts: list[tuple[str, str, str, list[Chart]]] = [
-        ("learning", "Learning", learning_lead(run), learning_charts(run)),
-        (
-            "value",
-            "Value",
-            "The value predicts a prompt's accuracy; it is compared with the groups sampled next, before either is "
-            "trained on the other. The Brier score counts single outcomes, so even a perfect value does not reach 0.",
-            value_charts(run),
-        ),
-        ("schedule", "Schedule", "Which prompts training spends its rollouts on.", schedule_charts(run)),
-        ("replay", "Replay", "Earlier completions that training sees again.", replay_charts(run)),
-        ("reward", "Reward", "What the reward functions said of the completions sampled.", reward_charts(run)),
-        (
-            "health",
-            "Health",
-            "Where to look first when a run goes wrong. Light: every step; dark: running mean.",
-            health_charts(run),
-        ),
-        (
-            "generator",
-            "Generator",
-            "Trainer and generator hold the same weights; their log-probs of the same tokens differ by rounding only.",
-            generator_charts(run),
-        ),
-        ("cost", "Time and memory", "Where a step's time and memory go.", time_charts(run)),
-    ]
-    charts = {chart.name: chart for *_, found in parts for chart in found}
-    pictures = {name: [charts[key] for key in keys if key in charts] for name, keys in PICTURES.items()}
+    charts = {
+        "learning": learning_charts(run),
+        "value": value_charts(run),
+        "schedule": schedule_charts(run),
+        "replay": replay_charts(run),
+        "reward": reward_charts(run),
+        "health": health_charts(run),
+        "generator": generator_charts(run),
+        "cost": time_charts(run),
+    }
+    named = {chart.name: chart for found in charts.values() for chart in found}
+    pictures = {name: [named[key] for key in keys if key in named] for name, keys in PICTURES.items()}
     tiles = _tiles(run)
     courses = [tile.course for tile in tiles if tile.course is not None]
-    drawn, files = draw([*charts.values(), *courses], {name: found for name, found in pictures.items() if found})
-    sections = [
-        Section(name=name, title=title, lead=lead, body=part("figures", found, drawn))
-        for name, title, lead, found in parts
-        if found
-    ]
-    sections.append(Section(name="rollouts", title="Rollouts", body=rollouts_section(run.rollouts), lead="The newest."))
-    sections.append(Section(name="configuration", title="Configuration", body=_configuration(run)))
+    drawn, files = draw([*named.values(), *courses], {name: found for name, found in pictures.items() if found})
+    bodies = {name: part("figures", found, drawn) for name, found in charts.items()}
+    bodies["rollouts"] = rollouts_section(run.rollouts)
+    bodies["configuration"] = _configuration(run)
     versions = next((v for source in (run.summary, run.records[0]) if (v := mapping(source.get("versions")))), {})
-    if versions:
-        sections.append(Section(name="versions", title="Versions", body=part("card", pairs_table(versions))))
-    sections.append(Section(name="summary", title="Summary", body=part("card", pairs_table(run.summary))))
+    bodies["versions"] = part("card", pairs_table(versions)) if versions else Markup()
+    bodies["summary"] = part("card", pairs_table(run.summary))
     top = part("tiles", tiles, drawn) + part("notes", _notes(run))
-    return document(title=run.name, state=_state(run), top=top, sections=sections), files
+    page = document("run.html", bodies, title=run.name, state=_state(run), top=top, lead=learning_lead(run))
+    return page, files
 
 
 def _state(run: Run) -> Markup:

@@ -15,30 +15,6 @@ import numpy as np
 
 from paced_fast.report.read_run import Floats, Record, series
 
-__all__ = [
-    "COLORS",
-    "MAX_POINTS",
-    "NUMBER",
-    "PERCENT",
-    "TIME",
-    "Axis",
-    "Chart",
-    "Heat",
-    "Line",
-    "Stack",
-    "Unit",
-    "column_edges",
-    "compact",
-    "curve_table",
-    "gibibytes",
-    "merged",
-    "percent",
-    "running_mean",
-    "seconds",
-    "share",
-    "single",
-]
-
 COLORS = 8
 """Of the style sheet; a stack has no more layers."""
 MAX_POINTS = 240
@@ -153,9 +129,12 @@ class Line:
         """Whether the pointer and the table pass over it."""
         return self.style in ("raw", "dashed", "bars")
 
-    def with_points(self, x: Floats, y: Floats, low: Floats | None = None, high: Floats | None = None) -> Line:
-        """The same line through other points."""
-        return replace(self, x=x, y=y, low=low, high=high)
+    def thinned(self) -> Line:
+        """The line through the points that are drawn."""
+        parts = [part for part in (self.y, self.low, self.high) if part is not None]
+        x, (y, *ends) = (found.T for found in merged(self.x, np.stack(parts, axis=1)))
+        low, high = ends or (None, None)
+        return self if x.size == self.x.size else replace(self, x=x, y=y, low=low, high=high)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,8 +170,7 @@ class Heat:
 class Chart:
     """One description from which the page and the files are drawn."""
 
-    name: str
-    """Stable, for links."""
+    name: str  # stable, for links
     title: str
     x: Axis
     y: Axis
@@ -256,8 +234,8 @@ def running_mean(y: Floats) -> Floats:
 def single(
     records: Sequence[Record],
     *keys: str,
-    name: str,
     title: str,
+    name: str = "",
     caption: str = "",
     unit: Unit = NUMBER,
     ends: tuple[float | None, float | None] = (None, None),
@@ -267,6 +245,7 @@ def single(
 ) -> list[Chart]:
     """A chart of one figure over the steps, as far as it is `above` a level; none where the run does not have it.
 
+    Named like the figure, unless given a name.
     A `rare` figure is 0 in most runs, and a run in which it always was has nothing to show.
     """
     x, y = series(records, *keys)
@@ -279,12 +258,20 @@ def single(
     ax, ay = Axis(label="step", whole=True), Axis(low=ends[0], high=ends[1], unit=unit)
     words = f"{title} over the steps: {ay.write(float(y[0]))} first, {ay.write(float(y[-1]))} last"
     return [
-        Chart(name=name, title=title, x=ax, y=ay, words=words, caption=caption, lines=lines, third=True, height=height)
+        Chart(
+            name=name or keys[-1],
+            title=title,
+            x=ax,
+            y=ay,
+            words=words,
+            caption=caption,
+            lines=lines,
+            third=True,
+            height=height,
+        )
     ]
 
 
-def share(
-    records: Sequence[Record], *keys: str, name: str, title: str, caption: str = "", rare: bool = False
-) -> list[Chart]:
+def share(records: Sequence[Record], key: str, *, title: str, rare: bool = False) -> list[Chart]:
     """A chart of one share over the steps, from 0."""
-    return single(records, *keys, name=name, title=title, caption=caption, unit=PERCENT, ends=(0.0, None), rare=rare)
+    return single(records, key, title=title, unit=PERCENT, ends=(0.0, None), rare=rare)

@@ -23,10 +23,8 @@ from xml.etree import ElementTree
 import numpy as np
 from markupsafe import Markup
 
-from paced_fast.report.charts.chart import Axis, Chart, Line, column_edges, merged, percent
+from paced_fast.report.charts.chart import Axis, Chart, Line, column_edges, percent
 from paced_fast.report.read_run import HIDDEN, Floats
-
-__all__ = ["LEVELS", "draw", "pointer", "specification"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +133,10 @@ def _beside(charts: Sequence[Chart], colors: Mapping[str, str]) -> Spec:
     views = []
     for chart in charts:
         view = _view(chart, colors)
-        named = [(_plain(name), colors[f"c{color}"]) for name, color in chart.legend]
-        if named:
-            view["layer"].append(_legend(dict(named)))
+        named: dict[str, str] = {}
+        for name, color in chart.legend:
+            named[_plain(name) + " (again)" * (_plain(name) in named)] = colors[f"c{color}"]
+        view["layer"] += [_legend(named)] if named else []
         shades = f"darkest: {percent(chart.heat.darkest)} of a step or more" if chart.heat else ""
         views.append({**view, "title": {"text": _plain(chart.title), "subtitle": shades}})
     apart = {"scale": {"color": "independent"}, "legend": {"color": "independent"}}
@@ -183,51 +182,46 @@ def _legend(named: Mapping[str, str]) -> Spec:
 def _view(chart: Chart, colors: Mapping[str, str]) -> Spec:
     """The axes and every mark."""
     across, up, only = _ends(chart)
-    (by_x, x_unit), (by_y, y_unit) = _scale(chart.x, across[1]), _scale(chart.y, up[1])
-    layers = [*_cells(chart, colors["heat"]), *_layers(chart, colors)]
-    for line in sorted(map(_thinned, chart.lines), key=lambda line: line.style == "thick"):
+    x, by_x = _channel("x", chart.x, across, {"values": [only]} if only is not None else {})
+    y, by_y = _channel("y", chart.y, up, _ABOVE | {"grid": chart.heat is None})
+    layers = [*_columns(chart, colors)]
+    for line in sorted((line.thinned() for line in chart.lines), key=lambda line: line.style == "thick"):
         layers += _curve(line, colors["soft"] if line.style == "dashed" else colors[f"c{line.color}"], up)
-    for layer in layers:
-        for row in layer["data"]["values"]:
-            row |= {k: row[k] / by_x for k in ("x", "x2") if k in row}
-            row |= {k: row[k] / by_y for k in ("y", "low", "high") if k in row}
-    x = _axis(chart.x, x_unit) | ({"values": [only / by_x]} if only is not None else {})
-    y = _axis(chart.y, y_unit) | _ABOVE | {"grid": chart.heat is None}
-    encoding = {
-        name: {"field": name, "type": "quantitative", "scale": _linear(ends, by), "axis": None if chart.bare else axis}
-        for name, ends, by, axis in (("x", across, by_x, x), ("y", up, by_y, y))
-    }
+    for row in (row for layer in layers for row in layer["data"]["values"]):
+        row |= {
+            k: row[k] / by
+            for k, by in (("x", by_x), ("x2", by_x), ("y", by_y), ("low", by_y), ("high", by_y))
+            if k in row
+        }
+    if chart.bare:
+        x["axis"] = y["axis"] = None
     width, height = (360, 200) if chart.third else (480, 270)
     height = (chart.height or height) + (22 if chart.y.label else 0)
-    return {"width": chart.width or width, "height": height, "encoding": encoding, "layer": layers}
+    return {"width": chart.width or width, "height": height, "encoding": {"x": x, "y": y}, "layer": layers}
 
 
 _ABOVE = {"titleAngle": 0, "titleAlign": "left", "titleAnchor": "end", "titleX": -38, "titleY": -12}
 """Where the name of a vertical axis stands."""
 
 
-def _linear(ends: Ends, by: float) -> Spec:
-    return {"domain": [ends[0] / by, ends[1] / by], "nice": False, "zero": False}
-
-
-def _scale(axis: Axis, end: float) -> tuple[float, str]:
-    """The size of what the ticks count, and its name."""
-    scales = axis.unit.scales
-    return next((scale for scale in scales if end >= 2 * scale[0]), scales[-1] if scales else (1.0, ""))
-
-
-def _axis(axis: Axis, unit: str) -> Spec:
+def _channel(name: str, axis: Axis, ends: Ends, look: Spec) -> tuple[Spec, float]:
+    """A direction of a chart, and the size of what its ticks count."""
+    scales = axis.unit.scales or ((1.0, ""),)
+    by, unit = next((scale for scale in scales if ends[1] >= 2 * scale[0]), scales[-1])
     title = _plain(axis.label) + (f" ({unit})" if unit else "")
-    ticks: Spec = {"tickMinStep": 1} if axis.whole else {}
-    ticks |= {"values": list(axis.ticks), "tickCount": 2 * len(axis.ticks)} if axis.ticks else {}
-    return {"title": title or None, "labelExpr": axis.unit.tick, **ticks}
+    look = {"title": title or None, "labelExpr": axis.unit.tick} | look
+    look |= {"tickMinStep": 1} if axis.whole else {}
+    look |= {"values": list(axis.ticks), "tickCount": 2 * len(axis.ticks)} if axis.ticks else {}
+    look |= {"values": [value / by for value in look["values"]]} if "values" in look else {}
+    scale = {"domain": [end / by for end in ends], "nice": False, "zero": False}
+    return {"field": name, "type": "quantitative", "scale": scale, "axis": look}, by
 
 
-def _mark(mark: str, color: str, columns: Mapping[str, Floats], encoding: Spec | None = None, **look: object) -> Spec:
+def _mark(mark: str, color: str, columns: Mapping[str, Floats], encoding: Spec, **look: object) -> Spec:
     """A layer with data of its own."""
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     values = [dict(zip(columns, row, strict=True)) for row in rows]
-    return {"data": {"values": values}, "mark": {"type": mark, "color": color, **look}, "encoding": encoding or {}}
+    return {"data": {"values": values}, "mark": {"type": mark, "color": color, **look}, "encoding": encoding}
 
 
 _FROM_LOW_TO_HIGH = {"y": {"field": "low"}, "y2": {"field": "high"}}
@@ -238,30 +232,26 @@ def _own(field: str) -> Spec:
     return {"field": field, "type": "quantitative", "scale": None, "legend": None}
 
 
-def _cells(chart: Chart, color: str) -> Iterator[Spec]:
-    """The shades of a heat map."""
-    if chart.heat is None:
-        return
-    (x, shares), (low, high) = chart.heat.columns(), _ends(chart)[1]
-    edges, rows = column_edges(x), np.linspace(low, high, shares.shape[1] + 1)
-    # The square root, so that the few between the extremes, the ones of interest, can be seen.
-    levels = np.ceil(LEVELS * np.sqrt(np.clip(shares / chart.heat.darkest, 0, 1)))
-    i, j = np.nonzero(levels)
-    shade = np.round(0.08 + 0.92 * (levels[i, j] / LEVELS) ** 1.2, 2)
-    columns = {"x": edges[i], "x2": edges[i + 1], "low": rows[j], "high": rows[j + 1], "shade": shade}
-    yield _mark("rect", color, columns, {"x2": {"field": "x2"}, **_FROM_LOW_TO_HIGH, "opacity": _own("shade")})
-
-
-def _layers(chart: Chart, colors: Mapping[str, str]) -> Iterator[Spec]:
-    """The layers of a stack, each flat over a column, as far as the axis reaches."""
-    if chart.stack is None:
-        return
-    x, columns = chart.stack.columns()
-    heights = np.concatenate([columns, columns[-1:]])  # the last column ends at an edge of its own
-    bounds = np.minimum(np.pad(np.cumsum(heights, axis=1), ((0, 0), (1, 0))), _ends(chart)[1][1])
-    for i in range(columns.shape[1]):
-        ends = {"x": column_edges(x), "low": bounds[:, i], "high": bounds[:, i + 1]}
-        yield _mark("area", colors[f"c{i}"], ends, _FROM_LOW_TO_HIGH, interpolate="step-after", opacity=0.9)
+def _columns(chart: Chart, colors: Mapping[str, str]) -> Iterator[Spec]:
+    """The shades of a heat map, or the layers of a stack as far as its axis reaches."""
+    _, (low, top), _ = _ends(chart)
+    if chart.heat is not None:
+        x, shares = chart.heat.columns()
+        edges, rows = column_edges(x), np.linspace(low, top, shares.shape[1] + 1)
+        # The square root, so that the few between the extremes, the ones of interest, can be seen.
+        levels = np.ceil(LEVELS * np.sqrt(np.clip(shares / chart.heat.darkest, 0, 1)))
+        i, j = np.nonzero(levels)
+        shade = np.round(0.08 + 0.92 * (levels[i, j] / LEVELS) ** 1.2, 2)
+        cells = {"x": edges[i], "x2": edges[i + 1], "low": rows[j], "high": rows[j + 1], "shade": shade}
+        more = {"x2": {"field": "x2"}, "opacity": _own("shade")}
+        yield _mark("rect", colors["heat"], cells, _FROM_LOW_TO_HIGH | more)
+    if chart.stack is not None:
+        x, columns = chart.stack.columns()
+        heights = np.concatenate([columns, columns[-1:]])  # the last column ends at an edge of its own
+        bounds = np.minimum(np.pad(np.cumsum(heights, axis=1), ((0, 0), (1, 0))), top)
+        for i, (lower, upper) in enumerate(pairwise(bounds.T)):
+            layer = {"x": column_edges(x), "low": lower, "high": upper}
+            yield _mark("area", colors[f"c{i}"], layer, _FROM_LOW_TO_HIGH, interpolate="step-after", opacity=0.9)
 
 
 def _curve(line: Line, color: str, up: Ends) -> Iterator[Spec]:
@@ -279,19 +269,13 @@ def _curve(line: Line, color: str, up: Ends) -> Iterator[Spec]:
         return
     if line.x.size > 1 and line.style != "bubbles":
         dash = {"strokeDash": [4, 4]} if line.style == "dashed" else {}
-        yield _mark("line", color, points, strokeJoin="round", strokeCap="round", **dash, **look)
+        yield _mark("line", color, points, {}, strokeJoin="round", strokeCap="round", **dash, **look)
     if line.sizes is not None:
         area = np.pi * (3 + 9 * np.sqrt(line.sizes)) ** 2
         yield _mark("circle", color, {**points, "area": area}, {"size": _own("area")}, opacity=look["opacity"])
     elif line.dots or line.x.size == 1:
         radius = {"thick": 3.4, "plain": 2.8}.get(line.style, 2.0)
-        yield _mark("circle", color, points, size=math.pi * radius**2, opacity=1)
-
-
-def _thinned(line: Line) -> Line:
-    parts = [line.y, *(part for part in (line.low, line.high) if part is not None)]
-    x, means = merged(line.x, np.stack(parts, axis=1))
-    return line if x.size == line.x.size else line.with_points(x, *means.T)
+        yield _mark("circle", color, points, {}, size=math.pi * radius**2, opacity=1)
 
 
 # Ends of the axes, and what the pointer finds between them
@@ -299,15 +283,11 @@ def _thinned(line: Line) -> Line:
 
 def _ends(chart: Chart) -> tuple[Ends, Ends, float | None]:
     """Of both axes; and the one x there is, which then stands in the middle."""
-    of_columns = chart.heat or chart.stack
-    if of_columns is not None:
-        edges = column_edges(of_columns.columns()[0])
-        return (
-            (float(edges[0]), float(edges[-1])),
-            (chart.y.low or 0.0, 1.0 if chart.y.high is None else chart.y.high),
-            None,
-        )
-    lines = [_thinned(line) for line in chart.lines]
+    if (columns := chart.heat or chart.stack) is not None:
+        edges = column_edges(columns.columns()[0])
+        top = 1.0 if chart.y.high is None else chart.y.high
+        return (float(edges[0]), float(edges[-1])), (chart.y.low or 0.0, top), None
+    lines = [line.thinned() for line in chart.lines]
     up = _range(chart.y, _extents(lines), pad=0.06)
     places = {float(at) for line in lines for at in line.x}
     if len(places) == 1:
@@ -318,13 +298,10 @@ def _ends(chart: Chart) -> tuple[Ends, Ends, float | None]:
 
 def _extents(lines: Sequence[Line]) -> list[Floats]:
     """What must be in sight: the curves and their intervals; of raw points only what is not far outside."""
-    found = []
-    for line in lines:
-        if line.style == "raw" and line.y.size > 20:
-            found.append(np.quantile(line.y, [0.01, 0.99]))
-            continue
-        found += [part for part in (line.y, line.low, line.high) if part is not None]
-    return found
+    raw = [line.style == "raw" and line.y.size > 20 for line in lines]
+    found = [np.quantile(line.y, [0.01, 0.99]) for line, far in zip(lines, raw, strict=True) if far]
+    parts = (part for line, far in zip(lines, raw, strict=True) if not far for part in (line.y, line.low, line.high))
+    return found + [part for part in parts if part is not None]
 
 
 def _range(axis: Axis, values: Sequence[Floats], *, pad: float) -> Ends:
@@ -359,7 +336,7 @@ def pointer(chart: Chart) -> Spec:
         found = list(enumerate(zip(chart.stack.layers, columns.T, strict=True)))
         lines = [Line(name=name, x=x, y=layer, color=i) for i, (name, layer) in reversed(found)]
     else:
-        lines = [_thinned(line) for line in chart.lines if not line.in_background]
+        lines = [line.thinned() for line in chart.lines if not line.in_background]
     series = []
     for line in lines:
         texts = line.texts or [chart.y.write(y) + _interval(line, i, chart.y) for i, y in enumerate(line.y.tolist())]

@@ -33,18 +33,18 @@ def health_charts(run: Run) -> list[Chart]:
     r = run.records
     zero = (0.0, None)
     return [
-        *single(r, "loss", name="loss", title="Loss"),
-        *single(r, "grad_norm", name="grad_norm", title="Gradient norm", ends=zero),
-        *single(r, "entropy", name="entropy", title="Entropy (nats a token)", ends=zero),
-        *single(r, "mean_length", name="mean_length", title="Tokens a completion", ends=zero),
-        *share(r, "truncated_share", name="truncated_share", title="Cut completions", rare=True),
-        *single(r, "kl", name="kl", title="KL to the old policy (nats)", rare=True),
-        *single(r, "log_ratio_mean", name="log_ratio_mean", title="Mean log-ratio of a completion", rare=True),
-        *share(r, "effective_sample_share", name="effective_sample_share", title="Effective sample share"),
-        *single(r, "learning_rate", name="learning_rate", title="Learning rate", ends=zero),
-        *single(r, "head_loss", name="head_loss", title="Loss of the log Z head"),
-        *single(r, "head_grad_norm", name="head_grad_norm", title="Gradient norm of the head", ends=zero),
-        *single(r, "tokens_per_second", name="tokens_per_second", title="Tokens sampled a second", ends=zero),
+        *single(r, "loss", title="Loss"),
+        *single(r, "grad_norm", title="Gradient norm", ends=zero),
+        *single(r, "entropy", title="Entropy (nats a token)", ends=zero),
+        *single(r, "mean_length", title="Tokens a completion", ends=zero),
+        *share(r, "truncated_share", title="Cut completions", rare=True),
+        *single(r, "kl", title="KL to the old policy (nats)", rare=True),
+        *single(r, "log_ratio_mean", title="Mean log-ratio of a completion", rare=True),
+        *share(r, "effective_sample_share", title="Effective sample share"),
+        *single(r, "learning_rate", title="Learning rate", ends=zero),
+        *single(r, "head_loss", title="Loss of the log Z head"),
+        *single(r, "head_grad_norm", title="Gradient norm of the head", ends=zero),
+        *single(r, "tokens_per_second", title="Tokens sampled a second", ends=zero),
     ]
 
 
@@ -53,12 +53,11 @@ def generator_charts(run: Run) -> list[Chart]:
     prefix = "generator_mismatch"
     r = run.records
     charts = [
-        *single(r, f"{prefix}_mean", name=f"{prefix}_mean", title="Mean difference (nats a token)", ends=(0.0, None)),
-        *single(r, f"{prefix}_max", name=f"{prefix}_max", title="Largest difference (nats)", ends=(0.0, None)),
+        *single(r, f"{prefix}_mean", title="Mean difference (nats a token)", ends=(0.0, None)),
+        *single(r, f"{prefix}_max", title="Largest difference (nats)", ends=(0.0, None)),
         *single(
             r,
             f"{prefix}_token_ratio",
-            name=f"{prefix}_token_ratio",
             title="Token ratio, minus 1",
             caption="Mean of exp |difference| - 1: 0 when both agree, above 0.05 something is wrong.",
             above=1.0,
@@ -66,14 +65,11 @@ def generator_charts(run: Run) -> list[Chart]:
         *single(
             r,
             f"{prefix}_sequence_ratio",
-            name=f"{prefix}_sequence_ratio",
             title="Sequence ratio, minus 1",
             caption="0 in expectation; well below 0 when a sampling filter is at work.",
             above=1.0,
         ),
-        *share(
-            r, f"{prefix}_outside_share", name=f"{prefix}_outside_share", title="Tokens outside the band", rare=True
-        ),
+        *share(r, f"{prefix}_outside_share", title="Tokens outside the band", rare=True),
     ]
     for side in ("scored", "sampled"):
         title = f"Parity check, {side} tokens (nats)"
@@ -83,13 +79,10 @@ def generator_charts(run: Run) -> list[Chart]:
 
 def reward_charts(run: Run) -> list[Chart]:
     """What the reward functions said: completions by verdict, and those without one."""
-    charts = share(
-        run.records, "unscored_share", name="unscored_share", title="Completions without a verdict", rare=True
-    )
+    charts = share(run.records, "unscored_share", title="Completions without a verdict", rare=True)
     charts += single(
         run.records,
         "shaping_mean",
-        name="shaping_mean",
         title="Mean shaping",
         caption="Added to the rewards of a step's completions, mean over them.",
         rare=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -60,9 +61,9 @@ def value_charts(run: Run) -> list[Chart]:
     r = run.records
     return [
         *charts,
-        *single(r, "value_brier", name="value_brier", title="Brier score of the value", ends=(0.0, None)),
-        *single(r, "value_ece", name="value_ece", title="Expected calibration error", ends=(0.0, None)),
-        *single(r, "value_rank_correlation", name="value_rank_correlation", title="Rank correlation", ends=(None, 1.0)),
+        *single(r, "value_brier", title="Brier score of the value", ends=(0.0, None)),
+        *single(r, "value_ece", title="Expected calibration error", ends=(0.0, None)),
+        *single(r, "value_rank_correlation", title="Rank correlation", ends=(None, 1.0)),
     ]
 
 
@@ -145,14 +146,12 @@ def schedule_charts(run: Run) -> list[Chart]:
             title="Mean reward of fresh rollouts",
             caption="On the prompts drawn, hence no measure of progress: a schedule holds it near its target.",
         ),
-        *share(run.records, "prompts_visited_share", name="prompts_visited_share", title="Prompts drawn at least once"),
+        *share(run.records, "prompts_visited_share", title="Prompts drawn at least once"),
     ]
 
 
 def _heat(x: Floats, shares: Floats, mean: Floats, y: Axis, *, name: str, title: str, caption: str) -> Chart:
     """Shares over the steps, and the mean over them."""
-    rows = np.linspace(y.low or 0.0, 1.0 if y.high is None else y.high, shares.shape[1] + 1)
-    ends = [[percent(float(shares[i, j])) for i in (0, -1)] for j in range(shares.shape[1])]
     return Chart(
         name=name,
         title=title,
@@ -162,10 +161,6 @@ def _heat(x: Floats, shares: Floats, mean: Floats, y: Axis, *, name: str, title:
         words=f"{title}: mean {y.write(float(mean[0]))} first, {y.write(float(mean[-1]))} last",
         heat=Heat(x=x, shares=shares),
         lines=[Line(name="mean", x=x, y=mean, color=1)],
-        table=(
-            [y.label, f"step {x[0]:.0f}", f"step {x[-1]:.0f}"],
-            [[y.row_name(low, high), *pair] for low, high, pair in zip(rows[:-1], rows[1:], ends, strict=True)],
-        ),
         third=True,
         height=HEAT,
     )
@@ -178,39 +173,33 @@ def _difficulties(rows: Sequence[tuple[float, Floats, Floats]]) -> list[Chart]:
     there, drawn = (np.stack([row[i] for row in rows]) for i in (1, 2))
     y = Axis(label="value", low=0.0, high=1.0, unit=PERCENT)
     centers = (np.arange(there.shape[1]) + 0.5) / there.shape[1]
+    charts = []
+    for name, title, shares, caption in (
+        ("value_histogram", "Difficulty of all training prompts", there, "Where the head places the prompts"),
+        ("selection", "Difficulty of the prompts drawn", drawn, "What the schedule takes of them"),
+    ):
+        ends = [[f"{centers[j]:.3f}", *(percent(float(shares[i, j])) for i in (0, -1))] for j in range(centers.size)]
+        caption += ", from value 0 (never solved) at the bottom to 1 at the top."
+        chart = _heat(x, shares, shares @ centers, y, name=name, title=title, caption=caption)
+        charts.append(replace(chart, table=(["value", f"step {x[0]:.0f}", f"step {x[-1]:.0f}"], ends)))
     half = len(rows) // 2
     lines = [
         Line(name="all prompts", x=centers, y=there[half:].mean(axis=0), color=0, style="thick"),
         Line(name="drawn prompts", x=centers, y=drawn[half:].mean(axis=0), color=1, style="thick"),
     ]
-    ends = "from value 0 (never solved) at the bottom to 1 at the top."
-    return [
-        _heat(
-            *(x, there, there @ centers, y),
-            name="value_histogram",
-            title="Difficulty of all training prompts",
-            caption=f"Where the head places the prompts, {ends}",
-        ),
-        _heat(
-            *(x, drawn, drawn @ centers, y),
-            name="selection",
-            title="Difficulty of the prompts drawn",
-            caption=f"What the schedule takes of them, {ends}",
-        ),
-        Chart(
-            name="selection_share",
-            title="Drawn against available",
-            caption="Second half of the run. Prompts near the target accuracy should be drawn more often than they "
-            "occur.",
-            x=VALUE,
-            y=Axis(label="share of prompts", low=0.0, unit=PERCENT),
-            words="Share of all prompts and of the drawn prompts by value",
-            lines=lines,
-            legend=[(line.name, line.color) for line in lines],
-            third=True,
-            height=HEAT,
-        ),
-    ]
+    drawn_against = Chart(
+        name="selection_share",
+        title="Drawn against available",
+        caption="Second half of the run. Prompts near the target accuracy should be drawn more often than they occur.",
+        x=VALUE,
+        y=Axis(label="share of prompts", low=0.0, unit=PERCENT),
+        words="Share of all prompts and of the drawn prompts by value",
+        lines=lines,
+        legend=[(line.name, line.color) for line in lines],
+        third=True,
+        height=HEAT,
+    )
+    return [*charts, drawn_against]
 
 
 def replay_charts(run: Run) -> list[Chart]:
@@ -227,10 +216,10 @@ def replay_charts(run: Run) -> list[Chart]:
     ]
     if not any(chart.name == "replay_ages" for chart in charts):
         title = "Mean age in replay (steps)"
-        charts += single(r, "replay_age_mean", name="replay_age_mean", title=title, ends=(0.0, None), height=HEAT)
+        charts += single(r, "replay_age_mean", title=title, ends=(0.0, None), height=HEAT)
     if charts:
         title = "Sequences trained on in a step"
-        charts += single(r, "trained_sequences", name="trained_sequences", title=title, ends=(0.0, None), height=HEAT)
+        charts += single(r, "trained_sequences", title=title, ends=(0.0, None), height=HEAT)
     return charts
 
 
