@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html.parser
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from paced_fast.errors import InputError
-from paced_fast.report import compare, make_report, run_page
+from paced_fast.report import compare, compare_page, make_report, run_page
 from paced_fast.report import html as page
 from paced_fast.report.__main__ import main
 from paced_fast.report.charts import renderer, training, value
@@ -189,6 +191,59 @@ def test_vertical_axes_have_their_names_and_counts_a_strip_of_their_own() -> Non
     (bar,) = (mark.points for mark in drawn if mark.color == "c0" and mark.opacity == 0.35)
     assert min(y for _, y in bar) == 0
     assert 0 < max(y for _, y in bar) < point[0][1]
+
+
+HOSTILE = (
+    "\"'><script>x()</script><img src=x onerror=x()></style></svg> {{ 7 * 7 }} {% raw %} <!-- ]]> &lt; \x00\u202e\ud800"
+)
+
+
+def _saying(word: str, folder: str) -> Run:
+    """A run that says `word` wherever a run can say something."""
+    figures = {"accuracy": 0.5, "pass_at_8": 0.6, "slices": {word: {"accuracy": 0.1}, "a": {"accuracy": 0.2}}}
+    record: dict[str, Any] = {"step": 1, "rollouts": 8, "train_seconds": 1.0, "reward_mean": 0.5, "eval": figures}
+    record |= {"verdicts": {word: {word: 3, "b": 1}}, "seconds": {word: 2.0, "b": 1.0}, "memory": {word: 1e9}}
+    record |= {"value_fresh": [0.5], "accuracy_fresh": [1.0], "value_histogram": [1, 2], "replay_ages": [1, 2]}
+    config = {word: word, "preset": word, "algorithm": word, "model.name": word, "seed": word, "list": [word]}
+    summary = {word: word, "nested": {word: [word]}, "versions": {word: word}}
+    row = {"step": 1, "prompt": [{"role": word, "content": word}], "completion": word * 2, "slice": word, "reward": 0.0}
+    rollouts = [row, row | {"tokens": [word, "b"], "logprobs": [-1.0, word], "prompt": word, "replayed": True}]
+    records = [record, {**record, "step": 2}]
+    return Run(
+        folder=Path(folder, re.sub("[/\x00\ud800]", "", word)),
+        records=records,
+        config=config,
+        summary=summary,
+        rollouts=rollouts,
+    )
+
+
+class _Structure(html.parser.HTMLParser):
+    """Every tag of a page with the names of its attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, ...]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if (tag, *attrs) != ("i", ("class", "code")):  # a character by its number
+            self.found.append((tag, *(name for name, _ in attrs)))
+
+    def handle_comment(self, data: str) -> None:
+        self.found.append(("comment", data))
+
+
+def test_whatever_a_run_says_stays_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_charts.draws_nothing(monkeypatch)
+    pages = []
+    for word in (HOSTILE, "x" * len(HOSTILE)):
+        page = run_page.report_of(_saying(word, "p"))[0]
+        both = compare_page.page_of([_saying(word, "p"), _saying(word + "y", "q")])
+        pages.append([_Structure(text).found for text in (page, both)])
+    hostile, harmless = pages
+    assert len(hostile[0]) > 300
+    assert hostile == harmless
 
 
 def test_nested_values_of_a_summary_are_folded() -> None:

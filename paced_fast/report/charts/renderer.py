@@ -66,25 +66,28 @@ def draw(
     for (kind, name), found in zip(jobs, drawn, strict=True):
         if "error" in found:
             logger.error("%s.%s is not drawn: %s", name, kind, found["error"])
-        elif kind == "svg":
+        elif "svg" in found:
             svgs[name] = _inline(found["svg"])
-        else:
+        elif "png" in found:
             pngs[name] = b64decode(found["png"])
     return svgs, pngs
 
 
 def _drawn(jobs: Sequence[tuple[str, Spec]]) -> list[dict[str, str]]:
-    """`svg`, `png` in base 64, or `error` of each job, from a process of its own."""
+    """`svg`, `png` in base 64, or `error` of each job, from a process of its own; nothing of what it did not get to."""
     command = [sys.executable, "-P", str(_PROGRAM)]
+    found: list[dict[str, str]] = []
     try:
         done = subprocess.run(
             command, input=json.dumps(jobs), capture_output=True, text=True, timeout=_SECONDS, check=False
         )
-        found = [json.loads(line) for line in done.stdout.splitlines()]
-        told = f"the process that draws ended with {done.returncode}: {done.stderr[:2000]}"
+        told = f"status {done.returncode}: {' '.join(done.stderr.split())[:400]}"
+        found += map(json.loads, done.stdout.splitlines())
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        found, told = [], f"the process that draws did not answer: {error}"
-    return [*found, *({"error": told if i == len(found) else "as above"} for i in range(len(found), len(jobs)))]
+        told = str(error)
+    if missing := len(jobs) - len(found):
+        logger.error("%d of %d charts are not drawn: the process that draws ended, %s", missing, len(jobs), told)
+    return found + [{}] * missing
 
 
 def _light() -> dict[str, str]:
