@@ -27,8 +27,6 @@ from paced_fast.report.html import document, part, shown, write_page
 from paced_fast.report.read_run import Run, read_run, series
 from paced_fast.report.seeds import FEWEST, PLACES, Group, grouped, mean_line
 
-__all__ = ["compare"]
-
 
 def compare(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Writes one page that compares run folders, and returns its path: `out`, or compare.html beside the first run.

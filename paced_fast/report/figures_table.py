@@ -17,8 +17,6 @@ from paced_fast.report.html import part
 from paced_fast.report.read_run import Floats, Record, Run, number, series
 from paced_fast.report.seeds import FEWEST, Group, t_error
 
-__all__ = ["figures_table", "paired"]
-
 
 @dataclass(frozen=True, slots=True)
 class _Figure:

@@ -21,8 +21,6 @@ from paced_fast.report.charts.renderer import LEVELS, pointer
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["Tile", "counted", "document", "pairs_table", "part", "shown", "write_page"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:

@@ -18,20 +18,6 @@ from numpy.typing import NDArray
 from paced_fast.data.metrics import KEYS
 from paced_fast.errors import InputError
 
-__all__ = [
-    "HIDDEN",
-    "Evaluated",
-    "Floats",
-    "Record",
-    "Run",
-    "flatten",
-    "mapping",
-    "number",
-    "numbers",
-    "read_run",
-    "series",
-]
-
 Record = Mapping[str, object]
 Floats = NDArray[np.float64]
 

@@ -28,8 +28,6 @@ from paced_fast.report.html import Tile, counted, document, pairs_table, part, s
 from paced_fast.report.read_run import Run, mapping, number, read_run, series
 from paced_fast.report.sample_rollouts import rollouts_section
 
-__all__ = ["changed_settings", "make_report", "report_of", "try_report"]
-
 ARROW = "\u2192"
 
 logger = logging.getLogger(__name__)
@@ -140,8 +138,8 @@ def _tiles(run: Run) -> list[Tile]:
     ]
     last = run.records[-1]
 
-    def latest(key: str, summary_key: str = "") -> float | None:
-        found = number(run.summary.get(summary_key or key))
+    def latest(key: str) -> float | None:
+        found = number(run.summary.get(key))
         return found if found is not None else next((y for y in reversed(series(run.records, key)[1].tolist())), None)
 
     mixed = latest("mixed_group_share")

@@ -11,8 +11,6 @@ from markupsafe import Markup
 from paced_fast.report.html import part
 from paced_fast.report.read_run import HIDDEN, Record, number
 
-__all__ = ["chosen", "outcome", "rollouts_section", "visible"]
-
 _OF_EACH = 10
 _MAX_TEXT = 2000
 """Characters of a prompt, and of a completion without tokens, that are shown."""

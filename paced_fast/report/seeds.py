@@ -12,8 +12,6 @@ import numpy as np
 from paced_fast.report.charts.chart import Line
 from paced_fast.report.read_run import Floats, Run
 
-__all__ = ["FEWEST", "PLACES", "Group", "grouped", "mean_line", "t_error", "t_quantile"]
-
 PLACES = ("run_dir", "resume", "warm_start.cache_dir", "run.")
 """Settings, or beginnings of their names, that say where a run lies and what it keeps, not what it does."""
 FEWEST = 3

@@ -10,23 +10,6 @@ import numpy as np
 from paced_fast.report.charts.chart import PERCENT, TIME, Axis, Chart, Line, Unit, percent
 from paced_fast.report.read_run import Evaluated, Record, Run, mapping, number, numbers
 
-__all__ = [
-    "BAND",
-    "ROLLOUTS",
-    "SECONDS",
-    "chart_over_k",
-    "evaluation_line",
-    "interval",
-    "largest_k",
-    "learning_charts",
-    "learning_lead",
-    "line_over_k",
-    "measured",
-    "over_k",
-    "scored_prompts",
-    "unscored_notes",
-]
-
 ROLLOUTS = Axis(label="rollouts", low=0.0)
 SECONDS = Axis(label="training time", low=0.0, unit=TIME)
 BAND = "Band: 95 % interval over held-out prompts."

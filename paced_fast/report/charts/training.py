@@ -22,8 +22,6 @@ from paced_fast.report.charts.chart import (
 )
 from paced_fast.report.read_run import Floats, Record, Run, mapping, number
 
-__all__ = ["generator_charts", "health_charts", "reward_charts", "time_charts"]
-
 STEP = Axis(label="step", whole=True)
 BYTES = Unit(text=gibibytes, scales=((2.0**30, "GiB"), (2.0**20, "MiB")))
 

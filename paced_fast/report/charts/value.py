@@ -11,8 +11,6 @@ from paced_fast.evaluation.calibration import brier_score, expected_calibration_
 from paced_fast.report.charts.chart import PERCENT, Axis, Chart, Heat, Line, percent, share, single
 from paced_fast.report.read_run import Floats, Record, Run, mapping, number, numbers
 
-__all__ = ["calibration_bins", "forecasts", "replay_charts", "schedule_charts", "value_charts"]
-
 STEP = Axis(label="step", whole=True)
 VALUE = Axis(label="value (predicted accuracy)", low=0.0, high=1.0, unit=PERCENT)
 SQUARE, HEAT = 380, 250
