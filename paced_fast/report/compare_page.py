@@ -145,8 +145,8 @@ def _training(groups: Sequence[Group]) -> list[Chart]:
         ("mixed_group_share", "Mixed groups", Axis(low=0.0, high=1.0, unit=PERCENT)),
         ("value_brier", "Brier score of the value", Axis(low=0.0)),
         ("value_ece", "Expected calibration error of the value", Axis(low=0.0)),
-        ("entropy", "Entropy (nats a token)", Axis(low=0.0)),
-        ("tokens_per_second", "Tokens sampled a second", Axis(low=0.0)),
+        ("entropy", "Entropy (nats per token)", Axis(low=0.0)),
+        ("tokens_per_second", "Tokens sampled per second", Axis(low=0.0)),
     ):
         charts += _overlay(groups, key, title, (ROLLOUTS, axis), lambda run, key=key: _smooth(run, key))
     return charts

@@ -157,17 +157,18 @@ def _tiles(run: Run) -> list[Tile]:
         items.append(Tile(name="rollouts", text=f"{rollouts:,.0f}", sub=f"in {counted(run.last_step, 'step')}"))
     if spent:
         rate = latest("tokens_per_second")
-        sub = f"{rate:,.0f} tokens a second" if rate is not None else ""
+        sub = f"{rate:,.0f} tokens per second" if rate is not None else ""
         items.append(Tile(name="training time", text=seconds(spent), sub=sub))
     return items
 
 
 def _spark(run: Run, key: str) -> Chart | None:
     """The course of a figure, for its tile."""
-    x, y = merged(*series(run.records, key), 40)
+    x, y = series(run.records, key)
     if x.size < 3:
         return None
-    line = Line(name=key, x=x, y=y)
+    x, columns = merged(x, y[:, None], 40)
+    line = Line(name=key, x=x, y=columns[:, 0])
     return Chart(
         name=f"spark_{key}", title="", x=Axis(), y=Axis(), words="", lines=[line], bare=True, width=100, height=26
     )

@@ -198,9 +198,13 @@ def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.process
-def test_report_of_a_finished_run_holds_everything_and_fetches_nothing(tmp_path: Path) -> None:
+def test_report_of_a_finished_run_holds_everything_and_fetches_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = report.make_report(_write_run(tmp_path / "my-run", _records()))
     page = Page(path)
+    assert caplog.text == "", "every chart is drawn"
+    assert path.read_text(encoding="utf-8").count('class="spark"') == 2
     assert path == tmp_path / "my-run" / "report.html"
     assert page.open_tags == [], "every tag is closed"
     assert _drawn(path.parent) == EVERY_PLOT

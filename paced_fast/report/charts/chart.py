@@ -1,7 +1,6 @@
 """What a chart is: a title, curves, stacked layers or shades over two axes, and the same numbers as a table.
 
-A description holds data in their own units and says nothing of pixels; `renderer` draws it, for a page and for a file
-alike.
+A description holds data in their own units; `renderer` draws it, for a page and for a file alike.
 """
 
 from __future__ import annotations

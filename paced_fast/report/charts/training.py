@@ -33,16 +33,16 @@ def health_charts(run: Run) -> list[Chart]:
     return [
         *single(r, "loss", title="Loss"),
         *single(r, "grad_norm", title="Gradient norm", ends=zero),
-        *single(r, "entropy", title="Entropy (nats a token)", ends=zero),
-        *single(r, "mean_length", title="Tokens a completion", ends=zero),
+        *single(r, "entropy", title="Entropy (nats per token)", ends=zero),
+        *single(r, "mean_length", title="Tokens per completion", ends=zero),
         *share(r, "truncated_share", title="Cut completions", rare=True),
         *single(r, "kl", title="KL to the old policy (nats)", rare=True),
-        *single(r, "log_ratio_mean", title="Mean log-ratio of a completion", rare=True),
+        *single(r, "log_ratio_mean", title="Mean log-ratio per completion", rare=True),
         *share(r, "effective_sample_share", title="Effective sample share"),
         *single(r, "learning_rate", title="Learning rate", ends=zero),
         *single(r, "head_loss", title="Loss of the log Z head"),
         *single(r, "head_grad_norm", title="Gradient norm of the head", ends=zero),
-        *single(r, "tokens_per_second", title="Tokens sampled a second", ends=zero),
+        *single(r, "tokens_per_second", title="Tokens sampled per second", ends=zero),
     ]
 
 
@@ -51,7 +51,7 @@ def generator_charts(run: Run) -> list[Chart]:
     prefix = "generator_mismatch"
     r = run.records
     charts = [
-        *single(r, f"{prefix}_mean", title="Mean difference (nats a token)", ends=(0.0, None)),
+        *single(r, f"{prefix}_mean", title="Mean difference (nats per token)", ends=(0.0, None)),
         *single(r, f"{prefix}_max", title="Largest difference (nats)", ends=(0.0, None)),
         *single(
             r,
@@ -100,9 +100,8 @@ def time_charts(run: Run) -> list[Chart]:
     caption = (
         "On a GPU a phase is charged for what it launched; on a CPU it is time of the host. Shares are of the run."
     )
-    charts = _stack(
-        steps, Axis(label="time", unit=TIME), name="seconds_by_phase", title="Seconds a step, by phase", caption=caption
-    )
+    title = "Seconds per step, by phase"
+    charts = _stack(steps, Axis(label="time", unit=TIME), name="seconds_by_phase", title=title, caption=caption)
     return charts + _memory(memory, on_gpu=run.config.get("model.device") == "cuda")
 
 

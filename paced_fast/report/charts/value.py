@@ -216,7 +216,7 @@ def replay_charts(run: Run) -> list[Chart]:
         title = "Mean age in replay (steps)"
         charts += single(r, "replay_age_mean", title=title, ends=(0.0, None), height=HEAT)
     if charts:
-        title = "Sequences trained on in a step"
+        title = "Sequences trained on per step"
         charts += single(r, "trained_sequences", title=title, ends=(0.0, None), height=HEAT)
     return charts
 

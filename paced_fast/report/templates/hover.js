@@ -1,6 +1,7 @@
 // Shows the numbers of a chart under the pointer. They are in `data-hover`, their places as shares of the plot.
 (function () {
   const tip = document.getElementById('tip'), cross = document.getElementById('cross');
+  function hide() { tip.style.display = cross.style.display = 'none'; }
   function row(color, text) {
     const line = document.createElement('div');
     if (color !== null) { const key = document.createElement('i'); key.className = 'k' + color; line.append(key); }
@@ -31,7 +32,6 @@
   for (const chart of document.querySelectorAll('.chart[data-hover]')) {
     const data = JSON.parse(chart.dataset.hover), plot = chart.querySelector('.plot');
     if (!plot || !(data.g || data.s.some(s => s.p.length))) continue;
-    function hide() { tip.style.display = cross.style.display = 'none'; }
     function show(event) {
       const box = plot.getBoundingClientRect();
       const x = (event.clientX - box.left) / box.width, y = (box.bottom - event.clientY) / box.height;
@@ -48,4 +48,5 @@
     chart.addEventListener('pointerdown', show);
     chart.addEventListener('pointerleave', hide);
   }
+  addEventListener('scroll', hide, {passive: true});
 })();
