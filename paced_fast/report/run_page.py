@@ -25,7 +25,7 @@ from paced_fast.report.charts.renderer import draw
 from paced_fast.report.charts.training import generator_charts, health_charts, reward_charts, time_charts
 from paced_fast.report.charts.value import replay_charts, schedule_charts, value_charts
 from paced_fast.report.html import Tile, counted, document, pairs_table, part, shown, write_page
-from paced_fast.report.read_run import Run, mapping, number, read_run, series
+from paced_fast.report.read_run import Run, number, read_run, series
 from paced_fast.report.sample_rollouts import rollouts_section
 
 ARROW = "\u2192"
@@ -100,8 +100,6 @@ def report_of(run: Run) -> tuple[str, dict[str, bytes]]:
     bodies = {name: part("figures", found, drawn) for name, found in charts.items()}
     bodies["rollouts"] = rollouts_section(run.rollouts)
     bodies["configuration"] = _configuration(run)
-    versions = next((v for source in (run.summary, run.records[0]) if (v := mapping(source.get("versions")))), {})
-    bodies["versions"] = part("card", pairs_table(versions)) if versions else Markup()
     bodies["summary"] = part("card", pairs_table(run.summary))
     top = part("tiles", tiles, drawn) + part("notes", _notes(run))
     page = document("run.html", bodies, title=run.name, state=_state(run), top=top, lead=learning_lead(run))

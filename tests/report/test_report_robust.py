@@ -205,7 +205,7 @@ def _saying(word: str, folder: str) -> Run:
     record |= {"verdicts": {word: {word: 3, "b": 1}}, "seconds": {word: 2.0, "b": 1.0}, "memory": {word: 1e9}}
     record |= {"value_fresh": [0.5], "accuracy_fresh": [1.0], "value_histogram": [1, 2], "replay_ages": [1, 2]}
     config = {word: word, "preset": word, "algorithm": word, "model.name": word, "seed": word, "list": [word]}
-    summary = {word: word, "nested": {word: [word]}, "versions": {word: word}}
+    summary = {word: word, "nested": {word: [word]}}
     row = {"step": 1, "prompt": [{"role": word, "content": word}], "completion": word * 2, "slice": word, "reward": 0.0}
     rollouts = [row, row | {"tokens": [word, "b"], "logprobs": [-1.0, word], "prompt": word, "replayed": True}]
     records = [record, {**record, "step": 2}]
