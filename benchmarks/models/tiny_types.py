@@ -158,6 +158,8 @@ def tiny_settings(model_type: str, **changes: Any) -> PreTrainedConfig:
             parts[name] = tiny_settings(part.model_type).to_dict()
         elif part is not AutoConfig:
             parts[name] = _named(part, _VISION)
+        elif hasattr(own := getattr(kind(), name, None), "model_type"):  # of which only the default says the kind
+            parts[name] = {"model_type": own.model_type, **_named(type(own), _VISION)}
     named = _named(kind, {**SIZES, **CHANGES.get(model_type, {})})
     return kind(**{**named, **parts, **changes})
 

@@ -60,6 +60,7 @@ class PaddedReader:
     def __init__(self, model: PreTrainedModel) -> None:
         """Nothing is read yet."""
         self.model = model
+        self.name = cache_name(model)
         self.cache = DynamicCache(config=model.config)
         self.mask: Tensor | None = None
         self.positions = torch.empty(0)
@@ -94,11 +95,17 @@ class PaddedReader:
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=self.positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.name: self.cache},
         )
         return output.logits[:, -1].float()
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """Name of the argument by which the model's forward pass takes a cache; transformers 5.24 calls it `cache`."""
+    names = ("past_key_values", "cache", "cache_params")
+    return next((name for name in names if takes(model, name)), names[0])
 
 
 class EvenReader:
@@ -108,7 +115,7 @@ class EvenReader:
     def __init__(self, model: PreTrainedModel) -> None:
         """Nothing is read yet."""
         self.model = model
-        self.name = "past_key_values" if takes(model, "past_key_values") else "cache_params"
+        self.name = cache_name(model)
         self.cache: Any = DynamicCache(config=model.config)
 
     def read(self, ids: Tensor, mask: Tensor | None, group_size: int) -> Tensor:
