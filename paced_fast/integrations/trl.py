@@ -152,7 +152,7 @@ class PacedTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.memory is not None:
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            self.memory.save(folder, epochs=int(self.state.epoch or 0), is_lead=bool(self.args.should_save))
+            self.memory.save(folder, epochs=int(self.state.epoch or 0), is_rank0=bool(self.args.should_save))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

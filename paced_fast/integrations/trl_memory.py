@@ -282,12 +282,12 @@ class PromptMemory:
         with torch.no_grad():
             return self.replay.extend(output, accuracy[start : start + len(index)], self.table(index))
 
-    def save(self, folder: Path, *, epochs: int, is_lead: bool) -> None:
+    def save(self, folder: Path, *, epochs: int, is_rank0: bool) -> None:
         """Into a checkpoint: every process what it keeps, rank 0 what all share."""
         folder.mkdir(parents=True, exist_ok=True)  # rank 0 may not have come so far
         if self.args.replay:
             torch.save(self.replay.state_dict(), folder / _REPLAY.format(self.process_index))
-        if is_lead:
+        if is_rank0:
             state = {
                 "log_z": None if self.table is None else self.table.state_dict(),
                 "scheduler": self.scheduler.state_dict(),

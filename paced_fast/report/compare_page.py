@@ -25,7 +25,7 @@ from paced_fast.report.charts.renderer import draw
 from paced_fast.report.figures_table import figures_table
 from paced_fast.report.html import document, part, shown, write_page
 from paced_fast.report.read_run import Run, read_run, series
-from paced_fast.report.seeds import FEWEST, PLACES, Group, grouped, mean_line
+from paced_fast.report.seeds import FEWEST, PLACES, SeedGroup, grouped, mean_line
 
 
 def compare(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -68,11 +68,11 @@ def _lead(runs: Sequence[Run]) -> str:
     return leads.pop() if len(leads) == 1 else "Measured on the held-out prompts."
 
 
-def _titled(group: Group) -> str:
+def _titled(group: SeedGroup) -> str:
     return f"{group.name} ({len(group.runs)} seeds)" if len(group.runs) > 1 else group.name
 
 
-def _lines(groups: Sequence[Group], line_of: Callable[[Run], Line | None]) -> tuple[list[Line], str]:
+def _lines(groups: Sequence[SeedGroup], line_of: Callable[[Run], Line | None]) -> tuple[list[Line], str]:
     """A curve for each group, that of a group too small for a band among those of its runs; and what bands are."""
     lines, few, seeds, prompts = [], False, False, False
     for i, group in enumerate(groups):
@@ -97,7 +97,7 @@ def _lines(groups: Sequence[Group], line_of: Callable[[Run], Line | None]) -> tu
 
 
 def _overlay(
-    groups: Sequence[Group], name: str, title: str, axes: tuple[Axis, Axis], line_of: Callable[[Run], Line | None]
+    groups: Sequence[SeedGroup], name: str, title: str, axes: tuple[Axis, Axis], line_of: Callable[[Run], Line | None]
 ) -> list[Chart]:
     lines, caption = _lines(groups, line_of)
     if not lines:
@@ -117,7 +117,7 @@ def _overlay(
     ]
 
 
-def _learning(groups: Sequence[Group]) -> list[Chart]:
+def _learning(groups: Sequence[SeedGroup]) -> list[Chart]:
     def course(name: str, title: str, axis: Axis, key: str, *, clock: bool = False) -> list[Chart]:
         def line_of(run: Run) -> Line | None:
             return evaluation_line(run.evaluations, key, clock=clock, name="", color=0)
@@ -138,7 +138,7 @@ def _at_end(run: Run, key: str) -> Line | None:
     return line_over_k(run.evaluations[-1].figures, key, name="", color=0) if run.evaluations else None
 
 
-def _training(groups: Sequence[Group]) -> list[Chart]:
+def _training(groups: Sequence[SeedGroup]) -> list[Chart]:
     charts = []
     for key, title, axis in (
         ("reward_mean", "Mean reward of fresh rollouts", Axis()),
@@ -161,7 +161,7 @@ def _smooth(run: Run, key: str) -> Line | None:
 # Settings
 
 
-def _settings(groups: Sequence[Group]) -> Markup:
+def _settings(groups: Sequence[SeedGroup]) -> Markup:
     configs = [group.runs[0].config for group in groups]
     keys = list(dict.fromkeys(key for config in configs for key in config))
     missing = [group.name for group, config in zip(groups, configs, strict=True) if not config]
@@ -176,7 +176,7 @@ def _settings(groups: Sequence[Group]) -> Markup:
     return said or part("absent", "none: the runs differ in their seeds and folders alone")
 
 
-def _runs(groups: Sequence[Group]) -> Markup:
+def _runs(groups: Sequence[SeedGroup]) -> Markup:
     rows = [
         [
             group.name,

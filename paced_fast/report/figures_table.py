@@ -15,7 +15,7 @@ from paced_fast.report.charts.held_out import interval, largest_k, measured
 from paced_fast.report.charts.value import forecasts
 from paced_fast.report.html import part
 from paced_fast.report.read_run import Floats, Record, Run, number, series
-from paced_fast.report.seeds import FEWEST, Group, t_error
+from paced_fast.report.seeds import FEWEST, SeedGroup, t_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ _ROWS = (
 )
 
 
-def figures_table(groups: Sequence[Group]) -> Markup:
+def figures_table(groups: Sequence[SeedGroup]) -> Markup:
     """The table as HTML."""
     k = largest_k([_last(run) for group in groups for run in group.runs], "maj_at_k")
     votes = (_evaluated(f"held-out maj@{k}", f"maj_at_k/{k}"),) if k else ()
@@ -84,7 +84,7 @@ def figures_table(groups: Sequence[Group]) -> Markup:
     return part("card", part("table", ["", *(group.name for group in groups)], rows), tall=True)
 
 
-def _row(figure: _Figure, groups: Sequence[Group]) -> list[str]:
+def _row(figure: _Figure, groups: Sequence[SeedGroup]) -> list[str]:
     """Its cells; none where no run has the figure."""
     found = [[v for run in group.runs if (v := figure.of(run)) is not None] for group in groups]
     if not any(found):
@@ -109,11 +109,11 @@ def _row(figure: _Figure, groups: Sequence[Group]) -> list[str]:
     return cells
 
 
-def _samples(group: Group) -> float | None:
+def _samples(group: SeedGroup) -> float | None:
     return number(_last(group.runs[0]).get("samples"))
 
 
-def _ends(figure: _Figure, group: Group, values: Sequence[float]) -> tuple[float, float]:
+def _ends(figure: _Figure, group: SeedGroup, values: Sequence[float]) -> tuple[float, float]:
     """An interval around a figure: of the seeds' mean where there are enough, or what a single run recorded."""
     if len(values) >= FEWEST:
         mean, error = float(np.mean(values)), float(t_error(np.array(values, np.float64)))
@@ -133,7 +133,7 @@ def _overlap(first: tuple[float, float], other: tuple[float, float]) -> str:
     return ", intervals apart" if apart else ", intervals overlap"
 
 
-def paired(first: Group, other: Group) -> str:
+def paired(first: SeedGroup, other: SeedGroup) -> str:
     """Mean difference over the headline prompts both scored, with its 95 % interval; "" where prompts have no ids."""
     a, b = (_prompt_accuracy(group) for group in (first, other))
     delta = np.array([b[name] - a[name] for name in a if name in b], np.float64)
@@ -143,7 +143,7 @@ def paired(first: Group, other: Group) -> str:
     return f"{mean:+.1f} points [{mean - error:+.1f}, {mean + error:+.1f}] over {delta.size:,} prompts"
 
 
-def _prompt_accuracy(group: Group) -> dict[str, float]:
+def _prompt_accuracy(group: SeedGroup) -> dict[str, float]:
     """Accuracy at the end by id of the prompt, mean over the seeds; of the prompts that every run scored."""
     runs = [_marks(run) for run in group.runs]
     names = [name for name in runs[0] if all(name in marks for marks in runs)]

@@ -19,14 +19,14 @@ FEWEST = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class SeedGroup:
     """Runs that differ in the seed alone, under a name no other group has."""
 
     name: str
     runs: Sequence[Run]
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
+def grouped(runs: Sequence[Run]) -> list[SeedGroup]:
     """Runs that differ in the seed alone together, in the order of their first."""
     groups: dict[str, list[Run]] = {}
     for i, run in enumerate(runs):
@@ -36,7 +36,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for members in groups.values():
         name = members[0].name if len(members) == 1 else _common(members)
         names.append(name if name not in names else f"{name} ({members[0].folder})")
-    return [Group(name=name, runs=members) for name, members in zip(names, groups.values(), strict=True)]
+    return [SeedGroup(name=name, runs=members) for name, members in zip(names, groups.values(), strict=True)]
 
 
 def _common(runs: Sequence[Run]) -> str:

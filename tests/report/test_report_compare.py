@@ -15,7 +15,7 @@ from paced_fast.report.charts.chart import Line
 from paced_fast.report.compare_page import page_of
 from paced_fast.report.figures_table import _EVALUATED, _ends, _overlap, paired
 from paced_fast.report.read_run import Run
-from paced_fast.report.seeds import Group, grouped, mean_line, t_quantile
+from paced_fast.report.seeds import SeedGroup, grouped, mean_line, t_quantile
 
 
 @pytest.fixture(autouse=True)
@@ -136,20 +136,20 @@ def test_intervals_overlap_when_they_share_a_point() -> None:
 
 def test_several_seeds_have_the_interval_of_their_mean() -> None:
     accuracy = next(row for row in _EVALUATED if row.key == "accuracy")
-    group = Group(name="g", runs=[_run("a", 0.2), _run("b", 0.3, 1), _run("c", 0.4, 2)])
+    group = SeedGroup(name="g", runs=[_run("a", 0.2), _run("b", 0.3, 1), _run("c", 0.4, 2)])
     error = 4.303 * 0.1 / 3**0.5
     assert _ends(accuracy, group, [0.2, 0.3, 0.4]) == pytest.approx((0.3 - error, 0.3 + error))
     assert np.isnan(_ends(accuracy, group, [0.2, 0.3])).all(), "two are too few"
 
 
 def test_pairs_are_the_headline_prompts_that_both_scored() -> None:
-    def group(**prompts: float | None) -> Group:
-        return Group(name="g", runs=[_run("g", 0.2, settings={"data.headline": ["a"]}, prompts=prompts)])
+    def group(**prompts: float | None) -> SeedGroup:
+        return SeedGroup(name="g", runs=[_run("g", 0.2, settings={"data.headline": ["a"]}, prompts=prompts)])
 
     first = group(a1=0.0, a2=0.5, a3=None, a4=0.0, b1=0.0)
     assert paired(first, group(a2=0.75, a1=0.25, a3=1.0, b1=1.0)) == "+25.0 points [+25.0, +25.0] over 2 prompts"
     assert paired(first, group(c1=1.0, c2=1.0)) == ""
-    assert paired(first, Group(name="old", runs=[_run("old", 0.2)])) == ""
+    assert paired(first, SeedGroup(name="old", runs=[_run("old", 0.2)])) == ""
 
 
 def test_distinct_completions_of_unlike_numbers_of_samples_are_not_compared() -> None:
