@@ -20,7 +20,7 @@ from rich.console import Console
 from paced_fast import report
 from paced_fast.config import Config, cli, flatten, modes
 from paced_fast.config.resolve import resolve
-from paced_fast.data.metrics import ABSENT, StartRecord
+from paced_fast.data.step_record import ABSENT, StartRecord
 from paced_fast.distributed import EVERYWHERE, World
 from paced_fast.errors import InputError, StopRequested, TrainingError
 from paced_fast.evaluation.held_out import prompt_columns

@@ -58,11 +58,12 @@ def document(template: str, bodies: Mapping[str, Markup], **shown: object) -> st
     Its policy: nothing is fetched, and no script runs but the page's own, whatever a completion says.
     """
     folder = files("paced_fast.report") / "templates"
-    style, script = (Markup(folder.joinpath(name).read_text(encoding="utf-8")) for name in ("style.css", "hover.js"))
+    names = ("colors.css", "style.css", "hover.js")
+    colors, style, script = (Markup(folder.joinpath(name).read_text(encoding="utf-8")) for name in names)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     page = _templates().get_template(template)
-    return page.render(policy=policy, style=style, script=script, bodies=bodies, **shown)
+    return page.render(policy=policy, style=colors + style, script=script, bodies=bodies, **shown)
 
 
 def write_page(path: Path, text: str) -> None:

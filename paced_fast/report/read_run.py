@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from paced_fast.data.metrics import KEYS
+from paced_fast.data.step_record import KEYS
 from paced_fast.errors import InputError
 
 Record = Mapping[str, object]

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from paced_fast.errors import InputError
-from paced_fast.rewards.call import is_async, missing_column, parameters_of
+from paced_fast.rewards.user_function import is_async, missing_column, parameters_of
 
 
 class VerlReward:

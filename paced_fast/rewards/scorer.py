@@ -9,9 +9,9 @@ from typing import Any
 from paced_fast.config import RewardConfig
 from paced_fast.data.records import Completion, PromptRow
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.rewards.call import Call, missing_column, reason, run_all
 from paced_fast.rewards.loading import BUILT_IN, RewardFunction, load_reward
 from paced_fast.rewards.terms import Term, parse_reward
+from paced_fast.rewards.user_function import Call, missing_column, reason, run_all
 
 _WINDOW = 256
 """Completions over which the share without a verdict is taken, or one call's where that has more."""

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from paced_fast.config import flatten
-from paced_fast.data.metrics import StartRecord, StepRecord
 from paced_fast.data.records import Fresh
+from paced_fast.data.step_record import StartRecord, StepRecord
 from paced_fast.run.record.rollouts_file import Recorder
 from paced_fast.run.record.terminal import Progress
 from paced_fast.run.record.writer import MetricsWriter

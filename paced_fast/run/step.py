@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from paced_fast.data.metrics import ABSENT, StepRecord
 from paced_fast.data.records import StepResult
+from paced_fast.data.step_record import ABSENT, StepRecord
 from paced_fast.errors import TrainingError
 from paced_fast.generation.parity import ParityGuard
 from paced_fast.paced.trainer import Trainer
@@ -19,7 +19,7 @@ from paced_fast.run.checkpoint import state
 from paced_fast.run.record.guards import Guards
 from paced_fast.run.record.phases import Phases
 from paced_fast.run.record.shown_rollouts import shown_rollouts
-from paced_fast.run.record.step_record import fetch, step_record
+from paced_fast.run.record.step_figures import fetch, step_record
 
 
 @dataclass(slots=True)

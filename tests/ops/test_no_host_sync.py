@@ -231,7 +231,7 @@ def test_a_whole_step_meets_the_host_at_its_crossings_only(
 
         monkeypatch.setattr(owner, name, allowed)
 
-    for module in ("paced.trainer", "run.record.step_record"):
+    for module in ("paced.trainer", "run.record.step_figures"):
         allow(importlib.import_module(f"paced_fast.{module}"), "to_host", counts=True)
     for module in ("paced.collect", "data.packing", "policy.rows", "paced.replay", "paced.update"):
         allow(importlib.import_module(f"paced_fast.{module}"), "to_device")

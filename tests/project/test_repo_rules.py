@@ -200,7 +200,7 @@ HOT_MODULES = {
         for name in ("algorithms", "collect", "log_z", "losses", "replay", "scheduler", "trainer", "update")
     ),
     *("data.packing", "policy.optimizer", "policy.rows", "generation.mismatch", "run.step"),
-    *("run.record.step_record", "run.record.shown_rollouts"),
+    *("run.record.step_figures", "run.record.shown_rollouts"),
 }
 """Modules of `paced_fast` that run between the crossings; those themselves are in `data.transfer`."""
 
@@ -513,7 +513,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path: Path) -> No
     sources = {str(p.relative_to(f.parent)) for f in packages for p in f.rglob("*.py")}
     data = {f"{f.name}/py.typed" for f in packages}
     templates = {str(p.relative_to(ROOT)) for p in (ROOT / "paced_fast" / "report" / "templates").iterdir()}
-    assert {name.rpartition("/")[2] for name in templates} >= {"hover.js", "page.html", "style.css"}
+    assert {name.rpartition("/")[2] for name in templates} >= {"hover.js", "page.html", "colors.css", "style.css"}
     assert {name for name in names if not name.startswith(info)} == sources | data | templates
     assert f"{info}/licenses/LICENSE" in names
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from paced_fast.data.metrics import KEYS
+from paced_fast.data.step_record import KEYS
 from paced_fast.errors import InputError
 from paced_fast.report import read_run
 from paced_fast.report.compare_page import compare

@@ -32,7 +32,7 @@ from paced_fast.rewards.sandbox import (
     SandboxError,
     choice,
     client,
-    kernel,
+    linux,
     open_sandbox,
     seccomp,
 )
@@ -621,7 +621,7 @@ def test_the_filter_allows_threads_and_refuses_processes_and_sockets(machine: st
     assert simulate(program, machine, (0, 63)[column]) == ALLOW
     assert simulate(program, machine, (231, 94)[column]) == ALLOW
     assert simulate(program, machine, clone[column], 0x3D0F00) == ALLOW  # what pthread_create asks
-    for flags in (17, 0x1200011, 0x3D0F00 | kernel.NEWUSER, kernel.NEWPID, 0):
+    for flags in (17, 0x1200011, 0x3D0F00 | linux.NEWUSER, linux.NEWPID, 0):
         assert simulate(program, machine, clone[column], flags) == EPERM
     assert simulate(program, machine, 435) == ENOSYS
     assert simulate(program, machine, kill[column], 7, 9) == ALLOW

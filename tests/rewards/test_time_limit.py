@@ -16,7 +16,7 @@ import pytest
 from paced_fast.config import RewardConfig
 from paced_fast.data.records import Completion, PromptRow
 from paced_fast.errors import InputError
-from paced_fast.rewards import Scorer, Shaper, call
+from paced_fast.rewards import Scorer, Shaper, user_function
 from paced_fast.rewards.workers import time_limit
 from paced_fast.rewards.workers.time_limit import TookTooLong, limited
 
@@ -99,7 +99,7 @@ def test_an_interrupt_from_the_keyboard_is_not_the_functions(tmp_path):
 
 
 def test_an_async_function_that_blocks_its_thread_has_a_limit_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(call, "_LATE_SECONDS", 0.2)
+    monkeypatch.setattr(user_function, "_LATE_SECONDS", 0.2)
     name = written(tmp_path, "while GO_ON:\n    time.sleep(0.01)", "async def")
     scorer = Scorer([name], RewardConfig(async_seconds=0.1))
     function = scorer._functions[name]

@@ -18,7 +18,7 @@ import tiny_run
 
 from paced_fast import train
 from paced_fast.config import GuardConfig, WarningName
-from paced_fast.data.metrics import ABSENT, StepRecord
+from paced_fast.data.step_record import ABSENT, StepRecord
 from paced_fast.errors import TrainingError
 from paced_fast.run.record.guards import Guards
 

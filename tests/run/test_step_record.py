@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import recorded_lines
 
-from paced_fast.data.metrics import ABSENT, KEYS, StartRecord, StepRecord
+from paced_fast.data.step_record import ABSENT, KEYS, StartRecord, StepRecord
 
 KEPT: dict[str, list[str]] = json.loads(Path(__file__).with_name("metrics_lines.json").read_text())
 

@@ -639,19 +639,19 @@ def run_all(backend: Any, threads: int = 3, every: int = 1) -> dict[str, list[st
 
 def refuse_namespaces() -> None:
     """From here on this process and its children can have no new namespaces, as in many containers."""
-    from paced_fast.rewards.sandbox import kernel, seccomp
+    from paced_fast.rewards.sandbox import linux, seccomp
 
-    kernel.forbid_new_privileges()
-    kernel.apply_filter(seccomp.refusing_filter({"unshare": (272, 97), "mount": (165, 40)}))
+    linux.forbid_new_privileges()
+    linux.apply_filter(seccomp.refusing_filter({"unshare": (272, 97), "mount": (165, 40)}))
 
 
 def leave_the_machine_alone() -> None:
     """/tmp and System V memory of this process and its children are their own: for runs without isolation."""
-    from paced_fast.rewards.sandbox import kernel
+    from paced_fast.rewards.sandbox import linux
 
-    kernel.unshare(kernel.NEWNS | kernel.NEWIPC)
-    kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    kernel.mount("tmpfs", "/tmp", "tmpfs", kernel.MS_NOSUID, "size=256m,mode=1777")
+    linux.unshare(linux.NEWNS | linux.NEWIPC)
+    linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
+    linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID, "size=256m,mode=1777")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ template.
 """
 
 from paced_fast.data.prompts.chat import ChatSettings, reads_date
-from paced_fast.data.prompts.completions import Decoder, Stops, decode, find_stops, stop_token_ids
 from paced_fast.data.prompts.overlap import Overlap, duplicates, overlap
+from paced_fast.data.prompts.stop_tokens import Decoder, Stops, decode, find_stops, stop_token_ids
 from paced_fast.data.prompts.table import load_table
 from paced_fast.data.prompts.tokenizers import (
     character_tokenizer,

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from paced_fast.data.prompts.chat import ChatSettings, check_chat_settings, is_begun_reply, render, with_system
-from paced_fast.data.prompts.completions import hidden_ids
+from paced_fast.data.prompts.stop_tokens import hidden_ids
 from paced_fast.data.sources import BadRow, Messages, is_template
 from paced_fast.errors import InputError
 

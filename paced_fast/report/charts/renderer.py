@@ -92,7 +92,7 @@ def _drawn(jobs: Sequence[tuple[str, Spec]]) -> list[dict[str, str]]:
 
 def _light() -> dict[str, str]:
     """Colours of the style sheet by name, those of a light page."""
-    style = files("paced_fast.report").joinpath("templates/style.css").read_text(encoding="utf-8")
+    style = files("paced_fast.report").joinpath("templates/colors.css").read_text(encoding="utf-8")
     return dict(re.findall(r"--([\w-]+): (#\w{6})", style[: style.index("}")]))
 
 

@@ -17,12 +17,12 @@ from typing import Any
 from paced_fast.config import RewardConfig
 from paced_fast.data.tasks import check_signed_sum
 from paced_fast.errors import InputError
-from paced_fast.rewards.call import reason
 from paced_fast.rewards.code.compare import JSON_ERRORS, read_json
 from paced_fast.rewards.procedural.plain import Judge
 from paced_fast.rewards.procedural.rules import Rule, rule_of
 from paced_fast.rewards.sandbox import Limits, Sandbox, SandboxError, open_sandbox
 from paced_fast.rewards.text import tagged
+from paced_fast.rewards.user_function import reason
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from typing import Any
 from paced_fast.errors import InputError
 from paced_fast.rewards.sandbox.client import Box
 from paced_fast.rewards.sandbox.harness import SCRATCH
-from paced_fast.rewards.sandbox.kernel import NOBODY, TRUNCATION
 from paced_fast.rewards.sandbox.limits import Limits, Sandbox, SandboxError, SandboxTimeout
+from paced_fast.rewards.sandbox.linux import NOBODY, TRUNCATION
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ import traceback
 import types
 from typing import Any
 
-from paced_fast.rewards.sandbox import calls, kernel, seccomp
+from paced_fast.rewards.sandbox import calls, linux, seccomp
 
 REQUESTS, ANSWERS = 3, 4
 SCRATCH = "/tmp"
@@ -70,14 +70,14 @@ def lock(settings: dict[str, Any]) -> None:
         resource.setrlimit(kind, (value, value))
     if not settings["restricted"]:
         return
-    kernel.drop_capabilities()
-    kernel.hide_memory()
-    kernel.forbid_new_privileges()
+    linux.drop_capabilities()
+    linux.hide_memory()
+    linux.forbid_new_privileges()
     if settings["landlock"]:
         writable = [SCRATCH] if settings["scratch"] else []
-        kernel.restrict_files(settings["landlock"], settings["readable"], [*writable, "/dev/null"])
+        linux.restrict_files(settings["landlock"], settings["readable"], [*writable, "/dev/null"])
     if settings["seccomp"]:
-        kernel.apply_filter(seccomp.lowest_filter(os.getpid(), has_scratch=settings["scratch"]))
+        linux.apply_filter(seccomp.lowest_filter(os.getpid(), has_scratch=settings["scratch"]))
 
 
 def add_packages(folders: list[str]) -> None:

@@ -19,12 +19,12 @@ import socket
 import sys
 from typing import Any
 
-from paced_fast.rewards.sandbox import harness, kernel, seccomp
+from paced_fast.rewards.sandbox import harness, linux, seccomp
 
 # Where a program's own interpreter finds this package: its place outside may be hidden, and need not be known.
 _PACKAGE = "/harness"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-_SCRATCH_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+_SCRATCH_FLAGS = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
 _MAX_FILES = 1000
 _PRELOADED = (
     *("array", "ast", "base64", "bisect", "calendar", "cmath", "collections", "contextlib", "copy", "dataclasses"),
@@ -60,11 +60,11 @@ class Keeper:
         self.layers: dict[str, Any] = {"namespaces": False, "uid": None, "landlock": 0, "seccomp": False}
         self._pid_namespace = -1
         self._filter = -1
-        kernel.become_subreaper()
+        linux.become_subreaper()
         if self.kind == "plain":
             return
-        self.layers["landlock"] = kernel.landlock_abi()
-        self.layers["seccomp"] = seccomp.has_table() and kernel.has_seccomp()
+        self.layers["landlock"] = linux.landlock_abi()
+        self.layers["seccomp"] = seccomp.has_table() and linux.has_seccomp()
         if not self.layers["landlock"]:
             self.missing.append("Landlock (Linux 5.13 or newer with the security module landlock)")
         if not self.layers["seccomp"]:
@@ -72,7 +72,7 @@ class Keeper:
         if os.geteuid() == 0:
             self.layers["uid"] = settings["uid"]
         if self.kind == "fork":
-            kernel.use_one_arena()
+            linux.use_one_arena()
             harness.add_packages(settings["packages"])
             for name in (*_PRELOADED, *settings["modules"]):
                 importlib.import_module(name)
@@ -81,16 +81,16 @@ class Keeper:
                 self.layers["namespaces"] = True
             except OSError as error:
                 self.missing.append(f"namespaces ({error.filename}: {error.strerror})")
-                if 0 < self.layers["landlock"] < kernel.TRUNCATION:
-                    self.missing.append(f"Landlock {kernel.TRUNCATION} (Linux 6.2), which is needed without them")
+                if 0 < self.layers["landlock"] < linux.TRUNCATION:
+                    self.missing.append(f"Landlock {linux.TRUNCATION} (Linux 6.2), which is needed without them")
             gc.collect()
             gc.freeze()
         else:
             self.layers["namespaces"] = True
             if os.geteuid() == 0:
                 # bubblewrap runs as another user, who may not be let into the folders on the way to the interpreter.
-                _named("unshare", kernel.unshare, kernel.NEWNS)
-                kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+                _named("unshare", linux.unshare, linux.NEWNS)
+                linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
                 _new_root([*settings["binds"], settings["bwrap"], "/proc"], settings["links"], self.package)
                 self.package = _PACKAGE
             self._filter = os.memfd_create("filter")
@@ -99,12 +99,12 @@ class Keeper:
     def _isolate(self) -> None:
         """Leave the machine's namespaces and its file system; what the keeper cannot see, its children cannot."""
         uid, gid = os.geteuid(), os.getegid()
-        flags = kernel.NEWNS | kernel.NEWNET | kernel.NEWUTS | kernel.NEWIPC | kernel.NEWPID
+        flags = linux.NEWNS | linux.NEWNET | linux.NEWUTS | linux.NEWIPC | linux.NEWPID
         proc = os.open("/proc", os.O_PATH)
         if uid == 0:
-            _named("unshare", kernel.unshare, flags)
+            _named("unshare", linux.unshare, flags)
         else:
-            _named("unshare of a user namespace", kernel.unshare, flags | kernel.NEWUSER)
+            _named("unshare of a user namespace", linux.unshare, flags | linux.NEWUSER)
             for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
                 _write_at(proc, f"self/{name}", text)
         first = os.fork()  # its first child is process 1 of the new namespace: when that ends, so does everything in it
@@ -112,9 +112,9 @@ class Keeper:
             self.channel.close()
             _, status = os.waitpid(first, 0)
             os._exit(os.waitstatus_to_exitcode(status) & 255)
-        kernel.die_with_parent()
+        linux.die_with_parent()
         self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY)
-        kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+        linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
         _new_root(self.settings["binds"], self.settings["links"])
         os.close(proc)
 
@@ -168,7 +168,7 @@ class Keeper:
             "others": 0,  # tasks of the same user that the limit of threads must not count
         }
         if self.kind == "fork" and self.layers["namespaces"]:
-            kernel.unshare(kernel.NEWPID)
+            linux.unshare(linux.NEWPID)
             inner["others"] = 0 if self.layers["uid"] else 2  # the keeper and its parent, in their user namespace
         elif self.kind != "bwrap":  # its user namespace counts anew
             inner["others"] = _tasks_of(self.layers["uid"] or os.geteuid())
@@ -180,7 +180,7 @@ class Keeper:
                 os.write(harness.ANSWERS, f"failed: {type(error).__name__}: {error}\n".encode())
             os._exit(1)
         if self.kind == "fork" and self.layers["namespaces"]:
-            kernel.join_pid_namespace(self._pid_namespace)
+            linux.join_pid_namespace(self._pid_namespace)
         return pid
 
     def _become(self, inner: dict[str, Any], descriptors: list[int]) -> None:
@@ -193,7 +193,7 @@ class Keeper:
         if self.kind == "fork":
             os.closerange(5, 1 << 16)
             if self.layers["namespaces"]:
-                kernel.unshare(kernel.NEWNS | kernel.NEWIPC)
+                linux.unshare(linux.NEWNS | linux.NEWIPC)
                 _mount_scratch(inner["limits"]["file_mib"])
                 os.chdir(harness.SCRATCH)
             self._drop_uid()
@@ -214,7 +214,7 @@ class Keeper:
         uid = self.layers["uid"]
         if uid is not None:
             os.setgroups([])
-            os.setresgid(kernel.NOBODY, kernel.NOBODY, kernel.NOBODY)
+            os.setresgid(linux.NOBODY, linux.NOBODY, linux.NOBODY)
             os.setresuid(uid, uid, uid)
 
     def _bubblewrap(self, scratch_mib: int) -> list[str]:
@@ -227,7 +227,7 @@ class Keeper:
             "--new-session",
             "--as-pid-1",
         ]
-        words += ["--clearenv", "--uid", str(kernel.NOBODY), "--gid", str(kernel.NOBODY), "--hostname", "sandbox"]
+        words += ["--clearenv", "--uid", str(linux.NOBODY), "--gid", str(linux.NOBODY), "--hostname", "sandbox"]
         for path in self.settings["binds"]:
             words += ["--ro-bind", path, path]
         words += ["--ro-bind", self.package, _PACKAGE]
@@ -248,10 +248,10 @@ def inside() -> None:
     settings = json.loads(sys.argv.pop())
     try:
         os.closerange(5, 1 << 16)
-        kernel.use_one_arena()
+        linux.use_one_arena()
         harness.add_packages(settings["packages"])
         if settings["restricted"]:
-            kernel.mount("none", harness.SCRATCH, None, kernel.MS_REMOUNT | _SCRATCH_FLAGS, f"nr_inodes={_MAX_FILES}")
+            linux.mount("none", harness.SCRATCH, None, linux.MS_REMOUNT | _SCRATCH_FLAGS, f"nr_inodes={_MAX_FILES}")
         harness.lock(settings)
     except BaseException as error:
         os.write(harness.ANSWERS, f"failed: {type(error).__name__}: {error}\n".encode())
@@ -261,13 +261,13 @@ def inside() -> None:
 
 def _new_root(binds: list[str], links: dict[str, str], package: str | None = None) -> None:
     """A file system of only these paths, read-only, and of this package; the machine's own is gone."""
-    kernel.mount("tmpfs", "/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=1m")
+    linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755,size=1m")
     os.mkdir("/tmp/old")
-    kernel.pivot_root("/tmp", "/tmp/old")
+    linux.pivot_root("/tmp", "/tmp/old")
     os.chdir("/")
     if package is not None:
         os.mkdir(_PACKAGE)
-        kernel.bind_read_only(f"/old{package}", _PACKAGE)
+        linux.bind_read_only(f"/old{package}", _PACKAGE)
     for path in (*binds, *DEVICES):
         if os.path.isdir(f"/old{path}"):
             os.makedirs(path, exist_ok=True)
@@ -275,20 +275,20 @@ def _new_root(binds: list[str], links: dict[str, str], package: str | None = Non
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))
         if path == "/proc":
-            kernel.mount("/old/proc", path, None, kernel.MS_BIND | kernel.MS_REC)
+            linux.mount("/old/proc", path, None, linux.MS_BIND | linux.MS_REC)
         else:
-            kernel.bind_read_only(f"/old{path}", path)
+            linux.bind_read_only(f"/old{path}", path)
     for link, target in links.items():
         os.symlink(target, link)
     os.mkdir(harness.SCRATCH)
-    kernel.detach("/old")
+    linux.detach("/old")
     os.rmdir("/old")
-    kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV)
+    linux.mount("none", "/", None, linux.MS_REMOUNT | linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV)
 
 
 def _mount_scratch(mib: int) -> None:
     data = f"mode=1777,size={mib}m,nr_inodes={_MAX_FILES}"
-    kernel.mount("tmpfs", harness.SCRATCH, "tmpfs", _SCRATCH_FLAGS, data)
+    linux.mount("tmpfs", harness.SCRATCH, "tmpfs", _SCRATCH_FLAGS, data)
 
 
 def _named(name: str, function: Any, *arguments: Any) -> None:

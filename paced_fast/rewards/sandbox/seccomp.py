@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import struct
 
-from paced_fast.rewards.sandbox import kernel
+from paced_fast.rewards.sandbox import linux
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _COLUMN = {"x86_64": 0, "aarch64": 1}
@@ -171,14 +171,14 @@ _STARTING: dict[str, tuple[int | None, int | None]] = {
 
 _CLONE_THREAD = 0x10000
 _NEW_NAMESPACES = (
-    kernel.NEWTIME
-    | kernel.NEWNS
-    | kernel.NEWCGROUP
-    | kernel.NEWUTS
-    | kernel.NEWIPC
-    | kernel.NEWUSER
-    | kernel.NEWPID
-    | kernel.NEWNET
+    linux.NEWTIME
+    | linux.NEWNS
+    | linux.NEWCGROUP
+    | linux.NEWUTS
+    | linux.NEWIPC
+    | linux.NEWUSER
+    | linux.NEWPID
+    | linux.NEWNET
 )
 # TCGETS, FIONBIO, FIONREAD, FIONCLEX, FIOCLEX, TIOCGWINSZ: what opening a file asks; above all not TIOCSTI.
 _HARMLESS_IOCTLS = (0x5401, 0x5421, 0x541B, 0x5450, 0x5451, 0x5413)

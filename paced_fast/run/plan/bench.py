@@ -17,8 +17,8 @@ import torch
 
 from paced_fast.config import Config, stream_seed
 from paced_fast.data import prompts
-from paced_fast.data.metrics import StepRecord
 from paced_fast.data.records import Completion, Group, PromptRow, PromptTable
+from paced_fast.data.step_record import StepRecord
 from paced_fast.data.tasks import SIGNED_SUMS_ALPHABET, SIGNED_SUMS_PAD, SIGNED_SUMS_STOP
 from paced_fast.distributed import ALONE, EVERYWHERE, World, usable_cores
 from paced_fast.errors import InputError

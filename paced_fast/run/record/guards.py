@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from paced_fast.config import GuardConfig, WarningName
-from paced_fast.data.metrics import ABSENT, StepRecord
+from paced_fast.data.step_record import ABSENT, StepRecord
 from paced_fast.errors import TrainingError
 
 logger = logging.getLogger(__name__)

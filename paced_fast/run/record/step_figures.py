@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from paced_fast.data.metrics import ABSENT, StepRecord
 from paced_fast.data.records import StepResult
+from paced_fast.data.step_record import ABSENT, StepRecord
 from paced_fast.data.transfer import to_host
 from paced_fast.evaluation import calibration
 from paced_fast.generation.mismatch import mismatch_metrics
