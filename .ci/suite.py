@@ -88,9 +88,12 @@ def show(*lines: str) -> None:
 
 
 def workers() -> str:
-    """Processes of tests at once: one a core, and none without its share of the memory; JOBS overrides."""
+    """Processes of tests at once: one more than cores, as some tests wait, and none without its share of the memory.
+
+    JOBS overrides.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return os.environ.get("JOBS") or str(max(1, min(len(os.sched_getaffinity(0)), memory // (GIB_A_WORKER << 30))))
+    return os.environ.get("JOBS") or str(max(1, min(len(os.sched_getaffinity(0)) + 1, memory // (GIB_A_WORKER << 30))))
 
 
 def rounds(tier: str, options: list[str]) -> list[list[Step]]:
