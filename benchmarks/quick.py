@@ -13,7 +13,7 @@ _SUMS = "rg:chain_sum?size={size}&seed={seed}&min_terms=2&max_terms=2&min_digits
 def quick(config: Config) -> Config:
     """`config` with a step or two of a few rollouts, a warm start of two steps and hardly any evaluation.
 
-    The preset `tiny` keeps its data; other models get sums, one step, and no warm start.
+    The preset `tiny` keeps its data; other models get sums, one step of short completions, and no warm start.
     """
     small = {
         "steps": 2,
@@ -40,6 +40,7 @@ def quick(config: Config) -> Config:
         sources = {"train": ("task:signed_sums?split=train&size=200&seed=42",)}
     else:
         small |= {"steps": 1, "evaluation": dataclasses.replace(small["evaluation"], every=0)}
+        small["generation"] = dataclasses.replace(small["generation"], max_completion_tokens=16)
         sources = {
             "train": (_SUMS.format(size=8, seed=1),),
             "eval": (_SUMS.format(size=2, seed=2),),
