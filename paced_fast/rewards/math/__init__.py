@@ -1,1 +1,1 @@
-"""Answers to mathematics, judged by value."""
+"""Mathematical answers, judged by value."""

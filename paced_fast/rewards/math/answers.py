@@ -1,4 +1,4 @@
-"""The text of an answer: in boxes, in answer keys, without its dress; and what no verifier is asked to compute."""
+"""Extract and normalise the text of an answer (boxes, answer keys), and refuse answers too costly to verify."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 from paced_fast.rewards.text import INVISIBLE, whole_number
 
 MAX_CHARACTERS = 400
-"""An answer may be this long, or twice as long as the gold."""
+"""Maximum length of an answer in characters; one up to twice as long as the gold is allowed too."""
 _MAX_DEPTH = 10
 _MAX_BOXES = 20
 _BOX = re.compile(r"\\boxed\s*\{")
 
-# A sum or product left to the verifier is the problem restated, not its answer; 3 \times 10^4 is a number.
+# An unevaluated sum or product restates the problem, it is not the answer; 3 \times 10^4 is a number.
 _ARITHMETIC = re.compile(r"[0-9)}!]\s*(?:[-+*]|\\pm|\\(?:times|cdot)(?!\s*10\^))")
-# As above, for what a verifier would have to work out; an answer may have it where the gold has it.
+# Likewise for operations that the verifier would have to compute; an answer may contain those that the gold contains.
 _COMPUTATION = re.compile(
     r"\\(?:sum|prod|i*int|oint|lim|limsup|liminf|frac\s*\{?\s*d|binom|[dt]binom|choose|bmod|pmod)"
 )
-# And what has a whole number for its value whatever it holds: refused where the gold has no variable.
+# Operations that yield a whole number for any argument: refused if the gold has no variable.
 _ROUNDED = re.compile(
     r"\\(?:max|min|gcd|lcm|floor|ceil|lfloor|lceil)(?![A-Za-z])"
     r"|\\(?:operatorname|text|mathrm)\s*\{\s*(?:max|min|gcd|lcm|floor|ceil)\b"
@@ -43,7 +43,7 @@ _ABSURD = re.compile(
         )
     )
 )
-# What follows a number and may be left out: not the words that change it.
+# Words after a number that may be omitted, except those that change its value.
 _CHANGES = r"(?!\s*(?:pi|hundred|thousand|[mbtr]+illion|dozen|half|squared|cubed|to|or|and)\b)"
 _VERBS = (
     r"(?![A-Za-z ]*\b(?:no|not|or|and|but|if|unless|do|does|is|are|was|were|be|will|would|can|cannot|could|may|might"
@@ -55,7 +55,7 @@ _UNIT = re.compile(
 )
 _HALF_DAY = re.compile(r"(?<=[0-9])\s*(?:\\text\s*\{\s*)?([AaPp])\.?\s*[Mm]\b\.?\s*\}?$")
 TIME = re.compile(r"[0-9]{1,2}(?::[0-9]{2})? [ap]m")
-"""A time of day, tidied."""
+"""Time of day, after `tidy`."""
 _LETTER = re.compile(r"\(?[A-J]\)?")
 _LETTERED = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s))\s*(?!.*(?<![A-Za-z])[A-J]\))(?![,;&/]|(?:or|and)\b)\S.*")
 DATE = re.compile(
@@ -66,7 +66,7 @@ _LENGTH = re.compile(
     r"(?:\s?\^?\{?[23]\}?|\u00b2|\u00b3)?\.?$"
 )
 _SUM_OF_NAMES = re.compile(r"(?:[0-9A-Za-z+*^{}()| -]|\\cdot(?![A-Za-z]))+")
-# What has a name of its own: f(3), a_{10}, AB, |z|^2, \angle ABC, [ABC], P(A), \cos\theta.
+# Named quantities: f(3), a_{10}, AB, |z|^2, \angle ABC, [ABC], P(A), \cos\theta.
 _QUANTITY = re.compile(
     r"[A-Za-z]\s*\([-0-9]+\)|[A-Za-z]_(?:[0-9]|\{[0-9A-Za-z]+\})|[A-Z]{2,4}(?:\^2)?|\|[zw](?:_[0-9])?\|(?:\^2)?"
     r"|(?:m\s*)?\\(?:angle|measuredangle|triangle)\s*[A-Z]{1,3}|\[[A-Z]{3,6}\]|P\s*\([A-Z]\)|[0-9]+\s*[A-Z]{2}"
@@ -77,7 +77,7 @@ _OPENING = re.compile(r"(\\[{}]|[][(){}])")
 
 
 def key_text(text: str) -> str:
-    r"""The answer in an answer key: its last \boxed{}, else the line after ####, else after "answer is", else all."""
+    r"""Return the answer in an answer key: its last \boxed{}, else the line after #### or "answer is", else all."""
     start = text.rfind("\\boxed{")
     if start >= 0:
         return braced(text, start + len("\\boxed{")) or ""
@@ -89,7 +89,7 @@ def key_text(text: str) -> str:
 
 
 def boxes(text: str) -> list[str]:
-    r"""What stands in each \boxed{} after the last </think>; empty where one is not closed, or there are too many."""
+    r"""Return the content of each \boxed{} after the last </think>; [] if one is not closed or there are over 20."""
     text = text[text.rfind("</think>") + 1 :]
     found: list[str] = []
     for match in _BOX.finditer(text):
@@ -101,7 +101,7 @@ def boxes(text: str) -> list[str]:
 
 
 def braced(text: str, begin: int) -> str | None:
-    """From `begin`, which follows a brace, to the one that closes it; None where that is far away or missing."""
+    """Return the text from `begin`, just after "{", to the matching "}"; None if that is far away or missing."""
     depth = 0
     for end in range(begin, min(len(text), begin + 4 * MAX_CHARACTERS)):
         if text[end] == "}" and depth == 0:
@@ -111,7 +111,7 @@ def braced(text: str, begin: int) -> str | None:
 
 
 def is_absurd(answer: str, gold: str) -> bool:
-    """Whether an answer is long, deep, large or unfinished enough that nobody would give it for this gold."""
+    """Return True if an answer is too long, nested, large or unevaluated to be a serious answer for this gold."""
     gold = gold[: 10 * MAX_CHARACTERS]
     if len(answer) > max(MAX_CHARACTERS, 2 * len(gold)) or _depth(answer) > max(_MAX_DEPTH, _depth(gold)):
         return True
@@ -130,7 +130,7 @@ def _depth(text: str) -> int:
 
 
 def tidy(text: str) -> str:
-    """The same answer without dress: dollar signs, spacing commands, `x =`, units, per cent, thousands commas."""
+    """Return the answer without dollar signs, spacing commands, `x =`, units, percent sign and thousands commas."""
     text = text[: 10 * MAX_CHARACTERS].strip().strip(INVISIBLE)
     text = re.sub(r"\\(?:left|right|displaystyle)\b|\\[!,;: ]|\\?\$", "", text).strip()
     text = text.replace("\N{MINUS SIGN}", "-").removesuffix(".").strip()
@@ -145,9 +145,9 @@ def tidy(text: str) -> str:
 
 
 def value_of_quantity(text: str) -> str:
-    """The value in an equation that gives a sum of names, or a quantity with a name of its own; "" in another text.
+    """Return the value of `left = value` if the left side is a sum of names or a named quantity; "" for other texts.
 
-    One unknown does not count: `2x = 6` is still to be solved, and `y = x + 1` is a line.
+    A single unknown does not count: `2x = 6` is not solved yet, and `y = x + 1` is a line.
     """
     left, *right = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text.strip().strip("$")).split("=")
     if len(right) != 1 or len(left) > 60 or not re.search(r"[0-9]|\\[a-z]", right[0]):
@@ -160,7 +160,7 @@ def value_of_quantity(text: str) -> str:
 
 
 def in_form(answer: str, gold: str) -> str:
-    """The answer without what its gold leaves out: the name of a quantity, the words of a choice, the base ten."""
+    """Return the answer without parts that its gold omits: the name of a quantity, the text of a choice, base ten."""
     bare = tidy(gold)
     if _LETTER.fullmatch(bare) and (lettered := _LETTERED.fullmatch(answer.strip())):
         return lettered[1]
@@ -175,12 +175,12 @@ def in_form(answer: str, gold: str) -> str:
 
 
 def has_words(text: str) -> bool:
-    """Whether something other than a LaTeX command has three letters in a row."""
+    """Return True if a text has three letters in a row outside LaTeX commands."""
     return re.search(r"[A-Za-z]{3,}", re.sub(r"\\(?:begin|end)\{[a-z]*\}|\\[A-Za-z]+", " ", text)) is not None
 
 
 def is_one_value(answer: str, gold: str) -> bool:
-    """Whether an answer is as many values as the gold, so that no list of guesses reaches math-verify."""
+    """Return True if an answer has as many values as the gold, so that no list of guesses reaches math-verify."""
     if not answer or re.search(r"[0-9]\s+[0-9]", answer):
         return False
     if has_words(answer) or re.search(r"\b(?:or|and)\b", answer):

@@ -1,11 +1,12 @@
-"""Whether two constants are equal: rational numbers exactly, others to as many digits as could tell them apart.
+"""Equality of two constants: rational numbers exactly, others to as many digits as are needed to tell them apart.
 
-Run by the workers of the math rewards alone, which load it by its path.
+Only the workers of the math rewards run this file; they load it by its path.
 
-Two different numbers made of integers by + - * / and roots differ by no less than a bound that follows from their sizes
-(Burnikel, Funke, Mehlhorn, Schirra, Schmitt: A separation bound for real algebraic expressions, Algorithmica 2009); so
-many digits prove them equal. Where functions as exp or sin come in there is no proof: the same count, with the sizes of
-their values and arguments, is what a difference written in the expressions themselves would need.
+If two numbers made of integers by + - * / and roots differ, they differ by at least a bound that follows from their
+sizes (Burnikel, Funke, Mehlhorn, Schirra, Schmitt: A separation bound for real algebraic expressions, Algorithmica
+2009), so agreement to that many digits proves them equal. With functions such as exp or sin there is no proof: the same
+formula, applied to the sizes of their values and arguments, gives the digits that a difference written out in the
+expressions would need.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sympy
 from mpmath import libmp
 
 DIGITS = 100
-"""At least this many are compared."""
+"""Minimum number of digits that are compared."""
 _MOST_DIGITS = 6_000
 _MOST_BITS = 1 << 22
 _MOST_DENOMINATOR_BITS = 1 << 18
@@ -33,7 +34,7 @@ Points = Mapping[sympy.Basic, sympy.Basic | float]
 
 
 def same(gold: sympy.Expr, answer: sympy.Expr) -> bool:
-    """Whether two constants are equal; what is too large to tell is not."""
+    """Return True if two constants are equal; False also if they are too large to decide."""
     exactly = fraction(gold), fraction(answer)
     if exactly[0] is not None and exactly[1] is not None:
         return exactly[0] == exactly[1]
@@ -41,7 +42,7 @@ def same(gold: sympy.Expr, answer: sympy.Expr) -> bool:
     if not agree(left, right, DIGITS):
         return False
     upper, lower, degree = sizes(gold, answer)
-    # Products alone cannot differ by less than the digits that are compared, but a sum could hide its last term.
+    # Unequal products differ within the compared digits, but in a sum a small last term could lie below them.
     if upper + lower > _MOST_DIGITS * _BITS and (gold.has(sympy.Add) or answer.has(sympy.Add)):
         return False
     bits = lower + (degree - 1) * upper + max(0, magnitude(left), magnitude(right))
@@ -53,7 +54,7 @@ def same(gold: sympy.Expr, answer: sympy.Expr) -> bool:
 
 
 def fraction(one: sympy.Expr) -> Fraction | None:
-    """The value of a rational expression, None for another, or for one of more digits than can be worked out."""
+    """Return the exact value of a rational expression; None for any other, or if it would have too many digits."""
     try:
         return _fraction(one)
     except (_TooLargeError, ZeroDivisionError):
@@ -112,14 +113,14 @@ def _bounded(value: Fraction) -> Fraction:
 
 
 def sizes(gold: sympy.Expr, answer: sympy.Expr) -> tuple[float, float, int]:
-    """log2 of bounds u and l, and a degree d, with |gold - answer| >= 1 / (l u^(d - 1)) unless the two are equal."""
+    """Return log2 u, log2 l and a degree d such that |gold - answer| >= 1 / (l u^(d - 1)) unless the two are equal."""
     degrees: dict[Any, int] = {}
     upper, lower = _sizes(sympy.Add(gold, sympy.Mul(-1, answer, evaluate=False), evaluate=False), degrees)
     return upper, lower, min(math.prod(degrees.values()), 1 << 40)
 
 
 def _sizes(one: Any, degrees: dict[Any, int]) -> tuple[float, float]:
-    """log2 of the bounds of numerator and denominator and all their conjugates; adds to the degree of the field."""
+    """Return log2 of bounds on numerator and denominator, with all conjugates; roots are added to `degrees`."""
     if isinstance(one, sympy.Rational):
         return _log2(abs(int(one.p))), _log2(int(one.q))
     if isinstance(one, sympy.Add):
@@ -138,7 +139,7 @@ def _sizes(one: Any, degrees: dict[Any, int]) -> tuple[float, float]:
         return 0.0, 0.0
     if isinstance(one, sympy.Pow) and (exponent := fraction(one.exp)) is not None and _log2(exponent.denominator) < 32:
         return _sizes_of_power(one.base, exponent, degrees)
-    # Not algebraic, or not known to be: its value, and twice what its arguments hold.
+    # Not algebraic, or not known to be: its own size plus twice the sizes of its arguments.
     more = 2 * sum(sum(_sizes(part, degrees)) for part in one.args if isinstance(part, sympy.Expr))
     size = 2.0 if one.free_symbols else float(magnitude(evaluated(one, {}, 15)))
     return max(size, 0.0) + more, max(-size, 0.0) + more
@@ -164,23 +165,23 @@ def _log2(value: int) -> float:
 
 
 Value = tuple[tuple[Any, int], tuple[Any, int]]
-"""Real and imaginary part, each a number of mpmath and its bits that are known; 0 bits for what is 0 so far."""
+"""Real and imaginary part, each an mpmath number with its count of known bits; 0 bits if it is 0 as far as known."""
 
 
 def evaluated(one: sympy.Expr, points: Points, digits: int) -> Value:
-    """The value to so many digits.
+    """Return the value of an expression to `digits` digits.
 
     Raises:
-        ValueError: it is no number, or infinite.
+        ValueError: the value is not a number, or is infinite.
     """
     return value_of(one.evalf(digits, subs=dict(points), maxn=2 * digits))
 
 
 def value_of(number: sympy.Expr) -> Value:
-    """A number that `evalf` made, with the digits it has.
+    """Convert a result of `evalf`, with the precision it has.
 
     Raises:
-        ValueError: it is no number, or infinite.
+        ValueError: the value is not a number, or is infinite.
     """
     if not number.is_number or number.has(sympy.nan, sympy.zoo, sympy.oo):
         raise ValueError("no number")
@@ -198,7 +199,7 @@ def _part(part: Any) -> tuple[Any, int]:
 
 
 def agree(one: Value, other: Value, digits: int) -> bool:
-    """Whether two values are the same in all digits that both have, up to rounding, and those are about `digits`."""
+    """Return True if two values agree, up to rounding, in all digits that both have, and those are about `digits`."""
     known = max(map(_error, (*one, *other)))
     if known > max(0, magnitude(one)) - digits * _BITS + _ROUNDING_BITS:
         return False
@@ -211,7 +212,7 @@ def agree(one: Value, other: Value, digits: int) -> bool:
 
 
 def _error(part: tuple[Any, int]) -> float:
-    """log2 of the error of a part."""
+    """Return log2 of the error of a real or imaginary part."""
     (_, mantissa, exponent, count), bits = part
     if not mantissa:
         return -math.inf
@@ -219,6 +220,6 @@ def _error(part: tuple[Any, int]) -> float:
 
 
 def magnitude(value: Value) -> int:
-    """log2 of a value, -2^30 for 0."""
+    """Return log2 of the size of a value, -2^30 for 0."""
     found = [number[2] + number[3] for number, bits in value if number[1] and bits]
     return max(found, default=-_EXACT)

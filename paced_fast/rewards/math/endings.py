@@ -1,9 +1,9 @@
-r"""What a completion commits to at its end: the answer that `math` judges.
+r"""Extract the final answer of a completion, which the reward `math` judges.
 
-A box counts before anything else, then <answer>, ####, "the answer is", a heading "Answer", and last a closing sentence
-or line that says or works out one value, a choice, or values listed as the solutions: `So x = 73.`, `\[73\]`. The last
-of a kind counts. Thoughts up to </think> are no answer, nor is what is asked, doubted or taken back. A list of guesses
-is handed on as the list it is, which equals no single answer.
+A box has priority. Next come <answer>, ####, "the answer is" and a heading "Answer"; then a closing sentence or line
+that states or computes one value, a choice, or values listed as the solutions: `So x = 73.`, `\[73\]`. The last one of
+a kind counts. Text before </think> is ignored, and so are questions, doubted answers and retracted answers. A list of
+guesses is returned as a list, which equals no single answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _GAP = re.compile(r"[\s*_`:=>\uff1a]*")
 
 
 def final_answer(text: str) -> str:
-    """What a completion commits to, "" for nothing; all of a text of one line that says nothing else."""
+    """Return the final answer of a completion, "" if there is none. One line without a marker is returned whole."""
     text = phrases.ANNOTATION.sub("", _spoken(text)).rstrip()
     while found := phrases.SPECIAL.search(text, max(0, len(text) - 50)):
         text = text[: found.start()].rstrip()
@@ -60,7 +60,7 @@ def final_answer(text: str) -> str:
 
 
 def _spoken(text: str) -> str:
-    """What follows the thoughts; nothing where they never end."""
+    """Return the text after the reasoning; text from a reasoning tag that is never closed is dropped."""
     begin = 0
     for last in phrases.THOUGHTS_END.finditer(text):
         begin = last.end()
@@ -69,7 +69,7 @@ def _spoken(text: str) -> str:
 
 
 def _boxed(text: str) -> tuple[str, int] | None:
-    """The last box, or the boxes listed together there, and where they end; None without one."""
+    """Return the content of the last box, or of the boxes listed with it, and the end position; None without a box."""
     starts = list(_BOX.finditer(text))[-_MAX_BOXES:]
     if not starts:
         return None
@@ -79,7 +79,7 @@ def _boxed(text: str) -> tuple[str, int] | None:
             continue
         inside = match[2] if match[1] is None else braced(text, match.end())
         if inside is None:
-            found = []  # one that is not closed: what stands before it is no last word
+            found = []  # a box that is not closed: the ones before it are not final
             continue
         found.append((inside, match.start(), match.end() + (len(inside) + 1 if match[1] else 0)))
     if not found or starts[-1].start() >= found[-1][2]:
@@ -98,7 +98,7 @@ def _boxed(text: str) -> tuple[str, int] | None:
 
 
 class _Said(NamedTuple):
-    """A mark of kind `kind` from `begin` to `end`, and the answer of its sentence, which ends at `stop`."""
+    """Marker of kind `kind` from `begin` to `end`, with the answer of its sentence; that sentence ends at `stop`."""
 
     begin: int
     end: int
@@ -108,7 +108,7 @@ class _Said(NamedTuple):
 
 
 def _marked(text: str, *, only_final: bool = False) -> tuple[str, str] | None:
-    """What the last mark of an answer announces, and all that follows the mark; None without one."""
+    """Return the answer that the last marker announces, and the text from that marker on; None without a marker."""
     marks: list[tuple[int, int, int]] = []
     for kind, pattern in enumerate((phrases.MARK, phrases.HEADING, phrases.HASHES, phrases.TAG)):
         for match in list(pattern.finditer(text))[-3:]:
@@ -121,7 +121,7 @@ def _marked(text: str, *, only_final: bool = False) -> tuple[str, str] | None:
     said: list[_Said] = []
     for begin, end, kind in sorted(marks):
         if said and said[-1].stop > begin and text[said[-1].begin] == "<":
-            continue  # inside of the tag
+            continue  # inside the tag
         if (one := _said(text, begin, end)) is not None:
             said.append(_Said(begin, end, kind, *one))
     if not said:
@@ -138,7 +138,7 @@ def _marked(text: str, *, only_final: bool = False) -> tuple[str, str] | None:
 
 
 def _is_next_guess(text: str, before: _Said, last: _Said) -> bool:
-    """Whether nothing but another guess led from one mark to the next of its kind."""
+    """Return True if the text between two markers of one kind contains no reasoning, only another guess."""
     since, between = text[before.end : last.begin], text[before.stop : last.begin]
     if phrases.TAKEN_BACK.search(since):
         return False
@@ -148,7 +148,7 @@ def _is_next_guess(text: str, before: _Said, last: _Said) -> bool:
 
 
 def _said(text: str, begin: int, end: int) -> tuple[int, str] | None:
-    """Where the sentence after a mark ends, and the answer it gives; None for a question or a doubt."""
+    """Return the end of the sentence after a marker, and the answer in it; None for a question or a doubt."""
     if text[begin : begin + 1] == "<":
         closing = phrases.TAG_END.search(text, end)
         inside = text[end : closing.start() if closing else len(text)].strip()
@@ -164,7 +164,7 @@ def _said(text: str, begin: int, end: int) -> tuple[int, str] | None:
 
 
 def _sentence(text: str, begin: int) -> tuple[str, int]:
-    """From `begin` to the end of the sentence, of the displayed formula or of the line, and where that is."""
+    """Return the text from `begin` to the end of the sentence, displayed formula or line, and that end position."""
     gap = _GAP.match(text, begin)
     assert gap is not None
     fence = text.rfind("```", begin, gap.end())
@@ -180,7 +180,7 @@ def _sentence(text: str, begin: int) -> tuple[str, int]:
 
 
 def _value(sentence: str) -> str:
-    """The answer in a sentence, without what is said around it; the sentence where that is unclear."""
+    """Return the answer in a sentence without the words around it; the whole sentence if the answer is unclear."""
     text = _undressed(sentence)
     remark = phrases.REMARK.search(text)
     cut = text[: remark.start()] if remark else text
@@ -198,9 +198,9 @@ def _value(sentence: str) -> str:
 
 
 def _undressed(text: str) -> str:
-    """The text without stress, delimiters of mathematics, symbols, filling words and closing marks."""
+    """Return the text without emphasis, math delimiters, symbols, filler words and closing punctuation."""
     text = phrases.SYMBOLS.sub("", phrases.ALIGNED.sub("", text))
-    text = phrases.STRESSED.sub(r"\2", text).rstrip(" !")  # 10! is a factorial inside of dollar signs only
+    text = phrases.STRESSED.sub(r"\2", text).rstrip(" !")  # 10! is a factorial only between dollar signs
     text = re.sub(phrases.MATH, lambda match: match[0].strip("$"), text)
     text = _LONE_DOLLAR.sub("", text)
     text = phrases.FILLER.sub("", text.strip())
@@ -210,14 +210,14 @@ def _undressed(text: str) -> str:
 
 
 def _is_bare(text: str) -> bool:
-    """Whether a text is mathematics or a word or two, not a sentence."""
+    """Return True if a text is mathematics or a word or two, not a sentence."""
     if phrases.UNFINISHED.search(text) or phrases.SMALL_WORDS.search(text):
         return False
     return not has_words(tidy(text)) or not re.search(r"[0-9]", text)
 
 
 def _only_value(sentence: str) -> str:
-    """The one value of a sentence of words, or what follows its last sign of equality; "" where there is none."""
+    """Return the only value in a sentence, or the value after its last "=" or verb such as "is"; "" if none."""
     if phrases.DOUBT.search(sentence) or phrases.UNFINISHED.search(sentence):
         return ""
     plain = phrases.STRESSED.sub(r"\2", phrases.SYMBOLS.sub("", sentence))
@@ -242,7 +242,7 @@ def _only_value(sentence: str) -> str:
 
 
 def _concluded(text: str) -> str:
-    """The value that the last sentence or line of a text concludes with, "" where it does not."""
+    """Return the value with which the last sentence or line of a text concludes, "" if there is none."""
     text = text[-_TAIL_CHARACTERS:].strip()
     lines = [line for line in _joined_lines(text) if not phrases.CLOSER.match(line)]
     if not lines:
@@ -278,7 +278,7 @@ def _concluded(text: str) -> str:
 
 
 def _stated(sentence: str) -> str:
-    """The value that a closing sentence concludes with, states or works out, "" where it does not."""
+    """Return the value that a closing sentence concludes with, states or computes, "" if there is none."""
     states = phrases.CONCLUDES.match(sentence) or phrases.NAMES_RESULT.match(sentence) or phrases.STATES.match(sentence)
     if states and (listed := phrases.LISTED.search(sentence)):
         values = [_undressed(one) for one in re.split(r",|\band\b|\bor\b", listed[1]) if one.strip()]
@@ -299,7 +299,7 @@ def _stated(sentence: str) -> str:
 
 
 def _stressed(sentence: str) -> str:
-    """The only value in stress, among others that are not: `**$64** for the 16 glasses`."""
+    """Return the only emphasised value of a sentence, "" if there is none: `**$64** for the 16 glasses`."""
     pieces = [one for one in phrases.STRESSED.finditer(sentence) if re.search("[0-9]", one[2])]
     if len(pieces) != 1 or phrases.STATED.search(phrases.STRESSED.sub("", sentence)):
         return ""
@@ -312,7 +312,7 @@ def _stressed(sentence: str) -> str:
 
 
 def _worked_out(sentence: str) -> str:
-    """The value of the only calculation of a sentence, `they had 70 + 3 = 73 birds`, "" where there is none."""
+    """Return the result of the only calculation in a sentence, `they had 70 + 3 = 73 birds`, "" if there is none."""
     first, *others = phrases.STRESSED.sub(r"\2", sentence).split("=")
     if (
         not others
@@ -324,7 +324,7 @@ def _worked_out(sentence: str) -> str:
 
 
 def _joined_lines(text: str) -> list[str]:
-    """The lines that say something, a displayed formula on one line."""
+    """Return the lines that are not blank, with each displayed formula joined into one line."""
     text = phrases.BLOCK.sub(lambda match: " ".join(match[0].strip("`").removeprefix("text").split()), text)
     return [line for line in text.splitlines() if line.strip()]
 
@@ -339,7 +339,7 @@ def _sentences(line: str) -> list[str]:
 
 
 def _reduced(text: str) -> str:
-    """The last member of a chain of equations, or of a sum worked out; another text as it is."""
+    """Return the last member of a chain of equations or of a computed sum; any other text unchanged."""
     if "&" in text and r"\begin" not in text:
         text = text.split("\\\\")[-1].replace("&", "")
     members = text.split("=")
@@ -359,7 +359,7 @@ def _reduced(text: str) -> str:
 
 
 def _is_value(text: str) -> bool:
-    """Whether a text is a value alone, or an equation."""
+    """Return True if a text is a value or an equation and nothing else."""
     if (
         not re.search(r"[0-9]|\\[a-z]|[A-Za-z]\s*=", text)
         or phrases.UNFINISHED.search(text)

@@ -1,14 +1,15 @@
-r"""The form of an answer under the rules of `math_strict`: one value, written out, as a tree to compare exactly.
+r"""Parse an answer under the rules of `math_strict`: one value, written out, as a tree that can be compared exactly.
 
 A tree is `[kind, part, ...]`:
 
     ["number", "1/2"]                            a numeral: 0.5, \frac12, 1/2, 50\%, 1,000, 3\times 10^4, 2^5, 5!
-    ["expression", LaTeX]                        anything else that is one value
-    ["relation", left, "<=", right, ...]         > and >= are turned round
+    ["expression", LaTeX]                        any other single value
+    ["relation", left, "<=", right, ...]         > and >= are reversed
     ["(]", part, part]  ["()", ...]  ["set", ...]  ["union", ...]  ["ratio", ...]  ["base", digits, base]
     ["text", words]
 
-Parts of a set, of a union, and of values listed bare (`2, 3`, `2 or 3`, `\pm 2`), which are a set, come in any order.
+The order of parts does not matter in a set or a union. Values listed without braces (`2, 3`, `2 or 3`, `\pm 2`) are a
+set.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _CLOSING = {")", "]", "}", r"\}", r"\rangle"}
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[<>!]=|.", re.DOTALL)
 _INFINITE = re.compile(r"\\infty(?![A-Za-z])")
 _LIMITS = re.compile(r"\\(?:sum|prod|i*int|lim)(?![A-Za-z])")
-# Slips and dust that a parser passes over, each allowed where the gold has it.
+# Typing errors and stray symbols that the parser ignores; each is allowed if the gold has it too.
 _SLIPS = tuple(
     re.compile(pattern)
     for pattern in (
@@ -40,7 +41,7 @@ _SLIPS = tuple(
         r"[0-9]\s*!\s*[A-Za-z]",
         r"\\(?:mid|setminus|mathbb|lor|land|neg|lnot)(?![A-Za-z])",
         r"(?<=.)\\emptyset|\\emptyset(?=.)",
-        r"^[^|]*\|(?:[^|]*\|[^|]*\|)*[^|]*$",  # a bar that nothing closes
+        r"^[^|]*\|(?:[^|]*\|[^|]*\|)*[^|]*$",  # an unclosed bar
         r"(?:[-+*/^_,;=<>]|\\(?:times|cdot|pm|div|log|ln|frac|sqrt|sin|cos|tan)(?:_\{\w*\})?)\s*$",
         r",\s*[])}]|[\[({]\s*,",
         r"-\s*-|\+\s*\+|/\s*/",
@@ -84,7 +85,7 @@ _UNIT = re.compile(
     r"|(?P<bare>\s[A-Za-z]{3,}(?: [A-Za-z]+){0,2}|(?:cm|km|mm|ft|in|kg|lb|hr|mi|oz)(?![A-Za-z])))"
     r"(?P<power>\s*\^\s*\{?[23]\}?)?\s*$"
 )
-# No units: they change the number they follow.
+# Words that are not units, because they change the number before them.
 _MULTIPLIERS = frozenset(
     (
         *("hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "quarter", "third", "twice"),
@@ -115,11 +116,11 @@ _UNIT_NAMES = {
     "deg": "degree",
 }
 KNOWN_UNITS = frozenset(_UNIT_NAMES.values())
-"""Units of which two different ones differ, however they are written."""
+"""Normal names of units; two answers whose known units differ are different."""
 
 
 def tree_of(text: str) -> tuple[Tree, str] | None:
-    """The tree of an answer and its unit, "" without one; None for what is not one value in one form."""
+    """Return the tree of an answer and its unit ("" if it has none); None if it is not one value in one form."""
     if len(text) > _MAX_CHARACTERS:
         return None
     text = plain(text)
@@ -137,18 +138,18 @@ def tree_of(text: str) -> tuple[Tree, str] | None:
 
 
 def has_slips(text: str, gold: str) -> bool:
-    """Whether an answer has strokes, subscripts, stray operators or the like, which its gold has not."""
+    """Return True if an answer has primes, subscripts, stray operators or the like that its gold does not have."""
     text, gold = (re.sub(r"\\text\s*\{[^{}]*\}", "()", plain(one[:_MAX_CHARACTERS])) for one in (text, gold))
     return any(slip.search(text) and not slip.search(gold) for slip in _SLIPS)
 
 
 def is_calculation(text: str) -> bool:
-    """Whether a text leaves numbers to be added or multiplied, or a sine to be looked up."""
+    """Return True if a text contains an unevaluated sum or product of numbers, or a sine or the like in degrees."""
     return _CALCULATION.search(text) is not None or has_degrees(text)
 
 
 def value_of_assignment(tree: Tree) -> Tree | None:
-    """The right side of `x = value`, None for another tree."""
+    """Return the right side of `x = value`, None for any other tree."""
     if tree[0] == "relation" and tree[2:3] == ["="] and len(tree) == 4:
         left = tree[1]
         names = left[1:] if left[0] == "()" else [left]
@@ -158,7 +159,7 @@ def value_of_assignment(tree: Tree) -> Tree | None:
 
 
 def listed(tree: Tree) -> Tree:
-    r"""The values of `x = 1, x = -2`, of `x = \pm 3`; another tree as it is."""
+    r"""Return the set of values of `x = 1, x = -2` or `x = \pm 3`; any other tree unchanged."""
     if tree[0] == "relation":
         value = value_of_assignment(tree)
         return value if value and value[0] == "set" and len(value) == 3 else tree
@@ -170,7 +171,7 @@ def listed(tree: Tree) -> Tree:
 
 
 def as_interval(tree: Tree) -> Tree:
-    r"""The interval of `x \le 3` or `2 < x < 5`, the union of `x < 1 or x > 3`; another tree as it is."""
+    r"""Return the interval of `x \le 3` or `2 < x < 5`, the union of `x < 1 or x > 3`; any other tree unchanged."""
     if tree[0] == "set" and len(tree) > 2:
         parts = [as_interval(part) for part in tree[1:] if part[0] == "relation"]
         return ["union", *parts] if [part[0] in INTERVALS for part in parts] == [True] * (len(tree) - 1) else tree
@@ -234,7 +235,7 @@ def _leaf(text: str) -> Tree | None:
     if not text.isascii() or not text or _NOT_A_VALUE.search(text) or _is_prose(text):
         return None
     if _INFINITE.search(text) and not _LIMITS.search(text) and not re.fullmatch(r"[-+]?\s*\\infty", text):
-        return None  # 7-\infty, y\infty: a parser makes \infty of them
+        return None  # the parser reads 7-\infty and y\infty as \infty
     if text == r"\emptyset":
         return ["set"]
     if "&" in text and r"\begin" not in text:
@@ -243,7 +244,7 @@ def _leaf(text: str) -> Tree | None:
 
 
 def _is_prose(text: str) -> bool:
-    """Whether something other than a LaTeX command or its environment has three letters in a row."""
+    """Return True if a text has three letters in a row outside LaTeX commands and names of environments."""
     bare = re.sub(r"\\(?:begin|end)\{[a-z]*\}|\\[A-Za-z]+", " ", text)
     return re.search(r"[^\W\d_]{3,}", bare) is not None
 
@@ -266,7 +267,7 @@ def _relation(pieces: list[str], operators: list[str], depth: int) -> Tree | Non
 
 
 def _split(text: str, separators: Collection[str]) -> tuple[list[str], list[str]]:
-    """The pieces of a text between separators that stand outside all brackets, and those separators."""
+    """Split a text at the separators outside all brackets; return the pieces and those separators."""
     pieces, found, depth = [""], [], 0
     for token in _TOKEN.findall(text):
         depth += (token in _OPENING) - (token in _CLOSING)
@@ -279,7 +280,7 @@ def _split(text: str, separators: Collection[str]) -> tuple[list[str], list[str]
 
 
 def _unwrap(text: str) -> tuple[str, str, str] | None:
-    """Opening bracket, inside and closing bracket, where one pair encloses the whole text."""
+    """Return opening bracket, content and closing bracket if one pair encloses the whole text, else None."""
     tokens = _TOKEN.findall(text)
     if len(tokens) < 2 or tokens[0] not in _OPENING - {"{"} or tokens[-1] not in _CLOSING - {"}"}:
         return None
@@ -292,9 +293,9 @@ def _unwrap(text: str) -> tuple[str, str, str] | None:
 
 
 def number_of(text: str) -> str | None:
-    r"""The exact value of a numeral as `p` or `p/q`, None for another text.
+    r"""Return the exact value of a numeral as `p` or `p/q`, None for any other text.
 
-    A fraction or percentage whose value is whole stays as it is written: neither `10/2` nor `500\%` equals `5`.
+    A fraction or percentage with a whole value keeps its form: neither `10/2` nor `500\%` equals `5`.
     """
     match = _NUMBER.fullmatch(text.strip())
     if match is None or len(text) > 200:
@@ -308,7 +309,7 @@ def number_of(text: str) -> str | None:
     elif part["power"]:
         if len(part["power"]) * abs(int(part["exponent"])) > _MAX_POWER_DIGITS or int(part["power"]) == 0:
             return None
-        if int(part["exponent"]) in (0, 1):  # nobody writes 5 as 5^1
+        if int(part["exponent"]) in (0, 1):  # 5^1 is not a way to write 5
             return None
         value = Fraction(int(part["power"])) ** int(part["exponent"])
     elif part["repeating"]:

@@ -1,7 +1,7 @@
 """Formulas such as `x**2*sin(3*x)/2 + C`, read token by token and compared at random points to 40 digits.
 
-Nothing is evaluated as code, and no number grows beyond its 50 digits, so that `9**999**999` is refused and
-`(9**999)**999` costs no more than any other product. What is equal at complex points of both half planes is equal.
+Nothing is evaluated as code, and every number keeps 50 digits, so `9**999**999` is refused and `(9**999)**999` costs no
+more than any other product. Formulas that agree at complex points of both half planes count as equal.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _POWER = re.compile(
 _RANKS = {")": 0, "+": 1, "-": 1, "*": 2, "/": 2, "u+": 3, "u-": 3, "**": 4}
 
 Pair = tuple[Any, Any]
-"""A value and its derivative by the variable, numbers of mpmath."""
+"""A value and its derivative with respect to the variable, both mpmath numbers."""
 
 
 class NoFormulaError(ValueError):
-    """A text that is none, or has no value at a point."""
+    """The text is not a formula, or the formula has no value at a point."""
 
 
 def is_formula(text: str) -> bool:
-    """Whether a text is numbers, one-letter names and known functions with + - * / ** and parentheses.
+    """Return True if a text consists of numbers, one-letter names and known functions with + - * / ** and parentheses.
 
-    No power has a power as its exponent, and no exponent more than three digits.
+    An exponent must not be a power itself, nor have more than three digits.
     """
     try:
         _postfix(text)
@@ -43,12 +43,12 @@ def is_formula(text: str) -> bool:
 
 
 def is_integral(text: str, integrand: str, variable: str) -> bool:
-    """Whether the derivative of a text by `variable` is `integrand`; every other letter is a constant."""
+    """Return True if the derivative of `text` by `variable` is `integrand`; every other letter is a constant."""
     return _same(text, integrand, variable, lambda given, wanted: (given[1], wanted[0]))
 
 
 def is_sum(text: str, answer: str) -> bool:
-    """Whether a text is equal to `answer` and multiplied out: without parentheses but around exponents."""
+    """Return True if `text` equals `answer` and is multiplied out: parentheses only around exponents."""
     is_flat = "(" not in re.sub(r"\*\*\s*\([^()]*\)", "", text)
     return is_flat and _same(text, answer, "", lambda given, wanted: (given[0], wanted[0]))
 
@@ -58,7 +58,7 @@ def _same(text: str, other: str, variable: str, sides: Callable[[Pair, Pair], tu
     try:
         postfix, wanted = _postfix(text), _postfix(other)
         for i in range(_NUM_POINTS):
-            # The same points at any time: a verdict is no matter of luck.
+            # The points are the same in every call, so that a verdict does not depend on chance.
             rng = random.Random(f"{other} {i}")
             names = {name: _point(context, rng, i) for name in _names(postfix, wanted)}
             pairs = (_value(context, one, names, variable) for one in (postfix, wanted))
@@ -72,7 +72,7 @@ def _same(text: str, other: str, variable: str, sides: Callable[[Pair, Pair], tu
 
 @functools.cache
 def _context() -> Any:
-    """Numbers of 50 digits, apart from those that others count with."""
+    """Return an mpmath context of 50 digits, separate from the global one."""
     import mpmath
 
     context = mpmath.mp.clone()
@@ -91,10 +91,10 @@ def _names(*formulas: list[str]) -> list[str]:
 
 
 def _postfix(text: str) -> list[str]:
-    """The tokens of a formula, operators after their operands; signs as `u+` and `u-`."""
+    """Return the tokens of a formula in postfix order, signs as `u+` and `u-`; NoFormulaError for any other text."""
     output: list[str] = []
     waiting: list[str] = []
-    is_operand = True  # an operand is due
+    is_operand = True  # an operand comes next
     for token in _tokens(text.strip()):
         if is_operand and (token in "+-(" or (len(token) > 1 and token in _functions())):
             waiting.append(f"u{token}" if token in "+-" else token)
@@ -123,9 +123,9 @@ def _postfix(text: str) -> list[str]:
 
 
 def _binds(waiting: str, token: str) -> bool:
-    """Whether the operator that waits comes before the one that arrives."""
+    """Return True if the waiting operator is applied before the one that arrives."""
     if token == "**":
-        return False  # from the right; and -x**2 is -(x**2)
+        return False  # right-associative; and -x**2 is -(x**2)
     return _RANKS.get(waiting, 9) >= _RANKS[token]
 
 
@@ -150,11 +150,11 @@ def _tokens(text: str) -> list[str]:
 
 
 def _value(context: Any, formula: list[str], names: Mapping[str, Any], variable: str) -> Pair:
-    """The value at a point, and the derivative by `variable`.
+    """Return the value at a point, and the derivative by `variable`.
 
     Raises:
-        NoFormulaError: it has none, or a function is asked of a large number.
-        ArithmeticError: a division by zero, or a number beyond all bounds.
+        NoFormulaError: there is no value, or the argument of a function is too large.
+        ArithmeticError: division by zero, or overflow.
     """
     known = {"pi": context.pi, "E": context.e, "I": context.mpc(0, 1)}
     stack: list[Pair] = []

@@ -1,12 +1,12 @@
-"""What the workers of the math rewards run: math-verify, and the exact comparison.
+"""Program of the math rewards' workers: math-verify, and the exact comparison.
 
-A program for `fork_server`, in processes of its own: math-verify's time limit is an alarm signal, which works in the
-main thread only and does not stop every computation, so it is off here and the pool kills what takes too long.
+It runs under `fork_server` in separate processes. math-verify's own time limit is an alarm signal, which works only in
+the main thread and does not stop every computation; it is off here, and the pool kills a worker that takes too long.
 
-A request is `[trees, texts]`: gold and answer as the trees that `forms` makes, to compare exactly, and as LaTeX, to ask
-math-verify; either may be None. The reply is `right` when one comparison says so, else `wrong`, or `unreadable` when
-the gold is no mathematics to the parser. Where no decimal point allows a rounding, the exact comparison has the last
-word on numbers: math-verify takes what is nearly 0 for 0.
+A request is `[trees, texts]`: gold and answer as trees made by `forms`, for the exact comparison, and as LaTeX, for
+math-verify; either may be None. The reply is `right` if one of the comparisons holds, `unreadable` if the parser cannot
+read the gold as mathematics, else `wrong`. If neither text has a decimal point, so that no rounding is allowed, the
+exact comparison decides about numbers, because math-verify treats values close to 0 as 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 _CLEARLY_DIFFERENT = 1e-3
 _NEARLY_NOTHING = 1e-9
 _MOST_DIGITS = 2_000
-# Kinds of points to compare at: functions of pieces, as max(1, x), agree with others on one side of 1 or 0.
+# Kinds of points to compare at: piecewise functions such as max(1, x) equal simpler ones on one side of 1 or 0.
 _BELOW, _ABOVE, _BOTH, _NEGATIVE, _WHOLE = "below 1", "above 1", "both", "negative", "whole"
 _BOUNDS = {
     _BELOW: (50_000_000, 240_000_000),
@@ -68,7 +68,7 @@ _WARMING = (
 
 
 def _beside(name: str) -> Any:
-    """A module of this folder, which is no package to a worker."""
+    """Import a module of this folder by path: a worker runs without the package."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -82,7 +82,7 @@ roundings = _beside("roundings")
 
 
 def prepare() -> None:
-    """Fills the caches of the parser and of sympy, before the first fork: a cold pair takes ten times as long."""
+    """Fill the caches of the parser and of sympy before the first fork; without them a pair takes ten times as long."""
     logging.disable(logging.CRITICAL)
     for gold, answer in _WARMING:
         judge([[["expression", gold], ["expression", answer]], [gold, answer]])
@@ -93,7 +93,7 @@ def prepare() -> None:
 
 
 def judge(request: Sequence[Any]) -> str:
-    """The verdict on a pair."""
+    """Return the verdict on a request: `right`, `wrong` or `unreadable`."""
     trees, texts = request
     exactly = _verdict(_same, trees) if trees else ""
     if exactly == "right" or not texts:
@@ -104,7 +104,7 @@ def judge(request: Sequence[Any]) -> str:
 
 
 def _verdict(compare: Callable[[Any, Any], bool], pair: Sequence[Any]) -> str:
-    """`right` when the comparison holds."""
+    """Return `right` if the comparison holds; `wrong` if it does not or fails; `unreadable` on UnreadableError."""
     try:
         return "right" if compare(*pair) else "wrong"
     except UnreadableError:
@@ -114,7 +114,7 @@ def _verdict(compare: Callable[[Any, Any], bool], pair: Sequence[Any]) -> str:
 
 
 class UnreadableError(Exception):
-    """The gold is no mathematics to the parser."""
+    """The parser cannot read the gold as mathematics."""
 
 
 def _verified(gold_text: str, answer_text: str) -> bool:
@@ -143,9 +143,9 @@ def _is_decimal(texts: Sequence[str]) -> bool:
 
 
 def _differ(gold: Sequence[Any], answer: Sequence[Any], *, is_decimal: bool) -> bool:
-    """Whether two trees have parts that must be equal, and that no rounding makes equal.
+    """Return True if two trees have corresponding parts that differ by more than any allowed rounding.
 
-    Without a decimal point in gold or answer nothing is rounded.
+    Rounding is allowed only if gold or answer has a decimal point.
     """
     gold, answer = (tree[1] if tree[0] == "set" and len(tree) == 2 else tree for tree in (gold, answer))
     kind, other = gold[0], answer[0]
@@ -191,7 +191,7 @@ def _value_differs(gold: Any, answer: Any, is_decimal: bool) -> bool:
 
 
 def _fraction(one: sympy.Expr) -> Fraction:
-    """A constant to thirty digits. ValueError: it is not real."""
+    """Return a constant to thirty digits. Raise ValueError if it is not real."""
     value = one.evalf(30)
     if not isinstance(value, sympy.Float | sympy.Rational):
         raise ValueError("not real")
@@ -199,7 +199,7 @@ def _fraction(one: sympy.Expr) -> Fraction:
 
 
 def _is_plain(*values: Any) -> bool:
-    """Whether all are expressions of numbers, variables and known functions."""
+    """Return True if all values are finite expressions of numbers, variables and known functions."""
     return all(
         isinstance(one, sympy.Expr) and not one.has(sympy.UnevaluatedExpr, sympy.core.function.AppliedUndef, *_INFINITE)
         for one in values
@@ -207,10 +207,10 @@ def _is_plain(*values: Any) -> bool:
 
 
 def is_clearly_different(gold: Any, answer: Any, *, is_decimal: bool = True) -> bool:
-    """Whether two expressions differ at some point by more than any rounding of math-verify forgives.
+    """Return True if two expressions differ at one point by more than math-verify's rounding tolerates.
 
-    Its proof that they differ, `simplify`, takes ten times as long. Percentages and single symbols have rules of their
-    own there.
+    math-verify itself proves a difference by `simplify`, which takes ten times as long. It has separate rules for
+    percentages and single symbols.
     """
     if not _is_plain(gold, answer) or isinstance(gold, sympy.Symbol) or isinstance(answer, sympy.Symbol):
         return False
@@ -231,7 +231,7 @@ def is_clearly_different(gold: Any, answer: Any, *, is_decimal: bool = True) -> 
 
 
 def _same(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
-    """Equality of two trees: `[kind, part, ...]`, where a part is a tree, or the text of a leaf."""
+    """Return True if two trees are equal. A tree is `[kind, part, ...]`; a part is a tree, or the text of a leaf."""
     kind, other = gold[0], answer[0]
     if kind == "number" and other == "number":
         return gold[1] == answer[1]
@@ -255,7 +255,7 @@ def _same(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
 
 
 def _same_relation(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
-    """`[left, operator, right, operator, ...]`: the same sides, or, with one operator, a multiple of the difference."""
+    """Compare `[left, operator, right, operator, ...]`: equal sides, or one operator and proportional differences."""
     if gold[1::2] == answer[1::2] and len(gold) == len(answer) and all(map(_same, gold[::2], answer[::2])):
         return True
     if len(gold) != 3 or len(answer) != 3 or gold[1] != answer[1]:
@@ -290,7 +290,7 @@ def _parsed_exactly(text: str) -> Any:
 
 
 def _read(text: str, *, is_gold: bool = False) -> Any:
-    """The value of a leaf, None for an answer that cannot be read."""
+    """Return the value of a leaf; if it cannot be read, None for an answer and UnreadableError for the gold."""
     value = _parsed_exactly(text)
     if value is None and is_gold:
         raise UnreadableError
@@ -298,7 +298,7 @@ def _read(text: str, *, is_gold: bool = False) -> Any:
 
 
 def _exact(value: Any) -> Any:
-    """Decimals as the fractions they are, and the letter i as the imaginary unit unless it counts something."""
+    """Convert decimals to exact fractions and, except in sums, integrals and limits, the letter i to sympy.I."""
     if isinstance(value, sympy.MatrixBase):
         return value.applyfunc(_exact)
     if not isinstance(value, sympy.Basic):
@@ -314,12 +314,12 @@ def _equal(gold: Any, answer: Any) -> bool:
         return gold.shape == answer.shape and all(map(_equal, gold.flat(), answer.flat()))
     if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
         return gold == answer or _is_zero(gold, answer)
-    # Something else the parser knows, a logical formula for example.
+    # Other objects of the parser, for example a logical formula.
     return answer is not None and bool(verify(gold, answer, timeout_seconds=None))
 
 
 def _is_zero(gold: sympy.Expr, answer: sympy.Expr) -> bool:
-    """Whether the difference vanishes, with variables at random points of every kind."""
+    """Return True if gold and answer agree at random points of every kind, or as constants if gold has no variable."""
     if not answer.free_symbols <= gold.free_symbols:
         return False
     gold, answer = (one.doit() if one.has(*_UNEVALUATED) else one for one in (gold, answer))
@@ -343,13 +343,13 @@ def _is_zero(gold: sympy.Expr, answer: sympy.Expr) -> bool:
 
 
 def _digits(gold: sympy.Expr, answer: sympy.Expr) -> int:
-    """How many digits are compared: at least as many as the numbers in the two expressions have between them."""
+    """Return the number of digits to compare: at least as many as the numbers in both expressions have together."""
     upper, lower, _ = constants.sizes(gold, answer)
     return min(max(constants.DIGITS, int((upper + lower) / 3) + 10), _MOST_DIGITS)
 
 
 def _draws(gold: sympy.Expr, answer: sympy.Expr) -> tuple[str, ...]:
-    """The kinds of points to compare at."""
+    """Return the kinds of points to compare at."""
     if not gold.free_symbols:
         return (_ABOVE,)
     steps = gold.has(*_STEPS) or answer.has(*_STEPS)
@@ -357,14 +357,14 @@ def _draws(gold: sympy.Expr, answer: sympy.Expr) -> tuple[str, ...]:
 
 
 def _value(one: sympy.Expr, points: dict[sympy.Basic, sympy.Basic | float], draw: str, digits: int) -> sympy.Expr:
-    """An expression at a point. Substituted, powers of fractions would be worked out exactly, digits without end."""
+    """Evaluate an expression at a point, by `evalf`: `subs` would expand powers of fractions exactly, without limit."""
     if draw == _WHOLE:
         return sympy.N(one.subs(list(points.items())), digits)
     return one.evalf(digits, subs=points, maxn=2 * digits)
 
 
 def _points(gold: sympy.Expr, answer: sympy.Expr, draw: str) -> dict[sympy.Basic, sympy.Basic | float]:
-    """A value for every variable, the same at any time, between the bounds of the draw."""
+    """Return a value for every variable between the bounds of `draw`, the same in every call."""
     points: dict[sympy.Basic, sympy.Basic | float] = {}
     low, high = _BOUNDS[draw]
     for symbol in gold.free_symbols | answer.free_symbols:

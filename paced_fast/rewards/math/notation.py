@@ -1,4 +1,4 @@
-r"""One spelling for what mathematics is written in: Unicode, dress, and the names of functions and constants."""
+r"""Normalise mathematical notation: Unicode, formatting, and the names of functions and constants."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _FUNCTIONS = {
 }
 _WRAPPED = r"\\(?:math(?:rm|op|sf|bf|it)|text(?:rm|normal|it|bf)?|mbox|operatorname\*?)\s*\{\s*(?:\\rm\s+)?"
 _ANY_FUNCTION = "|".join(sorted(_FUNCTIONS, key=len, reverse=True))
-# Not as bare words: those that mean something else in a sentence, as sec, and those that `_REWRITES` knows.
+# Bare words exclude names with another meaning in a sentence, such as sec, and names that `_REWRITES` handles.
 _NAMES = (
     (re.compile(rf"{_WRAPPED}({_ANY_FUNCTION})\s*\}}"), lambda match: f"{_FUNCTIONS[match[1]]} "),
     (re.compile(rf"\\({_ANY_FUNCTION})(?![A-Za-z])"), lambda match: _FUNCTIONS[match[1]]),
@@ -119,7 +119,7 @@ _REWRITES = (
 
 
 def plain(text: str) -> str:
-    """The text in the one spelling that the rules of `forms` are written for."""
+    """Return the text in the normal notation that the rules of `forms` expect."""
     text = spelled(text)
     text = _DRESS.sub("", text)
     for pattern, replacement in _REWRITES:
@@ -128,8 +128,8 @@ def plain(text: str) -> str:
 
 
 def spelled(text: str) -> str:
-    r"""The text in LaTeX alone, with functions and constants by their usual names: \arctan, \log_{10}, e, i."""
-    text = " ".join(text.strip(INVISIBLE).split())  # runs of spaces would make the patterns slow
+    r"""Return the text in LaTeX, with the usual names of functions and constants: \arctan, \log_{10}, e, i."""
+    text = " ".join(text.strip(INVISIBLE).split())  # runs of spaces make the patterns slow
     if not text.isascii():
         text = _ROOT.sub(r"\\sqrt{\1}", text)
         text = _RAISED.sub(lambda match: "^{" + match[0].translate(_LOWERED) + "}", text)
@@ -143,5 +143,5 @@ def spelled(text: str) -> str:
 
 
 def has_degrees(text: str) -> bool:
-    """Whether a text leaves the sine or the like of an angle in degrees to be looked up."""
+    """Return True if a text contains an unevaluated trigonometric function of an angle in degrees."""
     return _TRIGONOMETRIC.search(text) is not None

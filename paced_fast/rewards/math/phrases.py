@@ -1,4 +1,4 @@
-"""The words by which completions announce, doubt, take back and conclude an answer, as patterns for `endings`.
+"""Patterns for `endings`: phrases with which completions announce, doubt, retract and conclude an answer.
 
 Non-ASCII letters are escaped: \\u7b54\\u6848 is Chinese for "answer", \\u6240\\u4ee5 for "so".
 """
@@ -9,11 +9,11 @@ import re
 
 
 def _any(words: str) -> str:
-    """Alternatives of a list of words, separated by `|` or by line ends."""
+    """Return a regex group of alternatives; the words are separated by `|` or by line ends."""
     return "(?:" + "|".join(line.strip() for line in words.strip().splitlines()) + ")"
 
 
-# --- where the answer stands ------------------------------------------------------------------------------------------
+# --- markers of an answer ---------------------------------------------------------------------------------------------
 
 _STRESS = r"[*_`}\"'\s]{0,6}"
 _NOUNS = _any(r"""
@@ -33,7 +33,7 @@ MARK = re.compile(
     r"|[\u662f\u4e3a\u70ba\u306f\uc740\ub294])",
     re.IGNORECASE,
 )
-"""Announces an answer: "the answer is", "Answer:"."""
+"""Announcement of an answer: "the answer is", "Answer:"."""
 HEADING = re.compile(
     rf"^[ \t#>*_=-]*(?:the )?(?:final |my |correct )?{_NOUNS}(?: finale| final)?[ \t*_=#]*$",
     re.IGNORECASE | re.MULTILINE,
@@ -44,9 +44,9 @@ TAG_END = re.compile("</answer>", re.IGNORECASE)
 THOUGHTS = re.compile(r"<(?:think|thinking|reasoning)>|\[THINK\]")
 THOUGHTS_END = re.compile(r"</(?:think|thinking|reasoning)>|\[/THINK\]")
 SPECIAL = re.compile(r"(?:<\|[A-Za-z_]+\|>|</?s>|<eos>|<end_of_turn>)\s*$")
-"""The end of a turn, written out."""
+"""Special token for the end of a turn, as text."""
 
-# --- what a sentence is made of ---------------------------------------------------------------------------------------
+# --- parts of a sentence ----------------------------------------------------------------------------------------------
 
 MATH = (
     r"(?:\$\$[^$]{1,400}\$\$|\$(?=\S)[^$\n]{1,400}(?<=\S)\$(?![0-9])"
@@ -55,7 +55,7 @@ MATH = (
 NEXT = re.compile(
     rf"(?P<math>{MATH})|(?P<end>(?<!i\.e)(?<!e\.g)[.!?]+(?=[\s*_\"')`\]<]|$)|[\u3002\uff01\uff1f]|\n)|.", re.DOTALL
 )
-"""One step through a text: a formula, the end of a sentence or line, or a character."""
+"""One step through a text: a formula, the end of a sentence or line, or one character."""
 BLOCK = re.compile(
     r"\\\[(.{1,400}?)\\\]|\$\$(.{1,400}?)\$\$|```[a-z]*\s*\n(.{1,400}?)\n?\s*```"
     r"|\\begin\{(?:align|equation|gather)\*?\}(.{1,400}?)\\end\{[a-z]+\*?\}",
@@ -69,12 +69,12 @@ CHUNK = re.compile(
 )
 """A formula or number in a sentence, and the word after a number."""
 SYMBOLS = re.compile(r"[\u2234\u2190-\u21ff\u2300-\u23ff\u25a0-\u27bf\U0001f000-\U0001faff\ufe0f]")
-"""Arrows, marks and pictures."""
+"""Arrows, check marks and pictographs."""
 STRESSED = re.compile(r"(\*\*|__|(?<![\w*])\*(?!\*))(\S(?:[^*\n]{0,200}?\S)?)\1")
 NAME = re.compile(r"[$\\()\[\]\s]*[A-Za-z](?:_\{?\w\}?)?(?:\([A-Za-z]\))?[$\\()\[\]\s]*")
 SMALL_WORDS = re.compile(r"(?<![A-Za-z\\{])(?:as|so|by|if|is|it|we|in|of|to|at|on)(?![A-Za-z}])")
 
-# --- what is said around a value --------------------------------------------------------------------------------------
+# --- words around a value ---------------------------------------------------------------------------------------------
 
 _FILLING = _any(r"""
     therefore|thus|then|hence|so|simply|just|exactly|indeed|clearly|that|found to be|given by|equal to|equals?
@@ -85,7 +85,7 @@ FILLER = re.compile(
     rf"|{_FILLING}\b(?! \w+ (?:is|are)))+",
     re.IGNORECASE,
 )
-"""Before a value, and no part of it."""
+"""Filler words before a value that are not part of it."""
 _REASONS = _any(r"""
     which|since|because|so that|meaning|that is|rounded|according to|in total|altogether|when simplified|after
     as (?:required|desired|expected|needed|claimed|we|the|shown|[0-9$\\])|and (?:we are|this|that)
@@ -95,7 +95,7 @@ REMARK = re.compile(
     rf"(?:,|;|\s)\s*(?:i\.e\.|{_REASONS}\b).*$|,\s*not\s.*$|\s\((?=[^()\\]*[A-Za-z]{{3}})[^()\\]*\)$",
     re.IGNORECASE | re.DOTALL,
 )
-"""After a value, and no part of it."""
+"""Remark after a value that is not part of it."""
 _DOUBTS = _any(r"""
     maybe|perhaps|possibly|might|(?-i:may)|could|can|either|guess(?:es|ing)?|unsure|uncertain|not|no|never
     cannot|neither|nor|unless|if|suppose|assum\w+|unknown|try|wrong|incorrect|(?<![0-9*$] )more
@@ -103,13 +103,13 @@ _DOUBTS = _any(r"""
     approximately|roughly|negative|minus|plus|twice|half|wait|alternatively|or|except
 """)
 DOUBT = re.compile(rf"\b{_DOUBTS}\b|n't\b|\?", re.IGNORECASE)
-"""Makes the only number of a sentence something else than its value."""
+"""Words that make the only number of a sentence something other than its value."""
 QUESTION = re.compile(
     r"\b(?:maybe|perhaps|possibly|what|if|whether|not|isn't|is the|could the|would the|suppos\w+|assum\w+|guess"
     r"|imagine|doubt|say)\b",
     re.IGNORECASE,
 )
-"""Before "the answer is" in its sentence: none is given."""
+"""Words before "the answer is" that turn the sentence into a question or a doubt, so that it gives no answer."""
 UNFINISHED = re.compile(
     r"(?:[-+*/=<>^_({\[,&]|\\(?:times|cdot|frac|sqrt|div)"
     r"|\b(?:and|or|the|of|is|to|by|with|for|but|which|that|a|an|plus|minus|so|because|from|in|at|are|equals))\s*$"
@@ -119,14 +119,14 @@ CHANGES = re.compile(
     r"|percent|half|to|by|[b-df-hj-z])$",
     re.IGNORECASE,
 )
-"""A word after a number that makes another of it, or no value."""
+"""Word after a number that changes its value, or makes it no value."""
 SUBJECT = re.compile(
     r"[)\s]*(?:is|are|was|were|has|have|cannot|would|does|divides|holds|works|fails|leads|implies)\b"
     r"(?! (?:the|our|my) (?:\w+ )?(?:answer|total|value|result))"
 )
-"""After a value that something is said of."""
+"""Verb after a value that is the subject of its clause."""
 
-# --- second thoughts --------------------------------------------------------------------------------------------------
+# --- retractions ------------------------------------------------------------------------------------------------------
 
 _RETRACTIONS = _any(r"""
     (?:that|this|it)(?:'s| is| was| can(?:no|')t be| seems| must be) (?:wrong|incorrect|not (?:right|correct|possible))
@@ -152,7 +152,7 @@ CLOSER = re.compile(
     r"|this (?:matches|agrees|completes|confirms))",
     re.IGNORECASE,
 )
-"""A last sentence that says nothing."""
+"""Closing sentence or line that carries no answer."""
 _CONCLUSIONS = _any(r"""
     So|Thus|Hence|Therefore|Consequently|Finally|In conclusion|In total|In summary|Altogether|Overall|Accordingly
     As a result|This (?:gives|means|yields|leaves|makes)|We (?:conclude|find|get|obtain)|It follows|Conclusion
@@ -174,7 +174,7 @@ _BEGINNINGS = _any(r"""
     bound|exercise|section|option|first|second|next|to (?:solve|find|show|prove|verify|add|subtract|multiply|divide)
 """)
 SETS_OUT = re.compile(rf"\b{_BEGINNINGS}\b", re.IGNORECASE)
-"""What a sentence with a number in it may be about instead of the answer."""
+"""Words that show that a number in the sentence is not the answer: a step, a case, a plan, a label."""
 _OTHER_LABELS = _any(r"""
     step|case|part|option|problem|question|note|example|equation|method|check|hint|guess|estimate|date|time|page
     possible|approximate|options|choices|candidates|guesses|cases|steps|notes|examples
@@ -196,23 +196,23 @@ _UNSETTLED = r"(?!.*\b(?:first|second|next|previous|other|each|step|case|initial
 STATES = re.compile(
     rf"^\W*(?:The|Our|Its)\b{_UNSETTLED}.*\b(?:is|are|equals?)\s+[*$\\(\[{{]*[-+0-9$\\(\[{{A-Za-z]\w{{0,1}}(?![a-z])"
 )
-"""`The area of the circle is 9`: what is said of a thing is its value."""
+"""Sentence that states the value of a quantity: `The area of the circle is 9`."""
 AT_LAST = re.compile(
     r"\b(?:left(?! (?:at|for|the|from|to|in|by)\b)|in total|altogether|in all|remaining)\b", re.IGNORECASE
 )
-"""A count of what there is in the end."""
+"""Words of a final count: "left", "in total", "remaining"."""
 CLAUSE = re.compile(r"[,;:]\s*(?:and )?(?:so|thus|hence|therefore|which means|leaving|giving|making)\b(?! that\b)")
-"""Before the conclusion of a sentence that begins with its reasons."""
+"""Conjunction before the conclusion of a sentence that gives its reasons first."""
 LISTED = re.compile(
     r"\b(?:solutions|roots|zeros|zeroes|values|integers|numbers|primes|pairs|points|intercepts)\b[^=]{0,60}?\bare\s+(.+)$",
     re.DOTALL,
 )
 CHOICE = re.compile(r"\W*(?:option |choice )?\(?([A-J])(?:\)?\W*|[).:]\s.*)", re.IGNORECASE)
-"""A line that names a choice and nothing else."""
+"""Line that consists of one choice, with or without its text."""
 IN_WORDS = re.compile(r"\b(?:is|are)\s+[*_]*(?:(?:on|an?|the|called|option|choice) )?([A-Za-z]+)[.!*\s]*$")
-"""`So the day is Monday`."""
+"""Answer in one word: `So the day is Monday`."""
 ANNOTATION = re.compile(r"<<[^<>\n]{1,200}>>")
-"""What a calculator was asked, as in the solutions of GSM8K."""
+"""Calculator annotation, as in the solutions of GSM8K."""
 OF_ANOTHER = re.compile(
     r"\b(?:squares?|cubes?|roots?|multiples?|factors?|divisors?|sums?|products?|inverse|reciprocal|digits?|double|triple"
     r"|power|quotient|remainder|opposite|logarithm) of[\s$\\(*]*$"
@@ -220,4 +220,4 @@ OF_ANOTHER = re.compile(
     r"|questions?|equations?|cases?|options?|grade|chapter)[\s$\\(*]*$",
     re.IGNORECASE,
 )
-"""Before a number that is another thing's, or only a name."""
+"""Words before a number that belongs to something else ("divisor of") or is a label ("page")."""

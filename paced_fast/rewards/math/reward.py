@@ -1,19 +1,20 @@
-r"""Mathematics judged by math-verify in killable workers: the lenient `math` and the strict `math_strict`.
+r"""Rewards for mathematics, judged in workers that can be killed: the lenient `math` and the strict `math_strict`.
 
-`math` reads what a completion commits to (`endings.final_answer`) and asks math-verify, dress and units aside.
+`math` extracts the final answer of a completion (`endings.final_answer`) and compares it exactly and by math-verify;
+formatting and units are ignored.
 
-`math_strict` wants the last \boxed{} (after the last </think>, where there is one) to hold one value, written out:
+`math_strict` requires that the last \boxed{} (after the last </think>, if there is one) holds one value, written out:
 
-* every box holds the same, none is nested or left open; nothing but the box counts
-* as many values as the gold: no "A or B", no list of guesses; a tuple is no set, and no interval with other brackets
-* a numeral where the gold is a rational number: no sum, product, root, binomial left to the verifier, no `10/2` for 5
+* all boxes hold the same, none is nested or unclosed; text outside the boxes is ignored
+* as many values as the gold: no "A or B", no list of guesses; a tuple is not a set, nor an interval of other brackets
+* a numeral if the gold is a rational number: no unevaluated sum, product, root or binomial, no `10/2` for 5
 * the value, not an equation: no `x = 5` for 5 (5 for `x = 5` is right)
 * exact: 0.333 is not 1/3, 3.141593 is not \pi; 5\% is 5/100
-* units may be left out or added, but two different ones differ
+* units may be omitted or added, but two different units make the answer wrong
 
-An answer that is long, deep or large beyond reason (`answers.is_absurd`) is wrong before anything computes with it, so
-that asking for the impossible earns no more than a wrong answer. One that passes and still cannot be verified within
-the limit may be right, and is unscored.
+An answer that is too long, nested or large (`answers.is_absurd`) is wrong before anything is computed with it, so that
+an intractable answer earns no more than a wrong one. An answer that passes this test but cannot be verified within the
+time limit may be right; it is unscored.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ _REWARDS = {"right": 1.0, "timeout": None, "died": None}
 _SPANS = forms.INTERVALS | {"union"}
 
 Request = list[Any]
-"""Two trees to compare exactly, two texts for math-verify; None for either not to."""
+"""`[trees, texts]`: two trees for the exact comparison and two texts for math-verify; None skips that comparison."""
 
 
 class MathReward:
     """The reward `math`, or `math_strict`. Its workers start with the first call and end with `close`.
 
-    `counts` has verdicts by kind: right; the zeros wrong, no_answer (nothing boxed, or several different boxes), absurd
-    and unreadable (the gold is no mathematics to the parser, and the answer another text); unscored, timeout and died.
+    `counts` has verdicts by kind. Reward 1: right. Reward 0: wrong, no_answer (nothing boxed, or several different
+    boxes), absurd, unreadable (the parser cannot read the gold, and the texts differ). Unscored: timeout, died.
     """
 
     def __init__(self, settings: RewardConfig | None = None, *, strict: bool = False) -> None:
@@ -71,12 +72,12 @@ class MathReward:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float | None]:
-        """1 for a right completion, 0 for a wrong one, None where there is no verdict."""
+        """Return one value per completion: 1 if it is right, 0 if it is wrong, None if it could not be judged."""
         pairs = [
             self._pair(answer, text)
             for answer, text in zip(answers_of(self.name, columns, completions), completions, strict=True)
         ]
-        self.warm()  # now, not with the first hard answer: whoever tries a reward before the run learns if they start
+        self.warm()  # before the first hard answer, so that a trial call before the run shows that workers start
         known = self._known(pairs)
         asked: dict[tuple[str, str], Request] = {}
         for pair in pairs:
@@ -94,22 +95,22 @@ class MathReward:
         return [_REWARDS.get(verdict, 0.0) for verdict in verdicts]
 
     def problem(self, columns: Mapping[str, Any]) -> str | None:
-        """Why a row can never be judged: its answer is missing or empty."""
+        """Return the reason why a row can never be judged: its answer is missing or empty; else None."""
         answer = columns.get("answer")
         if answer is None:
             return "it has no answer"
         return None if tidy(_gold(answer)) else "its answer is empty"
 
     def warm(self) -> None:
-        """Starts the workers, so that the first answer does not wait for them.
+        """Start the workers, so that the first answer does not wait for them.
 
         Raises:
-            InputError: they do not start.
+            InputError: the workers do not start.
         """
         self._pool.warm()
 
     def close(self) -> None:
-        """Ends the workers."""
+        """End the workers."""
         self._pool.close()
 
     def _pair(self, answer: Any, completion: str) -> tuple[str, str]:
@@ -159,7 +160,7 @@ def _gold(answer: Any) -> str:
 
 
 def _decide(gold: str, answer: str) -> str | Request:
-    """The verdict of `math`, or what to ask a worker: whether either way to compare finds the two equal."""
+    """Return the verdict of `math`, or a request to a worker, which accepts if either comparison finds equality."""
     answer = in_form(answer, gold)
     strictly = _decide_strictly(gold, answer)
     if strictly in ("right", "absurd", "no_answer"):
@@ -180,13 +181,13 @@ def _decide(gold: str, answer: str) -> str | Request:
             return "right"
         if "." not in gold + answer or abs(values[0] - values[1]) > _ROUNDING or not is_rounding(*values):
             return "wrong"
-    # A gold of words is not mathematics: math-verify would read it as a product of letters.
+    # A gold of words is not mathematics; math-verify would read it as a product of letters.
     texts = None if has_words(gold) or not is_one_value(answer, gold) else [gold, answer]
     return [trees, texts] if trees or texts else "wrong"
 
 
 def _is_settled(gold: str, answer: str) -> bool:
-    """Whether the exact reading has the last word in `math` too: what math-verify would drop tells the two apart."""
+    """Return True if the exact comparison decides in `math` too: math-verify would ignore the difference."""
     read, other = forms.tree_of(gold), forms.tree_of(answer)
     if read is None:
         return False
@@ -206,7 +207,7 @@ def _is_settled(gold: str, answer: str) -> bool:
 
 
 def _decide_strictly(gold: str, answer: str) -> str | Request:
-    """The verdict of `math_strict`, or what to ask a worker."""
+    """Return the verdict of `math_strict`, or a request to a worker."""
     if not answer.strip():
         return "no_answer"
     if is_absurd(answer, gold):

@@ -1,4 +1,4 @@
-"""Which decimals `math` takes for a number, math-verify willing: it compares the first six digits after the point."""
+"""Rounded decimals that `math` accepts, if math-verify does too: it compares the first six digits after the point."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _COARSEST = Fraction(1, 50)
 
 
 def is_rounding(gold: Fraction, answer: Fraction) -> bool:
-    """Whether one of two numbers may stand for the other, at least one of them being a decimal.
+    """Return True if one of two numbers, at least one of them a decimal, is an acceptable rounding of the other.
 
-    They differ by a hundred-thousandth of the gold, or one is the other rounded to six or more digits after the point
-    and keeps a digit or two. Only 0 stands for 0.
+    True if they differ by at most 1e-5 of the gold, or if one is the other rounded to six digits after the point and
+    they differ by at most 2 % of the gold. 0 matches only 0.
     """
     if gold == 0 or answer == 0 or (gold < 0) != (answer < 0):
         return gold == answer
