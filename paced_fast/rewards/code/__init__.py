@@ -1,1 +1,1 @@
-"""Programs judged by tests, in a sandbox."""
+"""Programs judged by running tests in a sandbox."""

@@ -1,6 +1,6 @@
-"""HumanEval's tests: asserts that are taken apart into calls and expected values, so that no test has to run.
+"""HumanEval's tests: asserts are split into calls and expected values, so that the test itself need not run.
 
-What cannot be taken apart (loops, random inputs, helpers, values that are computed) is run as it is, see `code_checks`.
+A test that cannot be split (loops, random inputs, helpers, computed values) is run unchanged, see `checks`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from paced_fast.rewards.code.compare import JSON_ERRORS, read_json
 
 
 def human_eval(columns: Mapping[str, Any]) -> Suite:
-    """The tests of a row with the columns `test` and `entry_point`.
+    """Return the tests of a row with the columns `test` and `entry_point`.
 
     Raises:
-        UnusableTests: the test can neither be taken apart nor be run.
+        UnusableTests: the test can be neither split nor run.
     """
     name = columns.get("entry_point")
     if not isinstance(name, str) or not name.isidentifier():
@@ -45,7 +45,7 @@ def human_eval(columns: Mapping[str, Any]) -> Suite:
 
 
 def _cases(check: ast.FunctionDef, called: set[str]) -> Iterator[Case]:
-    """Raises one of JSON_ERRORS or ArithmeticError where a statement is no assert on one call."""
+    """Yield a case per assert; raise one of JSON_ERRORS or ArithmeticError if a statement is no assert on one call."""
     for node in check.body:
         if (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) or isinstance(node, ast.Pass):
             continue
@@ -56,7 +56,7 @@ def _cases(check: ast.FunctionDef, called: set[str]) -> Iterator[Case]:
 
 
 def _assertion(node: ast.expr, called: set[str]) -> Case:
-    """candidate(...), not candidate(...), candidate(...) == value, abs(candidate(...) - value) < tolerance."""
+    """Parse candidate(...), not candidate(...), candidate(...) == value, or abs(candidate(...) - value) < tolerance."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return Case(arguments=_arguments(node.operand, called), expected=False, wrapper="bool")
     if isinstance(node, ast.Call):
@@ -122,7 +122,7 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def _literal(node: ast.expr) -> Any:
-    """A value written out, with small arithmetic such as [1] * 100 or 2 ** 10."""
+    """Return the value of a literal, which may contain small arithmetic such as [1] * 100 or 2 ** 10."""
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         left, right = _literal(node.left), _literal(node.right)
         sizes = [abs(value) if isinstance(value, int | float) else len(value) for value in (left, right)]

@@ -1,4 +1,4 @@
-"""Where the program in a completion is. Fence by fence, in time linear in its length: completions may be hostile."""
+"""Find the program in a completion, fence by fence in time linear in its length: completions may be hostile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_QUOTED_FENCES = 20
 
 
 class Fence(NamedTuple):
-    """A line that opens or closes a block."""
+    """A line that opens or closes a code block."""
 
     start: int
     end: int
@@ -30,16 +30,16 @@ class Fence(NamedTuple):
     info: str
 
     def closes(self, opening: Fence) -> bool:
-        """Whether it ends the block of `opening`; one with words behind it also opens the next."""
+        """Return True if this fence ends the block of `opening`; followed by words, it also opens the next block."""
         return self.mark == opening.mark and self.length >= opening.length
 
 
 def fenced(text: str) -> list[tuple[str, str]]:
-    """The tag, in small letters, and the text of every fenced block, with the fence's indentation taken off.
+    """Return the tag, in lower case, and the text of every fenced block, without the fence's indentation.
 
-    Fences are of backticks or tildes; one that is missing at the end is the end of the text. A closing fence inside of
-    a string of three quotes belongs to the program, where the string and the block end soon after. A text of more than
-    a thousand fences is noise and has no blocks.
+    Fences are backticks or tildes; if the last one is missing, the block ends with the text. A closing fence inside a
+    triple-quoted string belongs to the program if the string and the block end within the next 20 fences. A text with
+    more than 1000 fences is noise and has no blocks.
     """
     found = list(itertools.islice(_FENCE_LINE.finditer(text), _MAX_FENCES + 1))
     if len(found) > _MAX_FENCES:
@@ -55,13 +55,13 @@ def fenced(text: str) -> list[tuple[str, str]]:
         if opening.indent:
             body = re.sub(rf"^[ \t]{{1,{opening.indent}}}", "", body, flags=re.MULTILINE)
         blocks.append((tag[0].lower() if tag else "", body))
-        # A line with words after the fence opens a block of its own.
+        # A closing fence followed by words opens the next block.
         at = last if last < len(fences) and fences[last].info else last + 1
     return blocks
 
 
 def program_in(completion: str) -> str | None:
-    """The last block marked as Python, else the last unmarked one, else the whole text where it begins like code."""
+    """Return the last Python block, else the last untagged one, else a text without blocks that starts like code."""
     blocks = fenced(completion)
     marked = [text for tag, text in blocks if _PYTHON.fullmatch(tag)] or [text for tag, text in blocks if not tag]
     if marked:
@@ -71,9 +71,9 @@ def program_in(completion: str) -> str | None:
 
 
 def code_in_prompt(prompt: Any, function: str, *, whole: bool) -> str:
-    """The code with which a prompt (text or messages) ends, of which `function` is a part; empty where it is none.
+    """Return the code at the end of a prompt (text or messages) that contains `function`; "" if it is not code.
 
-    With `whole` a function that ends before its body gets one of nothing.
+    With `whole`, a function without a body gets `pass` as its body.
     """
     if not isinstance(prompt, str):
         prompt = next((m["content"] for m in reversed(prompt or ()) if m["role"] == "user"), "")
@@ -87,7 +87,7 @@ def code_in_prompt(prompt: Any, function: str, *, whole: bool) -> str:
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
         return closed if whole else code
-    return ""  # words around the code: the completion has to stand alone
+    return ""  # words around the code: the completion must work alone
 
 
 def _fence(text: str, start: int) -> Fence | None:
@@ -97,12 +97,12 @@ def _fence(text: str, start: int) -> Fence | None:
     mark = bare[0]
     info = bare.lstrip(mark)
     if mark == "`" and "`" in info:
-        return None  # code within a line of words
+        return None  # inline code
     return Fence(start, end, len(line) - len(bare), mark, len(bare) - len(info), info.strip())
 
 
 def _closing(text: str, fences: list[Fence], opening: int) -> int:
-    """Which fence closes the block; their number where none does."""
+    """Return the index of the fence that closes the block, or the number of fences if none does."""
     first, is_open, at = len(fences), dict.fromkeys(_QUOTES, False), fences[opening].end
     for i in range(opening + 1, len(fences)):
         for quotes in _QUOTES:

@@ -1,4 +1,4 @@
-"""Test cases of a row as plain data: what goes into the sandbox, and what stays on this side of it."""
+"""Test cases of a row as plain data: inputs, which go into the sandbox, and expected values, which do not."""
 
 from __future__ import annotations
 
@@ -10,69 +10,69 @@ from typing import Any
 
 from paced_fast.rewards.code.compare import JSON_ERRORS
 
-_MAX_BITS = 14_000  # about 4200 digits, within what Python turns into text
+_MAX_BITS = 14_000  # about 4200 digits, within Python's limit for converting integers to text
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "sorted": sorted,
     "len": len,
     "list": list,
-    "tuple": list,  # JSON knows lists only
+    "tuple": list,  # JSON has lists only
     "set": lambda value: sorted(set(value)),
     "bool": bool,
 }
-"""Functions that a HumanEval assert may put around the result."""
+"""Functions that a HumanEval assert may apply to the result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One input and what is expected of it."""
+    """One input and its expected result."""
 
     stdin: str = ""
     arguments: tuple[Any, ...] = ()
     expected: Any
-    """Text of the whole output, or a value as JSON has it."""
+    """The whole output as text, or a JSON value."""
     or_text: str | None = None
-    """What the expected value is where the text it was read from is meant as a text."""
+    """Text from which `expected` was parsed; accepted too, because it may be meant as a text."""
     or_first: bool = False
-    """The expected value is a list of one, which may stand for its element."""
+    """True if `expected` is a list of one element; the element alone is accepted too."""
     tolerance: float | None = None
-    """Largest absolute difference; None for the rule of all."""
+    """Largest absolute difference; None for the default rule, see `compare`."""
     wrapper: str | None = None
-    """One of WRAPPERS, to be called with the value first."""
+    """One of WRAPPERS, applied to the returned value before the comparison."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """A test that is run, in a process of the sandbox that is not the program's."""
+    """A test that is run as a program, in a separate process of the sandbox."""
 
     test: str
-    """Text that defines `check`, a function that is given the program's."""
+    """Source that defines `check`, a function that receives the program's function."""
     helpers: str
-    """Text of what the test calls besides."""
+    """Source of other functions that the test calls."""
     shows_arguments: bool
-    """Whether the test looks at what a call did to its arguments."""
+    """True if the test inspects how a call changed its arguments."""
     finite: bool
-    """Whether the program's numbers must be: the test does not speak of others."""
+    """True if the program's numbers must be finite, because the test does not mention NaN or infinity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suite:
-    """The cases of one row, or else its check."""
+    """Tests of one row: cases, or a check."""
 
     cases: tuple[Case, ...] = ()
     check: Check | None = None
     function: str | None = None
-    """What is called; None for a program that reads its input and prints."""
+    """Name of the function to call; None for a program that reads its input and prints."""
     continues_prompt: bool = False
-    """Whether the prompt is code that the completion may go on from."""
+    """True if the prompt is code that the completion may continue."""
 
 
 class UnusableTests(ValueError):
-    """Why a row cannot be judged, in words that follow its place."""
+    """The row cannot be judged. The message is a predicate that follows the name of the row: "has no tests"."""
 
 
 def request_of(case: Case) -> bytes:
-    """The arguments of one call as a line of JSON, or as Python where JSON would change them (tuples, say)."""
+    """Return the arguments of a call as a line of JSON, with a Python literal if JSON would change them (tuples)."""
     try:
         text = json.dumps(case.arguments, allow_nan=False)
         if _same(json.loads(text), list(case.arguments)):
@@ -83,7 +83,7 @@ def request_of(case: Case) -> bytes:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether all numbers in a value can be compared and written down."""
+    """Return True if every number in a value is finite and short enough to be converted to text."""
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, int):

@@ -1,7 +1,7 @@
-"""Tests that cannot be taken apart: what has to be known of one before it is run, and how its verdict is had.
+"""Tests that cannot be split into cases: checks on a test before it is run, and running it for its verdict.
 
-The test is code of the data set and runs in a process of the sandbox of its own, where neither the program's code nor
-an object of it ever comes. Its calls go by this process to the program's, one at a time; what comes back is plain data.
+The test is code of the data set. It runs in its own process of the sandbox, which never receives the program's code or
+any of its objects. This process forwards its calls to the program's process one at a time, and plain data come back.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _RUN_TEXT_MODULES = {"importlib", "pickle", "marshal", "shelve", "runpy", "code"
 _LOOK_INSIDE = {"redirect_stdout", "redirect_stderr", "mock", "patch", "input"}
 _STREAMS = {"stdin", "stdout", "stderr"}
 _NOT_FINITE = re.compile(r"nan|inf|infinity|isnan|isinf|isfinite", re.IGNORECASE)
-_TEST_OUTPUT = 16  # times what a program may write in one line: inputs of many calls are larger than answers
+_TEST_OUTPUT = 16  # multiple of a program's output limit: inputs of many calls are larger than answers
 
 
 class NoVerdict(RuntimeError):
-    """A test ended by itself before it called the program, which had no part in that: nothing is known of it."""
+    """The test ended without a verdict and the program was not the cause, so nothing is known about the program."""
 
 
 def check_of(tree: ast.Module, check: ast.FunctionDef, *, entry: str, test: str, helpers: str) -> Check:
-    """A test that is to be run; `tree` is its text parsed, `helpers` the code that it may call.
+    """Return a test to be run; `tree` is the parsed test, `helpers` the source of functions that it may call.
 
     Raises:
-        UnusableTests: it cannot pass or fail by what the program does, or not from another process.
+        UnusableTests: the result of the test cannot depend on the program, or not from another process.
     """
     called = {entry, *(argument.arg for argument in check.args.args)}
     parts = [*ast.walk(tree), *ast.walk(ast.parse(helpers))]
@@ -63,7 +63,7 @@ def check_of(tree: ast.Module, check: ast.FunctionDef, *, entry: str, test: str,
     try:
         compile(test, "test.py", "exec", dont_inherit=True)
         unknown = sorted(_unknown_names(test, helpers) - {entry})
-    except SyntaxError as error:  # of what only a compiler sees, such as a return outside of a function
+    except SyntaxError as error:  # an error that only the compiler finds, such as a return outside a function
         raise UnusableTests(f"has a test that is not Python ({error.msg})") from None
     if unknown:
         raise UnusableTests(f"has a test that uses {unknown[0]}, which neither the test nor the prompt defines")
@@ -100,7 +100,7 @@ def _refuse_imports(part: ast.AST) -> None:
 
 
 def _unknown_names(test: str, helpers: str) -> set[str]:
-    """Names that a test uses and nobody defines; none where it imports all of a module."""
+    """Return the names that a test uses and nothing defines; none if there is an `import *`."""
     if re.search(r"^\s*from\s.*\simport\s+\*", f"{helpers}\n{test}", re.MULTILINE):
         return set()
     used, defined = set[str](), set[str]()
@@ -120,10 +120,10 @@ def _unknown_names(test: str, helpers: str) -> set[str]:
 
 
 def _looks_at_arguments(tree: ast.Module, called: set[str]) -> bool:
-    """Whether a condition after a call is about what was passed and not about what came back.
+    """Return True if a condition after a call is about the arguments of the call and not about its result.
 
-    Only then does the test see what the program did to its arguments. Else a program could change them so that what the
-    test computes from them afterwards comes out as its own answer: `assert candidate(xs) == sorted(xs)`, `xs` emptied.
+    Only then does the test see the program's changes to its arguments. Otherwise a program could change them so that
+    the test computes the program's own answer from them: `assert candidate(xs) == sorted(xs)` with `xs` emptied.
     """
     results = _results(tree, called)
     own = {part.name for part in ast.walk(tree) if isinstance(part, ast.FunctionDef)}
@@ -144,7 +144,7 @@ def _looks_at_arguments(tree: ast.Module, called: set[str]) -> bool:
 
 
 def _conditions(tree: ast.Module, own: set[str]) -> Iterator[ast.expr]:
-    """What is asserted, each part of an `and` by itself, also by functions of the test."""
+    """Yield the asserted conditions, each part of an `and` or `or` separately; calls of the test's functions too."""
     for part in ast.walk(tree):
         test = part.test if isinstance(part, ast.Assert | ast.If) else None
         if isinstance(part, ast.If) and not any(isinstance(inner, ast.Raise) for inner in ast.walk(part)):
@@ -156,7 +156,7 @@ def _conditions(tree: ast.Module, own: set[str]) -> Iterator[ast.expr]:
 
 
 def _results(tree: ast.Module, called: set[str]) -> set[str]:
-    """The program's function, and all that is made of what it returned."""
+    """Return the names of the program's function and of all variables derived from its results."""
     found, before = set(called), 0
     while len(found) > before:
         before = len(found)
@@ -173,13 +173,14 @@ def _names(node: ast.AST) -> set[str]:
 
 
 def judge(sandbox: Sandbox, program: str, function: str, check: Check, limits: Limits, budget: float) -> str | Outcome:
-    """`right` or `wrong`, or how the program ended that did not answer.
+    """Return `right`, `wrong` or `timeout`, or the Outcome of a program that ended instead of answering a call.
 
-    The test and the program have `limits` each: `seconds` for a call or what is between two, `budget` seconds for all.
+    The test and the program each have `limits`: `seconds` for a call or for the time between two calls; `budget` is the
+    limit in seconds for the whole test.
 
     Raises:
         SandboxError: the sandbox failed.
-        NoVerdict: the test cannot be run to its end, whatever the program does.
+        NoVerdict: the test cannot be completed, whatever the program does.
     """
     limits = dataclasses.replace(limits, cpu_seconds=max(limits.cpu_seconds, math.ceil(budget)))
     roomy = dataclasses.replace(limits, output_kib=_TEST_OUTPUT * limits.output_kib)

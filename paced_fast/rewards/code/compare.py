@@ -1,9 +1,9 @@
-"""Comparison of what a program gave with what was expected, in the trainer's process, on plain text and JSON values.
+"""Comparison of a program's output with the expected one, as plain text or JSON values, in the trainer's process.
 
-Text: line by line without white space at its ends and without blank lines at the end, word by word. A word that is
-expected with a decimal point is compared as a number, every other one as text.
-Values: lists and tuples are the same, as JSON has no tuples; True is not 1; 2 is 2.0. Where a float is expected, floats
-and integers are compared as numbers. Numbers may differ by 1e-6, absolutely or relatively.
+Text is compared line by line and word by word, without white space at the ends of lines and of the text. A word is
+compared as a number if the expected word has a decimal point, else as text.
+Values: lists and tuples are equal, because JSON has no tuples; True is not 1; 2 is 2.0. If a float is expected, floats
+and integers are compared as numbers. Numbers may differ by 1e-6, absolute or relative.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, NoReturn
 
 TOLERANCE = 1e-6
 JSON_ERRORS = (ValueError, TypeError, RecursionError, AttributeError, MemoryError)
-"""What reading hostile or malformed JSON can raise."""
+"""Exceptions that reading hostile or malformed JSON can raise."""
 
 _DECIMAL = re.compile(r"[-+]?[0-9]*\.[0-9]+(?:[eE][-+]?[0-9]{1,3})?")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
 
 
 def read_json(text: str | bytes) -> Any:
-    """JSON, without NaN and infinities; one of JSON_ERRORS otherwise."""
+    """Parse JSON without NaN and infinities; raise one of JSON_ERRORS for any other text."""
     return json.loads(text, parse_constant=_refuse)
 
 
@@ -31,7 +31,7 @@ def _refuse(name: str) -> NoReturn:
 
 
 def same_text(given: bytes, expected: str) -> bool:
-    """Whether an output is the expected one."""
+    """Return True if an output is the expected text."""
     try:
         lines = _lines(given.decode("utf-8"))
     except UnicodeDecodeError:
@@ -59,7 +59,7 @@ def _same_word(word: str, wanted: str) -> bool:
 
 
 def close(number: float, wanted: float, tolerance: float | None = None) -> bool:
-    """Whether two numbers are the same up to the tolerance; infinities only exactly."""
+    """Return True if two numbers are equal within the (absolute) tolerance; an infinity equals only itself."""
     if not math.isfinite(number) or not math.isfinite(wanted):
         return number == wanted
     if tolerance is not None:
@@ -68,7 +68,7 @@ def close(number: float, wanted: float, tolerance: float | None = None) -> bool:
 
 
 def same_value(given: Any, expected: Any, tolerance: float | None = None) -> bool:
-    """Whether a value that came as JSON is the expected one."""
+    """Return True if a value read from JSON is the expected one."""
     if isinstance(given, bool) or isinstance(expected, bool):
         return given is expected
     if isinstance(expected, float) or (tolerance is not None and isinstance(expected, int)):

@@ -1,4 +1,4 @@
-"""Programs judged by their tests: a sandbox runs them, this process compares. All tests must pass, for 1."""
+"""Reward for programs: a sandbox runs them, this process compares the results. All tests must pass for reward 1."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from paced_fast.rewards.sandbox import Limits, Outcome, Sandbox, SandboxError, o
 logger = logging.getLogger(__name__)
 
 
-_ROW_BUDGET = 10  # times the time of one case
+_ROW_BUDGET = 10  # time limit of a row, in multiples of the limit of one case
 
 
 class CodeReward:
-    """1 for a program that passes every test of its row, 0 for another one, None when the sandbox failed.
+    """1 for a program that passes every test of its row, 0 for any other, None if the sandbox failed.
 
-    The program is the last fenced block marked as Python, else the last unmarked one, else the whole text where it
-    begins like code. All cases of a row together may take ten times as long as one may. `counts` has right, wrong,
+    The program is the last fenced block tagged as Python, else the last untagged one, else the whole text if it starts
+    as code does. The time limit for all cases of a row is ten times that of one case. `counts` has right, wrong,
     no_code, syntax, timeout, memory, crashed and unscored.
 
     Raises:
-        InputError: this machine cannot isolate programs as `settings.sandbox` asks.
+        InputError: this machine cannot isolate programs as `settings.sandbox` requires.
     """
 
     def __init__(self, settings: RewardConfig) -> None:
@@ -51,16 +51,16 @@ class CodeReward:
             output_kib=settings.code_output_kib,
             threads=settings.code_threads,
         )
-        # A test that is run has a process beside the program's.
+        # A test that is run needs a second process besides the program's.
         self._sandbox: Sandbox = open_sandbox(settings.sandbox, self._limits, 2 * self._workers)
 
     @property
     def strength(self) -> str:
-        """The sandbox and its layers, in words."""
+        """Name of the sandbox and of its active layers."""
         return self._sandbox.strength
 
     def problem(self, columns: Mapping[str, Any]) -> str | None:
-        """What keeps a row from being judged: tests that are missing, malformed or too large."""
+        """Return the reason why a row cannot be judged (tests missing, malformed or too large), else None."""
         try:
             suite = suite_of(columns)
         except UnusableTests as error:
@@ -104,7 +104,7 @@ class CodeReward:
             return "unscored"
 
     def _runs(self, program: str, suite: Suite) -> str:
-        """One process per case; none sees the input of another."""
+        """Run each case in a new process, so that none sees the input of another."""
         left = _ROW_BUDGET * self._limits.seconds
         for case in suite.cases:
             outcome = self._sandbox.run(program, case.stdin.encode())
@@ -118,7 +118,7 @@ class CodeReward:
         return "right"
 
     def _checked(self, program: str, suite: Suite) -> str:
-        """One process for the program and one for its test."""
+        """Run the program in one process and its test in another; retry once if the sandbox fails."""
         assert suite.check is not None
         assert suite.function is not None
         budget = _ROW_BUDGET * self._limits.seconds
@@ -135,7 +135,7 @@ class CodeReward:
         raise AssertionError
 
     def _calls(self, program: str, suite: Suite) -> str:
-        """One process for all cases, one call after the other; a failure of the sandbox is tried again once."""
+        """Run all cases in one process, one call after the other; retry once if the sandbox fails."""
         for attempt in (0, 1):
             try:
                 return self._call_each(program, suite)
@@ -170,12 +170,12 @@ class CodeReward:
 
 
 def _size(case: Case, *, is_text: bool) -> int:
-    """Bytes of the right answer."""
+    """Return the size of the right answer in bytes."""
     return len(case.expected.encode()) if is_text else len(json.dumps({"value": case.expected})) + 1
 
 
 def _verdict(answer: bytes, case: Case) -> str:
-    """On one answer of a function; whatever the line holds, it is only read as JSON and compared."""
+    """Return the verdict on one answer of a function. The line is only parsed as JSON and compared."""
     try:
         read = read_json(answer)
         if not isinstance(read, dict):
@@ -192,7 +192,7 @@ def _verdict(answer: bytes, case: Case) -> str:
 
 
 def _failure(outcome: Outcome, limits: Limits) -> str:
-    """The kind of a program that did not end well; it may lie about the kind, not about having failed."""
+    """Return the kind of failure of a program. A program can fake the kind, but not that it failed."""
     if outcome.ended == "timeout" or (outcome.ended == "signal" and outcome.cpu_seconds >= 0.9 * limits.cpu_seconds):
         return "timeout"
     if outcome.ended == "output":
@@ -203,7 +203,7 @@ def _failure(outcome: Outcome, limits: Limits) -> str:
 
 
 def _continued(prompt: Any, block: str, function: str | None) -> str:
-    """The prompt's code, for its imports and helpers, with the completion after it: a whole function or its body."""
+    """Return the prompt's code (imports and helpers) followed by the completion: a whole function, or its body."""
     assert function is not None
     is_whole = re.search(rf"^def {function}\b", block, re.MULTILINE) is not None
     code = code_in_prompt(prompt, function, whole=is_whole)

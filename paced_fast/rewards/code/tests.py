@@ -1,9 +1,9 @@
-"""Test cases of a row, from the shapes in which data sets keep them. Expected values stay on this side of the sandbox.
+"""Read the test cases of a row from the formats of common data sets. Expected values of cases never enter the sandbox.
 
 public_test_cases, private_test_cases     LiveCodeBench: lists of {input, output, testtype}, func_name in metadata
 tests, test_cases, input_output,          {inputs, outputs, fn_name}, or a list of {type, input, output, fn_name},
-verification_info, ground_truth           or such a list under test_cases; as JSON text or already read
-test, entry_point                         HumanEval: a function `check`, taken apart into cases, or else run
+verification_info, ground_truth           or such a list under test_cases; as JSON text or already parsed
+test, entry_point                         HumanEval: a function `check`, split into cases, or else run
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _STDIN_TYPES = {"stdin", "stdin_stdout", "stdio", "standard_input"}
 
 
 def suite_of(columns: Mapping[str, Any]) -> Suite:
-    """The tests of a row, of which the column `prompt` is one: its code is part of some.
+    """Return the tests of a row; `columns` includes `prompt`, because some tests need its code.
 
     Raises:
-        UnusableTests: there are none, or none that can be read.
+        UnusableTests: the row has no tests, or none that can be read.
     """
     if columns.get("public_test_cases") is not None or columns.get("private_test_cases") is not None:
         suite = _live_code_bench(columns)
@@ -49,7 +49,7 @@ def suite_of(columns: Mapping[str, Any]) -> Suite:
 
 
 def _read(name: str, value: Any) -> Any:
-    """JSON, from text or read before; pickles, packed or not, are refused by name."""
+    """Return a JSON value, parsed from text (plain, or zlib in base64) if need be; pickles are refused as such."""
     if not isinstance(value, str | bytes):
         return value
     data = value.encode() if isinstance(value, str) else value
@@ -89,7 +89,7 @@ def _live_code_bench(columns: Mapping[str, Any]) -> Suite:
 
 
 def _function_of(columns: Mapping[str, Any]) -> Any:
-    """The function that a row's metadata name, as DeepCoder's do for the cases of LiveCodeBench."""
+    """Return the function name in a row's metadata, where DeepCoder keeps it for LiveCodeBench cases; else None."""
     metadata = columns.get("metadata")
     if isinstance(metadata, str) and metadata.lstrip().startswith("{"):
         metadata = _read("metadata", metadata)
@@ -151,7 +151,7 @@ def _text(value: Any, index: int) -> str:
 
 
 def _call(given: Any, expected: Any, index: int, *, by_line: bool) -> Case:
-    """LiveCodeBench writes one argument per line and the value as JSON; others a list of arguments and the value."""
+    """Parse a call: a JSON argument per line and a JSON value (LiveCodeBench), else a list of arguments and a value."""
     try:
         if by_line:
             arguments = [read_json(line) for line in given.split("\n") if line.strip()]
@@ -175,5 +175,5 @@ def _or_text(value: Any) -> Any:
         try:
             return read_json(value)
         except JSON_ERRORS:
-            return value  # a text that is the value itself
+            return value  # the text itself is the value
     return read_json(json.dumps(value))
