@@ -1,1 +1,1 @@
-"""Tasks of reasoning-gym, judged by rules of ours or by its checkers in a sandbox."""
+"""Tasks of reasoning-gym, judged by our own rules or by the package's checkers in a sandbox."""

@@ -1,4 +1,4 @@
-"""What people put around an answer to a task: a full stop, stress, dollar signs, quotes, a box, a fence, "Answer:"."""
+"""Formatting around an answer to a task: a full stop, emphasis, dollar signs, quotes, a box, a fence, "Answer:"."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LAYERS = tuple(
 
 
 def undressed(text: str) -> list[str]:
-    """The text with one layer of dress after the other taken off."""
+    """Return the text after each removal of a layer of formatting, up to 5 layers, outermost first."""
     found: list[str] = []
     for _ in range(_MOST_LAYERS):
         match = next((match for layer in _LAYERS if (match := layer.fullmatch(text.strip()))), None)
@@ -39,7 +39,7 @@ def undressed(text: str) -> list[str]:
 
 
 def dressed(judge: Judge, *, in_full: bool = False) -> Judge:
-    """The rule for an answer in dress too: it counts `in_full`, or by its share of the text, as in the package."""
+    """Return a rule that also accepts a formatted answer: in full, or by its share of the text, as in the package."""
 
     def judged(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
         score = judge(text, entry, settings)

@@ -1,6 +1,6 @@
-"""The program that asks a checker of reasoning-gym about one text; it runs in a sandbox, and only there.
+"""Program that scores one text with a checker of reasoning-gym; it runs only in a sandbox.
 
-Its process is made for one text and ends with it. Run as a file, without the package: a sandbox has no torch.
+Each text has its own process. The program runs as a file, without the package: a sandbox has no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ sys.set_int_max_str_digits(4300)
 
 
 def judge(task: str, settings: dict[str, Any], entry: dict[str, Any], text: str) -> float:
-    """What the checker of the data set `task`, made with `settings`, gives `text` for the problem `entry`."""
+    """Return the score of `text` for the problem `entry` by the checker of data set `task`, made with `settings`."""
     from reasoning_gym.factory import DATASETS
 
     make_dataset, make_config = DATASETS[task]

@@ -1,7 +1,7 @@
-"""Our own rules for tasks of reasoning-gym: whether a text is the answer, or a list, a number, an expression that is.
+"""Our own rules for tasks of reasoning-gym: a text is compared with the answer as text, number, list or expression.
 
-Nothing here evaluates a text. Numbers are read up to 100 digits, lists as JSON, arithmetic token by token, so that a
-rule takes time in proportion to the text, whatever the text is.
+Nothing here evaluates a text as code. Numbers are read up to 100 digits, lists as JSON, arithmetic token by token, so
+the time of a rule is proportional to the length of the text for any text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _answer(entry: Mapping[str, Any]) -> str:
 
 
 def contained(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for the answer; its share of a longer text that ends with it: `the answer is 3.`, `03`."""
+    """1 for the answer; for a longer text that ends with it (`the answer is 3.`, `03`), its share of the text."""
     answer = _answer(entry)
     if answer.isdigit() and re.fullmatch(rf"\+?0*{answer}", text):
         return len(answer) / len(text)
@@ -41,35 +41,35 @@ def _share(text: str, answer: str) -> float:
         return 1.0
     body = text.rstrip(".! \n")
     rest = body.removesuffix(answer)
-    # After words, not after other guesses.
+    # The answer must follow words, not other guesses.
     is_last = bool(answer) and rest != body and rest[-1:].isspace() and any(map(str.isalpha, rest))
     return len(answer) / len(text) if is_last else 0.0
 
 
 def contained_number(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """As `contained`, but for numbers, which are the same by value, with commas or without."""
+    """As `contained`, but numbers are compared by value, and commas in them are ignored."""
     if _equal(text.replace(",", ""), _answer(entry).replace(",", "")):
         return 1.0
     return _share(text, _answer(entry))
 
 
 def contained_upper(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """As `contained`, in any case."""
+    """As `contained`, ignoring case."""
     return _share(text.upper(), _answer(entry))
 
 
 def contained_rows(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """As `contained`, for a board."""
+    """As `contained`, for a board, after `rows`."""
     return _share(rows(text), rows(_answer(entry)))
 
 
 def rows(board: str) -> str:
-    """A board line by line, without the spaces that nobody sees."""
+    """Return a board line by line, with single spaces between cells and none at the ends."""
     return "\n".join(" ".join(line.split()) for line in board.strip().split("\n"))
 
 
 def same_by(normal: Callable[[str], Any]) -> Judge:
-    """1 where text and answer are the same after `normal`."""
+    """Return a rule: 1 if text and answer are equal after `normal`."""
 
     def judge(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
         return float(normal(text) == normal(_answer(entry)))
@@ -78,7 +78,7 @@ def same_by(normal: Callable[[str], Any]) -> Judge:
 
 
 def _number(text: str) -> Fraction | None:
-    """The number that is all of a text."""
+    """Return the value of a text that is one number and nothing else, up to 100 characters; else None."""
     text = text.strip()
     return Fraction(text) if len(text) <= _MOST_DIGITS and _NUMBER.fullmatch(text) else None
 
@@ -89,24 +89,24 @@ def _equal(text: str, answer: str, tolerance: Fraction = Fraction(0)) -> bool:
 
 
 def same_number(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for the number."""
+    """1 for the same number."""
     return float(_equal(text, _answer(entry)))
 
 
 def near_in_places(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """Up to one unit of the last decimal place that the data set allows."""
+    """1 for a number within one unit of the last decimal place that the data set allows."""
     places = settings.get("max_num_decimal_places", 3)
     tolerance = Fraction(1, 10 ** min(int(places), _MOST_DIGITS))
     return float(_equal(text, _answer(entry), tolerance))
 
 
 def near_hundredth(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for a number within 0.01."""
+    """1 for a number within 1/101, just less than 0.01."""
     return float(_equal(text.replace(",", ""), _answer(entry), Fraction(1, 101)))
 
 
 def three_figures(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for a number that is the same to three figures."""
+    """1 for a number that is equal to three significant figures."""
 
     def rounded(number: str) -> Decimal | None:
         return None if _number(number) is None else Decimal(f"{Decimal(number):.2e}")
@@ -116,14 +116,14 @@ def three_figures(text: str, entry: Mapping[str, Any], settings: Mapping[str, An
 
 
 def first_number(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 where the first number of the text is the answer."""
+    """1 if the first number of the text is the answer."""
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}\b)", "", text)
     found = re.search(r"(?<![\w.])-?[0-9]+(?:\.[0-9]+)?\b", text)
     return float(found is not None and _equal(found[0], _answer(entry)))
 
 
 def hexadecimal(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """Whole numbers with their base written in front, as Python does."""
+    """1 for the same whole number, with its base as a prefix as in Python (0x, 0b, 0o, or none for decimal)."""
 
     def value(number: str) -> int | None:
         is_short = len(number) <= _MOST_DIGITS * 10
@@ -135,7 +135,7 @@ def hexadecimal(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]
 
 
 def chance(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """A probability, as a decimal or a fraction, to 1e-4."""
+    """1 for a probability within 1e-4, as a decimal or a fraction."""
 
     def value(number: str) -> Fraction | None:
         parts = [_number(part) for part in number.replace(",", "").split("/", 2)]
@@ -149,7 +149,7 @@ def chance(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 
 
 def complex_number(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for a complex number as `3 - 2i`, to 1e-6 in each part."""
+    """1 for a complex number such as `3 - 2i`, within 1e-6 in each part."""
 
     def parts(number: str) -> tuple[Fraction, ...] | None:
         number = "".join(number.split()).lower().replace("j", "i").replace("*i", "i")
@@ -170,7 +170,7 @@ def complex_number(text: str, entry: Mapping[str, Any], settings: Mapping[str, A
 
 
 def fraction(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """Numerator and denominator, in lowest terms."""
+    """1 for the answer's numerator and denominator, so that only a fraction in lowest terms is right."""
 
     def parts(number: str) -> tuple[int, int] | None:
         found = _FRACTION.fullmatch(number.strip("$ \n")) if len(number) <= 2 * _MOST_DIGITS else None
@@ -181,14 +181,14 @@ def fraction(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -
 
 
 def calendar(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """A day of the week as it is written, a count by value, yes and no in any case."""
+    """1 for the answer: a day of the week exactly, a count by value, yes and no ignoring case."""
     answer = _answer(entry)
     is_word = answer.lower() in ("yes", "no") and text.lower() == answer.lower()
     return float(text == answer or is_word or _equal(text, answer))
 
 
 def sorted_numbers(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for the list of numbers, in that order."""
+    """1 for the list of numbers in the same order, each within 1e-9."""
     given, wanted = _items(text), _items(_answer(entry))
     if given is None or wanted is None or len(given) != len(wanted):
         return 0.0
@@ -196,7 +196,7 @@ def sorted_numbers(text: str, entry: Mapping[str, Any], settings: Mapping[str, A
 
 
 def _items(text: str) -> list[Any] | None:
-    """A list in the notation of JSON or of Python, None for another text."""
+    """Return a list written in JSON or Python notation, None for any other text."""
     try:
         read = read_json(text.replace("'", '"').replace("(", "[").replace(")", "]"))
     except JSON_ERRORS:
@@ -205,7 +205,7 @@ def _items(text: str) -> list[Any] | None:
 
 
 def same_json(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for the value as JSON."""
+    """1 for the same value in JSON."""
     try:
         return float(same_value(read_json(text), read_json(_answer(entry))))
     except JSON_ERRORS:
@@ -213,7 +213,7 @@ def same_json(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) 
 
 
 def same_groups(key: str, *, in_any_order: bool) -> Judge:
-    """1 for the lists under `key` of the metadata as JSON, in any order; their items too, if `in_any_order`."""
+    """Return a rule: 1 for the lists `metadata[key]` as JSON, in any order; their items too if `in_any_order`."""
 
     def groups(lists: Any) -> list[tuple[str, ...]]:
         read = [tuple(map(str, sorted(one) if in_any_order else one)) for one in lists]
@@ -229,7 +229,7 @@ def same_groups(key: str, *, in_any_order: bool) -> Judge:
 
 
 def palindrome(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for a palindrome of just the letters of the puzzle."""
+    """1 for a palindrome made of exactly the letters of the puzzle."""
     text = text.lower()
     return float(text == text[::-1] and sorted(text) == sorted(entry["metadata"]["letters"]))
 
@@ -243,7 +243,7 @@ def factors(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) ->
 
 
 def assignments(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for who is what, in any order: `Ann is a knight, and Bob is a knave.`"""
+    """1 for the right role of every person, in any order: `Ann is a knight, and Bob is a knave.`"""
 
     def words(sentence: str) -> list[str]:
         plain = re.sub(r"[.,()]", " ", sentence.lower()).split()
@@ -261,7 +261,7 @@ def assignments(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]
 
 
 def near_matrix(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for a matrix whose numbers are within one in a hundred of the answer's."""
+    """1 for a matrix whose numbers are within 1 % of the answer's."""
     given, wanted = ([line.split() for line in rows(one).split("\n")] for one in (text, _answer(entry)))
     if [len(row) for row in given] != [len(row) for row in wanted]:
         return 0.0
@@ -270,7 +270,7 @@ def near_matrix(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]
 
 
 def or_list(text_of: Callable[[list[Any]], str], credit: float, key: str | None = None) -> Judge:
-    """1 for the answer (or one of those under `key` of the metadata), `credit` for it as a list."""
+    """Return a rule: 1 for the answer (or one of `metadata[key]`), `credit` if it is written as a list."""
 
     def judge(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
         right = [_answer(entry)] if key is None else list(entry["metadata"][key])
@@ -286,12 +286,12 @@ def or_list(text_of: Callable[[list[Any]], str], credit: float, key: str | None 
 
 
 def matrix(rows: list[Any]) -> str:
-    """Rows of cells as a board is written."""
+    """Return rows of cells as the text of a board."""
     return "\n".join(" ".join(str(cell) for cell in row) for row in rows)
 
 
 def digits(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
-    """1 for the board as it is written; 0.9 for its digits line by line, less for what else there is."""
+    """1 for the board as it is written; up to 0.9 for the same digits line by line, less if there is other text."""
 
     def lines(board: str) -> list[str]:
         found = ["".join(c for c in line if c in "123456789") for line in board.split("\n")]
@@ -307,7 +307,7 @@ def digits(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 
 
 def arithmetic(goal: str | int) -> Judge:
-    """1 for an expression of just the numbers of the puzzle that comes to `goal`, or to what the metadata say it is."""
+    """Return a rule: 1 for an expression of exactly the puzzle's numbers with value `goal` (or `metadata[goal]`)."""
 
     def judge(text: str, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
         facts = entry["metadata"]
@@ -320,7 +320,7 @@ def arithmetic(goal: str | int) -> Judge:
 
 
 def value_of(text: str) -> tuple[Fraction, list[int]] | None:
-    """The exact value of whole numbers with + - * / and parentheses, and the numbers; None for any other text."""
+    """Return the exact value of whole numbers with + - * / and parentheses, and the numbers; None for other texts."""
     tokens: list[str] = []
     at = 0
     text = text.strip()
@@ -332,7 +332,7 @@ def value_of(text: str) -> tuple[Fraction, list[int]] | None:
         at = found.end()
     values: list[Fraction] = []
     waiting: list[str] = []
-    is_operand = True  # an operand is due
+    is_operand = True  # an operand comes next
     for token in tokens:
         if token == "(" or (is_operand and token in "+-"):
             if not is_operand:
@@ -367,7 +367,7 @@ def _rank(operator: str) -> int:
 
 
 def _apply(operator: str, values: list[Fraction]) -> bool:
-    """Replaces the last operands by what the operator makes of them; False for a division by zero."""
+    """Replace the operator's last one or two operands by its result; return False for a division by zero."""
     right = values.pop()
     if operator in ("u+", "u-"):
         values.append(right if operator == "u+" else -right)

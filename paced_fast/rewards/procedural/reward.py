@@ -1,4 +1,4 @@
-"""Rewards of procedural tasks: signed_sums by its exact checker, reasoning-gym by the rules of `task_rules`."""
+"""Rewards of procedural tasks: signed_sums by its exact checker, reasoning-gym by the rules in `rules`."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _WALL_FACTOR = 10
 
 
 class SignedSumsReward:
-    """1 for a completion that solves its prompt, a problem of the task signed_sums, else 0."""
+    """1 for a completion that solves its prompt, a problem of the task signed_sums; else 0."""
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         return [check_signed_sum(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
     def problem(self, columns: Mapping[str, Any]) -> str | None:
-        """That the prompt is none of the task; nothing where the columns come without it."""
+        """Return a message if the prompt is not a problem of this task; None if it is, or if there is no prompt."""
         prompt = columns.get("prompt")
         if prompt is None:
             return None
@@ -54,12 +54,12 @@ signed_sums = SignedSumsReward()
 
 
 class ReasoningGymReward:
-    """1 for a right answer by the rule of its task; a few tasks pay a part for a part (`task_rules`).
+    """1 for a right answer by the rule of its task; a few tasks give partial credit (see `rules`).
 
-    Most rules are our own. Where the package's checker has to read the text it does so in a sandbox, in a process for
-    this one text; the sandbox opens with the first row that needs it. An answer that costs more than
-    `settings.task_seconds` of processor time to check is wrong. `counts` has right, partial and wrong; timeout and
-    crashed, which are 0 as well; unscored, where the sandbox failed.
+    Most rules are our own. A checker of the package runs in a sandbox, in a separate process for each text; the sandbox
+    opens with the first row that needs it. An answer whose check takes more than `settings.task_seconds` of processor
+    time is wrong. `counts` has right, partial, wrong; timeout and crashed, which score 0 too; and unscored, for a
+    failure of the sandbox or no result in time by the clock.
     """
 
     def __init__(self, settings: RewardConfig | None = None) -> None:
@@ -99,10 +99,10 @@ class ReasoningGymReward:
         return [None if verdict is None else verdict[0] for verdict in found]
 
     def problem(self, columns: Mapping[str, Any]) -> str | None:
-        """What of an rg: source the row lacks, or that its task cannot be judged.
+        """Return the reason why the row cannot be judged (missing field of an rg: source, unusable task), or None.
 
         Raises:
-            InputError: the task needs a sandbox, and this machine has none.
+            InputError: the task needs a sandbox, and none works on this machine.
         """
         for key, kind in (("task", str), ("settings", Mapping), ("entry", Mapping)):
             if not isinstance(columns.get(key), kind):
@@ -119,23 +119,23 @@ class ReasoningGymReward:
     def _judged_here(
         self, task: str, settings: Mapping[str, Any], entry: Mapping[str, Any], completion: str
     ) -> tuple[float, str] | None:
-        """Score and verdict by a rule of our own, None where there is none."""
+        """Return score and verdict by our own rule, or None if only the package's checker can decide."""
         rule, text = rule_of(task), _text(completion)
         if rule.refused:
             raise InputError(f"reasoning-gym task {task!r} is refused: {rule.refused}")
         if text == str(entry.get("question", "")).strip():
-            return _named(0.0)  # the prompt again, which may end with its own answer
+            return _named(0.0)  # a repeated prompt, which may contain its answer at the end
         if rule.judge is not None:
             try:
                 return _named(rule.score(rule.judge(text, entry, settings)))
-            except RecursionError:  # lists in lists without end
+            except RecursionError:  # lists nested too deeply
                 return _named(0.0)
         return _named(1.0) if text and text == entry["answer"] else None
 
     def _checked(
         self, task: str, settings: Mapping[str, Any], entry: Mapping[str, Any], completion: str
     ) -> tuple[float | None, str]:
-        """Score and verdict by the package's checker."""
+        """Return score and verdict by the package's checker."""
         try:
             score, verdict = self._ask(task, settings, entry, _text(completion))
         except SandboxError as error:
@@ -147,9 +147,9 @@ class ReasoningGymReward:
         return _named(rule_of(task).score(score)) if verdict == "answered" else (0.0, verdict)
 
     def _ask(self, task: str, settings: Mapping[str, Any], entry: Mapping[str, Any], text: str) -> tuple[float, str]:
-        """The checker's score when it `answered`; else crashed, timeout (of the processor) or unscored (of the clock).
+        """Return the checker's score and `answered`, else 0 and crashed, timeout (CPU limit) or unscored (wall clock).
 
-        A checker that raises an error has been given something that is no answer.
+        If the checker raises an error, the text is not an answer: the score is 0.
         """
         assert self._sandbox is not None
         request = json.dumps({"literal": repr([task, dict(settings), dict(entry), text])}).encode()
@@ -175,7 +175,7 @@ class ReasoningGymReward:
         return 0.0, "crashed"
 
     def _flaw(self, task: str, settings: Mapping[str, Any], entry: Mapping[str, Any]) -> str | None:
-        """Why rows like this one cannot be judged; the checker is tried once on the answer of such a row."""
+        """Return why rows like this one cannot be judged, or None; the checker is tried once on such a row's answer."""
         rule = rule_of(task)
         if rule.refused:
             return f"reasoning-gym task {task!r} is refused: {rule.refused}"
@@ -219,7 +219,7 @@ class ReasoningGymReward:
 def _own_answer_flaw(
     judge: Judge, rule: Rule, task: str, settings: Mapping[str, Any], entry: Mapping[str, Any]
 ) -> str | None:
-    """That a row does not hold what its rule needs, as one made elsewhere may not."""
+    """Return a message if a row lacks what its rule needs (rows made elsewhere may), or its own answer is not right."""
     try:
         score = judge(str(entry["answer"]).strip(), entry, settings)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -233,7 +233,7 @@ def _own_answer_flaw(
 
 
 def _text(completion: str) -> str:
-    """What a completion answers: the inside of its last <answer>, else all of it."""
+    """Return the text inside a completion's last closed <answer> tag, else all of it, stripped."""
     inside = tagged(completion)
     return (completion if inside is None else inside).strip()
 

@@ -1,11 +1,11 @@
-"""What is right for each task of reasoning-gym: our own rule, or the package's checker in a sandbox.
+"""Rule for each task of reasoning-gym: our own, or the package's checker in a sandbox.
 
-A rule of our own compares texts, short numbers and formulas; it evaluates nothing and takes time in proportion to the
-text, so that it may run in the trainer. All other checkers parse what a model wrote and run where they can be killed.
+Our own rules compare texts, short numbers and formulas. They evaluate nothing and take time proportional to the length
+of the text, so they run in the trainer. All other checkers parse model output and run in processes that can be killed.
 
-The package pays some absurd texts: `nan` for any complex number, any text for a board that halts, `0` for a coin's
-0.03, another problem's answer for nine cells in ten, the prompt for a factorization. Such tasks have a rule of our own
-here, or count full marks only (`least`). At most 0.05 is paid for form alone and never counts.
+The package gives points to some absurd texts: `nan` for any complex number, any text for a board that halts, `0` for a
+coin's 0.03, another problem's answer for nine cells in ten, the prompt for a factorization. Such tasks have our own
+rule here, or only full marks count (`least`). Points for form alone are at most 0.05 and never count.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from paced_fast.rewards.procedural.dress import dressed
 from paced_fast.rewards.procedural.plain import Judge
 
 FORM_ALONE = 0.05
-"""Scores up to here are what reasoning-gym pays any text of the right form, and count as 0."""
+"""Highest score that reasoning-gym gives to any text of the right form; scores up to it count as 0."""
 _FULL = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """How one task is judged."""
+    """Rule of one task."""
 
     judge: Judge | None = None
-    """Our own rule, in the trainer; None for the package's checker, in a sandbox."""
+    """Our own rule, run in the trainer; None for the package's checker, run in a sandbox."""
     least: float = FORM_ALONE
-    """A score of the checker counts above this; 1 for full marks only."""
+    """Threshold that a checker's score must exceed to count; 1: only full marks count."""
     is_readable: Callable[[str], bool] | None = None
-    """Which answers of the package the rule can read; a row with another one is judged all the same."""
+    """Predicate for reference answers that the rule can read; rows with other answers are judged all the same."""
     refused: str = ""
-    """Why the task is refused, and what to do."""
+    """Reason why the task is refused, with the remedy; "" if it is not."""
 
     @property
     def needs_sandbox(self) -> bool:
-        """Whether code of the package reads the text."""
+        """True if code of the package reads the text."""
         return self.judge is None and not self.refused
 
     def score(self, checked: float) -> float:
-        """What counts of a checker's score."""
+        """Return the reward for a checker's score."""
         if self.least >= _FULL:
             return float(checked >= _FULL)
         return checked if checked > self.least else 0.0
 
 
 def rule_of(task: str) -> Rule:
-    """The rule of a task; a refusal for one that has none."""
+    """Return the rule of a task; for a task without one, a rule that refuses it."""
     return RULES.get(task) or Rule(
         refused="it was not tried with absurd answers, and its checker may pass anything: score it by a function of "
         "your own, reward=file.py:function"
@@ -110,7 +110,7 @@ def _rules() -> dict[str, Rule]:
     own |= {task: dressed(own[task]) for task in f"{contained} {by_share}".split()}
     in_full = "game_of_life_halting countdown puzzle24 fraction_simplification survo spell_backward"
     own |= {task: dressed(own[task], in_full=True) for task in in_full.split()}
-    # The package could not solve some of its integrals: their answers are integrals again.
+    # The package could not solve some of its integrals; their answers are unevaluated integrals.
     integrals = "intermediate_integration simple_integration"
     checked = (
         "advanced_geometry boxnet codeio cryptarithm graph_color jugs kakurasu knight_swap quantum_lock rubiks_cube "
@@ -127,4 +127,4 @@ def _rules() -> dict[str, Rule]:
 
 
 RULES: Mapping[str, Rule] = _rules()
-"""Every task of reasoning-gym 0.1.25."""
+"""Rule of every task of reasoning-gym 0.1.25."""
