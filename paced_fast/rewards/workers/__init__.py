@@ -1,1 +1,1 @@
-"""Processes that judge texts, and time limits for functions that stay in this one."""
+"""Worker processes that judge texts, and time limits for functions that run in this process."""

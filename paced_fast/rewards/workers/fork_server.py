@@ -1,9 +1,9 @@
-"""The program behind a `WorkerPool`: loads a judge once, then forks a worker for each socket it is handed.
+"""Server program of a `WorkerPool`: load a judge once, then fork a worker for each socket received.
 
-    python -P fork_server.py FILE MEMORY_BYTES      # its standard input is the pool's control socket
+    python -P fork_server.py FILE MEMORY_BYTES      # standard input is the pool's control socket
 
-FILE defines `judge(request) -> reply` on JSON values, and may define `prepare()`, called once before the first fork, so
-that a new worker is warm and costs a fork. Run as a file, without the package: a worker must not import torch.
+FILE defines `judge(request) -> reply` on JSON values. It may define `prepare()`, called once before the first fork, so
+that a new worker is warm and costs only a fork. Runs as a file, without the package: a worker must not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PAGE_BYTES = resource.getpagesize()
 
 
 def main() -> None:
-    """Serves until the pool closes its end or is gone; the workers end with this process."""
+    """Serve until the pool closes its end or dies; the workers end with this process."""
     path, memory_bytes = sys.argv[1], int(sys.argv[2])
     pool = os.getppid()
     with socket.socket(fileno=0) as control:
@@ -36,12 +36,12 @@ def main() -> None:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             getattr(module, "prepare", lambda: None)()
-        except Exception as error:  # whatever it is, the pool has to say it
+        except Exception as error:  # of any kind: the pool reports it
             control.sendall(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode() + b"\n")
             return
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
         control.sendall(b'{"ready": true}\n')
-        # The parent's id beside the end of the socket: a child of the pool's process may hold that open.
+        # Check the parent's id as well as the socket's end: a child of the pool's process may keep the socket open.
         while os.getppid() == pool:
             if not select.select([control], [], [], 1.0)[0]:
                 continue
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _work(judge: Any, connection: socket.socket, memory_bytes: int) -> None:
-    """The life of a worker: never returns."""
+    """Run a worker: answer requests until the connection ends. Never returns."""
     try:
         server = os.getppid()
         ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -75,11 +75,11 @@ def _work(judge: Any, connection: socket.socket, memory_bytes: int) -> None:
                 connection.sendall(b'{"retired": true}\n')
                 return
     finally:
-        os._exit(0)  # the pool sees the end of the socket, whatever happened here
+        os._exit(0)  # in every case the pool sees the end of the socket
 
 
 def _memory_bytes() -> tuple[int, int]:
-    """Virtual and resident size of this process."""
+    """Return the virtual and resident size of this process in bytes."""
     with open("/proc/self/statm", encoding="ascii") as file:
         size, resident = file.read().split()[:2]
     return int(size) * _PAGE_BYTES, int(resident) * _PAGE_BYTES

@@ -1,14 +1,14 @@
-"""Workers that judge requests and can be killed: one warm process that forks, one thread that hands out the work.
+"""Pool of workers that judge requests and can be killed: one warm process forks them, one thread distributes the work.
 
-A worker is forked from a process that has loaded the judge (`fork_server`): a new one costs milliseconds, and killing
-one that takes long is cheap. Every request first gets a short turn, `TURN_SECONDS`. One that needs longer while others
-wait is killed, and starts again when the short ones are done: a hostile request delays an honest one by a turn, never
-by the limit.
+A worker is forked from a process that has loaded the judge (`fork_server`), so a new one costs milliseconds, and
+killing a slow one is cheap. Every request first gets a short turn, `TURN_SECONDS`. If it needs longer while others
+wait, its worker is killed and it starts again after the short ones. A hostile request therefore delays an honest one by
+one turn, never by the time limit.
 
-A call of n requests to W workers returns within `seconds` + (n - 1) * TURN_SECONDS / W, and a fraction of a second for
-the killing, whatever the requests are and whatever other threads ask. The clock starts when the call is made, or when
-the processes are ready, should they still be starting. A request without a reply by then is a `timeout`. One whose
-worker dies or is stopped is tried once more on a fresh one, then it has `died`.
+A call of n requests to W workers returns within `seconds` + (n - 1) * TURN_SECONDS / W, plus a fraction of a second for
+killing, for any requests and any load from other threads. The clock starts with the call, or when the processes are
+ready if they are still starting. A request without a reply by then is a `timeout`. A request whose worker dies or is
+stopped is tried once more on a new worker; after a second time its reply is `died`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from paced_fast.rewards.workers.pool_loop import PoolLoop, Reply
 
 
 class WorkerPool:
-    """Judges lists of JSON requests by the `judge` of a program file; from any thread, from a forked process too.
+    """Judge lists of JSON requests by the `judge` of a program file. Usable from any thread and after a fork.
 
     Example: `WorkerPool(Path("math_judge.py"), name="math", num_workers=2, seconds=3.0).run([["1/2", "0.5"]])`
 
-    The processes start with the first call or with `warm`, and end with `close`, with the object, or with this process.
+    The processes start with the first call or `warm`, and end with `close`, with this object, or with this process.
     """
 
     def __init__(self, program: Path, *, name: str, num_workers: int, seconds: float) -> None:
@@ -38,7 +38,7 @@ class WorkerPool:
         self._end: Callable[[], Any] = lambda: None
 
     def run(self, requests: Sequence[Any]) -> list[Reply]:
-        """A reply for each request, in order.
+        """Return one reply per request, in order.
 
         Raises:
             InputError: the workers do not start.
@@ -46,21 +46,21 @@ class WorkerPool:
         return self._running().call(requests) if requests else []
 
     def warm(self) -> None:
-        """Starts the processes and waits until they are ready, so that the first call does not.
+        """Start the processes and wait until they are ready, so that the first call need not wait.
 
         Raises:
-            InputError: they do not start.
+            InputError: the workers do not start.
         """
         self._running().call([])
 
     def close(self) -> None:
-        """Ends the processes. A later call starts new ones."""
+        """End the processes. A later call starts new ones."""
         with self._lock:
             self._end()
             self._loop = None
 
     def _running(self) -> PoolLoop:
-        if self._pid != os.getpid():  # forked: the thread and the processes are the parent's
+        if self._pid != os.getpid():  # after a fork: thread and processes belong to the parent
             self._lock, self._pid, self._loop = threading.Lock(), os.getpid(), None
             self._end = lambda: None
         with self._lock:

@@ -1,4 +1,4 @@
-"""The thread of a `WorkerPool`: it owns the processes, hands out the requests and kills what is late."""
+"""Thread of a `WorkerPool`: it owns the processes, distributes the requests and kills workers that are late."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from paced_fast.errors import InputError
 logger = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.25
-# Half a turn by the clock, then half a turn of processor time: on a crowded machine the clock says little.
+# A turn is half its length by the clock, then half in processor time: on a busy machine the clock alone says little.
 _HALF_TURN = TURN_SECONDS / 2
 _START_SECONDS = 120.0
 _TICK_SECONDS = 0.02
-# Processes lost before they did anything, within so many seconds: then nothing will start here.
+# The pool gives up after _MOST_LOSSES processes lost before they did anything within _LOSS_SECONDS.
 _MOST_LOSSES = 6
 _LOSS_SECONDS = 60.0
 _CHUNK = 16
@@ -37,7 +37,7 @@ _SERVER = Path(__file__).with_name("fork_server.py")
 
 
 class Reply(NamedTuple):
-    """What became of a request; `value` is the judge's when it was `answered`."""
+    """Outcome of a request; `value` is the judge's reply if `kind` is `answered`."""
 
     kind: Literal["answered", "timeout", "died"]
     value: Any = None
@@ -54,7 +54,7 @@ class _Call:
     deaths: dict[int, int] = field(default_factory=dict)
     running: int = 0
     has_time: bool = False
-    """Whether only slow requests are left, and the deadline is theirs."""
+    """True once only slow requests are left and the deadline has been set for them."""
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -64,11 +64,11 @@ class _Worker:
     pid: int = 0
     call: _Call | None = None
     sent: deque[int] = field(default_factory=deque)
-    """Indices of the requests it holds; it works on the first."""
+    """Indices of the requests sent to this worker; it works on the first."""
     is_slow: bool = False
     began: float = 0.0
     cpu_began: float | None = None
-    """Processor time when its request had run for half a turn."""
+    """Processor seconds of the worker when its request had run for half a turn."""
     until: float = 0.0
     incoming: bytes = b""
     outgoing: bytes = b""
@@ -98,7 +98,7 @@ class PoolLoop:
         self._thread.start()
 
     def call(self, requests: Sequence[Any]) -> list[Reply]:
-        """A reply for each request; waits for them."""
+        """Return one reply per request, in order; blocks until all are there."""
         allowed = self._seconds + max(0, len(requests) - 1) * TURN_SECONDS / self._num_workers
         call = _Call(requests, time.monotonic() + allowed, deque(range(len(requests))))
         with self._lock:
@@ -113,7 +113,7 @@ class PoolLoop:
         return [call.replies.get(i, Reply("died")) for i in range(len(requests))]
 
     def stop(self) -> None:
-        """Ends the processes and the thread."""
+        """End the processes and the thread."""
         if self._pid != os.getpid():
             return
         self._stopping = True  # no lock: the garbage collector may call this anywhere
@@ -122,7 +122,7 @@ class PoolLoop:
             self._thread.join()
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):  # full: it wakes anyway; closed: it has ended
+        with contextlib.suppress(BlockingIOError, OSError):  # full: it wakes anyway; closed: the thread has ended
             self._wake_in.send(b"w")
 
     def _start_server(self) -> None:
@@ -149,7 +149,7 @@ class PoolLoop:
             logger.exception("%s: the pool fails", self._name)
             self.failure = f"reward {self._name!r}: its pool failed: {type(error).__name__}: {error}"
         with self._lock:
-            self._stopping = True  # nothing arrives any more
+            self._stopping = True  # no more calls arrive
         try:
             for worker in list(self._workers):
                 self._drop(worker)
@@ -199,7 +199,7 @@ class PoolLoop:
         elif "failed" in message or not self._is_ready:
             reason = message.get("failed", "the process ended")
             self.failure = f"reward {self._name!r}: its workers do not start: {reason}"
-        else:  # killed from outside: its workers end with it, and their requests are tried again
+        else:  # the server was killed: its workers end with it, and their requests are tried again
             logger.warning("%s: the process that forks the workers is gone; starting another", self._name)
             self._stop_server()
             self._start_server()
@@ -245,7 +245,7 @@ class PoolLoop:
             self._drop(worker)
 
     def _watch(self, worker: _Worker, now: float) -> None:
-        """Takes the work from a worker that is stopped or has had its time."""
+        """Take the work from a worker that is stopped or has used its time, and drop the worker."""
         call = worker.call
         if call is None:
             return
@@ -267,7 +267,7 @@ class PoolLoop:
             call.slow.append(worker.sent.popleft())
             self._give_back(worker, blame=False)
         else:
-            if had_turn and not worker.is_slow:  # nobody waits: its second turn follows the first
+            if had_turn and not worker.is_slow:  # no other request waits: it continues as a slow one
                 worker.is_slow, worker.until = True, call.deadline
             return
         self._drop(worker)
@@ -277,7 +277,7 @@ class PoolLoop:
         return is_full and any(call.fresh for call in self._calls)
 
     def _give_back(self, worker: _Worker, *, blame: bool) -> None:
-        """Puts what a worker holds back in front; `blame`: it was lost while it worked on the first of them."""
+        """Return a worker's requests to the front of the queue; with `blame` it was lost during the first of them."""
         call = worker.call
         if call is None:
             return
@@ -293,7 +293,7 @@ class PoolLoop:
         worker.sent.clear()
 
     def _settle(self, call: _Call, now: float) -> None:
-        """Ends a call that is complete or late."""
+        """End a call that is complete or late."""
         if not call.fresh and not call.has_time and not any(w.call is call and not w.is_slow for w in self._workers):
             call.has_time, call.deadline = True, min(call.deadline, now + self._seconds)
         if now > call.deadline and not call.running:
@@ -306,7 +306,7 @@ class PoolLoop:
             call.done.set()
 
     def _assign(self, now: float) -> None:
-        """Hands fresh requests to free workers, one call after the other, then slow ones."""
+        """Give free workers the fresh requests, taking calls in turn, then the slow ones; fork missing workers."""
         for worker in self._workers:
             if worker.call is not None or not worker.pid:
                 continue
@@ -344,7 +344,7 @@ class PoolLoop:
         except BlockingIOError:
             pass
         except OSError:
-            worker.outgoing = b""  # it is gone; reading will tell
+            worker.outgoing = b""  # the worker is gone; the next read notices
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outgoing else 0)
         self._selector.modify(worker.connection, events, worker)
 
@@ -353,7 +353,7 @@ class PoolLoop:
         with theirs:
             try:
                 socket.send_fds(self._control, [b"f"], [theirs.fileno()])
-            except OSError:  # the server is gone; reading its socket will tell
+            except OSError:  # the server is gone; the next read notices
                 ours.close()
                 return
         ours.setblocking(False)
@@ -371,10 +371,10 @@ class PoolLoop:
 
 
 def _state_of(pid: int) -> tuple[str, float]:
-    """Its state, a letter, and the processor seconds it has used."""
+    """Return the state of a process (a letter) and the processor seconds it has used."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "X", 0.0  # gone; the end of its socket will tell
+        return "X", 0.0  # gone; its socket will end
     fields = text.rpartition(")")[2].split()
     return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

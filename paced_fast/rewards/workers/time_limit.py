@@ -1,10 +1,10 @@
-"""A limit for functions that stay in this process, because of the models or connections they hold.
+"""Time limit for functions that run in this process because of the models or connections they hold.
 
-Nothing can end such a function from outside but the end of its process. So at the limit a signal, of the kernel's own
-clock, makes the main thread raise in it, wherever that is: `9**9**9**9`, which lets no other thread run, ends by it,
-and all but code that never looks for signals. What goes on all the same, or was called from another thread, ends the
-whole process a few seconds later: after a line that names it and a dump of the stacks, or after the stacks alone when
-it holds the interpreter's lock, as `sum(range(10**14))` does.
+Nothing outside can end such a function except the end of its process. At the limit a kernel timer therefore sends a
+signal that raises an exception in the main thread, wherever it is. This ends even `9**9**9**9`, which lets no other
+thread run, but not code that never checks for signals. If the function continues, or runs in another thread, the whole
+process ends a few seconds later: after a line that names the function and a dump of the stacks, or after the stacks
+alone if the function holds the interpreter lock, as `sum(range(10**14))` does.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 GRACE_SECONDS = 5.0
-# One that nobody else uses: rewards of other people set alarms of their own.
+# A signal that is otherwise unused: users' rewards may set alarms (SIGALRM) themselves.
 _SIGNAL = getattr(signal, "SIGRTMAX", signal.SIGUSR2)
 _MONOTONIC, _THREAD = 1, 4  # CLOCK_MONOTONIC, SIGEV_THREAD_ID
 
 
 class TookTooLong(BaseException):
-    """Raised in a function at its limit; `except Exception` does not stop it."""
+    """Raised in a function at its time limit; not caught by `except Exception`."""
 
     def __init__(self, stack: Sequence[traceback.FrameSummary]) -> None:
         super().__init__()
         self.stack = stack
-        """Where the main thread stood, the innermost call last."""
+        """Stack of the main thread at the limit, innermost call last."""
 
 
 @contextlib.contextmanager
 def limited(what: str, seconds: float) -> Iterator[None]:
-    """Ends what is inside after `seconds`; `what` is its name in the last line of a process that has to go.
+    """Limit the body to `seconds`; `what` names it in the error line if the whole process must end.
 
     Raises:
-        TookTooLong: in the main thread.
+        TookTooLong: the limit was reached in the main thread.
     """
     ended = threading.Event()
 
@@ -52,7 +52,7 @@ def limited(what: str, seconds: float) -> Iterator[None]:
     is_main = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
     timer = None
     if is_main:
-        signal.signal(_SIGNAL, interrupt)  # and stays: the signal may come when the call has just ended
+        signal.signal(_SIGNAL, interrupt)  # never reset: the signal may arrive just after the call
         timer = _start_timer(seconds)
     watch = threading.Thread(target=_watch, args=(what, seconds, ended, is_main), name="time limit", daemon=True)
     watch.start()
@@ -68,7 +68,7 @@ def limited(what: str, seconds: float) -> Iterator[None]:
 
 
 def stack_of(frame: FrameType | None) -> list[traceback.FrameSummary]:
-    """The calls that led to a frame, as they stand now."""
+    """Return the call stack of a frame as it is now, innermost call last."""
     return list(traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False))[::-1] if frame else []
 
 
@@ -87,18 +87,18 @@ class _Event(ctypes.Structure):
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(None, use_errno=True)
-    # Before version 2.34 of the C library timers were in another.
+    # Before glibc 2.34 the timer functions were in librt.
     return library if hasattr(library, "timer_create") else ctypes.CDLL("librt.so.1", use_errno=True)
 
 
 def _start_timer(seconds: float) -> ctypes.c_void_p:
-    """A timer of the kernel that signals this thread, once."""
+    """Start a kernel timer that signals this thread once after `seconds`, and return it."""
     timer = ctypes.c_void_p()
     event = _Event(None, int(_SIGNAL), _THREAD, threading.get_native_id())
     whole, rest = divmod(seconds, 1.0)
     times = (ctypes.c_long * 4)(
         0, 0, int(whole), max(1, int(rest * 1e9))
-    )  # seconds and nanoseconds, to repeat and first
+    )  # seconds and nanoseconds: the interval, then the first expiry
     if (
         _library().timer_create(_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)) != 0
         or _library().timer_settime(timer, 0, times, None) != 0
@@ -112,7 +112,7 @@ def _watch(what: str, seconds: float, ended: threading.Event, is_main: bool) -> 
         return
     if is_main and ended.wait(GRACE_SECONDS):
         return
-    with contextlib.suppress(OSError, ValueError):  # nobody may be left to read it
+    with contextlib.suppress(OSError, ValueError):  # the other end may be closed
         sys.stderr.write(f"\nerror: {what} did not end within {seconds:g} s: the run ends\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(2, all_threads=True)
