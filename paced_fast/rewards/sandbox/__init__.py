@@ -1,19 +1,19 @@
-"""Isolated execution of programs that a model wrote.
+"""Isolated execution of programs written by a model.
 
     sandbox = open_sandbox("auto", Limits(seconds=5))
     outcome = sandbox.run("print(input()[::-1])", b"abc")
 
-A program gets no expected output, no environment, no file system but Python's library and a scratch folder of its own,
-no network, no sockets, no child processes; it may start threads. It can read installed packages only in a sandbox that
-was opened with `modules`. A fault in the kernel is outside of what this holds.
+A program has no expected output, no environment, no network, no sockets, no child processes, and no files except
+Python's library and its own scratch folder; it may start threads. It can read installed packages only in a sandbox
+opened with `modules`. Bugs in the kernel are not covered.
 
-Where there are no namespaces, a fork server asked for by name makes do with Landlock and seccomp: a program then has no
-scratch folder, reads and changes nothing outside of Python's library, but can tell that a file exists and how large it
-is, and shares its limit of threads with the trainer's user unless that is root.
+Without namespaces, a fork server requested by name uses only Landlock and seccomp. A program then has no scratch folder
+and can read or change nothing outside Python's library, but it can see that a file exists and how large it is, and it
+shares its thread limit with the trainer's user unless that is root.
 
-    fork_server   a fork of a warm interpreter in namespaces of its own, another user, Landlock, seccomp, limits
+    fork_server   a fork of a warm interpreter in its own namespaces, as another user, with Landlock, seccomp, limits
     bubblewrap    a new interpreter in bwrap with the same filter, Landlock and limits
-    unsafe        a plain process with limits; must be asked for by name
+    unsafe        a plain process with limits; must be requested by name
 """
 
 from paced_fast.rewards.sandbox.calls import CALL, VERDICT

@@ -1,9 +1,9 @@
-"""Calls from one process of the sandbox to another, which whoever started both hands on: a test's to the program's.
+"""Calls from a test to a program in two processes of the sandbox; the process that started both forwards them.
 
-A test and the program that it tests share no process, so nothing that the program does to its own reaches the test:
-what comes back of a call is read as plain data (see `values`), and the verdict goes out where only the test can write.
-Lines of the test begin with CALL, for the program, or VERDICT, for whoever asked; each call has a number drawn for it,
-which its answer repeats, so that no answer given before or twice counts.
+A test and the program under test share no process, so the program cannot affect the test by changing its own process.
+The result of a call is read as plain data (see `values`), and only the test can write the verdict.
+A line of the test begins with CALL (for the program) or VERDICT (for the process that started both). Each call has a
+random id, which its answer repeats, so that early or repeated answers do not count.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Send = Callable[[bytes], None]
 
 
 def answer(line: str, find: Callable[[], Callable[..., Any]], held: dict[int, Iterator[Any]]) -> bytes:
-    """The answer to one request: a value or an error of the function that `find` gives, and what became of arguments.
+    """Return the answer to one request: the value or error of the function from `find`, and the changed arguments.
 
-    Iterators that it returns stay here, in `held`, and give their values one by one when they are asked for.
+    Iterators that the function returns stay here, in `held`; their values are sent one by one on request.
     """
     request = json.loads(line)
     (arguments, named), objects = unpack(request["nodes"], request["given"])
@@ -63,10 +63,10 @@ def answer(line: str, find: Callable[[], Callable[..., Any]], held: dict[int, It
 
 
 def run_test(settings: dict[str, Any], names: dict[str, Any], read: Callable[[], str], send: Send) -> None:
-    """Run a test's `check` on a function elsewhere and say what came of it.
+    """Run a test's `check` on a function in another process and send the verdict.
 
-    `names` holds what the test may use besides. `settings`: the text of the `test`; `entry`, the name of the function;
-    `finite`, whether the program's numbers have to be; `shown`, whether the test sees what calls did to arguments.
+    `names` holds the helpers of the test. `settings`: `test`, the source of the test; `entry`, the function's name;
+    `finite`, True if the program's numbers must be finite; `shown`, True if the test sees changes to arguments.
     """
     far = _Far(names, read, send, finite=settings["finite"], shown=settings["shown"])
 
@@ -90,11 +90,11 @@ def run_test(settings: dict[str, Any], names: dict[str, Any], read: Callable[[],
 
 
 class _NotSent(BaseException):
-    """An argument of the test that is no plain data; the program has no part in that, and no test expects it."""
+    """An argument in the test is not plain data. The program is not the cause, and no test catches this exception."""
 
 
 class _Far:
-    """The function elsewhere, from where the test is."""
+    """Proxy in the test's process for the function in the program's process."""
 
     def __init__(
         self, names: dict[str, Any], read: Callable[[], str], send: Send, *, finite: bool, shown: bool
@@ -103,7 +103,7 @@ class _Far:
         self._finite, self._shown = finite, shown
 
     def call(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The value of a call, or its error raised."""
+        """Call the function and return its value, or raise its error."""
         try:
             nodes, given, objects = pack([arguments, named])
         except NotPlain as error:
@@ -135,7 +135,7 @@ class _Far:
             )
             error = None if raised is None else self._error(raised, values)
             value = values[0] if raised is None else None
-        except Exception as fault:  # whatever hostile data brings about: no test may take it for the program's error
+        except Exception as fault:  # caused by hostile data: a test must not mistake it for an error of the function
             self._fail(f"no value that a test can have: {fault}")
         if error is not None:
             raise error
@@ -150,17 +150,17 @@ class _Far:
             yield value
 
     def _error(self, kinds: list[str], arguments: list[Any]) -> Exception:
-        """The nearest error that both sides know."""
+        """Return an error of the first class in `kinds` (its class and bases, by name) that the test knows too."""
         for name in kinds:
             for kind in (self._names.get(name), getattr(builtins, str(name), None)):
                 if isinstance(kind, type) and issubclass(kind, Exception):
                     try:
                         return kind(*arguments)
                     except TypeError:
-                        continue  # it is made of something else
+                        continue  # this class needs other arguments
         raise ValueError("an error of no kind")
 
     def _fail(self, why: str) -> NoReturn:
-        """The test is over, and cannot catch this."""
+        """Send the verdict `failed` and end the process, which the test cannot prevent."""
         self._send(VERDICT + line_of({"verdict": "failed", "why": why}))
         os._exit(1)

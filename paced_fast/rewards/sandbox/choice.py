@@ -1,4 +1,4 @@
-"""Which sandbox there is on this machine, how strong it is, and proof of that before it is used."""
+"""Choose the sandbox of this machine, determine its layers, and test it with attacks before it is used."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 _KINDS = {"fork_server": "fork", "bubblewrap": "bwrap", "unsafe": "plain"}
 _PATIENT = Limits(seconds=120.0, start_seconds=120.0, cpu_seconds=60)
-"""Of the program that tries the sandbox: a user's limits are for programs to be judged, and may be far tighter."""
+"""Limits of the self-test; a user's limits are for the programs to be judged and may be far tighter."""
 _NAMESPACES = "namespaces (pid, net, ipc, uts, mount)"
 _ANYWAY = "--reward.sandbox unsafe runs programs without isolation, as yourself"
 
-# Tries what must not work and prints the names of what did; `honest` must.
+# Attempts forbidden actions and an `honest` one; prints the names of those that succeeded, which must be just that one.
 _SELF_TEST = """
 import os, socket, _socket, ctypes, json
 got = []
@@ -70,15 +70,15 @@ if "ptrace" not in got:  # a traced process stops where it would become another 
 def open_sandbox(
     name: str = "auto", limits: Limits | None = None, workers: int = 0, modules: Sequence[str] = ()
 ) -> Sandbox:
-    """The sandbox of that name for `workers` programs at a time (0: one per core), its strength tried and logged.
+    """Return the sandbox of that name for `workers` programs at a time (0: one per core), tested and logged.
 
-    Programs may import installed packages when `modules` names some; a fork server has loaded those before it forks.
+    If `modules` names packages, programs may import installed packages; a fork server loads `modules` before it forks.
 
-    `auto` is fork_server with all of its layers, else bubblewrap with all of its own, and never less: weaker isolation
-    must be asked for by name.
+    `auto` is fork_server with all its layers, else bubblewrap with all its layers, never less: weaker isolation must be
+    requested by name.
 
     Raises:
-        InputError: this machine cannot isolate as asked; says what is missing, or that it was not known in time.
+        InputError: this machine cannot isolate as requested (with the missing parts), or the test took too long.
     """
     limits = limits or Limits()
     workers = workers or os.cpu_count() or 1
@@ -106,7 +106,7 @@ def open_sandbox(
 
 
 def _try(name: str, limits: Limits, workers: int, modules: Sequence[str]) -> tuple[Box | None, str]:
-    """The sandbox, None when it is not to be trusted, and what it lacks."""
+    """Return the sandbox (None if it cannot be trusted) and a description of what it lacks ("" for nothing)."""
     packages = _packages(modules)
     settings: dict[str, Any] = {"kind": _KINDS[name], "uids": _free_uids(), **_paths(name, packages)}
     settings |= {"modules": list(modules), "packages": list(packages)}
@@ -143,15 +143,16 @@ def _try(name: str, limits: Limits, workers: int, modules: Sequence[str]) -> tup
 
 
 def _is_weak(name: str, layers: dict[str, Any]) -> bool:
-    """Without namespaces Landlock and seccomp must hold alone, which Landlock does from its version 3 on."""
+    """Return True for a fork server without seccomp or Landlock; without namespaces it needs Landlock 3 or newer."""
     enough = layers["seccomp"] and layers["landlock"] >= (1 if layers["namespaces"] else TRUNCATION)
     return name == "fork_server" and not enough
 
 
 def _self_test(box: Box) -> str:
-    """What the sandbox lacks, as a few attacks show; empty when they are held and an honest program works.
+    """Return what the sandbox lacks; "" if it blocks a few test attacks and an honest program works.
 
-    Raises SandboxTimeout when that is not known in time.
+    Raises:
+        SandboxTimeout: the test program gave no result in time.
     """
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
@@ -191,9 +192,9 @@ def _describe(name: str, layers: dict[str, Any]) -> str:
 
 
 def _free_uids() -> list[int]:
-    """User ids that nobody has: the limit of threads counts per user, so each keeper gets one of its own.
+    """Return unused user ids: the thread limit counts per user, so each keeper gets its own id.
 
-    Only root can change to them; a container may know few ids.
+    Only root can change to them; a container may map few ids.
     """
     ranges = []
     for line in Path("/proc/self/uid_map").read_text().splitlines():
@@ -206,7 +207,7 @@ def _free_uids() -> list[int]:
 
 
 def _packages(modules: Sequence[str]) -> tuple[str, ...]:
-    """The folders of installed packages, those of `modules` among them; none unless some are named."""
+    """Return the folders of installed packages, including those of `modules`; empty if `modules` is empty."""
     if not modules:
         return ()
     found = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
@@ -220,9 +221,9 @@ def _packages(modules: Sequence[str]) -> tuple[str, ...]:
 
 @functools.cache
 def _paths(name: str, packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What a Python interpreter reads, as `binds` in an order that works, and `links` between them."""
+    """Return the paths that a Python interpreter reads: `binds`, in a valid mount order, and `links` between them."""
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib"]
-    # Not what sysconfig says unasked: in a virtual environment that is where its packages are.
+    # Without `vars`, sysconfig gives the folder of a virtual environment, which has only packages.
     platform = sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix})
     standard = [os.path.dirname(os.path.realpath(os.__file__)), platform]
     files = ["/etc/ld.so.cache"]

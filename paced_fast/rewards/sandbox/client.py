@@ -1,4 +1,4 @@
-"""The trainer's side of a sandbox: its keepers, and one program with its pipes, clock and byte counts."""
+"""Trainer's side of a sandbox: its keepers (servers), and a program with its pipes, clock and byte counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 from paced_fast.rewards.sandbox.limits import Ending, Limits, Outcome, SandboxError, SandboxTimeout
 
 _PACKAGE = str(Path(__file__).resolve().parent)
-# Makes the modules of this folder importable under their names without what else the trainer's packages import.
+# Makes the modules of this folder importable under their names without the other imports of their packages.
 _BOOT = """
 import sys, types
 for name, path in (("paced_fast", []), ("paced_fast.rewards", []), ("paced_fast.rewards.sandbox", [sys.argv[2]])):
@@ -35,7 +35,7 @@ _HELLO_SECONDS = 60.0
 
 
 class Keeper:
-    """One server process. One program at a time, from one thread at a time."""
+    """One server process. It runs one program at a time, for one thread at a time."""
 
     def __init__(self, settings: dict[str, Any], python: str, uid: int) -> None:
         ours, theirs = socket.socketpair()
@@ -70,7 +70,12 @@ class Keeper:
         self.pid = self._process.pid
 
     def start(self, limits: Limits, descriptors: list[int]) -> int:
-        """A pidfd of a new process that has `descriptors` as its own."""
+        """Start a process with `descriptors` as its own and return its pidfd.
+
+        Raises:
+            SandboxError: the keeper failed or has died.
+            SandboxTimeout: it took longer than `limits.start_seconds`.
+        """
         request = {key: getattr(limits, key) for key in ("memory_mib", "cpu_seconds", "file_mib", "threads", "files")}
         try:
             socket.send_fds(self._socket, [json.dumps({"limits": request}).encode()], descriptors)
@@ -85,11 +90,11 @@ class Keeper:
         return received[0]
 
     def status(self) -> dict[str, Any]:
-        """Of the process last started, which has ended."""
+        """Return the status of the process started last, which has ended."""
         return self._receive(_GRACE_SECONDS)
 
     def close(self) -> None:
-        """End it; what it still runs ends with it."""
+        """End the server and any program that it still runs."""
         self._socket.close()
         try:
             self._process.wait(_GRACE_SECONDS)
@@ -114,7 +119,7 @@ class Keeper:
 
 
 class Program:
-    """A process in the sandbox with its pipes. Everything it writes is counted, nothing it says is believed."""
+    """A process in the sandbox with its pipes. All of its output is counted and none is trusted."""
 
     def __init__(self, keeper: Keeper, limits: Limits) -> None:
         self._keeper, self._limits = keeper, limits
@@ -147,21 +152,21 @@ class Program:
         self._began = time.monotonic()
 
     def send(self, request: bytes, stdin: bytes | None = None) -> None:
-        """Hand over a line for the harness, and all of the program's input with it; written as it is read."""
+        """Queue a line for the harness and, if given, all of the program's input; written as the program reads."""
         self._to_send[self._requests] = memoryview(request + b"\n")
         if stdin is not None:
             self._to_send[self._stdin] = memoryview(stdin)
 
     def answer(self) -> bytes | None:
-        """The next line of the harness; None when there will be none. The clock is the parent's."""
+        """Return the next line from the harness, None if there will be none. The parent's clock limits the wait."""
         return self._line(time.monotonic() + self._limits.seconds)
 
     def wait(self) -> None:
-        """Until the process has ended, be it by a limit; not until its pipes are closed."""
+        """Wait until the process has ended, by itself or at a limit; not until its pipes are closed."""
         self._pump(time.monotonic() + self._limits.seconds, until_line=False)
 
     def finish(self) -> Outcome:
-        """Kill the process if it still runs and say what is known of it.
+        """Kill the process if it still runs, and return its outcome.
 
         Raises:
             SandboxError: the keeper has died.
@@ -187,7 +192,7 @@ class Program:
         )
 
     def release(self) -> None:
-        """Close what is still open; whatever runs is the keeper's to end."""
+        """Close the open descriptors; the keeper ends the process if it still runs."""
         _close(self._open)
         self._open = []
 
@@ -200,7 +205,7 @@ class Program:
         return bytes(line)
 
     def _pump(self, deadline: float, *, until_line: bool) -> None:
-        """Move bytes both ways until there is a line, the process has ended, or it must be."""
+        """Move bytes both ways until a line arrives (if `until_line`), or the process ends or is killed at a limit."""
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         for descriptor in self._received:
@@ -227,7 +232,7 @@ class Program:
                 self._read(descriptor)
 
     def _read(self, descriptor: int) -> bool:
-        """Whether there may be more; never more than the limit is kept."""
+        """Read the available bytes, up to about the output limit; return True if more may come."""
         received = self._received[descriptor]
         while len(received) <= self._limits.output_kib * 1024:
             try:
@@ -240,7 +245,7 @@ class Program:
         return True
 
     def _write(self, descriptor: int) -> bool:
-        """Whether there is more to write."""
+        """Write as much as possible; return True if more is left."""
         left = self._to_send[descriptor]
         try:
             left = left[os.write(descriptor, left) :]
@@ -270,12 +275,12 @@ def _close(descriptors: list[int]) -> None:
 
 
 class Box:
-    """A sandbox: a few keepers, each started when first needed and replaced when it fails."""
+    """A sandbox: up to `workers` keepers, each started when first needed and replaced when it fails."""
 
     def __init__(self, name: str, settings: dict[str, Any], python: str, limits: Limits, workers: int) -> None:
         self.strength = name
         self._settings, self._python, self._limits = settings, python, limits
-        # Of keepers that live at once, and of the one just ended, each has another.
+        # Keepers alive at the same time, and one that has just ended, all have different user ids.
         self._uids = itertools.cycle(settings.pop("uids"))
         self._slots: queue.LifoQueue[Keeper | None] = queue.LifoQueue()
         self._lock, self._keepers = threading.Lock(), set[Keeper]()
@@ -309,7 +314,7 @@ class Box:
         raise AssertionError
 
     def layers(self) -> tuple[dict[str, Any], list[str]]:
-        """Of one keeper: what is on, and what is missing and why."""
+        """Return the active layers of one keeper, and the missing ones with the reasons."""
         with self._keeper() as keeper:
             return keeper.layers, keeper.missing
 
@@ -336,7 +341,7 @@ class Box:
 
     @contextlib.contextmanager
     def _keeper(self) -> Iterator[Keeper]:
-        """A keeper of one's own; one that fails is ended and its place given back."""
+        """Borrow a keeper; if an error occurs, the keeper is ended and its slot is freed."""
         keeper = self._slots.get()
         try:
             if keeper is None or keeper not in self._keepers:
@@ -358,7 +363,7 @@ class Box:
 
 
 class _Session:
-    """A program whose function is called; its keeper serves nobody else until `finish`."""
+    """A program whose function is called; its keeper runs no other program until `finish`."""
 
     def __init__(self, program: contextlib.AbstractContextManager[Program], first: bytes) -> None:
         self._context = program
@@ -367,7 +372,7 @@ class _Session:
 
     def ask(self, request: bytes | None) -> bytes | None:
         """As `Session` says."""
-        # The program goes first and the first arguments with it: it is read, and runs, before they are.
+        # The first arguments are sent together with the program, which is read and run before they are read.
         if self._first is not None:
             self._program.send(self._first if request is None else self._first + b"\n" + request, stdin=b"")
             self._first = None

@@ -1,8 +1,10 @@
-"""What runs inside the sandbox: give up every right, then run one program. No test and no expected output gets here.
+"""Code that runs inside the sandbox: give up all rights, then run one program.
 
-Descriptors: 0 to 2 are the program's own, REQUESTS brings one JSON object per line, ANSWERS takes one back.
-The first request holds the program. With a function's name in it, each further request holds the arguments of one call,
-or with `test` the program is what a test needs, and the test calls a function elsewhere (see `calls`).
+The program under test never receives tests or expected outputs.
+
+Descriptors: 0 to 2 belong to the program; REQUESTS delivers one JSON object per line, ANSWERS returns one per line.
+The first request holds the program. If it names a function, each further request holds the arguments of one call. If it
+has `test`, the program is the helper code of that test, which calls a function in another process (see `calls`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ REQUESTS, ANSWERS = 3, 4
 SCRATCH = "/tmp"
 _MIB = 1 << 20
 _STACK_MIB = 112
-# What answers on practice sites take for granted; a program's own names replace these.
+# Names that solutions for practice sites assume; a program's own definitions replace them.
 _PRELUDE = """
 from bisect import *
 from collections import *
@@ -46,11 +48,11 @@ from string import *
 from typing import *
 import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
 """
-_RECURSION_LIMIT = 50_000  # of functions, which on practice sites do not set it; the stack is large enough
+_RECURSION_LIMIT = 50_000  # for functions: on practice sites they do not set it themselves; the stack is large enough
 
 
 def lock(settings: dict[str, Any]) -> None:
-    """Give up, for good, all that a program has no need of. `settings` says what this machine and backend have."""
+    """Give up for good all rights that a program does not need. `settings` holds the limits and available layers."""
     limits = settings["limits"]
     stack = resource.getrlimit(resource.RLIMIT_STACK)[1]
     wanted = _STACK_MIB * _MIB
@@ -81,14 +83,14 @@ def lock(settings: dict[str, Any]) -> None:
 
 
 def add_packages(folders: list[str]) -> None:
-    """Let programs import what is installed in these folders, in one thread: a filter may forbid to start more."""
+    """Let programs import packages from these folders, with one thread each: a filter may forbid more."""
     sys.path += folders
     if folders:
         os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
 
 def run() -> None:
-    """Run the program that REQUESTS brings and end the process; what the program does is its own affair."""
+    """Run the program received from REQUESTS and end the process with its status; any error in it gives status 1."""
     status, module = 1, None
     try:
         os.write(ANSWERS, b"ready\n")
@@ -127,16 +129,16 @@ def run() -> None:
 
 @functools.cache
 def known_names() -> frozenset[str]:
-    """What a program may use without defining it."""
+    """Return the names that a program may use without defining them."""
     names: dict[str, Any] = {}
     exec(_PRELUDE, names)
     return frozenset(names.keys() | vars(builtins).keys())
 
 
 def _prepare(name: str) -> types.ModuleType:
-    """The module in which a program runs, in an interpreter that looks as a fresh one does.
+    """Return the module in which a program runs, and make the interpreter look like a fresh one.
 
-    A function's module is not the main one, so that a program's own use of the function does not run.
+    If a function will be called, the module is not `__main__`, so that the program's main block does not run.
     """
     module = types.ModuleType(name)
     module.__dict__["__builtins__"] = builtins
@@ -145,18 +147,18 @@ def _prepare(name: str) -> types.ModuleType:
     sys.set_int_max_str_digits(0)
     sys.stdin, sys.stdout, sys.stderr = (_stream(number) for number in range(3))
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
-    for word in ("exit", "quit"):  # which only the module site makes
+    for word in ("exit", "quit"):  # normally defined by the module `site`
         setattr(builtins, word, _sitebuiltins.Quitter(word, "Ctrl-D (i.e. EOF)"))
     socket.socketpair = lambda *_: tuple(map(_PipeEnd, os.pipe()))  # type: ignore[assignment]
     exec(_PRELUDE, module.__dict__)
     for word in module.__dict__.keys() & vars(builtins).keys():
         if not word.startswith("__"):
-            del module.__dict__[word]  # pow of math, compile of re
+            del module.__dict__[word]  # keep the built-in pow (not math's) and compile (not re's)
     return module
 
 
 class _PipeEnd:
-    """Half of the pair by which an event loop of asyncio wakes itself, where there are no sockets: it goes one way."""
+    """One-way replacement, without sockets, for half of the socket pair with which an asyncio loop wakes itself."""
 
     def __init__(self, descriptor: int) -> None:
         self._end = descriptor
@@ -178,8 +180,8 @@ class _PipeEnd:
 
 
 def _finalize(module: types.ModuleType) -> None:
-    """What the end of an interpreter does: objects of the program go, and what its files hold is written."""
-    _flush_files()  # a cycle's parts go in any order, a file perhaps before what buffers it
+    """Finalise as an interpreter does: delete the program's objects and flush its files."""
+    _flush_files()  # objects in a cycle are deleted in any order, perhaps a file before its buffer
     names = module.__dict__
     for name in [*names]:
         if name != "__builtins__":
@@ -193,7 +195,7 @@ def _flush_files() -> None:
     for kind in (io.TextIOWrapper, io.BufferedWriter):
         for file in files:
             if isinstance(file, kind):
-                with contextlib.suppress(Exception):  # closed, or for reading
+                with contextlib.suppress(Exception):  # closed, or opened for reading
                     file.flush()
 
 
@@ -203,7 +205,7 @@ def _stream(number: int) -> io.TextIOWrapper:
 
 
 def _answer_calls(requests: io.TextIOWrapper, name: str, names: dict[str, Any], *, plain: bool) -> None:
-    """One line of JSON for each call: {"value": ...} or {"error": ...}, or with `plain` what `calls` reads."""
+    """Write one line of JSON per call: {"value": ...} or {"error": ...}; with `plain`, in the format of `calls`."""
 
     def find() -> Any:
         solution = names.get("Solution")

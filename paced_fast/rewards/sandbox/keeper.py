@@ -1,9 +1,9 @@
-"""The process that starts programs and reaps them, one at a time; it holds neither tests nor programs itself.
+"""Server process that starts and reaps programs, one at a time; it holds neither tests nor programs itself.
 
 Its standard input is a socket. A request is one JSON object with five descriptors: the program's input, output and
-errors, and the two of the harness. It answers with a pidfd of the new process, and when that has ended with its status.
+errors, and the two of the harness. The reply is a pidfd of the new process and, when that has ended, its status.
 
-Kinds: `fork` (a fork of this process, which has Python's library loaded already), `bwrap` and `plain` (new ones).
+Kinds: `fork` (a fork of this process, with Python's library already loaded), `bwrap` and `plain` (a new interpreter).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from paced_fast.rewards.sandbox import harness, linux, seccomp
 
-# Where a program's own interpreter finds this package: its place outside may be hidden, and need not be known.
+# Path of this package for a program's own interpreter: its real path may be hidden and need not be known.
 _PACKAGE = "/harness"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _SCRATCH_FLAGS = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
@@ -35,7 +35,7 @@ _PRELOADED = (
 
 
 def main() -> None:
-    """Serve until the other end of the socket is closed. The settings are the last argument, as JSON."""
+    """Serve until the other end of the socket closes. The settings are the last argument, as JSON."""
     settings = json.loads(sys.argv.pop())
     channel = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 class Keeper:
-    """State of the server: which rights it has left to take away."""
+    """State of the server: its settings, and the layers of isolation that are active or missing."""
 
     def __init__(self, settings: dict[str, Any], channel: socket.socket) -> None:
         self.settings, self.channel = settings, channel
@@ -88,7 +88,7 @@ class Keeper:
         else:
             self.layers["namespaces"] = True
             if os.geteuid() == 0:
-                # bubblewrap runs as another user, who may not be let into the folders on the way to the interpreter.
+                # bubblewrap runs as another user, who may lack access to the folders above the interpreter.
                 _named("unshare", linux.unshare, linux.NEWNS)
                 linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
                 _new_root([*settings["binds"], settings["bwrap"], "/proc"], settings["links"], self.package)
@@ -97,7 +97,7 @@ class Keeper:
             os.write(self._filter, seccomp.starting_filter() if self.layers["seccomp"] else b"")
 
     def _isolate(self) -> None:
-        """Leave the machine's namespaces and its file system; what the keeper cannot see, its children cannot."""
+        """Leave the machine's namespaces and file system: children cannot see what the keeper cannot see."""
         uid, gid = os.geteuid(), os.getegid()
         flags = linux.NEWNS | linux.NEWNET | linux.NEWUTS | linux.NEWIPC | linux.NEWPID
         proc = os.open("/proc", os.O_PATH)
@@ -107,7 +107,7 @@ class Keeper:
             _named("unshare of a user namespace", linux.unshare, flags | linux.NEWUSER)
             for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
                 _write_at(proc, f"self/{name}", text)
-        first = os.fork()  # its first child is process 1 of the new namespace: when that ends, so does everything in it
+        first = os.fork()  # process 1 of the new namespace: everything in it ends with this one
         if first:
             self.channel.close()
             _, status = os.waitpid(first, 0)
@@ -119,7 +119,7 @@ class Keeper:
         os.close(proc)
 
     def serve(self) -> None:
-        """One program after another."""
+        """Serve requests, one program after another."""
         while True:
             message, descriptors, _, _ = socket.recv_fds(self.channel, 1 << 16, 5)
             if not message:
@@ -137,7 +137,7 @@ class Keeper:
         poll.register(pidfd, select.POLLIN)
         poll.register(self.channel, select.POLLHUP)
         while not any(descriptor == pidfd for descriptor, _ in poll.poll()):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # whoever asked has gone
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # the client is gone
             poll.unregister(self.channel)
         os.close(pidfd)
         _, status, usage = os.wait4(pid, 0)
@@ -146,7 +146,7 @@ class Keeper:
         _send(self.channel, {"status": os.waitstatus_to_exitcode(status), "cpu": cpu, "peak_kib": usage.ru_maxrss})
 
     def _reap(self) -> None:
-        """Nothing that a program started outlives it, and no zombie stays: here they come when their parent dies."""
+        """Kill and reap the processes that a program left behind: orphans become children of this process."""
         while True:
             if self.kind == "plain":
                 for child in _children():
@@ -165,12 +165,12 @@ class Keeper:
             "readable": [*self.settings["binds"], *DEVICES],
             "scratch": self.layers["namespaces"],
             "packages": self.settings["packages"],
-            "others": 0,  # tasks of the same user that the limit of threads must not count
+            "others": 0,  # tasks of the same user, added to the thread limit so that they do not use it up
         }
         if self.kind == "fork" and self.layers["namespaces"]:
             linux.unshare(linux.NEWPID)
             inner["others"] = 0 if self.layers["uid"] else 2  # the keeper and its parent, in their user namespace
-        elif self.kind != "bwrap":  # its user namespace counts anew
+        elif self.kind != "bwrap":  # the user namespace of bwrap has its own count
             inner["others"] = _tasks_of(self.layers["uid"] or os.geteuid())
         pid = os.fork()
         if pid == 0:
@@ -184,8 +184,8 @@ class Keeper:
         return pid
 
     def _become(self, inner: dict[str, Any], descriptors: list[int]) -> None:
-        """Of the child: never returns."""
-        # First out of the way of 0 to 4, then there.
+        """Become the program, in the child. Never returns."""
+        # Duplicate the descriptors above 0 to 4 first, then move them there.
         high = [os.dup(descriptor) for descriptor in descriptors]
         for target, descriptor in enumerate(high):
             os.dup2(descriptor, target, inheritable=True)
@@ -218,7 +218,7 @@ class Keeper:
             os.setresuid(uid, uid, uid)
 
     def _bubblewrap(self, scratch_mib: int) -> list[str]:
-        """Its command line."""
+        """Return the command line of bubblewrap."""
         words = [
             self.settings["bwrap"],
             "--unshare-user",
@@ -244,7 +244,7 @@ class Keeper:
 
 
 def inside() -> None:
-    """Entry point of a new interpreter that runs one program."""
+    """Run one program in a new interpreter; its entry point. Never returns."""
     settings = json.loads(sys.argv.pop())
     try:
         os.closerange(5, 1 << 16)
@@ -260,7 +260,7 @@ def inside() -> None:
 
 
 def _new_root(binds: list[str], links: dict[str, str], package: str | None = None) -> None:
-    """A file system of only these paths, read-only, and of this package; the machine's own is gone."""
+    """Replace the file system by one with only these paths and this package, read-only."""
     linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755,size=1m")
     os.mkdir("/tmp/old")
     linux.pivot_root("/tmp", "/tmp/old")
@@ -312,7 +312,7 @@ def _children() -> list[int]:
 
 
 def _tasks_of(uid: int) -> int:
-    """Processes and threads of a user, which share one limit; 0 where that cannot be told."""
+    """Return the number of a user's tasks (processes and threads), which share one limit; 0 if it is not visible."""
     total = 0
     for entry in os.scandir("/proc"):
         try:

@@ -1,4 +1,4 @@
-"""What a program may use, and what is known of it afterwards."""
+"""Limits of a sandboxed program, its outcome, and the interface of a sandbox."""
 
 from __future__ import annotations
 
@@ -11,56 +11,56 @@ Ending = Literal["exit", "signal", "timeout", "output", "stopped"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Of one program; the kernel holds it to them, the parent's clock to `seconds`."""
+    """Limits of one program. The kernel enforces them, except `seconds`, which the parent's clock enforces."""
 
     seconds: float = 5.0
-    """Wall time of a program that reads its input, or of one call of a function."""
+    """Wall time of a program that reads its input, or of one function call, in seconds."""
     cpu_seconds: int = 10
-    """CPU time of all threads, whole seconds."""
+    """CPU time of all threads together, in whole seconds."""
     memory_mib: int = 512
-    """Address space; programs have no child processes, so this is all they have."""
+    """Address space in MiB; without child processes, this is the program's total."""
     file_mib: int = 16
-    """Largest file, and all files together where the scratch folder is a file system of its own."""
+    """Size in MiB of the largest file, and of all files together if the scratch folder is a separate file system."""
     output_kib: int = 1024
-    """Output, errors and answers together; a program is killed beyond."""
+    """Size in KiB of output, errors and answers together; a program that exceeds it is killed."""
     threads: int = 32
-    """Threads at once, the first included."""
+    """Simultaneous threads, including the main thread."""
     files: int = 64
     """Open files."""
     start_seconds: float = 20.0
-    """Time to get a program's process ready; longer is a failure of the sandbox, not of the program."""
+    """Time limit in seconds to start a program's process; exceeding it is a failure of the sandbox, not the program."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """One program that has ended."""
+    """Result of a program that has ended."""
 
     ended: Ending
-    """`exit` by itself; `signal`: killed by one, as for its CPU time; `timeout` and `output`: killed beyond a limit;
-    `stopped`: killed because nothing more was asked of it."""
+    """`exit`: ended by itself; `signal`: killed by a signal, for example for its CPU time; `timeout`, `output`: killed
+    at that limit; `stopped`: killed because it was no longer needed."""
     status: int
-    """Exit status, or minus the number of the signal."""
+    """Exit status, or minus the signal number."""
     stdout: bytes
     stderr: bytes
     wall_seconds: float
     cpu_seconds: float
     peak_mib: float
-    """Resident memory at its largest."""
+    """Peak resident memory in MiB."""
 
 
 class SandboxError(RuntimeError):
-    """The sandbox failed, so nothing is known of the program: it is neither right nor wrong."""
+    """The sandbox failed, so nothing is known about the program: it is neither right nor wrong."""
 
 
 class SandboxTimeout(SandboxError):
-    """The sandbox did not get ready in time: it may lack nothing and the machine be busy."""
+    """The sandbox was not ready in time; nothing need be missing, the machine may just be busy."""
 
 
 class Session(Protocol):
-    """A program whose function is called again and again."""
+    """A running program whose function is called repeatedly."""
 
     def ask(self, request: bytes | None) -> bytes | None:
-        """The answer to one line of JSON, or with none what it says by itself; None when it ended, or was ended."""
+        """Send one line of JSON (nothing if None) and return the program's next line; None if the program has ended."""
         ...
 
     def finish(self) -> Outcome:
@@ -69,10 +69,10 @@ class Session(Protocol):
 
 
 class Sandbox(Protocol):
-    """Runs programs in isolation; to be used from any thread."""
+    """Run programs in isolation; usable from any thread."""
 
     strength: str
-    """Its name and the layers that are on, in words."""
+    """Name of the sandbox and of its active layers."""
 
     def run(self, program: str, stdin: bytes = b"", limits: Limits | None = None) -> Outcome:
         """Run a program to its end.
@@ -85,9 +85,9 @@ class Sandbox(Protocol):
     def session(
         self, program: str, function: str, limits: Limits | None = None, *, more: Mapping[str, Any] | None = None
     ) -> Session:
-        """Start a program whose `function` is to be called; `finish` must be called in the end.
+        """Start a program whose `function` will be called; the caller must call `finish` at the end.
 
-        `more` goes to the harness with it: `plain` for calls as `calls` makes them, `test` for one that makes them.
+        `more` is passed to the harness: `plain` if the calls come from `calls`, `test` for a test making such calls.
 
         Raises:
             SandboxError: the sandbox failed twice.
@@ -95,9 +95,9 @@ class Sandbox(Protocol):
         ...
 
     def close(self) -> None:
-        """End all its processes."""
+        """End all processes of the sandbox."""
         ...
 
     def keepers(self) -> Sequence[int]:
-        """Process ids of its servers."""
+        """Return the process ids of the sandbox's servers."""
         ...

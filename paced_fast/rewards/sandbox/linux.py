@@ -1,4 +1,4 @@
-"""Calls to the Linux kernel that Python has no function for, by ctypes. Runs inside the sandbox as well as outside."""
+"""Linux system calls for which Python has no function, by ctypes. Used both inside and outside the sandbox."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SECCOMP_MODE_FILTER = 2
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same numbers on every architecture
 _LANDLOCK_VERSION = 1
 TRUNCATION = 3
-"""Version of Landlock from which on truncating a file is a right of its own."""
+"""First version of Landlock in which truncating a file is a separate right."""
 NOBODY = 65534
-"""The user and group without rights."""
+"""User and group id without rights."""
 _READ = 1 << 2 | 1 << 3  # files, directories
 _WRITE_FILE, _TRUNCATE = 1 << 1, 1 << 14
-# What a program may do below its scratch folder: read, write, remove, make folders, files and links, rename, truncate.
+# Rights of a program below its scratch folder: read, write, remove, make folders, files and links, rename, truncate.
 _SCRATCH = _READ | _WRITE_FILE | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 12 | 1 << 13 | _TRUNCATE
 _NET, _SCOPES = 0b11, 0b11  # bind and connect by TCP; abstract sockets and signals
 
@@ -40,7 +40,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: object) -> int:
-    """A function of the C library; OSError with its name when it returns -1."""
+    """Call a function of the C library. Raise OSError with its name if it returns -1."""
     result = getattr(_libc(), name)(*arguments)
     if result == -1:
         number = ctypes.get_errno()
@@ -57,17 +57,17 @@ def _syscall(name: str, number: int, *arguments: object) -> int:
 
 
 def unshare(flags: int) -> None:
-    """Leave namespaces of the caller; new process ids begin with its next child."""
+    """Move the caller to new namespaces; a new process-id namespace begins with its next child."""
     call("unshare", flags)
 
 
 def join_pid_namespace(descriptor: int) -> None:
-    """Children are born in the namespace of `descriptor` again."""
+    """Start the caller's future children in the process-id namespace of `descriptor` again."""
     call("setns", descriptor, NEWPID)
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
-    """mount(2)."""
+    """Call mount(2); an OSError names the target."""
     words = [None if word is None else word.encode() for word in (source, target, kind)]
     try:
         call("mount", *words, ctypes.c_ulong(flags), data.encode())
@@ -76,10 +76,10 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str = ""
 
 
 def bind_read_only(source: str, target: str) -> None:
-    """Show the file or folder `source` at `target`, not to be written."""
+    """Bind-mount the file or folder `source` at `target`, read-only (devices stay writable)."""
     mount(source, target, None, MS_BIND | MS_REC)
-    # In a user namespace flags that the mount has already must be given again; those of statvfs are those of mount(2),
-    # relatime aside.
+    # In a user namespace, flags that the mount already has must be repeated. statvfs and mount(2) use the same bits,
+    # except for relatime.
     old = os.statvfs(target).f_flag
     kept = old & (MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME) | (MS_RELATIME if old & 4096 else 0)
     is_device = target.startswith("/dev/")
@@ -88,56 +88,56 @@ def bind_read_only(source: str, target: str) -> None:
 
 
 def pivot_root(new: str, old: str) -> None:
-    """`new` becomes the root, what was the root is then at `old`."""
+    """Make `new` the root and move the old root to `old`."""
     _syscall("pivot_root", _PIVOT_ROOT[platform.machine()], new.encode(), old.encode())
 
 
 def detach(target: str) -> None:
-    """Unmount with everything below."""
+    """Unmount `target` with everything below it."""
     call("umount2", target.encode(), _MNT_DETACH)
 
 
 def become_subreaper() -> None:
-    """Orphans below become children of the caller instead of process 1's."""
+    """Make orphaned descendants children of the caller instead of process 1."""
     call("prctl", _PR_SET_SUBREAPER, 1, 0, 0, 0)
 
 
 def die_with_parent() -> None:
-    """SIGKILL when the thread that forked this process ends."""
+    """Have the kernel send SIGKILL to this process when the thread that forked it ends."""
     call("prctl", _PR_SET_PDEATHSIG, 9, 0, 0, 0)
 
 
 def drop_capabilities() -> None:
-    """No capability left, and none to be had again."""
+    """Drop all capabilities for good."""
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
     call("capset", header, ctypes.create_string_buffer(24))
 
 
 def forbid_new_privileges() -> None:
-    """No setuid program helps from here on; Landlock and seccomp ask for this."""
+    """Deny setuid programs any new privileges from now on; Landlock and seccomp require this."""
     call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def hide_memory() -> None:
-    """No core dump, and no process of the same user may look into this one."""
+    """Disable core dumps, and deny other processes of the same user access to this one's memory."""
     call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def use_one_arena() -> None:
-    """Threads share malloc's arena: one of their own reserves 64 MiB of address space, which is limited."""
+    """Make all threads share one malloc arena: others would each reserve 64 MiB of the limited address space."""
     with contextlib.suppress(AttributeError):  # another C library
         _libc().mallopt(-8, 1)
 
 
 def apply_filter(program: bytes) -> None:
-    """Install a seccomp program for the calling thread and all that it starts."""
+    """Install a seccomp program for the calling thread and all its descendants."""
     code = ctypes.create_string_buffer(program, len(program))
     pointer = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(code)))
     call("prctl", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, pointer, 0, 0)
 
 
 def has_seccomp() -> bool:
-    """Whether the kernel takes seccomp filters: a null program is a bad address to one that does."""
+    """Return True if the kernel supports seccomp filters; if so, a null program gives EFAULT."""
     try:
         call("prctl", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, None, 0, 0)
     except OSError as error:
@@ -146,7 +146,7 @@ def has_seccomp() -> bool:
 
 
 def landlock_abi() -> int:
-    """Version of Landlock; 0 where the kernel has none or it is switched off."""
+    """Return the version of Landlock; 0 if the kernel lacks it or it is disabled."""
     try:
         return _syscall("landlock", _LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION)
     except OSError:
@@ -154,7 +154,7 @@ def landlock_abi() -> int:
 
 
 def restrict_files(abi: int, readable: Iterable[str], writable: Iterable[str]) -> None:
-    """Landlock: only these paths may be read or written from here on, no TCP, no signals out (as `abi` allows)."""
+    """Restrict this process by Landlock to these paths; no TCP, no signals to outside (as far as `abi` supports)."""
     handled = (1 << 13 if abi < 2 else 1 << 14 if abi < 3 else 1 << 15 if abi < 5 else 1 << 16) - 1
     attributes = struct.pack("=QQQ", handled, _NET, _SCOPES)[: 8 if abi < 4 else 16 if abi < 6 else 24]
     ruleset = _syscall("landlock", _LANDLOCK_CREATE, attributes, len(attributes), 0)
@@ -163,8 +163,8 @@ def restrict_files(abi: int, readable: Iterable[str], writable: Iterable[str]) -
             try:
                 descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except OSError:
-                continue  # what is not there need not be allowed
-            # Only rights of files may be given to one.
+                continue  # a missing path needs no rule
+            # A rule for a file may contain only the rights of files.
             is_folder = os.path.isdir(path)
             allowed = access & handled & (-1 if is_folder else 1 << 2 | _WRITE_FILE | _TRUNCATE)
             rule = struct.pack("=Qi", allowed, descriptor)

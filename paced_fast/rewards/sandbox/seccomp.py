@@ -1,7 +1,8 @@
-"""A seccomp filter as a list of what is allowed, assembled here: no library is needed.
+"""Seccomp filters as lists of allowed system calls, assembled here without a library.
 
-Everything else fails with EPERM, clone3 with ENOSYS so that the C library falls back to clone, whose flags can be read.
-A filter for one architecture kills calls of another; x32 calls have numbers of their own and are simply not listed.
+Every other call fails with EPERM; clone3 fails with ENOSYS, so that the C library falls back to clone, whose flags a
+filter can read. A filter for one architecture kills a process that makes calls of another; x32 calls have different
+numbers, which are not listed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _COLUMN = {"x86_64": 0, "aarch64": 1}
 _LOAD, _EQUAL, _AND, _RETURN = 0x20, 0x15, 0x54, 0x06
 _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 
-# name: its number on x86_64 and on aarch64 (None where there is none), the usual ones first.
+# name: its numbers on x86_64 and aarch64 (None if there is none), the most frequent first.
 _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63),
     "write": (1, 64),
@@ -121,7 +122,7 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "getpgrp": (111, None),
     "getpgid": (121, 155),
     "getsid": (124, 156),
-    "wait4": (61, 260),  # finds no child, as it should
+    "wait4": (61, 260),  # harmless: there are no children
     "waitid": (247, 95),
     "getrusage": (98, 165),
     "getrlimit": (97, 163),
@@ -146,12 +147,12 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "exit_group": (231, 94),
 }
 _CLONE, _CLONE3, _IOCTL, _FCNTL = (56, 220), (435, 435), (16, 29), (72, 25)
-# What acts on names and needs no right to write: on the trainer's files too, where the program is of the same user.
+# Calls that act on names without the right to write: on the trainer's files too if the program has the same user.
 _ON_NAMES = {"chmod", "fchmod", "fchmodat", "utimensat", "truncate", "link", "linkat", "symlink", "symlinkat", "rename"}
 _ON_NAMES |= {"renameat", "renameat2", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "creat"}
 _PRLIMIT, _KILL_CALL, _TGKILL = (302, 261), (62, 129), (234, 131)
 
-# What the harness still needs between the start of an interpreter and its own filter.
+# Calls that the harness also needs between the start of an interpreter and its own filter.
 _STARTING: dict[str, tuple[int | None, int | None]] = {
     "execve": (59, 221),
     "mount": (165, 40),
@@ -160,7 +161,7 @@ _STARTING: dict[str, tuple[int | None, int | None]] = {
     "capset": (126, 91),
     "setsid": (112, 157),
     "set_tid_address": (218, 96),
-    # Two filters allow what both do, and the second knows the process id.
+    # A call must pass both filters, and the second one checks the process id.
     "prlimit64": _PRLIMIT,
     "kill": _KILL_CALL,
     "tgkill": _TGKILL,
@@ -180,35 +181,35 @@ _NEW_NAMESPACES = (
     | linux.NEWPID
     | linux.NEWNET
 )
-# TCGETS, FIONBIO, FIONREAD, FIONCLEX, FIOCLEX, TIOCGWINSZ: what opening a file asks; above all not TIOCSTI.
+# TCGETS, FIONBIO, FIONREAD, FIONCLEX, FIOCLEX, TIOCGWINSZ, which opening a file uses; above all not TIOCSTI.
 _HARMLESS_IOCTLS = (0x5401, 0x5421, 0x541B, 0x5450, 0x5451, 0x5413)
-# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_SETPIPE_SZ, F_GETPIPE_SZ: no locks, which one program could see
-# of another, no owner and no signal to be sent there.
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_SETPIPE_SZ, F_GETPIPE_SZ: no locks, which other programs could
+# see, and no owner, to which signals would be sent.
 _HARMLESS_FCNTLS = (0, 1, 2, 3, 1030, 1031, 1032)
 _SET_FLAGS, _O_ASYNC = 4, 0x2000
 
 
 def has_table(machine: str = "") -> bool:
-    """Whether there are numbers for this machine's architecture."""
+    """Return True if the table has the call numbers of this machine's architecture."""
     return (machine or platform.machine()) in ARCHITECTURES
 
 
 def lowest_filter(pid: int, machine: str = "", *, has_scratch: bool = True) -> bytes:
-    """For a running program of process id `pid`: threads but no processes, no sockets, signals to itself only.
+    """Return the filter of a running program: threads but no processes, no sockets, signals only to its own id `pid`.
 
-    Without a scratch folder nothing that names files but opening and looking.
+    Without a scratch folder, the only calls on file names are those that open or inspect a file.
     """
     allowed = {name: _ALLOWED[name] for name in _ALLOWED if has_scratch or name not in _ON_NAMES}
     return _assemble(machine or platform.machine(), allowed, pid)
 
 
 def starting_filter(machine: str = "") -> bytes:
-    """For an interpreter that still has to start and to install `lowest_filter`."""
+    """Return the filter of an interpreter that has yet to start and to install `lowest_filter`."""
     return _assemble(machine or platform.machine(), {**_ALLOWED, **_STARTING}, None)
 
 
 def refusing_filter(numbers: dict[str, tuple[int, int]], machine: str = "") -> bytes:
-    """Everything but these calls, which fail with EPERM: a kernel that forbids them, for tests of what is then said."""
+    """Return a filter under which only these calls fail (EPERM), to test messages on a kernel that forbids them."""
     machine = machine or platform.machine()
     code = _load(0)
     for number in numbers.values():
@@ -244,11 +245,11 @@ def _load(offset: int) -> _Code:
 
 
 def _only_if(number: int, argument: int, values: list[int], mask: int | None = None) -> _Code:
-    """The call `number` when the low word of an argument, masked, is one of `values`; both architectures are little."""
+    """Allow call `number` if the masked low word of an argument is one of `values`; both machines are little-endian."""
     body = _load(16 + 8 * argument)
     if mask is not None:
         body.append((_AND, 0, 0, mask))
-    # From each comparison to the last instruction, which allows.
+    # Each comparison jumps to the last instruction, which allows the call.
     body += [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
     body += [(_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)]
     return [(_EQUAL, 0, len(body), number), *body]

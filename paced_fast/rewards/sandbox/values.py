@@ -1,8 +1,8 @@
-"""Values as they go from one process to another: a list of nodes in JSON, of which only plain data can be made again.
+"""Encoding of values sent between processes: a JSON list of nodes, from which only plain data can be decoded.
 
-None, booleans, integers, floats and text stand for themselves; every other value is a node `[kind, part, ...]`, and
-where it is a part of another it is written `[number of its node]`. So what is shared or contains itself stays so, and
-nothing is nested. Subclasses become what they are made of: a Counter a dictionary, a named tuple a tuple.
+None, booleans, integers, floats and text are written as they are. Every other value is a node `[kind, part, ...]`;
+inside another node it is written `[number of its node]`. Shared and cyclic values therefore stay shared and cyclic, and
+nothing is nested. Subclasses become their base type: a Counter a dictionary, a named tuple a tuple.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _MISSING = object()
 
 
 class NotPlain(TypeError):
-    """A value that does not go from one process to another."""
+    """The value cannot be sent to another process."""
 
 
 def pack(
     roots: Sequence[Any], known: Sequence[Any] = (), hold: Callable[[Iterator[Any]], int] | None = None
 ) -> tuple[list[Node], list[Any], list[Any]]:
-    """The nodes of all that `roots` reach, the roots as parts, and the object of each node.
+    """Return the nodes of all objects reachable from `roots`, the roots as parts, and the object of each node.
 
-    `known` are the objects of the first nodes, of which only what can be changed is written again. An iterator is read
-    to its end, or `hold` gives it a number by which it can be asked for its next value.
+    `known` are the objects of the first nodes; only the mutable ones are written again. An iterator is read to its end;
+    with `hold` it is kept instead, and `hold` returns the number by which its next value can be requested.
 
     Raises:
-        NotPlain: an object that is no plain data.
+        NotPlain: an object is not plain data.
     """
     objects = list(known)
     places = {id(thing): place for place, thing in enumerate(objects)}
@@ -81,7 +81,7 @@ def _node(value: Any, part: Callable[[Any], Any], hold: Callable[[Iterator[Any]]
 
 
 def is_changing(node: Node) -> bool:
-    """Whether what the node stands for can be changed in its place."""
+    """Return True if the object of a node is mutable."""
     return node[0] in _CHANGING
 
 
@@ -94,13 +94,13 @@ def unpack(
     follow: Callable[[int], Iterator[Any]] | None = None,
     finite: bool = False,
 ) -> tuple[list[Any], list[Any]]:
-    """The roots, and the object of each node.
+    """Return the roots, and the object of each node.
 
-    `known` are objects that the first nodes stand for; of them those in `changed` get the contents of their nodes.
-    `follow` makes an iterator of the number of one that is held. With `finite` a number that is not is refused.
+    `known` are the objects of the first nodes; those whose index is in `changed` receive the contents of their nodes.
+    `follow` makes an iterator from the number of a held one. With `finite`, a number that is not finite is refused.
 
     Raises:
-        ValueError, TypeError, IndexError, KeyError, ArithmeticError: the nodes are not what `pack` makes.
+        ValueError, TypeError, IndexError, KeyError, ArithmeticError: the nodes were not made by `pack`.
     """
     objects = [*known, *[_MISSING] * (len(nodes) - len(known))]
 
@@ -176,5 +176,5 @@ def _fill(thing: Any, node: Node, value: Callable[[Any], Any]) -> None:
 
 
 def line_of(message: dict[str, Any]) -> bytes:
-    """A message as one line of JSON."""
+    """Return a message as one line of JSON."""
     return json.dumps(message).encode() + b"\n"
