@@ -1,18 +1,19 @@
-r"""Verifiers: completion text -> reward in [0, 1], or None where there is no verdict.
+r"""Verifiers: completion text -> reward in [0, 1], or None if the verifier cannot decide.
 
-A reward function has TRL's signature, `f(prompts, completions, **columns) -> list[float | None]`: every column of the
-data rows is a list aligned with the completions, which are plain text. Without `**columns` it gets those it names.
+A reward function has TRL's signature, `f(prompts, completions, **columns) -> list[float | None]`. Completions are plain
+text; each column of the data rows is a list with one entry per completion. A function without `**columns` receives only
+the columns that its parameters name. Async functions have the same signature and run concurrently.
 
-Async functions with the same signature wait together.
-A callable object may have, besides: `problem(columns) -> str | None`, what keeps a row from ever being judged, asked
-when the data are read, of the columns and the `prompt`; `counts`, a Counter of verdicts by kind; `close()`.
+A callable object may also define `problem(columns) -> str | None`, which returns the reason why a row can never be
+judged (called when the data are read, with the row's columns and its `prompt`); `counts`, a Counter of verdicts by
+kind; and `close()`.
 
-    exact            the text is the answer, white space aside; numbers by value (43 is 43.0)
+    exact            the text equals the answer; white space is ignored, numbers compare by value (43 is 43.0)
     number           the last number of the text is the answer
-    math             math-verify on what the text commits to at its end: a box, "the answer is", a closing sentence
-    math_strict      one value in the last \boxed{}, written out and exactly the answer; the rules are in `math`
+    math             math-verify on the final answer of the text: a box, "the answer is", a closing sentence
+    math_strict      one value in the last \boxed{}, written out and exactly the answer; see `math.reward`
     code             a program that passes all tests of its row, run in a sandbox
-    reasoning_gym    the rule of the row's task: our own, or the package's checker in a sandbox (`task_rules`)
+    reasoning_gym    our own rule for the row's task, or the package's checker in a sandbox; see `procedural.rules`
     signed_sums      the exact checker of that task
     package.module:function, path/to/file.py:function
     verl:..., trl:...  functions written for those trainers (see `foreign`)

@@ -1,9 +1,9 @@
-"""Reward functions written for other trainers, in the shape of ours.
+"""Adapters for reward functions written for other trainers.
 
-    verl:MODULE:FUNCTION   compute_score(data_source, solution_str, ground_truth, extra_info) of verl, once a completion
-    trl:MODULE:FUNCTION    a function of TRL that expects chats: lists of messages as prompts and completions
+    verl:MODULE:FUNCTION   verl's compute_score(data_source, solution_str, ground_truth, extra_info), per completion
+    trl:MODULE:FUNCTION    a TRL function that expects chats: prompts and completions are lists of messages
 
-A plain `MODULE:FUNCTION` has TRL's signature with text, and needs no adapter.
+A plain `MODULE:FUNCTION` has TRL's signature with text and needs no adapter.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from paced_fast.rewards.user_function import is_async, missing_column, parameter
 
 
 class VerlReward:
-    """verl's `compute_score` over a batch, async or not. It may return a number or a dict with `score`, or None.
+    """verl's `compute_score` applied to a batch; async or not. It may return a number, a dict with `score`, or None.
 
-    The ground truth is `reward_model["ground_truth"]` as verl's data sets have it, else the column `ground_truth`, else
-    `answer`. Columns `data_source` and `extra_info` are handed on, None where a row has none.
+    The ground truth is `reward_model["ground_truth"]` as in verl's data sets, else the column `ground_truth`, else
+    `answer`. The columns `data_source` and `extra_info` are passed on; they are None if the row has none.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -36,7 +36,7 @@ class VerlReward:
             )
 
     def problem(self, columns: Mapping[str, Any]) -> str | None:
-        """That a row has no ground truth."""
+        """Return a message if the row has no ground truth, else None."""
         if _ground_truth(columns) is None:
             return f"reward {self._name!r} needs reward_model.ground_truth, ground_truth or answer: the row has none"
         return None
@@ -68,7 +68,7 @@ class VerlReward:
 
 
 class TRLChatReward:
-    """A reward function of TRL that reads chats: text becomes one message, of the user or of the assistant."""
+    """A TRL reward function that expects chats: a text prompt becomes a user message, a completion an assistant one."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self._name, self._function = name, function
@@ -77,7 +77,7 @@ class TRLChatReward:
         self._names = parameters_of(function)
 
     def problem(self, columns: Mapping[str, Any]) -> str | None:
-        """That a row lacks a column which the function needs."""
+        """Return a message if the row lacks a column that the function needs, else None."""
         name = missing_column(self._function, columns)
         return None if name is None else f"reward {self._name!r} needs a column {name!r}: the row has none"
 

@@ -1,4 +1,4 @@
-"""From the name of a reward to its function."""
+"""Load the function of a reward by its name."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from paced_fast.rewards.text import exact, number
 RewardFunction = Callable[..., Sequence[float | None]]
 
 BUILT_IN = ("exact", "number", "math", "math_strict", "code", "reasoning_gym", "signed_sums")
-"""The rewards of this package, by their names."""
+"""Names of the rewards of this package."""
 
 
 def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFunction:
-    """The reward function of that name or import path; `settings` are for those that run workers or programs.
+    """Return the reward function with that name or import path; `settings` is for those with workers or a sandbox.
 
     Raises:
-        InputError: no such name (with the nearest match), module, file or function.
+        InputError: there is no such name (the message gives the nearest match), module, file or function.
     """
     settings = settings or RewardConfig()
     if name in ("math", "math_strict"):
@@ -51,10 +51,10 @@ def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFuncti
 
 
 def import_function(name: str, kind: str) -> RewardFunction:
-    """The function at `package.module:function` or `path/to/file.py:function`; `kind` is what messages call it.
+    """Return the function at `package.module:function` or `path/to/file.py:function`; messages call it `kind`.
 
     Raises:
-        InputError: no such module, file or function, or the module fails.
+        InputError: there is no such module, file or function, or importing the module fails.
     """
     module_name, _, function_name = name.rpartition(":")
     if not module_name or not function_name:

@@ -1,4 +1,4 @@
-"""Rewards split over ranks."""
+"""Scoring split over ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Judge = Callable[[Sequence[PromptRow], Sequence[str]], Scores]
 
 
 def gather_scores(world: World, own: Scores) -> Scores:
-    """The rewards of all ranks, in order of rank; None, no verdict, travels as NaN, which no reward is."""
+    """Return the rewards of all ranks, in rank order. None (unscored) is sent as NaN, which is never a reward."""
     if world.size == 1:
         return own
     coded = torch.tensor([float("nan") if score is None else score for score in own], dtype=torch.float64)
@@ -26,7 +26,7 @@ def gather_scores(world: World, own: Scores) -> Scores:
 
 
 def shared_judge(world: World, judge: Judge) -> Judge:
-    """`judge` over the ranks: each scores its part of the completions, and all get every score."""
+    """Return `judge` split over the ranks: each rank scores its share of the completions and receives all scores."""
 
     def score(rows: Sequence[PromptRow], texts: Sequence[str]) -> Scores:
         part = world.share(len(texts))
@@ -39,7 +39,7 @@ def shared_judge(world: World, judge: Judge) -> Judge:
 
 
 def summed_counts(world: World, own: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """Verdicts by kind of each reward, counted over all ranks."""
+    """Return the verdicts by kind of each reward, summed over all ranks."""
     if world.size == 1:
         return own
     total: dict[str, Counter[str]] = {}

@@ -1,4 +1,4 @@
-"""Completions of many rows, judged by the rewards that each row names."""
+"""Score completions of many rows, each by the reward that its row names."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from paced_fast.rewards.terms import Term, parse_reward
 from paced_fast.rewards.user_function import Call, missing_column, reason, run_all
 
 _WINDOW = 256
-"""Completions over which the share without a verdict is taken, or one call's where that has more."""
+"""Number of recent completions over which the unscored share is computed; a larger single call counts in full."""
 
 
 class Scorer:
-    """Judges completions: each reward function is loaded once and called once for all of its rows.
+    """Score completions: each reward function is loaded once, and called once for all of its rows.
 
-    A row's reward is a name or a sum of them, `0.7*math+0.3*exact`; the weights are scaled to add up to 1. A completion
-    that one of the parts has no verdict on has none.
+    A row's reward is a name or a weighted sum, `0.7*math+0.3*exact`; the weights are scaled to add up to 1. If one term
+    returns None for a completion, the completion is unscored.
 
-    Example: `Scorer(row.reward for row in table.rows)` loads what the rows name, so that a wrong name fails early.
+    Example: `Scorer(row.reward for row in table.rows)` loads all rewards of the rows, so that a wrong name fails early.
 
     Raises:
-        InputError: a name that `load_reward` does not know, or a sum that `parse_reward` cannot read.
+        InputError: `load_reward` does not know a name, or `parse_reward` cannot read a sum.
     """
 
     def __init__(self, names: Iterable[str] = (), settings: RewardConfig | None = None) -> None:
@@ -39,7 +39,7 @@ class Scorer:
             self._terms(name)
 
     def problem(self, name: str, columns: Mapping[str, Any]) -> str | None:
-        """What keeps the reward `name` from ever judging a row of these columns, None when nothing does."""
+        """Return the reason why the reward `name` can never judge a row with these columns, or None if it can."""
         for term in self._terms(name):
             function = self._functions[term.name]
             asked = getattr(function, "problem", None)
@@ -58,9 +58,9 @@ class Scorer:
         return None
 
     def take_counts(self) -> dict[str, dict[str, int]]:
-        """Verdicts by kind (right, wrong, timeout ...) of each reward function that counts them, since last asked.
+        """Return verdicts by kind (right, wrong, timeout ...) per reward function since the last call, and reset them.
 
-        Of the others only the `unscored` are counted.
+        For a function that does not count its verdicts, only `unscored` is reported.
         """
         taken: dict[str, dict[str, int]] = {}
         for name, function in self._functions.items():
@@ -74,20 +74,20 @@ class Scorer:
         return taken
 
     def close(self) -> None:
-        """Ends the processes of the reward functions that have some."""
+        """Close every reward function that has a `close` method, which ends its processes."""
         for function in self._functions.values():
             close = getattr(function, "close", None)
             if close is not None:
                 close()
 
     def score(self, rows: Sequence[PromptRow], completions: Sequence[str]) -> list[float | None]:
-        """One reward in [0, 1] for each completion, in order; `rows[i]` is the prompt of `completions[i]`.
+        """Return one reward in [0, 1] per completion, in order; `rows[i]` is the row of `completions[i]`.
 
-        None means unscored: no verdict could be had, and the completion must count neither as right nor as wrong.
-        Async functions wait together, while the others run.
+        None means unscored: the reward could not decide, so the completion must count neither as right nor as wrong.
+        Async functions run concurrently, while the plain ones run.
 
         Raises:
-            InputError: a reward function failed or returned something other than one number in [0, 1] a completion.
+            InputError: a reward function failed, or did not return one number in [0, 1] or None per completion.
         """
         if len(rows) != len(completions):
             raise InputError(
@@ -117,11 +117,11 @@ class Scorer:
         return [_weighted(self._terms(row.reward), verdicts, i) for i, row in enumerate(rows)]
 
     def check_failures(self) -> None:
-        """Raises TrainingError naming a reward function that gave no verdict on too many of the last completions.
+        """Raise TrainingError, naming the reward function, if one left too many of the last completions unscored.
 
-        The share is taken over the last 256, or the last call where that judged more; before there were so many, the
-        rest counts as judged, so that one miss in a small first batch does not stop a run. A function that never gave
-        one does.
+        The share is computed over the last 256 completions, or over the last call if that had more. Until there are
+        256, the missing ones count as scored, so that one unscored completion in a small first batch does not stop a
+        run; a function that has scored nothing at all does stop it.
         """
         limit = self.settings.max_unscored_share
         for name, recent in self._recent.items():
@@ -154,7 +154,7 @@ def _weighted(terms: Sequence[Term], verdicts: Mapping[str, Mapping[int, float |
         if value is None:
             return None
         total += term.weight * value
-    return min(total, 1.0)  # weights add up to 1 but for rounding
+    return min(total, 1.0)  # the weights add up to 1, except for rounding
 
 
 def score_sampled(
@@ -163,7 +163,7 @@ def score_sampled(
     texts: Sequence[str],
     completions: Sequence[Completion],
 ) -> list[float | None]:
-    """The rewards of `score`, which is not shown the completions without tokens; None, no verdict, for those."""
+    """Return the rewards from `score`, and None for completions without tokens, which `score` does not receive."""
     sampled = [i for i, completion in enumerate(completions) if completion.token_ids]
     rewards: list[float | None] = [None] * len(completions)
     for i, reward in zip(sampled, score([rows[i] for i in sampled], [texts[i] for i in sampled]), strict=True):

@@ -1,4 +1,4 @@
-"""Shaping: what a completion earns or pays beside its correctness. The policy's loss sees it, log Z never does.
+"""Shaping: a bonus or penalty per completion, apart from correctness. It enters the policy's loss, never log Z.
 
     overlong    0 up to the last fifth of the completion limit, then falling to -1 at the limit (DAPO, arXiv 2503.14476,
                 eq. 13; the share is `reward.overlong_share`)
@@ -7,8 +7,8 @@
     boxed       1 for a completion with exactly one \\boxed{}
     package.module:function, path/to/file.py:function
 
-A function of your own has the signature of a reward, returns numbers in [-1, 1], and gets the columns `num_tokens`,
-`stopped` and `max_completion_tokens` besides those of the rows.
+A function of your own has the signature of a reward, returns numbers in [-1, 1], and receives the columns `num_tokens`,
+`stopped` and `max_completion_tokens` in addition to those of the rows.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ShapingFunction = Callable[..., Sequence[float | None]]
 
 
 class Shaper:
-    """The weighted sum of the shaping terms that `settings.shaping` names.
+    """Weighted sum of the shaping terms named in `settings.shaping`.
 
     Raises:
-        InputError: an unknown name, or a weight that is no finite number other than 0.
+        InputError: a name is unknown, or a weight is 0 or not finite.
     """
 
     def __init__(self, settings: RewardConfig) -> None:
@@ -48,10 +48,10 @@ class Shaper:
         completions: Sequence[Completion],
         max_completion_tokens: int,
     ) -> list[float]:
-        """One number per completion. A term without a verdict on it adds 0.
+        """Return one number per completion. A term that returns None for a completion adds 0.
 
         Raises:
-            InputError: a function failed or returned something other than one number in [-1, 1] a completion.
+            InputError: a function failed, or did not return one number in [-1, 1] or None per completion.
         """
         columns = {
             "num_tokens": [len(completion.token_ids) for completion in completions],
@@ -113,9 +113,9 @@ _PLAIN: dict[str, Callable[..., Any]] = {"length": _length, "truncated": _trunca
 
 
 def centred(shaping: Sequence[float], scored: Sequence[bool]) -> list[float]:
-    """A group's shaping minus its mean over the scored completions, 0 for the others.
+    """Return a group's shaping minus its mean over the scored completions; 0 for the unscored ones.
 
-    So it sets the completions of a prompt against each other and leaves their mean, which log Z learns, as it is.
+    Shaping then ranks the completions of a prompt against each other without changing their mean, which log Z learns.
     """
     chosen = [value for value, has_verdict in zip(shaping, scored, strict=True) if has_verdict]
     mean = sum(chosen) / len(chosen) if chosen else 0.0

@@ -1,4 +1,4 @@
-"""Sums of named functions: `0.7*math+0.3*exact`."""
+"""Weighted sums of named functions: `0.7*math+0.3*exact`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One summand."""
+    """One term of a weighted sum."""
 
     weight: float
     name: str
 
 
 def parse_terms(text: str) -> tuple[Term, ...]:
-    """The summands of `[weight*]name+[weight*]name+...`; a path that exists is one name, whatever is in it.
+    """Return the terms of `[weight*]name+[weight*]name+...`.
+
+    `path:function` is one name if the file exists, even if its path contains `+` or `*`.
 
     Raises:
-        InputError: a summand without a name, a weight that is no finite number other than 0, or a name given twice.
+        InputError: a term without a name, a weight that is 0 or not finite, or a name given twice.
     """
     path, _, function = text.rpartition(":")
     if function.isidentifier() and _is_file(path):
@@ -48,12 +50,12 @@ def parse_terms(text: str) -> tuple[Term, ...]:
 def _is_file(path: str) -> bool:
     try:
         return Path(path).expanduser().is_file()
-    except (OSError, RuntimeError, ValueError):  # a name that no file system takes, a home that there is not
+    except (OSError, RuntimeError, ValueError):  # invalid as a file name, or a home directory that does not exist
         return False
 
 
 def parse_reward(text: str) -> tuple[Term, ...]:
-    """The parts of a row's reward with weights that add up to 1. Raises InputError also for a weight below 0."""
+    """Return the terms of a row's reward, weights scaled to add up to 1. A negative weight is an InputError too."""
     terms = parse_terms(text)
     for term in terms:
         if term.weight < 0:

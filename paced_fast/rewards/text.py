@@ -16,17 +16,17 @@ _NUMBER = re.compile(
 )
 _MAX_NUMBER_CHARACTERS = 100
 INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad"
-"""Characters without width, which say nothing at the ends of an answer."""
+"""Zero-width characters, ignored at both ends of an answer."""
 
 
 def tagged(text: str) -> str | None:
-    """The inside of the last <answer> that is closed, None without one."""
+    """Return the text inside the last closed <answer> tag, or None if there is none."""
     begin = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
     return None if begin < 0 else text[begin + len("<answer>") : text.index("</answer>", begin)]
 
 
 def answers_of(name: str, columns: Mapping[str, Sequence[Any]], completions: Sequence[str]) -> Sequence[Any]:
-    """The column `answer`; InputError naming the reward and the completion whose row has none."""
+    """Return the column `answer`. Raise InputError, naming reward and completion, if a row has no answer."""
     answers = columns.get("answer", [None] * len(completions))
     for i, answer in enumerate(answers):
         if answer is None:
@@ -35,7 +35,7 @@ def answers_of(name: str, columns: Mapping[str, Sequence[Any]], completions: Seq
 
 
 class TextReward:
-    """A rule that compares one completion with one answer, as a reward function."""
+    """Reward function made from a rule that compares one completion with one answer."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class TextReward:
         return [self._judge(completion, str(answer)) for completion, answer in pairs]
 
     def problem(self, columns: Mapping[str, Any]) -> str | None:
-        """What keeps a row from ever being judged: no answer, an empty one, or one the rule cannot read."""
+        """Return the reason why the row can never be judged: no answer, an empty one, or one the rule cannot read."""
         answer = columns.get("answer")
         if answer is None or not str(answer).strip():
             return f"reward {self._name!r} needs an answer, and the row has none: drop the row"
@@ -68,7 +68,7 @@ def _number(completion: str, answer: str) -> float:
     if wanted is None:
         raise InputError(_no_number(answer))
     found = last_number(completion)
-    # The slack is for answers that were stored as binary floats.
+    # The relative tolerance of 1e-9 is for answers that were stored as binary floats.
     return float(found is not None and abs(found - wanted) <= abs(wanted) / 10**9)
 
 
@@ -79,16 +79,17 @@ def _no_number(answer: str) -> str | None:
 
 
 exact = TextReward("exact", _exact)
-"""1 where the text is the answer, white space aside; numbers by value."""
+"""1 if the text equals the answer; white space is ignored and numbers are compared by value."""
 
 number = TextReward("number", _number, _no_number)
-"""1 where the last number of the text is the answer."""
+"""1 if the last number of the text is the answer."""
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of a text (`-3`, `1,234.5`, `3/4`, `$18`, `2e3`), None when there is none or it is absurdly long.
+    """Return the last number of a text (`-3`, `1,234.5`, `3/4`, `$18`, `2e3`), or None.
 
-    A sign counts only where a number can begin: `5-3` ends in 3, `= -3` in -3.
+    None if there is no number, or the last one has more than 100 characters. A sign counts only where a number can
+    begin: the last number of `5-3` is 3, that of `= -3` is -3.
     """
     last = None
     for match in _NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")):
@@ -97,7 +98,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def whole_number(text: str) -> Fraction | None:
-    """The number that is all of a text, None when it is something else."""
+    """Return the value of a text that is one number and nothing else, or None for any other text."""
     text = text.replace("\N{MINUS SIGN}", "-")
     return _fraction(text) if _NUMBER.fullmatch(text) else None
 

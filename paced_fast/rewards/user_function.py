@@ -1,4 +1,4 @@
-"""One call of a reward or shaping function: the columns it asks for, plain or async, and a check of what it returns."""
+"""Call a reward or shaping function, plain or async: choose its columns, run it in its time limit, check its result."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from paced_fast.data.records import PromptRow
 from paced_fast.errors import InputError
 from paced_fast.rewards.workers.time_limit import TookTooLong, limited, stack_of
 
-# A column of the first name would meet the object itself, where the function is a method of one.
+# A column named `self` would collide with the object if the function is a method.
 _RESERVED_COLUMNS = ("self", "prompts", "completions")
-_MOST_SHOWN = 500  # characters of somebody else's text in a message
-_LATE_SECONDS = 10.0  # for the end of an event loop whose functions have had their time
+_MOST_SHOWN = 500  # characters of foreign text in a message
+_LATE_SECONDS = 10.0  # extra time for an event loop to end after the time limit of its functions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """A function by its name, the completions it is to judge, and the range its numbers must lie in."""
+    """A function with its name, the completions to judge, and the allowed range of its numbers."""
 
     name: str
     function: Callable[..., Any]
     rows: Sequence[PromptRow]
     completions: Sequence[str]
     places: Sequence[int] = ()
-    """What the completions are numbered in messages; from 0 unless given."""
+    """Indices of the completions, for messages; counted from 0 if empty."""
     low: float = 0.0
     high: float = 1.0
     more_columns: Mapping[str, Sequence[Any]] | None = None
-    """Columns beside those of the rows, one entry per completion; they win over a row's own."""
+    """Columns in addition to those of the rows, one entry per completion; they override a row's own."""
     is_ours: bool = False
-    """Whether the function keeps its own limits of time, as those of this package do."""
+    """True if the function enforces its own time limits, as those of this package do."""
 
     @property
     def is_async(self) -> bool:
-        """Whether the function is a coroutine function, or an object whose call is one or that says so."""
+        """True for an async function, see `is_async`."""
         return is_async(self.function)
 
     def run(self, seconds: float) -> list[float | None]:
-        """The function's numbers, one per completion; a plain function of a user's has `seconds` for them.
+        """Return the function's numbers, one per completion. `seconds` is the time limit of a user's plain function.
 
         Raises:
-            InputError: it failed, took longer, or returned something other than a number in range, or None, for each
+            InputError: the function failed, exceeded the limit, or did not return one number in range or None per
                 completion.
         """
         given = self._arguments()
@@ -72,7 +72,7 @@ class Call:
         return self._read(returned)
 
     async def run_async(self, seconds: float) -> list[float | None]:
-        """The same for an async function; after `seconds` without an answer all its completions are unscored."""
+        """As `run`, for an async function; if it has not returned after `seconds`, all its completions are unscored."""
         try:
             return self._read(await asyncio.wait_for(self._awaited(), seconds))
         except TimeoutError:
@@ -83,14 +83,14 @@ class Call:
             return await self.function(**self._arguments())
         except (InputError, TimeoutError):
             raise
-        except BaseException as error:  # SystemExit too, which would end the thread without a word
+        except BaseException as error:  # SystemExit too, which would end the thread silently
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise  # at the limit of time
+                raise  # cancelled at the time limit
             raise self._failure(error) from error
 
     def _read(self, returned: Any) -> list[float | None]:
-        """The checked numbers; an object of the user's own that fails when it is read is a failure of the function."""
+        """Return the checked numbers. If a returned object raises while it is read, the function counts as failed."""
         try:
             return self._checked(returned)
         except (InputError, KeyboardInterrupt):
@@ -103,14 +103,14 @@ class Call:
         return InputError(f"the reward function {self.name!r} failed: {reason(error)}{f' ({place})' if place else ''}")
 
     def _place(self, stack: Sequence[traceback.FrameSummary]) -> str:
-        """Where a call has got to: the innermost line of the function's own file in a stack, else the innermost."""
+        """Return the position of a call: the innermost line of the stack in the function's own file, else in any."""
         function = inspect.unwrap(getattr(self.function, "origin", self.function))
         code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
         own = [one for one in stack if code is not None and one.filename == code.co_filename]
         return "".join(f"at {one.filename}:{one.lineno} in {one.name}" for one in (own or stack)[-1:])
 
     def _arguments(self) -> dict[str, Any]:
-        """All columns for a function with `**columns`, else those it names."""
+        """Return all columns for a function with `**columns`, else those named by its parameters."""
         keys = dict.fromkeys(key for row in self.rows for key in row.columns if key not in _RESERVED_COLUMNS)
         columns = {key: [row.columns.get(key) for row in self.rows] for key in keys}
         prompts, completions = [row.prompt for row in self.rows], list(self.completions)
@@ -142,7 +142,7 @@ class Call:
             return None
         plain: Any = value.tolist() if hasattr(value, "tolist") else value
         is_number = issubclass(type(plain), numbers.Real | Decimal)
-        # Compared before it is converted: a whole number may be too large for a float.
+        # Compare before converting: an integer may be too large for a float.
         if not is_number or not self.low <= plain <= self.high or abs(plain) == math.inf:
             raise InputError(
                 f"the reward function {self.name!r} returned {_short(repr(value))} for completion {index}: "
@@ -152,10 +152,10 @@ class Call:
 
 
 def run_all(calls: Sequence[Call], settings: RewardConfig) -> list[list[float | None]]:
-    """The numbers of every call, in order; async ones wait together, beside the plain ones.
+    """Return the numbers of every call, in order. Async functions run concurrently with each other and the plain ones.
 
     Raises:
-        InputError: as `Call.run`; also for an async function that blocks its thread instead of waiting.
+        InputError: as for `Call.run`; also if an async function blocks its thread instead of awaiting.
     """
     waiting = [i for i, call in enumerate(calls) if call.is_async]
     results: list[list[float | None]] = [[] for _ in calls]
@@ -173,7 +173,7 @@ def run_all(calls: Sequence[Call], settings: RewardConfig) -> list[list[float | 
 
 
 class _Background:
-    """Runs a coroutine in a thread of its own, since the caller's may have an event loop already; joined at the end."""
+    """Run a coroutine in its own thread, because the caller's may already have an event loop; joined on exit."""
 
     def __init__(self, work: Coroutine[Any, Any, None] | None, calls: Sequence[Call], seconds: float) -> None:
         self._work, self._calls = work, calls
@@ -205,19 +205,19 @@ class _Background:
         assert self._work is not None
         try:
             asyncio.run(self._work)
-        except BaseException as error:  # raised again by the thread that waits
+        except BaseException as error:  # raised again in the waiting thread
             self._error = error
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether a function is a coroutine function, or an object whose call is one or that says so."""
+    """Return True for a coroutine function, an object whose `__call__` is one, or an object with `is_async` True."""
     called = getattr(function, "__call__", None)  # noqa: B004
     says_so = getattr(function, "is_async", False)
     return bool(says_so) or inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
 
 
 def parameters_of(function: Callable[..., Any]) -> list[str] | None:
-    """The names of what a function takes; None when it takes any. A builtin that does not say takes any."""
+    """Return the function's parameter names, or None if it accepts any (so does a builtin without a signature)."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -228,9 +228,9 @@ def parameters_of(function: Callable[..., Any]) -> list[str] | None:
 
 
 def missing_column(function: Callable[..., Any], columns: Mapping[str, Any]) -> str | None:
-    """A parameter without a default that no column of a row fills, None when there is none.
+    """Return the first parameter without a default that no column of a row fills, or None.
 
-    Of a decorated function the outermost parameters count: a decorator may supply others itself.
+    For a decorated function the parameters of the outermost wrapper count: a decorator may supply others itself.
     """
     try:
         parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
@@ -242,7 +242,7 @@ def missing_column(function: Callable[..., Any], columns: Mapping[str, Any]) -> 
 
 
 def reason(error: BaseException) -> str:
-    """An error of somebody else's code in one line."""
+    """Return an error raised by foreign code as one line of text."""
     try:
         text = str(error)
     except Exception:

@@ -1,4 +1,4 @@
-"""What a completion votes for when many completions of one prompt are asked for their common answer."""
+"""Key of a completion's answer, for majority voting over many completions of one prompt."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from paced_fast.rewards.text import last_number, tagged, whole_number
 
 
 def answer_key(reward: str, completion: str) -> str | None:
-    r"""The answer that `completion` commits to, written so that equal answers are equal texts; None for no answer.
+    r"""Return the final answer of `completion` in a normal form (equal answers, equal texts); None without an answer.
 
-    The reward that judges the completion says where the answer stands: the last number for `number`, what a verifier
-    would be shown for `math`, the tagged part for `reasoning_gym`; for any other it is all of the text. Numbers are
-    equal by value. Of a sum of rewards the first with a rule of its own decides.
+    The row's reward determines where the answer is: the last number for `number`, the text given to the verifier for
+    `math` and `math_strict`, the tagged part for `reasoning_gym`, and the whole text for any other. Numbers are equal
+    by value. For a sum of rewards, the first term that has such a rule decides.
     """
     name = next((part for part in re.split(r"[+*]", reward) if part in _RULES), "")
     answer = " ".join(_RULES.get(name, str)(completion).split())
