@@ -1,5 +1,5 @@
-"""Adapters that put trajectory balance into other trainers; each imports its host, and nothing here is imported by the
-package itself.
+"""Adapters that add trajectory balance to other trainers.
 
-`losses` holds what they share: one loss on log-probs, one on hidden states, and the group's estimate of log Z.
+Each adapter imports its host library; the rest of the package never imports an adapter. `losses` holds their shared
+code: a loss on log-probs, a loss on hidden states, and the group's estimate of log Z.
 """

@@ -1,13 +1,13 @@
-"""What every adapter shares: trajectory balance from log-probs or hidden states, and the group's estimate of log Z.
+"""Shared code of the adapters: trajectory balance from log-probs or hidden states, and the group estimate of log Z.
 
-The loss is that of `paced_fast` (arXiv:2602.12642 in reward units)::
+The loss equals that of `paced_fast` (arXiv:2602.12642 in reward units)::
 
     u_i  = value_i + beta * (s_i - s_ref_i) - reward_i,      value = beta * log Z
     loss = sum_i w_i * min(exp(s_i - s_old_i), cap) * u_i^2 / (2 beta) / denominator
 
-with s the sum of a completion's log-probs. The old policy is the reference unless another is given. The denominator is
-always the caller's: the number of sequences that the *optimiser step* trains on, divided by what the host multiplies or
-averages away (data-parallel ranks, micro-batches), so that no split of a batch changes its gradient.
+with s the sum of a completion's log-probs. The old policy is the reference unless another is given. The caller always
+supplies the denominator: the number of sequences in the *optimiser step*, divided by any factor that the host's own
+averaging introduces (data-parallel ranks, micro-batches), so that splitting a batch does not change its gradient.
 
 B = sequences, L = padded length, T = packed tokens, H = hidden size, V = vocabulary.
 """
@@ -26,12 +26,12 @@ from paced_kernels import linear_logprobs, segment_sum, trajectory_balance_from_
 
 
 class Balance(NamedTuple):
-    """The loss, and what to log about each sequence; all but the loss are detached."""
+    """The loss, and per-sequence numbers to log; all but the loss are detached."""
 
     loss: Tensor  # f32[]
     residual: Tensor  # f32[B], u_i in reward units
     log_ratio: Tensor  # f32[B], s - s_old
-    weight: Tensor  # f32[B], importance weight, that of the caller included
+    weight: Tensor  # f32[B], importance weight times the caller's weight
     entropy: Tensor | None  # f32[T]
 
 
@@ -42,19 +42,19 @@ def group_log_z(
     group_size: int | None = None,
     scored: Tensor | None = None,  # bool[B]
 ) -> Tensor:
-    """The log Z of each sequence's prompt that leaves its group the least squared residual: the mean of the targets.
+    """Return log Z per sequence, the least-squares estimate over the sequence's group: the mean of the targets.
 
     Args:
-        targets: [B] reward / beta - (s_old - s_ref), in nats; reward / beta where the old policy is the reference.
-        groups: B names of prompts; equal names are one group.
-        group_size: completions every group must have here; None takes any number but one.
-        scored: which sequences have a reward; None = all. The others enter no mean.
+        targets: [B] reward / beta - (s_old - s_ref), in nats; reward / beta if the old policy is the reference.
+        groups: B names of prompts; equal names form a group.
+        group_size: required completions per group; None allows any number above 1.
+        scored: whether each sequence has a reward; None = all do. Unscored sequences are excluded from the mean.
 
     Returns:
         [B] log Z, 0 for a group without a reward.
 
     Raises:
-        InputError: a group is split: its mean over a part of it is another loss.
+        InputError: a group is incomplete; its mean over a part would give a different loss.
     """
     members: dict[Hashable, list[int]] = {}
     for i, name in enumerate(groups):
@@ -82,17 +82,17 @@ def group_log_z(
 
 
 def packed(values: Tensor, mask: Tensor) -> Tensor:
-    """[B, L] (or [B, L, H]) to [T] (or [T, H]): the entries where `mask` [B, L] is not 0, row by row."""
+    """Pack [B, L] (or [B, L, H]) to [T] (or [T, H]): the entries where `mask` [B, L] is not 0, row by row."""
     return values[mask.bool()]
 
 
 def offsets(mask: Tensor) -> Tensor:
-    """i64[B + 1] on the CPU: where each row of `mask` [B, L] begins and ends among the packed tokens."""
+    """Return i64[B + 1] on the CPU: offsets of the rows of `mask` [B, L] among the packed tokens."""
     return torch.nn.functional.pad(mask.bool().sum(1).cumsum(0), (1, 0)).cpu()
 
 
 def one_a_row(name: str, values: Tensor, mask: Tensor, remedy: str) -> Tensor:
-    """The one value [B] of each row of `values` [B, L] under `mask`; InputError where tokens have their own."""
+    """Return [B], the common value of each row of `values` [B, L] under `mask`; InputError if a row's tokens differ."""
     shown = mask.bool()
     row = torch.where(shown, values, -torch.inf).amax(1)
     row = torch.where(shown.any(1), row, 0.0)
@@ -117,20 +117,20 @@ def loss_from_logprobs(
     importance_cap: float = 1.28,
     reduction: str = "sum",
 ) -> Balance:
-    """Trajectory balance for a trainer that has log-probs: padded with `mask`, or packed with `cu_seqlens`.
+    """Trajectory balance from log-probs, either padded (with `mask`) or packed (with `cu_seqlens`).
 
     Args:
         logprobs: log-probs of the completion tokens under the policy in training; gradients flow here.
         rewards: raw rewards, neither centred nor scaled.
-        log_z: in nats; gradients flow here too.
+        log_z: log Z in nats; gradients flow here too.
         beta: reward units per nat.
-        denominator: what the sum over sequences is divided by; see above.
-        old_logprobs: of the policy at the start of the step; None = the policy in training, which is right for the
-            first and only optimiser step on a batch.
-        ref_logprobs: of another reference; None = `old_logprobs`.
-        weights: constant factors; 0 leaves a sequence out, whatever else it holds.
+        denominator: divisor of the sum over sequences; see the module docstring.
+        old_logprobs: log-probs under the policy at the start of the step; None = the policy in training, correct if
+            the batch is used for a single optimiser step.
+        ref_logprobs: log-probs under another reference; None = `old_logprobs`.
+        weights: constant factors; 0 excludes a sequence, whatever its other values are.
         importance_cap: upper bound of exp(s - s_old).
-        reduction: of the residual's log-probs: "sum", or "mean" (FlowRL). Importance weights are of sums.
+        reduction: of the log-probs in the residual: "sum", or "mean" (FlowRL). Importance weights always use sums.
     """
     if (mask is None) == (cu_seqlens is None):
         raise InputError("give mask with padded log-probs, or cu_seqlens with packed ones, and not both")
@@ -154,7 +154,7 @@ def loss_from_logprobs(
         rewards=rewards,
         log_z=log_z,
         beta=beta,
-        # Of tokens, never of sequences: with as many sequences as tokens, some empty, the op could not tell them apart.
+        # Always per token: with B = T (some sequences empty) the op could not tell per-token from per-sequence.
         ref_logprobs=(old if ref_logprobs is None else ref_logprobs).detach(),
         weights=weight * (beta / 2),
         reduction=reduction,
@@ -180,10 +180,10 @@ def loss_from_hidden(
     importance_cap: float = 1.28,
     **options: Any,
 ) -> Balance:
-    """`loss_from_logprobs` from the states that predict the packed tokens and the output layer; no logits are built.
+    """`loss_from_logprobs` from the output layer and the states that predict the packed tokens; no logits are stored.
 
-    With `old_logprobs` the loss and its gradients come out of one fused op; without them the policy is its own
-    reference, which takes the log-probs first.
+    With `old_logprobs`, one fused op computes the loss and its gradients. Without them the policy is its own
+    reference, so the log-probs are computed first.
     """
     if old_logprobs is None or options:
         logprobs, entropy = linear_logprobs(

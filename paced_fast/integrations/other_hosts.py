@@ -1,10 +1,11 @@
-"""Trajectory balance in the shapes that prime-rl, SkyRL, NeMo-RL, slime and OpenRLHF accept. Read, not run.
+"""Trajectory balance for the loss interfaces of prime-rl, SkyRL, NeMo-RL, slime and OpenRLHF.
 
-These hosts hand over log-probs and advantages. With the old policy as reference the group's estimate of beta * log Z is
-its mean reward, so an advantage of reward - group mean, *not* divided by a deviation, holds all that the loss needs:
-u = beta * log ratio - advantage, loss w u^2 / (2 beta) a sequence. Each function wants such advantages on every token
-of a completion and refuses others. A division by the deviation cannot be seen in the numbers; where a host hands over
-its configuration it is refused there. Signatures: prime-rl 559b447 (0.8) and a later loss.py, SkyRL a956457 (0.4),
+Written from the hosts' source; never run inside them. These hosts pass log-probs and advantages. With the old policy as
+reference, the group's estimate of beta * log Z is its mean reward. An advantage of reward - group mean, *not* divided
+by a standard deviation, is therefore all that the loss needs: u = beta * log ratio - advantage, and the loss is
+w u^2 / (2 beta) per sequence. Each function needs this advantage on every token of a completion and refuses advantages
+that differ between tokens. The numbers do not show a division by the standard deviation; it is refused where the host
+passes its configuration. Signatures: prime-rl 559b447 (0.8) and a later loss.py, SkyRL a956457 (0.4),
 ec60959 and 03d74ca, NeMo-RL 7ea279a, 8c6a8a8, 002cdc2 (loss interface) and 00925dd (advantages), slime 624b824 (0.3.1),
 2fc4883 and 00c2d6d, OpenRLHF 3c3be62 (0.11.2) and 012aae8 (f5b3f08 is older, its loss returns three values, not four).
 B = sequences, L = padded length, T = tokens.
@@ -33,7 +34,7 @@ def from_advantages(
     importance_cap: float,
     denominator: float | Tensor,
 ) -> Balance:
-    """`loss_from_logprobs` where the advantage of a sequence is its reward minus the mean of its group."""
+    """`loss_from_logprobs` from advantages that are each sequence's reward minus the mean of its group."""
     shown = mask.bool()
     row = one_a_row("advantages", advantages, shown, "reward minus group mean on every token")
     return loss_from_logprobs(
@@ -60,15 +61,15 @@ def prime_rl_loss(inputs: Any, beta: float = 0.05, importance_cap: float = 1.28)
         [trainer.loss.kwargs]
         beta = 0.05
         [orchestrator.algo]
-        type = "grpo"                        # reward minus the group's mean, never divided by a deviation
-        loss_aggregation = "prompt"          # later versions; without it the divisor is a number of tokens
+        type = "grpo"                        # reward minus group mean, not divided by a standard deviation
+        loss_aggregation = "prompt"          # later versions; without it the divisor counts tokens
 
-    A call sees one sequence, so log Z can come from nowhere but the advantage; a learned one is not possible here.
-    prime-rl divides the sum of the losses by the sum of its token weights: a number of tokens, which scales the step,
-    or with "prompt", where a token weighs 1 / (tokens of its group), the number of prompts. Those weights are the
-    host's divisor and no part of a residual. Leave out `length_penalty` and `length_weighted_baseline`: both move the
-    mean. Samples of groups that are all right or all wrong are filtered before the loss by default: they have a
-    residual as soon as the policy has moved, and are missing then.
+    A call sees one sequence, so log Z can only come from the advantage; a learned log Z is not possible here.
+    prime-rl divides the sum of the losses by the sum of its token weights. That sum is the number of tokens, which
+    scales the step, or with "prompt", where each token weighs 1 / (tokens of its group), the number of prompts. These
+    weights only form the host's divisor; they are not part of the residual. Leave out `length_penalty` and
+    `length_weighted_baseline`: both shift the mean. By default prime-rl drops groups that are all right or all wrong
+    before the loss, so their residuals are missing once the policy has moved.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
@@ -89,7 +90,7 @@ def prime_rl_loss(inputs: Any, beta: float = 0.05, importance_cap: float = 1.28)
 def skyrl_policy_loss(
     *, sequences: int, beta: float = 0.05, importance_cap: float = 1.28
 ) -> Callable[..., tuple[Tensor, dict[str, float]]]:
-    """A policy loss for SkyRL's registry; register it in your entry point, before the run starts.
+    """Return a policy loss for SkyRL's registry; register it in your entry point before the run starts.
 
     ::
 
@@ -100,10 +101,10 @@ def skyrl_policy_loss(
         # trainer.algorithm.loss_reduction=seq_mean_token_sum_norm trainer.algorithm.max_seq_len=4096
         # with samples = generator.n_samples_per_prompt
 
-    SkyRL divides advantages before the loss, then sums over micro-batches and ranks. Of its reductions only
-    "seq_mean_token_sum_norm" divides every sequence of every mini-batch by one number, `sequences` * max_seq_len; that
-    is undone here, and the loss is a mean over the `sequences` of a mini-batch (prompts times samples). That number
-    must be exact, for it scales the advantage within the residual: no step-wise training, where it changes.
+    SkyRL divides advantages before the loss, then sums over micro-batches and ranks. Only its reduction
+    "seq_mean_token_sum_norm" divides every sequence by the same number, `sequences` * max_seq_len. This function undoes
+    that division and takes the mean over the `sequences` of a mini-batch (prompts * samples). `sequences` must be
+    exact, because it scales the advantage within the residual; step-wise training, where it varies, is not supported.
     """
 
     def paced_tb(
@@ -156,7 +157,7 @@ def _check_skyrl(config: Any) -> None:
 
 
 class NemoRlLoss:
-    """A loss function for NeMo-RL: hand it to the policy's `train` in the place of ClippedPGLossFn.
+    """Loss function for NeMo-RL; pass it to the policy's `train` instead of ClippedPGLossFn.
 
     ::
 
@@ -166,8 +167,9 @@ class NemoRlLoss:
         # loss_fn.reference_policy_kl_penalty=0 loss_fn.force_on_policy_ratio=false
         policy.train(data, loss_fn)
 
-    Both defaults are true: a baseline that leaves the sequence out is G / (G - 1) times this one, no log Z. NeMo-RL
-    divides by the sequences of the global batch, which it hands over.
+    Both estimator options default to true in NeMo-RL and must be false: with a leave-one-out baseline the advantage is
+    G / (G - 1) times this one (G = group size), which does not match log Z. The sum is divided by the number of
+    sequences in the global batch, which NeMo-RL passes.
     """
 
     def __init__(self, beta: float = 0.05, importance_cap: float = 1.28) -> None:
@@ -183,7 +185,7 @@ class NemoRlLoss:
     def __call__(
         self, next_token_logprobs: Tensor, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Sum over the micro-batch divided by the sequences of the global batch; column t predicts token t + 1."""
+        """Return the micro-batch sum / sequences in the global batch, and metrics; column t predicts token t + 1."""
         del global_valid_toks
         if "prev_logprobs" not in data:
             raise InputError("this batch has no prev_logprobs: set loss_fn.force_on_policy_ratio=false")
@@ -203,7 +205,7 @@ class NemoRlLoss:
 def slime_loss(
     args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """slime's custom loss.
+    """Custom loss for slime.
 
     ::
 
@@ -212,16 +214,16 @@ def slime_loss(
         --advantage-estimator grpo --disable-grpo-std-normalization
         --kl-coef 0 --entropy-coef 0
 
-    slime divides by the global batch itself, so this is a sum over sequences. beta is 0.05, the cap 1 + eps_clip_high
-    of `args`. Without context parallelism: a rank that holds a part of a sequence cannot sum it. The old policy is
-    the one slime's own loss takes: the rollouts' with --use-rollout-logprobs, else that of the trainer, and where slime
-    leaves that pass out, because the policy is still the same, the policy itself.
+    slime divides by the global batch itself, so this loss is a sum over sequences. beta is 0.05; the importance cap is
+    1 + `args.eps_clip_high`. Context parallelism is refused, because a rank would hold only part of a sequence. The old
+    policy is the same as in slime's own loss: the rollout policy with --use-rollout-logprobs, otherwise the trainer's.
+    If slime skips that pass because the policy is unchanged, it is the policy in training.
     """
     from slime.backends.megatron_utils.loss import get_log_probs_and_entropy
 
     del sum_of_sample_mean
     _check_slime(args)
-    padded = {"max_seq_lens": batch.get("max_seq_lens")}  # older versions only, 00c2d6d does not know it
+    padded = {"max_seq_lens": batch.get("max_seq_lens")}  # older versions only; 00c2d6d has no such parameter
     known = inspect.signature(get_log_probs_and_entropy).parameters
     found = get_log_probs_and_entropy(
         logits,
@@ -232,7 +234,7 @@ def slime_loss(
         with_entropy=False,
         **{name: value for name, value in padded.items() if name in known},
     )
-    found = found[1] if isinstance(found, tuple) else found  # a dictionary alone before 0.3
+    found = found[1] if isinstance(found, tuple) else found  # before 0.3 only the dictionary was returned
     own = list(found["log_probs"])
     old = batch["rollout_log_probs"] if getattr(args, "use_rollout_logprobs", False) else batch.get("log_probs")
     pad = nn.utils.rnn.pad_sequence
@@ -262,21 +264,21 @@ def _check_slime(args: Any) -> None:
 
 
 class OpenRlhfLoss(nn.Module):
-    """In the place of OpenRLHF's PolicyLoss, which has no registry.
+    """Replacement for OpenRLHF's PolicyLoss; OpenRLHF has no registry of losses.
 
     ::
 
         import openrlhf.trainer.ray.ppo_actor as ppo_actor
         ppo_actor.PolicyLoss = OpenRlhfLoss        # before the trainer is built, in every actor
         # --algo.advantage.estimator dr_grpo --rollout.n_samples_per_prompt 8 --algo.kl.init_coef 0
-        # (before the dotted flags: --advantage_estimator dr_grpo --n_samples_per_prompt 8 --init_kl_coef 0)
+        # (versions without dotted flags: --advantage_estimator dr_grpo --n_samples_per_prompt 8 --init_kl_coef 0)
 
-    OpenRLHF averages the micro-batches of a step, so this is a mean over the micro-batch's sequences.
+    OpenRLHF averages over the micro-batches of a step, so this loss is a mean over the sequences of a micro-batch.
     """
 
     def __init__(self, beta: float = 0.05, importance_cap: float = 1.28, **settings: Any) -> None:
         super().__init__()
-        for name, value in settings.items():  # the host's; clipping has no counterpart and no effect
+        for name, value in settings.items():  # the host's settings; clipping has no counterpart here and no effect
             if (name in ("policy_loss_type", "loss_mode") and value not in (None, "ppo")) or (
                 "is_correction" in name and value
             ):

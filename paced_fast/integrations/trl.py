@@ -1,4 +1,4 @@
-"""Trajectory balance in TRL: `PacedTrainer` and `PacedConfig` take the places of GRPOTrainer and GRPOConfig.
+"""Trajectory balance in TRL: `PacedTrainer` and `PacedConfig` replace GRPOTrainer and GRPOConfig.
 
 ::
 
@@ -7,11 +7,11 @@
     trainer = PacedTrainer(model=..., reward_funcs=..., args=PacedConfig(...), train_dataset=...)
     trainer.train()
 
-Generation, rewards, logging, callbacks, PEFT and vLLM are TRL's. What changes is the loss, from raw rewards and log Z
-instead of advantages. log Z is estimated when the rewards arrive, over whole groups of all processes, so TRL may
-shuffle and split the batch as it likes. Written against TRL 1.16.
+TRL still does generation, rewards, logging, callbacks, PEFT and vLLM. Only the loss differs: it uses raw rewards and
+log Z instead of advantages. log Z is estimated when the rewards arrive, over whole groups from all processes, so TRL
+may then shuffle and split the batch in any way. Written against TRL 1.16.
 
-B = sequences of a micro-batch, C = longest completion, H = hidden size.
+B = sequences per micro-batch, C = longest completion, H = hidden size.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ __all__ = ["PacedConfig", "PacedTrainer"]
 
 logger = logging.getLogger(__name__)
 
-# What TRL hands to a model with images, beside its ids.
+# Inputs, besides the ids, that TRL passes to a model that takes images.
 _OF_IMAGES = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles")
 _OF_IMAGES += ("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
 
 
 def _as_grpo(own: Callable[..., None]) -> Callable[..., None]:
-    """`own` with the signature of the installed GRPOTrainer, by position and by keyword."""
+    """Return `own` with the signature of the installed GRPOTrainer, positional and keyword arguments alike."""
     return functools.wraps(GRPOTrainer.__init__)(own)
 
 
 class PacedTrainer(GRPOTrainer):
-    """GRPOTrainer with the trajectory-balance loss; the same arguments, `args` a `PacedConfig`."""
+    """GRPOTrainer with the trajectory-balance loss; takes the same arguments, but `args` is a `PacedConfig`."""
 
     _tag_names = ["trl", "paced-rl"]  # noqa: RUF012 (TRL declares it so)
     _name = "PACED-RL"
@@ -136,9 +136,11 @@ class PacedTrainer(GRPOTrainer):
         return self.memory.sampler
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """TRL's optimizer, with a group for the learned log Z: without momentum, so that unseen prompts stay, and with
-        an eps well above rounding errors, because Adam's first step on a prompt is a whole one, however small its
-        gradient."""
+        """Return TRL's optimizer with an added parameter group for the learned log Z.
+
+        The group has no momentum, so prompts that were not seen stay unchanged. Its eps is well above rounding errors,
+        because Adam's first step for a prompt has full size, however small the gradient.
+        """
         optimizer = super().create_optimizer(model)
         table = None if self.memory is None else self.memory.table
         if table is not None and not any(group.get("is_log_z") for group in optimizer.param_groups):
@@ -157,13 +159,13 @@ class PacedTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            # TRL counts micro-batches from 0 again: it would generate at other steps than an unstopped run.
+            # TRL restarts its count of micro-batches at 0 and would generate at other steps than an uninterrupted run.
             done = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
             self._step = done * self.args.gradient_accumulation_steps
             if self.memory is not None:
                 self.memory.load(Path(checkpoint))
 
-    # ---- rewards: raw, with log Z beside them -----------------------------------------------------------------------
+    # ---- raw rewards and log Z --------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         index = None
@@ -179,7 +181,7 @@ class PacedTrainer(GRPOTrainer):
         )
         with trl_data.kept_rewards(self) as kept:
             output = super()._generate_and_score_completions(inputs)
-        per_function = kept[-1]  # [processes * B, functions], NaN for no verdict
+        per_function = kept[-1]  # [processes * B, functions], NaN = not scored
         scored = ~per_function.isnan().all(1)
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
         group_size = int((self.num_generations if self._mode == "train" else self.num_generations_eval) or 1)
@@ -189,7 +191,7 @@ class PacedTrainer(GRPOTrainer):
             log_z = group_log_z(log_z, groups, group_size=group_size, scored=scored)
         start = self.accelerator.process_index * len(inputs)
         here = slice(start, start + len(inputs))
-        has_tokens = output["completion_mask"].bool().any(1)  # TRL empties the mask of a truncated completion
+        has_tokens = output["completion_mask"].bool().any(1)  # TRL zeroes the mask of a truncated completion
         output["rewards"], output["log_z"] = rewards[here], log_z[here]
         output["weights"] = (scored[here] & has_tokens).float()
         if self.memory is not None and index is not None:
@@ -212,7 +214,7 @@ class PacedTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> Any:
         found = super()._generate(prompts)
-        trl_data.check_tokens(prompts, found[0])  # those of a rollout function
+        trl_data.check_tokens(prompts, found[0])  # also checks the prompts of a rollout function
         return found
 
     @property
@@ -233,10 +235,10 @@ class PacedTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Any, Any]:
-        """Log-probs and, where asked for, entropies [B, C] and the router loss.
+        """Return log-probs and, if requested, entropies [B, C] and the router loss.
 
-        Those of the old policy are rounded as those of the loss are: TRL's are not, in bfloat16, and the ratio of a
-        policy to itself would shrink with every token.
+        Log-probs of the old policy are rounded in the same way as those in the loss. TRL's own are not, in bfloat16:
+        with them the ratio of a policy to itself would shrink with every token.
         """
         if self.head.way == HOST:
             options |= {"batch_size": batch_size, "compute_entropy": compute_entropy}
@@ -266,7 +268,7 @@ class PacedTrainer(GRPOTrainer):
         with_entropy: bool,
         with_router_loss: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probs [B, C], entropies [B, C] and the router loss, by the fused op or from the model's own logits."""
+        """Return log-probs, entropies [B, C] and the router loss, from the fused op or the model's own logits."""
         handed = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.head.way == LOGITS:
             handed |= {"output_router_logits": True} if with_router_loss else {}
@@ -292,7 +294,7 @@ class PacedTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = self._mode
-        made = inputs.get("made_advantages")  # none in a batch that was not generated here
+        made = inputs.get("made_advantages")  # None if the batch was not generated here
         if made is not None and not torch.equal(inputs["advantages"], made):
             raise InputError(
                 "the advantages were changed after GRPOTrainer made them, and trajectory balance has none: change the "
@@ -300,9 +302,9 @@ class PacedTrainer(GRPOTrainer):
             )
         mask = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
         weights = inputs["weights"]
-        if "importance_sampling_ratio" in inputs:  # [B, 1], the trainer's policy against vLLM's
+        if "importance_sampling_ratio" in inputs:  # [B, 1], trainer policy / vLLM policy
             weights = weights * inputs["importance_sampling_ratio"][:, 0]
-        # DDP averages over processes, and the accumulated micro-batches are added: together one mean over a window.
+        # DDP averages over processes and accumulation adds micro-batches: together, one mean over the whole window.
         denominator = inputs["num_trained"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":
             denominator = denominator * self.current_gradient_accumulation_steps / self.args.steps_per_generation
@@ -319,7 +321,7 @@ class PacedTrainer(GRPOTrainer):
         old = inputs.get("old_per_token_logps")
         rows = Completions(inputs["completion_ids"], mask)
         used = getattr(self._get_per_token_logps_and_entropies, "__func__", None)
-        if self.head.way == FUSED and used is PacedTrainer._get_per_token_logps_and_entropies:  # else it has a say
+        if self.head.way == FUSED and used is PacedTrainer._get_per_token_logps_and_entropies:  # not overridden
 
             def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Balance:
                 return loss_from_hidden(

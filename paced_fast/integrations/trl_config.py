@@ -1,4 +1,4 @@
-"""Settings of `PacedTrainer`, and what it refuses: an option without effect would be a silently different loss."""
+"""Settings of `PacedTrainer`, and the options it refuses because they would silently have no effect on its loss."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ REFUSED = {
     ),
     "label_smoothing_factor": "smooths a cross entropy, and there is none",
 }
-"""Options of GRPOConfig that mean nothing here, and why."""
+"""Options of GRPOConfig that do not apply here, each with the reason."""
 
 ASKS_FOR_OURS = {"scale_rewards": ("none",), "importance_sampling_level": ("sequence",)}
-"""Values beside the default that ask for what trajectory balance does anyway: raw rewards, weights of sequences."""
+"""Accepted non-default values, which trajectory balance implies anyway: raw rewards, per-sequence weights."""
 
 
 @dataclass
 class PacedConfig(GRPOConfig):
-    """GRPOConfig plus what trajectory balance needs; options that only GRPO's loss has are refused."""
+    """GRPOConfig plus the settings of trajectory balance; options of GRPO's loss alone are refused."""
 
     tb_beta: float = field(
         default=0.05, metadata={"help": "Reward units per nat: the residual is log Z + log ratio - reward / tb_beta."}
@@ -119,7 +119,7 @@ class PacedConfig(GRPOConfig):
             raise InputError(f"replay_max_age={self.replay_max_age} must be at least 1: at 0 nothing is ever replayed")
         if self.replay and self.replay_capacity < self.replay:
             raise InputError(f"replay_capacity={self.replay_capacity} must be at least replay={self.replay}")
-        # Replayed rows have no log-probs of an old policy, so none of their batch may need them.
+        # Replayed rows have no log-probs of an old policy, so no row of their batch may require them.
         if self.replay and correction:
             raise InputError(
                 "replay has no log-probs of vLLM to correct by: set vllm_importance_sampling_correction=False with it, "

@@ -1,4 +1,4 @@
-"""The rows that `PacedTrainer` trains on: their numbers, and refusals of rows that TRL could not use."""
+"""Training rows of `PacedTrainer`: numbering them, and refusing rows that TRL could not use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
 
-# The field that numbers the prompts; reward functions do not see it.
+# Field with the number of the prompt; reward functions do not see it.
 INDEX = "paced_prompt_index"
 
 _HANDED_BY_TRL = frozenset(
@@ -26,8 +26,10 @@ _HANDED_BY_TRL = frozenset(
 
 
 class Numbered(Rows[dict[str, Any]]):
-    """The rows of `data`, each with its number under `INDEX`: outside of the data, where no transform or format of
-    theirs can drop it."""
+    """Rows of `data`, each with its number under `INDEX`.
+
+    The number is added outside `data`, so that no transform or format of `data` can drop it.
+    """
 
     def __init__(self, data: Dataset) -> None:
         self.data = data
@@ -39,7 +41,7 @@ class Numbered(Rows[dict[str, Any]]):
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
-        """What a loader calls for a batch; transforms work on batches."""
+        """Return a batch of rows; called by the data loader, because transforms work on batches."""
         rows = self.data.__getitems__(numbers)
         if len(rows) != len(numbers):
             raise InputError(
@@ -52,7 +54,7 @@ class Numbered(Rows[dict[str, Any]]):
 
 
 def number_of(row: dict[str, Any]) -> int:
-    """The number of a row that a training loader gave; InputError where another loader gave it."""
+    """Return the number of a row; InputError if the row did not come from PacedTrainer's own training loader."""
     if INDEX not in row:
         raise InputError(
             "log_z='learned' and prompt_sampling='paced' number the prompts in PacedTrainer's own loader: do not "
@@ -62,7 +64,7 @@ def number_of(row: dict[str, Any]) -> int:
 
 
 def check_data(options: dict[str, Any]) -> None:
-    """Refuse, of what GRPOTrainer's arguments name as data, rows whose columns are known and lack something.
+    """Refuse the datasets among GRPOTrainer's arguments whose columns are known and incomplete.
 
     Raises:
         InputError: see `check_rows`.
@@ -81,11 +83,12 @@ def check_data(options: dict[str, Any]) -> None:
 
 
 def check_empty_prompts(options: dict[str, Any]) -> None:
-    """Refuse rows whose prompt is the empty text, for a tokenizer that makes no token of it; TRL would stop there, but
-    not before it comes to that row.
+    """Refuse rows with an empty prompt, for a tokenizer that turns empty text into no tokens.
+
+    TRL would stop at such a row too, but only on reaching it.
 
     Raises:
-        InputError: there is one.
+        InputError: there is such a row.
     """
     for label, rows in _datasets(options):
         if columns_of(rows) is None or not isinstance(rows, Dataset) or "prompt" not in rows.column_names:
@@ -98,10 +101,10 @@ def check_empty_prompts(options: dict[str, Any]) -> None:
 
 @contextmanager
 def kept_rewards(trainer: Any) -> Iterator[list[Tensor]]:
-    """What `trainer._calculate_rewards` returns meanwhile, whichever class of the trainer has the last word on it.
+    """Collect the results of `trainer._calculate_rewards` inside the context, also if a subclass overrides it.
 
     Raises:
-        InputError: in that call, for a reward that is infinite.
+        InputError: raised by that call if a reward is infinite.
     """
     compute, own, kept = trainer._calculate_rewards, vars(trainer).get("_calculate_rewards"), []
 
@@ -122,7 +125,7 @@ def kept_rewards(trainer: Any) -> Iterator[list[Tensor]]:
 
 
 def check_tokens(prompts: Iterable[Any], prompt_ids: Iterable[Sequence[int]]) -> None:
-    """Refuse a prompt without tokens: there is nothing to predict its first token from."""
+    """Refuse a prompt without tokens: nothing precedes the first token of its completion."""
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
         if not len(ids):
             raise InputError(f"the prompt {prompt!r} has no tokens: leave such rows out, or give it a chat template")
@@ -136,7 +139,7 @@ def _datasets(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def columns_of(data: Any) -> list[str] | None:
-    """The columns that rows of `data` will have; None where only a row can tell: a stream, or a transform of rows."""
+    """Return the columns of the rows of `data`; None if only a row can show them (a stream or a row transform)."""
     if isinstance(data, Dataset) and data.format["type"] == "custom":
         return None
     columns = getattr(data, "column_names", None)
@@ -151,17 +154,17 @@ def check_rows(
     makes_prompts: bool,
     adds_fields: bool,
 ) -> None:
-    """Refuse rows without what TRL looks for in them.
+    """Refuse rows that lack columns that TRL needs.
 
     Args:
-        columns: of the rows.
-        data: the name of the data set, for the message.
+        columns: column names of the rows.
+        data: name of the dataset, for the message.
         functions: reward functions and models.
-        makes_prompts: an environment hands over the prompts.
-        adds_fields: a rollout function may hand reward functions more than the rows have.
+        makes_prompts: an environment supplies the prompts.
+        adds_fields: a rollout function may pass reward functions fields that the rows do not have.
 
     Raises:
-        InputError: there are no prompts, or a reward function cannot be called without a column that is missing.
+        InputError: there are no prompts, or a column that a reward function requires is missing.
     """
     present = set(columns)
     shown = ", ".join(sorted(present - {INDEX}))
@@ -178,12 +181,12 @@ def check_rows(
 
 
 def _required(function: Any) -> list[str]:
-    """Names of arguments without which a call is an error; the parameters of what is called, not of what it wraps."""
+    """Return the names of required arguments, from the signature of `function` itself, not of a function it wraps."""
     if not callable(function) or hasattr(function, "forward") or hasattr(function, "__signature__"):
         return []
     try:
         parameters = _signature(function).parameters.values()
-    except (ValueError, TypeError):  # some callables have no signature to read
+    except (ValueError, TypeError):  # some callables have no readable signature
         return []
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [p.name for p in parameters if p.kind in named and p.default is p.empty]

@@ -1,4 +1,4 @@
-"""How a model's states become log-probs: by the fused op in its forward, by TRL's own head, or from its own logits.
+"""From hidden states to log-probs: by the fused op in the forward, by TRL's own head, or from the model's logits.
 
 B = sequences, P = longest prompt, C = longest completion, T = completion tokens, H = hidden size, V = vocabulary.
 """
@@ -25,27 +25,27 @@ FUSED, HOST, LOGITS = "fused", "host", "logits"
 
 
 class Head(NamedTuple):
-    """The way from states to log-probs, the factor of the logits, and why the way is not `FUSED` (else empty)."""
+    """Way from states to log-probs, factor of the logits, and the reason if the way is not `FUSED` (else "")."""
 
     way: str
     scale: float
     why: str
 
 
-# What a forward does to its logits under these names, only its own forward knows; TRL's head does not.
+# Settings that change the logits inside the model's own forward; TRL's head ignores them.
 _ONLY_ITS_OWN = ("logits_soft_cap", "output_logit_soft_cap", "logits_mup_width_multiplier", "unpadded_vocab_size")
 
 
 def find_head(model: Any, *, takes_images: bool, is_whole: bool, has_router_loss: bool) -> Head:
-    """How to score with `model`, a causal language model without wrappers.
+    """Choose how to score with `model`, a causal language model without wrappers.
 
     Args:
-        takes_images: it comes with a processor; only TRL knows what to hand such a model.
-        is_whole: its weights are here and in one piece, so that it can be asked what it does to its states.
-        has_router_loss: it trains with the loss of its routers.
+        takes_images: the model has a processor; only TRL knows what inputs such a model needs.
+        is_whole: the weights are present and unsharded, so the model can be run to see how it treats its states.
+        has_router_loss: training includes the model's router loss.
 
     Raises:
-        InputError: it trains with that loss, and has no routers that it shows.
+        InputError: training includes a router loss, and the model returns no router logits.
     """
     name = type(model).__name__
     if has_router_loss and is_whole and not takes_images and not _shows_routers(model):
@@ -72,7 +72,7 @@ def find_head(model: Any, *, takes_images: bool, is_whole: bool, has_router_loss
 
 
 def logit_scale(settings: Any) -> float:
-    """What a model of these settings multiplies its logits by, under the names that families have for it."""
+    """Return the factor by which the model multiplies its logits; its setting is named differently per model family."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(settings, name, None) is not None:
             return float(getattr(settings, name))
@@ -84,7 +84,7 @@ def logit_scale(settings: Any) -> float:
 
 @torch.no_grad()
 def _asked(model: Any, module: Any, **options: Any) -> Any:
-    """What `module`, `model` or a part of it, makes of four tokens."""
+    """Run `module` (`model` or a part of it) on four tokens and return its output."""
     embedding = model.get_input_embeddings().weight
     ids = torch.arange(4, device=embedding.device)[None] % embedding.shape[0]
     was_training = model.training
@@ -100,7 +100,7 @@ def _shows_routers(model: Any) -> bool:
 
 
 def _is_linear(model: Any, head: nn.Module, scale: float) -> bool:
-    """Whether the logits of `model` are its last states times the output layer times `scale`."""
+    """Return whether the logits of `model` equal output layer(last hidden states) * `scale`."""
     found = _asked(model, model).logits
     states = getattr(_asked(model, model.base_model), "last_hidden_state", None)
     if states is None or not hasattr(head, "weight"):
@@ -109,19 +109,19 @@ def _is_linear(model: Any, head: nn.Module, scale: float) -> bool:
         expected = head(states.to(head.weight.device).to(head.weight.dtype)) * scale
     if expected.shape != found.shape:
         return False
-    # A factor in half precision rounds each logit; whatever else a model does is not as small as that.
+    # A factor in half precision rounds each logit; any other change by the model is larger than that.
     tolerance = (1e-3 if found.dtype in (torch.float32, torch.float64) else 3e-2) * float(found.abs().max())
     return bool((found.float() - expected.to(found.device).float()).abs().max() <= tolerance)
 
 
 def _router_loss(model: Any) -> Callable[..., Tensor] | None:
-    """The load-balancing loss that the model's own forward adds; None where it does not have the usual parts."""
+    """Return the load-balancing loss function of the model's own forward; None if the usual attributes are missing."""
     has_counts = hasattr(model, "num_experts") and hasattr(model, "num_experts_per_tok")
     return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None) if has_counts else None
 
 
 class Completions:
-    """The completion tokens of a micro-batch, in packed rows."""
+    """Completion tokens of a micro-batch as packed rows."""
 
     def __init__(
         self,
@@ -132,22 +132,22 @@ class Completions:
         self.token_ids = packed(completion_ids, self.mask)  # [T]
 
     def states(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:  # [B, P + C, H] -> [T, H]
-        """The states that predict the tokens."""
+        """Return the states that predict the completion tokens."""
         width = self.mask.shape[1]
         return packed(hidden[:, -width - 1 : -1], self.mask).to(dtype)
 
     def pack(self, values: Tensor) -> Tensor:  # [B, C] -> [T]
-        """Of every token its value."""
+        """Return one value per completion token."""
         return packed(values, self.mask)
 
     def pad(self, values: Tensor) -> Tensor:  # [T] -> [B, C]
-        """The inverse of `pack`, 0 elsewhere."""
+        """Invert `pack`; positions without a token are 0."""
         empty = torch.zeros(self.mask.shape, dtype=values.dtype, device=values.device)
         return empty.masked_scatter(self.mask, values)
 
     @property
     def offsets(self) -> Tensor:
-        """i64[B + 1] on the CPU."""
+        """Sequence offsets, i64[B + 1] on the CPU."""
         return offsets(self.mask)
 
 
@@ -158,7 +158,7 @@ def scores(
     temperature: float,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and entropies [B, C] from logits as the model gives them."""
+    """Return log-probs and entropies [B, C] from the model's own logits."""
     rows = completions.states(logits, torch.float32) / temperature
     table = rows.log_softmax(-1)
     logprobs = completions.pad(table.gather(1, completions.token_ids[:, None])[:, 0])
@@ -166,12 +166,12 @@ def scores(
 
 
 def add_state_call(model: Any) -> None:
-    """Let `model(..., state_call=f)` return `f(hidden states, head weight, head bias)` and a router loss, no logits.
+    """Make `model(..., state_call=f)` return `f(hidden states, head weight, head bias)` and a router loss, no logits.
 
-    The router loss is None unless `router_loss=True` asks for it. The loss has to be computed inside the forward of the
-    output layer, within that of the model: there DDP, FSDP, ZeRO and autocast have the weights ready, and reduce their
-    gradients afterwards. Both modules keep their own forward for every other call. The loss travels as a function,
-    because wrappers round the tensors they are handed (rewards in bfloat16).
+    The router loss is None unless `router_loss=True`. The loss has to be computed inside the forward of the output
+    layer, itself inside the model's forward: there DDP, FSDP, ZeRO and autocast have the weights ready, and they reduce
+    the gradients afterwards. Calls without `state_call` use the original forwards. The loss is passed as a function,
+    because wrappers round tensor arguments (rewards would become bfloat16).
     """
 
     def states(self: Any, *args: Any, state_call: StateCall, router_loss: bool = False, **options: Any) -> Any:
@@ -186,7 +186,7 @@ def add_state_call(model: Any) -> None:
         return result, balance(out.router_logits, *counts, options.get("attention_mask"))
 
     def loss(self: Any, hidden: Tensor, *, state_call: StateCall) -> Any:
-        if isinstance(self.weight, DTensor):  # not by FSDP, which has put it together by now
+        if isinstance(self.weight, DTensor):  # not FSDP: it has gathered the weight by now
             raise InputError("the output layer is split, which the fused loss does not know: set fused=False")
         return state_call(hidden.to(self.weight.device), self.weight, self.bias)
 
@@ -195,9 +195,9 @@ def add_state_call(model: Any) -> None:
 
 
 def _or_own(own: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    """`instead` where a call has `state_call`, else `own`, which is bound."""
+    """Return a forward that calls `instead` if `state_call` is given, else the bound method `own`."""
 
-    @functools.wraps(getattr(own, "__func__", own))  # with its `self`, or the first argument would look bound
+    @functools.wraps(getattr(own, "__func__", own))  # with `self`, else the first argument would look bound
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         return instead(self, *args, **options) if options.get("state_call") is not None else own(*args, **options)
 

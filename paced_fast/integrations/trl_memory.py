@@ -1,6 +1,6 @@
-"""What `PacedTrainer` remembers of prompts: a learned log Z, the order of prompts, completions to replay.
+"""State that `PacedTrainer` keeps per prompt: a learned log Z, the sampling order, and completions to replay.
 
-N = prompts of the data set, G = completions per prompt, D = completions replayed with a batch.
+N = prompts in the dataset, G = completions per prompt, D = completions replayed per batch.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from paced_fast.paced.scheduler import PromptScheduler
 
 logger = logging.getLogger(__name__)
 
-# In a checkpoint: what all processes share, and the completions that each keeps for replay.
+# Files in a checkpoint: the state shared by all processes, and the completions each process keeps for replay.
 _SHARED, _REPLAY = "paced_prompts.pt", "paced_replay_{}.pt"
 
-# How far a sum of rewards whose weights are 1 together may leave [0, 1] in float32.
+# How far a sum of rewards, with weights that add up to 1, may leave [0, 1] by float32 rounding.
 _ROUNDING = 1e-5
 
-# What a generation batch may hold for rows to be added to it: no old log-probs, which those rows would need too.
+# Fields a batch may have if replayed rows are to be added; not old log-probs, which those rows lack.
 _REPLAYABLE = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"}
 _REPLAYABLE |= {"rewards", "log_z", "weights", "prompt_index", "is_fresh"}
 
 
 class LogZTable(nn.Module):
-    """value = beta * log Z of every prompt, in (0, 1): one number for all prompts, and one for each."""
+    """Table of value = beta * log Z per prompt, in (0, 1): sigmoid(a shared number + one number per prompt)."""
 
     def __init__(self, num_prompts: int) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class LogZTable(nn.Module):
 
 
 class ReduceTable(TrainerCallback):
-    """The table is not part of the wrapped model: average its gradient over processes, and bound it on its own."""
+    """Average the table's gradient over processes and clip it separately: it is not part of the wrapped model."""
 
     def __init__(self, table: LogZTable, accelerator: Any) -> None:
         self.table, self.accelerator = table, accelerator
 
     def on_pre_optimizer_step(self, *args: Any, **options: Any) -> None:
-        """Before every optimizer step, on every process."""
+        """Average and clip the gradient before every optimizer step, on every process."""
         del args, options
         parameters = list(self.table.parameters())
         for parameter in parameters:
@@ -63,16 +63,16 @@ class ReduceTable(TrainerCallback):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
 
     def on_optimizer_step(self, *args: Any, **options: Any) -> None:
-        """After it: the trainer clears the gradients of its model alone."""
+        """Clear the table's gradient after the step: the trainer clears only those of its model."""
         del args, options
         self.table.zero_grad()
 
 
 class PacedSampler(Sampler[int]):
-    """TRL's order of indices (a batch of prompts, each G times, all of it `repeat_count` times), drawn by a scheduler.
+    """Sampler in TRL's order: scheduled prompts, each G times, and every such batch `repeat_count` times.
 
-    A loader asks for a batch ahead, so a draw knows the rewards up to the batch before the last. Every process draws
-    the same, because what the scheduler has seen is gathered.
+    A loader prefetches one batch, so a draw sees rewards only up to the batch before the last. Every process draws the
+    same prompts, because the scheduler's observations are gathered from all processes.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class PacedSampler(Sampler[int]):
     ) -> None:
         self.scheduler, self.values = scheduler, values
         self.group_size, self.batch_size, self.repeat_count = group_size, batch_size, repeat_count
-        self.step = self.begin = 0  # batches drawn, and those before this epoch
-        self.drawn: list[list[int]] = []  # of this epoch
+        self.step = self.begin = 0  # batches drawn so far, and before this epoch
+        self.drawn: list[list[int]] = []  # batches of this epoch
         self.repeated: list[list[int]] = []
 
     @property
     def num_batches(self) -> int:
-        """Of an epoch."""
+        """Number of batches per epoch."""
         return self.scheduler.num_prompts // self.batch_size
 
     def __iter__(self) -> Iterator[int]:
@@ -112,8 +112,11 @@ class PacedSampler(Sampler[int]):
         return self.num_batches * self.batch_size * self.group_size * self.repeat_count
 
     def resume(self, epochs: int, begin: int, drawn: list[list[int]]) -> None:
-        """Go on after `epochs`: a resumed trainer asks for the epoch anew and skips what it had, so its batches are
-        those of before, the one that was asked for ahead included."""
+        """Continue after `epochs` whole epochs.
+
+        A resumed trainer iterates the epoch again and skips the batches it has used, so the batches drawn before,
+        including the prefetched one, are repeated.
+        """
         self.step = epochs * self.num_batches
         self.repeated = drawn if begin == self.step else []
 
@@ -128,7 +131,7 @@ class _Kept:
 
 
 class Replay:
-    """A ring of correct completions of this process, those whose group's accuracy was furthest from the estimate."""
+    """Ring of correct completions of this process: those whose group's accuracy was furthest from the estimate."""
 
     def __init__(self, count: int, *, capacity: int, max_age: int, seed: int) -> None:
         self.count, self.max_age, self.seed = count, max_age, seed
@@ -136,9 +139,9 @@ class Replay:
         self.batch = 0
 
     def extend(self, output: dict[str, Any], accuracy: Tensor, values: Tensor) -> int:
-        """Append D rows to TRL's generation batch, then keep of its own rows; how many were found.
+        """Append D replayed rows to TRL's generation batch, store some of its own rows, and return how many were found.
 
-        Rows that could not be filled have weight 0. `accuracy` and `values` [B] are those of the rows' prompts.
+        Appended rows that could not be filled have weight 0. `accuracy` and `values` [B] are per row, of its prompt.
         """
         self.batch += 1
         young = [kept for kept in self.ring if self.batch - kept.born <= self.max_age]
@@ -146,7 +149,7 @@ class Replay:
         chosen = [young[i] for i in torch.randperm(len(young), generator=source)[: self.count].tolist()]
         self._keep(output, accuracy, values)
         rows = {
-            "prompt_ids": [kept.prompt.flip(0) for kept in chosen],  # padded on the left: reversed for the padding
+            "prompt_ids": [kept.prompt.flip(0) for kept in chosen],  # reversed: these pad on the left
             "completion_ids": [kept.completion for kept in chosen],
         }
         for name, found in rows.items():
@@ -156,7 +159,7 @@ class Replay:
             mask = output[mask_name].new_zeros(self.count, width)
             for i, row in enumerate(found):
                 ids[i, : len(row)], mask[i, : len(row)] = row, 1
-            mask[len(found) :, 0] = 1  # attention over nothing is not defined
+            mask[len(found) :, 0] = 1  # attention needs at least one position
             left = name == "prompt_ids"
             pad = (width - output[name].shape[1], 0) if left else (0, width - output[name].shape[1])
             for key, new in ((name, ids), (mask_name, mask)):
@@ -177,7 +180,7 @@ class Replay:
         return len(chosen)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs; nothing that only a pickle could hold."""
+        """Return the state for `load_state_dict`, loadable with `weights_only=True`."""
         names = ("prompt", "completion", "reward", "prompt_index", "born")
         return {"batch": self.batch, "ring": [{name: getattr(kept, name) for name in names} for kept in self.ring]}
 
@@ -208,7 +211,7 @@ def _check_accuracies(
     *,
     learned: bool,
 ) -> None:
-    """Refuse rewards whose mean is no accuracy, but for the rounding of a weighted sum."""
+    """Refuse rewards outside [0, 1], whose mean is not an accuracy; tolerate the rounding of a weighted sum."""
     if bool(((rewards - rewards.clamp(0.0, 1.0)).abs() > _ROUNDING).any()):
         found = f"rewards from {float(rewards.min()):g} to {float(rewards.max()):g} have no accuracy as their mean"
         option, other = ("log_z='learned'", "log_z='group'") if learned else ("prompt_sampling='paced'", "'uniform'")
@@ -216,7 +219,7 @@ def _check_accuracies(
 
 
 class PromptMemory:
-    """All of it, for one process: table, scheduler and sampler are alike on every process, the ring is its own."""
+    """All of this state for one process: table, scheduler and sampler are equal on every process, the ring is not."""
 
     def __init__(self, args: PacedConfig, num_prompts: int, *, device: torch.device, process_index: int) -> None:
         self.args, self.device, self.process_index = args, device, process_index
@@ -238,34 +241,34 @@ class PromptMemory:
             )
         seed = args.seed + process_index
         self.replay = Replay(args.replay, capacity=args.replay_capacity, max_age=args.replay_max_age, seed=seed)
-        self.observed = 0  # generation batches
+        self.observed = 0  # number of generation batches
 
     @torch.no_grad()
     def values(self) -> Tensor | None:
-        """Estimated accuracy of every prompt, where it is learned."""
+        """Return the learned accuracy estimate of every prompt; None without a table."""
         if self.table is None:
             return None
         return self.table(torch.arange(len(self.table.own), device=self.device)).cpu()
 
     def log_z(self, inputs: dict[str, Any]) -> Tensor:
-        """log Z of a micro-batch's prompts: from the table where there is one and this is training."""
+        """Return log Z per sequence of a micro-batch: in training from the table if there is one, else the group's."""
         if self.table is None or "prompt_index" not in inputs:
             return inputs["log_z"]
         log_z = self.table(inputs["prompt_index"]) / self.args.tb_beta
-        # Replayed completions are correct ones: the estimate would learn from them that every prompt is easy.
+        # All replayed completions are correct: learning from them would make every prompt look easy.
         return torch.where(inputs["is_fresh"], log_z, log_z.detach())
 
     def observe(
         self,
         output: dict[str, Any],
         *,
-        index: Tensor,  # i64[B] of this process
-        every_index: Tensor,  # i64[all processes * B], like the next three
+        index: Tensor,  # i64[B], rows of this process
+        every_index: Tensor,  # i64[all processes * B], as are the next three
         rewards: Tensor,
         accuracy: Tensor,
         scored: Tensor,
     ) -> int | None:
-        """Tell the scheduler the accuracy of every group, and add what is replayed to `output`: how many rows."""
+        """Pass group accuracies to the scheduler, append replayed rows to `output`; return their count (None = off)."""
         _check_accuracies(rewards, learned=self.table is not None)
         known = scored.view(-1, self.group_size).any(1).cpu()
         self.observed += 1
@@ -274,7 +277,7 @@ class PromptMemory:
         output["prompt_index"], output["is_fresh"] = index, torch.ones_like(index, dtype=torch.bool)
         if self.table is None or not self.args.replay:
             return None
-        output.pop("sampling_per_token_logps", None)  # of vLLM; only weights would need them
+        output.pop("sampling_per_token_logps", None)  # from vLLM; only needed for importance weights
         others = set(output) - _REPLAYABLE
         if others:
             raise InputError(f"replay does not know {min(others)} of this batch: set replay=0")
@@ -283,8 +286,8 @@ class PromptMemory:
             return self.replay.extend(output, accuracy[start : start + len(index)], self.table(index))
 
     def save(self, folder: Path, *, epochs: int, is_rank0: bool) -> None:
-        """Into a checkpoint: every process what it keeps, rank 0 what all share."""
-        folder.mkdir(parents=True, exist_ok=True)  # rank 0 may not have come so far
+        """Write to a checkpoint: every process its replay ring, rank 0 also the shared state."""
+        folder.mkdir(parents=True, exist_ok=True)  # rank 0 may not have created it yet
         if self.args.replay:
             torch.save(self.replay.state_dict(), folder / _REPLAY.format(self.process_index))
         if is_rank0:
@@ -297,7 +300,7 @@ class PromptMemory:
             torch.save(state, folder / _SHARED)
 
     def load(self, folder: Path) -> None:
-        """From a checkpoint; InputError for one of another kind of run."""
+        """Restore from a checkpoint; InputError if it lacks this state or has another number of prompts."""
         path = folder / _SHARED
         if not path.is_file():
             raise InputError(f"{path} is missing: this checkpoint was written without log_z='learned' or sampling")

@@ -1,24 +1,24 @@
-"""Trajectory balance in verl: found through the entry point group `verl.plugins`, chosen in the configuration.
+"""Trajectory balance in verl: loaded through the entry point group `verl.plugins`, selected in the configuration.
 
 ::
 
     algorithm.adv_estimator=paced_tb                      # raw reward minus the mean of the prompt's group
     actor_rollout_ref.actor.policy_loss.loss_mode=paced_tb
     actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum
-    actor_rollout_ref.actor.policy_loss.dro_beta=0.05     # reward units per nat; 0.05 when left out
+    actor_rollout_ref.actor.policy_loss.dro_beta=0.05     # reward units per nat; default 0.05
     actor_rollout_ref.actor.clip_ratio_high=0.28          # caps the weight exp(log pi - log pi_old) at 1.28
     actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.entropy_coeff=0
 
-With the old policy as reference the group's estimate of beta * log Z is its mean reward, so the advantage holds all
-that the loss has to know: residual = beta * log ratio - advantage. For a frozen reference add
-`algorithm.use_kl_in_reward=True algorithm.kl_penalty=kl algorithm.kl_ctrl.kl_coef=0.05` (the same beta): the rewards
-then are reward - beta * (log pi_old - log pi_ref), and their group mean is beta * log Z under that reference.
+With the old policy as reference, the group's estimate of beta * log Z is its mean reward, so the advantage is all that
+the loss needs: residual = beta * log ratio - advantage. For a frozen reference add
+`algorithm.use_kl_in_reward=True algorithm.kl_penalty=kl algorithm.kl_ctrl.kl_coef=0.05` (the same beta). The rewards
+then become reward - beta * (log pi_old - log pi_ref), and their group mean is beta * log Z under that reference.
 
 FlowRL's settings (arXiv:2509.15207: scale 15, means in the residual, weights up to 10) on verl 0.9.1, where its own
 recipe no longer imports (`verl.workers.actor.dp_actor` is gone)::
 
-    algorithm.adv_estimator=grpo                          # divided by the deviation, as FlowRL does
+    algorithm.adv_estimator=grpo                          # divided by the standard deviation, as in FlowRL
     algorithm.norm_adv_by_std_in_grpo=True
     algorithm.use_kl_in_reward=False
     actor_rollout_ref.actor.policy_loss.loss_mode=paced_flowrl
@@ -31,13 +31,12 @@ recipe no longer imports (`verl.workers.actor.dp_actor` is gone)::
     data.max_prompt_length=2048
     data.max_response_length=8192
 
-The reference is then the old policy. `flowrl_loss` has the frozen reference of the paper, as a loss of the engine
-worker; no configuration chooses it (`engine_workers.py` builds its loss itself), a worker of one's own must call
-`set_loss_fn`.
+The reference is then the old policy. `flowrl_loss` uses the paper's frozen reference, as a loss of the engine worker.
+No configuration selects it, because `engine_workers.py` builds its own loss: a custom worker must call `set_loss_fn`.
 
-Written against verl 0.9.1. Its engines hand log-probs to a loss and never hidden states (`prepare_model_outputs` of
-workers/engine/fsdp/transformer_impl.py gives `log_probs` and `entropy`); `verl_fused` puts the fused op where verl has
-the hidden states, in the model's forward. B = sequences, L = longest response.
+Written against verl 0.9.1. Its engines pass log-probs to a loss and never hidden states (`prepare_model_outputs` in
+workers/engine/fsdp/transformer_impl.py returns `log_probs` and `entropy`). `verl_fused` puts the fused op into the
+model's forward, where verl has the hidden states. B = sequences, L = longest response.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def group_advantage(
     config: Any = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Raw reward minus the mean of the prompt's group, on every token of the response; `index` names the groups."""
+    """Return raw reward minus the mean of the prompt's group, on every response token; `index` names the groups."""
     if index is None:
         raise InputError("adv_estimator=paced_tb needs the batch's uid, which names the group of each response")
     rewards = token_level_rewards.sum(1)
@@ -119,7 +118,7 @@ def flowrl_policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,  # [B, L]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """FlowRL's residual and weights with the old policy as reference, where the group's log Z is 0."""
+    """FlowRL's residual and weights with the old policy as reference, for which the group's log Z is 0."""
     if loss_agg_mode != "seq-mean-token-mean":
         raise InputError(f"loss_agg_mode={loss_agg_mode}: FlowRL averages over tokens, use seq-mean-token-mean")
     _no_further_terms("paced_flowrl", config)
@@ -132,12 +131,12 @@ def flowrl_policy_loss(
 def flowrl_loss(
     config: Any, model_output: Any, data: Any, dp_group: Any = None, *, group_size: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """FlowRL with its frozen reference: a loss of the engine worker, `worker.set_loss_fn(partial(flowrl_loss, ...))`.
+    """FlowRL with its frozen reference, for the engine worker: `worker.set_loss_fn(partial(flowrl_loss, ...))`.
 
-    `partial` fixes `config`, the actor's, and `group_size`, the responses a prompt has. log Z is the group's estimate,
-    so every micro-batch must hold whole groups: `use_dynamic_bsz=False`, `ppo_micro_batch_size_per_gpu` a multiple of
-    the group, `trainer.balance_batch=False`; a split group is an error. `use_kl_loss=True` makes verl compute the
-    reference's log-probs; its KL term is not added.
+    `partial` sets `config` (the actor's) and `group_size` (responses per prompt). log Z is estimated per group, so
+    every micro-batch must hold whole groups: set `use_dynamic_bsz=False`, `ppo_micro_batch_size_per_gpu` to a multiple
+    of `group_size`, and `trainer.balance_batch=False`; a split group is an InputError. `use_kl_loss=True` makes verl
+    compute the reference's log-probs; its KL term is not added.
     """
     from verl.workers.utils.padding import no_padding_2_padding
 
@@ -182,17 +181,17 @@ def _flowrl(
         importance_cap=_FLOWRL_CAP,
         reduction="mean",
     )
-    return out.loss * (2.0 / beta), _metrics(out)  # FlowRL squares nats and takes no half
+    return out.loss * (2.0 / beta), _metrics(out)  # FlowRL squares the residual in nats, without the factor 1/2
 
 
 def _no_further_terms(name: str, config: Any) -> None:
-    """verl would add them to the loss after this one."""
+    """Refuse entropy and KL terms, which verl would add to this loss."""
     if config.entropy_coeff or config.use_kl_loss:
         raise InputError(f"loss_mode={name} takes no further terms: set use_kl_loss=False and entropy_coeff=0")
 
 
 def _denominator(config: Any, mask: Tensor) -> float | Tensor:
-    """verl averages over `dp_size` ranks and adds micro-batches: one mean over the mini-batch."""
+    """Return the divisor for a mean over the mini-batch: verl averages over `dp_size` ranks and adds micro-batches."""
     info = config.global_batch_info
     total = info.get("global_batch_size")
     if total is None:

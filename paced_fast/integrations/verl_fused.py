@@ -1,4 +1,4 @@
-"""verl's fused log-probs taken over by `paced_kernels.linear_logprobs`, switched on by configuration alone.
+"""Replacement of verl's fused log-probs by `paced_kernels.linear_logprobs`, enabled by configuration alone.
 
 ::
 
@@ -6,16 +6,17 @@
     actor_rollout_ref.model.use_fused_kernels=True
     actor_rollout_ref.model.fused_kernel_options.impl_backend=torch
 
-verl 0.9.1 has no name for a backend of one's own: `patch_forward_with_backends` (models/transformers/monkey_patch.py)
-leaves the model as it is for any but "torch", "triton" and "liger", and `FusedLinearForPPO` refuses the rest. Its
-forward functions (models/transformers/dense_common.py and those beside it) look that class up at each call, in
-utils/experimental/torch_functional.py, and hand it the hidden states and the output layer. So importing this module,
-which `external_lib` does in every worker, puts another class there: every model that verl's "torch" backend supports
-then computes its log-probs and entropies here, for any loss. The losses of this package are then fused from the hidden
-states to the log-probs, not beyond. "triton" and "liger" are not touched. For `strategy: fsdp`, verl's default: under
-fsdp2 verl reads the weight of a unit of its own from outside of it, so that its gradient is not summed over ranks.
+verl 0.9.1 has no setting for a custom backend: `patch_forward_with_backends` (models/transformers/monkey_patch.py)
+leaves the model unpatched unless the backend is "torch", "triton" or "liger", and `FusedLinearForPPO` refuses other
+names. verl's forward functions (models/transformers/dense_common.py and its siblings) look that class up at each call,
+in utils/experimental/torch_functional.py, and pass it the hidden states and the output layer. Importing this module,
+which `external_lib` does in every worker, therefore replaces that class. Every model that verl's "torch" backend
+supports then computes its log-probs and entropies here, for any loss. The losses of this package are then fused from
+the hidden states to the log-probs, not further. "triton" and "liger" are unchanged. Use it with `strategy: fsdp`,
+verl's default. Under fsdp2, verl reads the weight of a separately wrapped unit from outside that unit, so the weight's
+gradient is not summed over ranks.
 
-B = sequences, L = tokens of one, H = hidden size, V = vocabulary.
+B = sequences, L = tokens per sequence, H = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from paced_kernels import linear_logprobs
 
 
 class FusedLinear(nn.Module):
-    """verl's `FusedLinearForPPO`, called the same way."""
+    """Drop-in replacement for verl's `FusedLinearForPPO`, with the same call signature."""
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class FusedLinear(nn.Module):
         input_ids: Tensor,  # [B, L] or [L]
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies in the shape of `input_ids`, float32."""
+        """Return log-probs and entropies, float32, in the shape of `input_ids`."""
         if isinstance(vocab_weights, DTensor) or "ToTorchTensor" in type(vocab_weights.grad_fn).__name__:
             raise InputError("under fsdp2 the gradient of the output layer is not summed: set actor.strategy=fsdp")
         logprobs, entropy = linear_logprobs(
