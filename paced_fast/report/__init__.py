@@ -1,9 +1,9 @@
-"""A run folder as one page a person can read, and several runs side by side.
+"""Report of a run folder as one HTML page, or a comparison of several runs.
 
     python -m paced_fast.report RUN_DIR                      # writes RUN_DIR/report.html and RUN_DIR/plots/*.png
     python -m paced_fast.report RUN_A RUN_B ... --out FILE   # writes a comparison
 
-Reads what a run wrote so far, so it also works while the run goes on; needs no tensor library and no device.
+Also works while the run is still going: it reads the files written so far. Needs no tensor library and no device.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from paced_fast.report import compare, make_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the report of a run folder, or a comparison of several, and names it on standard output.
+    """Write the report of a run folder, or a comparison of several, and print its path to standard output.
 
-    Exit status 2 and one line on InputError.
+    On InputError: one line of message and exit status 2.
     """
     parser = argparse.ArgumentParser(
         prog="python -m paced_fast.report",
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path = make_report(options.run_dir[0])
     except InputError as error:
         parser.exit(2, f"report: {error}\n")
-    # A folder's name need not be text.
+    # A folder's name may hold bytes that are not valid text.
     sys.stdout.write(f"{path}\n".encode("utf-8", "backslashreplace").decode("utf-8"))
 
 

@@ -1,6 +1,6 @@
-"""Several runs on one page: curves over each other, figures side by side, and the settings that differ.
+"""Comparison of several runs on one page: overlaid curves, figures side by side, and the settings that differ.
 
-Runs that differ in nothing but the seed are one group: its curve is the mean of theirs where each has been evaluated.
+Runs that differ only in the seed form a group, whose curve is their mean over the range that all of them cover.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from paced_fast.report.seeds import FEWEST, PLACES, SeedGroup, grouped, mean_lin
 
 
 def compare(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Writes one page that compares run folders, and returns its path: `out`, or compare.html beside the first run.
+    """Write a page that compares run folders; return its path: `out`, or compare.html beside the first run.
 
-    Raises InputError when a folder is no run folder, or is named twice.
+    Raises InputError if a folder is not a run folder or is named twice.
     """
     paths = [Path(folder) for folder in folders]
     for i, path in enumerate(paths):
@@ -46,7 +46,7 @@ def compare(folders: Sequence[str | Path], out: str | Path | None = None) -> Pat
 
 
 def page_of(runs: Sequence[Run]) -> str:
-    """The comparison as HTML."""
+    """Return the comparison as HTML."""
     groups = grouped(runs)
     learning, training = _learning(groups), _training(groups)
     drawn, _ = draw([*learning, *training])
@@ -63,7 +63,7 @@ def page_of(runs: Sequence[Run]) -> str:
 
 
 def _lead(runs: Sequence[Run]) -> str:
-    """What holds for every run, else what is certain of any."""
+    """Introductory sentence: the one of the runs if they agree, else one that is true of any run."""
     leads = {learning_lead(run) for run in runs}
     return leads.pop() if len(leads) == 1 else "Measured on the held-out prompts."
 
@@ -73,7 +73,7 @@ def _titled(group: SeedGroup) -> str:
 
 
 def _lines(groups: Sequence[SeedGroup], line_of: Callable[[Run], Line | None]) -> tuple[list[Line], str]:
-    """A curve for each group, that of a group too small for a band among those of its runs; and what bands are."""
+    """Return one curve per group (with the runs' curves if they are too few for a band), and a caption on bands."""
     lines, few, seeds, prompts = [], False, False, False
     for i, group in enumerate(groups):
         members = [line for run in group.runs if (line := line_of(run)) is not None]
@@ -153,7 +153,7 @@ def _training(groups: Sequence[SeedGroup]) -> list[Chart]:
 
 
 def _smooth(run: Run, key: str) -> Line | None:
-    """A running mean over a fifteenth of the run, against rollouts."""
+    """Running mean over 1/15 of the run, against rollouts."""
     x, y = series(run.records, key, x="rollouts")
     return Line(name=key, x=x, y=running_mean(y)) if x.size else None
 

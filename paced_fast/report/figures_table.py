@@ -1,4 +1,4 @@
-"""The figures of runs side by side: differences, intervals, and accuracy paired prompt by prompt."""
+"""Table of the figures of runs: differences, intervals, and accuracy paired by prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Figure:
     name: str
     of: Callable[[Run], float | None]
     text: Callable[[float], str]
-    key: str = ""  # in the last evaluation, for its interval
+    key: str = ""  # name in the last evaluation, for its interval
 
 
 def _last(run: Run) -> Record:
@@ -74,7 +74,7 @@ _ROWS = (
 
 
 def figures_table(groups: Sequence[SeedGroup]) -> Markup:
-    """The table as HTML."""
+    """Return the table as HTML."""
     k = largest_k([_last(run) for group in groups for run in group.runs], "maj_at_k")
     votes = (_evaluated(f"held-out maj@{k}", f"maj_at_k/{k}"),) if k else ()
     rows = [cells for figure in (*_EVALUATED, *votes, *_ROWS) if (cells := _row(figure, groups))]
@@ -85,7 +85,7 @@ def figures_table(groups: Sequence[SeedGroup]) -> Markup:
 
 
 def _row(figure: _Figure, groups: Sequence[SeedGroup]) -> list[str]:
-    """Its cells; none where no run has the figure."""
+    """Return the cells of a row; empty if no run has the figure."""
     found = [[v for run in group.runs if (v := figure.of(run)) is not None] for group in groups]
     if not any(found):
         return []
@@ -99,7 +99,7 @@ def _row(figure: _Figure, groups: Sequence[SeedGroup]) -> list[str]:
         text = figure.text(mean)
         if math.isfinite(sum(ends[i])):
             text += f" [{figure.text(ends[i][0])}, {figure.text(ends[i][1])}]"
-        # More samples hold more distinct ones.
+        # The number of distinct correct answers grows with the number of samples.
         alike = figure.key != "distinct_correct" or _samples(groups[0]) == _samples(groups[i])
         if i and found[0] and alike:
             text += f"  ({_difference(mean - float(np.mean(found[0])), figure.text)}{_overlap(ends[0], ends[i])})"
@@ -114,7 +114,7 @@ def _samples(group: SeedGroup) -> float | None:
 
 
 def _ends(figure: _Figure, group: SeedGroup, values: Sequence[float]) -> tuple[float, float]:
-    """An interval around a figure: of the seeds' mean where there are enough, or what a single run recorded."""
+    """Interval of a figure: of the mean over seeds if there are enough, or the one that a single run recorded."""
     if len(values) >= FEWEST:
         mean, error = float(np.mean(values)), float(t_error(np.array(values, np.float64)))
         return mean - error, mean + error
@@ -134,7 +134,7 @@ def _overlap(first: tuple[float, float], other: tuple[float, float]) -> str:
 
 
 def paired(first: SeedGroup, other: SeedGroup) -> str:
-    """Mean difference over the headline prompts both scored, with its 95 % interval; "" where prompts have no ids."""
+    """Mean difference over headline prompts scored by both, with 95 % interval; "" if prompts have no ids."""
     a, b = (_prompt_accuracy(group) for group in (first, other))
     delta = np.array([b[name] - a[name] for name in a if name in b], np.float64)
     if delta.size < 2:
@@ -144,7 +144,7 @@ def paired(first: SeedGroup, other: SeedGroup) -> str:
 
 
 def _prompt_accuracy(group: SeedGroup) -> dict[str, float]:
-    """Accuracy at the end by id of the prompt, mean over the seeds; of the prompts that every run scored."""
+    """Return final accuracy by prompt id, averaged over the seeds, for prompts that every run scored."""
     runs = [_marks(run) for run in group.runs]
     names = [name for name in runs[0] if all(name in marks for marks in runs)]
     return {name: float(np.mean([marks[name] for marks in runs])) for name in names}

@@ -1,4 +1,4 @@
-"""A page put together from `templates/`: whatever a run holds is escaped there, unless it is `Markup` of a template."""
+"""Build pages from `templates/`, which escape all values from a run unless they are `Markup` from a template."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """A headline figure: the number, the line below, and its course."""
+    """Headline figure: the number, a line below it, and a small curve."""
 
     name: str
     text: str
@@ -48,14 +48,14 @@ def _templates() -> Environment:
 
 
 def part(name: str, *values: object, **named: object) -> Markup:
-    """A macro of parts.html as HTML."""
+    """Render a macro of parts.html."""
     return getattr(_templates().get_template("parts.html").module, name)(*values, **named)
 
 
 def document(template: str, bodies: Mapping[str, Markup], **shown: object) -> str:
-    """A page as HTML that needs nothing beside it and asks nobody for anything; parts without a body are left out.
+    """Render a self-contained HTML page; parts without a body are left out.
 
-    Its policy: nothing is fetched, and no script runs but the page's own, whatever a completion says.
+    Its content security policy forbids fetching and any script but the page's own, whatever a completion contains.
     """
     folder = files("paced_fast.report") / "templates"
     names = ("colors.css", "style.css", "hover.js")
@@ -67,9 +67,9 @@ def document(template: str, bodies: Mapping[str, Markup], **shown: object) -> st
 
 
 def write_page(path: Path, text: str) -> None:
-    """Writes a page; half a character, of a folder's name or a setting, stands there by its number.
+    """Write a page; lone surrogates (from folder names or settings) are written as escapes.
 
-    Raises InputError when that cannot be done.
+    Raises InputError if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def write_page(path: Path, text: str) -> None:
 
 
 def pairs_table(rows: Mapping[str, object]) -> Markup:
-    """Names and values; nested ones folded."""
+    """Table of names and values; nested values are folded."""
     if not rows:
         return part("absent", "not written yet")
     nested = {key: value for key, value in rows.items() if isinstance(value, Mapping | list) and value}
@@ -88,12 +88,12 @@ def pairs_table(rows: Mapping[str, object]) -> Markup:
 
 
 def counted(count: int, what: str) -> str:
-    """So many of something, in words that fit one as well."""
+    """Format a count with its noun, singular or plural."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def shown(value: object) -> str:
-    """A value as text; long numbers shortened to what a reader compares."""
+    """Format a value as text; long numbers are rounded."""
     if value is None:
         return "-"
     if isinstance(value, float):

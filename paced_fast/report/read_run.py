@@ -1,6 +1,6 @@
-"""What a run folder holds, read without trust in it: any number may be missing, null or of another type.
+"""Read a run folder without trusting its contents: any number may be missing, null or of another type.
 
-Needs no tensor library. A run that still goes on leaves half a line at the end of a file, and that line is left out.
+Needs no tensor library. A file of a run still in progress may end in an incomplete line, which is ignored.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Floats = NDArray[np.float64]
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
 )
-"""What nobody sees in a text, or what hides how it runs: control characters, changes of direction, half characters."""
+"""Invisible or misleading characters: control characters, changes of text direction, lone surrogates."""
 _NEWEST_ROLLOUTS = 2000
-"""Lines at the end of rollouts.jsonl that are read."""
+"""Number of lines read from the end of rollouts.jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A held-out evaluation and when it was made."""
+    """Held-out evaluation, and when it was made."""
 
     step: float
     rollouts: float
@@ -41,26 +41,26 @@ class Evaluated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A run folder, read."""
+    """Contents of a run folder."""
 
     folder: Path
     records: list[Record]
-    """Lines of metrics.jsonl in order, at least one; keys that no record has a field for are left out."""
+    """Lines of metrics.jsonl in order, at least one; unknown keys are left out."""
     summary: Record = field(default_factory=dict)
-    """summary.json; empty before a run has ended."""
+    """Contents of summary.json; empty until the run has ended."""
     config: Record = field(default_factory=dict)
-    """config.json by dotted names; empty when there is none."""
+    """Contents of config.json by dotted names; empty if the file is missing."""
     rollouts: list[Record] = field(default_factory=list)
-    """The newest of rollouts.jsonl, in order."""
+    """Newest lines of rollouts.jsonl, in order."""
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """Name of the folder."""
         return self.folder.resolve().name
 
     @property
     def evaluations(self) -> list[Evaluated]:
-        """Every evaluation, in order of step."""
+        """All evaluations in order of step."""
         return [
             Evaluated(
                 step=number(r.get("step")) or 0.0,
@@ -74,12 +74,12 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """Of the newest record."""
+        """Step of the newest record."""
         return int(number(self.records[-1].get("step")) or 0)
 
 
 def read_run(folder: str | Path) -> Run:
-    """Reads a run folder. Raises InputError when it, or its `metrics.jsonl`, is missing, empty, or broken inside."""
+    """Read a run folder. Raises InputError if it or its `metrics.jsonl` is missing, empty or corrupt."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no run folder at {folder}")
@@ -106,7 +106,7 @@ def _metrics(path: Path) -> list[Record]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            if index == len(lines):  # a running or killed writer leaves half a line
+            if index == len(lines):  # a running or killed writer leaves an incomplete last line
                 break
             raise InputError(f"{path}:{index} is not JSON: {error}") from error
         if not isinstance(record, dict) or "step" not in record:
@@ -140,14 +140,14 @@ def _rollouts(path: Path) -> Iterator[Record]:
     for line in tail:
         try:
             row = json.loads(line)
-        except ValueError:  # only the last line can be torn, and a sample can do without it
+        except ValueError:  # only the last line can be incomplete, and this is only a sample
             continue
         if isinstance(row, dict):
             yield row
 
 
 def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one with dotted keys."""
     flat: dict[str, object] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
@@ -158,25 +158,25 @@ def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 
 def mapping(x: object) -> Record:
-    """`x` if it is a mapping, else an empty one."""
+    """Return `x` if it is a mapping, else an empty one."""
     return x if isinstance(x, Mapping) else {}
 
 
 def number(x: object) -> float | None:
-    """`x` as a float; None for what is no number, not finite, or too large to be drawn."""
+    """Return `x` as a float; None if it is not a number, not finite, or too large to draw."""
     if isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < 1e30:
         return None
     return float(x)
 
 
 def numbers(x: object) -> Floats:
-    """A list as floats. Null becomes nan, so that two lists of the same groups stay aligned."""
+    """Convert a list to floats. Null becomes nan, so that two lists over the same groups stay aligned."""
     found = [number(y) for y in x] if isinstance(x, list) else []
     return np.array([np.nan if y is None else y for y in found], np.float64)
 
 
 def series(records: Sequence[Record], *keys: str, x: str = "step") -> tuple[Floats, Floats]:
-    """x and y of the records of a step that have both; several keys lead into nested mappings."""
+    """Return x and y of the step records that have both; several keys form a path into nested mappings."""
     points = []
     for record in records:
         inner: object = record

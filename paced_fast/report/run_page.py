@@ -1,4 +1,4 @@
-"""The report of one run: `report.html` and, for slides and papers, `plots/*.png`."""
+"""Report of one run: `report.html` and, for slides and papers, `plots/*.png`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def try_report(run_dir: str | Path) -> None:
-    """The page of a finished run, which is whole without it: what keeps it from being made is only logged."""
+    """Write the report of a finished run; a failure is only logged, because the run is complete without it."""
     try:
         make_report(run_dir)
     except Exception as error:
@@ -42,9 +42,9 @@ def try_report(run_dir: str | Path) -> None:
 
 
 def make_report(run_dir: str | Path) -> Path:
-    """Draws every figure the run has data for, writes `report.html`, and returns its path.
+    """Draw every chart the run has data for, write `report.html`, and return its path.
 
-    Raises InputError when the folder or its `metrics.jsonl` is missing, empty, or broken before its last line.
+    Raises InputError if the folder or its `metrics.jsonl` is missing, empty, or broken before its last line.
     """
     run = read_run(run_dir)
     path, folder = run.folder / "report.html", run.folder / "plots"
@@ -58,7 +58,7 @@ def make_report(run_dir: str | Path) -> Path:
         picture = folder / f"{name}.png"
         if name in pictures:
             picture.write_bytes(pictures[name])
-        else:  # one of an earlier report would contradict the page
+        else:  # a picture of an earlier report would contradict the page
             picture.unlink(missing_ok=True)
     return path
 
@@ -77,11 +77,11 @@ PICTURES = {
         *("generator_mismatch_max", "tokens_per_second"),
     ),
 }
-"""Files by name without their ending, and the charts of the page that stand in each, for a slide or a paper."""
+"""Picture files (names without extension) and the charts in each, for a slide or a paper."""
 
 
 def report_of(run: Run) -> tuple[str, dict[str, bytes]]:
-    """The page as HTML, a chart for everything the run has data for; and pictures by the names of `PICTURES`."""
+    """Return the page as HTML, with every chart the run has data for, and pictures by the names in `PICTURES`."""
     charts = {
         "learning": learning_charts(run),
         "value": value_charts(run),
@@ -161,7 +161,7 @@ def _tiles(run: Run) -> list[Tile]:
 
 
 def _spark(run: Run, key: str) -> Chart | None:
-    """The course of a figure, for its tile."""
+    """Small curve of a figure, for its tile."""
     x, y = series(run.records, key)
     if x.size < 3:
         return None
@@ -196,7 +196,7 @@ def _change(run: Run, key: str, name: str) -> list[Tile]:
 
 
 def _notes(run: Run) -> list[str]:
-    """What stands out; nothing for a run in which all went well."""
+    """Notes on problems of a run; empty if there are none."""
     records, lines = run.records, unscored_notes(run)
 
     steps = sum(1 for r in records if number(r.get("step")))
@@ -222,7 +222,7 @@ def _notes(run: Run) -> list[str]:
 
 
 def changed_settings(config: Mapping[str, object]) -> tuple[list[list[str]], list[list[str]]]:
-    """(name, preset's value, run's value) of what a user changed, and of what the preset had left to `auto`."""
+    """Return (name, preset's value, run's value) of settings the user changed, and of those preset to `auto`."""
     preset = config.get("preset")
     if not isinstance(preset, str) or preset not in PRESETS:
         return [], []

@@ -1,4 +1,4 @@
-"""Sample rollouts as HTML: every token in the colour of its probability, to be filtered by outcome without a script."""
+"""Sample rollouts as HTML: tokens coloured by probability, and a filter by outcome that needs no script."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from paced_fast.report.read_run import HIDDEN, Record, number
 
 _OF_EACH = 10
 _MAX_TEXT = 2000
-"""Characters of a prompt, and of a completion without tokens, that are shown."""
+"""Most characters shown of a prompt, or of a completion without token data."""
 _MAX_SHORT = 90
-"""Characters of a prompt in the line that stands for a closed rollout."""
+"""Most characters of the prompt in the summary line of a collapsed rollout."""
 _OPEN = 3
-"""Rollouts of each outcome that are open at first, and all short ones."""
+"""Rollouts per outcome that are initially expanded; short ones always are."""
 _SHORT = 300
-"""Characters of prompt and completion together."""
+"""Most characters of prompt and completion together for a rollout to count as short."""
 
 
 def outcome(row: Record) -> str:
-    """`right`, `wrong` or `unscored`."""
+    """Return `right`, `wrong` or `unscored`."""
     reward = number(row.get("reward"))
     return "unscored" if reward is None else "right" if reward > 0.5 else "wrong"
 
 
 def chosen(rows: Sequence[Record]) -> list[Record]:
-    """The newest fresh rollouts of each outcome and the newest replayed ones, newest first."""
+    """Select the newest fresh rollouts of each outcome and the newest replayed ones, newest first."""
     kinds = [("replayed" if row.get("replayed") is True else outcome(row), i) for i, row in enumerate(rows)]
     kept: list[int] = []
     for kind in dict.fromkeys(kind for kind, _ in kinds):
@@ -38,14 +38,14 @@ def chosen(rows: Sequence[Record]) -> list[Record]:
 
 
 def visible(text: str) -> Markup:
-    """Text as HTML that shows what it holds: control characters, half characters and changes of direction by name."""
+    """Text as HTML, with control characters, lone surrogates and changes of text direction shown by name."""
     pieces = HIDDEN.split(text)
     codes = [Markup('<i class="code">U+{:04X}</i>').format(ord(char)) for char in HIDDEN.findall(text)]
     return Markup().join(piece for pair in zip(pieces, [*codes, ""], strict=True) for piece in pair)
 
 
 def rollouts_section(rows: Sequence[Record]) -> Markup:
-    """The newest rollouts of each outcome, with a choice of which to see."""
+    """Section with the newest rollouts of each outcome and a filter."""
     if not rows:
         return part("absent", "none recorded yet")
     found = chosen(rows)
@@ -65,12 +65,12 @@ _SCALE = ("above 90%", "50%", "20%", "5%", "1%", "below 1%")
 
 
 def _level(probability: float) -> int:
-    """Which of the shades of `_SCALE`."""
+    """Return the index of the shade in `_SCALE`."""
     return next((i for i, least in enumerate((0.9, 0.5, 0.2, 0.05, 0.01)) if probability >= least), 5)
 
 
 def _rollout(row: Record) -> dict[str, object]:
-    """What a template shows of it."""
+    """Return the fields of a rollout that the template shows."""
     kind, replayed = outcome(row), row.get("replayed") is True
     reward, value, age, step = (number(row.get(key)) for key in ("reward", "value", "age", "step"))
     facts: list[str] = [f"step {step:.0f}"] if step is not None else []
@@ -99,7 +99,7 @@ def _completion(row: Record) -> Markup:
     spans = []
     for piece, value in zip(tokens, logprobs, strict=False):
         logprob = number(value)
-        shown = visible(str(piece)) or Markup("&#9633;")  # an end of the text, or a part of a character
+        shown = visible(str(piece)) or Markup("&#9633;")  # end of text, or part of a multi-byte character
         if logprob is None:
             spans.append(Markup("<span>{}</span>").format(shown))
             continue

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but the seed as one group: its name, the mean of its curves, and the interval of that."""
+"""Group runs that differ only in the seed: name of the group, mean of its curves, and interval of that mean."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from paced_fast.report.charts.chart import Line
 from paced_fast.report.read_run import Floats, Run
 
 PLACES = ("run_dir", "resume", "warm_start.cache_dir", "run.")
-"""Settings, or beginnings of their names, that say where a run lies and what it keeps, not what it does."""
+"""Prefixes of settings that concern where a run is stored and what it records, not how it trains."""
 FEWEST = 3
-"""Seeds that it takes for an interval."""
+"""Fewest seeds for an interval."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeedGroup:
-    """Runs that differ in the seed alone, under a name no other group has."""
+    """Runs that differ only in the seed, under a unique name."""
 
     name: str
     runs: Sequence[Run]
 
 
 def grouped(runs: Sequence[Run]) -> list[SeedGroup]:
-    """Runs that differ in the seed alone together, in the order of their first."""
+    """Group runs that differ only in the seed, in order of each group's first run."""
     groups: dict[str, list[Run]] = {}
     for i, run in enumerate(runs):
         same = {key: value for key, value in run.config.items() if key != "seed" and not key.startswith(PLACES)}
@@ -40,12 +40,12 @@ def grouped(runs: Sequence[Run]) -> list[SeedGroup]:
 
 
 def _common(runs: Sequence[Run]) -> str:
-    """What the runs of a group share: the beginning of their names, else preset and algorithm."""
+    """Name of a group: the common prefix of its runs' names, else preset and algorithm."""
     first, *others = (run.name for run in runs)
     if all(name == first for name in others):
         return first
     length = next((i for i, char in enumerate(first) if any(o[i : i + 1] != char for o in others)), len(first))
-    # seed1 and seed12 share no 1, and that they are seeds tells nothing.
+    # Drop trailing digits (the 1 of seed1 and seed12 is not common), then the uninformative word "seed".
     shared = re.sub(r"(^|[-_. ])(seed|s)$", "", first[:length].rstrip("0123456789-_. ")).rstrip("-_. ")
     if len(shared) > 1:
         return shared
@@ -54,7 +54,7 @@ def _common(runs: Sequence[Run]) -> str:
 
 
 def t_error(values: Floats) -> Floats:
-    """Half the 95 % interval of the mean over the first axis, by Student's t; nan with fewer than two values."""
+    """Half-width of the 95 % interval of the mean over the first axis (Student's t); nan with fewer than two values."""
     n = values.shape[0]
     if n < 2:
         return np.full(values.shape[1:], np.nan)
@@ -62,10 +62,10 @@ def t_error(values: Floats) -> Floats:
 
 
 def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to three digits behind the point."""
+    """Return the 97.5 % quantile of Student's t to three decimals."""
     if freedom <= len(_T):
         return _T[freedom - 1]
-    z, n = 1.959964, float(freedom)  # the first terms of its series around the normal's
+    z, n = 1.959964, float(freedom)  # first terms of its expansion around the normal quantile
     terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
     return z + sum(term / n**power for power, term in enumerate(terms, start=1))
 
@@ -74,9 +74,9 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def mean_line(lines: Sequence[Line], *, name: str, color: int) -> Line | None:
-    """The mean of curves, each read between its points, as far as every run has come.
+    """Mean of linearly interpolated curves, over the range that all of them cover.
 
-    From `FEWEST` curves on with the 95 % interval of that mean; a single one keeps its own.
+    With at least `FEWEST` curves it has the 95 % interval of the mean; a single curve keeps its own interval.
     """
     lines = [line for line in lines if line.x.size]
     if not lines:

@@ -1,1 +1,1 @@
-"""Charts: which there are, and how they are drawn."""
+"""Charts: their definitions, and how they are drawn."""

@@ -1,6 +1,6 @@
-"""What a chart is: a title, curves, stacked layers or shades over two axes, and the same numbers as a table.
+"""Description of a chart: a title; curves, stacked layers or shades over two axes; the same numbers as a table.
 
-A description holds data in their own units; `renderer` draws it, for a page and for a file alike.
+A description holds data in their own units; `renderer` draws it for the page and for image files.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from paced_fast.report.read_run import Floats, Record, series
 
 COLORS = 8
-"""Of the style sheet; a stack has no more layers."""
+"""Colours in the style sheet, and so the most layers of a stack."""
 MAX_POINTS = 240
-"""Points of a curve, and columns of a stack, that are drawn; more are averaged."""
+"""Most points of a curve, or columns of a stack, that are drawn; neighbours are averaged if there are more."""
 _HEAT_COLUMNS = 48
-"""Columns of a heat map, so that each is an average of enough."""
+"""Most columns of a heat map; few, so that each averages many steps."""
 
 
 def compact(x: float) -> str:
-    """Three digits, with k, M or G for large numbers."""
+    """Format with three digits, and k, M or G for large numbers."""
     if x == 0 or not math.isfinite(x):
         return "0" if x == 0 else "-"
     for scale, least, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e3, 1e5, "k")):
@@ -35,7 +35,7 @@ def compact(x: float) -> str:
 
 
 def percent(x: float) -> str:
-    """A share in per cent, with digits behind the point where they tell."""
+    """Format a share in per cent, with decimals only where they matter."""
     if not math.isfinite(x):
         return "-"
     digits = 1 if abs(x) >= 0.01 or x == 0 else 2
@@ -44,7 +44,7 @@ def percent(x: float) -> str:
 
 
 def seconds(x: float) -> str:
-    """A duration in its two largest units."""
+    """Format a duration in its two largest units."""
     if x < 60:
         return f"{x:.3g} s"
     minutes, rest = divmod(round(x), 60)
@@ -55,23 +55,23 @@ def seconds(x: float) -> str:
 
 
 def gibibytes(x: float) -> str:
-    """Bytes as MiB or GiB."""
+    """Format bytes as MiB or GiB."""
     return f"{x / 2**30:.3g} GiB" if abs(x) >= 2**30 else f"{x / 2**20:.3g} MiB"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """How the numbers of an axis are written."""
+    """Number format of an axis."""
 
     text: Callable[[float], str]
-    """Under the pointer and in tables."""
+    """Format under the pointer and in tables."""
     tick: str = (
         "datum.value && abs(datum.value) < 1e-3 ? format(datum.value, '.2~e') : "
         "format(datum.value, abs(datum.value) < 1e5 ? ',.5~r' : '.3~s')"
     )
-    """At the axis: an expression of Vega."""
+    """Format at the ticks: a Vega expression."""
     scales: Sequence[tuple[float, str]] = ()
-    """Sizes and names, the largest first; the ticks are in the first that the end of the axis holds twice."""
+    """(size, name) of units, largest first; ticks use the first unit that fits twice into the end of the axis."""
 
 
 NUMBER = Unit(text=compact)
@@ -81,23 +81,23 @@ TIME = Unit(text=seconds, scales=((3600.0, "h"), (60.0, "min"), (1.0, "s")))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
-    """A direction of a chart; without ends, those of the data."""
+    """One axis of a chart; an end that is None is taken from the data."""
 
     label: str = ""
     low: float | None = None
     high: float | None = None
     unit: Unit = NUMBER
     whole: bool = False
-    """Ticks at whole numbers alone."""
+    """Place ticks only at whole numbers."""
     ticks: Sequence[float] = ()
-    """Where there are ticks; without them, at round numbers."""
+    """Positions of the ticks; if empty, round numbers."""
 
     def write(self, x: float) -> str:
-        """The number as text."""
+        """Format a number of this axis."""
         return self.unit.text(x)
 
     def row_name(self, low: float, high: float) -> str:
-        """A part of the axis in words: the whole numbers in it, or its ends."""
+        """Name an interval of the axis: the whole numbers in it, or its ends."""
         first, last = (math.ceil(low), math.floor(high)) if self.whole else (low, high)
         return self.write(first) if first == last else f"{self.write(first)} to {self.write(last)}"
 
@@ -106,8 +106,8 @@ class Axis:
 class Line:
     """A curve: points in order of x, with an interval around each where `low` and `high` are given.
 
-    `raw` is in the background and not under the pointer, as are `dashed` (a straight line to compare with) and `bars`
-    (each from `low` up to y); `bubbles` are points alone, their intervals drawn as bars.
+    Styles `raw`, `dashed` (a straight reference line) and `bars` (each from `low` up to y) are in the background: the
+    pointer and the table ignore them. `bubbles` are points without a line, with intervals drawn as bars.
     """
 
     name: str
@@ -119,17 +119,17 @@ class Line:
     style: Literal["thick", "plain", "thin", "raw", "dashed", "bubbles", "bars"] = "plain"
     dots: bool = False
     sizes: Floats | None = None
-    """Areas of bubbles, as shares of the largest."""
+    """Areas of bubbles, relative to the largest."""
     texts: Sequence[str] = ()
-    """What stands under the pointer at each point; without them, y and its interval."""
+    """Text under the pointer at each point; if empty, y and its interval."""
 
     @property
     def in_background(self) -> bool:
-        """Whether the pointer and the table pass over it."""
+        """Whether the pointer and the table ignore this line."""
         return self.style in ("raw", "dashed", "bars")
 
     def thinned(self) -> Line:
-        """The line through the points that are drawn."""
+        """Return the line reduced to the points that are drawn."""
         parts = [part for part in (self.y, self.low, self.high) if part is not None]
         x, (y, *ends) = (found.T for found in merged(self.x, np.stack(parts, axis=1)))
         low, high = ends or (None, None)
@@ -138,66 +138,66 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
-    """Layers on top of each other, a column for each x."""
+    """Layers stacked on top of each other, one column per x."""
 
     x: Floats
     layers: Mapping[str, Floats]
 
     def columns(self) -> tuple[Floats, Floats]:
-        """x and, one column a layer, the values that are drawn."""
+        """Return x and the drawn values, one column per layer."""
         return merged(self.x, np.stack(list(self.layers.values()), axis=1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heat:
-    """Shares as shades: `shares[i]` stand over `x[i]`, in rows of equal height from the low end of y up."""
+    """Shares as shades: `shares[i]` is the column at `x[i]`, in rows of equal height from the low end of y upwards."""
 
     x: Floats
     shares: Floats
 
     def columns(self) -> tuple[Floats, Floats]:
-        """x and the shares that are drawn."""
+        """Return x and the shares that are drawn."""
         return merged(self.x, self.shares, _HEAT_COLUMNS)
 
     @property
     def darkest(self) -> float:
-        """The share from which on shades no longer differ: the one that 1 in 100 exceed."""
+        """Share from which all shades are the darkest: the 99th percentile."""
         return float(np.quantile(self.shares, 0.99)) or float(self.shares.max()) or 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """One description from which the page and the files are drawn."""
+    """Description of one chart, from which both the page and the image files are drawn."""
 
-    name: str  # stable, for links
+    name: str  # stable, used in links
     title: str
     x: Axis
     y: Axis
     words: str
-    """What the picture says, for those who do not see it."""
+    """Text alternative for readers who do not see the picture."""
     caption: str = ""
     lines: Sequence[Line] = ()
     stack: Stack | None = None
     heat: Heat | None = None
     legend: Sequence[tuple[str, int]] = ()
-    """Names and colours."""
+    """Names and numbers of colours."""
     table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
-    """Head and rows; without them, the points of the curves."""
+    """Head and rows; None = the points of the curves."""
     third: bool = False
-    """Three to a row instead of two."""
+    """Place three charts per row instead of two."""
     width: int = 0
     height: int = 0
-    """In pixels; without them, those of most charts."""
+    """Width and height in pixels; 0 = the default."""
     bare: bool = False
-    """Whether the axes are left out."""
+    """Omit the axes."""
 
     def numbers(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-        """The table: head and rows."""
+        """Return the head and the rows of the table."""
         return curve_table(self.lines, self.x, self.y) if self.table is None else self.table
 
 
 def curve_table(lines: Sequence[Line], x: Axis, y: Axis, most: int = 40) -> tuple[list[str], list[list[str]]]:
-    """The points of curves as a table, every x where some curve has one; evenly thinned to `most` rows."""
+    """Table of the points of curves: one row per x of any curve, thinned evenly to at most `most` rows."""
     lines = [line for line in lines if not line.in_background]
     xs = sorted({float(a) for line in lines for a in line.x})
     if len(xs) > most:
@@ -208,7 +208,7 @@ def curve_table(lines: Sequence[Line], x: Axis, y: Axis, most: int = 40) -> tupl
 
 
 def merged(x: Floats, columns: Floats, most: int = MAX_POINTS) -> tuple[Floats, Floats]:
-    """Means over neighbours, so that at most `most` are left."""
+    """Average neighbours so that at most `most` points are left."""
     if x.size <= most:
         return x, columns
     starts = np.linspace(0, x.size, most + 1).astype(int)[:-1]
@@ -217,7 +217,7 @@ def merged(x: Floats, columns: Floats, most: int = MAX_POINTS) -> tuple[Floats, 
 
 
 def column_edges(x: Floats) -> Floats:
-    """Where columns at `x` meet; a step recorded twice, or out of order, must not leave the outer ones no width."""
+    """Edges of columns at `x`; the outer columns keep a width even if a step is recorded twice or out of order."""
     gaps = np.diff(x)
     gaps = gaps[gaps > 0]
     half = float(gaps.min()) / 2 if gaps.size else 0.5
@@ -225,7 +225,7 @@ def column_edges(x: Floats) -> Floats:
 
 
 def running_mean(y: Floats) -> Floats:
-    """Means over a fifteenth of the points around each; at the ends over those there are."""
+    """Running mean over a window of 1/15 of the points; at the ends, over the points that exist."""
     ones = np.ones(max(1, y.size // 15))
     return np.convolve(y, ones, mode="same") / np.convolve(np.ones_like(y), ones, mode="same")
 
@@ -242,17 +242,17 @@ def single(
     above: float = 0.0,
     rare: bool = False,
 ) -> list[Chart]:
-    """A chart of one figure over the steps, as far as it is `above` a level; none where the run does not have it.
+    """Chart of one figure over the steps, as the excess over `above`; no chart if the run lacks the figure.
 
-    Named like the figure, unless given a name.
-    A `rare` figure is 0 in most runs, and a run in which it always was has nothing to show.
+    The chart is named after the figure unless `name` is given.
+    A `rare` figure is 0 in most runs; a run in which it is always 0 gets no chart.
     """
     x, y = series(records, *keys)
     y = y - above
     if not x.size or (rare and not y.any()):
         return []
     lines = [Line(name=title, x=x, y=running_mean(y), dots=x.size < 12)]
-    if x.size >= 30:  # else the mean is over single steps
+    if x.size >= 30:  # with fewer, the window is a single step
         lines.insert(0, Line(name="every step", x=x, y=y, style="raw"))
     ax, ay = Axis(label="step", whole=True), Axis(low=ends[0], high=ends[1], unit=unit)
     words = f"{title} over the steps: {ay.write(float(y[0]))} first, {ay.write(float(y[-1]))} last"
@@ -272,5 +272,5 @@ def single(
 
 
 def share(records: Sequence[Record], key: str, *, title: str, rare: bool = False) -> list[Chart]:
-    """A chart of one share over the steps, from 0."""
+    """Chart of one share over the steps, with the axis starting at 0."""
     return single(records, key, title=title, unit=PERCENT, ends=(0.0, None), rare=rare)

@@ -1,4 +1,4 @@
-"""Held-out evaluations on a page: curves over training, pass@k and maj@k over k, and what was not scored."""
+"""Charts of held-out evaluations: curves over training, pass@k and maj@k over k, and notes on unscored samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BAND = "Band: 95 % interval over held-out prompts."
 
 
 def learning_lead(run: Run) -> str:
-    """On which prompts was measured; that training never sees them is said only where it was counted."""
+    """Describe the evaluated prompts; claims that training never sees them only if the overlap was counted."""
     overlap = next((found for r in run.records if (found := mapping(r.get("overlap")))), {})
     repeated, prompts = number(overlap.get("repeated")), number(overlap.get("training_prompts"))
     if repeated is None or prompts is None:
@@ -28,13 +28,13 @@ def learning_lead(run: Run) -> str:
 
 
 def measured(figures: Record, key: str) -> float | None:
-    """A figure of an evaluation by name, `pass_at_8`, or by name and k, `maj_at_k/16`."""
+    """Return a figure of an evaluation by name (`pass_at_8`) or by name and k (`maj_at_k/16`)."""
     name, _, k = key.partition("/")
     return number(mapping(figures.get(name)).get(k) if k else figures.get(name))
 
 
 def interval(figures: Record, key: str) -> tuple[float, float]:
-    """The recorded interval of a figure; nan where there is none."""
+    """Return the recorded interval of a figure; nan if there is none."""
     name, _, k = "pass_at_k/8".partition("/") if key == "pass_at_8" else key.partition("/")
     found = figures.get(f"{name}_interval")
     ends = numbers(mapping(found).get(k) if k else found)
@@ -42,7 +42,7 @@ def interval(figures: Record, key: str) -> tuple[float, float]:
 
 
 def largest_k(evaluated: Sequence[Record], name: str) -> int:
-    """The largest k, above 1, for which every evaluation that has this figure at all has a number; 0 without one."""
+    """Largest k above 1 for which every evaluation with this figure has a number; 0 if there is none."""
     known = [
         {int(k) for k, value in found.items() if k.isdecimal() and int(k) > 1 and number(value) is not None}
         for figures in evaluated
@@ -52,7 +52,7 @@ def largest_k(evaluated: Sequence[Record], name: str) -> int:
 
 
 def evaluation_line(evaluations: Sequence[Evaluated], key: str, *, clock: bool, name: str, color: int) -> Line | None:
-    """A figure of the evaluations against rollouts or seconds, with its intervals where any is recorded."""
+    """Curve of a figure against rollouts or seconds, with intervals if any are recorded."""
     points = [
         (e.seconds if clock else e.rollouts, y, *interval(e.figures, key))
         for e in evaluations
@@ -75,7 +75,7 @@ def evaluation_line(evaluations: Sequence[Evaluated], key: str, *, clock: bool, 
 
 
 def learning_charts(run: Run) -> list[Chart]:
-    """Held-out accuracy against rollouts and against time, by slice, and pass@k and maj@k before and after."""
+    """Charts of held-out accuracy against rollouts and time, by slice, and of pass@k and maj@k before and after."""
     evaluations = run.evaluations
     ends = [("before", evaluations[0].figures), ("after", evaluations[-1].figures)] if evaluations else []
     return [
@@ -88,7 +88,7 @@ def learning_charts(run: Run) -> list[Chart]:
 
 
 def _accuracy(evaluations: Sequence[Evaluated], name: str, axis: Axis) -> list[Chart]:
-    """Accuracy of the headline slices, and of every slice where there are several."""
+    """Charts of accuracy on the headline slices, and on every slice if there are several."""
     clock = axis is SECONDS
     headline = evaluation_line(evaluations, "accuracy", clock=clock, name="headline", color=0)
     slices = _slices(evaluations, "accuracy", clock=clock)
@@ -102,7 +102,7 @@ def _accuracy(evaluations: Sequence[Evaluated], name: str, axis: Axis) -> list[C
 
 
 def _slices(evaluations: Sequence[Evaluated], key: str, *, clock: bool) -> list[Line]:
-    """A figure of every slice, where there are several; a band around each would hide them all."""
+    """Curves of a figure per slice, if there are several; without bands, which would hide the curves."""
     names = sorted({name for e in evaluations for name in mapping(e.figures.get("slices"))})
     lines = []
     for i, name in enumerate(names if len(names) > 1 else []):
@@ -113,7 +113,7 @@ def _slices(evaluations: Sequence[Evaluated], key: str, *, clock: bool) -> list[
 
 
 def _course(lines: Sequence[Line], axis: Axis, name: str, title: str, label: str, caption: str) -> Chart:
-    """Curves of held-out figures, and the first of them in words."""
+    """Chart of held-out curves; its text alternative describes the first."""
     first = lines[0]
     ends = " to ".join(f"{percent(float(first.y[i]))} at {axis.write(float(first.x[i]))}" for i in (0, -1))
     return Chart(
@@ -139,7 +139,7 @@ _OVER_K = {
 
 
 def over_k(evaluated: Sequence[tuple[str, Record]], key: str = "pass_at_k") -> list[Chart]:
-    """pass@k or maj@k of evaluations against k, one curve each."""
+    """Chart of pass@k or maj@k against k, one curve per evaluation."""
     lines = [line for i, (name, e) in enumerate(evaluated) if (line := line_over_k(e, key, name=name, color=i % 8))]
     if len(lines) == 2 and np.array_equal(lines[0].y, lines[1].y):
         lines = lines[:1]
@@ -148,7 +148,7 @@ def over_k(evaluated: Sequence[tuple[str, Record]], key: str = "pass_at_k") -> l
 
 
 def line_over_k(figures: Record, key: str, *, name: str, color: int) -> Line | None:
-    """The curve of one evaluation, over the binary logarithm of k; None with fewer than two points."""
+    """Curve of one evaluation over log2(k); None with fewer than two points."""
     found = {int(k): measured(figures, f"{key}/{k}") for k in mapping(figures.get(key)) if k.isdecimal() and int(k)}
     low_high = {k: interval(figures, f"{key}/{k}") for k in found}
     if key == "pass_at_k":
@@ -173,7 +173,7 @@ def line_over_k(figures: Record, key: str, *, name: str, color: int) -> Line | N
 
 
 def chart_over_k(lines: Sequence[Line], key: str, caption: str) -> list[Chart]:
-    """The chart of curves over k; none without a curve."""
+    """Chart of curves over k; no chart without a curve."""
     if not lines:
         return []
     name = _OVER_K[key][0]
@@ -213,7 +213,7 @@ def _over_time(evaluations: Sequence[Evaluated]) -> list[Chart]:
 
 
 def scored_prompts(figures: Record) -> object:
-    """Which prompts an evaluation scored, or how many, to be compared with those of another of the same run."""
+    """Ids or number of the prompts an evaluation scored, for comparison with another evaluation of the same run."""
     marks = figures.get("prompt_accuracy")
     if isinstance(marks, list):
         return tuple(number(mark) is not None for mark in marks)
@@ -221,7 +221,7 @@ def scored_prompts(figures: Record) -> object:
 
 
 def unscored_notes(run: Run) -> list[str]:
-    """What the evaluations before and after could not score."""
+    """Notes on samples that the evaluations before and after training could not score."""
     evaluations = run.evaluations
     places = [("before training", evaluations[0]), ("in the newest evaluation", evaluations[-1])] if evaluations else []
     lines = []

@@ -1,7 +1,7 @@
-"""Draws Vega-Lite specifications: a JSON list of (`svg` or `png`, specification) in, one line of JSON for each out.
+"""Render Vega-Lite: read a JSON list of (`svg` or `png`, specification), write one line of JSON for each.
 
-A process of its own, because the library can end the one it is in: V8 aborts where address space is limited, and the
-font code where a text is no XML. A training run that has ended well shall end well.
+This runs in its own process, because the library can abort the process: V8 does if address space is limited, and the
+font code if a text is not valid XML. A chart must not fail a finished training run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 
 def main() -> None:
-    """Answers each specification with `svg`, `png` in base 64, or `error`."""
+    """Answer each specification with `svg`, `png` in base 64, or `error`."""
     import vl_convert
 
     for kind, spec in json.load(sys.stdin):
@@ -23,7 +23,7 @@ def main() -> None:
                 found = base64.b64encode(vl_convert.vegalite_to_png(spec, scale=2, allowed_base_urls=[])).decode()
             answer = {kind: found}
         except ValueError as error:
-            answer = {"error": " ".join(str(error).splitlines()[:2])}  # what follows is where in the library
+            answer = {"error": " ".join(str(error).splitlines()[:2])}  # the rest is the library's stack trace
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

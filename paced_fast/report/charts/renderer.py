@@ -1,7 +1,7 @@
-"""Draws charts: each description becomes one Vega-Lite specification, and that an SVG for a page or part of a PNG.
+"""Draw charts: a description becomes a Vega-Lite specification, then an SVG for a page or a part of a PNG.
 
-An SVG names the colours of the page's style sheet, so that it follows the reader's light or dark setting; it holds no
-name of the run: those are in the page around it. A PNG has the light colours, its title and its legend.
+An SVG refers to the colours of the page's style sheet, so it follows the reader's light or dark setting. Names of the
+run are in the page around it, not in the SVG. A PNG uses the light colours and includes title and legend.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from paced_fast.report.read_run import HIDDEN, Floats
 logger = logging.getLogger(__name__)
 
 LEVELS = 9
-"""Shades of a heat map."""
+"""Number of shades of a heat map."""
 _WIDTHS = {"thick": 2.6, "plain": 1.9, "thin": 1.3, "raw": 1.0, "dashed": 1.3, "bubbles": 1.9, "bars": 21.0}
 _OPACITIES = {"thin": 0.75, "raw": 0.3, "dashed": 0.7, "bubbles": 0.85, "bars": 0.35}
 _FONT = "system-ui, -apple-system, Segoe UI, Roboto, Liberation Sans, sans-serif"
 _LONGEST = 40
-"""Characters of a name in a picture."""
+"""Most characters of a name in a picture."""
 _PROGRAM = Path(__file__).with_name("render_process.py")
 _SECONDS = 600
-"""After which the process that draws is given up: hundreds of times what it takes."""
+"""Time limit of the drawing process: hundreds of times what it normally takes."""
 
 Spec = dict[str, Any]
 Ends = tuple[float, float]
@@ -46,9 +46,9 @@ Ends = tuple[float, float]
 def draw(
     charts: Sequence[Chart], pictures: Mapping[str, Sequence[Chart]] | None = None
 ) -> tuple[dict[str, Markup], dict[str, bytes]]:
-    """SVGs of charts by their names, and a PNG of each of `pictures`, its charts side by side.
+    """Return an SVG per chart name, and a PNG for each of `pictures` with its charts side by side.
 
-    What cannot be drawn is left out and logged.
+    A chart that cannot be drawn is left out and logged.
     """
     light = _light()
     page = {name: f"var(--{name})" for name in light}
@@ -59,7 +59,7 @@ def draw(
                 spec = specification(parts[0], page) if kind == "svg" else _beside(parts, light)
                 json.dumps(spec, allow_nan=False)
                 jobs[kind, name] = spec
-            except Exception:  # the others are worth having
+            except Exception:  # keep the other charts
                 logger.exception("%s.%s is not drawn", name, kind)
     drawn = _drawn([(kind, spec) for (kind, _), spec in jobs.items()])
     svgs, pngs = {}, {}
@@ -74,7 +74,7 @@ def draw(
 
 
 def _drawn(jobs: Sequence[tuple[str, Spec]]) -> list[dict[str, str]]:
-    """`svg`, `png` in base 64, or `error` of each job, from a process of its own; nothing of what it did not get to."""
+    """Draw in a separate process: `svg`, `png` in base 64, or `error` per job; {} for jobs it did not reach."""
     command = [sys.executable, "-P", str(_PROGRAM)]
     found: list[dict[str, str]] = []
     try:
@@ -91,15 +91,15 @@ def _drawn(jobs: Sequence[tuple[str, Spec]]) -> list[dict[str, str]]:
 
 
 def _light() -> dict[str, str]:
-    """Colours of the style sheet by name, those of a light page."""
+    """Light-mode colours of the style sheet by name."""
     style = files("paced_fast.report").joinpath("templates/colors.css").read_text(encoding="utf-8")
     return dict(re.findall(r"--([\w-]+): (#\w{6})", style[: style.index("}")]))
 
 
 def _inline(svg: str) -> Markup:
-    """An SVG as part of a page: as wide as its place, two digits behind the point, without what a page does not use."""
+    """Inline SVG for a page: full width, coordinates with two decimals, unused parts removed."""
     root = ElementTree.fromstring(re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2))
-    plot = root.find(".//path[@class='background']")  # the pointer's script asks where it lies
+    plot = root.find(".//path[@class='background']")  # the pointer script needs its position
     for parent in list(root.iter()):
         for child in list(parent):
             if child is not plot and child.get("class") in ("background", "foreground"):
@@ -126,13 +126,13 @@ def _short(found: re.Match[str]) -> str:
 
 
 def specification(chart: Chart, colors: Mapping[str, str]) -> Spec:
-    """A chart as Vega-Lite for a page; title, legend and caption are the page's."""
+    """Vega-Lite of a chart for a page, which itself adds title, legend and caption."""
     fit = {"type": "fit", "contains": "padding"}
     return {**_view(chart, colors), "config": _config(colors), "background": None, "padding": 3, "autosize": fit}
 
 
 def _beside(charts: Sequence[Chart], colors: Mapping[str, str]) -> Spec:
-    """Charts as one picture, with titles and legends."""
+    """Vega-Lite of charts side by side in one picture, with titles and legends."""
     views = []
     for chart in charts:
         view = _view(chart, colors)
@@ -149,7 +149,7 @@ def _beside(charts: Sequence[Chart], colors: Mapping[str, str]) -> Spec:
 
 
 def _plain(text: str) -> str:
-    """A name of the run as a picture can have it: what cannot be seen by its number, and not too long."""
+    """Make a name safe for a picture: invisible characters become their numbers, and long names are cut."""
     shown = HIDDEN.sub(lambda found: f"U+{ord(found.group()):04X}", text)
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 3] + "..."
 
@@ -172,7 +172,7 @@ def _config(colors: Mapping[str, str]) -> Spec:
 
 
 def _legend(named: Mapping[str, str]) -> Spec:
-    """Marks that nobody sees, and what explains them."""
+    """Legend, attached to invisible marks."""
     scale = {"domain": list(named), "range": list(named.values())}
     color = {"field": "name", "type": "nominal", "scale": scale}
     return {
@@ -183,7 +183,7 @@ def _legend(named: Mapping[str, str]) -> Spec:
 
 
 def _view(chart: Chart, colors: Mapping[str, str]) -> Spec:
-    """The axes and every mark."""
+    """Axes and all marks of a chart."""
     across, up, only = _ends(chart)
     x, by_x = _channel("x", chart.x, across, {"values": [only]} if only is not None else {})
     y, by_y = _channel("y", chart.y, up, _ABOVE | {"grid": chart.heat is None})
@@ -204,11 +204,11 @@ def _view(chart: Chart, colors: Mapping[str, str]) -> Spec:
 
 
 _ABOVE = {"titleAngle": 0, "titleAlign": "left", "titleAnchor": "end", "titleX": -38, "titleY": -12}
-"""Where the name of a vertical axis stands."""
+"""Place the label of a vertical axis horizontally above it."""
 
 
 def _channel(name: str, axis: Axis, ends: Ends, look: Spec) -> tuple[Spec, float]:
-    """A direction of a chart, and the size of what its ticks count."""
+    """Encoding of one axis, and the size of the unit of its ticks."""
     scales = axis.unit.scales or ((1.0, ""),)
     by, unit = next((scale for scale in scales if ends[1] >= 2 * scale[0]), scales[-1])
     title = _plain(axis.label) + (f" ({unit})" if unit else "")
@@ -221,7 +221,7 @@ def _channel(name: str, axis: Axis, ends: Ends, look: Spec) -> tuple[Spec, float
 
 
 def _mark(mark: str, color: str, columns: Mapping[str, Floats], encoding: Spec, **look: object) -> Spec:
-    """A layer with data of its own."""
+    """Layer with its own data."""
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     values = [dict(zip(columns, row, strict=True)) for row in rows]
     return {"data": {"values": values}, "mark": {"type": mark, "color": color, **look}, "encoding": encoding}
@@ -231,17 +231,17 @@ _FROM_LOW_TO_HIGH = {"y": {"field": "low"}, "y2": {"field": "high"}}
 
 
 def _own(field: str) -> Spec:
-    """An encoding whose data are what is drawn."""
+    """Encoding of a field whose values are used as they are, without a scale."""
     return {"field": field, "type": "quantitative", "scale": None, "legend": None}
 
 
 def _columns(chart: Chart, colors: Mapping[str, str]) -> Iterator[Spec]:
-    """The shades of a heat map, or the layers of a stack as far as its axis reaches."""
+    """Shades of a heat map, or layers of a stack, cut off at the end of the axis."""
     _, (low, top), _ = _ends(chart)
     if chart.heat is not None:
         x, shares = chart.heat.columns()
         edges, rows = column_edges(x), np.linspace(low, top, shares.shape[1] + 1)
-        # The square root, so that the few between the extremes, the ones of interest, can be seen.
+        # Square root: makes the small shares between the extremes visible, which are of most interest.
         levels = np.ceil(LEVELS * np.sqrt(np.clip(shares / chart.heat.darkest, 0, 1)))
         i, j = np.nonzero(levels)
         shade = np.round(0.08 + 0.92 * (levels[i, j] / LEVELS) ** 1.2, 2)
@@ -250,7 +250,7 @@ def _columns(chart: Chart, colors: Mapping[str, str]) -> Iterator[Spec]:
         yield _mark("rect", colors["heat"], cells, _FROM_LOW_TO_HIGH | more)
     if chart.stack is not None:
         x, columns = chart.stack.columns()
-        heights = np.concatenate([columns, columns[-1:]])  # the last column ends at an edge of its own
+        heights = np.concatenate([columns, columns[-1:]])  # close the last column at its own edge
         bounds = np.minimum(np.pad(np.cumsum(heights, axis=1), ((0, 0), (1, 0))), top)
         for i, (lower, upper) in enumerate(pairwise(bounds.T)):
             layer = {"x": column_edges(x), "low": lower, "high": upper}
@@ -258,7 +258,7 @@ def _columns(chart: Chart, colors: Mapping[str, str]) -> Iterator[Spec]:
 
 
 def _curve(line: Line, color: str, up: Ends) -> Iterator[Spec]:
-    """A curve with its interval and its dots."""
+    """Marks of a curve, its interval and its dots."""
     points = {"x": line.x, "y": np.clip(line.y, *up) if line.style == "raw" else line.y}
     look = {"strokeWidth": _WIDTHS[line.style], "opacity": _OPACITIES.get(line.style, 1)}
     if line.low is not None and line.high is not None:
@@ -281,11 +281,11 @@ def _curve(line: Line, color: str, up: Ends) -> Iterator[Spec]:
         yield _mark("circle", color, points, {}, size=math.pi * radius**2, opacity=1)
 
 
-# Ends of the axes, and what the pointer finds between them
+# Ends of the axes, and data for the pointer
 
 
 def _ends(chart: Chart) -> tuple[Ends, Ends, float | None]:
-    """Of both axes; and the one x there is, which then stands in the middle."""
+    """Return the ends of both axes, and x if there is only one (it is then centred)."""
     if (columns := chart.heat or chart.stack) is not None:
         edges = column_edges(columns.columns()[0])
         top = 1.0 if chart.y.high is None else chart.y.high
@@ -300,7 +300,7 @@ def _ends(chart: Chart) -> tuple[Ends, Ends, float | None]:
 
 
 def _extents(lines: Sequence[Line]) -> list[Floats]:
-    """What must be in sight: the curves and their intervals; of raw points only what is not far outside."""
+    """Values that must be visible: curves and their intervals; raw points without outliers (1 % at either end)."""
     raw = [line.style == "raw" and line.y.size > 20 for line in lines]
     found = [np.quantile(line.y, [0.01, 0.99]) for line, far in zip(lines, raw, strict=True) if far]
     parts = (part for line, far in zip(lines, raw, strict=True) if not far for part in (line.y, line.low, line.high))
@@ -308,21 +308,21 @@ def _extents(lines: Sequence[Line]) -> list[Floats]:
 
 
 def _range(axis: Axis, values: Sequence[Floats], *, pad: float) -> Ends:
-    """The ends of an axis: those given, else those of the finite data and a little more."""
+    """Return the ends of an axis: as given, else those of the finite data with a margin."""
     known = np.concatenate([v[np.isfinite(v)] for v in values] or [np.zeros(1)])
     known = known if known.size else np.zeros(1)
     low, high = float(known.min()), float(known.max())
     room = pad * (high - (low if axis.low is None else min(low, axis.low)))
     low = axis.low if axis.low is not None else low - room
     high = axis.high if axis.high is not None else high + room
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):  # a point, or a constant
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):  # a single point or a constant
         room = 0.1 * abs(low) or 1.0
         low, high = (low if axis.low is not None else low - room), max(low, high) + room
     return low, high
 
 
 def pointer(chart: Chart) -> Spec:
-    """What is shown under the pointer, by place: shares of the plot's width, and its rows from the bottom."""
+    """Pointer data by position: x as a share of the plot's width, rows of a heat map counted from the bottom."""
     across, up, _ = _ends(chart)
 
     def places(values: Floats, ends: Ends) -> list[float]:

@@ -1,4 +1,4 @@
-"""Charts of figures over the steps: health, generator and trainer, rewards and their verdicts, seconds and memory."""
+"""Charts over the steps: health, generator against trainer, rewards and their outcomes, time and memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BYTES = Unit(text=gibibytes, scales=((2.0**30, "GiB"), (2.0**20, "MiB")))
 
 
 def health_charts(run: Run) -> list[Chart]:
-    """The numbers to look at first when a run goes wrong."""
+    """Charts to look at first when a run goes wrong."""
     r = run.records
     zero = (0.0, None)
     return [
@@ -47,7 +47,7 @@ def health_charts(run: Run) -> list[Chart]:
 
 
 def generator_charts(run: Run) -> list[Chart]:
-    """How far generator and trainer disagree on the same tokens, and the checks of an engine's weights."""
+    """Charts of the disagreement of generator and trainer on the same tokens, and of checks of engine weights."""
     prefix = "generator_mismatch"
     r = run.records
     charts = [
@@ -76,7 +76,7 @@ def generator_charts(run: Run) -> list[Chart]:
 
 
 def reward_charts(run: Run) -> list[Chart]:
-    """What the reward functions said: completions by verdict, and those without one."""
+    """Charts of rewards: completions by outcome, including unscored ones."""
     charts = share(run.records, "unscored_share", title="Completions without a verdict", rare=True)
     charts += single(
         run.records,
@@ -94,7 +94,7 @@ def reward_charts(run: Run) -> list[Chart]:
 
 
 def time_charts(run: Run) -> list[Chart]:
-    """Seconds and memory by phase."""
+    """Charts of seconds and memory per phase."""
     steps = [(s, mapping(r.get("seconds"))) for r in run.records if (s := number(r.get("step")))]
     memory = [(s, mapping(r.get("memory"))) for r in run.records if (s := number(r.get("step")))]
     caption = (
@@ -106,7 +106,7 @@ def time_charts(run: Run) -> list[Chart]:
 
 
 def stack_top(total: Floats) -> float:
-    """Upper end of a stack: of all columns, unless a few are so high that they would flatten the others."""
+    """Upper end of a stack: the highest column, unless a few high columns would flatten the others."""
     high = float(np.quantile(total, 0.97))
     most = float(total.max())
     return 1.05 * (most if most <= 1.5 * high else high) or 1.0
@@ -142,7 +142,7 @@ def _stack(steps: Sequence[tuple[float, Record]], y: Axis, *, name: str, title: 
 
 
 def _by_name(steps: Sequence[tuple[float, Record]]) -> dict[str, Floats]:
-    """Values by name, those of every step, the largest first; names without any are left out."""
+    """Return values per step by name, largest first; names without values are left out."""
     names = dict.fromkeys(name for _, values in steps for name in values)
     found = {n: np.array([max(0.0, number(v.get(n)) or 0.0) for _, v in steps], np.float64) for n in names}
     return dict(sorted(((n, v) for n, v in found.items() if v.sum() > 0), key=lambda item: -float(item[1].sum())))
@@ -153,7 +153,7 @@ def _memory(steps: Sequence[tuple[float, Record]], *, on_gpu: bool) -> list[Char
     if not layers:
         return []
     x = np.array([s for s, _ in steps], np.float64)
-    if not on_gpu:  # a process gives nothing back, so its phases differ by nothing that could be seen
+    if not on_gpu:  # a CPU process returns no memory, so its phases look the same
         layers = {"process": np.stack(list(layers.values())).max(axis=0)}
     peaks = dict(sorted(((n, float(v.max())) for n, v in layers.items()), key=lambda item: -item[1]))
     known = {n: layers[n] > 0 for n in peaks}

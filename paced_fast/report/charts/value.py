@@ -1,4 +1,4 @@
-"""The value of the log Z head on a run's page: how well it predicts, what the schedule draws, what replay holds."""
+"""Charts of the value (log Z head): its calibration, the difficulties the scheduler draws, the replay buffer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from paced_fast.report.read_run import Floats, Record, Run, mapping, number, num
 STEP = Axis(label="step", whole=True)
 VALUE = Axis(label="value (predicted accuracy)", low=0.0, high=1.0, unit=PERCENT)
 SQUARE, HEAT = 380, 250
-"""Heights in pixels."""
+"""Heights of charts in pixels."""
 
 
 def forecasts(records: Sequence[Record]) -> list[tuple[Floats, Floats]]:
-    """Value and measured accuracy of the fresh groups, step by step, groups without either left out."""
+    """Return value and measured accuracy of fresh groups per step; groups that lack one of them are left out."""
     found = []
     for record in records:
         value, accuracy = numbers(record.get("value_fresh")), numbers(record.get("accuracy_fresh"))
@@ -29,7 +29,7 @@ def forecasts(records: Sequence[Record]) -> list[tuple[Floats, Floats]]:
 
 
 def calibration_bins(value: Floats, accuracy: Floats) -> list[tuple[float, float, float, int]]:
-    """(mean value, mean accuracy, standard error, groups) of each tenth of the value's range that holds any."""
+    """Return (mean value, mean accuracy, standard error, groups) for each non-empty tenth of the value's range."""
     index = np.clip(np.floor(value * 10), 0, 9).astype(int)
     return [
         (float(value[m].mean()), float(accuracy[m].mean()), float(accuracy[m].std() / np.sqrt(m.sum())), int(m.sum()))
@@ -39,7 +39,7 @@ def calibration_bins(value: Floats, accuracy: Floats) -> list[tuple[float, float
 
 
 def value_charts(run: Run) -> list[Chart]:
-    """Reliability of the value early, late and on held-out prompts, and its scores over the steps."""
+    """Calibration charts of the value early, late and on held-out prompts, and its scores over the steps."""
     steps = forecasts(run.records)
     third = len(steps) // 3
     words = "step" if third == 1 else f"{third} steps"
@@ -66,7 +66,7 @@ def value_charts(run: Run) -> list[Chart]:
 
 
 def _reliability(name: str, title: str, value: Floats, accuracy: Floats) -> Chart:
-    """Measured against predicted accuracy: an area is a number of groups, as is a bar in the strip below."""
+    """Chart of measured against predicted accuracy; bubble areas and the bars below show numbers of groups."""
     bins = calibration_bins(value, accuracy)
     brier, ece = brier_score(value, accuracy), expected_calibration_error(value, accuracy)
     scores = f"Brier {brier:.3f}, ECE {ece:.3f}, {value.size:,} group{'' if value.size == 1 else 's'}"
@@ -108,11 +108,11 @@ def _reliability(name: str, title: str, value: Floats, accuracy: Floats) -> Char
 
 
 _STRIP = 0.12
-"""Of a calibration chart, below 0: the height of the strip of its counts."""
+"""Height of the strip of counts below 0 in a calibration chart, in units of its y axis."""
 
 
 def _histograms(records: Sequence[Record]) -> list[tuple[float, Floats, Floats]]:
-    """(step, share of all prompts by value, share of the drawn ones) of the steps that tell."""
+    """Return (step, share of all prompts by value, share of drawn prompts) for the steps that record them."""
     found = []
     for record in records:
         step, counts = number(record.get("step")), np.nan_to_num(numbers(record.get("value_histogram")))
@@ -125,7 +125,7 @@ def _histograms(records: Sequence[Record]) -> list[tuple[float, Floats, Floats]]
 
 
 def schedule_charts(run: Run) -> list[Chart]:
-    """Which difficulties there were and which were drawn, and how many groups could teach."""
+    """Charts of available and drawn difficulties, and of the share of groups that give a training signal."""
     return [
         *_difficulties(_histograms(run.records)),
         *single(
@@ -149,7 +149,7 @@ def schedule_charts(run: Run) -> list[Chart]:
 
 
 def _heat(x: Floats, shares: Floats, mean: Floats, y: Axis, *, name: str, title: str, caption: str) -> Chart:
-    """Shares over the steps, and the mean over them."""
+    """Heat map of shares over the steps, with a curve of the mean."""
     return Chart(
         name=name,
         title=title,
@@ -201,7 +201,7 @@ def _difficulties(rows: Sequence[tuple[float, Floats, Floats]]) -> list[Chart]:
 
 
 def replay_charts(run: Run) -> list[Chart]:
-    """What replay holds: its error and age as heat maps, and how much of it there is."""
+    """Charts of the replay buffer: heat maps of error and age, and its size."""
     r = run.records
     charts = [
         *_held(
@@ -222,7 +222,7 @@ def replay_charts(run: Run) -> list[Chart]:
 
 
 def _held(records: Sequence[Record], key: str, *, title: str, caption: str, whole: bool = False) -> list[Chart]:
-    """A heat map of the numbers recorded in each step; `whole` numbers have a row each."""
+    """Heat map of the numbers recorded in each step; each of the `whole` numbers has its own row."""
     steps = [
         (step, known)
         for r in records
@@ -232,7 +232,7 @@ def _held(records: Sequence[Record], key: str, *, title: str, caption: str, whol
         return []
     most = max(float(v.max()) for _, v in steps)
     low, top, bins = 0.0, max(1.0, most), 20
-    if whole:  # rows of as many whole numbers each, around their middle
+    if whole:  # rows of equally many whole numbers, centred on them
         rows = int(min(most, 1e6)) + 1
         width = -(-rows // 24)
         bins = -(-rows // width)
