@@ -1,7 +1,7 @@
-"""Kernels of PACED-RL that stand on their own: import torch, get three operations.
+"""Stand-alone kernels of PACED-RL: three operations that need only torch.
 
 `linear_logprobs` and `trajectory_balance_loss` compute log-probs, the trajectory-balance loss and its gradients
-straight from hidden states, without ever holding the logits of a whole batch. `PriorityTree` draws indices in
+directly from hidden states; the logits of a whole batch never exist at once. `PriorityTree` draws indices in
 proportion to integer weights, without drift and without making the host wait. Importing this package starts no CUDA
 context and reads no environment variable.
 """

@@ -1,4 +1,4 @@
-"""Which backend runs: Triton's kernels or the reference in torch."""
+"""Choice of the backend: Triton kernels or the reference in torch."""
 
 import importlib.util
 
@@ -11,10 +11,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve_backend(backend: str, hidden: Tensor) -> str:
-    """ "triton" or "reference": "auto" takes Triton on CUDA devices for every dtype but float64.
+    """Return "triton" or "reference"; "auto" is Triton on CUDA devices for every dtype but float64.
 
     Raises:
-        ValueError: "triton" was asked for and cannot be had.
+        ValueError: "triton" was requested but is not available.
     """
     _checks.check_backend(backend)
     if backend == "reference":
@@ -31,7 +31,7 @@ def resolve_backend(backend: str, hidden: Tensor) -> str:
 
 def require_kernels(name: str, value: Tensor) -> None:
     """Refuse a tensor that Triton cannot reach: neither on CUDA nor under the interpreter."""
-    # Triton reads the environment when it is imported, which importing this package must not.
+    # Imported here, because Triton reads environment variables on import and this package must not.
     from ._grid import is_interpreted
 
     if value.device.type != "cuda" and not is_interpreted():

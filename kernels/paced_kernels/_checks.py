@@ -1,8 +1,8 @@
-"""Argument checks at the public border: every failure is a ValueError that names the argument and shows what it got.
+"""Argument checks of the public functions: each failure is a ValueError that names the argument and shows its value.
 
-Shapes, dtypes and devices are checked always. Values (token ids, sequence offsets) are checked by raising on a CPU
-tensor; on a CUDA tensor the check is an asynchronous device assertion, because reading a value would make the host
-wait. NaN is never rejected here: it has to reach the loss, where the trainer looks for it.
+Shapes, dtypes and devices are always checked. Values (token ids, sequence offsets) of a CPU tensor are checked by
+raising; for a CUDA tensor the check is an asynchronous device assertion, because reading a value would make the host
+wait. NaN is never rejected here: it has to reach the loss, where the trainer checks for it.
 
 T = packed tokens, B = sequences, H = hidden size, V = vocabulary.
 """
@@ -21,27 +21,27 @@ REDUCTIONS = ("sum", "mean")
 
 
 def check_backend(backend: str) -> None:
-    """A known name; whether Triton can be had is found out where it is used."""
+    """Require a known backend name; availability of Triton is checked where it is used."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
 def check_positive(name: str, value: float) -> None:
-    """A Python number that is finite and greater than zero."""
+    """Require a Python number that is finite and greater than zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a Python number, got {type(value).__name__}")
-    if not 0 < value < math.inf:  # comparisons alone: a compiler may know the number by its symbol only
+    if not 0 < value < math.inf:  # only comparisons: for a compiler the number may be symbolic
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")
 
 
 def check_finite(name: str, value: float) -> None:
-    """A Python number that is finite."""
+    """Require a finite Python number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite Python number, got {value!r}")
 
 
 def check_workspace(workspace_bytes: int | None) -> None:
-    """None, or a positive number of bytes."""
+    """Require None or a positive number of bytes."""
     if workspace_bytes is None:
         return
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
@@ -49,10 +49,10 @@ def check_workspace(workspace_bytes: int | None) -> None:
 
 
 def check_tensor(name: str, value: object, ndim: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    """A tensor of one of `dtypes` with `ndim` dimensions."""
+    """Require a tensor of one of `dtypes` with `ndim` dimensions."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":  # by name: its module takes half a second to import
+    if type(value).__name__ == "DTensor":  # by name: importing its module takes half a second
         raise ValueError(
             f"{name} is a DTensor: call the operation inside the forward of the module that FSDP2 wraps, as "
             "FusedLinearHead does, or pass local tensors"
@@ -65,7 +65,7 @@ def check_tensor(name: str, value: object, ndim: int, dtypes: tuple[torch.dtype,
 
 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Both tensors on one device."""
+    """Require both tensors on the same device."""
     if value.device != other.device:
         raise ValueError(f"{name} and {other_name} are on different devices: {value.device} vs {other.device}")
 
@@ -73,7 +73,7 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
 def check_value(condition: Tensor, message: str) -> None:
     """Raise on a CPU tensor that is False; on CUDA assert on the device, without a host sync.
 
-    A compiler that traces the caller has no values: the check is left out of what it compiles.
+    A compiler that traces the caller has no values, so the check is left out of compiled code.
     """
     if torch.compiler.is_compiling():
         return
@@ -89,14 +89,14 @@ def _check_row_major(name: str, value: Tensor) -> None:
 
 
 def check_token_ids(token_ids: Tensor, num_rows: int) -> None:
-    """Shape [T], integer."""
+    """Require integers of shape [T]."""
     check_tensor("token_ids", token_ids, 1, INTEGER_DTYPES)
     if token_ids.shape[0] != num_rows:
         raise ValueError(f"hidden and token_ids disagree on T: {num_rows} vs {token_ids.shape[0]}")
 
 
 def check_token_values(token_ids: Tensor, vocab_size: int) -> None:
-    """Every id in [0, V)."""
+    """Require every id in [0, V)."""
     message = f"token_ids must lie in [0, {vocab_size})"
     if token_ids.shape[0] > 0 and token_ids.device.type == "cpu":
         smallest, largest = (int(bound) for bound in token_ids.aminmax())
@@ -113,7 +113,7 @@ def check_linear_args(
     workspace_bytes: int | None,
     shard: VocabShard | None,
 ) -> None:
-    """Everything `linear_logprobs` and `trajectory_balance_loss` share."""
+    """Check the arguments that `linear_logprobs` and `trajectory_balance_loss` share."""
     check_tensor("hidden", hidden, 2, FLOAT_DTYPES)
     check_tensor("head_weight", head_weight, 2, FLOAT_DTYPES)
     if hidden.shape[1] != head_weight.shape[1]:
@@ -145,9 +145,9 @@ def check_linear_args(
 
 
 def under_autocast(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inside torch.autocast, operands of different dtypes meet in the autocast dtype, as in `F.linear`.
+    """Inside torch.autocast, cast operands of different dtypes to the autocast dtype, as `F.linear` does.
 
-    Operands that agree stay as they are: rounding float32 logits' operands unasked would only lose accuracy.
+    Operands of one dtype are left unchanged: rounding float32 operands would only lose accuracy.
     """
     if not isinstance(hidden, Tensor) or not isinstance(head_weight, Tensor):
         return hidden, head_weight, bias
@@ -160,7 +160,7 @@ def under_autocast(hidden: Tensor, head_weight: Tensor, bias: Tensor | None) -> 
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, rows_name: str, rows: Tensor) -> None:
-    """Shape [B + 1], integer; on the CPU or on the device of the rows."""
+    """Require integers of shape [B + 1], on the CPU or on the device of the rows."""
     check_tensor("cu_seqlens", cu_seqlens, 1, INTEGER_DTYPES)
     if cu_seqlens.shape[0] < 1:
         raise ValueError("cu_seqlens must have B + 1 entries, got 0")
@@ -169,7 +169,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows_name: str, rows: Tensor) -> None:
 
 
 def check_offset_values(cu_seqlens: Tensor, num_rows: int, rows_name: str) -> None:
-    """Offsets start at 0, never decrease and end at T."""
+    """Require offsets that start at 0, never decrease and end at T."""
     check_value(cu_seqlens[0] == 0, "cu_seqlens must start at 0")
     check_value((cu_seqlens[1:] >= cu_seqlens[:-1]).all(), "cu_seqlens must not decrease")
     check_value(cu_seqlens[-1] == num_rows, f"cu_seqlens must end at T = {num_rows}, the rows of {rows_name}")
@@ -207,7 +207,7 @@ def check_trajectory_args(
     reduction: str,
     denominator: float | Tensor | None,
 ) -> None:
-    """Everything about sequences that the two forms of the trajectory-balance loss share."""
+    """Check the per-sequence arguments that both forms of the trajectory-balance loss share."""
     check_cu_seqlens(cu_seqlens, rows_name, rows)
     num_sequences = cu_seqlens.shape[0] - 1
     _check_per_sequence("rewards", rewards, num_sequences, rows_name, rows)

@@ -1,4 +1,4 @@
-"""Launching kernels, and whether Triton's interpreter runs them."""
+"""Kernel launches, and whether Triton's interpreter runs them."""
 
 from typing import Any
 
@@ -16,6 +16,6 @@ def is_interpreted() -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Launch, unless the grid is empty."""
+    """Launch the kernel, unless the grid is empty."""
     if all(size > 0 for size in grid):
         kernel[grid](**arguments)

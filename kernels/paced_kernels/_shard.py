@@ -1,4 +1,4 @@
-"""A vocabulary split over ranks."""
+"""Vocabulary split over ranks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,9 @@ class VocabShard:
     """This rank's part of a vocabulary-parallel head: `head_weight` holds ids start .. start + len(head_weight) - 1.
 
     Every rank of `group` passes the same hidden states, token ids and sequence arguments, and its own rows of the
-    weight; every rank receives the same log-probs, loss and gradient of the hidden states, and the gradient of its own
-    rows. Shards may differ in size, and together they must cover [0, vocab_size) once. `workspace_bytes` is that of an
-    even share: all ranks take the same rows at a time, so a larger shard gets a larger workspace in proportion.
+    weight. Every rank receives the same log-probs, loss and gradient of the hidden states, and the gradient of its own
+    rows. Shards may differ in size, and together they must cover [0, vocab_size) exactly once. `workspace_bytes` holds
+    for an even share: all ranks process the same rows at a time, so a larger shard gets proportionally more workspace.
     """
 
     group: Any

@@ -1,4 +1,4 @@
-"""A drop-in `lm_head` whose forward also computes log-probs and the loss: the place where FSDP2 gathers the weight.
+"""Drop-in `lm_head` whose forward, where FSDP2 gathers the weight, can also compute log-probs and the loss.
 
 T = packed tokens, B = sequences, H = hidden size, V = vocabulary.
 """
@@ -14,7 +14,7 @@ from .trajectory_balance import trajectory_balance_loss
 
 
 class FusedLinearHead(nn.Linear):
-    """`nn.Linear` to the vocabulary with `linear_logprobs` and `trajectory_balance_loss` as further forms of its call.
+    """`nn.Linear` to the vocabulary whose call can also compute `linear_logprobs` or `trajectory_balance_loss`.
 
     ::
 
@@ -22,35 +22,35 @@ class FusedLinearHead(nn.Linear):
         head(hidden, token_ids, **options)            # linear_logprobs: [T], or a pair with return_entropy=True
         head(hidden, token_ids, cu_seqlens, **options)    # trajectory_balance_loss: TBOutput
 
-    Parameters, their names and the state dict are those of `nn.Linear`. The weight is read inside `forward` and its
-    gradient leaves through autograd. `fully_shard(head)` therefore gathers it once a call and reduces one gradient,
-    and a weight tied to the embedding collects the gradients of both uses.
+    Parameters, their names and the state dict are those of `nn.Linear`. `forward` reads the weight, and autograd
+    returns its gradient. `fully_shard(head)` therefore gathers the weight once per call and reduces one gradient, and a
+    weight tied to the embedding receives the gradients of both uses.
 
-    `MixedPrecisionPolicy` of FSDP2 by default rounds every floating-point argument of a wrapped module to
-    `param_dtype`, rewards, log_z and log-probs too: wrap with `cast_forward_inputs=False`.
+    By default, `MixedPrecisionPolicy` of FSDP2 rounds every floating-point argument of a wrapped module to
+    `param_dtype`, including rewards, log_z and log-probs. Wrap with `cast_forward_inputs=False` to avoid this.
 
     Args:
-        hidden: [..., H] alone, [T, H] with `token_ids`; dtype of the weight, or any under autocast.
+        hidden: [..., H], or [T, H] with `token_ids`; same dtype as the weight, or any dtype under autocast.
         token_ids: [T] int64 or int32 in [0, V); None = return logits.
         cu_seqlens: [B + 1] prefix sums of the lengths; None = return log-probs.
         options: keyword arguments of `linear_logprobs` or `trajectory_balance_loss` other than `bias`.
 
     Raises:
-        ValueError: as the operations do; `cu_seqlens` or options were given without `token_ids`.
+        ValueError: as in the operations, or `cu_seqlens` or options were given without `token_ids`.
     """
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
-        """A head that shares weight and bias with `linear`: the same Parameter objects, so that tied weights stay tied.
+        """Return a head with the same weight and bias Parameter objects as `linear`, so that tied weights stay tied.
 
         Args:
             linear: [V, H] projection, with or without a bias, on any device; before `fully_shard`.
 
         Returns:
-            A module to put in the place of `linear`, in the same training mode.
+            A module to replace `linear`, in the same training mode.
 
         Raises:
-            ValueError: `linear` is not an nn.Linear, or a subclass whose own forward would be lost.
+            ValueError: `linear` is not an nn.Linear, or is of a subclass, whose own forward would be lost.
         """
         if not isinstance(linear, nn.Linear) or type(linear).forward not in (nn.Linear.forward, cls.forward):
             raise ValueError(f"linear must be an nn.Linear with its forward, got {type(linear).__name__}")

@@ -1,4 +1,4 @@
-"""Log-probs of chosen tokens straight from hidden states: `linear_logprobs`.
+"""Log-probs of chosen tokens, computed directly from hidden states: `linear_logprobs`.
 
 T = packed tokens, H = hidden size, V = vocabulary.
 """
@@ -26,7 +26,7 @@ def linear_logprobs(
     backend: str = "auto",
     shard: VocabShard | None = None,
 ) -> Tensor:
-    """Log-probs alone."""
+    """Return log-probs only."""
 
 
 @overload
@@ -42,7 +42,7 @@ def linear_logprobs(
     backend: str = "auto",
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies."""
+    """Return log-probs and entropies."""
 
 
 def linear_logprobs(
@@ -57,7 +57,7 @@ def linear_logprobs(
     backend: str = "auto",
     shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each chosen token, without the [T, V] logits ever existing in full.
+    """Log-probability of each chosen token; the full [T, V] logits never exist.
 
     In torch::
 
@@ -75,12 +75,12 @@ def linear_logprobs(
         token_ids: [T] int64 or int32 in [0, V).
         bias: [V], same dtype, added after the division by the temperature; None = 0.
         temperature: divides the logits; finite and positive.
-        return_entropy: also return the entropy of each row, differentiable as well.
+        return_entropy: also return the entropy of each row, differentiable too.
         workspace_bytes: memory for chunks of logits; None = 8192 rows of exponentials with Triton (2.5 GB for bfloat16
-            and V = 152k), 144 MiB for the reference. At least one row is always processed.
+            and V = 152k), 144 MiB for the reference. A chunk has at least one row.
         backend: "auto", "triton" (a CUDA device, or the interpreter with TRITON_INTERPRET=1) or "reference" (plain
             PyTorch). "auto" is "triton" on CUDA for every dtype but float64, else "reference".
-        shard: the part of a split vocabulary that `head_weight` and `bias` hold; None = all of it.
+        shard: part of the vocabulary that `head_weight` and `bias` hold; None = all of it.
 
     Returns:
         [T] float32 (float64 for float64 inputs), in nats; with `return_entropy` the pair (logprobs, entropy).

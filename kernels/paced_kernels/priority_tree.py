@@ -1,9 +1,9 @@
-"""A prioritised sampler over integer weights that lives on one device and never makes the host wait.
+"""Prioritised sampler over integer weights, with its state on one device and without host synchronisation.
 
-Weights are fixed point (2^27 = 1.0) and sums are int64, so sums are associative: no drift, no draw of a leaf of weight
-0, the same indices on every device and rank. Randomness is a function of (seed, stream, step).
+Weights are fixed point (2^27 = 1.0) and sums are int64, so addition is exact: sums do not drift, a leaf of weight 0 is
+never drawn, and every device and rank draws the same indices. Randomness is a function of (seed, stream, step).
 
-N = capacity, B = elements of a call.
+N = capacity, B = elements per call.
 """
 
 from collections.abc import Callable
@@ -35,17 +35,17 @@ class Sample(NamedTuple):
 class PriorityTree:
     """Weights in [0, 1] for N leaves, drawn in proportion to their weight.
 
-    All state is in tensors whose addresses never change. `size` (i64 [1], N at the start; fill it in place) is the
-    live prefix: when every weight is 0, draws are uniform over the first `size` leaves and counted in the status as
-    `empty`; with `size` 0 as well every index is -1. Use one stream of execution for one tree. Two trees with the same
+    All state is in tensors whose addresses never change. `size` (i64 [1], initially N; fill it in place) is the length
+    of the live prefix: when every weight is 0, draws are uniform over the first `size` leaves and counted in the status
+    as `empty`; if `size` is 0 too, every index is -1. Use a tree from a single CUDA stream. Two trees with the same
     seed need different `stream` numbers to draw independently.
 
     Args:
         capacity: N, from 1 to 2^31; it cannot grow.
         seed: key of the random numbers, from 0 to 2^64 - 1.
-        device: where the state lives.
+        device: device of the state.
         stream: number from 0 to 2^32 - 1 that separates trees with the same seed.
-        backend: "auto" is "triton" on CUDA, else "reference" (plain PyTorch, O(N) a draw); the two give the same bits.
+        backend: "auto" is "triton" on CUDA, else "reference" (plain PyTorch, O(N) per draw). Both give identical bits.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -76,7 +76,7 @@ class PriorityTree:
         self.stream = torch.tensor([stream], dtype=torch.int64, device=device)
         self.size = torch.tensor([capacity], dtype=torch.int64, device=device)
         self.status_counts = torch.zeros(len(STATUS_FIELDS), dtype=torch.int64, device=device)
-        # Upper bound of `sequence` that the host knows without reading it.
+        # Upper bound of `sequence`, known to the host without reading the device.
         self._host_sequence = 0
         self._kernels = None
         if resolve_backend(backend, self.leaf) == "triton":
@@ -87,16 +87,16 @@ class PriorityTree:
 
     @property
     def device(self) -> torch.device:
-        """Where the state lives."""
+        """Device of the state."""
         return self.leaf.device
 
     @torch.no_grad()
     def update(self, idx: Tensor, w: Tensor) -> None:
-        """Set the weights of some leaves; of duplicates the last one in the call wins.
+        """Set the weights of some leaves; among duplicate indices, the last one in the call wins.
 
         In torch, for one element: ``q[idx] = max(1, round(w * 2**27)) if w > 0 else 0``. NaN and negative weights count
-        as 0 and weights above 1 as 1; each is counted in the status, as is an index outside [0, N), which is otherwise
-        ignored. An index of -1 is padding: ignored and not counted.
+        as 0 and weights above 1 as 1; each is counted in the status. An index outside [0, N) is ignored and counted;
+        an index of -1 is padding, ignored and not counted.
 
         Args:
             idx: [B] int64 or int32 on the device of the tree.
@@ -114,9 +114,9 @@ class PriorityTree:
 
     @torch.no_grad()
     def write_range(self, start: int | Tensor, w: Tensor) -> None:
-        """Set consecutive leaves from `start`, going round at the end of the tree: a ring insert.
+        """Set consecutive leaves from `start`, wrapping around at the end of the tree, as in a ring buffer.
 
-        In torch: ``q[(start + torch.arange(B)) % N] = quantised w``; weights are cleaned as in `update`.
+        In torch: ``q[(start + torch.arange(B)) % N] = quantised w``; invalid weights are handled as in `update`.
 
         Args:
             start: first leaf, an int or a 0-d or 1-element integer tensor on the device of the tree.
@@ -144,12 +144,12 @@ class PriorityTree:
         *,
         allowed: Tensor | None = None,
     ) -> None:
-        """Set every leaf and every sum at once; with a `Bell` the weights are made in the same pass.
+        """Set every leaf and every sum at once; with a `Bell`, the weights are computed in the same pass.
 
         Args:
             w: [N] weights as in `update`, a `Bell`, or a function that turns `stats` into weights.
-            stats: [N] what the bell weighs, floating point, or what the function is called with.
-            allowed: [N] bool; a leaf where it is False gets weight 0, and what it would weigh is not judged.
+            stats: [N] floating-point statistics for the bell, or the argument of the function.
+            allowed: [N] bool; where it is False the weight is 0 and an invalid value is not counted.
 
         Raises:
             ValueError: the weights are not [N], a dtype or device is wrong, or `stats` does not fit `w`.
@@ -189,8 +189,8 @@ class PriorityTree:
         """Draw B leaves with probability q / total each, and advance the step.
 
         systematic: one random offset and a fixed stride; a leaf gets floor or ceil of B q / total copies, so all are
-        distinct when B * q.max() <= total (repeats are counted in the status otherwise). Pairs of neighbours may never
-        come together. stratified: one draw in each of B equal parts of the total. iid: independent draws.
+        distinct when B * q.max() <= total (otherwise the status counts repeats). Two neighbouring leaves may never be
+        drawn together. stratified: one draw in each of B equal parts of the total. iid: independent draws.
         In torch: ``idx = searchsorted(cumsum(q), target, right=True)`` with the integer targets of `draw_targets`.
 
         Args:
@@ -221,24 +221,25 @@ class PriorityTree:
         """Draw B different leaves by successive sampling without replacement, and advance the step.
 
         first: the first B distinct values of 1.5 B + 32 iid draws; cheap while B is well below the number of leaves
-        that carry the weight. race: the B smallest of Exp(1) / q over all leaves; always finds B if there are B leaves
-        of positive probability. Both have exactly the law of drawing one by one and removing what was drawn.
+        that hold most of the weight. race: the B smallest of Exp(1) / q over all leaves; always finds B if there are B
+        leaves of positive probability. Both have exactly the distribution of drawing one leaf at a time,
+        without replacement.
 
-        A race may mix another distribution into that of the weights: with p = (1 - exploration) q / sum q +
-        exploration e / sum e over the leaves of positive weight the law is that of drawing by p.
+        A race can mix in another distribution: it draws from p = (1 - exploration) q / sum q + exploration e / sum e
+        over the leaves of positive weight.
 
         Args:
             B: number of draws, 0 or more.
             method: "first" or "race".
             exploration: share of the other distribution in a race, from 0 to 1.
-            explored: [N] int64, e, at least 0; 1 for every leaf if None.
+            explored: [N] int64, the e above, at least 0; None = 1 for every leaf.
 
         Returns:
-            Sample as in `sample`; `prob` is q / total, not the inclusion probability. If fewer than B leaves were
-            found the rest of idx is -1 with q and prob 0, counted in the status as `short`.
+            Sample as in `sample`; `prob` is q / total, not the inclusion probability. If fewer than B leaves are
+            found, the rest of idx is -1 with q and prob 0, and the status counts the call as `short`.
 
         Raises:
-            ValueError: B is negative, the method is unknown, or what is explored does not fit.
+            ValueError: B is negative, the method is unknown, or `exploration` or `explored` is invalid.
         """
         self._check_draws(B)
         if method not in DISTINCT_METHODS:
@@ -263,7 +264,7 @@ class PriorityTree:
                 candidates, _, _, total = self._kernels.sample(
                     num_candidates, "iid", self._counters(), self.status_counts
                 )
-                self.step -= 1  # counted below, for every way of drawing
+                self.step -= 1  # undo: the step is counted below for every method
             else:
                 candidates, total = self._draw(num_candidates, "iid")
             idx = tree_reference.first_occurrences(candidates, B)
@@ -271,7 +272,7 @@ class PriorityTree:
         return self._finish_sample(idx, total)
 
     def get(self, idx: Tensor) -> Tensor:
-        """Fixed-point weights (i64, shape of `idx`, 2^27 = 1.0) of some leaves; 0 for an index outside [0, N)."""
+        """Return fixed-point weights (i64, shape of `idx`, 2^27 = 1.0); 0 for an index outside [0, N)."""
         is_inside = (idx >= 0) & (idx < self.capacity)
         return torch.where(is_inside, self.leaf[torch.where(is_inside, idx, 0).long()] & WEIGHT_MASK, 0)
 
@@ -280,11 +281,11 @@ class PriorityTree:
         return (self.leaf & WEIGHT_MASK).sum() if self._kernels is None else self._kernels.total()
 
     def status(self) -> dict[str, int]:
-        """Counts since the start of what was repaired or could not be had; the one call that waits for the device."""
+        """Return counts of corrected inputs and failed draws so far; the only call that waits for the device."""
         return dict(zip(STATUS_FIELDS[:-1], self.status_counts.tolist(), strict=False))
 
     def check(self) -> Tensor:
-        """Whether every invariant of the state holds, bool []: ranges of weights, sequence numbers, size, and sums."""
+        """Return whether all invariants hold, bool []: ranges of weights, sequence numbers, size, and sums."""
         q, sequence = self.leaf & WEIGHT_MASK, self.leaf >> WEIGHT_BITS
         is_sound = (self.leaf >= 0).all() & (q <= ONE).all() & (sequence <= self.sequence).all()
         if self._kernels is not None:
@@ -292,15 +293,15 @@ class PriorityTree:
         return is_sound & ((self.size >= 0) & (self.size <= self.capacity)).all()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of everything a resumed run needs to draw the same batches: weights, step, seed, stream, size."""
+        """Return copies of the state that a resumed run needs for the same draws: weights, step, seed, stream, size."""
         weights = (self.leaf & WEIGHT_MASK).int()
         return {"weights": weights, **{name: getattr(self, name).clone() for name in _STATE_NAMES}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore in place what `state_dict` returned.
+        """Restore the state from `state_dict` in place.
 
         Raises:
-            ValueError: an entry is missing, or the state is of a tree of another capacity.
+            ValueError: an entry is missing, or the state has another capacity.
         """
         missing = [name for name in ("weights", *_STATE_NAMES) if name not in state]
         if missing:
@@ -313,7 +314,7 @@ class PriorityTree:
             getattr(self, name).copy_(state[name])
 
     def _write(self, idx: Tensor, w: Tensor) -> None:
-        """Leaves `idx` [B], or the range that starts at a 0-d `idx`."""
+        """Write leaves `idx` [B], or the range that starts at a 0-d `idx`."""
         num_elements = w.shape[0]
         if self._host_sequence + num_elements > MAX_SEQUENCE:
             self.leaf.bitwise_and_(WEIGHT_MASK)
@@ -327,15 +328,15 @@ class PriorityTree:
         idx = (positions + idx.long()) % self.capacity if idx.ndim == 0 else idx.long()
         is_inside = (idx >= 0) & (idx < self.capacity)
         self.status_counts[STATUS_FIELDS.index("out_of_range")] += (~is_inside & (idx != -1)).sum()
-        q, counts = tree_reference.quantise(torch.where(is_inside, w, 0))  # what is not written is not judged either
+        q, counts = tree_reference.quantise(torch.where(is_inside, w, 0))  # unwritten values are not counted
         self.status_counts[:3] += counts
-        # A code of 0 at leaf 0 changes nothing: every code in the tree is at least that.
+        # For ignored elements: a code of 0 at leaf 0 changes nothing, because every code is at least 0.
         code = torch.where(is_inside, ((positions + 1 + self.sequence) << WEIGHT_BITS) | q, 0)
         self.leaf.scatter_reduce_(0, torch.where(is_inside, idx, 0), code, "amax")
         self.sequence += num_elements
 
     def _effective_weights(self) -> tuple[Tensor, Tensor]:
-        """Weights [N] to draw by (the live prefix if all are 0) and their true total []; counts an empty draw."""
+        """Return weights [N] to draw by (the live prefix if all are 0), and their true total []; counts empty draws."""
         q = self.leaf & WEIGHT_MASK
         total = q.sum()
         is_live = torch.arange(self.capacity, device=self.device) < self.size
@@ -343,7 +344,7 @@ class PriorityTree:
         return torch.where(total == 0, is_live.long(), q), total
 
     def _draw(self, num_draws: int, mode: str) -> tuple[Tensor, Tensor]:
-        """Indices [B] of the reference, -1 where there is nothing to draw, and the total []."""
+        """Draw with the reference: return indices [B] (-1 if there is nothing to draw) and the total []."""
         effective, total = self._effective_weights()
         effective_total = effective.sum()
         targets = tree_reference.draw_targets(mode, num_draws, effective_total, **self._random_state())

@@ -1,8 +1,9 @@
-"""The specification: every fused operation in plain PyTorch, and the path that runs on a CPU.
+"""Specification: every fused operation in plain PyTorch, which is also the path for CPUs.
 
-Arguments and results are those of the public functions of the same name, without the checks of shapes and dtypes:
-`logprobs` and `trajectory_balance` document them. In `_loss`, `torch_rows` holds the chunked projection, `gradients`
-what becomes of a chunk, `fused_pass` the loss over sequence-aligned chunks, `sequences` one number per sequence.
+Arguments and results are those of the public functions of the same name (documented in `logprobs` and
+`trajectory_balance`), without checks of shapes and dtypes. In `_loss`, `torch_rows` holds the chunked projection,
+`gradients` the gradients of a chunk, `fused_pass` the loss over sequence-aligned chunks, and `sequences` the
+per-sequence arithmetic.
 
 T = packed tokens, B = sequences, H = hidden size, V = vocabulary.
 """
@@ -46,7 +47,7 @@ def linear_logprobs(
     workspace_bytes: int | None = None,
     shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probs [T] of the chosen tokens, and entropies [T] if asked for; both differentiable."""
+    """Return log-probs [T] of the chosen tokens, and entropies [T] if requested; both differentiable."""
     logprobs, entropy = compute_linear_logprobs(
         hidden,
         head_weight,
@@ -83,7 +84,7 @@ def trajectory_balance_loss(
     workspace_bytes: int | None = None,
     shard: VocabShard | None = None,
 ) -> TBOutput:
-    """Trajectory-balance loss straight from hidden states; gradients are computed by the forward pass."""
+    """Trajectory-balance loss directly from hidden states; the forward pass computes the gradients."""
     return TBOutput(
         *compute_trajectory_balance(
             hidden,
@@ -124,7 +125,7 @@ def trajectory_balance_from_logprobs(
     reduction: str = "sum",
     denominator: float | Tensor | None = None,
 ) -> TBOutput:
-    """The same loss from log-probs that exist already, by ordinary autograd."""
+    """The same loss from given log-probs, by ordinary autograd."""
     cu_seqlens = cu_seqlens.to(logprobs.device, torch.int64, non_blocking=True)
     terms = make_terms(
         cu_seqlens,

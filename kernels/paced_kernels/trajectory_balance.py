@@ -1,7 +1,7 @@
-"""The trajectory-balance loss, fused with the vocabulary projection or from log-probs.
+"""Trajectory-balance loss, fused with the vocabulary projection or from log-probs.
 
-Trajectory balance is arXiv:2201.13259, eq. 14, for an autoregressive sampler, whose backward policy is 1; the old
-policy as a moving reference is arXiv:2602.12642.
+Trajectory balance is arXiv:2201.13259, eq. 14, for an autoregressive sampler, whose backward policy is 1. The old
+policy as a moving reference is from arXiv:2602.12642.
 
 T = packed tokens, B = sequences, H = hidden size, V = vocabulary.
 """
@@ -63,27 +63,27 @@ def trajectory_balance_loss(
         head_weight: [V, H], same dtype and device.
         token_ids: [T] int64 or int32 in [0, V).
         cu_seqlens: [B + 1] int32 or int64 prefix sums of the lengths; on the CPU or on the device of `hidden`. On the
-            CPU it is also the plan of the chunks; elsewhere it is never read by the host.
+            CPU it also determines the chunks; on a device the host never reads it.
         rewards: [B] floating point, in reward units.
-        log_z: [B] floating point, the intercept in nats.
+        log_z: [B] floating point, log Z in nats.
         beta: reward units per nat; finite and positive.
         ref_logprobs: [T] per token, or [B] already summed (or averaged, as `reduction` says); constant; None = 0.
             With T = B the tensor is read as per token.
         weights: [B] constant factors; None = 1.
-        behavior_logprobs: [T] or [B] as for `ref_logprobs`: multiply the weights by exp(s - s_behavior), a constant.
-        importance_cap: upper bound of that factor; None = no bound but exp(80), which keeps it finite.
+        behavior_logprobs: [T] or [B] as for `ref_logprobs`; multiplies the weights by exp(s - s_behavior), a constant.
+        importance_cap: upper bound of that factor; None = exp(80), which keeps it finite.
         bias: [V], same dtype, added after the division by the temperature; None = 0.
         temperature: divides the logits; finite and positive.
         reduction: "sum" or "mean" over the tokens of a sequence.
         denominator: positive number or 0-d tensor (constant); None = B.
         return_entropy: also return the entropy of each row, detached.
         workspace_bytes: memory for chunks of logits; None = 8192 rows of exponentials with Triton (2.5 GB for bfloat16
-            and V = 152k), 144 MiB for the reference. At least one row is always processed.
+            and V = 152k), 144 MiB for the reference. A chunk has at least one row.
         backend: "auto", "triton" (a CUDA device, or the interpreter with TRITON_INTERPRET=1) or "reference" (plain
             PyTorch). "auto" is "triton" on CUDA for every dtype but float64, else "reference".
-        entropy_bonus: subtract this many times the mean entropy over all T rows from the loss, with its gradient; rows
-            of sequences of weight 0 count as 0. Costs one elementwise pass over the chunks.
-        shard: the part of a split vocabulary that `head_weight` and `bias` hold; None = all of it.
+        entropy_bonus: subtract entropy_bonus * (mean entropy over all T rows) from the loss, with its gradient; rows of
+            sequences of weight 0 count as 0. Costs one elementwise pass over the chunks.
+        shard: part of the vocabulary that `head_weight` and `bias` hold; None = all of it.
 
     Returns:
         TBOutput(loss [] , residual [B], seq_logprobs [B], entropy [T] or None), float32 (float64 for float64 inputs);
@@ -149,10 +149,10 @@ def trajectory_balance_from_logprobs(
     reduction: str = "sum",
     denominator: float | Tensor | None = None,
 ) -> TBOutput:
-    """The loss of `trajectory_balance_loss` for a trainer that has the log-probs already.
+    """Loss of `trajectory_balance_loss` for a trainer that already has the log-probs.
 
-    Differentiable in `logprobs` and `log_z` by ordinary autograd; arguments, formula, the treatment of weight 0 and
-    of empty sequences, and the errors are those of `trajectory_balance_loss`.
+    Differentiable in `logprobs` and `log_z` by ordinary autograd. Arguments, formula, errors, and the treatment of
+    weight 0 and of empty sequences are those of `trajectory_balance_loss`.
 
     Args:
         logprobs: [T] floating point, log-probs of the chosen tokens in nats, packed.

@@ -1,4 +1,4 @@
-"""From the arguments of an operator to the engine that computes it, and the state of torch that it runs in."""
+"""Build the row engine from the arguments of an operator, and set the torch state in which it runs."""
 
 from typing import Any
 
@@ -20,8 +20,8 @@ def make_engine(
     workspace_bytes: int | None,
     backend: str,
 ) -> RowEngine:
-    """The row engine of a resolved backend."""
-    token_ids = token_ids.contiguous()  # kernels read them, and the bias, one after the other
+    """Return the row engine of a resolved backend."""
+    token_ids = token_ids.contiguous()  # kernels read them, and the bias, contiguously
     if backend == "reference":
         budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
         return TorchRows(head, hidden, token_ids, with_entropy, budget)
@@ -37,7 +37,7 @@ def make_engine(
 
 
 def make_head(weight: Tensor, bias: Tensor | None, temperature: float, shard_group: str, shard_start: int) -> Head:
-    """The head of one call; the name of a process group stands for the group in operator schemas."""
+    """Return the head for one call; operator schemas pass a process group by its name."""
     group = _resolve_group(shard_group) if shard_group else None
     return Head(weight, None if bias is None else bias.contiguous(), temperature, group, shard_start)
 
@@ -50,10 +50,10 @@ def even_workspace(
     shard_group: str,
     vocab_size: int,
 ) -> int | None:
-    """The workspace with which this rank takes as many rows at a time as every other, whatever the size of its shard.
+    """Return the workspace with which this rank processes as many rows at a time as every other rank.
 
-    Ranks that cut the rows differently would wait for each other in different places. All of them take what an even
-    split of the vocabulary would: a larger shard gets a larger workspace, in proportion.
+    Ranks with different chunks would deadlock in their collectives. All ranks therefore use the chunk size of an even
+    split of the vocabulary, and a larger shard gets proportionally more workspace.
     """
     if not shard_group or (workspace_bytes is None and backend == "triton"):
         return workspace_bytes
@@ -66,18 +66,18 @@ def even_workspace(
     own_row = weight.shape[0] * itemsize
     if weight.dtype.itemsize == itemsize:
         return max(1, workspace // even_row) * own_row
-    # The reference keeps a quarter for the weight in the wider dtype.
+    # The reference reserves a quarter for blocks of the weight in the wider dtype.
     return -(-4 * own_row * max(1, workspace * 3 // 4 // even_row) // 3)
 
 
 def _resolve_group(name: str) -> Any:
-    from torch.distributed import distributed_c10d  # not in every build of torch
+    from torch.distributed import distributed_c10d  # missing in some builds of torch
 
     return distributed_c10d._resolve_process_group(name)  # pyright: ignore
 
 
 class Guard:
-    """Own arithmetic inside an operator: no autocast, no gradient, kernels on the device of the inputs."""
+    """Context for arithmetic inside an operator: no autocast, no gradient, the CUDA device of the inputs."""
 
     def __init__(self, device: torch.device) -> None:
         self._contexts: list[Any] = [torch.no_grad(), torch.autocast(device.type, enabled=False)]

@@ -1,14 +1,14 @@
-"""The fused trajectory-balance loss over a row engine: gradients in the forward pass, over sequence-aligned chunks.
+"""Fused trajectory-balance loss over a row engine: gradients in the forward pass, over sequence-aligned chunks.
 
-The gradient with respect to log p of a token is one number a sequence, c_i = 2 w_i residual_i / denominator, known as
-soon as all rows of the sequence are. A group of whole sequences that fits a chunk therefore takes one pass: three
-GEMMs, 6 T H V floating-point operations. Longer groups have two ways:
+The gradient with respect to log p of a token is one number per sequence, c_i = 2 w_i residual_i / denominator, known
+once all rows of the sequence are. A group of whole sequences that fits a chunk therefore takes one pass: three GEMMs,
+6 T H V floating-point operations. For longer groups there are two methods:
 
-* streamed, for one sequence: its chunks run with c = 1 into accumulators of their own, which are then added times
-  c_i; 6 T H V and a second [V, H] float32 accumulator.
-* two passes: log-probs first, then exponentials again with c known; 8 T H V and no memory of size [V, H]. This is the
-  way for offsets that live on another device, which the host must not read, and when the accumulator does not fit
-  the workspace.
+* streamed, for one sequence: its chunks are accumulated separately with c = 1, then scaled by c_i and added; 6 T H V
+  operations and a second [V, H] float32 accumulator.
+* two passes: log-probs first, then the exponentials again with c known; 8 T H V operations and no memory of size
+  [V, H]. Used when the offsets are on a device, where the host must not read them, and when the accumulator does not
+  fit the workspace.
 
 T = packed tokens, B = sequences, H = hidden size, V = vocabulary of this rank, R = rows of a group or chunk.
 """
@@ -22,7 +22,7 @@ from .gradients import Gradients, RowEngine, Wanted, new_accumulators, score_row
 from .sequences import SequenceTerms, reduce_segments, segment_lengths, sequence_of_row
 from .torch_rows import RowStats, row_chunks
 
-# A streamed sequence must leave room for chunks of so many rows: shorter ones spend their time adding up [V, H].
+# Fewest rows per chunk of a streamed sequence: with fewer, adding up [V, H] dominates the time.
 MIN_STREAMED_ROWS = 128
 
 
@@ -53,14 +53,14 @@ def plan_groups(cu_seqlens: Tensor, num_rows: int, rows_per_chunk: int) -> list[
 
 
 def streamed_rows(engine: RowEngine, wanted: Wanted, is_budget_firm: bool) -> int:
-    """Rows of a chunk beside the extra accumulator of a streamed sequence; 0 where it does not fit the workspace."""
+    """Rows per chunk that fit beside the extra accumulator of a streamed sequence; 0 if the workspace is too small."""
     if not wanted.weight or not is_budget_firm:
         return engine.rows_per_chunk
     hidden_size, wide = engine.hidden.shape[1], engine.head.accumulate.itemsize
     if engine.head.group is None:
         accumulator_bytes = engine.head.weight.numel() * wide
         num_rows = (engine.chunk_bytes - accumulator_bytes) // engine.bytes_per_row
-    else:  # the same on every rank, so nothing of the own shard enters
+    else:  # must be equal on every rank, so it cannot depend on this shard
         num_rows = engine.rows_per_chunk - hidden_size * wide // engine.hidden.dtype.itemsize
     return num_rows if num_rows >= MIN_STREAMED_ROWS else 0
 
@@ -91,13 +91,13 @@ class FusedPass:
         self.entropy = None
         if engine.with_entropy:
             self.entropy = torch.empty(num_rows, dtype=engine.head.accumulate, device=device)
-        # One row of scalars a sequence: loss, residual, log-prob, dloss / dlog-prob.
+        # Per sequence: loss, residual, log-prob, dloss / dlog-prob.
         self.per_sequence = torch.zeros(4, num_sequences, dtype=torch.float64, device=device)
         self.entropy_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     @property
     def loss(self) -> Tensor:
-        """The loss in float64."""
+        """Total loss in float64."""
         losses = self.per_sequence[0].sum()
         return losses - self._bonus_per_row * self.entropy_sum if self.options.entropy_bonus else losses
 
@@ -106,7 +106,7 @@ class FusedPass:
         return self.options.entropy_bonus / max(self.engine.hidden.shape[0], 1)
 
     def run(self, groups: list[SequenceGroup]) -> None:
-        """Process every group; with no row gradient wanted only log-probs are computed."""
+        """Process every group; only log-probs are computed if no gradient of rows is wanted."""
         rows_per_stream = streamed_rows(self.engine, self.options.wanted, self.options.is_budget_firm)
         for group in groups:
             num_rows = group.rows.stop - group.rows.start
@@ -141,7 +141,7 @@ class FusedPass:
             self.gradients.add(self.engine, chunk, rows, coefficient[local], live_part, bonus_part)
 
     def _stream(self, group: SequenceGroup, num_rows: int) -> None:
-        """One long sequence: gradients of its log-prob first, times c_i when that is known."""
+        """Process one long sequence: accumulate gradients of its log-prob, then scale them by c_i once it is known."""
         live = self._live_rows(group)
         own = new_accumulators(self.engine.head, self.options.wanted)
         found = []
@@ -163,7 +163,7 @@ class FusedPass:
                 total.addcmul_(part, coefficient)
 
     def _live_rows(self, group: SequenceGroup) -> Tensor | None:
-        """[R] False in the rows of sequences of weight 0; None where no sequence has a weight."""
+        """Return [R], False in rows of sequences of weight 0; None if the caller gave no weights."""
         if not self.terms.has_weights:
             return None
         offsets = self._offsets(group)

@@ -1,12 +1,12 @@
-"""The vocabulary projection in Triton: a persistent GEMM whose epilogue turns logits into exponentials and row sums.
+"""Vocabulary projection in Triton: a persistent GEMM whose epilogue turns logits into exponentials and row sums.
 
     z = hidden W^T / temperature + bias          never leaves the registers, always float32
     E[t, v] = exp(z[t, v] - reference[t])        stored in the dtype of a GEMM operand, 0 at the target
     sums[k, t] = sum of E over tile k            float32, before E is rounded
 
-Two kinds share the main loop. `KIND = EXPONENTIALS` takes one reference a row that is known beforehand (the logit of
-the target, or the log-sum-exp) and stores E. `KIND = SUMS` stores nothing of size [T, V]: the reference of each
-tile is its own largest logit, which is written beside the sum. Cost: 2 T H V floating-point operations; 2 T V bytes
+Two kinds share the main loop. `KIND = EXPONENTIALS` takes one reference per row, known beforehand (the logit of the
+target, or the log-sum-exp), and stores E. `KIND = SUMS` stores nothing of size [T, V]: the reference of each tile is
+its own largest logit, which is written next to the sum. Cost: 2 T H V floating-point operations; 2 T V bytes
 of E for bfloat16, none for `SUMS`.
 
 A row has one reference for all tiles, so there is no running maximum, no lock and no second pass, and the order of
@@ -15,7 +15,7 @@ every addition is fixed: two runs agree bit for bit.
 T = rows, H = hidden size, V = rows of the weight (of this rank's shard, where the vocabulary is split).
 """
 
-# The language inside a kernel is Triton's, which type checkers take for Python.
+# Kernels are written in Triton's language, which type checkers read as Python.
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # pyright: reportCallIssue=false, reportArgumentType=false
 
@@ -26,7 +26,7 @@ from triton import knobs
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 SUMS: tl.constexpr = tl.constexpr(0)
 EXPONENTIALS: tl.constexpr = tl.constexpr(1)
-# Triton's interpreter, on when the kernels are first imported, and not only what it calls by that name later.
+# Whether Triton's interpreter was on when the kernels were first imported; a later change has no effect.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
 
@@ -119,7 +119,7 @@ def store_exponentials(
     HAS_LIVE: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
-    """The epilogue on one piece of a tile: exponentials, their sums, and for EXPONENTIALS the store."""
+    """Epilogue for one piece of a tile: exponentials, their sums and, for EXPONENTIALS, the store."""
     bias_ptr, token_ptr, reference_ptr, live_ptr, sums_ptr, weighted_ptr, maxima_ptr = row_pointers
     o_rows = row_start + tl.arange(0, BLOCK_T)
     o_columns = column_start + tl.arange(0, WIDTH)
@@ -183,7 +183,7 @@ def project_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    PIECES: tl.constexpr,  # 1 or 2: a tile leaves the registers in so many pieces, which halves what the epilogue needs
+    PIECES: tl.constexpr,  # 1 or 2 pieces in which a tile leaves the registers; 2 halves what the epilogue needs
     GROUP_V: tl.constexpr,
     USE_TMA: tl.constexpr,
     UPCAST: tl.constexpr,  # multiply in float32: for the interpreter, where bfloat16 products are wrong

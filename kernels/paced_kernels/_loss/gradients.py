@@ -1,6 +1,6 @@
 """Gradients of the vocabulary projection from chunks of exponentials.
 
-dloss/dz_v = scale E'_v: one number a row separates E' from the gradient, and nothing of size [R, V] is touched again:
+dloss/dz_v = scale E'_v: the gradient is E' times one number per row, so nothing of size [R, V] is written again:
 
     dhidden  = diag(scale / temperature) (E' W)
     dweight += E'^T (diag(scale / temperature) hidden)
@@ -19,7 +19,7 @@ from .torch_rows import Exponentials, RowStats, row_chunks
 
 
 class RowEngine(Protocol):
-    """What turns rows into log-probs and exponentials; `torch_rows.TorchRows` documents the methods."""
+    """Engine that turns rows into log-probs and exponentials; `torch_rows.TorchRows` documents the methods."""
 
     head: Head
     hidden: Tensor  # [T, H]
@@ -44,7 +44,7 @@ class RowEngine(Protocol):
 
 
 def score_rows(engine: RowEngine, rows: slice) -> RowStats:
-    """`engine.score`; over a split vocabulary in chunks that every rank takes, whatever the size of its shard."""
+    """Return `engine.score`; with a split vocabulary, in chunks that are the same for every size of shard."""
     if engine.head.group is None or rows.stop - rows.start <= engine.rows_per_chunk:
         return engine.score(rows)
     parts = [engine.score(chunk) for chunk in row_chunks(rows.start, rows.stop, engine.rows_per_chunk)]
@@ -57,7 +57,7 @@ def score_rows(engine: RowEngine, rows: slice) -> RowStats:
 
 
 class Wanted(NamedTuple):
-    """Which gradients the caller asked for."""
+    """Gradients that the caller requested."""
 
     hidden: bool
     weight: bool
@@ -65,7 +65,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients:
-    """Accumulators: rows of `hidden` are written once in its dtype, `weight` and `bias` are sums in a wide one."""
+    """Accumulators: rows of `hidden` are written once, in its dtype; `weight` and `bias` are sums in a wider dtype."""
 
     def __init__(self, engine: RowEngine, wanted: Wanted) -> None:
         hidden = engine.hidden
@@ -82,7 +82,7 @@ class Gradients:
         entropy_coefficient: Tensor | None = None,  # [R], dloss / dentropy
         into: tuple[Tensor | None, Tensor | None] | None = None,  # other accumulators of (weight, bias)
     ) -> None:
-        """Add one chunk; its matrix is consumed. A dead row adds exactly 0, whatever its hidden state holds."""
+        """Add one chunk, overwriting its matrix. A row that is not live adds exactly 0, whatever its state is."""
         weight, bias = (self.weight, self.bias) if into is None else into
         scale = -coefficient * chunk.factor
         if entropy_coefficient is not None:
@@ -103,7 +103,7 @@ class Gradients:
 def new_accumulators(
     head: Head, wanted: Wanted, weight_dtype: torch.dtype | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Zeros for the gradients of weight and bias, None where not wanted."""
+    """Return zeros for the gradients of weight and bias; None if not wanted."""
 
     def zeros(value: Tensor | None, is_wanted: bool, dtype: torch.dtype) -> Tensor | None:
         return torch.zeros(value.shape, dtype=dtype, device=value.device) if is_wanted and value is not None else None

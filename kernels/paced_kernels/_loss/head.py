@@ -1,4 +1,4 @@
-"""The projection to the vocabulary as the row engines see it, and its split over ranks.
+"""Projection to the vocabulary as the row engines use it, and its split over ranks.
 
 T = packed tokens, H = hidden size, V = rows of the weight (of this rank's shard, where the vocabulary is split).
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Weight, bias and temperature, and where the weight's rows lie in the vocabulary."""
+    """Weight, bias, temperature, and the position of the weight's rows in the vocabulary."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
@@ -27,7 +27,7 @@ class Head:
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
     def owned_targets(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Local index of each token [R] (0 where another rank owns it) and whether this rank owns it [R]."""
+        """Return the local index of each token [R] (0 if another rank owns it) and whether this rank owns it [R]."""
         local = token_ids.long() - self.start
         is_owned = (local >= 0) & (local < self.weight.shape[0])
         return torch.where(is_owned, local, 0), is_owned
@@ -45,7 +45,7 @@ class Head:
         return value
 
     def stack_ranks(self, value: Tensor) -> Tensor:
-        """[ranks, *shape], the value of every rank in rank order: the same on all of them."""
+        """Return [ranks, *shape], the values of all ranks in rank order; equal on every rank."""
         if self.group is None:
             return value[None]
         ranks = [torch.empty_like(value) for _ in range(dist.get_world_size(self.group))]

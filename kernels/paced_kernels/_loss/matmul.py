@@ -1,6 +1,6 @@
-"""Products with float32 results from low-precision operands, by whatever this torch and device offer.
+"""Products with float32 results from low-precision operands, by the best method of this torch version and device.
 
-Operands are taken as they are under autocast too: the operations that call this disable it.
+Autocast does not apply to the operands: the operations that call this module disable it.
 """
 
 import functools
@@ -22,7 +22,7 @@ def _has_mm_out_dtype() -> bool:
 
 @functools.cache
 def _has_addmm_out_dtype() -> bool:
-    """Whether torch.addmm adds bfloat16 products to a float32 matrix in place: the first releases refused."""
+    """Whether torch.addmm can add bfloat16 products to a float32 matrix in place; early releases refuse."""
     tiny = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
     total = torch.ones(16, 16, device="cuda")
     try:

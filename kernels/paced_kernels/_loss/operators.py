@@ -1,8 +1,7 @@
-"""The fused operations as PyTorch custom operators: opaque to torch.compile, with fake and autograd registrations.
+"""Fused operations as PyTorch custom operators: opaque to torch.compile, with fake and autograd registrations.
 
-Everything that reads a value on the host (the plan of the chunks, the checks of token ids and offsets on a CPU) happens
-inside an operator, so that a compiled caller has no graph break. `logprobs` and `trajectory_balance` are the public
-functions over these.
+All code that reads values on the host (planning chunks, checking token ids and offsets on a CPU) runs inside an
+operator, so that a compiled caller has no graph break. `logprobs` and `trajectory_balance` hold the public functions.
 
 T = packed tokens, B = sequences, H = hidden size, V = vocabulary of this rank.
 """
@@ -41,7 +40,7 @@ def linear_logprobs(
     shard_start: int,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs [T], log-sum-exps [T] and entropies [T] (or [0])."""
+    """Return log-probs [T], log-sum-exps [T] and entropies [T] (or [0])."""
     _checks.check_token_values(token_ids, vocab_size)
     with Guard(hidden.device):
         head = make_head(weight, bias, temperature, shard_group, shard_start)
@@ -87,7 +86,7 @@ def linear_logprobs_backward(
     vocab_size: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias ([0] where not wanted), from log-probs and entropies of the forward pass."""
+    """Return gradients of hidden, weight and bias ([0] if not wanted), from log-probs and entropies of the forward."""
     with Guard(hidden.device):
         head = make_head(weight, bias, temperature, shard_group, shard_start)
         with_entropy = grad_entropy is not None
@@ -95,7 +94,7 @@ def linear_logprobs_backward(
         engine = make_engine(head, hidden, token_ids, with_entropy, workspace_bytes, backend)
         gradients = Gradients(engine, Wanted(*wanted))
         known = RowStats(logprobs, lse, entropy if with_entropy else None)
-        # Gradients of a sum are one number with stride 0, and kernels read rows one after the other.
+        # The gradient of a sum is one number with stride 0, but kernels need contiguous rows.
         coefficient = torch.zeros_like(logprobs)
         if grad_logprobs is not None:
             coefficient = grad_logprobs.to(logprobs.dtype).contiguous()
@@ -192,7 +191,7 @@ def trajectory_balance(
     vocab_size: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss [], residual [B], seq_logprobs [B], entropy [T], and gradients of hidden, weight, bias and log_z."""
+    """Return loss [], residual [B], seq_logprobs [B], entropy [T], and gradients of hidden, weight, bias and log_z."""
     _checks.check_token_values(token_ids, vocab_size)
     _checks.check_offset_values(cu_seqlens, hidden.shape[0], "hidden")
     with Guard(hidden.device):
@@ -265,8 +264,10 @@ def _(
 
 @torch.library.custom_op("paced_kernels::scale_gradient", mutates_args=())
 def scale_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * scale, multiplied in the wider dtype and rounded once. An operator, so that no second derivative
-    can be taken through it: the gradients of the loss are numbers by then."""
+    """Return gradient * scale, multiplied in the wider dtype and rounded once.
+
+    This is an operator so that no second derivative can be taken through it: the gradients are constants by then.
+    """
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     return torch.mul(gradient, scale, out=out)
 
@@ -315,7 +316,7 @@ def compute_linear_logprobs(
     backend: str,
     shard: VocabShard | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear_logprobs` for checked arguments and a resolved backend; log-probs, and entropies if asked for."""
+    """`linear_logprobs` for checked arguments and a resolved backend: log-probs, and entropies if requested."""
     group, start, vocab_size = shard_options(shard, head_weight)
     logprobs, _, entropy = linear_logprobs(
         hidden,
@@ -388,7 +389,7 @@ def compute_trajectory_balance(
 
 
 def shard_options(shard: VocabShard | None, head_weight: Tensor) -> tuple[str, int, int]:
-    """Name of the group, first id of this rank and size of the whole vocabulary."""
+    """Return name of the group, first id of this rank, and size of the whole vocabulary."""
     if shard is None:
         return "", 0, head_weight.shape[0]
     return shard.group.group_name, shard.start, shard.vocab_size

@@ -1,16 +1,16 @@
 """Row kernels around the vocabulary projection: target logits, row statistics, exponentials in place, patches.
 
-All arithmetic on rows is float32. With M the largest counted logit of a row, y its target, and sums over v != y,
+All arithmetic on rows is float32. Let M be the largest counted logit of a row, y its target, and sums run over v != y:
 
     S = sum exp(z_v - M)        D = sum exp(z_v - M) (z_v - M)
 
-of one piece of the vocabulary are a part; `finish_rows_kernel` merges parts, of tiles or of ranks, into log-probs,
-log-sum-exp and entropies. The target is never part of S, so a log-prob near 0 is log1p of a small number.
+(M, S, D) of one piece of the vocabulary are a "part". `finish_rows_kernel` merges parts, of tiles or of ranks, into
+log-probs, log-sum-exps and entropies. The target is never part of S, so a log-prob near 0 is log1p of a small number.
 
 T = rows, H = hidden size, V = rows of the weight (of this rank's shard, where the vocabulary is split), P = parts.
 """
 
-# The language inside a kernel is Triton's, which type checkers take for Python.
+# Kernels are written in Triton's language, which type checkers read as Python.
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # pyright: reportCallIssue=false, reportArgumentType=false
 
@@ -19,8 +19,8 @@ import triton.language as tl
 
 from .gemm_kernels import LOG2_E, narrow
 
-# Below this log-prob exponentials relative to the target are too large (1e19), and p_y times a hidden state comes too
-# close to the smallest bfloat16: the row is computed again with its log-sum-exp as the reference.
+# Below this log-prob, exponentials relative to the target are too large (1e19), and p_y times a hidden state comes too
+# close to the smallest bfloat16. Such a row is computed again with its log-sum-exp as the reference.
 LOWEST_DIRECT_LOGPROB: tl.constexpr = tl.constexpr(-44.0)
 
 
@@ -79,7 +79,7 @@ def target_logits_kernel(
 
 @triton.jit
 def merge_part(top, total, weighted, part_top, part_total, part_weighted):
-    """Two parts as one; a part that counted nothing has top = -inf and sums 0."""
+    """Merge two parts into one; a part without counted logits has top = -inf and sums 0."""
     new_top = tl.maximum(top, part_top)
     shift = tl.where(top == new_top, 0.0, top - new_top)
     part_shift = tl.where(part_top == new_top, 0.0, part_top - new_top)
@@ -102,7 +102,7 @@ def finish_rows_kernel(
     logprobs_ptr,  # [T] f32, out
     lse_ptr,  # [T] f32, out
     entropy_ptr,  # [T] f32, out
-    gate_ptr,  # [1 + tiles] i32: out where it flags rows for a second look, in where it is GATED
+    gate_ptr,  # [1 + tiles] i32: output if FLAG (rows to compute again), input if GATED
     num_rows,
     num_parts,
     TILE_T: tl.constexpr,  # rows of a tile of the gate
@@ -194,7 +194,7 @@ def row_parts_kernel(
     WITH_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One part of each row from logits in memory, one program per row: 4 bytes read an element."""
+    """Compute one part per row from logits in memory, one program per row; reads 4 bytes per element."""
     i_row = tl.program_id(0).to(tl.int64)
     target = tl.load(token_ptr + i_row).to(tl.int64) - vocab_start
     is_owned = (target >= 0) & (target < vocab_size)
@@ -240,7 +240,7 @@ def row_probabilities_kernel(
     HAS_LIVE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """exp(z - lse) in the place of the logits, one program per row: 4 bytes read and at most 4 written an element."""
+    """Replace logits by exp(z - lse), one program per row; reads 4 and writes at most 4 bytes per element."""
     i_row = tl.program_id(0).to(tl.int64)
     lse = tl.load(lse_ptr + i_row)
     is_live = True
@@ -253,7 +253,7 @@ def row_probabilities_kernel(
         if HAS_BIAS:
             logits += tl.load(bias_ptr + o_columns, mask=m_columns, other=0.0).to(tl.float32)
         probabilities = tl.where(is_live, exp(logits - lse), 0.0)
-        # The narrower output of this block lies where this block or an earlier one was read: by all threads, first.
+        # The narrower output overwrites logits of this block or an earlier one: all threads must have read them.
         tl.debug_barrier()
         tl.store(
             out_ptr + i_row * stride_out + o_columns, narrow(probabilities, out_ptr.dtype.element_ty), mask=m_columns
@@ -273,7 +273,7 @@ def patch_targets_kernel(
     HAS_LIVE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """E[t, y_t] = patch[t] in rows that are alive and whose target this shard owns."""
+    """Set E[t, y_t] = patch[t] in live rows whose target this shard owns."""
     o_rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_rows = o_rows < num_rows
     target = tl.load(token_ptr + o_rows, mask=m_rows, other=-1).to(tl.int64) - vocab_start
@@ -298,7 +298,7 @@ def entropy_gradient_kernel(
     stride_out,
     BLOCK_V: tl.constexpr,
 ):
-    """dloss/dz_v = c (1[v = y] - p_v) - e p_v (log p_v + entropy), in place. One program a row and BLOCK_V columns."""
+    """dloss/dz_v = c (1[v = y] - p_v) - e p_v (log p_v + entropy), in place; one program per row, BLOCK_V columns."""
     i_row = tl.program_id(0).to(tl.int64)
     o_columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_columns = o_columns < vocab_size

@@ -1,7 +1,7 @@
 """Per-sequence arithmetic of the trajectory-balance loss: segment sums, residuals, importance weights, coefficients.
 
-All of it runs in float64 on [B]-sized tensors, which costs nothing, because sums of ten thousand log-probs lose
-4e-3 nats in float32 and the residual divides such sums by nothing. No function here makes the host wait for a device.
+All of it runs in float64, because a sum of ten thousand log-probs loses 4e-3 nats in float32 and the residual does not
+divide that sum by anything; on [B]-sized tensors the cost is negligible. No function here makes the host wait.
 
 T = packed tokens, B = sequences.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# exp(80) = 5.5e34 is the largest importance weight when no cap is given: finite in float32, and so is its gradient.
+# exp(80) = 5.5e34 is the largest importance weight without a cap: finite in float32, as is its gradient.
 MAX_LOG_WEIGHT = 80.0
 
 
@@ -35,7 +35,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def segment_mean(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """As `segment_sum`, divided by the length of each sequence; an empty sequence has mean 0."""
+    """`segment_sum` divided by the length of each sequence; the mean of an empty sequence is 0."""
     means = reduce_segments(values, cu_seqlens, "mean")
     return means if values.dtype == torch.float64 else means.float()
 
@@ -47,35 +47,35 @@ def segment_sum_f64(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def segment_lengths(cu_seqlens: Tensor) -> Tensor:
-    """[B] float64 lengths with 1 in the place of 0, ready to divide by."""
+    """Return [B] float64 lengths, with 1 instead of 0 so that they can be divisors."""
     return (cu_seqlens[1:] - cu_seqlens[:-1]).clamp(min=1).double()
 
 
 def reduce_segments(values: Tensor, cu_seqlens: Tensor, reduction: str) -> Tensor:
-    """Float64 sum or mean of each sequence."""
+    """Return the float64 sum or mean of each sequence."""
     sums = segment_sum_f64(values, cu_seqlens)
     return sums / segment_lengths(cu_seqlens) if reduction == "mean" else sums
 
 
 def sequence_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """[T] index of the sequence that owns each row; empty sequences own none."""
+    """Return [T], the index of the sequence that owns each row; empty sequences own none."""
     rows = torch.arange(num_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceTerms:
-    """Everything about the sequences that does not depend on the policy being trained. All float64."""
+    """Per-sequence terms that do not depend on the policy in training. All float64."""
 
     intercept: Tensor  # [B], log_z - s_ref - rewards / beta; differentiable in log_z
     weights: Tensor  # [B]
-    behavior: Tensor | None  # [B], log-probs of the policy that sampled
+    behavior: Tensor | None  # [B], log-probs under the policy that sampled
     max_log_weight: float
     denominator: float | Tensor
     has_weights: bool  # the caller gave weights, so some may be 0
 
     def narrow(self, start: int, stop: int) -> "SequenceTerms":
-        """The terms of sequences start..stop-1; the denominator stays that of the whole batch."""
+        """Return the terms of sequences start..stop-1; the denominator stays that of the whole batch."""
         behavior = None if self.behavior is None else self.behavior[start:stop]
         return SequenceTerms(
             self.intercept[start:stop],
@@ -87,14 +87,14 @@ class SequenceTerms:
         )
 
     def evaluate(self, seq_logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, residuals and coefficients dL/ds of each sequence, all [B] float64.
+        """Return losses, residuals and coefficients dL/ds per sequence, all [B] float64.
 
-        A sequence of weight exactly 0 is selected away, not multiplied away: 0 * inf would be NaN.
+        A sequence of weight exactly 0 is masked, not multiplied by 0: 0 * inf would be NaN.
         """
         residual = self.intercept + seq_logprobs  # [B]
         weights = self.weights
         if self.behavior is not None:
-            # min(exp(x), cap) = exp(min(x, log cap)): the large side never leaves log space.
+            # min(exp(x), cap) = exp(min(x, log cap)): clamping in log space avoids overflow.
             log_weight = (seq_logprobs.detach() - self.behavior).clamp(max=self.max_log_weight)
             weights = torch.where(weights == 0, weights, weights * log_weight.exp())
         live_residual = torch.where(weights == 0, 0.0, residual)
@@ -116,7 +116,7 @@ def make_terms(
     reduction: str,
     denominator: float | Tensor | None,
 ) -> SequenceTerms:
-    """Bring every constant to one float64 number per sequence. Only log_z keeps its gradient."""
+    """Convert every constant to one float64 number per sequence. Only log_z keeps its gradient."""
 
     def per_sequence(values: Tensor) -> Tensor:
         values = values.detach()

@@ -8,8 +8,8 @@ For one row with logits z = h W^T / temperature + bias, target y, M = max z and 
 so 1 - p_y is never formed by subtraction, and a gradient is one factor per row times a matrix that is already in the
 buffer. Only a chunk of R rows of logits exists at any time, in float32 (float64 for float64 inputs).
 
-A row engine is what `fused_pass` and `gradients` drive: it has `rows_per_chunk`, `score`, `exponentials`,
-`entropy_gradient`, `back_project` and `add_outer`. `triton_rows` holds the other one.
+`fused_pass` and `gradients` call a row engine through `rows_per_chunk`, `score`, `exponentials`, `entropy_gradient`,
+`back_project` and `add_outer`. `triton_rows` holds the Triton engines.
 
 T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk.
 """
@@ -22,23 +22,23 @@ from torch import Tensor
 
 from .head import Head
 
-# Log-probs, head weight gradient and workspace together stay below a quarter of what full logits take at V = 49152.
+# Log-probs, head weight gradient and workspace together need less than a quarter of full logits at V = 49152.
 DEFAULT_WORKSPACE_BYTES = 144 * 2**20
-# Elementwise work runs over so many elements at a time, which a CPU's second-level cache holds.
+# Elements processed at a time in elementwise work; they fit a CPU's second-level cache.
 CACHED_ELEMENTS = 2**17
 # Below this shifted logit exp() is 0 in every dtype; the clamp keeps 0 * -inf out of the entropy.
 LOWEST_SHIFTED_LOGIT = -1e4
 
 
 class RowStats(NamedTuple):
-    """What is known of each row once its whole vocabulary was seen."""
+    """Statistics of each row over its whole vocabulary."""
 
     logprobs: Tensor  # [R]
     lse: Tensor  # [R], log-sum-exp of the logits
     entropy: Tensor | None  # [R]
 
     def narrow(self, start: int, stop: int) -> "RowStats":
-        """Views of rows start..stop-1."""
+        """Return views of rows start..stop-1."""
         entropy = None if self.entropy is None else self.entropy[start:stop]
         return RowStats(self.logprobs[start:stop], self.lse[start:stop], entropy)
 
@@ -52,13 +52,13 @@ class Exponentials(NamedTuple):
 
 
 def row_chunks(start: int, stop: int, num_rows: int) -> Iterator[slice]:
-    """Slices of at most `num_rows` rows that cover start..stop-1."""
+    """Yield slices of at most `num_rows` rows that cover start..stop-1."""
     for first in range(start, stop, num_rows):
         yield slice(first, min(first + num_rows, stop))
 
 
 class TorchRows:
-    """The row engine in plain PyTorch, for any device and dtype."""
+    """Row engine in plain PyTorch, for any device and dtype."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class TorchRows:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of the workspace for logits; the upcast block of a low-precision weight takes the last quarter."""
+        """Bytes of the workspace for logits; a quarter is reserved for upcast blocks of a low-precision weight."""
         is_native = self.head.weight.dtype == self.head.accumulate
         return self.workspace_bytes if is_native else self.workspace_bytes * 3 // 4
 
@@ -90,11 +90,11 @@ class TorchRows:
 
     @property
     def weight_gradient_dtype(self) -> torch.dtype:
-        """Dtype the gradient of the weight is summed in."""
+        """Dtype in which the gradient of the weight is summed."""
         return self.head.accumulate
 
     def score(self, rows: slice) -> RowStats:
-        """Log-probs and entropies of a range of rows, forward only: 2 R H V operations."""
+        """Return log-probs and entropies of a range of rows, forward only: 2 R H V operations."""
         parts = [self.exponentials(chunk, None).stats for chunk in self._chunks(rows)]
         if not parts:
             none = self.hidden.new_empty(3, 0, dtype=self.head.accumulate)
@@ -109,8 +109,8 @@ class TorchRows:
     def exponentials(
         self,
         rows: slice,
-        live: Tensor | None,  # [R] bool; False: the row of E' is 0, whatever its hidden state holds
-        known: RowStats | None = None,  # an engine may use what an earlier pass found
+        live: Tensor | None,  # [R] bool; where False, the row of E' is 0 whatever its hidden state is
+        known: RowStats | None = None,  # statistics of an earlier pass, which an engine may use
     ) -> Exponentials:
         """Normalise a chunk; the matrix is valid until the next call."""
         del known
@@ -170,14 +170,14 @@ class TorchRows:
             piece.masked_fill_(dead[block, None], 0.0)
 
     def back_project(self, matrix: Tensor) -> Tensor:
-        """[R, H] matrix @ weight in the accumulation dtype, summed over the ranks of a split vocabulary."""
+        """Return [R, H] matrix @ weight in the accumulation dtype, summed over the ranks of a split vocabulary."""
         out = matrix.new_zeros(matrix.shape[0], self.hidden.shape[1])
         for columns, block in self._vocab_blocks():
             out.addmm_(matrix[:, columns], block)
         return self.head.sum_over_ranks(out)
 
     def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor) -> None:
-        """accumulator [V, N] += matrix^T [V, R] @ rows [R, N], rows in the accumulation dtype."""
+        """Add matrix^T [V, R] @ rows [R, N] to accumulator [V, N]; rows are in the accumulation dtype."""
         accumulator.addmm_(matrix.T, rows)
 
     def _chunks(self, rows: slice) -> Iterator[slice]:
@@ -185,13 +185,13 @@ class TorchRows:
 
     def _blocks(self, logits: Tensor) -> Iterator[slice]:
         num_rows = max(1, logits.shape[0])
-        if logits.device.type == "cpu":  # temporaries stay a small part of the workspace, too
+        if logits.device.type == "cpu":  # also keeps temporaries a small part of the workspace
             num_elements = min(CACHED_ELEMENTS, self.chunk_bytes // (8 * logits.element_size()))
             num_rows = max(1, num_elements // logits.shape[1])
-        return row_chunks(0, max(1, logits.shape[0]), num_rows)  # one empty block of no rows
+        return row_chunks(0, max(1, logits.shape[0]), num_rows)  # with no rows: one empty block
 
     def _vocab_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the accumulation dtype: one view, or upcast copies of at most a quarter of the workspace."""
+        """Yield the weight in the accumulation dtype: one view, or upcast blocks within a quarter of the workspace."""
         weight, dtype = self.head.weight, self.head.accumulate
         num_tokens, hidden_size = weight.shape
         if weight.dtype == dtype:
@@ -202,10 +202,10 @@ class TorchRows:
             yield slice(start, start + step), weight[start : start + step].to(dtype)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """[R, V] logits of a chunk of rows, in the one buffer."""
+        """Return [R, V] logits of a chunk of rows, in the shared buffer."""
         scaled = hidden.to(self.head.accumulate) / self.head.temperature
         if self._buffer is None or self._buffer.shape[0] < hidden.shape[0]:
-            self._buffer = None  # the old one must be free before the new one is taken
+            self._buffer = None  # free the old buffer before allocating the new one
             self._buffer = scaled.new_empty(hidden.shape[0], self.head.weight.shape[0])
         out = self._buffer[: hidden.shape[0]]
         for columns, block in self._vocab_blocks():
@@ -220,7 +220,7 @@ class TorchRows:
         live: Tensor | None,  # [r]
         top: Tensor | None,  # [r], the largest logit of all ranks
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Largest logit, sum of E without the target, shifted target logit, sum of E times shifted logits: all [r]."""
+        """Return largest logit, sum of E without target, shifted target logit, sum of E * shifted logits: all [r]."""
         top = logits.amax(dim=1) if top is None else top
         shifted = logits.sub_(top[:, None])
         target_shifted = torch.where(is_owned, shifted.gather(1, target), 0.0)  # 0 when the target is the largest

@@ -1,12 +1,12 @@
 """Stage 2 of the row engine: the vocabulary projection and the exponentials in one Triton kernel.
 
-Exponentials are relative to the logit of the target, E_v = exp(z_v - z_y): z_y is known before the projection, at the
-cost of one dot product a row, and one pass over the logits suffices. p_v = p_y E_v, and log-probs near 0 are log1p of
-a small sum. A row whose log-prob lies below -44 would leave the range of low precision: such rows are flagged on the
-device and their row tiles computed again, relative to their log-sum-exp, by launches that return at once when nothing
-is flagged. Nothing saturates, and the host never asks.
+Exponentials are relative to the logit of the target, E_v = exp(z_v - z_y). z_y is computed before the projection, with
+one dot product per row, so that one pass over the logits suffices. p_v = p_y E_v, and log-probs near 0 are log1p of a
+small sum. A row with a log-prob below -44 would leave the range of low precision: such rows are flagged on the device
+and their row tiles computed again, relative to their log-sum-exp, by launches that return at once if nothing is
+flagged. Nothing saturates, and the host never synchronises.
 
-T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk, P = partial sums of a row.
+T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk, P = partial sums per row.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from .tiles import GemmConfig
 from .torch_rows import Exponentials, RowStats, row_chunks
 from .triton_rows import TritonRows
 
-# Rows of one launch that only needs partial sums, without a bound on the workspace.
+# Rows per launch that only needs partial sums, if the workspace is not bounded.
 SCORED_ROWS = 16384
 
 
@@ -46,7 +46,7 @@ class GemmRows(TritonRows):
         super().__init__(head, hidden, token_ids, with_entropy, workspace_bytes, config)
 
     def score(self, rows: slice) -> RowStats:
-        """Log-probs and entropies of a range of rows: 2 R H V operations, nothing of size [R, V] stored."""
+        """Return log-probs and entropies of a range of rows: 2 R H V operations, nothing of size [R, V] is stored."""
         stats = self.empty_stats(rows.stop - rows.start)
         num_rows = SCORED_ROWS
         if self.workspace_bytes is not None:
@@ -60,7 +60,7 @@ class GemmRows(TritonRows):
         return stats
 
     def exponentials(self, rows: slice, live: Tensor | None, known: RowStats | None = None) -> Exponentials:
-        """Exponentials of a chunk; the matrix is valid until the next call."""
+        """Return exponentials of a chunk; the matrix is valid until the next call."""
         matrix = self.matrix_view(rows, self.hidden.dtype)
         parts = self._new_parts(rows)
         if known is not None:
@@ -77,13 +77,13 @@ class GemmRows(TritonRows):
     def _exponentials_of_target(
         self, rows: slice, parts: Tensor, matrix: Tensor, stats: RowStats, live: Tensor | None
     ) -> Tensor:
-        """Exponentials relative to the target, and again those out of range; True where they stayed relative to it."""
+        """Store exponentials relative to the target, recompute rows out of range; return True for the other rows."""
         target = self._target_logits(rows)
         num_tiles = triton.cdiv(rows.stop - rows.start, self.config.block_t)
         gate = torch.zeros(1 + num_tiles, dtype=torch.int32, device=self.hidden.device)
         self._project(rows, parts, gemm.EXPONENTIALS.value, matrix=matrix, reference=target, live=live)
         self.finish(parts, target, stats, has_maxima=False, gate=gate)
-        # NaN compares false: such a row stays as it is, and its NaN is seen.
+        # NaN compares false: such a row is not recomputed, so its NaN stays visible.
         is_direct = ~(stats.logprobs < kernels.LOWEST_DIRECT_LOGPROB.value)
         self._project(rows, parts, gemm.SUMS.value, gate=gate)
         self.finish(parts, target, stats, has_maxima=True, gate=gate, is_gated=True)
@@ -92,7 +92,7 @@ class GemmRows(TritonRows):
         return is_direct
 
     def _new_parts(self, rows: slice) -> Tensor:
-        """[3, P, R] sums, weighted sums and maxima."""
+        """Return an empty [3, P, R] tensor for sums, weighted sums and maxima."""
         return self.floats(3, self.config.num_parts(self.vocab_size), rows.stop - rows.start)
 
     def _target_logits(self, rows: slice) -> Tensor:
@@ -132,7 +132,7 @@ class GemmRows(TritonRows):
         live: Tensor | None = None,  # [R] bool
         gate: Tensor | None = None,
     ) -> None:
-        """`project_kernel` on a chunk; without a matrix nothing is stored but partial sums."""
+        """Launch `project_kernel` on a chunk; without a matrix only partial sums are stored."""
         config, hidden, weight = self.config, self.hidden[rows], self.head.weight
         num_rows, hidden_size = hidden.shape
         sums, weighted, maxima = parts

@@ -1,9 +1,9 @@
 """Stage 1 of the row engine: a library GEMM with float32 output, then two kernels over its rows.
 
-The logits are read twice: for a part (M, S, D) of each row, and for the softmax, which takes their place in memory in
-the dtype of a GEMM operand. A row is always relative to its own log-sum-exp, so nothing can overflow.
+The logits are read twice: for the part (M, S, D) of each row, and for the softmax, which overwrites them in the dtype
+of a GEMM operand. A row is always relative to its own log-sum-exp, so nothing can overflow.
 
-T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk, P = partial sums of a row.
+T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk, P = partial sums per row.
 """
 
 import torch
@@ -19,7 +19,7 @@ from .triton_rows import TritonRows
 
 
 class LogitRows(TritonRows):
-    """Row engine over logits in memory; for float16 and float32, and wherever the fused GEMM is not shipped."""
+    """Row engine over logits in memory; for float16 and float32, and for chips without a fused GEMM configuration."""
 
     def __init__(
         self,
@@ -32,14 +32,14 @@ class LogitRows(TritonRows):
         super().__init__(head, hidden, token_ids, with_entropy, workspace_bytes, None)
 
     def score(self, rows: slice) -> RowStats:
-        """Log-probs and entropies of a range of rows: 2 R H V operations."""
+        """Return log-probs and entropies of a range of rows: 2 R H V operations."""
         stats = self.empty_stats(rows.stop - rows.start)
         for chunk in row_chunks(rows.start, rows.stop, self.rows_per_chunk):
             self._logit_stats(chunk, stats.narrow(chunk.start - rows.start, chunk.stop - rows.start))
         return stats
 
     def exponentials(self, rows: slice, live: Tensor | None, known: RowStats | None = None) -> Exponentials:
-        """Softmax of a chunk; the matrix is valid until the next call."""
+        """Return the softmax of a chunk; the matrix is valid until the next call."""
         stats = known
         if stats is None:
             stats = self.empty_stats(rows.stop - rows.start)
@@ -51,12 +51,12 @@ class LogitRows(TritonRows):
         return Exponentials(stats, matrix, torch.ones_like(stats.logprobs))
 
     def _logits(self, rows: slice) -> Tensor:
-        """[R, V] float32 hidden W^T in the buffer, before temperature and bias."""
+        """Return [R, V] float32 hidden W^T in the buffer, before temperature and bias."""
         logits = self.matrix_view(rows, torch.float32)
         return matmul.mm_float32(self.hidden[rows], self.head.weight.T, out=logits)
 
     def _logit_stats(self, rows: slice, stats: RowStats) -> Tensor:
-        """Stage 1: fill `stats` from logits in memory, and return those."""
+        """Compute the logits, fill `stats` from them, and return the logits."""
         logits = self._logits(rows)
         target = self.floats(logits.shape[0])
         parts = self.floats(3, 1, logits.shape[0])
@@ -80,7 +80,7 @@ class LogitRows(TritonRows):
         return logits
 
     def _probabilities(self, rows: slice, logits: Tensor, lse: Tensor, live: Tensor | None) -> Tensor:
-        """Stage 1: [R, V] softmax of the logits in their place, in the dtype of the operands."""
+        """Overwrite the logits with their [R, V] softmax in the dtype of the operands."""
         dtype = self.hidden.dtype
         storage = self._buffer
         assert storage is not None
@@ -103,5 +103,5 @@ class LogitRows(TritonRows):
 
 
 def _row_block(vocab_size: int) -> int:
-    """Columns of one step over a row."""
+    """Return the columns per step over a row."""
     return min(8192, triton.next_power_of_2(vocab_size))

@@ -1,10 +1,10 @@
-"""What the two row engines in Triton share: `TorchRows` with the same methods, on a GPU or in the interpreter.
+"""Shared code of the two row engines in Triton: the methods of `TorchRows`, on a GPU or in the interpreter.
 
-`_triton_gemm.GemmRows` (stage 2) multiplies and exponentiates in one kernel; `_triton_logits.LogitRows` (stage 1)
-works on the float32 logits of a library GEMM. They agree to rounding and differ in everything else, so that each is
+`triton_gemm.GemmRows` (stage 2) multiplies and exponentiates in one kernel; `triton_logits.LogitRows` (stage 1) works
+on the float32 logits of a library GEMM. Their results agree up to rounding and their code is independent, so each is
 an oracle for the other.
 
-T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk, P = partial sums of a row.
+T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk, P = partial sums per row.
 """
 
 from typing import Any
@@ -54,12 +54,12 @@ class TritonRows:
 
     @property
     def rows_per_chunk(self) -> int:
-        """Rows R of a chunk of exponentials."""
+        """Rows R per chunk of exponentials."""
         return tiles.rows_per_chunk(self.config, self.vocab_size, self.hidden.dtype, self.workspace_bytes)
 
     @property
     def weight_gradient_dtype(self) -> torch.dtype:
-        """Dtype the gradient of the weight is summed in."""
+        """Dtype in which the gradient of the weight is summed."""
         return tiles.weight_gradient_dtype(self.hidden, self.head.weight, self.workspace_bytes)
 
     def entropy_gradient(
@@ -86,13 +86,13 @@ class TritonRows:
         )
 
     def back_project(self, matrix: Tensor) -> Tensor:
-        """[R, H] float32 matrix @ weight, summed over the ranks of a split vocabulary."""
+        """Return [R, H] float32 matrix @ weight, summed over the ranks of a split vocabulary."""
         return self.head.sum_over_ranks(matmul.mm_float32(matrix, self.head.weight))
 
     def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor) -> None:
-        """accumulator [V, N] += matrix^T [V, R] @ rows [R, N]; rows are rounded to the dtype of the matrix."""
+        """Add matrix^T [V, R] @ rows [R, N] to accumulator [V, N]; rows are rounded to the dtype of the matrix."""
         if rows.shape[1] == 1 and matrix.dtype == torch.bfloat16:
-            # The gradient of the bias: what rounding cuts off goes along as a second column, at no cost.
+            # Gradient of the bias: the rounding error is carried in a second column, at no cost.
             rounded = rows.to(torch.bfloat16)
             pair = torch.cat([rounded, (rows - rounded).to(torch.bfloat16)], dim=1)
             accumulator += matmul.mm_float32(matrix.T, pair).sum(dim=1, keepdim=True)
@@ -100,31 +100,31 @@ class TritonRows:
         if matrix.dtype != torch.float16:
             matmul.addmm_(accumulator, matrix.T, rows.to(matrix.dtype))
             return
-        # float16 has too few exponents for a coefficient of any size: the largest row entry becomes 1.
+        # float16's range is too small for arbitrary coefficients: scale the largest row entry to 1.
         largest = rows.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
         accumulator.addcmul_(matmul.mm_float32(matrix.T, (rows / largest).half()), largest)
 
     def matrix_view(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """[R, V] view of the one buffer, rows aligned."""
+        """Return an [R, V] view of the shared buffer, with aligned rows."""
         num_rows = rows.stop - rows.start
         if self._buffer is None or self._buffer.shape[0] < num_rows or self._buffer.dtype != dtype:
-            self._buffer = None  # the old one must be free before the new one is taken
+            self._buffer = None  # free the old buffer before allocating the new one
             shape = num_rows, tiles.row_stride(self.vocab_size)
             self._buffer = torch.empty(shape, dtype=dtype, device=self.hidden.device)
         return self._buffer[:num_rows, : self.vocab_size]
 
     def floats(self, *shape: int) -> Tensor:
-        """Uninitialised float32 on the device of the rows."""
+        """Return an uninitialised float32 tensor on the device of the rows."""
         return torch.empty(shape, dtype=torch.float32, device=self.hidden.device)
 
     def empty_stats(self, num_rows: int) -> RowStats:
-        """Room for the results of `finish`."""
+        """Return uninitialised statistics for the results of `finish`."""
         entropy = self.floats(num_rows) if self.with_entropy else None
         return RowStats(self.floats(num_rows), self.floats(num_rows), entropy)
 
     @property
     def head_arguments(self) -> dict[str, Any]:
-        """Arguments of every kernel that makes logits."""
+        """Arguments of every kernel that computes logits."""
         bias = self.head.bias
         return {
             "bias_ptr": self.head.weight if bias is None else bias,
@@ -143,7 +143,7 @@ class TritonRows:
         gate: Tensor | None = None,
         is_gated: bool = False,
     ) -> None:
-        """Merge partial sums, of tiles and then of ranks, into `stats`; `gate` is flagged, or obeyed if `is_gated`."""
+        """Merge partial sums of tiles, then of ranks, into `stats`; sets `gate`, or obeys it if `is_gated`."""
         if self.head.group is not None:
             own = self.floats(3, parts.shape[2])
             self._merge(parts, target, RowStats(own[0], own[2], own[1]), has_maxima=has_maxima, is_final=False)

@@ -1,1 +1,1 @@
-"""The priority tree's kernels and their arithmetic in torch."""
+"""Kernels of the priority tree, and their arithmetic in torch."""

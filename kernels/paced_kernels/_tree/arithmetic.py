@@ -1,8 +1,8 @@
 """Integer arithmetic of the priority tree in plain PyTorch: quantisation, targets, selection.
 
 A weight w in [0, 1] is stored as q = round(w * 2^27). The oracle of every draw is
-``searchsorted(cumsum(q), target, right=True)`` in int64, with integer targets in [0, total): no float takes part, so
-devices, ranks and kernels that follow the same formulas return the same indices.
+``searchsorted(cumsum(q), target, right=True)`` in int64, with integer targets in [0, total). No floats are involved, so
+devices, ranks and kernels that use the same formulas return the same indices.
 
 N = capacity, B = draws.
 """
@@ -18,14 +18,14 @@ from .philox import multiply_high, random_bits, unit_interval
 
 SCALE_BITS = 27
 ONE = 1 << SCALE_BITS
-# A leaf packs (sequence number << 28) | q: the largest code at a leaf is the last write to it.
+# A leaf packs (sequence number << 28) | q, so the last write to a leaf has the largest code.
 WEIGHT_BITS = SCALE_BITS + 1
 WEIGHT_MASK = (1 << WEIGHT_BITS) - 1
 MAX_SEQUENCE = (1 << 35) - 1
 
-# Beyond this exponent a weight is far below 2^-28 and counts as the smallest there is.
+# Beyond this exponent a weight is far below 2^-28 and becomes the smallest positive weight.
 BELL_END = 40.0
-# Key of a leaf that takes no part in a race.
+# Key of a leaf that is excluded from a race.
 NO_KEY = 2**63 - 1
 
 MODES = ("systematic", "stratified", "iid")
@@ -34,9 +34,9 @@ STATUS_FIELDS = ("nan", "negative", "saturated", "out_of_range", "empty", "short
 
 
 def quantise(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Fixed-point weights int64 in [0, 2^27], and the counts (nan, negative, saturated) as int64 [3].
+    """Return fixed-point weights int64 in [0, 2^27], and counts (nan, negative, saturated) as int64 [3].
 
-    Floats: NaN and negative become 0, above 1 becomes 1, positive never rounds to 0. Integers are taken as q.
+    Floats: NaN and negative become 0, above 1 becomes 1, and a positive weight never rounds to 0. Integers are q.
     """
     weights = weights.detach()
     if not weights.is_floating_point():
@@ -55,9 +55,9 @@ def quantise(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bell:
-    """The weight exp(-((x - center) / width)^2 / 2) of a statistic x, for `PriorityTree.rebuild`.
+    """Weight exp(-((x - center) / width)^2 / 2) of a statistic x, for `PriorityTree.rebuild`.
 
-    Made from IEEE operations alone, so that every device makes the same integers of the same statistics.
+    Uses only basic IEEE operations, so that every device computes the same integers from the same statistics.
 
     Raises:
         ValueError: `center` is not finite, or `width` is not above 0.
@@ -73,15 +73,15 @@ class Bell:
             raise ValueError(f"width must be positive and finite, got {self.width!r}")
 
     def __call__(self, statistics: Tensor) -> Tensor:
-        """Weights in (0, 1], float64 of the shape of `statistics`; NaN stays NaN, and none is so small that it is 0."""
+        """Return weights in (0, 1], float64 in the shape of `statistics`; NaN stays NaN, and no weight is 0."""
         wide = statistics.double()
-        # By a tensor: on a GPU torch divides by a number as a product with its reciprocal.
+        # Divide by a tensor: on a GPU, torch divides by a number as a product with its reciprocal.
         distance = (wide - self.center) / torch.full_like(wide, self.width)
         return exp_of_negative((distance * distance * 0.5).clamp(max=BELL_END))
 
 
 def draw_targets(mode: str, num_draws: int, total: Tensor, *, seed: Tensor, stream: Tensor, step: Tensor) -> Tensor:
-    """[B] integer targets in [0, total) (0 when total is 0); exact for total < 2^62 and B < 2^31.
+    """Return [B] integer targets in [0, total) (0 if total is 0); exact for total < 2^62 and B < 2^31.
 
     iid: floor(r_i * total / 2^64). stratified: stratum i is [floor(i total / B), floor((i + 1) total / B)), one
     uniform target in each (its first integer if the stratum is empty). systematic: floor((o + i total) / B) with one
@@ -103,20 +103,20 @@ def draw_targets(mode: str, num_draws: int, total: Tensor, *, seed: Tensor, stre
 
 
 def select(q: Tensor, targets: Tensor) -> Tensor:
-    """[B] index of the leaf whose interval of the cumulative sum holds each target."""
+    """Return [B], the index of the leaf whose interval of the cumulative sum holds each target."""
     return torch.searchsorted(q.cumsum(0), targets, right=True)
 
 
 def first_occurrences(indices: Tensor, num_draws: int) -> Tensor:
-    """[B] the first B distinct values of `indices` [M] in order; -1 where there are fewer. A value of -1 is ignored."""
-    # A stable sort puts equal values side by side in their order, whatever N is.
+    """Return [B], the first B distinct values of `indices` [M] in order, padded with -1. A value of -1 is ignored."""
+    # A stable sort puts equal values next to each other in their original order, for any N.
     ordered, positions = indices.sort(stable=True)
     starts = torch.ones_like(ordered, dtype=torch.bool)
     starts[1:] = ordered[1:] != ordered[:-1]
     is_first = torch.zeros_like(starts).scatter_(0, positions, starts) & (indices >= 0)
     rank = torch.where(is_first, is_first.cumsum(0) - 1, num_draws).clamp(max=num_draws)
     out = torch.full((num_draws + 1,), -1, dtype=torch.int64, device=indices.device)
-    # Slot B takes every repeat and every surplus draw.
+    # Slot B receives every repeat and every surplus draw.
     return out.scatter_(0, rank, indices)[:num_draws]
 
 
@@ -129,11 +129,11 @@ def race_keys(
     exploration: float = 0.0,
     explored: Tensor | None = None,  # [N] i64, at least 0
 ) -> Tensor:
-    """Keys i64 [N] whose order is that of Exp(1) / p over the leaves with q > 0; `NO_KEY` for the others.
+    """Return keys i64 [N] in the order of Exp(1) / p over the leaves with q > 0; `NO_KEY` for the others.
 
     p = (1 - exploration) q / sum q + exploration e / sum e, with e = `explored`, or 1, where q > 0. The counter of a
-    leaf is its index, so shards agree. A key is the bits of the float64 quotient, positive and so in the order of the
-    numbers, whose last ones make way for the index: keys are distinct, and their order leaves nothing to chance.
+    leaf is its index, so shards agree. A key is the bit pattern of the float64 quotient, whose order is that of the
+    positive numbers. Its lowest bits are replaced by the index, so keys are distinct and their order is deterministic.
     """
     leaves = torch.arange(q.shape[0], device=q.device)
     is_live = q > 0
@@ -149,12 +149,12 @@ def race_keys(
 
 
 def index_mask_of(capacity: int) -> int:
-    """Ones in the bits that hold an index below `capacity`."""
+    """Return a mask of the bits that hold an index below `capacity`."""
     return (1 << (capacity - 1).bit_length()) - 1
 
 
 def race_winners(keys: Tensor, num_draws: int) -> Tensor:
-    """[B] indices of the B smallest keys i64 [N], smallest first; -1 where fewer leaves take part."""
+    """Return [B], indices of the B smallest keys i64 [N], smallest first, padded with -1 if fewer leaves take part."""
     found = min(num_draws, keys.shape[0])
     smallest = keys.topk(found, largest=False, sorted=True).values
     winners = torch.where(smallest < NO_KEY, smallest & index_mask_of(keys.shape[0]), -1)

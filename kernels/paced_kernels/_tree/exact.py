@@ -1,9 +1,9 @@
-"""exp and log of float64 from additions, multiplications, divisions and bits alone.
+"""exp and log of float64 from additions, multiplications, divisions and bit operations only.
 
-Each of those is rounded the same way on every machine, while the library functions differ in the last place between
-processors. Weights and keys made with these are the same bits on a CPU, in the interpreter and on a GPU, as long as
-nobody fuses a product into a sum: kernels that repeat them are launched without fusion. `_tree_kernels` has the same
-formulas in the same order.
+Every machine rounds these operations in the same way, while library functions differ in the last place between
+processors. Weights and keys are therefore bit-identical on a CPU, in the interpreter and on a GPU, provided that no
+product is fused into a sum: the kernels are launched without fusion. `kernels` has the same formulas in the same
+order.
 """
 
 import math
@@ -32,7 +32,7 @@ def exp_of_negative(t: Tensor) -> Tensor:
     result = torch.full_like(r, EXP_TERMS[0])
     for term in EXP_TERMS[1:]:
         result = result * r + term
-    # k of a NaN is no integer, but the product is NaN whatever the power of two is.
+    # k of a NaN is not an integer; use 0, because the product is NaN for any power of two.
     power = (EXPONENT_BIAS - torch.where(t == t, k, 0.0).long()) << MANTISSA_BITS
     return result * power.view(torch.float64)
 

@@ -1,23 +1,23 @@
-"""The priority tree in Triton: rebuild, update, sample and race, one launch each, all in exact integers.
+"""Priority tree in Triton: rebuild, update, sample and race, one launch each, with exact integer sums.
 
     leaf[i]   = (sequence << 28) | q           int64, q the fixed-point weight
     level 1   = sums of 32 leaves, level k = sums of 32 entries of level k - 1, int64, up to a top of at most 1024
 
-Integer addition is associative, so atomics in any order give the same sums, and a draw is the index that
-``searchsorted(cumsum(q), target, right=True)`` finds: bit for bit what `_tree_reference` returns. A leaf is written by
-an atomic maximum of its code: of duplicates the last in the call wins, and the old value that comes back makes the
-change of the sums exact. An update costs one atomic a level and element, a draw 256 bytes a level.
+Integer addition is associative, so atomics in any order give the same sums. A draw is the index that
+``searchsorted(cumsum(q), target, right=True)`` finds, bit for bit as in `arithmetic`. A leaf is written by an atomic
+maximum of its code: among duplicates, the last in the call wins, and the old value that the atomic returns makes the
+change of the sums exact. An update costs one atomic per level and element, a draw 256 bytes per level.
 
-Weights from a bell and keys of a race are float64 made of IEEE operations in the order of `_exact`; launched without
-fusion of products into sums they too are the reference's, bit for bit.
+Weights from a bell and keys of a race are float64, computed with the IEEE operations of `exact` in the same order.
+Launched without fusing products into sums, they too equal the reference bit for bit.
 
-Counters of the draws and of the writes live on the device; the last program of a launch, found by a ticket, advances
+The counters of draws and writes are on the device; the last program of a launch, determined by a ticket, advances
 them. Atomics and tickets need no order between programs, and no program waits for another.
 
-N = capacity, B = elements of a call.
+N = capacity, B = elements per call.
 """
 
-# The language inside a kernel is Triton's, which type checkers take for Python.
+# Kernels are written in Triton's language, which type checkers read as Python.
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
@@ -35,7 +35,7 @@ WEIGHT_MASK: tl.constexpr = tl.constexpr((1 << 28) - 1)
 SYSTEMATIC: tl.constexpr = tl.constexpr(0)
 STRATIFIED: tl.constexpr = tl.constexpr(1)
 IID: tl.constexpr = tl.constexpr(2)
-# Positions in the status, as in `_tree_reference.STATUS_FIELDS`.
+# Positions in the status, as in `arithmetic.STATUS_FIELDS`.
 STATUS_NAN: tl.constexpr = tl.constexpr(0)
 STATUS_NEGATIVE: tl.constexpr = tl.constexpr(1)
 STATUS_SATURATED: tl.constexpr = tl.constexpr(2)
@@ -72,7 +72,7 @@ def level_place(capacity, LEVEL: tl.constexpr):
 
 @triton.jit
 def quantise(weights, mask, status_ptr, IS_FLOAT: tl.constexpr):
-    """Fixed-point weights, and counts of what was repaired, added to the status."""
+    """Return fixed-point weights, and add counts of corrected values to the status."""
     if IS_FLOAT:
         wide = weights.to(tl.float64)
         is_nan = wide != wide
@@ -98,7 +98,7 @@ def quantise(weights, mask, status_ptr, IS_FLOAT: tl.constexpr):
 
 @triton.jit
 def is_last_program(ticket_ptr):
-    """Whether all other programs of this launch are done; the ticket is ready for the next launch then."""
+    """Return whether all other programs of this launch are done; if so, the ticket is reset for the next launch."""
     tl.debug_barrier()  # every warp has read the counters that the last program advances
     is_last = tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) - 1
     tl.store(ticket_ptr, 0, mask=is_last)
@@ -107,7 +107,7 @@ def is_last_program(ticket_ptr):
 
 @triton.jit
 def exp_of_negative(t):
-    """exp(-t) as `_exact.exp_of_negative`."""
+    """exp(-t), as in `exact.exp_of_negative`."""
     k = tl.floor(t * LOG2_E + 0.5)
     r = (t - k * LN2_HIGH) - k * LN2_LOW
     result = r * 0.0 + EXP_TERMS[0]
@@ -119,7 +119,7 @@ def exp_of_negative(t):
 
 @triton.jit
 def log_of_unit(u):
-    """log(u) as `_exact.log_of_unit`."""
+    """log(u), as in `exact.log_of_unit`."""
     bits = u.to(tl.int64, bitcast=True)
     one = (bits & 0) + 1023
     mantissa = ((bits & MANTISSA_MASK) | (one << 52)).to(tl.float64, bitcast=True)
@@ -149,7 +149,7 @@ def tree_rebuild_kernel(
     IS_BELL: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
 ):
-    """Every leaf and every sum from weights, 1024 leaves per program: reads and writes each once."""
+    """Compute every leaf and every sum from weights, 1024 leaves per program; reads and writes each once."""
     i_block = tl.program_id(0).to(tl.int64)
     o_rows = tl.arange(0, FANOUT)
     o_leaf = i_block * FANOUT * FANOUT + (o_rows[:, None] * FANOUT + tl.arange(0, FANOUT)[None, :])
@@ -197,7 +197,7 @@ def tree_update_kernel(
     HAS_INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Set weights of leaves; sums change by exactly what the leaves do."""
+    """Set weights of leaves; each sum changes by exactly the change of its leaves."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = position < num_elements
     if HAS_INDEX:
@@ -225,19 +225,19 @@ def tree_update_kernel(
 
 @triton.jit
 def float64_of(bits):
-    """The float64 with these bits, which arrived as an integer of any width."""
+    """Return the float64 with these bits, given as an integer of any width."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def scaled_share(i, total, num_draws):
-    """i total // B, split so that no product exceeds B^2 or total."""
+    """Return i * total // B, split so that no product exceeds B^2 or total."""
     return i * (total // num_draws) + i * (total % num_draws) // num_draws
 
 
 @triton.jit
 def random_bits(samples, seed, stream, step):
-    """64 random bits u64 of each sample: key = seed, counter = (sample, stream, step)."""
+    """Return 64 random bits (u64) per sample: key = seed, counter = (sample, stream, step)."""
     zero = samples.to(tl.uint32) * 0
     low, high, _, _ = tl.philox(
         seed,
@@ -251,13 +251,13 @@ def random_bits(samples, seed, stream, step):
 
 @triton.jit
 def random_target(samples, limit, seed, stream, step):
-    """floor(r limit / 2^64) for 64 random bits r of each sample."""
+    """Return floor(r limit / 2^64) for the 64 random bits r of each sample."""
     return tl.umulhi(random_bits(samples, seed, stream, step), limit.to(tl.uint64)).to(tl.int64)
 
 
 @triton.jit
 def pick(weights, target):
-    """Column of each row whose interval of the cumulative sum holds the target, and what is left of the target."""
+    """Return, per row, the column whose interval of the cumulative sum holds the target, and the remaining target."""
     prefix = tl.cumsum(weights, axis=1)
     is_before = prefix <= target[:, None]
     column = tl.sum(is_before.to(tl.int64), axis=1)
@@ -284,7 +284,7 @@ def tree_sample_kernel(
     MODE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK draws a program: targets, descent from the top to the leaves, results; the last program counts the step."""
+    """Draw, BLOCK draws per program: targets, descent to the leaves, results; the last program advances the step."""
     o_top = tl.arange(0, FANOUT)[:, None] * FANOUT + tl.arange(0, FANOUT)[None, :]
     offset, count = level_place(capacity, NUM_LEVELS)
     row_sums = tl.sum(tl.load(sums_ptr + offset + o_top, mask=o_top < count, other=0), axis=1)
@@ -296,7 +296,7 @@ def tree_sample_kernel(
     seed, stream, step = tl.load(seed_ptr), tl.load(stream_ptr), tl.load(step_ptr)
     limits = limit + 0 * samples
     divisor = tl.maximum(num_draws, 1).to(tl.int64)
-    following = limits  # what the next draw aims at, where the draws ascend
+    following = limits  # target of the next draw, if the draws ascend
     if MODE == SYSTEMATIC:
         start = random_target(0 * samples, limits, seed, stream, step)
         share, rest = limit // divisor, limit % divisor
@@ -332,7 +332,7 @@ def tree_sample_kernel(
     tl.store(q_ptr + samples, q, mask=mask)
     tl.store(prob_ptr + samples, prob, mask=mask)
     if MODE == SYSTEMATIC:
-        # The next draw hits the same leaf if its target is still inside: left is how far this one is.
+        # The next draw hits the same leaf if its target is still inside: `left` is the offset of this one.
         width = tl.where(is_empty, 1, q)
         inside = tl.where(is_empty, 0, left)
         is_repeat = (samples < num_draws - 1) & (idx >= 0) & (inside + following - target < width)
@@ -366,7 +366,7 @@ def tree_race_kernel(
     HAS_EXPLORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Keys of a race as `_tree_reference.race_keys`, BLOCK leaves a program; an empty tree races its live prefix."""
+    """Keys of a race as in `arithmetic.race_keys`, BLOCK leaves per program; an empty tree uses its live prefix."""
     o_top = tl.arange(0, FANOUT)[:, None] * FANOUT + tl.arange(0, FANOUT)[None, :]
     offset, count = level_place(capacity, NUM_LEVELS)
     total = tl.sum(tl.sum(tl.load(sums_ptr + offset + o_top, mask=o_top < count, other=0), axis=1), axis=0)

@@ -1,6 +1,6 @@
 """Launches of the tree's kernels on the state of a `PriorityTree`.
 
-N = capacity, B = elements of a call.
+N = capacity, B = elements per call.
 """
 
 import struct
@@ -18,19 +18,19 @@ UPDATE_BLOCK = 256
 RACE_BLOCK = 1024
 SAMPLE_BLOCK = 32
 SAMPLE_WARPS = 4
-# Entries of the highest stored level, which a draw adds up itself: one tile of 32 x 32.
+# Most entries of the highest stored level; each draw sums them itself, as one tile of 32 x 32.
 TOP_ENTRIES = 1024
 
 
 class TritonTree:
-    """Leaves are the tree's; sums of every level and the tickets are kept here."""
+    """Sums of every level, and tickets; the leaves belong to the `PriorityTree`."""
 
     def __init__(self, leaf: Tensor) -> None:
         self.leaf = leaf
         counts = level_counts(leaf.shape[0])
         self.num_levels = len(counts)
         self.sums = torch.zeros(sum(counts), dtype=torch.int64, device=leaf.device)
-        # Levels above the second are added up by atomics, on zeros.
+        # Levels above the second are summed by atomics and must start at 0.
         self._upper = self.sums[sum(counts[:2]) :]
         self._top = self.sums[sum(counts[:-1]) :]
         self.tickets = torch.zeros(2, dtype=torch.int32, device=leaf.device)
@@ -40,7 +40,7 @@ class TritonTree:
         return self._top.sum()
 
     def rebuild(self, weights: Tensor, status: Tensor, *, bell: Bell | None, allowed: Tensor | None) -> None:
-        """All leaves and sums from weights [N], or from statistics [N] and a bell, in one pass."""
+        """Set all leaves and sums from weights [N], or from statistics [N] and a bell, in one pass."""
         self._upper.zero_()
         block = kernels.FANOUT.value**2
         launch(
@@ -64,7 +64,7 @@ class TritonTree:
     def race(
         self, state: dict[str, Tensor], status: Tensor, *, exploration: float, explored: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Keys i64 [N] of a race, and the total []; counts an empty tree and leaves the step as it is."""
+        """Return keys i64 [N] of a race, and the total []; counts an empty tree and does not advance the step."""
         device, capacity = self.leaf.device, self.leaf.shape[0]
         keys = torch.empty(capacity, dtype=torch.int64, device=device)
         total = torch.empty((), dtype=torch.int64, device=device)
@@ -72,7 +72,7 @@ class TritonTree:
         explored_sum = total  # not read
         if is_mixed:
             q = self.leaf & kernels.WEIGHT_MASK.value
-            # An empty tree races its live prefix, every leaf of which counts as positive.
+            # An empty tree uses its live prefix, every leaf of which counts as positive.
             is_live = torch.where(self.total() == 0, torch.arange(capacity, device=device) < state["size"], q > 0)
             explored_sum = (is_live if explored is None else torch.where(is_live, explored, 0)).sum()
         launch(
@@ -102,7 +102,7 @@ class TritonTree:
         return keys, total
 
     def update(self, idx: Tensor, weights: Tensor, sequence: Tensor, status: Tensor) -> None:
-        """Leaves `idx` [B], or the range that starts at `idx` if that is one integer without a dimension."""
+        """Set leaves `idx` [B], or the range that starts at `idx` if that is 0-d."""
         launch(
             kernels.tree_update_kernel,
             (triton.cdiv(weights.shape[0], UPDATE_BLOCK),),
@@ -122,7 +122,7 @@ class TritonTree:
         )
 
     def sample(self, num_draws: int, mode: str, state: dict[str, Tensor], status: Tensor) -> tuple[Any, ...]:
-        """Indices, weights, probabilities [B] and the total []; advances the step in `state`."""
+        """Return indices, weights and probabilities [B], and the total []; advances the step in `state`."""
         device = self.leaf.device
         idx, q = torch.empty(2, num_draws, dtype=torch.int64, device=device)
         prob = torch.empty(num_draws, dtype=torch.float32, device=device)
@@ -152,7 +152,7 @@ class TritonTree:
         return idx, q, prob, total
 
     def is_sound(self) -> Tensor:
-        """Whether every sum is that of its children, bool []."""
+        """Return whether every sum equals that of its children, bool []."""
         below = self.leaf & kernels.WEIGHT_MASK.value
         sound = torch.ones((), dtype=torch.bool, device=below.device)
         start = 0
@@ -173,5 +173,5 @@ def level_counts(capacity: int) -> list[int]:
 
 
 def float64_bits(value: float) -> int:
-    """The bits of a float64 as a signed 64-bit integer."""
+    """Return the bits of a float64 as a signed 64-bit integer."""
     return struct.unpack("<q", struct.pack("<d", value))[0]

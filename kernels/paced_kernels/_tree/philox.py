@@ -5,7 +5,7 @@ published ones, so a kernel with the same key and counter draws the same numbers
 stream, step, sample): there is no generator state to save or to share between ranks.
 
 Words are unsigned 32-bit values held in int64; a 64-bit word is the int64 with the same bits. Products may wrap: two's
-complement keeps them exact modulo 2^64, and the masks take the bits that are wanted.
+complement keeps them exact modulo 2^64, and masks select the needed bits.
 """
 
 import torch
@@ -23,7 +23,7 @@ def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four 32-bit words for each counter of four words, under a key of two."""
+    """Return four 32-bit words for each counter of four words, with a key of two words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(NUM_ROUNDS):
@@ -36,7 +36,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 
 def random_bits(samples: Tensor, *, seed: Tensor, stream: Tensor, step: Tensor) -> Tensor:
-    """64 random bits for each sample index: key = seed, counter = (sample, stream, low step, high step).
+    """Return 64 random bits for each sample index: key = seed, counter = (sample, stream, low step, high step).
 
     `seed`, `stream` and `step` are int64 tensors that broadcast against `samples`. Word 0 is the low half.
     """
@@ -62,5 +62,5 @@ def multiply_high(bits: Tensor, limit: Tensor) -> Tensor:
 
 
 def unit_interval(bits: Tensor) -> Tensor:
-    """Float64 in (0, 1] from the upper 53 bits, so that its logarithm is finite."""
+    """Return float64 in (0, 1] from the upper 53 bits, so that its logarithm is finite."""
     return (((bits >> 11) & (2**53 - 1)) + 1).to(torch.float64) * 2.0**-53
