@@ -1,4 +1,4 @@
-"""What a result was measured on and with."""
+"""Environment of a measurement: hardware, versions, commit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def describe() -> dict[str, Any]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device to measure on; InputError for CUDA where there is none."""
+    """Return the device to measure on; InputError if CUDA is requested but missing."""
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"device is cuda, cpu or auto, not {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
@@ -54,12 +54,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def headed(case: str, result: dict[str, Any]) -> dict[str, Any]:
-    """A result with the name of its case and where it was measured."""
+    """Return a result with its case name and its environment."""
     return {"case": case, "environment": describe(), **result}
 
 
 def device(device: torch.device) -> dict[str, Any]:
-    """What a kernel benchmark ran on: the GPU, its driver and libraries, or the threads of the CPU; peers' versions."""
+    """Describe the device: GPU, driver and libraries, or CPU threads; and the versions of peers."""
     found: dict[str, Any] = {"type": device.type, "threads": torch.get_num_threads(), "peers": _versions(_PEERS)}
     if device.type != "cuda":
         return found
@@ -78,20 +78,20 @@ def device(device: torch.device) -> dict[str, Any]:
 
 
 def child_environment() -> dict[str, str]:
-    """Variables of a child process that is to import what this one imports."""
+    """Environment variables with which a child process can import the same modules as this one."""
     here = [str(Path(__file__).resolve().parent.parent), *(path for path in sys.path if path)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(here))}
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Replace the file at `path` in one step; numbers that are not finite become null."""
+    """Replace the file at `path` atomically; numbers that are not finite become null."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(_finite(result), indent=1) + "\n")
     os.replace(part, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The result in a file, or an empty one where there is none yet."""
+    """Return the result in a file, or {} if there is none yet."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 

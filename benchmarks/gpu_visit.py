@@ -1,11 +1,11 @@
-"""Everything that a short visit to a GPU has to bring home, in one command and within a few minutes.
+"""All tests and measurements for a short GPU session, in one command and within a few minutes.
 
     python -m benchmarks.run gpu_visit --out DIR --minutes 9
 
-Tests, where a step spends its time, the configurations of our projection, the priority tree, the training phase beside
-TRL's, the tables of both operations in the order of their worth, and the decision gates. Each part is a process of its
-own with a limit: one that hangs or loses the GPU is ended, what it was measuring is left out, and it goes on.
-Everything is written as soon as it is known; DIR gets nine files.
+Runs tests, the profile of a step, configurations of our projection, the priority tree, the training phase against
+TRL's, the tables of both operations (most important first), and the decision gates. Each part is a separate process
+with a time limit. A part that hangs or loses the GPU is ended and continued without the method it was measuring.
+Results are written as soon as they are known; DIR gets nine files.
 """
 
 from __future__ import annotations
@@ -43,37 +43,37 @@ class Arguments:
     """Test and measure the kernels on this machine's GPU."""
 
     out: str = ""
-    """Folder for the results; it is made."""
+    """Folder for the results; created if missing."""
     minutes: float = 9.0
-    """Time for everything."""
+    """Total time limit in minutes."""
     device: str = "cuda"
-    """cuda, or cpu: the same parts at a toy shape, to see that they run."""
+    """cuda, or cpu (the same parts at a toy shape, to check that they run)."""
     tests: tuple[str, ...] = ()
     """Files for pytest; none means tests/gpu and every test of the kernels."""
     parts: tuple[str, ...] = PARTS
-    """What to do, of tests, phases, sweep, priority_tree, trainer, trajectory_balance, logprobs; in this order."""
+    """Parts to run, of tests, phases, sweep, priority_tree, trainer, trajectory_balance, logprobs; in this order."""
     only: tuple[str, ...] = ()
     """Methods whose name contains one of these words; none means all."""
     commit: str = ""
-    """Commit to write down where the sources come without their history."""
+    """Commit to record if the sources come without their git history."""
     stall_seconds: float = STALL_S
-    """A part that reports nothing for so long is ended."""
+    """A part that reports no progress for this many seconds is ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One measurement: a case of `benchmarks.run` that writes `NAME.json`."""
+    """Measurement: a case of `benchmarks.run` that writes `NAME.json`."""
 
     name: str
     case: str
     share: float
-    """Of the time that is left when it starts, this much is its own."""
+    """Share of the remaining time that it may use."""
     options: tuple[str, ...] = ()
     resumable: bool = False
 
 
 def parts(arguments: Arguments) -> list[Part]:
-    """What is measured after the tests, in this order."""
+    """Return the measurements after the tests, in order."""
     toy = arguments.device == "cpu"
     only = ("--only", *arguments.only) if arguments.only else ()
     shapes = ("--shapes", TOY_SHAPE.name) if toy else ()
@@ -95,7 +95,7 @@ def parts(arguments: Arguments) -> list[Part]:
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Run every part; the summary is in DIR/visit.json at any time, and returned."""
+    """Run every part and return the summary, which DIR/visit.json also holds at any time."""
     if arguments.device not in ("cuda", "cpu"):
         raise InputError(f"device is cuda or cpu, not {arguments.device!r}")
     unknown = [name for name in arguments.parts if name not in PARTS]
@@ -136,7 +136,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 
 def test_groups(arguments: Arguments) -> dict[str, list[str]]:
-    """Name -> files: what needs the GPU, then every test file about paced_kernels that is not about the trainer."""
+    """Return name -> test files: those that need the GPU, then those of paced_kernels without the trainer."""
     if arguments.tests:
         return {"tests": list(arguments.tests)}
     folder = ROOT / "tests"
@@ -150,7 +150,7 @@ def test_groups(arguments: Arguments) -> dict[str, list[str]]:
 
 
 def run_tests(files: list[str], log: Path, limit_s: float, *, side_by_side: bool) -> dict[str, Any]:
-    """pytest in a process of its own; counts and the names of what failed, from its XML report."""
+    """Run pytest in a separate process; return counts and names of failed tests from its XML report."""
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "junit.xml"
         options = ["-v", "-p", "no:cacheprovider", "-m", "gpu or not slow", f"--junitxml={xml}", "--tb=short"]
@@ -166,7 +166,7 @@ def run_tests(files: list[str], log: Path, limit_s: float, *, side_by_side: bool
 
 
 def read_junit(path: Path) -> dict[str, Any]:
-    """Counts of a JUnit XML file, and the failed tests with the start of what they say."""
+    """Return the counts of a JUnit XML file, and the failed tests with the start of their messages."""
     root = ElementTree.parse(path).getroot()
     suites = [root] if root.tag == "testsuite" else root.findall("testsuite")
     counts = {
@@ -183,7 +183,7 @@ def read_junit(path: Path) -> dict[str, Any]:
 
 
 def run_part(part: Part, arguments: Arguments, out: Path, limit_s: float) -> dict[str, Any]:
-    """One part until it ends or its time does; restarted without a method that hung or took the GPU down."""
+    """Run one part until it or its time ends; restart it without a method that hung or broke the GPU."""
     started, excluded, restarts = time.monotonic(), [], 0
     result = out / f"{part.name}.json"
     status = "no time left"
@@ -212,7 +212,7 @@ def run_part(part: Part, arguments: Arguments, out: Path, limit_s: float) -> dic
 
 
 def _watch(command: list[str], sink: int, limit_s: float, progress: Path | None, stall_s: float) -> str:
-    """Run until it ends, its time is over, or `progress` has not changed for `stall_s`; then end its whole group."""
+    """Run until it ends, its time is over, or `progress` is unchanged for `stall_s`; then kill its process group."""
     started = time.monotonic()
     child = subprocess.Popen(
         command,
@@ -243,7 +243,7 @@ def _watch(command: list[str], sink: int, limit_s: float, progress: Path | None,
 
 
 def evaluate_gates(out: Path) -> list[dict[str, str]]:
-    """The decision gates from what the parts have written so far."""
+    """Evaluate the decision gates on the results written so far."""
     cells = environment.read_json(out / "trajectory_balance.json").get("cells", [])
     swept = environment.read_json(out / "sweep.json").get("shapes", [])
     first_gemm = [entry for shape in swept for entry in shape["entries"] if entry["stage"] == 2]
@@ -251,7 +251,7 @@ def evaluate_gates(out: Path) -> list[dict[str, str]]:
 
 
 def summary_text(summary: dict[str, Any], out: Path) -> str:
-    """Parts, gates, and every comparison with the fastest peer, losses included."""
+    """Format parts, gates, and every comparison with the fastest peer, including those we lose."""
     lines = []
     for name, part in summary["parts"].items():
         line = f"{name}: {part['status']}, {part['seconds']:.0f} s"

@@ -1,6 +1,6 @@
-"""Command-line options from a frozen dataclass, with the standard library alone.
+"""Command-line options from a frozen dataclass, using only the standard library.
 
-A benchmark runs where little is installed. The sentence under a field is its help; fields are str, int, float, bool
+Benchmarks also run where little is installed. The string under a field is its help; fields are str, int, float, bool
 or tuple[str, ...].
 """
 
@@ -19,7 +19,7 @@ Options = TypeVar("Options")
 
 
 def parse(options: type[Options], words: Sequence[str], program: str) -> Options:
-    """`options` from the words of a command line; `--name value`, `--flag`, `--no-flag`, `--names a b c`."""
+    """Parse `options` from the words of a command line; `--name value`, `--flag`, `--no-flag`, `--names a b c`."""
     description = inspect.cleandoc(options.__doc__ or "")
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     sentences = _sentences(options)
@@ -40,7 +40,7 @@ def parse(options: type[Options], words: Sequence[str], program: str) -> Options
 
 
 def _sentences(options: type) -> dict[str, str]:
-    """The string under each field, read from the source."""
+    """Return the string under each field, read from the source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(options))).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}

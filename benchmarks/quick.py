@@ -1,4 +1,4 @@
-"""What `--quick` means to the cases that train: the same run in sizes of seconds, to see that all of it works."""
+"""`--quick` for the cases that train: the same run in a few seconds, to check that everything works."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SUMS = "rg:chain_sum?size={size}&seed={seed}&min_terms=2&max_terms=2&min_digits
 
 
 def quick(config: Config) -> Config:
-    """`config` with a step or two of a few rollouts, a warm start of two steps and hardly any evaluation.
+    """Return `config` with one or two steps of a few rollouts, a warm start of two steps and hardly any evaluation.
 
     The preset `tiny` keeps its data; other models get sums, one step of short completions, and no warm start.
     """

@@ -1,7 +1,7 @@
-"""Processes that begin in milliseconds and may be killed: forked from a server that has imported what they need.
+"""Processes that start in milliseconds and may be killed: forked from a server that has imported their modules.
 
-Several are ranks with gloo, in the environment that torchrun would give them. Every call has fresh ones, so nothing of
-one is left for the next.
+Several processes form ranks with gloo, in the environment that torchrun would give them. Every call starts fresh ones,
+so that calls do not affect each other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from paced_fast import distributed
 from paced_fast.distributed import ALONE
 
 EXCHANGE_SECONDS = 180.0
-"""After so long an exchange fails that some rank does not join."""
+"""Seconds after which a collective fails if some rank does not join."""
 
 _SERVER = multiprocessing.get_context("forkserver")
 _AHEAD = ["benchmarks.ranks", "paced_fast.run.checkpoint", "torch.distributed.device_mesh"]
@@ -33,7 +33,7 @@ _SERVER.set_forkserver_preload(_AHEAD)
 
 
 def import_ahead(*modules: str) -> None:
-    """Let processes begin with `modules` imported, too; counts before the first of them starts."""
+    """Preload `modules` in all processes; has an effect only before the first process starts."""
     _AHEAD.extend(modules)
     _SERVER.set_forkserver_preload(_AHEAD)
 
@@ -50,9 +50,9 @@ def _enter(rank: int, size: int, port: int, answer: Connection, task: bytes) -> 
             world = distributed.start("cpu", EXCHANGE_SECONDS)
         act, arguments = pickle.loads(task)
         result = act(world, *arguments)
-    except BaseException:  # the caller raises it
+    except BaseException:  # re-raised by the caller
         failure = traceback.format_exc()
-    # By value: what multiprocessing sends of a tensor is a handle, and ends with this process.
+    # Pickle by value: multiprocessing would send a tensor as a handle that dies with this process.
     answer.send_bytes(pickle.dumps((failure, result)))
     distributed.stop()
 
@@ -61,9 +61,9 @@ def _enter(rank: int, size: int, port: int, answer: Connection, task: bytes) -> 
 def started(
     size: int, act: Callable[..., Any], *arguments: Any
 ) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
-    """`size` processes that call `act(world, *arguments)`, and where each sends what it found; killed at the end."""
+    """Yield `size` processes that call `act(world, *arguments)`, and their result pipes; kills them at the end."""
     wait = datetime.timedelta(seconds=EXCHANGE_SECONDS)
-    # The ranks' meeting place, as torchrun keeps one.
+    # The store at which the ranks meet, as torchrun provides it.
     store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait
     )
@@ -75,7 +75,7 @@ def started(
             answer, sender = _SERVER.Pipe(duplex=False)
             process = _SERVER.Process(target=_enter, args=(rank, size, store.port, sender, task), daemon=True)
             process.start()
-            sender.close()  # a rank that dies ends the pipe
+            sender.close()  # so that the pipe ends when a rank dies
             processes.append(process)
             answers.append(answer)
         yield processes, answers
@@ -88,9 +88,9 @@ def started(
 
 
 def on_ranks(size: int, act: Callable[..., Any], *arguments: Any, seconds: float = 600.0) -> list[Any]:
-    """What `act(world, *arguments)` returned on each of `size` ranks.
+    """Return the results of `act(world, *arguments)` on each of `size` ranks.
 
-    Raises AssertionError with the tracebacks of those where it failed, and the names of those that died or are late.
+    Raises AssertionError with the tracebacks of failed ranks and the names of those that died or are late.
     """
     results, failures, ends = [], [], time.monotonic() + seconds
     with started(size, act, *arguments) as (_, answers):

@@ -2,8 +2,8 @@
 
     python -m benchmarks.run CASE [--json FILE] [options of the case]
 
-The table goes to the terminal, the whole result to FILE (default benchmarks/results/CASE.json), and its path is the
-last line of the output.
+Prints the table, writes the whole result to FILE (default benchmarks/results/CASE.json), and prints its path as the
+last line.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 from benchmarks import environment, options
 from paced_fast.errors import InputError
 
-# Each case: its module, which has `Arguments` and `measure`, and what `measure` takes first. A module is imported when
-# its case runs: the kernel cases must run where the trainer's packages are not installed.
+# Each case: its module, which has `Arguments` and `measure`, and the first arguments of `measure`. A module is imported
+# only when its case runs, because the kernel cases must run where the trainer's packages are not installed.
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "trajectory_balance": ("loss.measure", ("trajectory_balance",)),
     "logprobs": ("loss.measure", ("logprobs",)),

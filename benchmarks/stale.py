@@ -1,7 +1,7 @@
-"""Which code a benchmark runs, and what of it has changed since a commit.
+"""Find the code that a benchmark runs and that has changed since a commit.
 
-The code of a case is its module and everything that it imports of this repository, directly or not. A change of
-comments, docstrings or layout alone is none.
+The code of a case is its module and all modules of this repository that it imports, directly or indirectly. Changes of
+comments, docstrings or layout do not count.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ WITHOUT_EFFECT = (
     "paced_fast/run/plan/dry_run.py",
     "benchmarks/environment.py",
 )
-"""Code that a measurement passes through, and that no figure depends on."""
+"""Code that measurements run but that does not affect their results."""
 
 
 def changed_since(commit: str, module: str) -> list[str] | None:
-    """Files of the repository that `module` runs and that differ from `commit`, sorted; None for an unknown commit.
+    """Return the files of the repository that `module` runs and that differ from `commit`, sorted; None if unknown.
 
-    Files that are new since then count; so do changes that are not committed.
+    Files added since `commit` count, as do uncommitted changes.
     """
     if subprocess.run(
         ["git", "-C", str(ROOT), "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True
@@ -40,7 +40,7 @@ def changed_since(commit: str, module: str) -> list[str] | None:
 
 
 def files_of(module: str) -> set[Path]:
-    """The file of a module of this repository and of every one that it imports, wherever the import stands."""
+    """Return the files of a module of this repository and of all modules it imports, also inside functions."""
     found: set[Path] = set()
     waiting = [module]
     while waiting:
@@ -52,7 +52,7 @@ def files_of(module: str) -> set[Path]:
 
 
 def _path(module: str) -> Path | None:
-    """Where a module of this repository is; None for others, and for names inside of modules."""
+    """Return the path of a module of this repository; None for other modules and for names inside modules."""
     top, *_ = module.split(".")
     if top not in PACKAGES:
         return None
@@ -61,7 +61,7 @@ def _path(module: str) -> Path | None:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Names that may be modules: `a.b` and `a.b.c` for `from a.b import c`."""
+    """Yield names that may be modules: `a.b` and `a.b.c` for `from a.b import c`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -71,14 +71,14 @@ def _imports(path: Path) -> Iterator[str]:
 
 
 def _then(commit: str, name: str) -> str:
-    """The text of a file at a commit; empty where it was not there."""
+    """Return the text of a file at a commit; empty if it did not exist."""
     words = ["git", "-C", str(ROOT), "show", f"{commit}:{name}"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else ""
 
 
 def _meaning(source: str) -> str:
-    """The syntax tree without docstrings and sentences under fields."""
+    """Return the syntax tree without docstrings and strings under fields."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -1,7 +1,7 @@
 """Write the tables of the READMEs from the committed results: `python -m benchmarks.tables`.
 
 `--check` only compares. `--stale` lists the tables whose code has changed since they were measured. A section is the
-text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; without its result file it stays as it is.
+text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; it is left unchanged if its result file is missing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _environment(result: dict[str, Any]) -> str:
 
 
 def sample_efficiency(result: dict[str, Any]) -> str:
-    """The comparison of the algorithms as Markdown."""
+    """Format the comparison of the algorithms as Markdown."""
     rows, titles = result["rows"], result["titles"]
     lines = [f"| {' | '.join(curves.COLUMNS)} |", "|" + "---|" * len(curves.COLUMNS)]
     lines += [f"| {titles[row['arm']]} | {' | '.join(curves.cells(row))} |" for row in rows]
@@ -54,7 +54,7 @@ def sample_efficiency(result: dict[str, Any]) -> str:
 
 
 def train_run(result: dict[str, Any]) -> str:
-    """A sentence on one run of a preset."""
+    """Describe one run of a preset in a sentence."""
     summary = result["summary"]
 
     def rise(key: str) -> str:
@@ -82,7 +82,7 @@ KERNEL_COLUMNS = (
 
 
 def kernels(result: dict[str, Any]) -> str:
-    """The comparison of the trajectory-balance loss with peers, its first cell, as Markdown."""
+    """Format the first cell of the comparison of the trajectory-balance loss with peers as Markdown."""
     cell = result["cells"][0]
     lines = [f"| {' | '.join(KERNEL_COLUMNS)} |", "|" + "---|" * len(KERNEL_COLUMNS)]
     lines += [f"| {' | '.join(_kernel_cells(row))} |" for row in report.ordered(cell) if not row["ceiling"]]
@@ -106,7 +106,7 @@ def kernels(result: dict[str, Any]) -> str:
 
 
 def _kernel_cells(row: dict[str, Any]) -> list[str]:
-    """The cells of one method; a failure is shown where its time would be."""
+    """Return the cells of one method; a failure is shown in place of its time."""
     times = []
     for mode in report.SHOWN_MODES:
         timing = row["modes"].get(mode, {})
@@ -127,7 +127,7 @@ def _kernel_cells(row: dict[str, Any]) -> list[str]:
 
 
 def weight_sync(result: dict[str, Any]) -> str:
-    """The ways to get weights into an engine, and short runs with each, as Markdown."""
+    """Format the methods to update an engine's weights, and short runs with each, as Markdown."""
     lines = [
         "| weights | MB copied | seconds (least to largest) | MB resident | MB at the peak |",
         "|---|---|---|---|---|",
@@ -153,7 +153,7 @@ def weight_sync(result: dict[str, Any]) -> str:
 
 
 def math_rewards(result: dict[str, Any]) -> str:
-    """Errors of the math rewards on the labelled table and their speed, as Markdown."""
+    """Format errors of the math rewards on the labelled table, and their speed, as Markdown."""
     table, speeds = result["table"], result["throughput"]
     columns = ["judged by", "wrong answers passed", "right answers failed", "the same, held-out rows only"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
@@ -183,14 +183,14 @@ def math_rewards(result: dict[str, Any]) -> str:
 
 
 def compiled(result: dict[str, Any]) -> str:
-    """What the compiler says of every kernel, as Markdown."""
+    """Format the compiler's figures of every kernel as Markdown."""
     where = result["environment"]
     note = f"Compiled without a GPU, {where['date']}, commit {where['commit']}, triton {where['versions']['triton']}."
     return "\n".join([*compile_kernels.table(result["rows"]), "", note])
 
 
 def sandbox(result: dict[str, Any]) -> str:
-    """What each way to run programs holds and costs, as Markdown."""
+    """Format isolation and cost of each sandbox as Markdown."""
     rows = result["rows"]
     ways = "; ".join(row["strength"] for row in rows.values() if row["strength"])
     note = f"""
@@ -200,7 +200,7 @@ def sandbox(result: dict[str, Any]) -> str:
 
 
 def model_types(result: dict[str, Any]) -> str:
-    """Which types are exact, which are refused, as Markdown."""
+    """List exact and refused model types as Markdown."""
     rows = result["rows"]
     counts = Counter(row["outcome"] for row in rows)
     order = ("exact", "wrong", "refused", "not built")
@@ -217,7 +217,7 @@ def model_types(result: dict[str, Any]) -> str:
 
 
 def integrations(result: dict[str, Any]) -> str:
-    """A step's loss and gradients in TRL and in ours, as Markdown."""
+    """Format the loss-and-gradient comparison of TRL and ours as Markdown."""
     given = result["arguments"]
     lines = ["| loss and gradients | seconds | peak memory |", "|---|---|---|"]
     for row in result["rows"]:
@@ -235,7 +235,7 @@ def integrations(result: dict[str, Any]) -> str:
 
 
 def trainer(result: dict[str, Any]) -> str:
-    """The training phase in TRL and in ours, as Markdown."""
+    """Format the comparison of the training phase in TRL and ours as Markdown."""
     given, rows = result["arguments"], result["rows"]
     lines = [
         "| training phase | threads | seconds | completion tokens per second | peak memory | ours beside it |",
@@ -262,7 +262,7 @@ def trainer(result: dict[str, Any]) -> str:
 
 
 def faults(result: dict[str, Any]) -> str:
-    """What was broken on purpose and what came of it, as Markdown."""
+    """Format the injected faults and their outcomes as Markdown."""
     found, processes = result["checkpoint"], result["processes"]
     kill, damage, planted = found["kill"], found["damage"], found["planted_code"]
     cuts, ablation = found["resume"]["cuts"], found["resume"]["ablation"]
@@ -294,18 +294,18 @@ def _wrapped(text: str) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a README that is made from the result of a case."""
+    """Part of a README that is generated from the result of a case."""
 
     case: str
-    """The case of `benchmarks.run` that measures it."""
+    """Case of `benchmarks.run` that measures it."""
     make: Callable[[dict[str, Any]], str]
-    """Markdown from the result."""
+    """Function from the result to Markdown."""
     file: str = ""
-    """Name of the committed result; the case's own if empty."""
+    """Name of the committed result; empty = name of the case."""
 
     @property
     def path(self) -> Path:
-        """Where the committed result is."""
+        """Path of the committed result."""
         return RESULTS / (self.file or f"{self.case}.json")
 
 
@@ -324,11 +324,11 @@ SECTIONS = {
     "trainer_longer": Section("trainer", trainer, "trainer_longer.json"),
     "faults": Section("faults", faults),
 }
-"""By the name between the marks."""
+"""Sections by the name in their marks."""
 
 
 def render(text: str) -> str:
-    """`text` with every generated section replaced."""
+    """Return `text` with every generated section replaced."""
     for name, section in SECTIONS.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, found, rest = text.partition(begin)
@@ -339,7 +339,7 @@ def render(text: str) -> str:
 
 
 def stale_lines() -> list[str]:
-    """A line for every section whose code has changed since it was measured, or whose commit is not known here."""
+    """Return a line for each section whose code has changed since its measurement, or whose commit is unknown."""
     lines = []
     for name, section in SECTIONS.items():
         if not section.path.is_file():
@@ -355,7 +355,7 @@ def stale_lines() -> list[str]:
 
 
 def main() -> None:
-    """Entry point; exit status 1 when `--check` finds a README out of date."""
+    """Entry point; exit status 1 if `--check` finds an outdated README."""
     unknown = set(sys.argv[1:]) - {"--check", "--stale"}
     if unknown:
         sys.stderr.write(f"error: unknown option {min(unknown)!r}: the options are --check and --stale\n")

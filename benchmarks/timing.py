@@ -1,7 +1,7 @@
-"""How the kernel benchmarks measure: interleaved repetitions, a cold L2 cache, medians, peak memory, the GPU's state.
+"""Measurement for kernel benchmarks: interleaved repetitions, cold L2 cache, medians, peak memory, state of the GPU.
 
-Competitors take turns within every repetition, so a GPU that slows down slows all of them. A competitor that fails
-leaves its reason and the others go on.
+Competitors alternate within every repetition, so a GPU that slows down slows all of them. If a competitor fails, its
+reason is recorded and the others continue.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ GPU_FIELDS = ("clocks.sm", "power.draw", "temperature.gpu")
 
 
 class DeviceLostError(RuntimeError):
-    """The GPU context is broken (an illegal access, say): nothing more can be measured in this process."""
+    """Raised if the GPU context is broken (e.g. illegal access): this process can measure nothing more."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a competitor has no number."""
+    """Reason why a competitor has no result."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one competitor."""
+    """Time of one competitor in milliseconds."""
 
     median_ms: float
     p10_ms: float
@@ -44,12 +44,12 @@ class Timing:
     repetitions: int
 
     def to_json(self) -> dict[str, Any]:
-        """As a dictionary."""
+        """Return as a dictionary."""
         return asdict(self)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Quantile with linear interpolation between neighbours, so that quantile(values, 0.5) is the median."""
+    """Return a quantile with linear interpolation between neighbours; quantile(values, 0.5) is the median."""
     ordered = sorted(values)
     at = share * (len(ordered) - 1)
     low = math.floor(at)
@@ -58,26 +58,26 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def summarise(milliseconds: Sequence[float]) -> Timing:
-    """Median and the 10th and 90th percentile."""
+    """Return median, 10th and 90th percentile."""
     return Timing(
         quantile(milliseconds, 0.5), quantile(milliseconds, 0.1), quantile(milliseconds, 0.9), len(milliseconds)
     )
 
 
 def failure_of(error: BaseException) -> Failure:
-    """One line: the kind of error and the start of what it says."""
+    """Return one line: the type of the error and the start of its message."""
     said = " ".join(str(error).split())
     return Failure(f"{type(error).__name__}: {said}"[:200].rstrip(": "))
 
 
 class Clock:
-    """Times one call: CUDA events on a GPU after a flush of the L2 cache, `perf_counter` elsewhere."""
+    """Timer of one call: CUDA events after flushing the L2 cache on a GPU, `perf_counter` elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._flush: torch.Tensor | None = None
         if device.type == "cuda":
-            # Twice the cache, and at least 128 MiB: what the last competitor left there is gone.
+            # Twice the cache and at least 128 MiB, to evict the data of the previous competitor.
             cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
             size = max(2 * cache, 2**27)
             self._flush = torch.empty(size, dtype=torch.int8, device=device)
@@ -88,7 +88,7 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def time_ms(self, call: Callable[[], object]) -> float:
-        """Milliseconds of one call."""
+        """Return the milliseconds of one call."""
         if self._flush is None:
             start = time.perf_counter()
             call()
@@ -103,12 +103,12 @@ class Clock:
 
 
 def attempt(call: Callable[[], Any], clock: Clock) -> Any:
-    """The result of `call`, or a Failure; memory is freed after one, and a lost device raises DeviceLostError."""
+    """Return the result of `call`, or a Failure after freeing memory; a lost device raises DeviceLostError."""
     try:
         result = call()
         clock.synchronize()
         return result
-    except Exception as error:  # a competitor may fail in any way: its row says how
+    except Exception as error:  # a competitor may fail in any way; its row records how
         failure = failure_of(error)
         LOG.warning("failed: %s", failure.reason)
     gc.collect()
@@ -135,12 +135,12 @@ def interleave(
     """Time every call in turns: round 1 of all, round 2 of all, and so on.
 
     Args:
-        calls: name -> function of the number of the repetition, which chooses the input buffer.
-        repetitions: of each call; fewer, but at least `min_repetitions`, of those whose share of `seconds` is used up,
-            and these are spread evenly over the rounds.
-        warm_ups: untimed calls before the first timed one, which only says how many repetitions are affordable.
-        favoured: names that get three shares of the seconds.
-        starting: told the name of each call before it runs for the first time.
+        calls: name -> function of the repetition number, which selects the input buffer.
+        repetitions: per call; calls that exceed their share of `seconds` get fewer, but at least `min_repetitions`,
+            spread evenly over the rounds.
+        warm_ups: untimed calls before the first timed one, which only determines the affordable repetitions.
+        favoured: names that get a triple share of the seconds.
+        starting: called with the name of each call before its first run.
     """
     results: dict[str, Timing | Failure] = {}
     milliseconds: dict[str, list[float]] = {}
@@ -177,7 +177,7 @@ def interleave(
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most CUDA memory that `call` held beyond what was allocated before, results included."""
+    """Return the peak CUDA memory of `call` above the previous allocation, including its results."""
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -189,7 +189,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 class GpuMonitor:
-    """Samples clock, power and temperature twice a second in a process of its own, where nvidia-smi exists."""
+    """Sampler of clock, power and temperature, twice per second in a separate process, if nvidia-smi exists."""
 
     def __init__(self, device: torch.device) -> None:
         self._file = tempfile.NamedTemporaryFile("r", suffix=".csv")  # noqa: SIM115 - closed by __exit__
@@ -205,7 +205,7 @@ class GpuMonitor:
                 "-i",
                 str(device.index or 0),
             ]
-            with open(self._file.name, "wb") as sink:  # its own position in the file: reading does not move it
+            with open(self._file.name, "wb") as sink:  # separate file position, unaffected by reading
                 self._process = subprocess.Popen(command, stdout=sink, stderr=subprocess.DEVNULL)
 
     def __enter__(self) -> GpuMonitor:
@@ -218,12 +218,12 @@ class GpuMonitor:
         self._file.close()
 
     def read(self) -> dict[str, float] | None:
-        """Median and lowest clock (MHz), median power (W) and highest temperature (C) since the last call."""
+        """Return median and lowest clock (MHz), median power (W) and highest temperature (C) since the last call."""
         return summarise_gpu(self._file.read().splitlines())
 
 
 def summarise_gpu(lines: Sequence[str]) -> dict[str, float] | None:
-    """Statistics of lines like "1980, 650.12, 61"; lines that are cut or say [N/A] are left out."""
+    """Return statistics of lines like "1980, 650.12, 61"; incomplete lines and [N/A] are left out."""
     samples = []
     for line in lines:
         try:

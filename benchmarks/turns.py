@@ -1,7 +1,6 @@
-"""Competitors in processes of their own that take turns: what memory each holds is its own, and a machine that slows
-down slows all of them.
+"""Competitors in separate processes that alternate, so that memory is per competitor and a slowdown affects all.
 
-A process makes its model, answers once that it is ready, and then measures one turn for every line it reads.
+A process creates its model, reports once that it is ready, and then measures one turn per line it reads.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from paced_fast.errors import InputError
 
 
 class Process:
-    """One competitor: `python -m MODULE WORDS`, whose module calls `Turns`."""
+    """Process of one competitor: `python -m MODULE WORDS`, whose module uses `Turns`."""
 
     def __init__(self, name: str, module: str, words: Sequence[str], *, limit_s: float = 900.0) -> None:
-        """Start it, and wait until it is ready; at most `limit_s` for that and for every turn."""
+        """Start the process and wait until it is ready, for at most `limit_s`, which also limits every turn."""
         self.name, self.limit_s = name, limit_s
         self._errors = tempfile.NamedTemporaryFile("r", suffix=".err")  # noqa: SIM115 - closed by `end`
         with open(self._errors.name, "wb") as sink:
@@ -44,7 +43,7 @@ class Process:
         self.ready = self._answer()
 
     def turn(self, **asked: Any) -> dict[str, Any]:
-        """One measurement; `asked` is handed over as it is."""
+        """Request and return one measurement; `asked` is passed on unchanged."""
         assert self._child.stdin is not None
         self._child.stdin.write(json.dumps(asked) + "\n")
         self._child.stdin.flush()
@@ -63,7 +62,7 @@ class Process:
         raise InputError(f"{self.name}: {reason}")
 
     def end(self) -> None:
-        """Close its input, on which it ends; it is killed where it does not."""
+        """Close the process's input, on which it should exit; kill it if it does not."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         if self._child.poll() is None:
@@ -84,10 +83,10 @@ class Process:
 
 
 class Turns:
-    """The other end, in the competitor's process; what it prints goes to stderr, for stdout carries the answers."""
+    """Other end, in the competitor's process; its prints go to stderr, because stdout carries the answers."""
 
     def __init__(self, device: torch.device) -> None:
-        """Take stdin and stdout over. Memory on a CPU is counted from here, so import before and make models after."""
+        """Take over stdin and stdout. CPU memory is counted from here, so import before and create models after."""
         self._out: TextIO = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._on_gpu = device.type == "cuda"
@@ -95,15 +94,15 @@ class Turns:
         self._began = self._began_cpu = 0.0
 
     def count_memory_from_here(self) -> None:
-        """What is there already, such as models and inputs, is nobody's."""
+        """Exclude memory allocated so far, such as models and inputs, from the measurement."""
         self._before = torch.cuda.memory_allocated() if self._on_gpu else memory_probe.status_bytes("VmRSS")
 
     def ready(self, **said: Any) -> None:
-        """Everything is made."""
+        """Report that everything is created."""
         self._send(said)
 
     def begin(self) -> dict[str, Any]:
-        """Wait for a turn and start its clock; what was asked. SystemExit when there are no more."""
+        """Wait for a turn, start its clock, and return the request. SystemExit if there are no more turns."""
         line = sys.stdin.readline()
         if not line:
             raise SystemExit(0)
@@ -118,7 +117,7 @@ class Turns:
         return asked
 
     def end(self, **said: Any) -> None:
-        """Stop the clocks and answer: seconds, those of its cores, peak bytes above what is not counted."""
+        """Stop the clocks and answer with seconds, CPU seconds, and peak bytes above the excluded memory."""
         if self._on_gpu:
             torch.cuda.synchronize()
         seconds, cpu_seconds = time.perf_counter() - self._began, time.process_time() - self._began_cpu
@@ -131,6 +130,6 @@ class Turns:
 
 
 def note_progress(path: str, text: str) -> None:
-    """Name what is being measured in the file that a supervisor watches; nothing without one."""
+    """Write the current measurement to the file that a supervisor watches; no-op without one."""
     if path:
         Path(path).write_text(text)

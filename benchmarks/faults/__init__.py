@@ -1,1 +1,1 @@
-"""Injected faults."""
+"""Fault injection."""

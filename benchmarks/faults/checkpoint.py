@@ -1,8 +1,8 @@
-"""Checkpoints under fire, counted: kills, damage, resumed runs, forgotten state, full disks, planted code.
+"""Count failures of checkpoints: kills, damage, resumed runs, forgotten state, full disks, planted code.
 
     python -m benchmarks.faults.checkpoint [--kills 100]
 
-Prints the figures as JSON; `measure` returns them. About ten minutes on two cores.
+Prints the counts as JSON; `measure` returns them. Takes about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ELEMENTS = 200_000
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:
-    """What a checkpoint of `step` must hold: numbers that say which step they are of."""
+    """Return the tensors that a checkpoint of `step` must hold; their values encode the step."""
     return {f"optimizer.{i}.exp_avg": torch.full((_ELEMENTS,), float(step * 10 + i)) for i in range(4)}
 
 
@@ -47,7 +47,7 @@ def _write_policy(folder: Path, state: dict[str, Tensor]) -> None:
 
 
 def train_and_tell(world: World, root: Path, keep: int, background: bool) -> None:
-    """Go on from the newest checkpoint for ever, and tell a file which saves began and which are acknowledged."""
+    """Continue from the newest checkpoint forever; log to a file which saves began and which were acknowledged."""
     logging.disable(logging.WARNING)
     newest = checkpoint.newest(root, world)
     step = 0 if newest is None else int(newest.name[5:])
@@ -78,7 +78,7 @@ def _begun(root: Path, before: int) -> int:
 
 
 def _wrong(folder: Path | None, acknowledged: int) -> str | None:
-    """What is wrong with what a kill left; None when it is no older than the last acknowledged save, and right."""
+    """Return what is wrong with the checkpoint left by a kill; None if intact and no older than acknowledged."""
     if folder is None:
         return "none left" if acknowledged else None
     step = int(folder.name[5:])
@@ -91,7 +91,7 @@ def _wrong(folder: Path | None, acknowledged: int) -> str | None:
 
 
 def _kill_once(root: Path, ranks: int, keep: int, background: bool, draw: random.Random) -> dict[str, Any]:
-    """Start the ranks, kill them at a random moment of a save, and look at what is left."""
+    """Start the ranks, kill them at a random moment of a save, and check the checkpoint that is left."""
     before, goal = len(_told(root)), 1 + draw.randrange(4)
     with started(ranks, train_and_tell, root, keep, background) as (processes, _):
         limit = time.time() + 120
@@ -140,7 +140,7 @@ def measure_kills(kills: int, seed: int = 0) -> dict[str, Any]:
 
 
 def save_two(world: World, root: Path) -> None:
-    """Two small checkpoints by two ranks."""
+    """Save two small checkpoints from two ranks."""
     saver = checkpoint.Saver(root, keep=2, write_policy=_write_policy, background=False, world=world)
     for step in (1, 2):
         tensors = {f"optimizer.{i}": torch.full((100,), float(step * 10 + i)) for i in range(4)}
@@ -167,11 +167,11 @@ def _double(path: Path, draw: random.Random, _: list[Path]) -> None:
 
 
 def _swap(path: Path, draw: random.Random, files: list[Path]) -> None:
-    """With another file, of the other checkpoint too."""
+    """Swap contents with another file, possibly of the other checkpoint."""
     other = draw.choice([f for f in files if f.read_bytes() != path.read_bytes()])
     one, two = path.read_bytes(), other.read_bytes()
     path.write_bytes(two)
-    if other.parts[-2:] != path.parts[-2:]:  # the checkpoint before has to stay whole
+    if other.parts[-2:] != path.parts[-2:]:  # the previous checkpoint has to stay intact
         return
     other.write_bytes(two if "step_000001" in str(other) else one)
 
@@ -192,7 +192,7 @@ DAMAGE: dict[str, Callable[[Path, random.Random, list[Path]], None]] = {
 
 
 def measure_damage(count: int, seed: int = 0) -> dict[str, Any]:
-    """Damage the newer of two checkpoints, every file in turn by every kind; it must be named and passed over."""
+    """Damage the newer of two checkpoints, each file in each way in turn; it must be reported and skipped."""
     draw = random.Random(seed)
     silent: list[str] = []
     by_kind = dict.fromkeys(DAMAGE, 0)
@@ -229,7 +229,7 @@ class _Evil:
 
 
 def measure_planted_code() -> dict[str, Any]:
-    """A pickle that runs code in the place of every file, and beside them, under a manifest forged to fit."""
+    """Replace a file by, or add, a pickle that runs code, one at a time, with a manifest forged to match."""
     beside = ("tensors/.metadata", "tensors/x.safetensors", "tensors/__0_0.distcp", "policy/pytorch_model.bin")
     slots = refused = ran = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -271,7 +271,7 @@ def _quiet() -> Any:
 def measure(
     kills: int = 100, damages: int = 200, cuts: tuple[int, ...] = CUTS, pieces: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """All figures; a good one is 0 wherever the name says lost, silent, undetected, different or ran."""
+    """Return all counts; those named lost, silent, undetected, different or ran should be 0."""
     figures: dict[str, Any] = {}
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "kill": lambda: measure_kills(kills),

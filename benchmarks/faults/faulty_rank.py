@@ -1,9 +1,9 @@
-"""A rank of a run that fails where it is told to: `python -m paced_fast.train` with a fault in it.
+"""Rank of a run that fails at a given place: `python -m paced_fast.train` with an injected fault.
 
     PACED_FAULT='{"kind": "kill", "rank": 1, "phase": "reward", "step": 3, "once": FILE}' \
         torchrun --nproc-per-node 2 --max-restarts 3 -m benchmarks.faults.faulty_rank tiny ...
 
-The fault happens once: FILE is made just before it. The package knows nothing of this.
+The fault happens once: FILE is created just before it. The package itself has no fault code.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ KINDS = ("kill", "stop", "raise", "exit")
 
 
 class InjectedError(Exception):
-    """What no part of the package expects."""
+    """Exception that no part of the package expects."""
 
 
 class Fault:
-    """Something that goes wrong in one phase of one step on one rank."""
+    """Fault in one phase of one step on one rank."""
 
     def __init__(self, *, kind: str, rank: int, phase: str, step: int, once: str) -> None:
         self.kind, self.phase, self.step, self.once = kind, phase, step, Path(once)
         self.is_here = int(os.environ.get("RANK", "0")) == rank
         self.now = 0
-        """The step under way."""
+        """Current step."""
         self.evaluating = False
 
     def strike(self) -> None:
-        """Go wrong, unless that has happened."""
+        """Cause the fault, unless it has already happened."""
         if self.once.exists():
             return
         self.once.write_text(str(time.time()))
@@ -65,10 +65,10 @@ class Fault:
             time.sleep(3600)
         else:
             os.kill(own, signal.Signals[self.kind])
-            time.sleep(0.05)  # the handler's thread needs a moment
+            time.sleep(0.05)  # give the handler's thread time to act
 
     def before(self, owner: Any, name: str, *phases: str) -> None:
-        """Strike at the beginning of a call, when that is the place."""
+        """Cause the fault at the beginning of a call, if it is the configured place."""
         original: Callable[..., Any] = getattr(owner, name)
 
         @functools.wraps(original)
@@ -81,7 +81,7 @@ class Fault:
 
 
 def _while_training(fault: Fault, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, but a fault of a step's phase does not strike in an evaluation."""
+    """Return `function` such that a fault of a training phase does not happen in an evaluation."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
@@ -95,7 +95,7 @@ def _while_training(fault: Fault, function: Callable[..., Any]) -> Callable[...,
 
 
 def install(fault: Fault) -> None:
-    """Put the fault into the package's functions."""
+    """Inject the fault into the package's functions."""
     step = Trainer.step
 
     def counted(self: Trainer, number: int, *rest: Any) -> Any:
@@ -109,7 +109,7 @@ def install(fault: Fault) -> None:
     fault.before(Scorer, "score", "reward")
     fault.before(PolicyOptimizer, "clip_and_step", "update")
     fault.before(Policy, "embed", "build")
-    # The thread of rank 0 is in the midst of writing, the policy being on the disk; only the main thread can exit.
+    # Rank 0 fails in its writing thread, after the policy is on disk; only the main thread can exit.
     if os.environ.get("RANK", "0") == "0" and fault.kind != "exit":
         _in_the_writing_thread(fault)
     else:
@@ -117,7 +117,7 @@ def install(fault: Fault) -> None:
 
 
 def _in_the_writing_thread(fault: Fault) -> None:
-    """Strike before a file of the step's checkpoint is hashed; the main thread may be a step further."""
+    """Cause the fault before a file of the step's checkpoint is hashed; the main thread may be a step ahead."""
     write, describe = save.Saver._write_own, save.describe
     saving: list[int] = []
 
@@ -139,7 +139,7 @@ def _generator_class() -> Any:
 
 
 def main() -> None:
-    """Train with the fault that the environment describes, or with none."""
+    """Train with the fault given in the environment, or without one."""
     torch.set_num_threads(1)
     if described := os.environ.get("PACED_FAULT"):
         options = json.loads(described)

@@ -1,10 +1,10 @@
-"""torchrun many times over, without importing torch each time: a process that has everything loaded and forks.
+"""Run torchrun many times without importing torch each time: one process loads everything and forks.
 
-    python -m benchmarks.faults.fork_launcher   # one job a line on standard input, one answer a line on standard output
+    python -m benchmarks.faults.fork_launcher   # a job per line of stdin, an answer per line of stdout
 
-A job is {"id", "arguments", "env", "cwd", "log"}: torchrun's command line, what to add to the environment, the folder
-to run in and the file for its output. The answers are {"id", "pid"} when it has started and {"id", "status"} when it
-has ended. The elastic agent is torch's own; only that a rank is forked from it and not executed anew is different.
+A job is {"id", "arguments", "env", "cwd", "log"}: torchrun's command line, additions to the environment, working
+folder and output file. The answers are {"id", "pid"} when it has started and {"id", "status"} when it has ended. The
+elastic agent is torch's own; the only difference is that ranks are forked from it instead of executed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import benchmarks.faults.faulty_rank  # noqa: F401  (what every rank needs, load
 
 
 class Forked(subprocess.Popen[bytes]):
-    """A forked rank that the agent takes for one it started."""
+    """Forked rank with the interface of a process started by the agent."""
 
     def __init__(self, words: list[str], env: dict[str, str]) -> None:
         self.args, self.returncode, self._child_created = words, None, True
@@ -56,7 +56,7 @@ def _become(words: list[str], env: dict[str, str]) -> None:
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:  # whatever it was, a rank executed anew would print it and fail
+    except BaseException:  # any exception: like an executed rank, print it and fail
         traceback.print_exc()
     finally:
         try:
@@ -71,7 +71,7 @@ def _popen(self: Any, args: tuple[str, ...], env: dict[str, str]) -> Forked:
 
 
 def _launch(job: dict[str, Any]) -> int:
-    """Fork a process that is torchrun; its process id."""
+    """Fork a process that runs torchrun and return its process id."""
     pid = os.fork()
     if pid:
         return pid

@@ -1,6 +1,6 @@
-"""Faults, counted: kills, damaged and planted files, resumes, forgotten state, and processes that fail.
+"""Count failures under faults: kills, damaged and planted files, resumes, forgotten state, failing processes.
 
-Whatever is lost, loaded silently, not noticed, different or left behind is a failure of this case, exit status 1.
+Exit status 1 if anything is lost, silently loaded, undetected, different or left behind.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from benchmarks.faults.resume import CUTS
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Faults, counted."""
+    """Inject faults and count failures."""
 
     kills: int = 100
-    """Processes killed while they save."""
+    """Number of processes killed while they save."""
     damages: int = 200
-    """Damaged checkpoints."""
+    """Number of damaged checkpoints."""
     parallel: int = 3
-    """Runs with a failing process at a time; those with a stopped rank mostly wait."""
+    """Concurrent runs with a failing process; those with a stopped rank mostly wait."""
     cuts: tuple[str, ...] = tuple(map(str, CUTS))
     """Steps after which a run is killed and resumed."""
     pieces: tuple[str, ...] = ()
-    """Pieces of state to leave out of a resume whose name contains one of these words; none means all."""
+    """Pieces of state to omit on resume, chosen by words in their names; none means all."""
     cells: tuple[str, ...] = ()
-    """Failing processes to try, FAULT/PHASE; none means all."""
+    """Process faults to try, as FAULT/PHASE; none means all."""
 
 
 def measure(arguments: Arguments, path: Path | None = None) -> dict[str, Any]:
-    """All figures; the first line that is wrong ends the process when everything has been counted."""
+    """Return all counts; after counting, exit with the first failure if there is one."""
     started = time.monotonic()
     cuts = tuple(map(int, arguments.cuts))
     checkpoint = faults_checkpoint.measure(arguments.kills, arguments.damages, cuts, arguments.pieces)

@@ -1,11 +1,11 @@
-"""What happens when a process of a run fails: four faults in each of six phases on either of two ranks.
+"""Recovery from failing processes: four faults in each of six phases on either of two ranks.
 
     python -m benchmarks.run faults_processes [--only kill/reward/1] [--parallel 3]
 
-Each cell is a whole run of a small model under torchrun with gloo on the CPU. After the fault torchrun restarts both
-ranks and `--resume auto` goes on from the newest checkpoint. A cell passes when the run ends with status 0 and its
-parameters, optimiser, schedule, replay ring, metrics and rollouts are those of a run without a fault, to the bit, and
-nothing is left behind: no process, no shared memory, no temporary file.
+Each cell is a complete run of a small model under torchrun with gloo on the CPU. After the fault torchrun restarts both
+ranks, and `--resume auto` continues from the newest checkpoint. A cell passes if the run exits with status 0, if its
+parameters, optimiser, schedule, replay ring, metrics and rollouts are bit-identical to those of a run without a fault,
+and if nothing is left behind: no process, no shared memory, no temporary file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RESTARTS = 3
 # Evaluations after step 3, checkpoints after steps 2, 4 and 5.
 STRIKES_AT = {"build": 0, "generate": 3, "reward": 3, "update": 3, "evaluate": 3, "save": 4}
 _TORCHRUN_KILLS_AFTER = 30.0
-"""torchrun asks the other ranks to end and kills a stopped one after so many seconds."""
+"""Seconds after which torchrun kills a stopped rank, having asked the ranks to end."""
 _REWARD = """
 def odd(prompts, completions, **columns):
     return [float(sum(map(ord, p + c)) % 3 == 0) for p, c in zip(prompts, completions)]
@@ -49,21 +49,21 @@ def odd(prompts, completions, **columns):
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Faults of processes."""
+    """Inject faults into processes."""
 
     only: tuple[str, ...] = ()
-    """Cells to run, as kind/phase/rank; a part left out stands for all."""
+    """Cells to run, as kind/phase/rank; an omitted part matches all."""
     parallel: int = 3
-    """Runs at a time; those with a stopped rank mostly wait."""
+    """Concurrent runs; those with a stopped rank mostly wait."""
     timeout_seconds: float = 6.0
-    """Longest wait of a rank for another (`distributed.timeout_seconds`)."""
+    """Longest wait of one rank for another (`distributed.timeout_seconds`)."""
     limit_seconds: float = 150.0
-    """A run is given up after so long."""
+    """Time limit of a run."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One fault in one place."""
+    """One fault at one place."""
 
     kind: str
     phase: str
@@ -71,36 +71,36 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """kind/phase/rank"""
+        """Name as kind/phase/rank."""
         return f"{self.kind}/{self.phase}/{self.rank}"
 
 
 @dataclass
 class Outcome:
-    """What became of a run."""
+    """Outcome of a run."""
 
     cell: str
     status: int | None
-    """Exit status of torchrun; None when it was given up."""
+    """Exit status of torchrun; None = killed at the time limit."""
     seconds: float
-    """From the fault to the end, the rest of the training included."""
+    """Time from the fault to the end, including the rest of the training."""
     attempts: int
-    """Times the ranks were started."""
+    """Number of times the ranks were started."""
     differs: list[str] = field(default_factory=list)
-    """What is not as in the run without a fault."""
+    """Differences from the run without a fault."""
     left: list[str] = field(default_factory=list)
-    """What was left behind."""
+    """Processes, shared memory and files left behind."""
     struck: bool = True
     """Whether the fault happened at all."""
 
     @property
     def passed(self) -> bool:
-        """Recovered, equal and clean."""
+        """Whether the run recovered, is equal and left nothing behind."""
         return self.status == 0 and self.struck and not self.differs and not self.left
 
 
 class Launcher:
-    """Runs torchrun in folders, many at a time, through one process that has torch loaded."""
+    """Run torchrun in several folders concurrently, from one process that has torch loaded."""
 
     def __init__(self) -> None:
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -119,7 +119,7 @@ class Launcher:
         self._reader.start()
 
     def run(self, folder: Path, arguments: list[str], env: dict[str, str], limit_seconds: float) -> int | None:
-        """Exit status of torchrun with these arguments in `folder`; None when it was killed for taking too long."""
+        """Return the exit status of torchrun with these arguments in `folder`; None if killed at the time limit."""
         name = str(next(self._count))
         answers = self._answers[name] = queue.Queue()
         log = str(folder / "log.txt")
@@ -151,7 +151,7 @@ class Launcher:
 
 
 def train_words(folder: Path, timeout_seconds: float) -> list[str]:
-    """The command line of the small run: 4 prompts of 4 completions a step, a model of width 16."""
+    """Return the command line of the small run: 4 prompts with 4 completions each per step, a model of width 16."""
     source = f"task:signed_sums?reward={folder.parent / 'rewards.py'}:odd&split="
     return [
         *("tiny", "--steps", str(STEPS), "--run-dir", "run", "--resume", "auto"),
@@ -169,7 +169,7 @@ def train_words(folder: Path, timeout_seconds: float) -> list[str]:
 
 
 def launch_words(restarts: int = RESTARTS) -> list[str]:
-    """torchrun's own options: a rendezvous of this machine's on a free port, and a quick look at the ranks."""
+    """Return torchrun's own options: a local rendezvous on a free port, and frequent checks of the ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -181,7 +181,7 @@ def launch_words(restarts: int = RESTARTS) -> list[str]:
 
 
 def run_cell(launcher: Launcher, cell: Cell | None, root: Path, arguments: Arguments) -> Outcome:
-    """Run one cell, or the run without a fault, in its folder below `root`."""
+    """Run one cell (None = the run without a fault) in its folder below `root`."""
     name = "whole" if cell is None else cell.name
     folder = root / name.replace("/", "-")
     (folder / "tmp").mkdir(parents=True)
@@ -202,7 +202,7 @@ def run_cell(launcher: Launcher, cell: Cell | None, root: Path, arguments: Argum
 
 
 def processes_in(folder: Path) -> list[Path]:
-    """Processes that work in a folder, as their places in /proc."""
+    """Return the processes whose working folder is `folder`, as paths in /proc."""
     found = []
     for path in Path("/proc").iterdir():
         if path.name.isdecimal():
@@ -213,7 +213,7 @@ def processes_in(folder: Path) -> list[Path]:
 
 
 def left_behind(folder: Path, patience: float = 5.0) -> list[str]:
-    """Processes and temporary files of a run that has ended; a helper process gets a moment to go."""
+    """Return processes and temporary files left by a finished run; a helper process gets time to exit."""
     end = time.monotonic() + patience
     while processes_in(folder) and time.monotonic() < end:
         time.sleep(0.1)
@@ -221,15 +221,15 @@ def left_behind(folder: Path, patience: float = 5.0) -> list[str]:
     found += [str(p.name) for p in (folder / "tmp").iterdir() if not p.name.startswith("torchelastic_")]  # torchrun's
     run = folder / "run"
     words = (".tmp", ".partial", ".lock")
-    paths = (path for path in run.rglob("*") if path != run / LOCK_NAME)  # which stays
+    paths = (path for path in run.rglob("*") if path != run / LOCK_NAME)  # the lock file is meant to stay
     found += [str(path.relative_to(folder)) for path in paths if any(word in path.name for word in words)]
     return found
 
 
 def shared_memory_left(before: set[str], patience: float = 10.0) -> list[str]:
-    """Pieces of shared memory that are new and that nobody has open.
+    """Return new shared-memory segments that no process has open.
 
-    Other programs on the machine make some too: what goes within a moment was one of theirs.
+    Segments that disappear within `patience` seconds belong to other programs on the machine.
     """
     end = time.monotonic() + patience
     while found := [name for name in set(os.listdir("/dev/shm")) - before if not _is_open(name)]:
@@ -249,7 +249,7 @@ def _is_open(name: str) -> bool:
 
 
 def state_of(folder: Path) -> dict[str, str]:
-    """What a run ended with: digests of its last checkpoint, of its metrics without times, and of its rollouts."""
+    """Return digests of a run's last checkpoint, of its metrics without times, and of its rollouts."""
     run = folder / "run"
     last = run / "checkpoints" / f"step_{STEPS:06d}"
     found = {
@@ -267,7 +267,7 @@ def state_of(folder: Path) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    """Of a file's bytes, or of the tensors in it: the order of what its header says besides is arbitrary."""
+    """Digest a file's bytes, or the tensors in it, because the order of other header entries is arbitrary."""
     if path.suffix != ".safetensors":
         return hashlib.sha256(path.read_bytes()).hexdigest()
     total = hashlib.sha256()
@@ -285,13 +285,13 @@ def _timeless(value: Any) -> Any:
 
 
 def prompts_of(folder: Path) -> list[tuple[int, Any]]:
-    """The ledger of a run: step and prompt of every rollout, those replayed left out."""
+    """Return step and prompt of every rollout of a run, without replayed ones."""
     lines = [json.loads(line) for line in (folder / "run" / "rollouts.jsonl").read_text().splitlines()]
     return [(line["step"], line["prompt"]) for line in lines if not line["replayed"]]
 
 
 def cells(only: tuple[str, ...] = ()) -> list[Cell]:
-    """The matrix, or the part of it that `only` names; stopped ranks first, since they take longest."""
+    """Return the cells, restricted to `only`; stopped ranks come first, because they take longest."""
     order = sorted(KINDS, key=lambda kind: kind != "stop")
     every = [Cell(kind, phase, rank) for kind in order for phase in PHASES for rank in (0, 1)]
     return [
@@ -300,7 +300,7 @@ def cells(only: tuple[str, ...] = ()) -> list[Cell]:
 
 
 def measure(arguments: Arguments, json_path: Path | None = None) -> dict[str, Any]:
-    """Run the matrix and count; one line a cell."""
+    """Run the cells and count; log one line per cell."""
     started, shared = time.monotonic(), set(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         root = Path(name).resolve()
@@ -335,7 +335,7 @@ def measure(arguments: Arguments, json_path: Path | None = None) -> dict[str, An
 
 
 def summary(outcomes: list[Outcome], seconds: float, arguments: Arguments) -> dict[str, Any]:
-    """The counts, and the longest time to the end by kind of fault."""
+    """Return the counts, and the longest recovery time per kind of fault."""
     slowest: dict[str, float] = {}
     for outcome in outcomes:
         kind = outcome.cell.split("/")[0]

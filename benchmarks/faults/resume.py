@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed, compared to the bit with one that was not, and resumed with a part forgotten."""
+"""Compare killed and resumed runs bit for bit with an uninterrupted run, and resume with a piece of state omitted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from paced_fast.run.step import Stepper
 
 STEPS = 10
 CUTS = (1, 3, 4, 6, 9)
-"""Steps after which a run is killed; the warm-ups of rate and schedule end within them."""
+"""Steps after which a run is killed; the warm-ups of learning rate and scheduler end within them."""
 
 _ABLATED_AT, _ABLATED_STEPS = 6, 3
 
@@ -47,17 +47,17 @@ def noisy(prompts, completions, **columns):
     flips = [random.random() < 0.05 or numpy.random.rand() < 0.05 or float(torch.rand(())) < 0.05 for _ in rewards]
     return [float((reward > 0) != flip) for reward, flip in zip(rewards, flips)]
 """
-"""A third of what a model that knows nothing says is right, but for noise from the ambient generators."""
+"""Reward that a random completion gets with probability 1/3, with noise from the ambient random generators."""
 
 IDLE = {
     "scheduler.tree": "rebuilt from the statistics before every draw; its step is set by the draw",
     "guards.said": "empty in a run that has warned of nothing; a test of the guards drops it from one that has",
 }
-"""State that a resumed run would not miss, and why it is kept all the same."""
+"""State whose omission does not change a resumed run, with the reason why it is kept."""
 
 
 def settings(folder: Path) -> Config:
-    """Four prompts of four completions per step, everything on that has a state."""
+    """Return settings with four prompts of four completions per step and every stateful feature enabled."""
     rewards = folder / "rewards.py"
     rewards.write_text(_REWARDS)
     task = f"task:signed_sums?reward={rewards}:noisy&split="
@@ -91,7 +91,7 @@ def _console() -> Console:
 
 
 def run(world: World, config: Config) -> None:
-    """The whole of a run, or what is left of it."""
+    """Run the training from the start, or the rest of it."""
     logging.disable(logging.WARNING)
     quiet()
     train.run(config, _console())
@@ -107,7 +107,7 @@ def _timeless(value: Any) -> Any:
 
 
 def _content(path: Path) -> bytes:
-    """The bytes of a file; of tensors their names and numbers, as the header of such a file has no fixed order."""
+    """Return a file's bytes; for tensor files names and values, because their headers have no fixed order."""
     if path.suffix != ".safetensors":
         return path.read_bytes()
     tensors = sorted(load_file(path).items())
@@ -118,7 +118,7 @@ def _content(path: Path) -> bytes:
 
 
 def digests(run_dir: Path) -> dict[str, str]:
-    """Hashes of everything a run leaves: by file of the last checkpoint, and metrics and rollouts without times."""
+    """Hash a run's results: each file of the last checkpoint, and metrics and rollouts without times."""
     last = checkpoint.newest(run_dir / "checkpoints")
     assert last is not None
     files = [path for path in last.rglob("*") if path.is_file() and path.name not in ("manifest.json", "state.json")]
@@ -131,7 +131,7 @@ def digests(run_dir: Path) -> dict[str, str]:
 
 
 def _killed_at(config: Config, cut: int) -> None:
-    """Run until the checkpoint of `cut` is there, and kill."""
+    """Run until the checkpoint of step `cut` exists, then kill the process."""
     root = Path(config.run_dir or "", "checkpoints")
     with started(1, run, config) as ([process], _):
         limit = time.time() + 240
@@ -139,13 +139,13 @@ def _killed_at(config: Config, cut: int) -> None:
             time.sleep(0.001)
         os.kill(process.pid or 0, signal.SIGKILL)
     for path in checkpoint.folders(root):
-        if int(path.name[5:]) > cut:  # it came before the kill did
+        if int(path.name[5:]) > cut:  # written before the kill arrived
             shutil.rmtree(path)
     assert checkpoint.step_folder(root, cut).exists(), f"no checkpoint of step {cut} within four minutes"
 
 
 def measure_cuts(cuts: tuple[int, ...] = CUTS) -> dict[str, Any]:
-    """Kill a run after each of these steps, resume it, and compare all it leaves with a run that was left alone."""
+    """Kill a run after each of these steps, resume it, and compare its results with an uninterrupted run."""
     different: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         config = settings(Path(folder))
@@ -161,7 +161,7 @@ def measure_cuts(cuts: tuple[int, ...] = CUTS) -> dict[str, Any]:
 
 
 def piece_of(name: str) -> str:
-    """Which piece of the state a tensor belongs to: parameters of one kind are one."""
+    """Return the piece of state a tensor belongs to; parameters of one kind form one piece."""
     owner, *rest = name.split(".")
     if owner == "optimizer":
         return f"optimizer.{rest[-1]}"
@@ -171,7 +171,7 @@ def piece_of(name: str) -> str:
 
 
 def _digest(stepper: Stepper) -> str:
-    """Everything a run would save, and what its process would draw next."""
+    """Digest the state a run would save, and the next random numbers of its process."""
     hashed = hashlib.sha256()
     tensors = stepper.state_tensors() | checkpoint.prefixed("model", stepper.trainer.policy.model.state_dict())
     for name in sorted(tensors):
@@ -182,7 +182,7 @@ def _digest(stepper: Stepper) -> str:
 
 
 def _resumed(config: Config, forgotten: str) -> str:
-    """Resume without one piece of the state, which stays what it is in a new run; take some steps; the digest."""
+    """Resume without one piece of state (it keeps its initial value), take some steps, return the digest."""
     load, put = checkpoint.load, Stepper.load_state_tensors
     owner, _, key = forgotten.partition(" ")
     seconds: list[float] = []
@@ -193,7 +193,7 @@ def _resumed(config: Config, forgotten: str) -> str:
         for name, tensor in fresh.items():
             spread[name].copy_(tensor)
         seconds.append(state["counters"]["train_seconds"])
-        state["counters"] |= {"skipped_steps": 3, "consecutive_skips": 1}  # a finite run has none to forget
+        state["counters"] |= {"skipped_steps": 3, "consecutive_skips": 1}  # a finite run has no skips to omit
         if owner == "counter":
             del state["counters"][key]
         if owner == "generator":
@@ -214,7 +214,7 @@ def _resumed(config: Config, forgotten: str) -> str:
     if forgotten == "policy":
         initial = load_file(Path(config.run_dir or "", "initial", "model.safetensors"))
         stepper.trainer.policy.model.load_state_dict(initial)
-    begun = dataclasses.asdict(stepper.counters)  # a good step puts skips in a row back to 0
+    begun = dataclasses.asdict(stepper.counters)  # a good step resets consecutive skips to 0
     for _ in range(_ABLATED_STEPS):
         stepper.step()
     stepper.counters.train_seconds = float(stepper.counters.train_seconds > seconds[0])
@@ -222,9 +222,9 @@ def _resumed(config: Config, forgotten: str) -> str:
 
 
 def ablate(world: World, config: Config, only: tuple[str, ...] = ()) -> dict[str, str]:
-    """Piece of the state -> digest of the run that forgot it; "" is the one that forgot nothing.
+    """Return piece of state -> digest of the run resumed without it; "" is the run with all pieces.
 
-    `only` leaves the pieces whose name contains one of its words.
+    `only` restricts the pieces to those whose name contains one of its words.
     """
     logging.disable(logging.WARNING)
     quiet()
@@ -241,7 +241,7 @@ def ablate(world: World, config: Config, only: tuple[str, ...] = ()) -> dict[str
 
 
 def measure_ablation(only: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Forget each piece of the state in turn on resume: the run must become another one."""
+    """Omit each piece of state in turn on resume; the run must then differ."""
     with tempfile.TemporaryDirectory() as folder:
         config = settings(Path(folder))
         on_ranks(1, run, dataclasses.replace(config, steps=_ABLATED_AT), seconds=300)
@@ -253,5 +253,5 @@ def measure_ablation(only: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def measure_resume(cuts: tuple[int, ...] = CUTS, pieces: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Both."""
+    """Run `measure_cuts` and `measure_ablation`."""
     return {"cuts": measure_cuts(cuts), "ablation": measure_ablation(pieces)}

@@ -1,1 +1,1 @@
-"""The fused loss beside its peers."""
+"""Fused loss compared with its peers."""

@@ -1,7 +1,7 @@
-"""How exact a method is: sums of log-probs and gradients against an oracle in float64 (float32 on GPUs without it).
+"""Accuracy of a method: sums of log-probs, and gradients, against an oracle in float64 (float32 if float64 is slow).
 
-The oracle takes the loss from start to end: an error of a method's log-probs changes its residuals, hence its
-gradients, and is counted there.
+The oracle computes the whole loss. An error in a method's log-probs therefore also counts in its gradients, through
+the residuals.
 
 T = packed tokens, B = sequences, H = hidden size, V = vocabulary.
 """
@@ -19,9 +19,9 @@ from benchmarks.loss.problems import BETA, Batch, chunked_logprobs, row_chunks
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a method computed, or what it should have."""
+    """Results of a method or of the oracle."""
 
-    logprobs: Tensor | None  # [T], None where only the sums are returned
+    logprobs: Tensor | None  # [T], None if only the sums are returned
     seq_logprobs: Tensor  # [B]
     loss: Tensor  # []
     hidden_grad: Tensor | None = None  # [T, H]
@@ -29,20 +29,20 @@ class Answer:
 
 
 def oracle_dtype(device: torch.device) -> torch.dtype:
-    """float64 where it is fast (a CPU, data-centre GPUs), else float32."""
+    """Return float64 where it is fast (CPUs, data-centre GPUs), else float32."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) not in ((8, 0), (9, 0), (10, 0)):
         return torch.float32
     return torch.float64
 
 
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[B] float64 sums over the sequences of [T] values."""
+    """Return [B] float64 sums of [T] values over the sequences."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     return torch.stack([part.double().sum() for part in values.split(lengths)])
 
 
 def oracle(case: str, batch: Batch, dtype: torch.dtype) -> Answer:
-    """Loss, log-probs and gradients from their formulas, a chunk of rows at a time; never with TF32."""
+    """Compute loss, log-probs and gradients from their formulas, a chunk of rows at a time; never with TF32."""
     assert not torch.backends.cuda.matmul.allow_tf32
     shape = batch.shape
     logprobs = torch.cat([part for _, part in chunked_logprobs(batch, dtype)]).double()
@@ -76,7 +76,7 @@ def oracle(case: str, batch: Batch, dtype: torch.dtype) -> Answer:
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """Frobenius norm of the difference over that of `exact`, both [N, H]; 8192 rows at a time in float64."""
+    """Return ||value - exact|| / ||exact|| (Frobenius), both [N, H]; 8192 rows at a time in float64."""
     difference, norm = 0.0, 0.0
     for part, exact_part in zip(value.split(8192), exact.split(8192), strict=True):
         difference += float((part.double() - exact_part.double()).square().sum())
@@ -85,7 +85,7 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 
 def errors(answer: Answer, exact: Answer) -> dict[str, float]:
-    """The accuracy columns; what the method does not return is left out."""
+    """Return the accuracy columns, without quantities that the method does not return."""
     gap = answer.seq_logprobs.double() - exact.seq_logprobs
     found = {
         "sequence_max_nats": float(gap.abs().max()),

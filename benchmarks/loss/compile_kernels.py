@@ -1,7 +1,7 @@
-"""Compile every Triton kernel in every shipped configuration, with no GPU: registers, spills, shared memory, products.
+"""Compile all Triton kernels in all shipped configurations without a GPU: registers, spills, shared memory, products.
 
-`python -m benchmarks.run compile` writes what `kernels/README.md` shows and `tests/ops/test_compile.py` asserts. The
-interpreter must be off when it starts: kernels that it wraps cannot be compiled.
+`python -m benchmarks.run compile` writes the numbers that `kernels/README.md` shows and `tests/ops/test_compile.py`
+asserts. Triton's interpreter must be off at the start: kernels that it wraps cannot be compiled.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from paced_fast.errors import InputError
 
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
-"""Bytes a program may have on each architecture; 86 stands for the consumer chips that run the sm_80 configuration."""
+"""Most bytes per program on each architecture; 86 = consumer chips, which use the sm_80 configuration."""
 
-# What a launch specialises on: these are multiples of 16 for aligned tensors.
+# Arguments on which a launch specialises: multiples of 16 for aligned tensors.
 ALIGNED = ("stride_hidden", "stride_weight", "stride_out", "stride", "hidden_size")
 INTEGERS = ("num_rows", "vocab_size", "hidden_size", "vocab_start", "num_parts")
 
@@ -32,7 +32,7 @@ class Arguments:
     architectures: tuple[str, ...] = ("80", "90", "100")
     """Compute capabilities, 90 for sm_90."""
     widest: bool = False
-    """Only what asks most of the chip: all options on, the most levels."""
+    """Only the most demanding variants: all options on, the most levels."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Build:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
-    descriptors: dict[str, tuple[int, int]]  # arguments that are TMA descriptors, with their blocks
+    descriptors: dict[str, tuple[int, int]]  # TMA descriptor arguments and their blocks
     dtype: str = "bf16"
-    fuses: bool = True  # products into sums
+    fuses: bool = True  # whether products are fused into sums
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Rows of name, variant, architecture, registers, spills, shared memory and instructions."""
+    """Return rows of name, variant, architecture, registers, spills, shared memory and instructions."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise InputError("TRITON_INTERPRET=1 wraps the kernels in the interpreter; unset it to compile them")
     del path
@@ -62,13 +62,13 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 
 def builds(arch: int, *, widest: bool = False) -> list[Build]:
-    """Everything that may be launched on a chip of this architecture, or the `widest` of each kind."""
+    """Return all builds for a chip of this architecture, or only the `widest` of each kind."""
     options, levels = ((True,), (3,)) if widest else ((False, True), (2, 3))
     return [*projections(arch, options), *row_kernels(), *tree_kernels(levels)]
 
 
 def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:
-    """`project_kernel` in the configurations of the static table, with no options, all, or both in turn."""
+    """Builds of `project_kernel` in the configurations of the static table, for each of `options_on`."""
     from paced_kernels._loss import gemm_kernels as gemm
     from paced_kernels._loss.tiles import SHIPPED
 
@@ -104,7 +104,7 @@ def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:
 
 
 def row_kernels() -> list[Build]:
-    """The kernels over rows, with the constants their launchers use, all options on."""
+    """Builds of the row kernels, with the constants that their launchers use and all options on."""
     from paced_kernels._loss import row_kernels as kernels
 
     def build(kernel: Any, variant: str, num_warps: int = 4, dtype: str = "bf16", **constants: Any) -> Build:
@@ -128,7 +128,7 @@ def row_kernels() -> list[Build]:
 
 
 def tree_kernels(level_counts: tuple[int, ...]) -> list[Build]:
-    """The kernels of the priority tree, for 10^6 and 10^7 leaves."""
+    """Builds of the priority-tree kernels, for 10^6 and 10^7 leaves."""
     from paced_kernels._tree import kernels, launches
 
     found = []
@@ -152,7 +152,7 @@ def tree_kernels(level_counts: tuple[int, ...]) -> list[Build]:
 
 
 def argument_type(name: str, build: Build) -> str:
-    """Triton's name of the type of an argument that is not a constant."""
+    """Return Triton's type name of an argument that is not a constant."""
     if name in build.descriptors:
         rows, columns = build.descriptors[name]
         return f"tensordesc<{build.dtype}[{rows},{columns}]>"
@@ -171,7 +171,7 @@ def argument_type(name: str, build: Build) -> str:
 
 
 def compile_one(build: Build, arch: int) -> dict[str, Any]:
-    """Compile and read off what the chip would be asked for."""
+    """Compile one build and return the resources it needs."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -206,7 +206,7 @@ def compile_one(build: Build, arch: int) -> dict[str, Any]:
 
 
 def resources(cubin: bytes) -> tuple[int, int, int]:
-    """Registers a thread, bytes of stack and of local memory of a compiled kernel."""
+    """Return registers per thread, and bytes of stack and of local memory, of a compiled kernel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -224,12 +224,12 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
 
 
 def matrix_instructions(ptx: str) -> list[str]:
-    """Matrix products of the PTX, without their operands."""
+    """Return the matrix-product instructions of the PTX, without operands."""
     return sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]+", ptx)))
 
 
 def accumulates_in_float32(ptx: str, ttgir: str) -> bool | None:
-    """Whether every matrix product adds up in float32; None without one."""
+    """Return whether every matrix product accumulates in float32; None without one."""
     products = matrix_instructions(ptx)
     if not products:
         return None
@@ -240,7 +240,7 @@ def accumulates_in_float32(ptx: str, ttgir: str) -> bool | None:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown, one line for all variants of a kernel with the same blocks: the most that any of them needs."""
+    """Format as Markdown, one line for all variants of a kernel with the same blocks: their maximum."""
     lines = [
         "| kernel | architecture | variants | warps, stages | registers | spills | shared memory | products |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,8 +1,8 @@
-"""Block sizes of our vocabulary projection: the rate of every configuration, so that the static table can follow.
+"""Rate of our vocabulary projection for every block-size configuration, to maintain the static table.
 
     python -m benchmarks.run gemm_sweep
 
-Nothing is tuned at run time; a better configuration printed here is put into the table by hand.
+Nothing is tuned at run time: a better configuration found here is entered in the table by hand.
 
 T = packed tokens, H = hidden size, V = vocabulary.
 """
@@ -30,7 +30,7 @@ from benchmarks.timing import Clock, Failure, attempt, interleave
 CHUNKS = 3
 REPETITIONS = 20
 TOLERANCE = 0.05
-"""Log-probs may differ from the shipped configuration's by so many nats at most, or the configuration is wrong."""
+"""Largest allowed difference of log-probs from the shipped configuration, in nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +42,24 @@ class Arguments:
     shapes: tuple[str, ...] = ()
     """Shapes of one chunk such as T8192-H4096-V151936; none means every hidden size of the grid."""
     repetitions: int = REPETITIONS
-    """Repetitions of each configuration."""
+    """Number of repetitions per configuration."""
     seconds: float = 0.0
     """Seconds after which no further shape starts; 0 means no limit."""
     progress: str = ""
-    """File that always names what is being measured."""
+    """File that names the current measurement."""
 
 
 def default_shapes(device: torch.device) -> list[Shape]:
-    """One chunk at every hidden size of the grid, or a toy where the interpreter has to run it."""
+    """Return one chunk per hidden size of the grid, or a toy shape for the interpreter."""
     if device.type != "cuda":
         return [TOY_SHAPE]
     return [Shape(tokens=8192, hidden_size=size, vocab_size=151936) for size in (4096, 2048, 896, 3584, 5120)]
 
 
 def compile_side_by_side(names: list[str]) -> None:
-    """Compile every configuration in processes of their own, into Triton's cache: minutes of work for one core.
+    """Compile configurations in parallel processes into Triton's cache; on one core this would take minutes.
 
-    A process that fails says nothing here; the sweep meets the same failure and records it.
+    Failures are ignored here; the sweep encounters and records them.
     """
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(len(names), (os.cpu_count() or 2) - 1))
@@ -69,7 +69,7 @@ def compile_side_by_side(names: list[str]) -> None:
 
 
 def _compile_one(name: str) -> None:
-    # Kernels are specialised by which sizes divide by 16, not by the sizes: a toy compiles what the real shape needs.
+    # Kernels are specialised by divisibility of sizes by 16, not by the sizes: a toy shape compiles the same kernels.
     device = torch.device("cuda", 0)
     shape = replace(TOY_SHAPE, tokens=128)
     batch = make_batch(shape, make_weight(shape, device, torch.bfloat16, 0), "peaked", 1)
@@ -78,7 +78,7 @@ def _compile_one(name: str) -> None:
 
 
 def sweep(device: torch.device, shape: Shape, repetitions: int, starting: Callable[[str], None]) -> dict[str, Any]:
-    """Every configuration at one shape, the fastest first; wrong and failing ones last, with the reason."""
+    """Measure every configuration at one shape; fastest first, wrong and failing ones last with the reason."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     weight = make_weight(shape, device, dtype, 0)
     batch = make_batch(replace(shape, tokens=CHUNKS * shape.tokens), weight, "peaked", 1)
@@ -118,7 +118,7 @@ def _prepare(batch: Batch, config: Any, num_rows: int) -> tuple[Callable[[int], 
 
 
 def sweep_text(result: dict[str, Any]) -> str:
-    """The entries of one shape as a table."""
+    """Format the entries of one shape as a table."""
     rows = [("configuration", "ms (p10-p90)", "TFLOP/s")]
     for entry in result["entries"]:
         if "failed" in entry:
@@ -130,7 +130,7 @@ def sweep_text(result: dict[str, Any]) -> str:
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Sweep every shape; `path` holds the shapes done so far at any time."""
+    """Sweep every shape; `path` always holds the finished shapes."""
     device = environment.choose_device(arguments.device)
     shapes = [Shape.parse(name) for name in arguments.shapes] or default_shapes(device)
     started = time.perf_counter()

@@ -3,8 +3,8 @@
     python -m benchmarks.run trajectory_balance
     python -m benchmarks.run logprobs --quick
 
-Cells are (shape, inputs); each has a row for every method and every ceiling. A result is written after each cell, so
-a run that is cut short keeps what it has. `README.md` beside this says how to read the tables.
+A cell is (shape, inputs) and has a row per method and per ceiling. Results are written after each cell, so an
+interrupted run keeps its finished cells. `README.md` in this folder explains the tables.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ KINDS = ("peaked", "flat")
 SLOW = 3.0
 MODE_SHARES = {"full": 2.0, "forward": 1.0, "frozen": 1.0}
 DEVICE_LOST = 75
-"""Exit status when a competitor broke the GPU context; the result says which, and a new process can go on."""
+"""Exit status if a competitor broke the GPU context; the result names it, and a new process can continue."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Time methods of computing log-probs or the trajectory-balance loss, with their memory and accuracy."""
+    """Measure time, memory and accuracy of methods for log-probs or the trajectory-balance loss."""
 
     device: str = "auto"
-    """cuda, cpu, or auto: cuda where there is one."""
+    """cuda, cpu, or auto (cuda if available)."""
     quick: bool = False
-    """A small shape and few repetitions, to see that everything runs."""
+    """A small shape and few repetitions, to check that everything runs."""
     shapes: tuple[str, ...] = ()
     """Shapes such as T16384-H4096-V151936; none means the grid of the device."""
     inputs: tuple[str, ...] = KINDS
@@ -73,31 +73,31 @@ class Arguments:
     only: tuple[str, ...] = ()
     """Keep the methods whose name contains one of these words; none means all."""
     exclude: tuple[str, ...] = ()
-    """Leave out the methods of exactly these names."""
+    """Exclude the methods with exactly these names."""
     dtype: str = "auto"
     """bfloat16, float32, or auto: bfloat16 on a GPU and float32 on a CPU."""
     repetitions: int = 0
     """Repetitions of each method; 0 means 30 on a GPU and 5 on a CPU."""
     cell_seconds: float = 0.0
-    """Seconds for the timed part of the first cell, half of it for later ones: slow methods get fewer repetitions (at
-    least 5 on a GPU, 3 on a CPU), and one that took three times as long as ours is left out after the first cell.
-    0 means no limit."""
+    """Seconds for the timed part of the first cell, half for later ones: slow methods get fewer repetitions (at least
+    5 on a GPU, 3 on a CPU), and a method three times as slow as ours is dropped after the first cell. 0 means no
+    limit."""
     seconds: float = 0.0
-    """Seconds after which no further cell starts, those left being listed by name; 0 means no limit."""
+    """Seconds after which no further cell starts; the remaining cells are listed. 0 means no limit."""
     resume: bool = False
-    """Keep the cells that the result file already has, and measure the others."""
+    """Keep the cells in the result file and measure only the others."""
     progress: str = ""
-    """File that always names the method being measured."""
+    """File that names the method being measured."""
     sweep: bool = False
-    """Afterwards, also time every configuration of our vocabulary projection, for the static table."""
+    """Afterwards also time every configuration of our vocabulary projection, for the static table."""
     memory: bool = True
-    """Also measure peak memory; on a CPU that is one more process for each method."""
+    """Also measure peak memory; on a CPU this needs one more process per method."""
     seed: int = 0
     """Seed of the inputs."""
 
 
 def plan(arguments: Arguments, device: torch.device) -> list[tuple[Shape, str]]:
-    """The cells in the order of their worth: peaked inputs everywhere, flat ones at the first shape only."""
+    """Return the cells, most important first: peaked inputs at every shape, flat ones only at the first."""
     try:
         shapes = [Shape.parse(text) for text in arguments.shapes]
     except ValueError as error:
@@ -118,7 +118,7 @@ def plan(arguments: Arguments, device: torch.device) -> list[tuple[Shape, str]]:
 
 
 class Measurement:
-    """One run of one case: options resolved, methods chosen, cells measured one by one."""
+    """Run of one case: resolved options, chosen methods, and cells measured one by one."""
 
     def __init__(self, case: str, arguments: Arguments) -> None:
         self.case, self.arguments = case, arguments
@@ -136,7 +136,7 @@ class Measurement:
         self.too_slow: dict[str, str] = {}
 
     def makers(self) -> dict[str, Callable[[], Method]]:
-        """Every method by name, ours first, after `only` and `exclude`."""
+        """Return methods by name, ours first, after applying `only` and `exclude`."""
         ours = our_methods(self.case, self.device, self.dtype)
         every: dict[str, Callable[[], Method]] = {method.name: functools.partial(_same, method) for method in ours}
         every |= torch_makers() | peer_makers(self.device, self.dtype)
@@ -145,13 +145,13 @@ class Measurement:
         return {name: _excluded if name in exclude else make for name, make in chosen.items()}
 
     def starting(self, name: str) -> None:
-        """Remember what runs now, for a report after a crash."""
+        """Record what runs now, for a report after a crash."""
         self.running = name
         if self.arguments.progress:
             Path(self.arguments.progress).write_text(name)
 
     def note_slow(self, cell: dict[str, Any]) -> None:
-        """Where seconds are counted, a method that took three times as long as ours is not measured again."""
+        """With a time limit, drop methods that took three times as long as ours."""
         own = report.median_ms(report.find(cell, report.OURS), "full")
         for row in report.peers(cell):
             taken = report.median_ms(row, "full")
@@ -159,11 +159,11 @@ class Measurement:
                 self.too_slow[row["name"]] = f"took {taken / own:.1f} x the time of ours at {cell['name']}"
 
     def cell(self, shape: Shape, kind: str, is_first: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Every row of one (shape, inputs); `save` gets the unfinished cell after each mode."""
+        """Measure every row of one (shape, inputs); `save` gets the unfinished cell after each mode."""
         started = time.perf_counter()
         weight = make_weight(shape, self.device, self.dtype, self.arguments.seed)
         batches = []
-        for index in range(3):  # three buffers, taken in turns: no method finds its inputs in a cache
+        for index in range(3):  # three buffers in rotation, so that no method finds its inputs cached
             own = weight if index == 0 else weight.clone()
             batches.append(make_batch(shape, own, kind, self.arguments.seed + 1 + index))
         rows: dict[str, dict[str, Any]] = {}
@@ -175,7 +175,7 @@ class Measurement:
             except UnavailableError as error:
                 rows[name] |= {"status": "skipped", "reason": str(error)}
                 continue
-            except Exception as error:  # somebody else's set-up may fail in any way: its row says how
+            except Exception as error:  # other projects' set-up may fail in any way; the row records how
                 rows[name] |= {"status": "failed", "reason": failure_of(error).reason, "ours": False, "ceiling": False}
                 continue
             if method.first_only and not is_first:
@@ -214,7 +214,7 @@ class Measurement:
         return {**cell, "rows": list(rows.values())}
 
     def _check(self, row: dict[str, Any], method: Method, batch: Batch, exact: accuracy.Answer) -> None:
-        """Accuracy and peak memory of one full step; a failure here is a failure of the row."""
+        """Check accuracy and peak memory of one full step; a failure here fails the row."""
         self.starting(f"{method.name} ({batch.shape.name}, full, accuracy)")
         answer = attempt(lambda: answer_of(self.case, method, batch), self.clock)
         if isinstance(answer, Failure):
@@ -234,7 +234,7 @@ class Measurement:
         row["peak_bytes"] = None if isinstance(peak, Failure) else peak
 
     def _mode_seconds(self, mode: str, is_first: bool) -> float:
-        """Seconds of one mode: half of a cell's for the full step; later cells get half of the first's."""
+        """Return the seconds for one mode: half of the cell's for the full step; later cells get half as much."""
         if not self.arguments.cell_seconds:
             return math.inf
         share = MODE_SHARES[mode] / sum(MODE_SHARES[name] for name in self.arguments.modes)
@@ -248,7 +248,7 @@ class Measurement:
         rows: dict[str, dict[str, Any]],
         seconds: float,
     ) -> None:
-        """Time one mode of every method whose full step worked, and the ceilings in the same rounds."""
+        """Time one mode of every method whose full step succeeded, and the ceilings in the same rounds."""
         shape = batches[0].shape
         working = {name: method for name, method in methods.items() if rows[name]["status"] == "ok"}
 
@@ -302,8 +302,8 @@ def _ignore_turn(call: Callable[[], object], turn: int) -> None:
 
 
 def rates(timing: Timing, shape: Shape, own_thv: float, common_thv: float) -> dict[str, Any]:
-    """A timing with its rates: TFLOP/s on what the method computes, and on what the task needs."""
-    per_second = 1e-9 / timing.median_ms  # TFLOP/s of one operation in this time
+    """Return a timing with its rates: TFLOP/s by operations the method performs, and by those the task needs."""
+    per_second = 1e-9 / timing.median_ms  # TFLOP/s per operation in this time
     return {
         **timing.to_json(),
         "own_thv": own_thv,
@@ -314,7 +314,7 @@ def rates(timing: Timing, shape: Shape, own_thv: float, common_thv: float) -> di
 
 
 def measure(case: str, arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Measure every cell, print its table, and return all; `path` holds the cells done so far at any time."""
+    """Measure every cell, print its table, and return all; `path` always holds the finished cells."""
     started = time.perf_counter()
     run = Measurement(case, arguments)
     cells = plan(arguments, run.device)
@@ -345,7 +345,7 @@ def measure(case: str, arguments: Arguments, path: Path) -> dict[str, Any]:
             result["lost"].append({"running": run.running, "reason": str(error)})
             environment.write_json(path, environment.headed(case, result))
             print(f"the GPU context is lost after {run.running}: {error}", flush=True)
-            os._exit(DEVICE_LOST)  # nothing can be freed any more; a normal exit may hang
+            os._exit(DEVICE_LOST)  # memory can no longer be freed, and a normal exit may hang
         result["cells"].append(cell)
         run.note_slow(cell)
         environment.write_json(path, environment.headed(case, result))
@@ -361,6 +361,6 @@ def measure(case: str, arguments: Arguments, path: Path) -> dict[str, Any]:
 
 
 def toy_arguments(**changes: Any) -> Arguments:
-    """Options of a run that takes a second or two on any machine, for tests."""
+    """Return options for a run of a second or two on any machine, for tests."""
     settings = {"device": "cpu", "shapes": (TOY_SHAPE.name,), "inputs": ("peaked",), "repetitions": 2, "memory": False}
     return Arguments(**{**settings, **changes})

@@ -1,7 +1,7 @@
-"""Peak memory of one full step on a CPU, in a process of its own: `python -m benchmarks.loss.memory_probe ...`.
+"""Peak memory of one full step on a CPU, in a separate process: `python -m benchmarks.loss.memory_probe ...`.
 
-The kernel keeps the high-water mark of a process (VmHWM) and lets the process reset it. Inputs are made before the
-reset, so what is reported is what a method needs above them, its results included.
+Linux keeps the peak memory of a process (VmHWM) and lets the process reset it. Inputs are created before the reset, so
+the reported memory excludes them and includes the method's results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TIME_LIMIT_S = 600
 
 @dataclass(frozen=True)
 class Spec:
-    """What to run: case, name of the method, name of the shape, dtype."""
+    """Step to run: case, name of the method, name of the shape, dtype."""
 
     case: str
     method: str
@@ -27,7 +27,7 @@ class Spec:
 
 
 def in_subprocess(spec: Spec) -> int:
-    """Bytes above the inputs, measured by a fresh process; RuntimeError with the end of its complaint if it fails."""
+    """Return bytes above the inputs, measured in a fresh process; RuntimeError with the end of stderr if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.loss.memory_probe", *astuple(spec)],
         env=environment.child_environment(),
@@ -42,7 +42,7 @@ def in_subprocess(spec: Spec) -> int:
 
 
 def status_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
+    """Return VmRSS or VmHWM of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
@@ -50,7 +50,7 @@ def status_bytes(field: str) -> int:
 
 
 def reset_high_water_mark() -> None:
-    """Start VmHWM anew at the present size; where that is not allowed the mark includes making the inputs."""
+    """Reset VmHWM to the current size; if that is not permitted, the peak includes creating the inputs."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -58,7 +58,7 @@ def reset_high_water_mark() -> None:
 
 
 def probe(spec: Spec) -> int:
-    """Bytes that one full step needs above its inputs, in this process."""
+    """Return the bytes that one full step needs above its inputs, in this process."""
     import torch
 
     from benchmarks.loss.methods import our_methods, run_step, torch_makers
@@ -69,7 +69,7 @@ def probe(spec: Spec) -> int:
     ours = {method.name: method for method in our_methods(spec.case, device, dtype)}
     make = (torch_makers() | peer_makers(device, dtype)).get(spec.method)
     method = make() if make is not None else ours[spec.method]
-    # Libraries allocate buffers and compile at their first use: that is not the method's memory.
+    # Warm up: libraries allocate buffers and compile on first use, which is not the method's memory.
     toy = make_batch(TOY_SHAPE, make_weight(TOY_SHAPE, device, dtype, 0), "peaked", 1)
     run_step(spec.case, method, toy, "full")
     shape = Shape.parse(spec.shape)

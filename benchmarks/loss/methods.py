@@ -1,7 +1,7 @@
-"""What the kernel benchmarks compare: our operations, plain PyTorch, and the ceilings; other projects are in `peers`.
+"""Methods of the kernel benchmarks: our operations, plain PyTorch, and ceilings; other projects are in `peers`.
 
-Every method takes (hidden [T, H], head_weight [V, H], token_ids [T]) of a batch. A method that only knows log-probs
-gets its trajectory-balance loss by ordinary autograd from them.
+Every method takes (hidden [T, H], head_weight [V, H], token_ids [T]) of a batch. For a method that only
+computes log-probs, the trajectory-balance loss follows by ordinary autograd.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MIB = 2**20
 
 
 class UnavailableError(RuntimeError):
-    """This method cannot run here; the message says why."""
+    """Raised if a method cannot run here; the message gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One competitor."""
+    """Competitor in a benchmark."""
 
     name: str
     logprobs: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -39,40 +39,40 @@ class Method:
     balance: Callable[[Batch, Tensor, Tensor, Tensor], TBOutput] | None = None
     """(batch, hidden, head_weight, log_z) -> the trajectory-balance loss in one operation."""
     plain_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    """(hidden, head_weight, token_ids) -> [] summed cross entropy: no log-prob of a token, so no place in RL."""
+    """(hidden, head_weight, token_ids) -> [] summed cross entropy; no per-token log-probs, so unusable for RL."""
     thv: Callable[[str, Batch], float]
-    """(mode, batch) -> THV that this method computes, recomputation included."""
+    """(mode, batch) -> THV of operations that this method performs, including recomputation."""
     around: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Entered for the length of every step."""
+    """Context in which every step runs."""
     ours: bool = False
     first_only: str = ""
-    """Why this method is measured at the first shape only; empty: at every shape."""
+    """Reason to measure this method at the first shape only; empty = at every shape."""
     note: str = ""
 
     @property
     def is_ceiling(self) -> bool:
-        """Cannot do the task: shown as a bound, never as a competitor."""
+        """Whether it cannot do the task and is shown only as a bound."""
         return self.logprobs is None and self.balance is None
 
 
 def fixed_thv(forward: float, frozen: float, full: float) -> Callable[[str, Batch], float]:
-    """Operations that do not depend on the batch."""
+    """Return a `thv` function that does not depend on the batch."""
     counts = {"forward": forward, "frozen": frozen, "full": full}
     return lambda mode, batch: counts[mode]
 
 
 def logprobs_of_logits(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """[T] log-probs in float32 from [T, V] logits of any dtype, as most trainers do."""
+    """Return [T] float32 log-probs from [T, V] logits of any dtype, as most trainers do."""
     return logits.float().log_softmax(-1).gather(1, token_ids[:, None])[:, 0]
 
 
 def naive_logprobs(hidden: Tensor, head_weight: Tensor, token_ids: Tensor) -> Tensor:
-    """Full logits, then log-softmax in float32."""
+    """Log-probs from full logits and log-softmax in float32."""
     return logprobs_of_logits(F.linear(hidden, head_weight), token_ids)
 
 
 def balance_terms(batch: Batch, log_z: Tensor) -> dict[str, Any]:
-    """Keyword arguments of the loss, the same for every method."""
+    """Return the keyword arguments of the loss, equal for every method."""
     return {"rewards": batch.rewards, "log_z": log_z, "beta": BETA, "ref_logprobs": batch.ref_logprobs}
 
 
@@ -96,7 +96,7 @@ def our_logprobs(**options: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def our_methods(case: str, device: torch.device, dtype: torch.dtype) -> list[Method]:
-    """Our operation at its defaults, at other workspace budgets, and by every way of computing it that runs here."""
+    """Our operation with defaults, with other workspace sizes, and with every engine that runs here."""
     on_gpu = device.type == "cuda"
     budgets = (2**29, 2**31, 5 * 2**30) if on_gpu else (32 * MIB, 512 * MIB)
     variants: dict[str, dict[str, Any]] = {"ours": {}}
@@ -126,7 +126,7 @@ def _our_method(case: str, name: str, options: dict[str, Any]) -> Method:
 
 
 def torch_makers() -> dict[str, Callable[[], Method]]:
-    """Plain PyTorch: what one writes first, the same compiled, and its own chunked operation where it has one."""
+    """Plain PyTorch: the direct implementation, the same compiled, and its own chunked operation if available."""
     return {"naive": _naive, "torch.compile of naive": _compiled, "torch F.linear_cross_entropy": _torch_native}
 
 
@@ -160,7 +160,7 @@ def _torch_native() -> Method:
 
 
 def run_step(case: str, method: Method, batch: Batch, mode: str) -> Answer:
-    """One step: the value, and in all modes but "forward" the backward pass."""
+    """Run one step: the value and, except in mode "forward", the backward pass."""
     with method.around(), torch.set_grad_enabled(mode != "forward"):
         hidden = batch.hidden.detach().requires_grad_(mode != "forward")
         head_weight = batch.head_weight.detach().requires_grad_(mode == "full")
@@ -186,7 +186,7 @@ def run_step(case: str, method: Method, batch: Batch, mode: str) -> Answer:
             loss.backward()
     if sums is None:
         assert logprobs is not None
-        sums = logprobs  # summed by `answer_of`, outside of what is timed
+        sums = logprobs  # `answer_of` sums them, outside the timed part
     kept = None if logprobs is None else logprobs.detach()
     return Answer(
         logprobs=kept,
@@ -198,7 +198,7 @@ def run_step(case: str, method: Method, batch: Batch, mode: str) -> Answer:
 
 
 def answer_of(case: str, method: Method, batch: Batch) -> Answer:
-    """The answer of one full step, for the accuracy columns."""
+    """Return the results of one full step, for the accuracy columns."""
     answer = run_step(case, method, batch, "full")
     if answer.logprobs is None:
         return answer
@@ -212,7 +212,7 @@ def answer_of(case: str, method: Method, batch: Batch) -> Answer:
 
 
 def ceilings(batch: Batch) -> dict[str, tuple[Callable[[], object], float]]:
-    """Bounds of the same shape, name -> (call, THV): three GEMMs, the first alone, a copy of the logits' size."""
+    """Bounds for a shape, name -> (call, THV): three GEMMs, the first GEMM alone, a copy of the logits' size."""
     hidden, head_weight = batch.hidden, batch.head_weight
     logits = torch.empty(hidden.shape[0], head_weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     torch.mm(hidden, head_weight.T, out=logits)

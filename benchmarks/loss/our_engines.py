@@ -1,8 +1,7 @@
-"""The one place where benchmarks reach below the public names of paced_kernels: variants, launch table, planned work.
+"""Only module of the benchmarks that uses private parts of paced_kernels: variants, launch table, planned work.
 
 Stage 2 is the Triton projection with the exponentials in its epilogue, stage 1 a library GEMM with row kernels over
-its logits. Which one runs, and with which block sizes, is decided by `_loss.tiles.plan`; a variant replaces that
-decision for the length of a call.
+its logits. `_loss.tiles.plan` chooses the stage and the block sizes; a variant overrides that choice during a call.
 
 T = packed tokens, H = hidden size, V = vocabulary.
 """
@@ -33,20 +32,20 @@ GEMM_VARIANTS: tuple[dict[str, Any], ...] = (
     {"group_v": 4},
     {"group_v": 16},
 )
-"""Changes to the shipped configuration of the projection that the sweep tries; {} is the shipped one."""
+"""Changes to the shipped configuration of the projection for the sweep to try; {} is the shipped one."""
 
 INTERPRETER_VARIANTS: tuple[dict[str, Any], ...] = ({}, {"block_t": 16, "block_v": 128})
 
 
 @contextmanager
 def planned(config: Any) -> Iterator[None]:
-    """Run the projection by this configuration; None is stage 1."""
+    """Run the projection with this configuration; None = stage 1."""
     with mock.patch.object(tiles, "plan", return_value=config):
         yield
 
 
 def make_engine(batch: Batch, options: dict[str, Any]) -> tuple[Any, str]:
-    """The row engine that a call with these options would use, and the name of its backend."""
+    """Return the row engine that a call with these options would use, and the name of its backend."""
     resolved = resolve_backend(options.get("backend", "auto"), batch.hidden)
     own = head.Head(batch.head_weight, None, 1.0)
     workspace = options.get("workspace_bytes")
@@ -54,7 +53,7 @@ def make_engine(batch: Batch, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 def planned_thv(mode: str, batch: Batch, options: dict[str, Any]) -> float:
-    """THV of one step of our loss: twice the logits for sequences that fit no chunk and cannot be streamed."""
+    """THV of one step of our loss; logits count twice for sequences longer than a chunk that cannot be streamed."""
     if mode == "forward":
         return 2.0
     rows_engine, backend = make_engine(batch, options)
@@ -71,7 +70,7 @@ def planned_thv(mode: str, batch: Batch, options: dict[str, Any]) -> float:
 
 
 def sweep_configs(batch: Batch) -> dict[str, Any]:
-    """Name -> configuration of the projection; the shipped one first, then variants of it, then stage 1 (None)."""
+    """Return name -> configuration of the projection: the shipped one, its variants, then stage 1 (None)."""
     shipped = tiles.plan(batch.hidden, batch.head_weight)
     variants = GEMM_VARIANTS if batch.hidden.device.type == "cuda" else INTERPRETER_VARIANTS
     configs = {}
@@ -85,15 +84,15 @@ def sweep_configs(batch: Batch) -> dict[str, Any]:
 
 
 def describe_config(config: Any) -> str:
-    """A configuration as the call that makes it, so that the best one can be put into the table as printed."""
+    """Format a configuration as its constructor call, ready to be pasted into the table."""
     values = ", ".join(f"{field.name}={getattr(config, field.name)}" for field in dataclasses.fields(config))
     return f"{type(config).__name__}({values})"
 
 
 def exponentials_call(batch: Batch, config: Any, num_rows: int) -> Callable[[int], Tensor]:
-    """Turn -> log-probs [R] of one chunk of `num_rows` rows through the projection and its epilogue.
+    """Return a function turn -> log-probs [R] of a chunk of `num_rows` rows, through the projection and its epilogue.
 
-    Turns take different rows; exponentials, row sums and log-probs of every row are computed each time.
+    Turns use different rows; each computes exponentials, row sums and log-probs of every row.
     """
     with planned(config):
         rows_engine, _ = make_engine(batch, {"backend": "triton"})

@@ -1,8 +1,8 @@
-"""Other projects' code as methods of the kernel benchmarks, each through its own public names where it has them.
+"""Other projects' code as methods of the kernel benchmarks, through their public names where available.
 
-Nothing here is required: a peer that is not installed, or does not support the device or the dtype, raises
-UnavailableError and appears in the table by name with that reason. Their log-probs become the trajectory-balance
-loss by ordinary autograd.
+All peers are optional: one that is not installed, or does not support the device or the dtype, raises UnavailableError
+and is listed in the table with that reason. The trajectory-balance loss follows from their log-probs by ordinary
+autograd.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUACK_ROWS = 4096
 
 
 def _module(name: str, distribution: str) -> ModuleType:
-    """The imported module; UnavailableError with the reason if that fails in any way."""
+    """Import and return a module; UnavailableError with the reason on any failure."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -35,7 +35,7 @@ def _module(name: str, distribution: str) -> ModuleType:
         top = name.split(".")[0]
         reason = f"{distribution} is not installed" if missing == top else f"{distribution} needs {missing}"
         raise UnavailableError(reason) from error
-    except Exception as error:  # somebody else's import may fail in any way
+    except Exception as error:  # other projects' imports may fail in any way
         raise UnavailableError(f"importing {name} fails: {type(error).__name__}: {error}"[:160]) from error
 
 
@@ -54,7 +54,7 @@ def _version(distribution: str) -> str:
 
 
 def trl_selective(device: torch.device, dtype: torch.dtype) -> Method:
-    """Full logits in the dtype of the model, then TRL's gather of log-softmax."""
+    """TRL's gather of log-softmax, on full logits in the dtype of the model."""
     select = _module("trl.trainer.utils", "trl").selective_log_softmax
 
     def logprobs(hidden: Tensor, head_weight: Tensor, token_ids: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def trl_selective(device: torch.device, dtype: torch.dtype) -> Method:
 
 
 def trl_chunked(device: torch.device, dtype: torch.dtype) -> Method:
-    """TRL's log-probs without full logits, tiles of 4096 tokens by 32768 columns."""
+    """TRL's log-probs without full logits, in tiles of 4096 tokens by 32768 columns."""
     try:
         function = _module("trl.kernels", "trl").ChunkedLogProbFunction
     except (UnavailableError, AttributeError):
@@ -84,7 +84,7 @@ def trl_chunked(device: torch.device, dtype: torch.dtype) -> Method:
 
 
 def liger_flce(device: torch.device, dtype: torch.dtype, accum_dtype: torch.dtype | None = None) -> Method:
-    """Liger's Triton fused linear cross entropy, a loss for each token."""
+    """Liger's Triton fused linear cross entropy, with one loss per token."""
     _needs_gpu(device, dtype, half=False)
     module = _module("liger_kernel.transformers.fused_linear_cross_entropy", "liger-kernel")
     loss = module.LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=accum_dtype)
@@ -98,7 +98,7 @@ def liger_flce(device: torch.device, dtype: torch.dtype, accum_dtype: torch.dtyp
 
 
 def liger_chunked(device: torch.device, dtype: torch.dtype) -> Method:
-    """The log-probs inside Liger's chunked GRPO and PPO losses."""
+    """Log-probs as computed inside Liger's chunked GRPO and PPO losses."""
     module = _module("liger_kernel.chunked_loss.fused_linear_ppo", "liger-kernel")
     function = getattr(module, "_ChunkedSelectiveLogProbFunction", None)
     if function is None:
@@ -138,7 +138,7 @@ def liger_scaled(device: torch.device, dtype: torch.dtype, name: str = "liger sc
 
 
 def cut_cross_entropy(device: torch.device, dtype: torch.dtype, exact: bool = False) -> Method:
-    """Cut Cross-Entropy; exact: no gradient is filtered away, and float32 accumulators where the version has them."""
+    """Cut Cross-Entropy; `exact` = no gradient filtering, and float32 accumulators if the version has them."""
     _needs_gpu(device, dtype)
     function = _module("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
     known = inspect.signature(function).parameters
@@ -162,7 +162,7 @@ VERL_PLACES = (
 
 
 def verl_triton(device: torch.device, dtype: torch.dtype) -> Method:
-    """verl's Triton kernel, in the copy with masked columns if SkyRL (or that one file of it) is importable."""
+    """verl's Triton kernel; SkyRL's copy with masked columns if SkyRL (or that file of it) can be imported."""
     _needs_gpu(device, dtype, half=False)
     reasons = []
     for name, distribution in VERL_PLACES:
@@ -183,7 +183,7 @@ def verl_triton(device: torch.device, dtype: torch.dtype) -> Method:
 
 
 def quack_plain(device: torch.device, dtype: torch.dtype) -> Method:
-    """QuACK's chunked cross entropy, one weight for all tokens: a bound for plain CE, it cannot do this loss."""
+    """QuACK's chunked cross entropy with one weight for all tokens: a bound only, it cannot compute this loss."""
     _needs_gpu(device, dtype)
     function = _module("quack.linear_cross_entropy", "quack-kernels").chunked_linear_cross_entropy
 
@@ -199,7 +199,7 @@ def quack_plain(device: torch.device, dtype: torch.dtype) -> Method:
 
 
 def peer_makers(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Method]]:
-    """Name in the table -> function that makes the method or raises UnavailableError."""
+    """Return name in the table -> function that creates the method or raises UnavailableError."""
     float32 = torch.float32
     makers: dict[str, Callable[..., Method]] = {
         "trl selective_log_softmax": trl_selective,

@@ -1,4 +1,4 @@
-"""Where a step of our operations spends its time on the device: kernels by name, and in the order of one step.
+"""Device-time profile of a step of our operations: kernels by name, and in order of execution.
 
 python -m benchmarks.run phases
 """
@@ -32,7 +32,7 @@ FAMILIES = (
     ("copies and fills", r"memcpy|memset|fill|copy"),
     ("elementwise and reductions", r"elementwise|reduce|scan|sort|index|gather|scatter|aten::"),
 )
-"""Kinds of kernels by their names, the first match counts."""
+"""Families of kernels by name pattern; the first match counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +44,18 @@ class Arguments:
     shapes: tuple[str, ...] = ()
     """Shapes such as T16384-H4096-V151936; none means the headline and the smallest hidden size."""
     progress: str = ""
-    """File that always names what is being measured."""
+    """File that names the current measurement."""
     seconds: float = 0.0
     """Seconds after which no further step is profiled; 0 means no limit."""
 
 
 def family(name: str) -> str:
-    """The kind of a kernel."""
+    """Return the family of a kernel."""
     return next((kind for kind, pattern in FAMILIES if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def profile_step(call: Callable[[], object], clock: Clock) -> dict[str, Any]:
-    """Times by kernel over a few steps, a step's mean; on a CPU the operators take the place of kernels."""
+    """Return mean time per step by kernel, over a few steps; on a CPU by operator."""
     on_gpu = clock.device.type == "cuda"
     for _ in range(2):
         call()
@@ -75,7 +75,7 @@ def _self_us(event: Any, on_gpu: bool) -> float:
 
 
 def summarise_events(events: list[tuple[str, float, float]], steps: int) -> dict[str, Any]:
-    """Milliseconds a step by kernel and by family, from (name, start in us, duration in us) of `steps` steps."""
+    """Return ms per step by kernel and by family, from (name, start in us, duration in us) of `steps` steps."""
     total: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     families: dict[str, float] = defaultdict(float)
@@ -98,7 +98,7 @@ def summarise_events(events: list[tuple[str, float, float]], steps: int) -> dict
 
 
 def phases_text(entry: dict[str, Any]) -> str:
-    """The families and the longest kernels of one profile."""
+    """Format the families and the longest kernels of one profile."""
     head = f"\n{entry['method']}, {entry['case']}, {entry['shape']}, {entry['mode']}"
     if "failed" in entry:
         return f"{head}: failed: {entry['failed']}"
@@ -109,7 +109,7 @@ def phases_text(entry: dict[str, Any]) -> str:
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Profile every (case, mode); `path` holds what is done so far at any time."""
+    """Profile every (case, mode); `path` always holds the finished ones."""
     device = environment.choose_device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     clock = Clock(device)

@@ -1,7 +1,7 @@
-"""The problems that the kernel benchmarks solve: shapes, inputs like those of training, and what a method must compute.
+"""Problems of the kernel benchmarks: shapes, inputs like those in training, and the required results.
 
-T = packed tokens, B = sequences, H = hidden size, V = vocabulary. One THV is T * H * V floating-point operations: a
-GEMM of that shape costs two.
+T = packed tokens, B = sequences, H = hidden size, V = vocabulary. One THV is T * H * V floating-point operations; a
+GEMM of that shape costs 2 THV.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 BETA = 0.05  # reward units per nat
-LOG_RATIO_NOISE = 0.05  # nats per token by which the reference policy differs: a few nats per sequence
-MEAN_NLL = 0.3  # nats per token of peaked inputs, as completions of a trained policy have
+LOG_RATIO_NOISE = 0.05  # nats per token by which the reference policy differs; a few nats per sequence
+MEAN_NLL = 0.3  # nats per token of peaked inputs, typical of completions of a trained policy
 
 MODES = ("full", "forward", "frozen")
-"""Loss with every gradient; no gradient at all; the gradient of the hidden states only."""
+"""Loss with every gradient; without gradients; with the gradient of the hidden states only."""
 
 COMMON_THV = {"forward": 2.0, "frozen": 4.0, "full": 6.0}
-"""What the task needs: logits; and dhidden; and dweight. Nothing is computed twice."""
+"""THV that the task needs: 2 each for logits, dhidden and dweight, without recomputation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of one problem, written T16384-H4096-V151936."""
+    """Sizes of one problem, written as T16384-H4096-V151936."""
 
     tokens: int
     hidden_size: int
@@ -35,17 +35,17 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """The name that `parse` reads back."""
+        """Return the name that `parse` reads."""
         return f"T{self.tokens}-H{self.hidden_size}-V{self.vocab_size}"
 
     @property
     def num_sequences(self) -> int:
-        """About a thousand tokens per completion, and never fewer than four completions."""
+        """Return the number of completions: about a thousand tokens each, at least four completions."""
         return min(self.tokens, max(4, self.tokens // 1024))
 
     @staticmethod
     def parse(text: str) -> Shape:
-        """The shape of a name; ValueError for anything else."""
+        """Return the shape with this name; ValueError for any other text."""
         found = re.fullmatch(r"T(\d+)-H(\d+)-V(\d+)", text)
         if found is None:
             raise ValueError(f"a shape is written T16384-H4096-V151936, not {text!r}")
@@ -53,7 +53,7 @@ class Shape:
         return Shape(tokens=tokens, hidden_size=hidden_size, vocab_size=vocab_size)
 
     def operations(self, thv: float) -> float:
-        """Floating-point operations of `thv` THV."""
+        """Return the floating-point operations of `thv` THV."""
         return thv * self.tokens * self.hidden_size * self.vocab_size
 
 
@@ -64,7 +64,7 @@ TOY_SHAPE = Shape(tokens=96, hidden_size=64, vocab_size=512)
 
 
 def gpu_grid() -> list[Shape]:
-    """Every GPU shape, most telling first: the headline, then hidden sizes, then lengths, then the other vocabulary."""
+    """Return all GPU shapes, most important first: the headline, then hidden sizes, lengths, the other vocabulary."""
     sizes = [
         (tokens, hidden_size, vocab_size)
         for vocab_size in (151936, 128256)
@@ -76,7 +76,7 @@ def gpu_grid() -> list[Shape]:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One set of inputs; `cu_seqlens` lives on the CPU, the rest on the device of the measurement."""
+    """Set of inputs; `cu_seqlens` is on the CPU, the rest on the measured device."""
 
     shape: Shape
     hidden: Tensor  # [T, H]
@@ -86,24 +86,24 @@ class Batch:
     ref_logprobs: Tensor  # [T] f32
     rewards: Tensor  # [B] f32
     log_z: Tensor  # [B] f32
-    token_weights: Tensor  # [T] f32, gradient of the loss of the logprobs case with respect to each log-prob
+    token_weights: Tensor  # [T] f32, dloss / dlogprobs in the case `logprobs`
     mean_logprob: float  # nats
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Number of tokens of the longest sequence."""
         return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
 
 
 def draw_lengths(tokens: int, num_sequences: int, generator: torch.Generator) -> Tensor:
-    """[B] random lengths between a quarter and about twice the mean that add up to `tokens`, none of them 0."""
+    """Return [B] random lengths of sum `tokens`, from a quarter to about twice the mean, all positive."""
     shares = 0.25 + 1.5 * torch.rand(num_sequences, generator=generator, dtype=torch.float64)
     ends = (shares.cumsum(0) / shares.sum() * (tokens - num_sequences)).round().long()
     return torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64)) + 1
 
 
 def make_weight(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
-    """[V, H] rows of length about 1."""
+    """Return [V, H] with rows of norm about 1."""
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(shape.vocab_size, shape.hidden_size, generator=generator, device=device, dtype=torch.float32)
     return weight.mul_(shape.hidden_size**-0.5).to(dtype)
@@ -115,12 +115,12 @@ def make_batch(
     kind: str,
     seed: int,
 ) -> Batch:
-    """Inputs of one kind: "peaked" steers each state toward its token, "flat" leaves both random.
+    """Create inputs of one kind: "peaked" steers each state towards its token, "flat" leaves both random.
 
     Peaked: each token gets a negative log-prob drawn from a heavy-tailed distribution of mean 0.3 nats (most tokens
     are nearly certain, some are not), and the state of that token is noise plus the multiple of its weight row that
-    gives this log-prob. The reference policy differs by a little noise, so that residuals are a few nats, as in
-    training, and an error of the log-probs shows in the gradients as it would there.
+    gives this log-prob. The reference policy differs by a little noise, so that residuals are a few nats as in
+    training, and errors of log-probs affect the gradients as much as they would there.
     """
     if kind not in ("peaked", "flat"):
         raise ValueError(f"inputs are peaked or flat, not {kind!r}")
@@ -136,7 +136,7 @@ def make_batch(
         nll = (0.5 * MEAN_NLL * uniform.log().square()).clamp(1e-6, 12.0)  # square of an exponential variable: mean 2
         margin = -nll.expm1().log()
         target = torch.full_like(margin, math.log(vocab_size) + 0.5)
-        for _ in range(20):  # the steering itself spreads the other logits: variance target^2 / H on top of the noise
+        for _ in range(20):  # steering also spreads the other logits: it adds variance target^2 / H to the noise
             target = math.log(vocab_size) + 0.5 * (1.0 + (target**2 / shape.hidden_size).clamp(max=8.0)) + margin
         missing = target.float() - (hidden * rows).sum(-1)
         hidden += (missing / rows.square().sum(-1))[:, None] * rows
@@ -159,7 +159,7 @@ def make_batch(
 
 
 def chunked_logprobs(batch: Batch, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, log-probs of these rows): a plain product in `dtype` and float32 or float64 arithmetic after it."""
+    """Yield (rows, their log-probs): a plain product in `dtype`, then float32 or float64 arithmetic."""
     weight = batch.head_weight.to(dtype)
     for rows in row_chunks(batch.shape):
         logits = batch.hidden[rows].to(dtype) @ weight.T
@@ -169,7 +169,7 @@ def chunked_logprobs(batch: Batch, dtype: torch.dtype) -> Iterator[tuple[slice, 
 
 
 def row_chunks(shape: Shape, chunk_bytes: int = 2**30) -> Iterator[slice]:
-    """Slices of rows whose float64 logits take at most about a GiB."""
+    """Yield slices of rows whose float64 logits take at most about a GiB."""
     size = max(1, chunk_bytes // (8 * shape.vocab_size))
     for start in range(0, shape.tokens, size):
         yield slice(start, min(start + size, shape.tokens))

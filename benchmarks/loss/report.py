@@ -1,6 +1,6 @@
-"""The tables of the kernel benchmarks as text, wins and losses alike, and the decision gates.
+"""Text tables of the kernel benchmarks, including comparisons we lose, and the decision gates.
 
-A cell is what `kernels` measured for one shape and kind of inputs; nothing here measures anything.
+A cell is the result of `measure` for one shape and kind of inputs; this module measures nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 OURS = "ours"
 MARGIN = 1.10
-"""Gate G3: our loss takes at most 1 / 1.1 of the time of any peer."""
+"""Gate G3: our loss takes at most 1 / 1.1 of any peer's time."""
 
 SHOWN_MODES = ("full", "forward", "frozen")
 
@@ -19,22 +19,22 @@ Row = dict[str, Any]
 
 
 def median_ms(row: Row | None, mode: str) -> float | None:
-    """Median of a mode, or None where it has none."""
+    """Return the median of a mode, or None if it has none."""
     return None if row is None else row.get("modes", {}).get(mode, {}).get("median_ms")
 
 
 def find(cell: Cell, name: str) -> Row | None:
-    """The row of one method."""
+    """Return the row of a method."""
     return next((row for row in cell["rows"] if row["name"] == name), None)
 
 
 def peers(cell: Cell) -> list[Row]:
-    """Rows of others that do the task: no ceilings, nothing that was skipped or failed."""
+    """Return rows of other methods that do the task: no ceilings, skipped or failed ones."""
     return [row for row in cell["rows"] if row["status"] == "ok" and not row["ours"] and not row["ceiling"]]
 
 
 def speedup(cell: Cell, mode: str) -> tuple[float, str] | None:
-    """Fastest peer's time over ours, and its name; below 1 we lose. None where one of both is missing."""
+    """Return the fastest peer's time / ours, and its name; below 1 we lose. None if either time is missing."""
     own = median_ms(find(cell, OURS), mode)
     times = [(time, row["name"]) for row in peers(cell) if (time := median_ms(row, mode)) is not None]
     if own is None or not times:
@@ -44,7 +44,7 @@ def speedup(cell: Cell, mode: str) -> tuple[float, str] | None:
 
 
 def verdict(cell: Cell, mode: str) -> str:
-    """One line on a mode: how we compare with the fastest peer, a loss being called one."""
+    """Describe a mode in one line: our comparison with the fastest peer; a loss is called a loss."""
     found = speedup(cell, mode)
     where = f"{cell['name']} {cell['inputs']} {mode}"
     if found is None:
@@ -55,12 +55,12 @@ def verdict(cell: Cell, mode: str) -> str:
 
 
 def format_error(value: float | None) -> str:
-    """Two digits are enough for an error."""
+    """Format an error with two digits."""
     return "" if value is None else f"{value:.1e}"
 
 
 def row_cells(row: Row) -> list[str]:
-    """The cells of one row: time and rates of each mode, memory, errors."""
+    """Return the cells of one row: time and rates of each mode, memory, errors."""
     texts = [text for mode in SHOWN_MODES for text in _mode_cells(row["modes"].get(mode))]
     if row["status"] == "failed" and not any(texts):
         texts[0] = f"failed: {row.get('reason', '')[:80]}"
@@ -98,7 +98,7 @@ HEADINGS = (
 
 
 def ordered(cell: Cell) -> list[Row]:
-    """Ours, then the fastest first, then ceilings, then what failed; what was skipped has no row."""
+    """Order rows: ours, then peers (fastest first), ceilings, failures; skipped methods have no row."""
 
     def key(row: Row) -> tuple[int, float]:
         if row["status"] != "ok":
@@ -110,7 +110,7 @@ def ordered(cell: Cell) -> list[Row]:
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> str:
-    """Rows as a Markdown table whose columns line up; the long reason of a failure does not widen its column."""
+    """Format rows as an aligned Markdown table; long failure reasons do not widen their column."""
     table = [list(row) for row in rows]
     widths = [max(len(row[i]) for row in table if i == 0 or len(row[i]) <= 40) for i in range(len(table[0]))]
     lines = [
@@ -121,7 +121,7 @@ def aligned(rows: Iterable[Sequence[str]]) -> str:
 
 
 def cell_text(case: str, cell: Cell) -> str:
-    """Heading, table and verdicts of one cell."""
+    """Format heading, table and verdicts of one cell."""
     gpu = cell.get("gpu")
     state = ""
     if gpu:
@@ -139,7 +139,7 @@ def cell_text(case: str, cell: Cell) -> str:
 
 
 def gate(name: str, passed: bool | None, detail: str) -> dict[str, str]:
-    """One decision: pass, lost, or not measured."""
+    """Return one decision: pass, lost, or not measured."""
     return {
         "gate": name,
         "status": "not measured" if passed is None else "pass" if passed else "lost",
@@ -148,7 +148,7 @@ def gate(name: str, passed: bool | None, detail: str) -> dict[str, str]:
 
 
 def gates(cells: Sequence[Cell], first_gemm: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """The decision gates from the cells of the trajectory-balance case and the rates of the first GEMM.
+    """Return the decision gates, from the cells of the trajectory-balance case and the rates of the first GEMM.
 
     G1: the full step of stage 1 (or of the only stage) reaches 620 TFLOP/s on 6 THV at H 4096, T 16384.
     G2: the first GEMM with its epilogue reaches 600 TFLOP/s at every H of 2048 or more.
@@ -208,7 +208,7 @@ def _peer_gate(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def less_exact(own: Row, other: Row) -> list[str]:
-    """The errors in which our row is worse than another: beyond 5 %, and for sums beyond 1e-4 nats."""
+    """Return the errors in which our row is worse by more than 5 % (for sums, also by more than 1e-4 nats)."""
     worse = []
     for key in ERROR_KEYS:
         mine, theirs = own.get("accuracy", {}).get(key), other.get("accuracy", {}).get(key)

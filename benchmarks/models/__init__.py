@@ -1,1 +1,1 @@
-"""Model types of transformers."""
+"""Checks of the model types of transformers."""

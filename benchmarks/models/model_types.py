@@ -1,7 +1,7 @@
-"""Every causal language model type of transformers, small and with random weights: is it scored and sampled exactly?
+"""Exactness of scoring and sampling for every causal language model type of transformers, with small random models.
 
-Log-probs of every layout the type may have, and those that come with sampled tokens, against the model's own full pass
-over each sequence alone. A type that the installed transformers has and nobody has looked at is listed like the others.
+Log-probs in every layout that the type supports, and those returned with sampled tokens, are compared with the model's
+own full pass over each sequence alone. All types of the installed transformers are listed, including untested ones.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from paced_fast.policy.shape import shape_of
 logger = logging.getLogger(__name__)
 
 ORDINARY = range(3, tiny_types.VOCAB - 1)
-"""Tokens that mean nothing to any of the small models."""
+"""Tokens that are not special in any of the small models."""
 EXACT, RECURRENT = 1e-5, 1e-4
-"""Largest errors in nats: of float32, and of states that a full pass sums up in another order than one token at a time.
-They count for log-probs that spread by one nat, and grow with the spread."""
+"""Largest errors in nats: for float32, and for recurrent states, which a full pass sums in another order than one token
+at a time. They hold for log-probs with a spread of one nat and grow with the spread."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Score and sample a small model of every type."""
+    """Score and sample with a small model of every type."""
 
     types: tuple[str, ...] = ()
-    """Some types only."""
+    """Types to check; none means all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of one type. `error` is the largest difference found, in nats."""
+    """Outcome of one type. `error` is the largest difference found, in nats."""
 
     type: str
     outcome: str
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def check(model_type: str, changes: dict[str, Any] | None = None) -> Outcome:
-    """Build the type and compare. Never raises for what a type does."""
+    """Build the type and compare. Errors of a type are reported, never raised."""
     hf_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
@@ -64,21 +64,21 @@ def check(model_type: str, changes: dict[str, Any] | None = None) -> Outcome:
             model = tiny_types.tiny_model(model_type, **(changes or {}))
             with torch.no_grad():
                 model(input_ids=torch.tensor([[5, 6, 7]]))
-    except Exception as error:  # whatever a type raises, the others are still looked at
+    except Exception as error:  # any error of one type must not stop the others
         return Outcome(type=model_type, outcome="not built", why=_first_line(error))
     try:
         return _compared(model_type, model)
     except InputError as error:
         return Outcome(type=model_type, outcome="refused", why=_first_line(error))
-    except Exception as error:  # a traceback where there should be one line
+    except Exception as error:  # an unexpected error instead of an InputError
         return Outcome(type=model_type, outcome="wrong", why=f"{type(error).__name__}: {_first_line(error)}")
 
 
 def built(model_type: str) -> PreTrainedModel | None:
-    """A small model of the type, None where it cannot be built here."""
+    """Return a small model of the type; None if it cannot be built here."""
     try:
         return tiny_types.tiny_model(model_type)
-    except Exception:  # as in `check`, which says what it was
+    except Exception:  # `check` reports the error
         return None
 
 
@@ -114,7 +114,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def outcomes(types: tuple[str, ...]) -> Iterator[Outcome]:
-    """One type after another."""
+    """Yield the outcome of each type in turn."""
     for name in types:
         found = check(name)
         logger.info("%-26s %s %s", name, found.outcome, found.why or f"{found.layout}; error {found.error:.1e}")

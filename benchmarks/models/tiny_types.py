@@ -1,6 +1,6 @@
-"""Every causal language model type of transformers, as small as its configuration lets it be, with random weights.
+"""Small models of every causal language model type of transformers, with random weights.
 
-Sizes are set by the names that configurations share; a type that wants more has an entry in `CHANGES`.
+Sizes are set through configuration names that the types share; a type that needs more has an entry in `CHANGES`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ WINDOW = 4
 
 
 class TooLarge(Exception):
-    """The sizes known here do not make this type small."""
+    """Raised if the sizes known here do not make the model small."""
 
 
 TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-"""What `AutoModelForCausalLM` knows in the transformers that is installed."""
+"""Types that `AutoModelForCausalLM` of the installed transformers knows."""
 
 SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_words"), VOCAB),
@@ -130,7 +130,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "laurel_rank": 4,
     },
 }
-"""What a type needs besides, by its name."""
+"""Additional settings by type."""
 
 _VISION = {
     **dict.fromkeys(("hidden_size", "embed_dim", "intermediate_size", "projection_dim", "d_model"), 16),
@@ -139,18 +139,18 @@ _VISION = {
     "image_size": 16,
     "patch_size": 8,
 }
-"""Sizes of the other parts of a model that has more than text."""
+"""Sizes of the non-text parts of a multimodal model."""
 
 
 def _named(kind: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the sizes that this kind of configuration has."""
+    """Return the sizes that this kind of configuration has."""
     known = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "attribute_map", {}))
     known |= set(getattr(kind, "__dataclass_fields__", {}))
     return {name: value for name, value in sizes.items() if name in known}
 
 
 def tiny_settings(model_type: str, **changes: Any) -> PreTrainedConfig:
-    """A small configuration of this type; `changes` come last."""
+    """Return a small configuration of this type; `changes` take precedence."""
     kind: Any = CONFIG_MAPPING[model_type]
     parts: dict[str, Any] = {}
     for name, part in getattr(kind, "sub_configs", {}).items():
@@ -158,14 +158,14 @@ def tiny_settings(model_type: str, **changes: Any) -> PreTrainedConfig:
             parts[name] = tiny_settings(part.model_type).to_dict()
         elif part is not AutoConfig:
             parts[name] = _named(part, _VISION)
-        elif hasattr(own := getattr(kind(), name, None), "model_type"):  # of which only the default says the kind
+        elif hasattr(own := getattr(kind(), name, None), "model_type"):  # only its default shows the kind
             parts[name] = {"model_type": own.model_type, **_named(type(own), _VISION)}
     named = _named(kind, {**SIZES, **CHANGES.get(model_type, {})})
     return kind(**{**named, **parts, **changes})
 
 
 def sharpen(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
-    """Matrices drawn so that every layer says something: a distribution near the uniform one hides mistakes."""
+    """Draw matrices so that every layer affects the output: a nearly uniform distribution would hide mistakes."""
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -181,9 +181,9 @@ def sharpen(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
-    """A small model of this type in float32."""
+    """Return a small model of this type in float32."""
     made = tiny_settings(model_type, **changes)
-    with tempfile.TemporaryDirectory() as folder:  # as it comes from a folder, which may change it
+    with tempfile.TemporaryDirectory() as folder:  # reload it from a folder, which may change it
         made.save_pretrained(folder)
         settings = type(made).from_pretrained(folder)
     with torch.device("meta"):

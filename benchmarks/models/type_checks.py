@@ -1,4 +1,4 @@
-"""Whether the policy and the sampler say of a model what the model says itself, a sequence alone in its row.
+"""Compare the policy's and the sampler's log-probs with the model's own, for each sequence alone.
 
 T = packed completion tokens.
 """
@@ -27,7 +27,7 @@ LAYOUTS = ("masked", "blocks", "packed-sdpa", "padded")
 
 
 def rollouts(vocabulary: range, *, seed: int = 0) -> Rollouts:
-    """Completions of uneven lengths, two for each of three prompts of uneven lengths."""
+    """Return completions of different lengths, two for each of three prompts of different lengths."""
     source = torch.Generator().manual_seed(seed)
 
     def ids(count: int) -> list[int]:
@@ -40,7 +40,7 @@ def rollouts(vocabulary: range, *, seed: int = 0) -> Rollouts:
 
 
 def own_logprobs(model: PreTrainedModel, batch: Rollouts) -> Tensor:
-    """Log-probs [T] of one full pass a sequence: no cache, no padding, no mask; differentiable."""
+    """Return log-probs [T] from one full pass per sequence, without cache, padding or mask; differentiable."""
     parts = []
     for prompt, tokens in zip(batch.prompt_ids, batch.token_ids.split(batch.lengths), strict=True):
         logits = model(input_ids=torch.tensor([[*prompt, *tokens.tolist()]])).logits[0, len(prompt) - 1 : -1]
@@ -50,16 +50,16 @@ def own_logprobs(model: PreTrainedModel, batch: Rollouts) -> Tensor:
 
 @contextlib.contextmanager
 def policy_of(model: PreTrainedModel, layout: str, max_tokens: int = 40) -> Iterator[Policy]:
-    """The model computed in this layout; on a CPU the length of rows decides between mask and blocks."""
+    """Yield a policy that runs the model in this layout; on a CPU the row length decides between mask and blocks."""
     with mock.patch.object(policy_module, "MASKED_ROW", 10**6 if layout == "masked" else 0):
         chosen: Attention = SHARED if layout in ("masked", "blocks") else choose_attention(layout, model)
         yield Policy(model, max_tokens=max_tokens, attention=chosen)
 
 
 def sampling_error(model: PreTrainedModel, vocabulary: range, *, temperature: float = 1.0, tokens: int = 7) -> float:
-    """Largest difference between the log-probs that came with sampled tokens and those of a full pass.
+    """Return the largest difference between the log-probs returned with sampled tokens and those of a full pass.
 
-    Infinite when a sequence depends on the order of the batch, or a greedy one is not that of transformers.
+    Infinite if a sequence depends on the order of the batch, or a greedy sequence differs from that of transformers.
     """
     prompts = list(dict.fromkeys(rollouts(vocabulary, seed=1).prompt_ids))
     generator = TransformersGenerator(model, stop_ids=[vocabulary.start], max_batch_sequences=16)
@@ -82,7 +82,7 @@ def sampling_error(model: PreTrainedModel, vocabulary: range, *, temperature: fl
 
 
 def _greedy(model: PreTrainedModel, prompt: tuple[int, ...], count: int) -> list[int]:
-    """The likeliest tokens, each from a whole pass."""
+    """Return the most likely tokens, each from a full pass."""
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(count):
@@ -91,7 +91,7 @@ def _greedy(model: PreTrainedModel, prompt: tuple[int, ...], count: int) -> list
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether some layers carry a state instead of keys and values."""
+    """Return whether some layers carry a recurrent state instead of keys and values."""
     settings = text_settings(model.config)
     kinds = getattr(settings, "layer_types", None) or ()
     named = any("linear" in kind or "mamba" in kind or "hybrid" in kind for kind in kinds)

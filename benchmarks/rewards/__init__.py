@@ -1,1 +1,1 @@
-"""Rewards: speed, verdicts, isolation."""
+"""Benchmarks of rewards: speed, correctness, isolation."""

@@ -1,11 +1,11 @@
-"""The math rewards against labelled answers, and their speed, beside math-verify called directly.
+"""Accuracy of the math rewards on labelled answers, and their speed, compared with math-verify called directly.
 
-The table is tests/verdicts/math.jsonl: gold, completion, and a hand-made label for each mode. math-verify is called as
-its documentation shows: the completion as it is, and the gold between dollar signs. Rows with `held_out` were written
-after the rules were fixed and changed nothing.
+The table is tests/verdicts/math.jsonl: reference, completion, and a manual label per mode. math-verify is called as in
+its documentation: the completion unchanged, and the reference between dollar signs. Rows with `held_out` were written
+after the rules were fixed and did not influence them.
 
-Speed is answers a second of one call with a batch, processes started before; every batch has numbers of its own, so no
-verdict is remembered from another.
+Speed is answers per second of one call with a batch, with processes already started. Every batch has its own numbers,
+so no result comes from a cache.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from paced_fast.rewards.math.reward import MathReward
 TABLE = Path(__file__).resolve().parents[2] / "tests" / "verdicts" / "math.jsonl"
 DIRECT = "math-verify"
 METHODS = {"math_strict": "math_strict", "math": "math", DIRECT: "math", f"{DIRECT}, strict labels": "math_strict"}
-"""What is compared, and the labels it is held to."""
+"""Methods, and the labels each is compared with."""
 
 Batch = tuple[list[str], list[str]]
-"""Golds and completions."""
+"""References and completions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Errors on the labelled table by mode and kind of answer, and answers a second."""
+    """Measure errors on the labelled table by mode and kind of answer, and answers per second."""
 
     answers: int = 512
-    """Answers in a batch."""
+    """Answers per batch."""
     repeats: int = 7
-    """Batches of each kind; the methods take turns."""
+    """Batches of each kind; the methods alternate."""
     seed: int = 0
     """Seed of the batches."""
     rows: int = 0
@@ -54,7 +54,7 @@ class Arguments:
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Errors and speeds of the two rewards and of math-verify."""
+    """Return errors and speeds of the two rewards and of math-verify."""
     if arguments.answers < 8 or arguments.repeats < 1:
         raise InputError("a batch has 8 answers or more, and there is at least one")
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -76,7 +76,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 
 def direct(golds: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """The verdicts of math-verify, in this process, its own time limits on."""
+    """Return the verdicts of math-verify, in this process, with its own time limits enabled."""
     found = []
     for gold, completion in zip(golds, completions, strict=True):
         found.append(float(verify(parse(f"${gold}$"), parse(completion))))
@@ -88,7 +88,7 @@ def _judged(judge: MathReward) -> Callable[[Sequence[str], Sequence[str]], list[
 
 
 def table_errors(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows that each method judges otherwise than their label says."""
+    """Return, per method, the rows whose verdict differs from the label."""
     golds, completions = ([row[key] for row in rows] for key in ("gold", "completion"))
     verdicts: dict[str, Sequence[float | None]] = {}
     for strict in (True, False):
@@ -109,7 +109,7 @@ def table_errors(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
 
 
 def summary(rows: Sequence[dict[str, Any]], errors: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Counts for each method: of all rows, and of those held out."""
+    """Return counts per method: over all rows, and over held-out rows."""
     found: dict[str, Any] = {}
     for method, label in METHODS.items():
         found[method] = {}
@@ -127,7 +127,7 @@ def summary(rows: Sequence[dict[str, Any]], errors: dict[str, list[dict[str, Any
 
 
 def kinds(rows: Sequence[dict[str, Any]], errors: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Rows of each kind of answer, and `false positives/false negatives` of each method."""
+    """Return rows per kind of answer, and `false positives/false negatives` per method."""
     found: dict[str, Any] = {}
     for kind in dict.fromkeys(row["kind"] for row in rows):
         found[kind] = {"rows": sum(row["kind"] == kind for row in rows)}
@@ -137,7 +137,7 @@ def kinds(rows: Sequence[dict[str, Any]], errors: dict[str, list[dict[str, Any]]
     return found
 
 
-# Ordinary answers: (share, gold, right answer in another form, wrong answer), of two numbers drawn for each.
+# Ordinary answers: (share, reference, right answer in another form, wrong answer), filled with two random numbers.
 _FORMS: tuple[tuple[int, str, str, str], ...] = (
     (8, "{a}", "{a}", "{b}"),
     (2, "{a}", "{a}.0", "{a}.5"),
@@ -152,11 +152,11 @@ _FORMS: tuple[tuple[int, str, str, str], ...] = (
     (1, r"[{a}, \infty)", r"[{a},\infty)", r"({a}, \infty)"),
 )
 NO_NUMBERS = range(6, 11)
-"""Indices of the forms that are no plain numbers: nearly all of them need a worker."""
+"""Indices of the forms that are not plain numbers; nearly all of them need a worker process."""
 
 
 def batch(source: random.Random, num_answers: int, *, group: int = 1, forms: Sequence[int] | None = None) -> Batch:
-    """Golds and completions, half of them right; `group` completions of each gold, with three answers among them."""
+    """Return references and completions, half of them right; `group` completions per reference, with three answers."""
     chosen = list(forms or range(len(_FORMS)))
     golds: list[str] = []
     completions: list[str] = []
@@ -173,7 +173,7 @@ def batch(source: random.Random, num_answers: int, *, group: int = 1, forms: Seq
 
 
 def throughput(arguments: Arguments) -> dict[str, Any]:
-    """Answers a second of each method on each kind of batch, interleaved."""
+    """Measure answers per second of each method on each kind of batch, interleaved."""
     cores = len(os.sched_getaffinity(0))
     judges = {
         f"{name}, {workers} worker{'s' if workers > 1 else ''}": MathReward(
@@ -214,7 +214,7 @@ def throughput(arguments: Arguments) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Both tables, to the terminal."""
+    """Print both tables."""
     print(f"{'kind':<18}{'rows':>5}  " + "".join(f"{method:>28}" for method in METHODS))
     for kind, row in result["table"]["kinds"].items():
         print(f"{kind:<18}{row['rows']:>5}  " + "".join(f"{'{}/{}'.format(*row[method]):>28}" for method in METHODS))

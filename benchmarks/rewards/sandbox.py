@@ -1,7 +1,8 @@
-"""What each sandbox holds and costs: attacks, honest programs, time of a trivial one beside a bare interpreter.
+"""Isolation and cost of each sandbox: attacks, honest programs, and a trivial program against a bare interpreter.
 
-The attacks are those of the tests, each backend attacked by a process of its own; without isolation too, for what they
-are worth. Timings of all ways are interleaved in one process, one program at a time, then with as many as cores.
+The attacks are those of the tests; each backend is attacked from a separate process. They also run without isolation,
+to show that they work. Timings of all backends are interleaved in one process, first with one program at a time, then
+with one per core.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ _TRIVIAL = "print(input())"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Options of the case `sandbox`."""
+    """Measure isolation and cost of the sandboxes."""
 
     runs: int = 100
-    """Trivial programs for each way, one at a time."""
+    """Trivial programs per backend, one at a time."""
     attacks: bool = True
-    """Run the attacks too, which takes a minute or two."""
+    """Also run the attacks, which takes a minute or two."""
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """One row a way."""
+    """Return one row per backend."""
     if arguments.runs < 2:
         raise InputError(f"--runs is {arguments.runs}: give 2 or more")
     cores = os.cpu_count() or 1
@@ -69,7 +70,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """The rows as Markdown."""
+    """Format the rows as Markdown."""
     lines = ["| way | attacks held | honest programs right | ms a program (10th to 90th percentile) | programs/s |"]
     lines.append("|---|---|---|---|---|")
     for name, row in rows.items():

@@ -1,1 +1,1 @@
-"""Runs and steps of training."""
+"""Benchmarks of training runs and steps."""

@@ -1,4 +1,4 @@
-"""Statistics and plots of learning curves: means with standard errors, rollouts needed to reach a level."""
+"""Statistics and plots of learning curves: means with standard errors, rollouts to reach a level."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLUMNS = (
 
 
 def isotonic(values: Floats) -> Floats:
-    """The non-decreasing sequence nearest to `values` [n] in squared error (pool adjacent violators)."""
+    """Return the non-decreasing sequence closest to `values` [n] in squared error (pool adjacent violators)."""
     blocks: list[tuple[float, int]] = []
     for value in values:
         blocks.append((float(value), 1))
@@ -41,7 +41,7 @@ def isotonic(values: Floats) -> Floats:
 
 
 def share_to_reach(grid: Floats, curve: Floats, level: float) -> float | None:
-    """Where the isotonic fit of `curve` on `grid` first reaches `level`, as a share of the grid's end; None: never."""
+    """Return where the isotonic fit of `curve` on `grid` first reaches `level`, as a share of grid[-1], or None."""
     fitted = isotonic(curve)
     if fitted[-1] < level:
         return None
@@ -53,13 +53,13 @@ def share_to_reach(grid: Floats, curve: Floats, level: float) -> float | None:
 
 
 def at(run: dict[str, Any], axis: str, where: Floats) -> Floats:
-    """Accuracy of one run at the points `where` of `axis` (rollouts or train_seconds), linear between evaluations."""
+    """Interpolate a run's accuracy linearly at the points `where` of `axis` (rollouts or train_seconds)."""
     points = run["curve"]
     return np.interp(where, [point[axis] for point in points], [point["accuracy"] for point in points])
 
 
 def summarise(name: str, runs: dict[str, list[dict[str, Any]]], budget: int, seconds: float) -> dict[str, Any]:
-    """One row: means over seeds with standard errors, at the rollout budget unless a name says otherwise."""
+    """Return one row: means over seeds with standard errors, at the rollout budget unless the key says otherwise."""
     mine, base = runs[name], runs["grpo"]
     grid = np.linspace(0, budget, 25)
     curves = np.stack([at(run, "rollouts", grid) for run in mine])
@@ -90,7 +90,7 @@ def summarise(name: str, runs: dict[str, list[dict[str, Any]]], budget: int, sec
 
 
 def _mean(values: Any) -> dict[str, float | None]:
-    """Mean and its standard error over seeds (None with a single seed)."""
+    """Return mean and standard error over seeds (None with a single seed)."""
     array = np.array(list(values), dtype=np.float64)
     error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else None
     return {"mean": float(array.mean()), "error": error}
@@ -99,7 +99,7 @@ def _mean(values: Any) -> dict[str, float | None]:
 def _bootstrap_share(
     grid: Floats, curves: Floats, base: Floats, rounds: int = 2000
 ) -> tuple[float | None, float | None]:
-    """5 % and 95 % of `share_to_reach` over resampled seeds; None where it is not reached."""
+    """Return the 5 % and 95 % quantiles of `share_to_reach` over resampled seeds; None if not reached."""
     source = np.random.default_rng(0)
     found = []
     for _ in range(rounds):
@@ -111,7 +111,7 @@ def _bootstrap_share(
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of `summarise` as the texts of `COLUMNS` after the first."""
+    """Format a row of `summarise` as the `COLUMNS` after the first."""
 
     def shown(key: str, spec: str = ".3f") -> str:
         value = row[key]
@@ -143,7 +143,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], titles: dict[str, str], path: Path) -> None:
-    """Mean accuracy with a band of one standard error, against rollouts and against seconds, as a PNG."""
+    """Plot mean accuracy with a band of one standard error, against rollouts and seconds, as a PNG."""
     charts = []
     for axis, label, unit in (("rollouts", "rollouts", NUMBER), ("train_seconds", "training time", TIME)):
         lines = []
@@ -153,7 +153,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], titles: dict[str, str], path: Pa
             curves = np.stack([at(run, axis, grid) for run in members])
             mean = curves.mean(0)
             error = curves.std(0, ddof=1) / math.sqrt(len(curves)) if len(curves) > 1 else np.zeros_like(mean)
-            look = {"color": k % COLORS, "style": "thick" if k < COLORS else "thin"}  # colours come twice at most
+            look = {"color": k % COLORS, "style": "thick" if k < COLORS else "thin"}  # a colour serves at most two
             lines.append(Line(name=titles[name], x=grid, y=mean, low=mean - error, high=mean + error, **look))
         charts.append(
             Chart(

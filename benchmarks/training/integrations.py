@@ -1,8 +1,8 @@
 """TRL's own loss against `PacedTrainer`: one loss and backward pass on the same batch, time and peak memory.
 
-Each trainer has a process of its own, because peak memory on a CPU is that of a process, and they take turns. The
-backbone is small, so that the output layer is what is seen. The third line is `PacedTrainer(fused=False)`, on the
-log-probs TRL computes.
+Each trainer runs in a separate process, because peak memory on a CPU is per process, and they alternate. The backbone
+is small, so that the output layer dominates. The third row is `PacedTrainer(fused=False)`, on log-probs computed by
+TRL.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METHODS = ("trl grpo", "paced", "paced on trl's log-probs")
 
 @dataclass(frozen=True)
 class Arguments:
-    """Compare the losses of two trainers."""
+    """Compare the losses of TRL and PacedTrainer."""
 
     tokens: int = 2048
     """Completion tokens of the micro-batch, in eight completions."""
@@ -33,15 +33,15 @@ class Arguments:
     hidden: int = 576
     """Width of the model."""
     layers: int = 2
-    """Its layers."""
+    """Number of layers."""
     repeats: int = 5
-    """Measured passes, after one that is not."""
+    """Measured passes, after one warm-up pass."""
     device: str = "auto"
     """"cpu", "cuda" or "auto"."""
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Median seconds and peak bytes of each method."""
+    """Return median seconds and peak bytes per method."""
     del path
     if arguments.tokens % 8:
         raise InputError(f"--tokens {arguments.tokens} must be a multiple of 8, for eight completions")
@@ -77,7 +77,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 
 def run(method: str, arguments: Arguments) -> None:
-    """Turns of one loss and backward pass in this process; bytes are those above the model and the batch."""
+    """Serve turns of one loss and backward pass in this process; bytes are above the model and the batch."""
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -140,12 +140,12 @@ def run(method: str, arguments: Arguments) -> None:
     }
     trainer.current_gradient_accumulation_steps = 1
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # their memory is nobody's
+        parameter.grad = torch.zeros_like(parameter)  # allocated before counting: part of no method's memory
 
     def step() -> None:
         trainer._compute_loss(model, inputs).backward()
 
-    step()  # libraries allocate at their first use
+    step()  # warm-up: libraries allocate on first use
     turns.count_memory_from_here()
     turns.ready(device=torch.cuda.get_device_name() if on_gpu else "cpu", threads=torch.get_num_threads())
     while True:

@@ -1,12 +1,12 @@
-"""The training phase of `paced_fast` beside TRL's GRPOTrainer: same weights, rollouts and number of optimiser steps.
+"""Training phase of `paced_fast` against TRL's GRPOTrainer: same weights, rollouts and number of optimiser steps.
 
-A turn is everything that happens between rewards and new weights: log-probs of the policy that sampled, forward and
-backward passes, optimiser steps. TRL gets its completions from `rollout_func` and is timed by callbacks of its own
-loop; ours runs `Policy.logprobs` and `update_policy` as the trainer does. The methods are processes that take turns.
-The rollouts are random token ids whose lengths are spread evenly on a logarithmic scale, all drawn from the seed.
+A turn is all work between rewards and new weights: log-probs of the sampling policy, forward and backward passes, and
+optimiser steps. TRL gets its completions from `rollout_func` and is timed by callbacks in its own loop; ours runs
+`Policy.logprobs` and `update_policy` as the trainer does. Each method is a process, and they alternate. The rollouts
+are random token ids with lengths spread evenly on a logarithmic scale, all drawn from the seed.
 
-On a CPU everything is float32. On a GPU each has its own way to use bfloat16: TRL keeps float32 weights and casts
-within operations, ours keeps the parameters in bfloat16.
+On a CPU everything is float32. On a GPU the use of bfloat16 differs: TRL keeps float32 weights and casts within
+operations; ours keeps the parameters in bfloat16.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from paced_fast.errors import InputError
 LOG = logging.getLogger(__name__)
 OURS = "paced_fast"
 TRL = {"trl, gradient checkpointing": True, "trl": False}
-"""TRL's trainer with its default and without recomputation, which takes more memory and less time."""
+"""TRL's trainer with its default, and without recomputation, which needs more memory and less time."""
 METHODS = (OURS, "trl", "trl, gradient checkpointing")
 
 
@@ -41,40 +41,40 @@ class Arguments:
     """Compare the training phases of two trainers."""
 
     prompts: int = 2
-    """Prompts of a batch."""
+    """Prompts per batch."""
     completions: int = 8
-    """Completions a prompt."""
+    """Completions per prompt."""
     shortest: int = 16
     """Fewest tokens of a completion."""
     longest: int = 64
     """Most tokens of a completion."""
     updates: int = 2
-    """Optimiser steps a batch."""
+    """Optimiser steps per batch."""
     sequences: int = 8
-    """Sequences of TRL's micro-batch; ours holds as many tokens, padding included."""
+    """Sequences per micro-batch of TRL; ours holds equally many tokens, including padding."""
     repeats: int = 3
-    """Measured turns of each method and number of threads, after one that is not."""
+    """Measured turns per method and number of threads, after one warm-up turn."""
     threads: tuple[str, ...] = ("1", "2")
-    """Threads on a CPU, one after the other."""
+    """Numbers of CPU threads, measured one after the other."""
     methods: tuple[str, ...] = METHODS
-    """Which to measure."""
+    """Methods to measure."""
     model: str = "smollm2"
-    """smollm2 (weights of the same shape are drawn where the package is missing), or toy."""
+    """smollm2 (random weights of the same shape if the package is missing), or toy."""
     matmul_precision: str = "highest"
-    """Of float32 products, for all methods: highest, high or medium."""
+    """Precision of float32 products, for all methods: highest, high or medium."""
     seed: int = 0
-    """Of lengths and tokens."""
+    """Seed of lengths and tokens."""
     device: str = "auto"
     """cuda, cpu or auto."""
     progress: str = ""
-    """File that always names what is being measured."""
+    """File that names the current measurement."""
     seconds: float = 0.0
-    """Seconds after which no further turn is begun; 0 means no limit."""
+    """Seconds after which no further turn starts; 0 means no limit."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Recorded rollouts, one list a completion; those of a prompt are neighbours."""
+    """Recorded rollouts, one list per completion; completions of a prompt are adjacent."""
 
     prompts: list[list[int]]
     completions: list[list[int]]
@@ -82,7 +82,7 @@ class Batch:
 
 
 def record(arguments: Arguments, vocabulary: int) -> Batch:
-    """Prompts of 16 to 48 tokens and completions of `shortest` to `longest`; every other one is right."""
+    """Draw prompts of 16 to 48 tokens and completions of `shortest` to `longest`; every second one is right."""
     source = random.Random(arguments.seed)
 
     def ids(count: int) -> list[int]:
@@ -99,7 +99,7 @@ def record(arguments: Arguments, vocabulary: int) -> Batch:
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Seconds, tokens a second and peak memory of each method, and how ours compares; `path` always holds them."""
+    """Measure time, tokens per second and peak memory per method, and compare; `path` always has the latest."""
     on_gpu = environment.choose_device(arguments.device).type == "cuda"
     _check(arguments)
     threads = [0] if on_gpu else [int(count) for count in arguments.threads]
@@ -133,7 +133,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows as text."""
+    """Format the rows as text."""
     return [
         f"{row['method']:<30}{row['threads'] or 'gpu':>4}{row['median_seconds']:>9.2f} s "
         f"({row['least_seconds']:.2f} to {row['largest_seconds']:.2f}){row['tokens_per_second']:>9.0f} tokens/s"
@@ -175,7 +175,7 @@ def _row(method: str, threads: int, turns: list[dict[str, Any]], processes: list
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours against every other method at each number of threads: how many times as fast, and its share of memory."""
+    """Compare ours with every other method per number of threads: speedup and share of memory."""
     found = []
     for ours in (row for row in rows if row["method"] == OURS):
         for row in rows:
@@ -192,7 +192,7 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _model(arguments: Arguments, dtype: Any) -> tuple[Any, str]:
-    """The model and where its weights are from; drawn ones take as long as any."""
+    """Return the model and the source of its weights; random weights take equally long."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -226,7 +226,7 @@ def _said(arguments: Arguments, batch: Batch, precision: str, weights: str) -> d
 
 
 def run_ours(arguments: Arguments) -> None:
-    """Turns of `Policy.logprobs` and `update_policy`, on one batch again and again."""
+    """Serve turns of `Policy.logprobs` and `update_policy`, always on the same batch."""
     import torch
 
     from paced_fast.config import OptimizerConfig
@@ -269,7 +269,7 @@ def run_ours(arguments: Arguments) -> None:
 
 
 def run_trl(arguments: Arguments, gradient_checkpointing: bool) -> None:
-    """TRL's own loop, which waits for a turn before the first optimiser step on a batch and answers after the last."""
+    """Run TRL's own loop; it waits for a turn before the first optimiser step on a batch and answers after the last."""
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -286,7 +286,7 @@ def run_trl(arguments: Arguments, gradient_checkpointing: bool) -> None:
     micro_batches = len(batch.completions) // arguments.sequences
 
     def recorded(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        """TRL repeats a prompt as often as it wants completions of it."""
+        """Return recorded completions; TRL repeats each prompt once per completion."""
         del trainer
         seen = dict.fromkeys(prompts, 0)
         rows = []
@@ -297,7 +297,7 @@ def run_trl(arguments: Arguments, gradient_checkpointing: bool) -> None:
         return {**{name: [found[row] for row in rows] for name, found in ids.items()}, "logprobs": None}
 
     class TakeTurns(TrainerCallback):
-        """The training phase of a batch is `updates` optimiser steps."""
+        """Callback that times the training phase of a batch, which is `updates` optimiser steps."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % arguments.updates == 0:
@@ -335,7 +335,7 @@ def run_trl(arguments: Arguments, gradient_checkpointing: bool) -> None:
 
 
 def main() -> None:
-    """One competitor: METHOD JSON."""
+    """Run one competitor; command line: METHOD JSON."""
     import torch
 
     given = json.loads(sys.argv[2])

@@ -1,8 +1,8 @@
-"""How many rollouts, and how many seconds, does each algorithm need? The `tiny` preset, every arm from the same start.
+"""Rollouts and seconds that each algorithm needs, on the `tiny` preset; the arms of a seed start from equal weights.
 
-A seed is its own warm start and its own training noise; prompts, held-out problems and settings are the same for all.
-Arms are compared at the same number of rollouts, dropped groups of dynamic sampling included, and at the same training
-time: that of `grpo` for its rollouts, evaluation excluded. Runs use one thread each, `--workers` of them at a time.
+A seed determines the warm start and the training noise; prompts, held-out problems and settings are the same for all.
+Arms are compared at equal rollouts, including dropped groups of dynamic sampling, and at equal training time: that of
+`grpo` for its rollouts, without evaluation. Each run uses one thread; `--workers` runs are concurrent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from paced_fast.errors import InputError
 from paced_fast.run import evaluate_policy
 from paced_fast.run.start.build import PreparedRun, build
 
-# name -> what it is, and how its settings differ from the preset's. `grpo` comes first: it sets the time budget.
+# name -> description, and changes to the preset's settings. `grpo` comes first, because it sets the time budget.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("GRPO", {"algorithm": "grpo"}),
     "dynamic": ("GRPO + dynamic sampling", {"algorithm": "grpo", "scheduler.rule": "dynamic"}),
@@ -71,17 +71,17 @@ class Arguments:
     steps: int = 150
     """Rollout budget, in steps of 128 rollouts."""
     eval_every: int = 25
-    """Budget between two points of a curve, in the same steps."""
+    """Budget between two points of a curve, in the same unit."""
     arms: tuple[str, ...] = tuple(ARMS)
     """Arms to run; `grpo` always runs."""
     workers: int = 2
-    """Runs at a time, one thread each; 0 runs them one after another in this process."""
+    """Concurrent runs, one thread each; 0 = one after another in this process."""
     quick: bool = False
-    """Toy sizes, to see that everything works."""
+    """Toy sizes, to check that everything works."""
 
 
 def arm_config(name: str, seed: int, steps: int, *, toy: bool = False) -> Config:
-    """The settings of one run."""
+    """Return the settings of one run."""
     config = quick(preset("tiny")) if toy else preset("tiny")
     for key, value in ARMS[name][1].items():
         config = _replace(config, key, value)
@@ -102,7 +102,7 @@ def _replace(config: Any, key: str, value: Any) -> Any:
 
 
 def run_arm(job: tuple[str, int], *, steps: int, eval_every: int, seconds: float, toy: bool) -> dict[str, Any]:
-    """Train one arm until both the rollout budget and `seconds` of training are used up; its curve and final scores."""
+    """Train one arm until the rollout budget and `seconds` of training are used up; return curve and final scores."""
     name, seed = job
     config = arm_config(name, seed, steps, toy=toy)
     budget, interval = steps * config.rollouts_per_step, eval_every * config.rollouts_per_step
@@ -158,7 +158,7 @@ def _point(run: PreparedRun, evaluation: Any, rollouts: int, seconds: float) -> 
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Run every arm and seed, print the table, draw the curves beside `path`, and return everything."""
+    """Run every arm and seed, print the table, plot the curves next to `path`, and return everything."""
     unknown = [name for name in arguments.arms if name not in ARMS]
     if unknown:
         raise InputError(f"unknown arm {unknown[0]!r}: the arms are {', '.join(ARMS)}")
@@ -187,7 +187,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 
 def _pool(workers: int) -> AbstractContextManager[Any]:
-    """Processes that do one job each, or None: this one does them all."""
+    """Return a pool whose processes do one job each, or None to run all jobs in this process."""
     if not workers:
         return nullcontext()
     return multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1)

@@ -1,7 +1,7 @@
-"""The share of every phase in a training step, from a short run of a preset as a user would start it.
+"""Share of each phase in a training step, from a short run of a preset as a user would start it.
 
-The phases are the NVTX ranges of the same names and the timing columns of `metrics.jsonl`: time of the host on a CPU,
-and on a GPU time between events of its stream, so that a phase is charged for the work it launched.
+The phases are the NVTX ranges and timing columns of `metrics.jsonl` with the same names. On a CPU they are host times;
+on a GPU, times between events of the stream, so that each phase is charged for the work it launched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from paced_fast.config.presets import preset
 from paced_fast.errors import InputError
 
 PACED_PHASES = ("schedule", "replay", "head")
-"""What PACED-RL adds to a step: drawing prompts, the ring of completions, the estimate."""
+"""Phases that PACED-RL adds to a step: drawing prompts, replay, the log Z head."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Arguments:
     preset: str = "smollm2"
     """Name of the preset."""
     steps: int = 10
-    """Steps of the run."""
+    """Number of steps of the run."""
     skip: int = 4
-    """First steps left out: warm-up of the scheduler, of caches, of the allocator."""
+    """Number of first steps excluded: warm-up of scheduler, caches and allocator."""
     seed: int = 0
     """Seed of the run."""
     quick: bool = False
-    """Toy sizes but for the number of steps, to see that everything works."""
+    """Toy sizes except for the number of steps, to check that everything works."""
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Median seconds and share of each phase, and the share of those that PACED-RL adds."""
+    """Measure median seconds and share of each phase, and the share of phases that PACED-RL adds."""
     del path
     if not 0 <= arguments.skip < arguments.steps:
         raise InputError(f"--skip must be below --steps, got {arguments.skip} and {arguments.steps}")
@@ -63,7 +63,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 
 def summarise(steps: list[dict[str, float]]) -> dict[str, Any]:
-    """Seconds and shares by phase, medians with their extremes over steps; a phase a step lacks took 0 s."""
+    """Return seconds and shares per phase: median, minimum and maximum over steps; a missing phase counts 0 s."""
     names = sorted({name for seconds in steps for name in seconds})
     totals = [sum(seconds.values()) for seconds in steps]
     phases = {}
@@ -88,7 +88,7 @@ def summarise(steps: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The phases, largest first, as text."""
+    """Format the phases, largest first, as text."""
     phases = sorted(result["phases"].items(), key=lambda item: -item[1]["median_share"])
     lines = [f"{'phase':<14}{'seconds':>10}{'share':>9}"]
     lines += [f"{name:<14}{row['median_seconds']:>10.4f}{row['median_share']:>9.2%}" for name, row in phases]

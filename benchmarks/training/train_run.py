@@ -1,4 +1,4 @@
-"""One run of a preset as a user would start it, timed from start to end: what the README says of it comes from here."""
+"""One run of a preset as a user would start it, timed from start to end; the source of the README's numbers."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Arguments:
     seed: int = 0
     """Seed of the run."""
     fresh: bool = True
-    """Make the warm start anew instead of taking a cached one."""
+    """Recompute the warm start instead of using a cached one."""
     quick: bool = False
-    """Toy sizes, to see that everything works."""
+    """Toy sizes, to check that everything works."""
 
 
 def measure(name: str, arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Train by the preset `name`; its summary, wall-clock seconds and whether the warm start came from the cache."""
+    """Train preset `name`; return its summary, wall-clock seconds, and whether the warm start came from the cache."""
     config = dataclasses.replace(quick(preset(name)) if arguments.quick else preset(name), seed=arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         cached = cache_folder(resolve(config))
         if arguments.fresh and cached.is_dir():
-            shutil.rmtree(cached)  # made anew; unpacked pretrained weights stay where they are
+            shutil.rmtree(cached)  # recomputed; unpacked pretrained weights are kept
         was_cached = cached.is_dir()
         started = time.perf_counter()
         summary = train.run(dataclasses.replace(config, run_dir=f"{folder}/run"), Console())

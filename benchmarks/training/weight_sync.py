@@ -1,11 +1,11 @@
-"""Bytes, seconds and memory of the ways a vLLM engine gets the trainer's weights, each in a process of its own.
+"""Bytes, seconds and memory of methods to update a vLLM engine with the trainer's weights, one process each.
 
     python -m benchmarks.run weight_sync [--model FOLDER] [--updates 5]
 
-`shared`: the trainer's parameters are the engine's memory. `push`: one reload through vLLM's loader. `load_weights`:
-the loader called for one parameter after another, as TRL does in one process. After the updates both sides score the
-same tokens, so that a fast way that loses a weight shows. `--runs 20` trains the preset `tiny` for so many steps by
-each generator as well.
+`shared`: trainer and engine share the memory of the parameters. `push`: one reload through vLLM's loader.
+`load_weights`: the loader is called for each parameter in turn, as TRL does in one process. After the updates both
+sides score the same tokens, which reveals a method that loses a weight. `--runs 20` also trains the preset `tiny` for
+20 steps with each generator.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ TIME_LIMIT_S = 900
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Compare the ways to keep an engine's weights up to date."""
+    """Compare methods to keep an engine's weights up to date."""
 
     model: str = "smollm2"
-    """`smollm2`, or a folder with a model."""
+    """`smollm2`, or the folder of a model."""
     dtype: str = "float32"
     """float32 or bfloat16."""
     updates: int = 5
-    """Updates timed; the median counts."""
+    """Number of timed updates; the median is reported."""
     runs: int = 0
-    """Steps of a run of `tiny` by each generator (at width 128: the engine has a kernel for its heads); 0 for none."""
+    """Steps of a run of `tiny` per generator (width 128: the engine has a kernel for these heads); 0 = no run."""
     seeds: int = 1
-    """Seeds of those runs, from 0."""
+    """Number of seeds of those runs, counted from 0."""
     modes: tuple[str, ...] = MODES
-    """Ways to compare; `shared` always is."""
+    """Methods to compare; `shared` is always included."""
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """One child a mode; the runs one after another."""
+    """Run one child process per mode, then the training runs one after another."""
     del path
     require_vllm("cpu")
     folder = str(smollm2_folder(Path("~/.cache/paced_fast").expanduser())) if arguments.model == "smollm2" else None
@@ -71,7 +71,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 
 def table(modes: dict[str, dict[str, float]]) -> str:
-    """Modes as rows."""
+    """Format the modes as rows of a table."""
     lines = [f"{'mode':<14}{'MB copied':>11}{'seconds':>10}{'resident MB':>13}{'peak MB':>10}{'largest |dlogp|':>17}"]
     lines += [
         f"{mode:<14}{row['bytes'] / 1e6:>11.1f}{row['median_seconds']:>10.4f}{row['resident_bytes'] / 1e6:>13.1f}"
@@ -84,7 +84,7 @@ def table(modes: dict[str, dict[str, float]]) -> str:
 
 
 def run_table(runs: list[dict[str, Any]]) -> str:
-    """Generators as rows, seeds in the order given."""
+    """Format the generators as rows of a table, seeds in the given order."""
     head = f"{'run':<14}{'seed':>5}{'generate s':>12}{'train s':>9}{'sync s':>9}"
     lines = [f"{head}{'reward, last 5':>16}{'accuracy after':>16}"]
     lines += [
@@ -96,7 +96,7 @@ def run_table(runs: list[dict[str, Any]]) -> str:
 
 
 def probe(mode: str, folder: str, dtype: Any, updates: int) -> dict[str, float]:
-    """Start both sides, update `updates` times, and compare them; figures of this process."""
+    """Start both sides, update `updates` times, compare them, and return the figures of this process."""
     import vllm  # noqa: F401  # its code is no part of what the weights take
 
     idle = _anonymous_bytes()
@@ -120,7 +120,7 @@ def probe(mode: str, folder: str, dtype: Any, updates: int) -> dict[str, float]:
         else weight_sync.connect(generator, model, WeightSyncConfig(mode="shared" if mode == "shared" else "push"))
     )
     generator.attach(sync)
-    _scale(trainer, 1.0)  # what a file backed so far is memory from now on
+    _scale(trainer, 1.0)  # writing turns file-backed weights into anonymous memory
     gc.collect()
     resident = _anonymous_bytes() - idle
     reset_high_water_mark()
@@ -160,7 +160,7 @@ def _scale(parameters: dict[str, torch.nn.Parameter], factor: float) -> None:
 
 
 class _ParameterByParameter:
-    """The loader called once a parameter."""
+    """Synchronisation that calls the loader once per parameter."""
 
     mode = "load_weights"
 
@@ -191,7 +191,7 @@ def _runs(arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def train_once(generator: Any, mode: Any, steps: int, seed: int) -> dict[str, float]:
-    """A short run of `tiny`: median seconds of a step by part, reward over the last five steps, held-out accuracy."""
+    """Train `tiny` briefly; return median step seconds by part, reward of the last five steps, held-out accuracy."""
     import tempfile
 
     from paced_fast import train
@@ -230,7 +230,7 @@ def train_once(generator: Any, mode: Any, steps: int, seed: int) -> dict[str, fl
 
 
 def _child(*words: str) -> dict[str, Any]:
-    """The result of this module in a fresh process, its last line of output."""
+    """Run this module in a fresh process and return its result, the last line of output."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.training.weight_sync", *words],
         env=environment.child_environment(),
@@ -245,7 +245,7 @@ def _child(*words: str) -> dict[str, Any]:
 
 
 def _anonymous_bytes() -> int:
-    """Resident memory that no file backs: what a model read through a map of its file has not written is left out."""
+    """Return resident anonymous memory; this excludes unmodified weights that are mapped from a file."""
     return status_bytes("RssAnon")
 
 

@@ -1,1 +1,1 @@
-"""The priority tree beside its peers."""
+"""Priority tree compared with its peers."""

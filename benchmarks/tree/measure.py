@@ -1,12 +1,12 @@
-"""Our priority tree against other samplers in proportion to weight: times, memory, and what each gets wrong.
+"""Our priority tree against other weighted samplers: times, memory, and errors of each.
 
     python -m benchmarks.run priority_tree
     python -m benchmarks.run priority_tree --quick
 
-A cell is (N, B) with a row for every peer; what a peer gets wrong is examined once for each N. A result is written
-after each operation, so a run that is cut short keeps what it has.
+A cell is (N, B) with a row per peer; errors of a peer are examined once per N. Results are written after each
+operation, so an interrupted run keeps them.
 
-N = leaves, B = elements of a call.
+N = leaves, B = elements per call.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ OPERATIONS = (
     "rebuild from values",
     "schedule",
 )
-"""A pair is a random update and an iid draw. A schedule is what a trainer does in a step: new weights of every leaf
-from new estimates, and different leaves, a tenth of them drawn without regard to the weights."""
+"""A pair is a random update and an iid draw. A schedule is one trainer step: new weights for every leaf from new
+estimates, then a draw of distinct leaves, a tenth of them regardless of weight."""
 
 SLOW = 300.0
 LIMIT = 2**24
@@ -56,12 +56,12 @@ LIMIT = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Time the priority tree and its peers, and examine what they draw."""
+    """Time the priority tree and its peers, and check their draws."""
 
     device: str = "auto"
-    """cuda, cpu, or auto: cuda where there is one."""
+    """cuda, cpu, or auto (cuda if available)."""
     quick: bool = False
-    """Few small cells and few repetitions, to see that everything runs."""
+    """Few small cells and few repetitions, to check that everything runs."""
     cells: tuple[str, ...] = ()
     """Cells such as N1000000-B1024; none means the grid."""
     operations: tuple[str, ...] = ()
@@ -69,31 +69,31 @@ class Arguments:
     only: tuple[str, ...] = ()
     """Keep the peers whose name contains one of these words; none means all."""
     exclude: tuple[str, ...] = ()
-    """Leave out the peers of exactly these names."""
+    """Exclude the peers with exactly these names."""
     repetitions: int = 0
-    """Repetitions of each call; 0 means 200 on a GPU, 20 on a CPU, 3 with --quick."""
+    """Repetitions per call; 0 means 200 on a GPU, 20 on a CPU, 3 with --quick."""
     cell_seconds: float = 0.0
     """Seconds for the timed part of one cell; a slow peer gets fewer repetitions, at least 3. 0 means no limit."""
     seconds: float = 0.0
-    """Seconds after which no further cell starts, those left being listed by name; 0 means no limit."""
+    """Seconds after which no further cell starts; the remaining cells are listed. 0 means no limit."""
     draws: int = 0
-    """Draws of each peer and mode that are examined; 0 means 2^20, or 2^14 with --quick."""
+    """Examined draws per peer and mode; 0 means 2^20, or 2^14 with --quick."""
     updates: int = 0
-    """Random updates, of 4096 elements at most, before the drift is read; 0 means 200, or 5 with --quick."""
+    """Random updates, of at most 4096 elements, before the drift is measured; 0 means 200, or 5 with --quick."""
     repeats: int = 0
-    """Runs that have to give the same bits; 0 means 10, or 2 with --quick."""
+    """Runs whose results must be bit-identical; 0 means 10, or 2 with --quick."""
     quality: bool = True
-    """Also examine what each peer draws."""
+    """Also check the draws of each peer."""
     resume: bool = False
-    """Keep the cells that the result file already has, and measure the others."""
+    """Keep the cells in the result file and measure only the others."""
     progress: str = ""
-    """File that always names the peer being measured."""
+    """File that names the peer being measured."""
     seed: int = 0
     """Seed of the inputs."""
 
 
 def plan(arguments: Arguments) -> list[tuple[int, int]]:
-    """The cells (N, B) in the order of their worth, those of one N together."""
+    """Return the cells (N, B), most important first, with those of one N together."""
     if not arguments.cells:
         every = [(capacity, batch) for capacity in CAPACITIES for batch in BATCHES]
         return list(QUICK_CELLS) if arguments.quick else every
@@ -108,7 +108,7 @@ def plan(arguments: Arguments) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of one cell on one device, three of each, taken in turns."""
+    """Inputs of one cell on one device, three of each, used in rotation."""
 
     weights: Tensor  # [3, N] f32
     values: Tensor  # [3, B] f32
@@ -119,7 +119,7 @@ class Inputs:
 
 
 def make_inputs(capacity: int, num: int, device: torch.device, seed: int) -> Inputs:
-    """Weights of which a third is 0 and few are large; indices that are random, or 16 times the same."""
+    """Create weights (a third are 0, few are large) and indices (random, or each leaf 16 times)."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -138,7 +138,7 @@ def make_inputs(capacity: int, num: int, device: torch.device, seed: int) -> Inp
 
 
 def call_of(operation: str, peer: Peer, inputs: Inputs, num: int) -> Callable[[int], object] | str:
-    """The call of one operation, a function of the turn; or why this peer has none."""
+    """Return the call of one operation as a function of the turn, or the reason why this peer has none."""
     kind, _, detail = operation.partition(" ")
     if kind == "sample" and detail not in peer.modes:
         return "has no such draw"
@@ -173,7 +173,7 @@ def call_of(operation: str, peer: Peer, inputs: Inputs, num: int) -> Callable[[i
 
 
 class Measurement:
-    """One run: options resolved, peers made once for each N, cells measured one by one."""
+    """Run of the benchmark: resolved options, peers created once per N, cells measured one by one."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
@@ -195,21 +195,21 @@ class Measurement:
         self._peers: tuple[int, dict[str, dict[str, Any]], dict[str, Peer]] | None = None
 
     def makers(self) -> dict[str, Maker]:
-        """The chosen peers by name, ours first."""
+        """Return the chosen peers by name, ours first."""
         every, only = peer_makers(self.device), self.arguments.only
         return {name: make for name, make in every.items() if not only or any(word in name for word in only)}
 
     def starting(self, name: str, where: str) -> None:
-        """Remember what runs now, for a report after a crash."""
+        """Record what runs now, for a report after a crash."""
         self.running = f"{name} ({where})"
         if self.arguments.progress:
             Path(self.arguments.progress).write_text(self.running)
 
     def peers(self, capacity: int) -> tuple[dict[str, dict[str, Any]], dict[str, Peer]]:
-        """Heads of the rows, and the peers that could be made, for one N."""
+        """Return the row heads, and the peers that could be created, for one N."""
         if self._peers is not None and self._peers[0] == capacity:
             return self._peers[1], self._peers[2]
-        self._peers = None  # frees those of the last N
+        self._peers = None  # free the peers of the previous N
         rows: dict[str, dict[str, Any]] = {}
         made: dict[str, Peer] = {}
         for name, make in self.makers().items():
@@ -222,7 +222,7 @@ class Measurement:
                 made[name] = make(capacity, self.device, self.arguments.seed)
             except UnavailableError as error:
                 rows[name] |= {"status": "skipped", "reason": str(error)}
-            except Exception as error:  # somebody else's set-up may fail in any way: its row says how
+            except Exception as error:  # other projects' set-up may fail in any way; the row records how
                 rows[name] |= {"status": "failed", "reason": failure_of(error).reason}
             else:
                 rows[name]["state_bytes"] = made[name].state_bytes()
@@ -230,7 +230,7 @@ class Measurement:
         return rows, made
 
     def cell(self, capacity: int, num: int, with_rebuild: bool, save: Callable[[dict[str, Any]], None]) -> dict:
-        """Every row of one (N, B); `save` gets the unfinished cell after each operation."""
+        """Measure every row of one (N, B); `save` gets the unfinished cell after each operation."""
         started = time.perf_counter()
         heads, peers = self.peers(capacity)
         rows = {name: {**head, "operations": {}} for name, head in heads.items()}
@@ -292,7 +292,7 @@ class Measurement:
                 self.too_slow[name, operation] = f"took {taken / own:.0f} x the time of the first row at {cell}"
 
     def quality(self, capacity: int) -> dict[str, Any]:
-        """What every peer gets wrong at one N."""
+        """Check every peer for errors at one N."""
         rows = []
         for name in self.peers(capacity)[1]:
             self.starting(name, f"N{capacity}, draws")
@@ -303,7 +303,7 @@ class Measurement:
 
 
 def limits(device: torch.device) -> list[dict[str, Any]]:
-    """torch.multinomial at the number of categories where it ends: 2^24, and one more."""
+    """Test torch.multinomial at its limit of categories: 2^24, and one more."""
     rows = []
     torch.manual_seed(0)
     weights = torch.ones(LIMIT, device=device)
@@ -321,7 +321,7 @@ def limits(device: torch.device) -> list[dict[str, Any]]:
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Measure every cell, print its table, and return all; `path` holds what is done so far at any time."""
+    """Measure every cell, print its table, and return all; `path` always holds the finished part."""
     started = time.perf_counter()
     cells = plan(arguments)
     run = Measurement(arguments)
@@ -348,7 +348,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
         result["lost"].append({"running": run.running, "reason": str(error)})
         save()
         print(f"the GPU context is lost after {run.running}: {error}", flush=True)
-        os._exit(DEVICE_LOST)  # nothing can be freed any more; a normal exit may hang
+        os._exit(DEVICE_LOST)  # memory can no longer be freed, and a normal exit may hang
     print(report.summary_text(result), flush=True)
     return result
 
@@ -360,7 +360,7 @@ def _measure_cells(
     save: Callable[..., None],
     started: float,
 ) -> None:
-    """Cells, and after the last cell of an N what its peers get wrong."""
+    """Measure the cells, and after the last cell of each N the errors of its peers."""
     arguments = run.arguments
     rebuilt: set[int] = set()
     for index, (capacity, num) in enumerate(cells):

@@ -1,9 +1,9 @@
-"""Samplers in proportion to weight, ours and those of others, behind one interface.
+"""Weighted samplers, ours and those of other projects, behind one interface.
 
-A peer that cannot run here raises UnavailableError with the reason. What lives on the host but is asked from a GPU
-pays for its copies, as it would in training.
+A peer that cannot run here raises UnavailableError with the reason. Times of a host sampler used from a GPU include the
+copies, as in training.
 
-N = leaves, B = elements of a call.
+N = leaves, B = elements per call.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ MODES = ("iid", "stratified", "systematic")
 OURS, OUR_RESCAN = "ours", "ours, flat rescan"
 ONE = 2**27
 CPU = torch.device("cpu")
-# Of the bell that turns estimates into weights, and of the draws that ignore them.
+# Centre and width of the bell that turns estimates into weights; share of draws that ignore the weights.
 CENTER, WIDTH, EXPLORATION = 0.5, 0.1, 0.1
 
 Maker = Callable[[int, torch.device, int], "Peer"]
-"""A peer of (capacity N, device of inputs and results, seed)."""
+"""Function (capacity N, device of inputs and results, seed) -> peer."""
 
 
 class Peer:
-    """Weights of N leaves in [0, 1]; every tensor that goes in or comes out is on `faces`."""
+    """Sampler over weights of N leaves in [0, 1]; all inputs and results are on the device `faces`."""
 
     modes: tuple[str, ...] = MODES
     has_distinct = False
@@ -50,7 +50,7 @@ class Peer:
         self.rebuild(bell(values))
 
     def schedule(self, values: Tensor, num_draws: int) -> Tensor:
-        """Different leaves i64 [B] by the bell, and a share of them by chance alone."""
+        """Draw distinct leaves i64 [B] by the bell, a share of them uniformly."""
         weights = bell(values)
         mixed = (1 - EXPLORATION) * weights / weights.sum() + EXPLORATION / self.capacity
         self.rebuild(mixed / mixed.max())
@@ -61,41 +61,41 @@ class Peer:
         raise NotImplementedError
 
     def write_range(self, start: Tensor, w: Tensor) -> None:
-        """Set consecutive weights w f32 [B] from start i64 [], going round at the end."""
+        """Set consecutive weights w f32 [B] from start i64 [], wrapping around at the end."""
         self.update((start + torch.arange(w.shape[0], device=w.device)) % self.capacity, w)
 
     def sample(self, num_draws: int, mode: str) -> Tensor:
-        """Leaves i64 [B]."""
+        """Draw leaves i64 [B]."""
         raise NotImplementedError
 
     def sample_distinct(self, num_draws: int) -> Tensor:
-        """Different leaves i64 [B]."""
+        """Draw distinct leaves i64 [B]."""
         raise NotImplementedError
 
     def leaves(self) -> Tensor:
-        """What is stored, f64 [N] on the CPU."""
+        """Return the stored weights, f64 [N] on the CPU."""
         raise NotImplementedError
 
     def total(self) -> float | None:
-        """The sum the draws use; None where it is hidden."""
+        """Return the sum that draws use; None if it is hidden."""
         return None
 
     def state_bytes(self) -> int | None:
-        """Memory held between calls; None where it is hidden."""
+        """Return the memory held between calls; None if it is hidden."""
         return None
 
     def moved_bytes(self, operation: str, num: int) -> int | None:
-        """Bytes a call has to read and write at least; None where nobody counted them."""
+        """Return the fewest bytes a call must read and write; None if not counted."""
         del operation, num
 
 
 def bell(values: Tensor) -> Tensor:
-    """The weight of an estimate, largest where it is one half."""
+    """Return the weight of an estimate; it is largest at 1/2."""
     return torch.exp(-0.5 * ((values - CENTER) / WIDTH).square())
 
 
 class Ours(Peer):
-    """`PriorityTree` of one backend."""
+    """`PriorityTree` with one backend."""
 
     has_distinct = True
 
@@ -144,7 +144,7 @@ class Ours(Peer):
         if self.tree._kernels is None:
             return None
         levels = self._levels()
-        write = num * (8 + 4 + 16 + 16 * len(levels))  # index, weight, leaf and a sum a level, read and written
+        write = num * (8 + 4 + 16 + 16 * len(levels))  # index, weight, leaf, and one sum per level, read and written
         draw = num * (256 * (len(levels) + 1) + 20) + 8 * levels[-1]
         rebuild = 12 * self.capacity + 8 * sum(levels)
         counted = {"rebuild": rebuild, "rebuild from values": rebuild, "pair": write + draw}
@@ -153,7 +153,7 @@ class Ours(Peer):
 
 
 def unit_targets(num_draws: int, mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Positions in [0, 1) [B] of the draws of a mode, from torch's generator."""
+    """Return positions in [0, 1) [B] for the draws of a mode, from torch's generator."""
     if mode == "iid":
         return torch.rand(num_draws, device=device, dtype=dtype)
     shift = torch.rand(num_draws if mode == "stratified" else 1, device=device, dtype=dtype)
@@ -161,7 +161,7 @@ def unit_targets(num_draws: int, mode: str, device: torch.device, dtype: torch.d
 
 
 class FlatScan(Peer):
-    """torch.cumsum over all weights and searchsorted, at every draw."""
+    """torch.cumsum over all weights and searchsorted, for every draw."""
 
     def __init__(self, capacity: int, faces: torch.device, seed: int, dtype: torch.dtype) -> None:
         super().__init__(capacity, faces, seed)
@@ -265,7 +265,7 @@ class Numpy(Peer):
 
 
 class TorchrlTree(Peer):
-    """TorchRL's segment tree of sums alone, float32, on the CPU or on a GPU."""
+    """TorchRL's segment tree, sums only, float32, on the CPU or on a GPU."""
 
     def __init__(self, capacity: int, faces: torch.device, seed: int, home: torch.device) -> None:
         super().__init__(capacity, faces, seed)
@@ -310,17 +310,17 @@ class TorchrlSampler(TorchrlTree):
     ndim = 1
 
     def __init__(self, capacity: int, faces: torch.device, seed: int, home: torch.device) -> None:
-        super().__init__(1, faces, seed, home)  # says why where it cannot be had
+        super().__init__(1, faces, seed, home)  # raises the reason if unavailable
         self.capacity, self.device = capacity, home
         self._everything = torch.arange(capacity, device=home)
         self.sampler = importlib.import_module("torchrl.data.replay_buffers.samplers").PrioritizedSampler(
             capacity, alpha=1.0, beta=1.0
         )
         if home.type == "cpu":
-            importlib.import_module("numpy").random.seed(seed)  # it draws from the global generator
+            importlib.import_module("numpy").random.seed(seed)  # TorchRL draws from the global generator
 
     def __len__(self) -> int:
-        """The length of what stands in for its storage."""
+        """Return the length of the mock storage."""
         return self.capacity
 
     def rebuild(self, w: Tensor) -> None:
@@ -344,7 +344,7 @@ class TorchrlSampler(TorchrlTree):
 def _torchrl_extension(home: torch.device) -> Any:
     try:
         extension = importlib.import_module("torchrl._torchrl")
-    except Exception as error:  # an extension built for another torch fails in its own ways
+    except Exception as error:  # an extension built for another torch may fail in any way
         raise UnavailableError(f"torchrl: {type(error).__name__}: {str(error)[:120]}") from None
     name = "CudaSumSegmentTreeFp32" if home.type == "cuda" else "SumSegmentTreeFp32"
     if not hasattr(extension, name):
@@ -370,7 +370,7 @@ def _numpy(capacity: int, faces: torch.device, seed: int) -> Peer:
 
 
 def peer_makers(device: torch.device) -> dict[str, Maker]:
-    """Every peer by name, ours first; on a GPU those of the host also with inputs that are already there."""
+    """Return every peer by name, ours first; on a GPU, host peers also with inputs on the host."""
     found: dict[str, Maker] = {OURS: _our_kernels, OUR_RESCAN: functools.partial(Ours, backend="reference")}
     found["torch.multinomial"] = functools.partial(Multinomial, dtype=torch.float32)
     for name, dtype in (("f32", torch.float32), ("f64", torch.float64), ("int64", torch.int64)):

@@ -1,8 +1,8 @@
-"""What a sampler gets wrong: draws of weight 0, frequencies, drift of its sum, duplicates, bits that change.
+"""Errors of a sampler: draws of weight 0, frequencies, drift of its sum, duplicates, results that are not repeatable.
 
-The same fixed work for every peer, whatever it costs: numbers of draws and of updates are settings, not times.
+The work is the same for every peer, at any cost: the numbers of draws and updates are settings, not times.
 
-N = leaves, B = elements of a call.
+N = leaves, B = elements per call.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ HEAVIEST = 256
 
 
 def known_weights(capacity: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Weights f32 [N] on the CPU and the indices of the heaviest: these carry about half of the total.
+    """Return weights f32 [N] on the CPU and the indices of the heaviest leaves, which hold about half of the total.
 
-    A third of the leaves weighs nothing, the first and the last among them, where rounding at an end would show.
+    A third of the leaves have weight 0, including the first and the last, where rounding at an end would show.
     """
     generator = torch.Generator().manual_seed(seed)
     num_heavy = max(1, min(HEAVIEST, capacity // 8))
@@ -37,15 +37,15 @@ def known_weights(capacity: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _write_all(peer: Peer, weights: Tensor) -> None:
-    """Every leaf by updates, so that a sum kept by differences has its chance to drift."""
+    """Write every leaf by updates, so that a sum maintained by differences can drift."""
     for part in torch.arange(peer.capacity).split(CHUNK):
         peer.update(part.to(peer.faces), weights[part].to(peer.faces))
 
 
 def drift(peer: Peer, num_updates: int, seed: int) -> tuple[float | None, float | None]:
-    """Error of the sum after random updates, and what is left of it once every weight is 0; relative to the sum.
+    """Return the error of the sum after random updates, and the sum left when all weights are 0; both relative.
 
-    None where the sum is hidden. The weights of `known_weights` are in the peer afterwards.
+    None if the sum is hidden. Afterwards the peer has the weights of `known_weights`.
     """
     generator = torch.Generator().manual_seed(seed)
     num = min(4096, peer.capacity)
@@ -67,7 +67,7 @@ def drift(peer: Peer, num_updates: int, seed: int) -> tuple[float | None, float 
 
 
 def frequencies(peer: Peer, num_draws: int, seed: int) -> dict[str, Any]:
-    """Draws of leaves without weight, and the worst relative error of a heavy leaf's frequency, per mode."""
+    """Return draws of leaves of weight 0, and the worst relative error of a heavy leaf's frequency, per mode."""
     weights, heavy = known_weights(peer.capacity, seed)
     share = weights[heavy].double() / weights.double().sum()
     found: dict[str, Any] = {"draws": num_draws, "zero_draws": {}, "outside": {}, "frequency_error": {}}
@@ -84,13 +84,13 @@ def frequencies(peer: Peer, num_draws: int, seed: int) -> dict[str, Any]:
         found["zero_draws"][mode] = int(counts[weights == 0].sum())
         found["outside"][mode] = outside
         found["frequency_error"][mode] = (counts[heavy] / (num_draws * share) - 1).abs().max().item()
-    # Of so many independent draws the worst leaf is about this far off by chance.
+    # Expected error of the worst leaf by chance, for this number of independent draws.
     found["chance"] = math.sqrt(2 * math.log(2 * len(heavy)) / (num_draws * share.min().item()))
     return found
 
 
 def duplicates_and_draws(peer: Peer, seed: int) -> tuple[bool, str]:
-    """Whether the last of duplicates won, and a digest of the weights and of draws in every mode."""
+    """Return whether the last of duplicates won, and a digest of the weights and of draws in every mode."""
     generator = torch.Generator().manual_seed(seed)
     num = min(CHUNK, 16 * peer.capacity)
     few = torch.randperm(peer.capacity, generator=generator)[: max(1, num // 64)]
@@ -111,10 +111,10 @@ def duplicates_and_draws(peer: Peer, seed: int) -> tuple[bool, str]:
 def examine(
     make: Callable[[], Peer], *, num_draws: int, num_updates: int, repeats: int, seed: int = 0
 ) -> dict[str, Any]:
-    """All findings on one peer; `make` makes it anew, with the same seed, for each repeat.
+    """Return all findings on one peer; `make` creates it anew, with the same seed, for each repeat.
 
     Returns:
-        drift, residue (relative, None where hidden), draws, zero_draws, outside, frequency_error (per mode), chance,
+        drift, residue (relative, None if hidden), draws, zero_draws, outside, frequency_error (per mode), chance,
         last_writer_wins, distinct_results (1 = the same bits every time), repeats.
     """
     peer = make()

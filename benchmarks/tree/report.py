@@ -1,6 +1,6 @@
-"""The tables of the priority-tree benchmark as text: wins and losses alike, and what each peer gets wrong.
+"""Text tables of the priority-tree benchmark, including comparisons we lose, and errors of each peer.
 
-A cell is what `priority_tree` measured for one (N, B); nothing here measures anything.
+A cell is the result of `measure` for one (N, B); this module measures nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ QUALITY_HEADINGS = (
 
 
 def median_us(entry: dict[str, Any], measure: str) -> float | None:
-    """Median of one measure in microseconds, or None where it has none."""
+    """Return the median of one measure in microseconds, or None if it has none."""
     median = entry.get(measure, {}).get("median_ms")
     return None if median is None else 1e3 * median
 
@@ -57,7 +57,7 @@ def _mib(num_bytes: float | None) -> str:
 
 
 def row_cells(row: Row, operation: str) -> list[str]:
-    """The cells of one peer in the table of one operation; a failure stands where its time would."""
+    """Return the cells of one peer in the table of one operation; a failure replaces its time."""
     entry = row["operations"].get(operation, {})
     failed = row["reason"] if row["status"] == "failed" else entry.get("failed")
     if failed:
@@ -77,9 +77,9 @@ def row_cells(row: Row, operation: str) -> list[str]:
 
 
 def comparison(cell: Cell, operation: str, measure: str) -> tuple[float, str, str] | None:
-    """Fastest peer's time over ours, its name, and ours; below 1 we lose. None where one of both is missing.
+    """Return the fastest peer's time / ours, its name, and ours; below 1 we lose. None if either time is missing.
 
-    Ours is the tree's kernels, and its reference where these do not run.
+    Ours is the kernels of the tree, or its reference where they do not run.
     """
     measured = {row["name"]: median_us(row["operations"].get(operation, {}), measure) for row in cell["rows"]}
     times = {name: time for name, time in measured.items() if time is not None}
@@ -92,7 +92,7 @@ def comparison(cell: Cell, operation: str, measure: str) -> tuple[float, str, st
 
 
 def verdict(cell: Cell, operation: str, measure: str) -> str:
-    """One line: how we compare with the fastest peer, a loss being called one."""
+    """Describe our comparison with the fastest peer in one line; a loss is called a loss."""
     found = comparison(cell, operation, measure)
     where = f"{cell['name']} {operation}, {measure}"
     if found is None:
@@ -111,7 +111,7 @@ def _compared(cell: Cell) -> list[tuple[str, str]]:
 
 
 def cell_text(cell: Cell) -> str:
-    """A table for each operation, with verdicts, and what was skipped."""
+    """Format a table per operation, with verdicts and skipped peers."""
     lines = []
     for operation in _operations(cell):
         rows = [row for row in cell["rows"] if row["status"] != "skipped"]
@@ -134,7 +134,7 @@ def _relative(value: float | None) -> str:
 
 
 def quality_cells(row: dict[str, Any]) -> list[str]:
-    """The cells of one peer: the worst of its modes; numbers outside the tree are named."""
+    """Return the cells of one peer, for its worst mode; indices outside the tree are reported."""
     if "failed" in row:
         return [row["name"], f"failed: {row['failed'][:80]}", *[""] * (len(QUALITY_HEADINGS) - 2)]
     zero, outside = max(row["zero_draws"].values()), max(row["outside"].values())
@@ -150,13 +150,13 @@ def quality_cells(row: dict[str, Any]) -> list[str]:
 
 
 def quality_text(quality: dict[str, Any]) -> str:
-    """What every peer gets wrong at one N."""
+    """Format the errors of every peer at one N."""
     head = f"\npriority_tree, N{quality['capacity']}, what is drawn (worst mode; sums relative, after many updates)"
     return f"{head}\n{aligned([QUALITY_HEADINGS, *(quality_cells(row) for row in quality['rows'])])}"
 
 
 def limit_text(row: dict[str, Any]) -> str:
-    """One line on torch.multinomial at its limit."""
+    """Describe torch.multinomial at its limit in one line."""
     where = f"{row['name']}, {row['capacity']} categories, {'with' if row['replacement'] else 'without'} replacement"
     if "failed" in row:
         return f"{where}: failed: {row['failed']}"
@@ -164,7 +164,7 @@ def limit_text(row: dict[str, Any]) -> str:
 
 
 def summary_text(result: dict[str, Any]) -> str:
-    """How many comparisons were won, every one that was lost, and what was not reached."""
+    """Format the number of comparisons won, each one lost, and the cells not reached."""
     every = [(cell, *pair) for cell in result["cells"] for pair in _compared(cell)]
     lost = [entry for entry in every if comparison(*entry)[0] <= 1]  # type: ignore[index]
     lines = [f"\n{len(every) - len(lost)} of {len(every)} comparisons with the fastest peer won"]

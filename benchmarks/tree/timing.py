@@ -1,6 +1,6 @@
-"""Ways to time a short call: alone on the GPU in a captured graph, by events, as the caller sees it, until it returns.
+"""Timers for short calls: in a captured GPU graph, by GPU events, wall time to completion, host time until return.
 
-B = elements of a call.
+B = elements per call.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.timing import Clock, Failure, Timing, attempt, interleave, peak_bytes
 
 REPLAYED = 100
-"""Calls in one captured graph."""
+"""Number of calls in one captured graph."""
 
 MEASURES = ("graph", "event", "wall", "host")
-"""GPU time in a graph (warm caches), between events (cold L2), until the result is there, until the call returns."""
+"""GPU time in a graph (warm caches), between events (cold L2), wall time to the result, host time until return."""
 
 
 class WallClock(Clock):
-    """Time until the device is done, Python included."""
+    """Timer until the device is done, including Python."""
 
     def time_ms(self, call: Callable[[], object]) -> float:
-        """Milliseconds of one call and of what it started."""
+        """Return the milliseconds of one call and the work it started."""
         self.synchronize()
         start = time.perf_counter()
         call()
@@ -36,10 +36,10 @@ class WallClock(Clock):
 
 
 class HostClock(Clock):
-    """Time until the call returns, whatever the device still does."""
+    """Timer until the call returns, ignoring pending device work."""
 
     def time_ms(self, call: Callable[[], object]) -> float:
-        """Milliseconds of one call on the host."""
+        """Return the milliseconds of one call on the host."""
         self.synchronize()
         start = time.perf_counter()
         call()
@@ -49,10 +49,10 @@ class HostClock(Clock):
 
 
 class GraphClock(Clock):
-    """Milliseconds of one of the REPLAYED calls in a graph; the call is its replay."""
+    """Timer of a graph replay; returns the time of one of its REPLAYED calls."""
 
     def time_ms(self, call: Callable[[], object]) -> float:
-        """Milliseconds of one call inside the graph, without a flush of the cache."""
+        """Return the milliseconds of one call inside the graph, without flushing the cache."""
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         call()
@@ -62,7 +62,7 @@ class GraphClock(Clock):
 
 
 def count_waits(call: Callable[[], object]) -> int:
-    """How often the host waits for the device in one call, as far as torch's debug mode sees it."""
+    """Count host synchronisations in one call, as reported by torch's debug mode."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -74,7 +74,7 @@ def count_waits(call: Callable[[], object]) -> int:
 
 
 def count_kernels(call: Callable[[], object], device: torch.device) -> int:
-    """Kernels, copies and fills that one call runs on the device."""
+    """Count kernels, copies and fills that one call runs on the device."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize(device)
@@ -82,7 +82,7 @@ def count_kernels(call: Callable[[], object], device: torch.device) -> int:
 
 
 def capture(call: Callable[[int], object]) -> torch.cuda.CUDAGraph:
-    """A graph of REPLAYED calls."""
+    """Capture a graph of REPLAYED calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -96,7 +96,7 @@ def capture(call: Callable[[int], object]) -> torch.cuda.CUDAGraph:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy of half a GiB on the device."""
+    """Return bytes per second (read + written) of a copy of half a GiB on the device."""
     source = torch.ones(2**27, device=device)
     target = torch.empty_like(source)
     timing = interleave({"copy": lambda _: target.copy_(source)}, Clock(device), repetitions=20)["copy"]
@@ -113,17 +113,17 @@ def measure_calls(
     seconds: float,
     starting: Callable[[str], None] = lambda name: None,
 ) -> dict[str, dict[str, Any]]:
-    """Every measure of every call, those of the same measure in turns.
+    """Take every measure of every call, interleaving the calls within a measure.
 
     Args:
-        calls: name -> function of a turn, which chooses the inputs.
-        on_device: names whose work stays on the GPU; only these have GPU times.
-        seconds: for all of it; 0 means no limit.
-        starting: told a name before its first call.
+        calls: name -> function of the turn, which selects the inputs.
+        on_device: names whose work is entirely on the GPU; only these have GPU times.
+        seconds: total time limit; 0 means no limit.
+        starting: called with each name before its first call.
 
     Returns:
         name -> {measure: Timing as a dictionary or {"failed": reason}, "waits", "kernels", "peak_bytes"}; a name whose
-        first call failed has {"failed": reason} alone.
+        first call failed has only {"failed": reason}.
     """
     clock = WallClock(device)
     found: dict[str, dict[str, Any]] = {name: {} for name in calls}
