@@ -88,12 +88,15 @@ def show(*lines: str) -> None:
 
 
 def workers() -> str:
-    """Processes of tests at once: one more than cores, as some tests wait, and none without its share of the memory.
-
-    JOBS overrides.
-    """
+    """Processes of tests at once: one per core, and none without its share of the memory; JOBS overrides."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return os.environ.get("JOBS") or str(max(1, min(len(os.sched_getaffinity(0)) + 1, memory // (GIB_A_WORKER << 30))))
+    return os.environ.get("JOBS") or str(max(1, min(len(os.sched_getaffinity(0)), memory // (GIB_A_WORKER << 30))))
+
+
+def alone() -> list[str]:
+    """Files with tests that run beside no other: collecting all files for a few tests takes as long as those tests."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if "mark.alone" in path.read_text(encoding="utf-8")]
 
 
 def rounds(tier: str, options: list[str]) -> list[list[Step]]:
@@ -110,7 +113,7 @@ def rounds(tier: str, options: list[str]) -> list[list[Step]]:
     rest = " and (exhaustive or not exhaustive)" if tier == "test-all" else " and not exhaustive"
     found = [
         [*lint, tests("tests", f"not alone and not faults{rest}")],
-        [tests("tests, one at a time", f"alone and not faults{rest}", spread_by="")],
+        [tests("tests, one at a time", f"alone and not faults{rest}", *alone(), spread_by="")],
         [tests("engine", f"not faults{rest}", "tests/engine", folder=".venv-vllm", spread_by="loadgroup")],
     ]
     if tier == "test-all":

@@ -102,12 +102,12 @@ def test_every_tier_has_the_steps_that_it_is_for(suite: ModuleType) -> None:
     assert sum("exhaustive or not exhaustive" in kind for kind in kinds["test-all"]) == 3
 
 
-def test_workers_are_one_more_than_cores_by_memory(suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_have_a_core_and_memory_each(suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JOBS", raising=False)
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 << 18}
     monkeypatch.setattr(suite.os, "sysconf", sizes.__getitem__)
     monkeypatch.setattr(suite.os, "sched_getaffinity", lambda pid: set(range(2)))
-    assert suite.workers() == "3"
+    assert suite.workers() == "2"
     monkeypatch.setattr(suite.os, "sched_getaffinity", lambda pid: set(range(64)))
     assert suite.workers() == "8"
     monkeypatch.setenv("JOBS", "5")

@@ -331,8 +331,8 @@ def run_refusing(
     opened("fork_server", workers=1).close()
     setup = (
         "from paced_fast.errors import InputError\n"
-        "from paced_fast.rewards.sandbox import kernel, open_sandbox, seccomp\n"
-        f"kernel.forbid_new_privileges()\nkernel.apply_filter(seccomp.refusing_filter({refused!r}))\n"
+        "from paced_fast.rewards.sandbox import linux, open_sandbox, seccomp\n"
+        f"linux.forbid_new_privileges()\nlinux.apply_filter(seccomp.refusing_filter({refused!r}))\n"
     )
     given = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment}
     words = [sys.executable, "-c", setup + code]
@@ -389,7 +389,7 @@ def test_the_fork_server_refuses_without_landlock() -> None:
 @pytest.mark.process
 def test_the_fork_server_without_namespaces_refuses_an_old_landlock() -> None:
     old = "from paced_fast.rewards.sandbox import client\nclient._BOOT = client._BOOT.replace('import keeper', "
-    old += "'import kernel, keeper\\nkernel.landlock_abi = lambda: 2', 1)\n"
+    old += "'import keeper, linux\\nlinux.landlock_abi = lambda: 2', 1)\n"
     done = run_refusing(NAMESPACES, old + OPEN.format(name="fork_server"))
     assert done.stdout.startswith("refused: "), done
     assert "Landlock 3 (Linux 6.2), which is needed without them" in done.stdout

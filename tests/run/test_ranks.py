@@ -46,7 +46,7 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["paced", "grpo"])
+@pytest.mark.parametrize("algorithm", ["paced", pytest.param("grpo", marks=pytest.mark.exhaustive)])
 def test_schedule_and_policy_do_not_depend_on_the_number_of_ranks(tmp_path: Path, algorithm: str) -> None:
     """Rollouts are drawn by seed and place, so even the tokens agree; gradients differ by the order of sums."""
     for size in (1, 2, 4):
