@@ -87,7 +87,7 @@ class PriorityTree:
 
     @property
     def device(self) -> torch.device:
-        """Device of the state."""
+        """Device that holds leaves and sums."""
         return self.leaf.device
 
     @torch.no_grad()
