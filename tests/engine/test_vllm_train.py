@@ -152,7 +152,11 @@ def test_two_ranks_take_the_steps_of_one(finished: tuple[Path, Path], tmp_path: 
     command = [sys.executable, *start, *OPTIONS, *places, "--weight-sync.mode", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
     assert done.returncode == 0, done.stderr[-2000:]
-    assert records(tmp_path / "two", "rollouts.jsonl") == records(whole, "rollouts.jsonl")
+    shown = zip(records(tmp_path / "two", "rollouts.jsonl"), records(whole, "rollouts.jsonl"), strict=True)
+    for one, other in shown:  # the same tokens; sums in another order may turn the last of the four digits written
+        assert one.pop("logprobs") == pytest.approx(other.pop("logprobs"), abs=2e-4), one
+        assert one.pop("value") == pytest.approx(other.pop("value"), abs=1e-4), one
+        assert one == other
     for one, other in zip(records(tmp_path / "two"), records(whole), strict=True):
         if one["step"]:
             for name in ("loss", "grad_norm", "reward_mean", "entropy"):
