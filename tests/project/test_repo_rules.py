@@ -364,7 +364,8 @@ def test_contributing_shows_the_directions_of_imports_as_enforced() -> None:
 
 
 def test_the_top_of_the_package_fits_on_a_page() -> None:
-    entries = [p for p in (ROOT / "paced_fast").iterdir() if not p.name.startswith("__") and p.name != "py.typed"]
+    found = {p.relative_to(ROOT / "paced_fast").parts[0] for p in (ROOT / "paced_fast").rglob("*.py")}
+    entries = found - {"__init__.py"}  # folders of former versions may be left, with nothing but caches
     assert len(entries) <= 15
 
 
