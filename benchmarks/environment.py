@@ -47,9 +47,9 @@ def describe() -> dict[str, Any]:
 def choose_device(name: str) -> torch.device:
     """Return the device to measure on; InputError if CUDA is requested but missing."""
     if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device is cuda, cpu or auto, not {name!r}")
+        raise InputError(f"--device {name!r}: give cuda, cpu or auto")
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device here: use --device cpu")
+        raise InputError("--device cuda: torch finds no GPU on this machine: give --device cpu")
     return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -51,7 +51,7 @@ class Arguments:
     tests: tuple[str, ...] = ()
     """Files for pytest; none means tests/gpu and every test of the kernels."""
     parts: tuple[str, ...] = PARTS
-    """Parts to run, of tests, phases, sweep, priority_tree, trainer, trajectory_balance, logprobs; in this order."""
+    """Parts to run, in this order: tests, phases, sweep, priority_tree, trainer, trajectory_balance, logprobs."""
     only: tuple[str, ...] = ()
     """Methods whose name contains one of these words; none means all."""
     commit: str = ""
@@ -97,12 +97,12 @@ def parts(arguments: Arguments) -> list[Part]:
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     """Run every part and return the summary, which DIR/visit.json also holds at any time."""
     if arguments.device not in ("cuda", "cpu"):
-        raise InputError(f"device is cuda or cpu, not {arguments.device!r}")
+        raise InputError(f"--device {arguments.device!r}: give cuda or cpu")
     unknown = [name for name in arguments.parts if name not in PARTS]
     if unknown:
         raise InputError(f"unknown part {unknown[0]!r}: the parts are {', '.join(PARTS)}")
     if not arguments.out:
-        raise InputError("gpu_visit needs --out DIR for its results")
+        raise InputError("gpu_visit has no folder for its results: give --out DIR")
     device = environment.choose_device(arguments.device)
     deadline = time.monotonic() + 60 * arguments.minutes - min(10.0, 6 * arguments.minutes)
     out = Path(arguments.out)

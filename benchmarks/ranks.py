@@ -95,7 +95,7 @@ def on_ranks(size: int, act: Callable[..., Any], *arguments: Any, seconds: float
     results, failures, ends = [], [], time.monotonic() + seconds
     with started(size, act, *arguments) as (_, answers):
         for rank, answer in enumerate(answers):
-            failure, result = f"nothing after {seconds} s", None
+            failure, result = f"no result after {seconds} s", None
             with contextlib.suppress(EOFError):
                 if answer.poll(max(0.0, ends - time.monotonic())):
                     failure = "it died"

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words.pop(0) if words else ""
     if name in ("-h", "--help", ""):
-        print(f"{__doc__}\nCases: {', '.join(CASES)}; `CASE --help` lists the options of one.")
+        print(f"{__doc__}\nCases: {', '.join(CASES)}. `CASE --help` lists the options of a case.")
         return
     if name not in CASES:
         near = difflib.get_close_matches(name, CASES, n=1)

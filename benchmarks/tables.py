@@ -41,12 +41,12 @@ def sample_efficiency(result: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(curves.COLUMNS)} |", "|" + "---|" * len(curves.COLUMNS)]
     lines += [f"| {titles[row['arm']]} | {' | '.join(curves.cells(row))} |" for row in rows]
     note = f"""
-        Held-out accuracy of the medium problems (160 prompts x 16 samples, {rows[0]["start"]["mean"]:.3f} before
+        Held-out accuracy of the medium problems (160 prompts x 16 completions, {rows[0]["start"]["mean"]:.3f} before
         training) after
-        {result["rollout_budget"]:,} rollouts; {result["settings"]["seeds"]} seeds, mean and standard error;
-        a seed is its own warm start and training noise. `rollouts to GRPO's final`: share of the budget at which the
-        isotonic fit of the mean curve reaches the end of GRPO's, with its 90 % bootstrap interval over seeds.
-        `accuracy at equal time`: after {result["seconds_budget"]:.1f} s of training, the time GRPO takes.
+        {result["rollout_budget"]:,} rollouts: mean and standard error over {result["settings"]["seeds"]} seeds, each
+        with its own warm start. `rollouts to GRPO's final`: share of the budget at which the isotonic fit of the mean
+        curve reaches GRPO's final accuracy, with a 90% bootstrap interval over seeds. `accuracy at equal time`: after
+        {result["seconds_budget"]:.1f} s of training, the time that GRPO takes.
         `mixed groups`: share of all sampled groups that are neither all right nor all wrong. {_environment(result)}."""
     picture = "![learning curves](benchmarks/results/sample_efficiency.png)"
     table = "\n".join(lines).replace("+-", "\u00b1")
@@ -61,11 +61,11 @@ def train_run(result: dict[str, Any]) -> str:
         return f"{summary[f'{key}_before']:.3f} to {summary[f'{key}_after']:.3f}"
 
     text = f"""
-        Held-out accuracy goes from {rise("accuracy")} and pass@8 from {rise("pass_at_8")} with {summary["rollouts"]:,}
-        rollouts in {summary["train_seconds"]:.0f} s of training; start to end took {result["wall_seconds"]:.0f} s,
-        {"the cached" if result["warm_start_cached"] else "the"} warm start included. On held-out prompts the value ends
-        with a rank correlation of {summary["value_rank_correlation"]:.2f} to the measured accuracy and a calibration
-        error of {summary["value_ece"]:.3f} ({_environment(result)})."""
+        Held-out accuracy rises from {rise("accuracy")} and pass@8 from {rise("pass_at_8")} with {summary["rollouts"]:,}
+        rollouts in {summary["train_seconds"]:.0f} s of training. The whole command took
+        {result["wall_seconds"]:.0f} s, {"cached" if result["warm_start_cached"] else "the"} warm start included. At the
+        end the value has a rank correlation of {summary["value_rank_correlation"]:.2f} with the measured accuracy of
+        held-out prompts and a calibration error of {summary["value_ece"]:.3f} ({_environment(result)})."""
     return _wrapped(text)
 
 
@@ -99,8 +99,8 @@ def kernels(result: dict[str, Any]) -> str:
     left_out = f"Not measured: {'; '.join(skipped)}." if skipped else ""
     note = f"""
         Trajectory-balance loss of {shape["tokens"]} tokens, hidden size {shape["hidden_size"]}, vocabulary
-        {shape["vocab_size"]}, {cell["dtype"]}, {where}; median (10th to 90th percentile) of interleaved runs, memory
-        above the inputs, errors against {cell["oracle"]}. {". ".join(against)}. {left_out}
+        {shape["vocab_size"]}, {cell["dtype"]}, {where}. Times: median (10th to 90th percentile) of interleaved runs;
+        memory: in addition to the inputs; errors: against {cell["oracle"]}. {". ".join(against)}. {left_out}
         {_environment(result)}."""
     return "\n".join(["\n".join(lines), "", _wrapped(note)])
 
@@ -129,7 +129,7 @@ def _kernel_cells(row: dict[str, Any]) -> list[str]:
 def weight_sync(result: dict[str, Any]) -> str:
     """Format the methods to update an engine's weights, and short runs with each, as Markdown."""
     lines = [
-        "| weights | MB copied | seconds (least to largest) | MB resident | MB at the peak |",
+        "| weights | MB copied | seconds (smallest to largest) | MB resident | MB at the peak |",
         "|---|---|---|---|---|",
     ]
     for name, row in result["modes"].items():
@@ -138,10 +138,10 @@ def weight_sync(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {sizes[0]} | {seconds} | {sizes[1]} | {sizes[2]} |")
     shared = result["modes"]["shared"]
     note = f"""
-        One update of {result["model"]} in {result["dtype"]} ({shared["weights_bytes"] / 1e6:,.0f} MB of weights), and
-        what trainer and engine hold together, above an idle process. `load_weights` is called once a parameter, as TRL
-        does. Log-probs of both sides differ by at most
-        {max(row["largest_difference"] for row in result["modes"].values()):.1e} after the updates.
+        Time of one update of {result["model"]} in {result["dtype"]} ({shared["weights_bytes"] / 1e6:,.0f} MB of
+        weights), and memory of trainer and engine together, in addition to an idle process. `load_weights` is called
+        once per parameter, as in TRL. After the updates the log-probs of both sides differ by up to
+        {max(row["largest_difference"] for row in result["modes"].values()):.1e}.
         {_environment(result)}."""
     runs = ["| run of `tiny` | seed | generate s | train s | sync s | reward, last steps | accuracy after |"]
     runs.append("|---|---|---|---|---|---|---|")
@@ -155,7 +155,7 @@ def weight_sync(result: dict[str, Any]) -> str:
 def math_rewards(result: dict[str, Any]) -> str:
     """Format errors of the math rewards on the labelled table, and their speed, as Markdown."""
     table, speeds = result["table"], result["throughput"]
-    columns = ["judged by", "wrong answers passed", "right answers failed", "the same, held-out rows only"]
+    columns = ["judged by", "wrong answers passed", "right answers failed", "both, on held-out rows only"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for method, counts in result["summary"].items():
         cells = [
@@ -164,7 +164,7 @@ def math_rewards(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {method} | {' | '.join(cells[0])} | {', '.join(cells[1])} |")
     cases = list(speeds["cases"])
-    rates = [f"| answers a second | {' | '.join(cases)} |", "|" + "---|" * (1 + len(cases))]
+    rates = [f"| answers per second | {' | '.join(cases)} |", "|" + "---|" * (1 + len(cases))]
     for method in speeds["cases"][cases[0]]:
         cells = (speeds["cases"][case][method] for case in cases)
         rates.append(
@@ -173,12 +173,12 @@ def math_rewards(result: dict[str, Any]) -> str:
             + " |"
         )
     note = f"""
-        {table["rows"]} pairs of {len(table["kinds"])} kinds, labelled by hand once for each mode
-        (`tests/verdicts/math.jsonl`); {table["held_out"]} of them were written after the rules were fixed. math-verify
-        {result["math_verify"]} reads the raw completion; it is held to the labels of `math` and to those of
-        `math_strict`. Speed: batches of {speeds["answers"]}, half of them right, medians (least to largest) of
-        {speeds["repeats"]} interleaved batches; math-verify in one process; load
-        average {result["load"]:.1f} on {speeds["cores"]} cores. {_environment(result)}."""
+        {table["rows"]} pairs of answer key and completion, of {len(table["kinds"])} kinds, labelled by hand for each
+        mode (`tests/verdicts/math.jsonl`); {table["held_out"]} of them (held-out) were written after the rules were
+        fixed. math-verify {result["math_verify"]} reads the raw completion and is compared with the labels of `math`
+        and with those of `math_strict`. Speed: median (smallest to largest) of {speeds["repeats"]} interleaved batches
+        of {speeds["answers"]} answers, half of them right; math-verify in one process; load average
+        {result["load"]:.1f} on {speeds["cores"]} cores. {_environment(result)}."""
     return "\n".join([*lines, "", *rates, "", _wrapped(note)])
 
 
@@ -194,8 +194,8 @@ def sandbox(result: dict[str, Any]) -> str:
     rows = result["rows"]
     ways = "; ".join(row["strength"] for row in rows.values() if row["strength"])
     note = f"""
-        A program that prints its input, started to ended: {result["runs"]} of each in turn, one at a time, and then as
-        many at once as there are cores. Ways: {ways}. {_environment(result)}."""
+        Time from start to end of a program that prints its input: {result["runs"]} programs per sandbox, one at a time;
+        programs/s: one program per core at once. Sandboxes: {ways}. {_environment(result)}."""
     return "\n".join([*sandbox_case.table(rows), "", _wrapped(note)])
 
 
@@ -227,9 +227,9 @@ def integrations(result: dict[str, Any]) -> str:
         lines.append(f"| {row['method']} | {seconds} | {row['peak_bytes'] / 2**20:,.0f} MiB |")
     note = f"""
         {given["tokens"]} completion tokens, vocabulary {given["vocabulary"]}, hidden size {given["hidden"]},
-        {given["layers"]} layers, float32, threads: {result["rows"][0]["threads"]}; medians of {given["repeats"]},
-        each method in a process of its own, {"in turns" if result.get("interleaved") else "one after the other"};
-        memory above model and batch.
+        {given["layers"]} layers, float32, threads: {result["rows"][0]["threads"]}; median (smallest to largest) of
+        {given["repeats"]} passes; one process per method,
+        {"taking turns" if result.get("interleaved") else "one after the other"}; memory in addition to model and batch.
         {_environment(result)}."""
     return "\n".join([*lines, "", _wrapped(note)])
 
@@ -238,7 +238,7 @@ def trainer(result: dict[str, Any]) -> str:
     """Format the comparison of the training phase in TRL and ours as Markdown."""
     given, rows = result["arguments"], result["rows"]
     lines = [
-        "| training phase | threads | seconds | completion tokens per second | peak memory | ours beside it |",
+        "| training phase | threads | seconds | completion tokens per second | peak memory | ours in comparison |",
         "|---|---|---|---|---|---|",
     ]
     compared = {
@@ -254,9 +254,10 @@ def trainer(result: dict[str, Any]) -> str:
     note = f"""
         {given["updates"]} optimiser steps on
         {given["prompts"]} prompts x {given["completions"]} completions of {given["shortest"]} to {given["longest"]}
-        tokens ({first["tokens"]:,} in all, {first["padded_tokens"]:,} padded; lengths even on a logarithmic scale),
-        weights of {first["weights"]}, {first["precision"]}; TRL with its defaults in micro-batches of
-        {given["sequences"]} sequences, ours in as many tokens. Medians of {first["turns"]} (least to largest).
+        tokens ({first["tokens"]:,} in all, {first["padded_tokens"]:,} with padding; lengths uniform on a logarithmic
+        scale), weights of {first["weights"]}, {first["precision"]}; TRL with its defaults in micro-batches of
+        {given["sequences"]} sequences, ours in micro-batches of as many tokens. Median (smallest to largest) of
+        {first["turns"]} turns.
         {_environment(result)}."""
     return "\n".join([*lines, "", _wrapped(note)])
 
@@ -270,20 +271,22 @@ def faults(result: dict[str, Any]) -> str:
     phases = len({outcome["cell"].split("/")[1] for outcome in processes["outcomes"]})
     slowest = ", ".join(f"{kind} {seconds:.0f} s" for kind, seconds in processes["slowest_seconds"].items())
     lines = [
-        "| broken on purpose | times | result |",
+        "| injected fault | times | result |",
         "|---|---|---|",
-        f"| process killed, {kill['kills_inside_a_save']} times inside a save | {kill['kills']} | "
+        f"| process killed, {kill['kills_inside_a_save']} times during a save | {kill['kills']} | "
         f"{len(kill['wrong'])} of {kill['acknowledged']} acknowledged checkpoints lost |",
         f"| checkpoint damaged: {', '.join(damage['by_kind'])} | {damage['damages']} | "
         f"{len(damage['wrong'])} loaded silently |",
-        f"| code planted in a file of it | {planted['slots']} | ran {planted['code_ran']} times |",
-        f"| run cut and resumed | {cuts['cut_points']} | {len(cuts['wrong'])} differ by a bit from an uncut run |",
-        f"| piece of state left out of the resume | {ablation['pieces']} | {len(ablation['wrong'])} not noticed, "
-        f"{len(ablation['idle'])} that a run does not miss |",
-        f"| rank of two fails: {kinds} faults in {phases} phases | {processes['cells']} | "
-        f"{processes['recovered_equal_and_clean']} recover, equal to the bit, with nothing left behind |",
+        f"| code planted in a checkpoint file | {planted['slots']} | ran {planted['code_ran']} times |",
+        f"| run killed and resumed | {cuts['cut_points']} | "
+        f"{len(cuts['wrong'])} differ from an uninterrupted run in any bit |",
+        f"| part of the state left out on resume | {ablation['pieces']} | {len(ablation['wrong'])} not noticed, "
+        f"{len(ablation['idle'])} without effect on the run |",
+        f"| one of two ranks fails: {kinds} faults in {phases} phases | {processes['cells']} | "
+        f"{processes['recovered_equal_and_clean']} recover bit-equal and leave nothing behind |",
     ]
-    note = f"""Longest time from a fault to the end of the run: {slowest}. All of it in {result["seconds"]:.0f} s.
+    note = f"""Longest time from a fault to the end of the run: {slowest}. The whole matrix takes
+        {result["seconds"]:.0f} s.
         {_environment(result)}."""
     return "\n".join([*lines, "", _wrapped(note)])
 
@@ -350,7 +353,7 @@ def stale_lines() -> list[str]:
             lines.append(f"{name}: measured at {commit}, which is not in this clone")
         elif changed:
             shown = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
-            lines.append(f"{name}: {len(changed)} files have changed since {commit}: {shown}")
+            lines.append(f"{name}: files changed since {commit}: {len(changed)}: {shown}")
     return lines
 
 
@@ -361,7 +364,7 @@ def main() -> None:
         sys.stderr.write(f"error: unknown option {min(unknown)!r}: the options are --check and --stale\n")
         raise SystemExit(2)
     if "--stale" in sys.argv:
-        print("\n".join(stale_lines()) or "every table was measured with the code as it is")
+        print("\n".join(stale_lines()) or "every table was measured with the present code")
         return
     is_current = True
     for path in READMES:

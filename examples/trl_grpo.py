@@ -85,7 +85,7 @@ def main() -> None:
         trainer.train()
         seconds = (time.perf_counter() - started) / options.steps
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-    print(f"{seconds:.1f} s a step; mean reward of the first step {rewards[0]:.3f}, of the last {rewards[-1]:.3f}")
+    print(f"{seconds:.1f} s per step; mean reward of the first step {rewards[0]:.3f}, of the last {rewards[-1]:.3f}")
 
 
 if __name__ == "__main__":

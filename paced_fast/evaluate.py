@@ -49,53 +49,57 @@ class EvaluateArguments:
     """Evaluate a run's checkpoint, or any model, on benchmarks or other sources of prompts."""
 
     run_or_model: tyro.conf.Positional[str]
-    """Run folder, as written by `python -m paced_fast.train`, or a model: a Hugging Face folder or id, or `smollm2`."""
+    """Run folder written by `python -m paced_fast.train`, or a model: a Hugging Face folder or hub id, or `smollm2`."""
     benchmarks: tuple[str, ...] = ()
-    """Benchmarks by name, apart by commas or spaces: gsm8k, math500, aime24, aime25, amc23."""
+    """Benchmarks by name, separated by commas or spaces: gsm8k, math500, aime24, aime25, amc23."""
     sources: tuple[str, ...] = ()
-    """Sources of prompts as in `--data.eval`; with neither these nor benchmarks, the held-out prompts of the run."""
+    """Sources of prompts, as in `--data.eval`; default, without benchmarks: the held-out prompts of the run."""
     samples: int = 16
     """Completions per prompt."""
     temperature: float | None = None
-    """Sampling temperature, 0 for the likeliest token; without one the run's for evaluations, else 1."""
+    """Sampling temperature; 0: always the likeliest token; default: that of the run's evaluations, or 1 for a model."""
     top_p: float | None = None
-    """Share of the mass that the tokens sampled from hold; without one the run's for evaluations, else 1."""
+    """Share of the probability mass to sample from, likeliest tokens first; default: that of the run's evaluations, or
+    1 for a model."""
     max_completion_tokens: int | None = None
-    """Completions are cut here; without one where the run's evaluations cut them, else at 1024."""
+    """Maximum length of a completion, in tokens; default: that of the run's evaluations, or 1024 for a model."""
     max_prompt_tokens: int | None = None
-    """Longest prompt; without one the run's limit for its own prompts, else all that the model has room for."""
+    """Maximum length of a prompt, in tokens; default: the run's limit for the run's own prompts, otherwise as many as
+    fit into the model."""
     template: str | None = None
-    """How a prompt is written: text with {prompt} in it, or `chat`; without one the run's, else `chat` for a model with
-    a chat template."""
+    """Text that the model reads for a prompt: a text with {prompt} in it, `plain` (the prompt alone), or `chat`;
+    default: that of the run; for a model, `chat` if it has a chat template, otherwise `plain`."""
     system_prompt: str | None = None
-    """System message of chats that have none of their own; without one the run's."""
+    """System message added to every chat without one; default: that of the run."""
     template_args: tuple[str, ...] = ()
-    """Arguments of the chat template, each `name=value` or a JSON object; without any the run's."""
+    """Arguments of the chat template, each `name=value` or a JSON object; default: those of the run."""
     date: str | None = None
-    """Day that a chat template takes for today, as YYYY-MM-DD; without one the run's, else today."""
+    """Today's date for the chat template, as YYYY-MM-DD; default: that of the run, or today for a model."""
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a completion, by text or id, `auto` for the model's own; without any the run's, else `auto`."""
+    """Tokens that end a completion, by text or id; `auto`: those that the model declares; default: those of the run, or
+    `auto` for a model."""
     keep_special_tokens: tuple[str, ...] = ()
-    """Special tokens that rewards see, as in `--data.keep-special-tokens`; without any the run's, else `tags`."""
+    """Special tokens that stay in the text that rewards read, as in `--data.keep-special-tokens`; default: those of the
+    run, or `tags` for a model."""
     limit: int | None = None
-    """Evaluate on up to N prompts of each slice, chosen by the seed."""
+    """Maximum number of prompts per slice, chosen by the seed; default: all."""
     seed: int = 0
-    """Seed of the samples and of the choice of prompts."""
+    """Seed of the completions and of the choice of prompts."""
     step: int | None = None
-    """Step of the checkpoint of a run, 0 for the policy before training; without one, the newest."""
+    """Step of the run's checkpoint to evaluate; 0: the policy before training; default: the newest checkpoint."""
     device: Literal["cpu", "cuda"] | None = None
-    """Device of the model; without one the run's, else a GPU if there is one."""
+    """Device of the model; default: that of the run; for a model, a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights; without one the run's, else bfloat16 on a GPU and float32 on a CPU."""
+    """Data type of the weights; default: that of the run; for a model, bfloat16 on a GPU and float32 on a CPU."""
     max_batch_sequences: int | None = None
-    """Sequences decoded at once; without one the run's number, else 256."""
+    """Maximum number of sequences decoded at once; default: that of the run, or 256 for a model."""
     data_dir: str | None = None
-    """Folder in which files are looked up first; without one the run's, then the working directory, `data` and
+    """Folder in which files are looked up first; default: that of the run, or the working directory, then `data`, then
     `../shared/data`."""
     json: str | None = None
-    """File for the figures."""
+    """File to which the figures are written, as one JSON object; default: none."""
     save_samples: str | None = None
-    """File for every completion with its reward, one JSON object per line."""
+    """File to which every completion is written with its reward, one JSON object per line; default: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +130,10 @@ def evaluate_target(
         name, remedy = arguments.run_or_model, f"give --benchmarks {','.join(BENCHMARKS)}, or --sources"
         if not target.is_run and not Path(target.path).is_dir():
             raise InputError(
-                f"there is no run or model folder {name}; if a model of the Hugging Face hub is meant, {remedy}"
+                f"no such run or model folder {name}; if you mean a model of the Hugging Face hub, {remedy}"
             )
-        kind = "the run has no held-out prompts" if target.is_run else "a model has no held-out prompts of its own"
-        raise InputError(f"nothing to evaluate {name} on, as {kind}: {remedy}")
+        kind = "this run has no held-out prompts" if target.is_run else "a model has no held-out prompts of its own"
+        raise InputError(f"no prompts to evaluate {name} on, because {kind}: {remedy}")
     if (config.model.device, config.model.dtype) == ("cpu", "float32"):
         require_float32_products()
     tokenizer = prompts.load_tokenizer(target.path)
@@ -167,9 +171,9 @@ def evaluate_target(
     longest = max(table.rows, key=lambda row: len(row.token_ids), default=None)
     if longest is not None and len(longest.token_ids) > room:
         raise InputError(
-            f"--max-completion-tokens is {sampling.max_completion_tokens}: with the {len(longest.token_ids)} tokens of "
-            f"{longest.where} that is beyond the model's {room + sampling.max_completion_tokens} positions: give less, "
-            "or leave long prompts out"
+            f"--max-completion-tokens is {sampling.max_completion_tokens}, which with the {len(longest.token_ids)} "
+            f"tokens of {longest.where} is above the model's {room + sampling.max_completion_tokens} positions: give "
+            "fewer, or leave long prompts out"
         )
     generator = TransformersGenerator(
         model,
@@ -177,7 +181,7 @@ def evaluate_target(
         max_batch_sequences=arguments.max_batch_sequences or config.generation.max_batch_sequences,
     )
     logger.info(
-        "%s: %d prompts, %d samples each, temperature %g, top-p %g, up to %d tokens, the end at %s",
+        "%s: %d prompts, %d completions per prompt, temperature %g, top-p %g, up to %d tokens, stop tokens %s",
         *(target.path, len(table), sampling.samples, sampling.temperature, sampling.top_p),
         *(sampling.max_completion_tokens, stops),
     )
@@ -218,11 +222,11 @@ def _check(arguments: EvaluateArguments) -> None:
 
 def _check_file(option: str, path: Path) -> None:
     if not path.parent.is_dir():
-        raise InputError(f"{option}: there is no folder {path.parent}")
+        raise InputError(f"{option}: no such folder {path.parent}: create it, or give another place")
     if path.is_dir():
         raise InputError(f"{option} is a folder: give the name of a file in it")
     if path.exists() and not path.is_file():
-        raise InputError(f"{option} is no ordinary file: give the name of one")
+        raise InputError(f"{option} is not a regular file: give another name")
     try:  # permissions are not enough: file systems can be read-only, and root passes every check
         tempfile.TemporaryFile(dir=path.parent).close()
         if path.exists():
@@ -245,9 +249,10 @@ def _target(arguments: EvaluateArguments) -> _Target:
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir()):
         here = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() and not folder.exists() else []
         near = difflib.get_close_matches(str(folder), here, n=1)
-        raise InputError(f"there is no run or model folder {name}" + (f": did you mean {near[0]}?" if near else ""))
+        hint = f"did you mean {near[0]}?" if near else "give a run folder or a model"
+        raise InputError(f"no such run or model folder {name}: {hint}")
     if arguments.step is not None:
-        raise InputError(f"--step {arguments.step}: {name} is a model, only runs have steps")
+        raise InputError(f"--step {arguments.step}: {name} is a model, and only runs have steps: leave --step out")
     cuda = (arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
     settings = ModelConfig(device="cuda" if cuda else "cpu", dtype="bfloat16" if cuda else "float32")
     config = Config(model=settings, data=DataConfig(), evaluation=EvaluationConfig())
@@ -266,8 +271,8 @@ def _placed(arguments: EvaluateArguments, config: Config) -> Config:
         settings = dataclasses.replace(settings, dtype=arguments.dtype)
     if settings.device == "cuda" and not torch.cuda.is_available():
         if arguments.device == "cuda":
-            raise InputError("--device cuda: torch sees no GPU here: give --device cpu")
-        logger.warning("the run used a GPU and torch sees none here: evaluating on the CPU")
+            raise InputError("--device cuda: torch finds no GPU on this machine: give --device cpu")
+        logger.warning("the run used a GPU, but torch finds none on this machine: evaluating on the CPU")
         settings = dataclasses.replace(settings, device="cpu")
     return dataclasses.replace(config, model=settings)
 
@@ -310,8 +315,8 @@ def _room(model: PreTrainedModel, sampling: Sampling) -> int:
     room = (limit.longest or 1 << 20) - sampling.max_completion_tokens
     if room < 1:
         raise InputError(
-            f"--max-completion-tokens is {sampling.max_completion_tokens} and this is {limit.why}: "
-            "give fewer, so that a prompt has room too"
+            f"--max-completion-tokens is {sampling.max_completion_tokens}, and this is {limit.why}: give fewer, so "
+            "that a prompt fits too"
         )
     return room
 

@@ -36,13 +36,13 @@ class ExportArguments:
     """Write the policy of a run as a plain Hugging Face folder."""
 
     run_or_checkpoint: tyro.conf.Positional[str]
-    """Run folder, or one checkpoint of it."""
+    """Run folder, or one of its checkpoints, such as checkpoints/step_000150 in it."""
     folder: tyro.conf.Positional[str]
-    """Output folder; must be empty or absent."""
+    """Output folder; it must be empty or not exist."""
     step: int | None = None
-    """Step of the checkpoint of a run, 0 for the policy before training; without one, the newest."""
+    """Step of the run's checkpoint to export; 0: the policy before training; default: the newest checkpoint."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the weights."""
+    """Data type of the weights."""
 
 
 def export(arguments: ExportArguments) -> Path:
@@ -78,13 +78,13 @@ def export(arguments: ExportArguments) -> Path:
 def _source(given: Path, step: int | None) -> Path:
     """Folder of the policy in the given run or checkpoint."""
     if not given.is_dir():
-        raise InputError(f"there is no run or checkpoint {given}")
+        raise InputError(f"no such folder {given}: give a run folder or a checkpoint")
     if not re.fullmatch(r"step_\d{6,}", given.name):
         return checkpoint.policy_folder(given, step)
     if step is not None:
-        raise InputError(f"--step {step}: {given} is a checkpoint, only runs have steps")
+        raise InputError(f"--step {step}: {given} is one checkpoint: leave --step out, or give the run folder")
     if (problem := checkpoint.verify(given)) is not None:
-        raise InputError(f"checkpoint {given} is damaged: {problem}")
+        raise InputError(f"checkpoint {given} is damaged ({problem}): export another checkpoint")
     return given / "policy"
 
 
@@ -94,12 +94,12 @@ def _target(given: str) -> Path:
         target = Path(given).expanduser().resolve()
         if target == Path.cwd():
             raise InputError(
-                f"{target} is the folder you are in, which would be replaced: give one in it, like ./model"
+                f"{target} is the working directory, which would be replaced: give a folder in it, such as ./model"
             )
         if inside := [folder for folder in (target, *target.parents) if _belongs_to_run(folder)]:
-            raise InputError(f"{target} lies in {inside[0]}, which a run keeps as it is: give a folder elsewhere")
+            raise InputError(f"{target} is inside {inside[0]}, which belongs to a run: give a folder elsewhere")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InputError(f"{target} is there already: give a folder that is empty or not there yet")
+            raise InputError(f"{target} exists already: give a folder that is empty or does not exist")
     except OSError as error:
         raise InputError(f"{given} cannot be written ({_reason(error)}): give another folder") from error
     return target
@@ -139,7 +139,7 @@ def _check_there(source: Path) -> None:
     if not all(folder.is_dir() for folder in needed):
         what = f"checkpoint {source.parent}" if _is_checkpoint(source) else f"{source}"
         raise InputError(
-            f"{what} was removed while it was read: a running training keeps only the newest; export again"
+            f"{what} was removed while it was read, because its run keeps only the newest checkpoints: export again"
         )
 
 

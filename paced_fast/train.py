@@ -77,7 +77,7 @@ def _begin(run: PreparedRun, outputs: Outputs) -> None:
     if run.resumed:
         outputs.drop_from(run.stepper.counters.step + 1)
         return
-    outputs.say("evaluating before training")
+    outputs.say("evaluating the policy before training")
     record = StartRecord(parity=parity or ABSENT)
     before = evaluate_now(run, run.config.evaluation.final_samples)
     if before is not None:
@@ -96,7 +96,7 @@ def _stop_if_asked(run: PreparedRun, saver: checkpoint.Saver, stop: StopRequest 
     step = run.stepper.counters.step
     if step != began:
         save(run, saver, last=True)
-    what = f"after step {step}: --resume auto continues" if step else "before the first step"
+    what = f"after step {step}: continue with --resume auto" if step else "before the first step"
     raise StopRequested(f"{stop.name or 'a signal to another rank'}: stopped {what}")
 
 

@@ -80,14 +80,14 @@ def _begun(root: Path, before: int) -> int:
 def _wrong(folder: Path | None, acknowledged: int) -> str | None:
     """Return what is wrong with the checkpoint left by a kill; None if intact and no older than acknowledged."""
     if folder is None:
-        return "none left" if acknowledged else None
+        return "no checkpoint is left" if acknowledged else None
     step = int(folder.name[5:])
     into = {name: torch.empty_like(tensor) for name, tensor in tensors_of(step).items()}
     found, _, _ = checkpoint.load(folder, into)
     if step < acknowledged:
-        return f"step {acknowledged} was acknowledged, the newest is {step}"
+        return f"step {acknowledged} was acknowledged, but the newest checkpoint is step {step}"
     right = all(torch.equal(into[name], tensor) for name, tensor in tensors_of(step).items())
-    return None if right and int(found["scheduler.now"]) == step else f"step {step} holds other numbers"
+    return None if right and int(found["scheduler.now"]) == step else f"the checkpoint of step {step} has wrong numbers"
 
 
 def _kill_once(root: Path, ranks: int, keep: int, background: bool, draw: random.Random) -> dict[str, Any]:

@@ -42,16 +42,18 @@ def measure(arguments: Arguments, path: Path | None = None) -> dict[str, Any]:
     kill, damage, planted = checkpoint["kill"], checkpoint["damage"], checkpoint["planted_code"]
     cut, ablation = checkpoint["resume"]["cuts"], checkpoint["resume"]["ablation"]
     print(
-        f"kills {kill['kills']} ({kill['kills_inside_a_save']} inside a save), acknowledged checkpoints "
-        f"{kill['acknowledged']}, wrong {kill['wrong']}\ndamaged {damage['damages']}, wrong {damage['wrong']}\n"
-        f"planted code ran {planted['code_ran']} times\ncut points {cut['cut_points']}, wrong {cut['wrong']}\n"
-        f"pieces of state left out {ablation['pieces']}, not noticed {ablation['wrong']}",
+        f"processes killed: {kill['kills']} ({kill['kills_inside_a_save']} during a save); acknowledged checkpoints: "
+        f"{kill['acknowledged']}; wrong: {kill['wrong']}\n"
+        f"checkpoints damaged: {damage['damages']}; wrong: {damage['wrong']}\n"
+        f"planted code ran {planted['code_ran']} times\n"
+        f"runs killed and resumed: {cut['cut_points']}; wrong: {cut['wrong']}\n"
+        f"parts of the state left out: {ablation['pieces']}; not noticed: {ablation['wrong']}",
         flush=True,
     )
     processes = faults_processes.measure(faults_processes.Arguments(parallel=arguments.parallel, only=arguments.cells))
     wrong = [*kill["wrong"], *damage["wrong"], *cut["wrong"], *ablation["wrong"], *processes["shared_memory_left"]]
     wrong += [outcome for outcome in processes["outcomes"] if not outcome["passed"]]
     if wrong or planted["code_ran"]:
-        sys.stderr.write(f"error: {len(wrong)} faults were not borne; the first: {(wrong or [planted])[0]}\n")
+        sys.stderr.write(f"error: {len(wrong)} faults were not survived; the first: {(wrong or [planted])[0]}\n")
         raise SystemExit(1)
     return {"checkpoint": checkpoint, "processes": processes, "seconds": round(time.monotonic() - started, 1)}

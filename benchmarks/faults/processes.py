@@ -354,8 +354,8 @@ def summary(outcomes: list[Outcome], seconds: float, arguments: Arguments) -> di
         "outcomes": [{**vars(outcome), "passed": outcome.passed} for outcome in outcomes],
     }
     print(
-        f"{result['recovered_equal_and_clean']} of {len(outcomes)} recovered, equal and clean; "
-        f"seconds from fault to the end of the run at most {slowest}; {seconds:.0f} s in all",
+        f"{result['recovered_equal_and_clean']} of {len(outcomes)} recovered bit-equal and left nothing behind; "
+        f"largest seconds from the fault to the end of the run: {slowest}; {seconds:.0f} s in all",
         flush=True,
     )
     return result
@@ -367,6 +367,6 @@ def _line(outcome: Outcome) -> str:
         f"{outcome.cell:20} {verdict:7} status {outcome.status}, {outcome.seconds:5.1f} s, {outcome.attempts} starts"
     ]
     words += [f"differs: {', '.join(outcome.differs)}"] if outcome.differs else []
-    words += [f"left: {', '.join(outcome.left)}"] if outcome.left else []
+    words += [f"left behind: {', '.join(outcome.left)}"] if outcome.left else []
     words += [] if outcome.struck else ["the fault did not happen"]
     return "; ".join(words)

@@ -52,7 +52,7 @@ class Build:
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     """Return rows of name, variant, architecture, registers, spills, shared memory and instructions."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise InputError("TRITON_INTERPRET=1 wraps the kernels in the interpreter; unset it to compile them")
+        raise InputError("TRITON_INTERPRET is 1, so Triton would interpret the kernels: unset it to compile them")
     del path
     architectures = [int(name) for name in arguments.architectures]
     rows = [compile_one(build, arch) for arch in architectures for build in builds(arch, widest=arguments.widest)]
@@ -218,7 +218,7 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
         ).stdout
     match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if match is None:
-        raise RuntimeError(f"cuobjdump said nothing of registers: {text}")
+        raise RuntimeError(f"cuobjdump printed no number of registers: {text}")
     registers, stack, local = (int(group) for group in match.groups())
     return registers, stack, local
 

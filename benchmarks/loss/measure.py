@@ -104,10 +104,10 @@ def plan(arguments: Arguments, device: torch.device) -> list[tuple[Shape, str]]:
         raise InputError(str(error)) from None
     for name in arguments.inputs:
         if name not in KINDS:
-            raise InputError(f"inputs are {' or '.join(KINDS)}, not {name!r}")
+            raise InputError(f"--inputs {name!r}: give {' or '.join(KINDS)}")
     for name in arguments.modes:
         if name not in MODES:
-            raise InputError(f"modes are {', '.join(MODES)}, not {name!r}")
+            raise InputError(f"--modes {name!r}: the modes are {', '.join(MODES)}")
     if not shapes:
         on_cpu = device.type == "cpu"
         shapes = [QUICK_SHAPE] if arguments.quick else ([CPU_SHAPE] if on_cpu else gpu_grid())
@@ -126,7 +126,7 @@ class Measurement:
         self.on_gpu = self.device.type == "cuda"
         dtype = arguments.dtype if arguments.dtype != "auto" else ("bfloat16" if self.on_gpu else "float32")
         if dtype not in ("bfloat16", "float16", "float32"):
-            raise InputError(f"dtype is bfloat16, float16 or float32, not {dtype!r}")
+            raise InputError(f"--dtype {dtype!r}: give bfloat16, float16 or float32")
         self.dtype = getattr(torch, dtype)
         few = 2 if arguments.quick else 3
         self.repetitions = arguments.repetitions or (30 if self.on_gpu else few if arguments.quick else 5)
@@ -179,7 +179,7 @@ class Measurement:
                 rows[name] |= {"status": "failed", "reason": failure_of(error).reason, "ours": False, "ceiling": False}
                 continue
             if method.first_only and not is_first:
-                rows[name] |= {"status": "skipped", "reason": f"{method.first_only}: measured at the first shape only"}
+                rows[name] |= {"status": "skipped", "reason": f"measured only at the first shape ({method.first_only})"}
                 continue
             if name in self.too_slow and not is_first:
                 rows[name] |= {"status": "skipped", "reason": self.too_slow[name]}

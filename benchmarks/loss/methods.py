@@ -143,7 +143,7 @@ def _compiled() -> Method:
         return compiled(hidden, head_weight, token_ids)
 
     return Method(
-        name="torch.compile of naive", logprobs=logprobs, thv=fixed_thv(2, 4, 6), first_only="compiles at every shape"
+        name="torch.compile of naive", logprobs=logprobs, thv=fixed_thv(2, 4, 6), first_only="compiles anew per shape"
     )
 
 

@@ -36,12 +36,12 @@ def _module(name: str, distribution: str) -> ModuleType:
         reason = f"{distribution} is not installed" if missing == top else f"{distribution} needs {missing}"
         raise UnavailableError(reason) from error
     except Exception as error:  # other projects' imports may fail in any way
-        raise UnavailableError(f"importing {name} fails: {type(error).__name__}: {error}"[:160]) from error
+        raise UnavailableError(f"{name} cannot be imported: {type(error).__name__}: {error}"[:160]) from error
 
 
 def _needs_gpu(device: torch.device, dtype: torch.dtype, half: bool = True) -> None:
     if device.type != "cuda":
-        raise UnavailableError("runs on a GPU only")
+        raise UnavailableError("runs only on a GPU")
     if half and dtype not in HALF:
         raise UnavailableError(f"has no {str(dtype).removeprefix('torch.')} backward pass")
 
@@ -102,7 +102,7 @@ def liger_chunked(device: torch.device, dtype: torch.dtype) -> Method:
     module = _module("liger_kernel.chunked_loss.fused_linear_ppo", "liger-kernel")
     function = getattr(module, "_ChunkedSelectiveLogProbFunction", None)
     if function is None:
-        raise UnavailableError(f"{_version('liger-kernel')} has no log-probs apart from its losses")
+        raise UnavailableError(f"{_version('liger-kernel')} computes log-probs only inside its losses")
     columns = getattr(module, "_SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE", 4096)
 
     def logprobs(hidden: Tensor, head_weight: Tensor, token_ids: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def liger_scaled(device: torch.device, dtype: torch.dtype, name: str = "liger sc
     if public and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
         _module("cutlass", "nvidia-cutlass-dsl")
     if not public and device.type != "cuda":
-        raise UnavailableError("the same code as liger scaled CE where there is no GPU")
+        raise UnavailableError("without a GPU it is the same code as liger scaled CE")
 
     def logprobs(hidden: Tensor, head_weight: Tensor, token_ids: Tensor) -> Tensor:
         if public:
@@ -194,7 +194,7 @@ def quack_plain(device: torch.device, dtype: torch.dtype) -> Method:
         name="quack, plain CE only",
         plain_loss=loss,
         thv=fixed_thv(2, 6, 6),
-        note=f"{_version('quack-kernels')}; no gradient a token: not usable for trajectory balance",
+        note=f"{_version('quack-kernels')}; takes no gradient per token, so not usable for trajectory balance",
     )
 
 

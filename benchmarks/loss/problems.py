@@ -48,7 +48,7 @@ class Shape:
         """Return the shape with this name; ValueError for any other text."""
         found = re.fullmatch(r"T(\d+)-H(\d+)-V(\d+)", text)
         if found is None:
-            raise ValueError(f"a shape is written T16384-H4096-V151936, not {text!r}")
+            raise ValueError(f"shape {text!r}: write it like T16384-H4096-V151936")
         tokens, hidden_size, vocab_size = (int(word) for word in found.groups())
         return Shape(tokens=tokens, hidden_size=hidden_size, vocab_size=vocab_size)
 
@@ -123,7 +123,7 @@ def make_batch(
     training, and errors of log-probs affect the gradients as much as they would there.
     """
     if kind not in ("peaked", "flat"):
-        raise ValueError(f"inputs are peaked or flat, not {kind!r}")
+        raise ValueError(f"inputs {kind!r}: give peaked or flat")
     device, dtype = head_weight.device, head_weight.dtype
     generator = torch.Generator(device).manual_seed(seed)
     host = torch.Generator().manual_seed(seed)

@@ -168,7 +168,7 @@ def _rate_gate(headline: Cell | None) -> dict[str, str]:
     rows = [] if headline is None else [find(headline, name) for name in ("ours, stage 1", OURS)]
     rates = {row["name"]: row["modes"]["full"]["common_tflops"] for row in rows if median_ms(row, "full") is not None}
     if not rates:
-        return gate(name, None, "no such cell")
+        return gate(name, None, "the shape was not measured")
     detail = ", ".join(f"{method}: {rate:.0f} TFLOP/s" for method, rate in rates.items())
     return gate(name, next(iter(rates.values())) >= 620, detail)
 

@@ -56,7 +56,9 @@ class Arguments:
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     """Return errors and speeds of the two rewards and of math-verify."""
     if arguments.answers < 8 or arguments.repeats < 1:
-        raise InputError("a batch has 8 answers or more, and there is at least one")
+        raise InputError(
+            f"--answers is {arguments.answers} and --repeats is {arguments.repeats}: give 8 or more, and 1 or more"
+        )
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     rows = [json.loads(line) for line in TABLE.read_text().splitlines()]
     rows = rows[:: max(1, len(rows) // arguments.rows)] if arguments.rows else rows
@@ -218,10 +220,10 @@ def show(result: dict[str, Any]) -> None:
     print(f"{'kind':<18}{'rows':>5}  " + "".join(f"{method:>28}" for method in METHODS))
     for kind, row in result["table"]["kinds"].items():
         print(f"{kind:<18}{row['rows']:>5}  " + "".join(f"{'{}/{}'.format(*row[method]):>28}" for method in METHODS))
-    print("false positives/false negatives\n")
+    print("each cell: false positives/false negatives\n")
     for method, counts in result["summary"].items():
         print(method, counts["all"], "held out:", counts["held_out"])
     for case, speeds in result["throughput"]["cases"].items():
         print(f"\n{case}")
         for name, speed in speeds.items():
-            print(f"  {name:<26}{speed['median']:>9.0f} /s ({speed['least']:.0f} to {speed['largest']:.0f})")
+            print(f"  {name:<26}{speed['median']:>9.0f} answers/s ({speed['least']:.0f} to {speed['largest']:.0f})")

@@ -71,7 +71,9 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:
     """Format the rows as Markdown."""
-    lines = ["| way | attacks held | honest programs right | ms a program (10th to 90th percentile) | programs/s |"]
+    lines = [
+        "| sandbox | attacks blocked | honest programs right | ms per program (10th to 90th percentile) | programs/s |"
+    ]
     lines.append("|---|---|---|---|---|")
     for name, row in rows.items():
         if "median_ms" not in row:

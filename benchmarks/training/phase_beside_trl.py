@@ -146,14 +146,16 @@ def _check(arguments: Arguments) -> None:
     total = arguments.prompts * arguments.completions
     if total % (arguments.sequences * arguments.updates):
         raise InputError(
-            f"{total} completions do not make --updates {arguments.updates} of micro-batches of --sequences "
-            f"{arguments.sequences}"
+            f"--prompts x --completions is {total}, not a multiple of --sequences {arguments.sequences} x --updates "
+            f"{arguments.updates}: change one of them"
         )
     if not 1 <= arguments.shortest <= arguments.longest:
-        raise InputError(f"--shortest {arguments.shortest} and --longest {arguments.longest}: from 1 up, in this order")
+        raise InputError(
+            f"--shortest is {arguments.shortest} and --longest is {arguments.longest}: give 1 <= shortest <= longest"
+        )
     for name in arguments.methods:
         if name not in METHODS:
-            raise InputError(f"--methods: unknown {name!r}: use {', '.join(map(repr, METHODS))}")
+            raise InputError(f"--methods {name!r} is unknown: the methods are {', '.join(map(repr, METHODS))}")
 
 
 def _row(method: str, threads: int, turns: list[dict[str, Any]], processes: list[Process]) -> dict[str, Any]:
@@ -203,14 +205,14 @@ def _model(arguments: Arguments, dtype: Any) -> tuple[Any, str]:
             folder = smollm2_folder(Path.home() / ".cache" / "paced_fast")
             return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), "SmolLM2-135M-Instruct"
         except InputError as error:
-            sys.stderr.write(f"{error}: weights are drawn instead\n")
+            sys.stderr.write(f"{error}; random weights are used instead\n")
         sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
         sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3}
     elif arguments.model == "toy":
         sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
     else:
-        raise InputError(f"--model {arguments.model!r}: use smollm2 or toy")
+        raise InputError(f"--model {arguments.model!r}: give smollm2 or toy")
     torch.manual_seed(arguments.seed)
     return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).to(dtype), "drawn"
 

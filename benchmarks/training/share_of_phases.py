@@ -45,7 +45,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     """Measure median seconds and share of each phase, and the share of phases that PACED-RL adds."""
     del path
     if not 0 <= arguments.skip < arguments.steps:
-        raise InputError(f"--skip must be below --steps, got {arguments.skip} and {arguments.steps}")
+        raise InputError(f"--skip is {arguments.skip} and --steps is {arguments.steps}: give fewer to skip than steps")
     config = quick(preset(arguments.preset)) if arguments.quick else preset(arguments.preset)
     evaluation = dataclasses.replace(config.evaluation, every=0, final_samples=1)
     with tempfile.TemporaryDirectory() as folder:

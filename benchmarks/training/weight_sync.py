@@ -79,7 +79,7 @@ def table(modes: dict[str, dict[str, float]]) -> str:
         for mode, row in modes.items()
     ]
     weights = next(iter(modes.values()))["weights_bytes"]
-    lines += [f"one copy of the weights: {weights / 1e6:.1f} MB; resident: anonymous memory above an idle process's"]
+    lines += [f"one copy of the weights: {weights / 1e6:.1f} MB; resident: anonymous memory minus an idle process's"]
     return "\n".join(lines)
 
 

@@ -101,7 +101,7 @@ def plan(arguments: Arguments) -> list[tuple[int, int]]:
     for text in arguments.cells:
         match = re.fullmatch(r"N([1-9]\d*)-B([1-9]\d*)", text)
         if match is None:
-            raise InputError(f"a cell looks like N1000000-B1024, not {text!r}")
+            raise InputError(f"--cells {text!r}: write a cell like N1000000-B1024")
         found.append((int(match[1]), int(match[2])))
     return sorted(found, key=lambda cell: [capacity for capacity, _ in found].index(cell[0]))
 

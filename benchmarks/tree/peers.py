@@ -356,7 +356,7 @@ def _our_kernels(capacity: int, faces: torch.device, seed: int) -> Peer:
     from paced_kernels._grid import is_interpreted
 
     if is_interpreted():
-        raise UnavailableError("interpreter: its times say nothing about the kernels")
+        raise UnavailableError("Triton's interpreter is on, and its times say nothing about the kernels")
     if faces.type != "cuda":
         raise UnavailableError("needs a CUDA device")
     return Ours(capacity, faces, seed, "triton")

@@ -141,7 +141,7 @@ def quality_cells(row: dict[str, Any]) -> list[str]:
     return [
         row["name"],
         f"{zero} of {row['draws']}" + (f", {outside} outside" if outside else ""),
-        f"{max(row['frequency_error'].values()):.3f} (chance {row['chance']:.3f})",
+        f"{max(row['frequency_error'].values()):.3f} (by chance {row['chance']:.3f})",
         _relative(row["drift"]),
         _relative(row["residue"]),
         "yes" if row["last_writer_wins"] else "NO",
@@ -151,7 +151,7 @@ def quality_cells(row: dict[str, Any]) -> list[str]:
 
 def quality_text(quality: dict[str, Any]) -> str:
     """Format the errors of every peer at one N."""
-    head = f"\npriority_tree, N{quality['capacity']}, what is drawn (worst mode; sums relative, after many updates)"
+    head = f"\npriority_tree, N{quality['capacity']}, errors (of the worst mode; of sums, relative, after many updates)"
     return f"{head}\n{aligned([QUALITY_HEADINGS, *(quality_cells(row) for row in quality['rows'])])}"
 
 

@@ -36,11 +36,11 @@ def parse(arguments: Sequence[str]) -> Config:
         f"{key}: {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in PRESETS.items()
     )
     modes = "\n".join(f"  {option}  {words}" for option, words in launch.HELP.items())
-    description += f"\n\nBeside the settings, and not kept with them:\n{modes}"
+    description += f"\n\nModes of the command, which are not settings and are not saved in the run folder:\n{modes}"
     prog = f"python -m paced_fast.train {name}"
     config = read(words, lambda: tyro.cli(Config, args=words, default=default, prog=prog, description=description))
     if config.preset != name:
-        raise InputError(f"--preset {config.preset}: a preset is the first word, before every option")
+        raise InputError(f"--preset {config.preset}: give the preset as the first word, before every option")
     return config
 
 
@@ -58,7 +58,7 @@ def _check_words(words: Sequence[str], known: Mapping[str, str]) -> None:
         positive = re.sub(r"(^--|\.)no-", r"\1", option)  # --run.no-report switches off --run.report
         if option not in known and (positive not in known or types[known[positive]] is not bool):
             near = difflib.get_close_matches(option, [*launch.NAMES, *known], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+            hint = f"did you mean {near[0]}?" if near else "--help lists all options"
             raise InputError(f"unknown option {given}: {hint}")
         field = known.get(option) or known[positive]
         values = (
@@ -71,7 +71,7 @@ def _check_values(option: str, field: str, kind: Any, values: Sequence[str]) -> 
     if kind is bool:
         if values:
             off = "".join(option.rpartition(".")[:2]) + f"no-{option.rpartition('.')[2]}"
-            raise InputError(f"{option} {values[0]!r}: a switch takes no value, give {option} or {off}")
+            raise InputError(f"{option} {values[0]!r}: a switch takes no value: give {option} or {off}")
         return
     is_many = typing.get_origin(kind) is tuple
     if not values and not is_many:

@@ -10,37 +10,42 @@ from paced_fast.config.bounds import MAY_BE_EMPTY, Bounds
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Prompts: where they come from and how they are written down for the policy."""
+    """Prompts: their sources, and how they are written as text for the policy."""
 
     train: tuple[str, ...] = ()
-    """Sources of training prompts, each `kind:name?key=value&...`; kinds are task, rg, jsonl, parquet, hf."""
+    """Sources of training prompts, each `kind:name?key=value&...`; the kinds are task, rg, jsonl, parquet and hf."""
     eval: tuple[str, ...] = ()
-    """Sources of held-out prompts, same form."""
+    """Sources of held-out prompts, in the same form; none: no evaluation."""
     headline: tuple[str, ...] = ()
-    """Slices of the held-out prompts whose accuracy is the headline figure; none means all of them."""
+    """Held-out slices over whose prompts the headline accuracy is computed; none: all slices."""
     template: str = "{prompt}"
-    """How a prompt is written: text with {prompt} in it, or `chat` for the tokenizer's chat template."""
+    """Text that the policy reads for a prompt: a text with {prompt} in it, `plain` (the prompt alone), or `chat` (the
+    tokenizer's chat template)."""
     system_prompt: Annotated[str | None, MAY_BE_EMPTY] = None
-    """System message of every chat that has none of its own; an empty text stands for an empty message."""
+    """System message added to every chat without one; an empty text adds an empty message; none: nothing is added."""
     template_args: tuple[str, ...] = ()
-    """Arguments of the chat template, each `name=value` (the value is JSON where it is that) or a JSON object."""
+    """Arguments of the chat template, each `name=value` or a JSON object; a value is read as JSON if it is valid JSON,
+    otherwise as text."""
     date: str | None = None
-    """Day that a chat template takes for today, as YYYY-MM-DD; without one, that on which the run began."""
+    """Today's date for the chat template, as YYYY-MM-DD; none: the day on which the run began."""
     keep_special_tokens: tuple[str, ...] = ("tags",)
-    """Special tokens that rewards see in the text of a completion: `tags` (those that are part of an answer, such as
-    <think>, and not of the chat's frame), `all` (but what begins, ends and pads), `none`, and tokens by their text."""
+    """Special tokens that stay in the text that rewards read: `tags` (tokens of an answer, such as <think>, but not
+    those that frame a chat), `all` (all except begin, end and padding tokens), `none`, and single tokens by their
+    text."""
     dir: str | None = None
-    """Folder in which relative paths of jsonl and parquet sources are looked up before the working directory; without
-    one, the working directory, then `data` and `../shared/data` below it."""
+    """Folder in which relative paths of jsonl and parquet sources are looked up first, before the working directory;
+    none: the working directory, then `data`, then `../shared/data`."""
     max_prompt_tokens: Annotated[int, Bounds(1, 10**7)] = 1024
-    """Longest prompt, in tokens."""
+    """Maximum length of a prompt, in tokens, template included."""
     too_long: Literal["error", "skip", "keep_start", "keep_end"] = "error"
-    """What to do with a longer prompt: stop, leave it out, or cut the end (`keep_start`) or the beginning (`keep_end`)
-    of its text, in a chat of the longest user message; the template stays whole."""
+    """Treatment of a prompt above `max_prompt_tokens`: `error` stops before training, `skip` leaves the prompt out,
+    `keep_start` cuts the end of its text, `keep_end` the beginning. In a chat the longest user message is cut. The
+    template stays whole."""
     bad_rows: Literal["error", "skip"] = "error"
-    """What to do with a row that cannot be read or never be judged: stop, or leave it out and count it."""
+    """Treatment of a row that cannot be read or judged: `error` stops before training, `skip` leaves it out and counts
+    it."""
     max_bad_share: Annotated[float, Bounds(0.0, 1.0)] = 0.01
-    """`skip`: share of a source's rows that may be bad; above it the run does not start."""
+    """Largest share of bad rows per source that `bad_rows skip` accepts; above it the run does not start."""
     overlap: Literal["warn", "error", "drop"] = "warn"
-    """What to do with training prompts that are held-out prompts, by their text without case, white space and
-    punctuation: say so, stop, or leave them out of training."""
+    """Treatment of training prompts that are also held-out prompts (compared without case, white space and
+    punctuation): `warn` logs them, `error` stops before training, `drop` leaves them out of training."""

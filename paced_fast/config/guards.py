@@ -24,33 +24,36 @@ WarningName = Literal[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig:
-    """Named warnings about a step's figures; each is said when it begins to hold, and counted in metrics.jsonl."""
+    """Named warnings about a step's figures; each is logged when it first holds, and counted in metrics.jsonl."""
 
     max_kl: Annotated[float, Bounds(0.0, math.inf)] = 1.0
-    """`kl`: largest divergence of the policy after a step from the one before, in nats a completion."""
+    """`kl`: warn if the policy diverges from the policy before the step by more than this, in nats per completion."""
     max_log_ratio: Annotated[float, Bounds(0.0, math.inf)] = 2.0
-    """`log_ratio`: largest mean of log pi - log pi_old of a step's completions, either way, in nats."""
+    """`log_ratio`: warn if the absolute mean of log pi - log pi_old over a step's completions is above this, in
+    nats."""
     min_sample_share: Annotated[float, Bounds(0.0, 1.0)] = 0.3
-    """`sample_share`: least effective share of the step's completions under their importance weights."""
+    """`sample_share`: warn if the effective sample size under the importance weights, as a share of the step's
+    completions, is below this."""
     max_token_ratio: Annotated[float, Bounds(1.0, math.inf)] = 1.05
-    """`generator_mismatch`: largest mean of exp |log pi_trainer - log pi_generator| of a token."""
+    """`generator_mismatch`: warn if the mean over tokens of exp |log pi_trainer - log pi_generator| is above this."""
     max_truncated_share: Annotated[float, Bounds(0.0, 1.0)] = 0.9
-    """`truncated`: largest share of the step's completions that were cut at the limit."""
+    """`truncated`: warn if a larger share of the step's completions was cut at the length limit."""
     collapsed_reward: Annotated[float, Bounds(0.0, 1.0)] = 0.01
-    """`reward_collapse`: a mean reward of so little over `patience` steps, in a run that had `healthy_reward`."""
+    """`reward_collapse`: warn if the mean reward over `patience` steps falls to this or less, after it had reached
+    `healthy_reward`."""
     healthy_reward: Annotated[float, Bounds(0.0, 1.0)] = 0.1
-    """`reward_collapse`: mean reward over `patience` steps from which a fall is a collapse."""
+    """`reward_collapse`: mean reward over `patience` steps that a run must have reached before a fall counts."""
     max_value_gap: Annotated[float, Bounds(0.0, math.inf)] = 0.5
-    """`value_gap`: largest difference between the mean value and the accuracy of the drawn prompts, in `patience` steps
-    in a row; a head that knows nothing says one half, which is off by no more."""
+    """`value_gap`: warn if the drawn prompts' mean value differs from their accuracy by more than this in `patience`
+    steps in a row. An untrained head predicts 0.5 and so stays within 0.5."""
     stuck_value: Annotated[float, Bounds(0.0, 0.1)] = 0.01
-    """`value_stuck`: the drawn prompts' values all within this of 0, or of 1, in `patience` steps in a row, while the
-    accuracy is ten times as far from it."""
+    """`value_stuck`: warn if all drawn prompts' values lie within this distance of 0, or of 1, in `patience` steps in a
+    row, while the accuracy is at least ten times as far away."""
     max_head_loss_growth: Annotated[float, Bounds(1.0, math.inf)] = 10.0
-    """`head_loss`: largest ratio of log Z's loss to its median over the last 20 steps, for a loss above 1."""
+    """`head_loss`: warn if log Z's loss is above 1 and above its median over the last 20 steps times this."""
     patience: Annotated[int, Bounds(1, 10**4)] = 5
-    """Steps over which the slow warnings look."""
+    """Number of steps over which `reward_collapse`, `value_gap` and `value_stuck` are judged."""
     repeat_every: Annotated[int, Bounds(1, 10**9)] = 50
-    """Steps after which a warning that still holds is said again."""
+    """Steps after which a warning that still holds is logged again."""
     stop_on: tuple[WarningName, ...] = ()
-    """Warnings that stop the run (exit status 3) when they begin to hold."""
+    """Warnings that stop the run (exit status 3) when they first hold."""

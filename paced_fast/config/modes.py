@@ -11,14 +11,17 @@ from pathlib import Path
 from paced_fast.errors import InputError
 
 HELP = {
-    "--dry-run [RANKS]": "print settings, memory plan and estimated time for so many processes, and start nothing",
-    "--dry-run-device NAME": "plan for this device: h100, h200, a100, l40s, 4090 or cpu; the one that is here",
-    "--dry-run-nodes NODES": "plan for so many machines; without it eight processes a machine",
-    "--bench [STEPS]": "time training steps on random rollouts, with no generation, rewards, weights or data; several "
-    "processes replicate the parameters",
-    "--bench-lengths full|even": "completions at the limit, or of lengths drawn evenly from 1 to the limit",
-    "--bench-json FILE": "write what was measured there too",
-    "--replay-rollouts FILE": "train on the rollouts that a run with --run.save-rollouts wrote, and sample none",
+    "--dry-run [RANKS]": "print settings, memory plan and estimated time for RANKS processes (default: as many as "
+    "torchrun started, or 1), then exit",
+    "--dry-run-device NAME": "plan for this device: h100, h200, a100, l40s, 4090 or cpu; default: this machine's",
+    "--dry-run-nodes NODES": "plan for NODES machines; default: one per 8 processes",
+    "--bench [STEPS]": "time STEPS training steps (default: 5) on random rollouts, without generation, rewards, "
+    "weights or data; several processes replicate the parameters",
+    "--bench-lengths full|even": "full: every completion has the maximum length; even: lengths drawn uniformly from 1 "
+    "to the maximum; default: full",
+    "--bench-json FILE": "also write the measurements to FILE",
+    "--replay-rollouts FILE": "train on the rollouts in FILE, written by a run with --run.save-rollouts, and sample "
+    "none",
 }
 """Options and what they do, for `--help`."""
 
@@ -60,7 +63,7 @@ def take(arguments: Sequence[str]) -> tuple[Launch, list[str]]:
             rest.append(word)
             continue
         if option in found:
-            raise InputError(f"{option} is given twice")
+            raise InputError(f"{option} is given twice: give it once")
         follows = bool(words) and re.match("-[^0-9]|-$", words[0]) is None  # a number below 0 is a wrong value
         found[option] = value if equals else words.pop(0) if follows else None
         if found[option] in (None, "") and option not in _SWITCHES:
@@ -70,11 +73,12 @@ def take(arguments: Sequence[str]) -> tuple[Launch, list[str]]:
         raise InputError(f"{modes[0]} and {modes[1]} exclude each other: give one of them")
     for option, needed in _NEEDS.items():
         if option in found and needed not in found:
-            raise InputError(f"{option} needs {needed}")
+            raise InputError(f"{option} works only with {needed}: give that too")
     lengths = found.get("--bench-lengths") or "full"
     if lengths not in ("full", "even"):
         near = difflib.get_close_matches(lengths, ("full", "even"), n=1)
-        raise InputError(f"--bench-lengths {lengths[:80]!r}: {f'did you mean {near[0]}? ' if near else ''}full or even")
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"--bench-lengths {lengths[:80]!r}: {hint}the choices are full, even")
     file, replay = found.get("--bench-json"), found.get("--replay-rollouts")
     launch = Launch(
         dry_run=_number(found, "--dry-run"),

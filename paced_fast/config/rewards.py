@@ -10,32 +10,35 @@ from paced_fast.config.bounds import Bounds
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    """How completions are judged; which reward judges a row is part of its source."""
+    """How completions are judged; the source of a row says which reward judges it."""
 
     workers: Annotated[int, Bounds(0, 1024)] = 0
-    """Processes that judge answers and run programs; 0 for one a core."""
+    """Number of processes that judge answers and run programs; 0: one per core."""
     math_seconds: Annotated[float, Bounds(0.01, 3600.0)] = 3.0
-    """Longest time for one answer of the `math` rewards, in seconds."""
+    """Time limit per answer of the `math` rewards, in seconds; beyond it the completion is unscored."""
     task_seconds: Annotated[float, Bounds(0.01, 3600.0)] = 5.0
-    """Processor time after which one answer of a task of reasoning-gym that needs a sandbox is wrong, in seconds."""
+    """Processor time limit per answer of a reasoning-gym task that is judged in a sandbox, in seconds; beyond it the
+    completion is wrong."""
     function_seconds: Annotated[float, Bounds(0.01, 86400.0)] = 600.0
-    """Longest time for one call of a plain reward function of yours, in seconds; after it the run ends."""
+    """Time limit per call of your own (not async) reward function, in seconds; beyond it the run stops."""
     async_seconds: Annotated[float, Bounds(0.01, 86400.0)] = 120.0
-    """Longest wait for an async reward function, in seconds; after it the completions are unscored."""
+    """Time limit per call of your own async reward function, in seconds; beyond it the completions are unscored."""
     max_unscored_share: Annotated[float, Bounds(0.0, 1.0)] = 0.1
-    """Share of the last 256 completions (of a step's, if it has more) without a verdict above which the run stops."""
+    """Largest share of unscored completions among the last 256 (or the step's, if it has more); above it the run
+    stops."""
     shaping: tuple[str, ...] = ()
-    """What a completion earns beside its correctness, each `weight*name`: overlong, length, truncated, boxed or a
-    function of your own; the policy's loss sees it, log Z does not."""
+    """Terms added to a completion's correctness, each `weight*name`: overlong, length, truncated, boxed or your own
+    function. They enter the policy's loss, but not log Z."""
     overlong_share: Annotated[float, Bounds(1e-6, 1.0)] = 0.2
-    """`overlong`: last share of the completion limit over which the penalty grows from 0 to 1."""
+    """`overlong`: the penalty rises from 0 to 1 over this last share of the completion limit."""
     sandbox: Literal["auto", "fork_server", "bubblewrap", "unsafe"] = "auto"
-    """Isolation of programs: `fork_server`, `bubblewrap`, `auto` (one of them or an error), `unsafe` (limits only)."""
+    """Isolation of programs: `fork_server`, `bubblewrap`, `unsafe` (resource limits only), or `auto`: the first of
+    fork_server and bubblewrap that isolates fully on this machine, otherwise an error."""
     code_seconds: Annotated[float, Bounds(0.1, 3600.0)] = 5.0
-    """Longest time for one test case of `code`, in seconds of wall time."""
+    """Time limit per test case of `code`, in seconds of wall time."""
     code_memory_mib: Annotated[int, Bounds(128, 1 << 20)] = 512
-    """Address space of a program, in MiB."""
+    """Maximum address space of a program, in MiB."""
     code_output_kib: Annotated[int, Bounds(1, 1 << 20)] = 1024
-    """What a program may write to its output, errors and answers together, in KiB."""
+    """Maximum size of a program's output, error output and answers together, in KiB."""
     code_threads: Annotated[int, Bounds(1, 1024)] = 32
-    """Threads of a program; it can have no child processes."""
+    """Maximum number of threads of a program; it cannot start other processes."""

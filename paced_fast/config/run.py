@@ -33,56 +33,56 @@ class EvaluationConfig:
     """Held-out evaluation."""
 
     every: Annotated[int, Bounds(0, 10**9)] = 25
-    """Steps between evaluations during training; 0 for none."""
+    """Steps between evaluations during training; 0: none."""
     samples: Annotated[int, Bounds(1, 10**5)] = 8
-    """Completions for each prompt during training."""
+    """Completions per prompt in evaluations during training."""
     final_samples: Annotated[int, Bounds(1, 10**5)] = 16
-    """Completions for each prompt before and after training."""
+    """Completions per prompt in the evaluations before and after training."""
     temperature: Annotated[float, Bounds(0.0, 100.0)] = 1.0
-    """Sampling temperature, apart from training's; 0 takes the likeliest token."""
+    """Sampling temperature of evaluations; 0: always the likeliest token."""
     top_p: Annotated[float, Bounds(1e-6, 1.0)] = 1.0
-    """Sample from the likeliest tokens that hold this share of the mass; training always samples from all."""
+    """Share of the probability mass that evaluations sample from, likeliest tokens first; training samples from all."""
     max_completion_tokens: Annotated[int, Bounds(0, 10**7)] = 0
-    """Completions are cut here; 0 for generation.max-completion-tokens."""
+    """Maximum length of a completion in evaluations, in tokens; 0: that of `generation`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """What a run keeps."""
+    """Files, checkpoints and threads of a run."""
 
     checkpoint_every: Annotated[int, Bounds(0, 10**9)] = 50
-    """Steps between checkpoints; the last step always writes one; 0 for the last only."""
+    """Steps between checkpoints; the last step always writes one; 0: only the last step does."""
     keep_checkpoints: Annotated[int, Bounds(1, 10**9)] = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     async_save: bool = True
-    """Write checkpoints beside the steps that follow; a step waits for its parameters to be copied only."""
+    """Write checkpoints in the background; training only waits until the parameters are copied."""
     rollouts_per_step: Annotated[int, Bounds(0, 10**9)] = 4
-    """Rollouts written to rollouts.jsonl each step."""
+    """Rollouts written to rollouts.jsonl per step."""
     save_rollouts: bool = False
-    """Write every completion of every step, its tokens and log-probs, to rollouts_full.jsonl: what --replay-rollouts
-    trains from. About 20 bytes a token."""
+    """Write every completion of every step with its tokens and log-probs to rollouts_full.jsonl, for --replay-rollouts;
+    about 20 bytes per token."""
     overwrite: bool = False
     """Replace the results of an earlier run in the same folder."""
     threads: Annotated[int, Bounds(0, 10**4)] = 0
-    """CPU threads of torch; 0 for one a core."""
+    """Number of CPU threads of torch; 0: one per core."""
     report: bool = True
-    """Write the HTML report and its plots at the end."""
+    """Write the HTML report and its charts when training ends."""
     loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
-    """Other places that receive the metrics, besides metrics.jsonl."""
+    """Services that receive the metrics, in addition to metrics.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistributedConfig:
-    """Several processes, started by torchrun, one a GPU."""
+    """Training with several processes, started by torchrun, one per GPU."""
 
     mode: Literal["auto", "replicated", "sharded"] = "auto"
-    """`replicated` (every rank holds all parameters, and a part of the optimiser's state), `sharded` (FSDP2: parameters
-    too are split), or `auto`: replicated where it fits, and the memory plan says why."""
+    """`replicated` (every rank holds all parameters and its part of the optimiser state), `sharded` (FSDP2: parameters
+    are split too), or `auto`: replicated if it fits in memory, otherwise sharded; the memory plan has the numbers."""
     timeout_seconds: Annotated[float, Bounds(1.0, 86400.0)] = 600.0
-    """Longest wait for another rank in an exchange; after it the run stops."""
+    """Maximum wait for another rank in a collective, in seconds; beyond it the run stops."""
     stall_seconds: Annotated[float, Bounds(1.0, 86400.0)] = 300.0
-    """Time without progress after which every rank logs where it is and what it runs, once; nothing is stopped. Below
-    `timeout_seconds`, so that the reason is on record when that ends the run."""
+    """Time without progress, in seconds, after which every rank logs once where it stands; nothing is stopped. Keep it
+    below `timeout_seconds`, so that the log shows the reason before the run stops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,20 +90,22 @@ class Config:
     """One run."""
 
     preset: str = "tiny"
-    """Name of the preset these settings began from."""
+    """Name of the preset that these settings started from; give it as the first word, not as an option."""
     algorithm: Algorithm = "paced"
-    """`paced`, `tb` (learned log Z, uniform prompts), `tb_group` (group-mean intercept), `flowrl` or `grpo`."""
+    """`paced`, `tb` (trajectory balance with a learned log Z and uniform prompts), `tb_group` (with the group's mean
+    reward in place of log Z), `flowrl` or `grpo`."""
     steps: Annotated[int, Bounds(0, 10**9)] = 150
     """Steps of training."""
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     """Seed of every draw of the run."""
     run_dir: str | None = None
-    """Run folder; without one, runs/PRESET-ALGORITHM-SEED (with a number when that is taken)."""
+    """Run folder; none: runs/PRESET-ALGORITHM-SEED, with a number appended if that folder exists."""
     resume: Literal["never", "auto"] = "never"
-    """`auto` continues the newest valid checkpoint of the run folder, and starts anew when the folder has none."""
+    """`auto`: continue from the newest valid checkpoint of the run folder, or start anew if it has none; `never`: start
+    anew."""
     generator: GeneratorName = "auto"
-    """Who samples completions: `vllm`, `transformers` (the trainer's own model), or `auto`: vllm on a GPU where it is
-    installed, else transformers."""
+    """Engine that samples completions: `vllm`, `transformers` (the trainer's own model), or `auto`: vllm if it is
+    installed and the policy is on a GPU, otherwise transformers."""
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()

@@ -19,7 +19,7 @@ def config_from_dict(kind: Any, raw: Any, name: str = "") -> Any:
     kind.
     """
     if not isinstance(raw, dict):
-        raise InputError(f"{name or 'it'} is {json.dumps(raw)[:80]}, not an object of settings")
+        raise InputError(f"{name or 'the content'} is {json.dumps(raw)[:80]}, not an object of settings")
     values: dict[str, Any] = {}
     for key, hint in typing.get_type_hints(kind).items():
         if key not in raw:
@@ -67,7 +67,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())
     except OSError as error:
-        raise InputError(f"{folder} is not a run folder: {path} cannot be read") from error
+        raise InputError(f"{folder} is not a run folder: {path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):

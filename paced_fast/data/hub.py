@@ -43,7 +43,7 @@ def pointer(file: Path) -> str:
             is_pointer = stream.read(40).startswith(b"version https://git-lfs")
     except OSError:
         return ""
-    return "a pointer of git-lfs, for which `git lfs pull` fetches the file" if is_pointer else ""
+    return "a git-lfs pointer: fetch the file itself by `git lfs pull`" if is_pointer else ""
 
 
 def place_of(name: str, what: str, kind: Literal["model", "dataset"] = "model") -> str:
@@ -63,10 +63,10 @@ def place_of(name: str, what: str, kind: Literal["model", "dataset"] = "model") 
     cached = _cached(name, kind)
     if cached is None:
         raise InputError(
-            f"{what} has to come from {constants.ENDPOINT}, which cannot be reached ({reason}): give a local path, or "
-            "fetch it where there is a network into the cache that HF_HOME names and set HF_HUB_OFFLINE=1"
+            f"{what} is not in the cache, and {constants.ENDPOINT} cannot be reached ({reason}): give a local path, or "
+            "download it on a machine with a network into the cache named by HF_HOME and set HF_HUB_OFFLINE=1"
         )
-    logger.warning("%s cannot be reached (%s): %s is read from %s", constants.ENDPOINT, reason, name, cached)
+    logger.warning("%s cannot be reached (%s): reading %s from the cache, %s", constants.ENDPOINT, reason, name, cached)
     return str(cached)
 
 

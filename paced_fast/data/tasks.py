@@ -63,7 +63,7 @@ def signed_sums_rows(split: Literal["train", "eval"], *, size: int | None = None
         raise InputError(f"signed_sums has no split {split!r}: use 'train' or 'eval'")
     size = _TRAIN_SIZE if size is None else size
     if size < 1:
-        raise InputError(f"signed_sums needs size >= 1, got {size}")
+        raise InputError(f"signed_sums needs size >= 1, not {size}")
     rng = np.random.default_rng([seed, 0])
     counts = dict(zip(_TRAIN_WEIGHTS, _shares(size, list(_TRAIN_WEIGHTS.values())), strict=True))
     excluded = _eval_keys()
@@ -91,7 +91,7 @@ def signed_sums_demonstrations(
         InputError: a size below one, weights that are not six shares, or a probability outside [0, 1].
     """
     if size < 1:
-        raise InputError(f"signed_sums demonstrations need size >= 1, got {size}")
+        raise InputError(f"signed_sums demonstrations need size >= 1, not {size}")
     if len(slice_weights) != 6 or min(slice_weights) < 0 or not sum(slice_weights) > 0:
         raise InputError(f"slice_weights must be six shares >= 0, for 1 to 6 digits, got {tuple(slice_weights)}")
     if not 0 <= flip_probability <= 1:
@@ -147,7 +147,7 @@ def reasoning_gym_rows(name: str, size: int, seed: int, **params: Any) -> list[R
         InputError: no such data set, an unknown parameter, or values that the data set refuses.
     """
     if size < 1:
-        raise InputError(f"reasoning-gym task {name!r} needs size >= 1, got {size}")
+        raise InputError(f"reasoning-gym task {name!r} needs size >= 1, not {size}")
     settings = {**params, "size": size, "seed": seed}
     dataset = _reasoning_gym_dataset(name, settings)
     try:
@@ -199,7 +199,7 @@ def _reasoning_gym_dataset(name: str, settings: Mapping[str, Any]) -> Any:
     for key in settings:
         if key not in known:
             raise InputError(
-                f"reasoning-gym task {name!r} has no parameter {key!r}{nearest(key, known)}: it has {known}"
+                f"reasoning-gym task {name!r} has no parameter {key!r}{nearest(key, known)}: the parameters are {known}"
             )
     try:
         config = make_config(**settings)

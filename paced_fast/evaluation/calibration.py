@@ -30,7 +30,7 @@ def expected_calibration_error(values: ArrayLike, accuracies: ArrayLike, bins: i
     """
     v, a = _pair(values, accuracies)
     if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
+        raise ValueError(f"bins must be 1 or more, not {bins}")
     if not v.size or not np.all(np.isfinite(v)):
         return math.nan
     index = np.clip(np.floor(v * bins).astype(np.int64), 0, bins - 1)

@@ -188,7 +188,7 @@ def check_headline(headline: Sequence[str], table: PromptTable) -> None:
     names = {row.slice for row in table.rows}
     missing = set(headline) - names
     if missing and names:
-        raise InputError(f"--data.headline names {min(missing)!r}, but the held-out slices are {sorted(names)}")
+        raise InputError(f"--data.headline names {min(missing)!r}: give some of the held-out slices {sorted(names)}")
 
 
 def _sample(generator: Generator, table: PromptTable, sampling: Sampling) -> list[Completion]:

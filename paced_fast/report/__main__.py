@@ -17,16 +17,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="python -m paced_fast.report",
-        description="Draw the report of a run: report.html and plots/ in its folder; of several runs, a comparison.",
+        description="Write the report of a run (report.html and plots/ in its folder) or a comparison of several runs.",
     )
-    parser.add_argument("run_dir", nargs="+", help="folder with metrics.jsonl")
-    parser.add_argument("--out", help="file of a comparison; without it, compare.html beside the first run")
+    parser.add_argument("run_dir", nargs="+", help="run folder, with metrics.jsonl in it")
+    parser.add_argument("--out", help="file of the comparison; default: compare.html beside the first run folder")
     options = parser.parse_args(arguments)
     try:
         if len(options.run_dir) > 1:
             path = compare(options.run_dir, options.out)
         elif options.out is not None:
-            raise InputError("--out is for a comparison: give two run folders or more, or leave it out")
+            raise InputError("--out is for a comparison: give two or more run folders, or leave it out")
         else:
             path = make_report(options.run_dir[0])
     except InputError as error:

@@ -90,9 +90,9 @@ def _lines(groups: Sequence[SeedGroup], line_of: Callable[[Run], Line | None]) -
             ]
         seeds = seeds or len(members) >= FEWEST
         prompts = prompts or (len(members) == 1 and line.low is not None)
-    words = ["Band of a single run: 95 % interval over held-out prompts."] if prompts else []
-    words += ["Band of a group: 95 % interval of the mean over its seeds (t)."] if seeds else []
-    words += ["Thin: single seeds, thick: their mean; too few seeds for a band."] if few else []
+    words = ["Band of a single run: 95% interval over held-out prompts."] if prompts else []
+    words += ["Band of a group: 95% interval of the mean over its seeds (Student's t)."] if seeds else []
+    words += ["Thin: single seeds; thick: their mean; no band, because there are too few seeds."] if few else []
     return lines, " ".join(words)
 
 
@@ -173,7 +173,7 @@ def _settings(groups: Sequence[SeedGroup]) -> Markup:
     said = part("absent", f"no config.json: {', '.join(missing)}") if missing else Markup()
     if rows:
         return said + part("card", part("table", ["setting", *(group.name for group in groups)], rows))
-    return said or part("absent", "none: the runs differ in their seeds and folders alone")
+    return said or part("absent", "none: the runs differ only in their seeds and folders")
 
 
 def _runs(groups: Sequence[SeedGroup]) -> Markup:

@@ -80,7 +80,7 @@ def figures_table(groups: Sequence[SeedGroup]) -> Markup:
     rows = [cells for figure in (*_EVALUATED, *votes, *_ROWS) if (cells := _row(figure, groups))]
     pairs = [paired(groups[0], group) for group in groups[1:]]
     if any(pairs):
-        rows.insert(2, ["accuracy, prompt by prompt", "", *pairs])
+        rows.insert(2, ["accuracy on the same prompts, minus the first", "", *pairs])
     return part("card", part("table", ["", *(group.name for group in groups)], rows), tall=True)
 
 
@@ -104,7 +104,7 @@ def _row(figure: _Figure, groups: Sequence[SeedGroup]) -> list[str]:
         if i and found[0] and alike:
             text += f"  ({_difference(mean - float(np.mean(found[0])), figure.text)}{_overlap(ends[0], ends[i])})"
         elif i and found[0]:
-            text += "  (of another number of samples)"
+            text += "  (not comparable: different number of completions)"
         cells.append(text)
     return cells
 
@@ -130,7 +130,7 @@ def _overlap(first: tuple[float, float], other: tuple[float, float]) -> str:
     if not math.isfinite(sum(first) + sum(other)):
         return ""
     apart = first[1] < other[0] or other[1] < first[0]
-    return ", intervals apart" if apart else ", intervals overlap"
+    return ", intervals do not overlap" if apart else ", intervals overlap"
 
 
 def paired(first: SeedGroup, other: SeedGroup) -> str:

@@ -82,7 +82,7 @@ def read_run(folder: str | Path) -> Run:
     """Read a run folder. Raises InputError if it or its `metrics.jsonl` is missing, empty or corrupt."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"no run folder at {folder}")
+        raise InputError(f"no such folder {folder}: give a run folder")
     return Run(
         folder=folder,
         records=_metrics(folder / "metrics.jsonl"),
@@ -94,7 +94,7 @@ def read_run(folder: str | Path) -> Run:
 
 def _metrics(path: Path) -> list[Record]:
     if not path.exists():
-        raise InputError(f"no {path.name} in {path.parent}: it is no run folder, or the run has not started")
+        raise InputError(f"no {path.name} in {path.parent}: give a run folder, or wait for the run's first record")
     try:
         lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     except OSError as error:
@@ -113,7 +113,7 @@ def _metrics(path: Path) -> list[Record]:
             raise InputError(f"{path}:{index} is not a metrics record: it has no step")
         records.append({key: value for key, value in record.items() if key in KEYS})
     if not records:
-        raise InputError(f"{path} holds no record yet: come back after the first step")
+        raise InputError(f"{path} has no record yet: wait for the first step")
     return records
 
 

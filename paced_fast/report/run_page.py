@@ -38,7 +38,7 @@ def try_report(run_dir: str | Path) -> None:
     try:
         make_report(run_dir)
     except Exception as error:
-        logger.warning("no report was made (%r): python -m paced_fast.report %s makes it again", error, run_dir)
+        logger.warning("the report was not written (%r): try again by python -m paced_fast.report %s", error, run_dir)
 
 
 def make_report(run_dir: str | Path) -> Path:
@@ -53,7 +53,7 @@ def make_report(run_dir: str | Path) -> Path:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder} is no folder, so the page has no pictures beside it: move it away") from error
+        raise InputError(f"{folder} is not a folder, so no pictures were written: move it away") from error
     for name in PICTURES:
         picture = folder / f"{name}.png"
         if name in pictures:
@@ -143,7 +143,7 @@ def _tiles(run: Run) -> list[Tile]:
     mixed = latest("mixed_group_share")
     if mixed is not None:
         course = _spark(run, "mixed_group_share")
-        items.append(Tile(name="mixed groups", text=percent(mixed), sub="groups that teach", course=course))
+        items.append(Tile(name="mixed groups", text=percent(mixed), sub="right and wrong completions", course=course))
     rank = latest("value_rank_correlation")
     if rank is not None:
         scores = {"Brier": latest("value_brier"), "ECE": latest("value_ece")}
@@ -189,9 +189,9 @@ def _change(run: Run, key: str, name: str) -> list[Tile]:
         direction = "up" if points >= 0 else "down"
         subs.append(Markup('<span class="{}">{} points</span>').format(direction, f"{points:+.1f}"))
     if "nan" not in ends and ends:
-        subs.append(f"95 %: {ends[0]} to {ends[1]} %{' after' if both else ''}")
+        subs.append(f"95% interval: {ends[0]} to {ends[1]}%{' after training' if both else ''}")
     if both and evaluations and scored_prompts(evaluations[0]) != scored_prompts(evaluations[-1]):
-        subs.append("not the same prompts scored")
+        subs.append("on different scored prompts")
     return [Tile(name=name, text=text, sub=Markup("; ").join(subs))]
 
 
@@ -209,15 +209,15 @@ def _notes(run: Run) -> list[str]:
     skipped = max((number(r.get("skipped_steps")) or 0.0 for r in records), default=0.0)
     if skipped:
         were = "was" if skipped == 1 else "were"
-        lines.append(f"{counted(int(skipped), 'step')} {were} skipped for a loss or gradient that was not finite.")
+        lines.append(f"{counted(int(skipped), 'step')} {were} skipped because loss or gradient was not finite.")
     if (share := last_mean("truncated_share")) > 0.2:
-        lines.append(f"{percent(share)} of the completions of {last} were cut at the limit of tokens.")
+        lines.append(f"{percent(share)} of the completions of {last} were cut at the length limit.")
     if (ratio := last_mean("generator_mismatch_token_ratio")) > 1.05:
         lines.append(f"Generator and trainer disagree: token ratio {ratio:.3f} over {last}, above 1.05.")
     if (share := last_mean("unscored_share")) > 0.01:
-        lines.append(f"{percent(share)} of the completions of {last} got no verdict.")
+        lines.append(f"{percent(share)} of the completions of {last} are unscored.")
     if len(records) > 10 and series(records, "mixed_group_share")[0].size and last_mean("mixed_group_share") < 0.1:
-        lines.append(f"Fewer than a tenth of the groups of {last} could teach: the rest were all right or all wrong.")
+        lines.append(f"More than 90% of the groups of {last} were all right or all wrong and taught nothing.")
     return lines
 
 

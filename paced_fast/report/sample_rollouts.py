@@ -118,4 +118,4 @@ def _plain(text: object) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + f" ... and {len(text) - _MAX_TEXT:,} characters more"
+    return text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + f" ... and {len(text) - _MAX_TEXT:,} more characters"

@@ -31,14 +31,17 @@ class VerlReward:
         missing = set() if self._names is None else {"solution_str", "ground_truth"} - set(self._names)
         if missing:
             raise InputError(
-                f"reward {name!r}: a function of verl has the parameters data_source, solution_str, ground_truth and "
-                f"extra_info, and this one has no {sorted(missing)[0]!r}"
+                f"reward {name!r}: a verl function needs the parameters data_source, solution_str, ground_truth and "
+                f"extra_info, and this one lacks {sorted(missing)[0]!r}"
             )
 
     def problem(self, columns: Mapping[str, Any]) -> str | None:
         """Return a message if the row has no ground truth, else None."""
         if _ground_truth(columns) is None:
-            return f"reward {self._name!r} needs reward_model.ground_truth, ground_truth or answer: the row has none"
+            return (
+                f"reward {self._name!r} needs reward_model.ground_truth, ground_truth or answer, all of which the row "
+                "lacks"
+            )
         return None
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> Any:
@@ -79,7 +82,7 @@ class TRLChatReward:
     def problem(self, columns: Mapping[str, Any]) -> str | None:
         """Return a message if the row lacks a column that the function needs, else None."""
         name = missing_column(self._function, columns)
-        return None if name is None else f"reward {self._name!r} needs a column {name!r}: the row has none"
+        return None if name is None else f"reward {self._name!r} needs a column {name!r}, which the row lacks"
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> Any:
         given = {

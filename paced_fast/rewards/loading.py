@@ -38,7 +38,9 @@ def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFuncti
     if plain := {"exact": exact, "number": number, "signed_sums": signed_sums}.get(name):
         return plain
     if name in ("verl:", "trl:"):
-        raise InputError(f"reward {name!r} names no function: {name}package.module:function or {name}file.py:function")
+        raise InputError(
+            f"reward {name!r} names no function: give {name}package.module:function or {name}file.py:function"
+        )
     for prefix, adapter in (("verl:", VerlReward), ("trl:", TRLChatReward)):
         if name.startswith(prefix):
             return adapter(name, import_function(name.removeprefix(prefix), "reward"))
@@ -63,7 +65,7 @@ def import_function(name: str, kind: str) -> RewardFunction:
     if not callable(function):
         raise InputError(f"{kind} {name!r}: {module_name} has no function {function_name!r}")
     if isinstance(function, type):
-        raise InputError(f"{kind} {name!r} is a class: name an object of it, made in {module_name}")
+        raise InputError(f"{kind} {name!r} is a class: name an instance of it, created in {module_name}")
     return cast(RewardFunction, function)
 
 
@@ -74,7 +76,7 @@ def _import(module_name: str, who: str) -> Any:
         path = Path(module_name).expanduser()
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if not path.is_file() or spec is None or spec.loader is None:
-            raise InputError(f"{who}: there is no file {str(path.absolute())!r}")
+            raise InputError(f"{who}: no such file {str(path.absolute())!r}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

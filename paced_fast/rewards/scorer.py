@@ -49,10 +49,10 @@ class Scorer:
                 except InputError:
                     raise
                 except (Exception, SystemExit) as error:  # a user's own object may answer
-                    raise InputError(f"reward {term.name!r} failed when asked about a row: {reason(error)}") from error
+                    raise InputError(f"reward {term.name!r}: its method `problem` failed: {reason(error)}") from error
             else:
                 lacks = missing_column(function, columns)
-                found = None if lacks is None else f"reward {term.name!r} needs a column {lacks!r}: the row has none"
+                found = None if lacks is None else f"reward {term.name!r} needs a column {lacks!r}, which the row lacks"
             if found is not None:
                 return str(found)
         return None
@@ -90,9 +90,7 @@ class Scorer:
             InputError: a reward function failed, or did not return one number in [0, 1] or None per completion.
         """
         if len(rows) != len(completions):
-            raise InputError(
-                f"got {len(rows)} rows and {len(completions)} completions: one row a completion is expected"
-            )
+            raise InputError(f"got {len(rows)} rows and {len(completions)} completions: give one row per completion")
         members: dict[str, list[int]] = {}
         for i, row in enumerate(rows):
             for term in self._terms(row.reward):
@@ -132,9 +130,9 @@ class Scorer:
                 kinds = getattr(self._functions[name], "counts", None) or {}
                 verdicts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
                 raise TrainingError(
-                    f"reward {name!r} gave no verdict on {missing} of the last {total} completions, more than "
-                    f"--reward.max-unscored-share {limit:g} allows{f' ({verdicts})' if verdicts else ''}: look at its "
-                    "warnings above, give it more time, or raise the share"
+                    f"reward {name!r} left {missing} of the last {total} completions unscored, more than "
+                    f"--reward.max-unscored-share {limit:g} allows{f' ({verdicts})' if verdicts else ''}: see its "
+                    "warnings in the log, raise its time limit, or raise the share"
                 )
 
     def _terms(self, name: str) -> tuple[Term, ...]:

@@ -37,13 +37,13 @@ def parse_terms(text: str) -> tuple[Term, ...]:
         weight = (float(factor) if _NUMBER.fullmatch(factor.strip()) else math.nan) if star else 1.0
         if not name.strip() or not math.isfinite(weight) or weight == 0.0:
             raise InputError(
-                f"{text!r}: {part.strip()!r} is not a name or weight*name with a finite weight other than 0"
+                f"{text!r}: {part.strip()!r} is neither a name nor weight*name with a finite weight other than 0"
             )
         terms.append(Term(weight, name.strip()))
     names = [term.name for term in terms]
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise InputError(f"{text!r} names {name!r} twice: add its weights up")
+            raise InputError(f"{text!r} names {name!r} twice: name it once, with the sum of the weights")
     return tuple(terms)
 
 
@@ -59,8 +59,11 @@ def parse_reward(text: str) -> tuple[Term, ...]:
     terms = parse_terms(text)
     for term in terms:
         if term.weight < 0:
-            raise InputError(f"reward {text!r}: the weight of {term.name!r} is negative, and correctness is in [0, 1]")
+            raise InputError(
+                f"reward {text!r}: the weight of {term.name!r} is negative: give a positive one, because correctness "
+                "is in [0, 1]"
+            )
     total = sum(term.weight for term in terms)
     if not math.isfinite(total):
-        raise InputError(f"reward {text!r}: its weights add up to more than a number holds: scale them down")
+        raise InputError(f"reward {text!r}: the sum of the weights is too large for a number: scale them down")
     return tuple(Term(term.weight / total, term.name) for term in terms)

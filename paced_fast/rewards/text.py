@@ -30,7 +30,7 @@ def answers_of(name: str, columns: Mapping[str, Sequence[Any]], completions: Seq
     answers = columns.get("answer", [None] * len(completions))
     for i, answer in enumerate(answers):
         if answer is None:
-            raise InputError(f"reward {name!r} needs a column 'answer', and the row of its completion {i} has none")
+            raise InputError(f"reward {name!r} needs a column 'answer', which the row of completion {i} lacks")
     return answers
 
 
@@ -53,7 +53,7 @@ class TextReward:
         """Return the reason why the row can never be judged: no answer, an empty one, or one the rule cannot read."""
         answer = columns.get("answer")
         if answer is None or not str(answer).strip():
-            return f"reward {self._name!r} needs an answer, and the row has none: drop the row"
+            return f"reward {self._name!r} needs an answer, which the row lacks: drop the row"
         return self._flaw(str(answer))
 
 
@@ -75,7 +75,7 @@ def _number(completion: str, answer: str) -> float:
 def _no_number(answer: str) -> str | None:
     if last_number(answer) is not None:
         return None
-    return f"reward 'number' needs a number as answer, got {answer[:80]!r}: use exact or math"
+    return f"reward 'number' needs a number as answer, not {answer[:80]!r}: give reward=exact or reward=math"
 
 
 exact = TextReward("exact", _exact)

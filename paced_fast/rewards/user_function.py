@@ -62,8 +62,8 @@ class Call:
                 returned = self.function(**given)
         except TookTooLong as late:
             raise InputError(
-                f"{what} did not return within --reward.function-seconds {seconds:g}, called with "
-                f"{len(self.completions)} completions: it stands {self._place(late.stack)}"
+                f"{what} did not return within --reward.function-seconds {seconds:g} for {len(self.completions)} "
+                f"completions; it was {self._place(late.stack)}: make it faster, or raise the limit"
             ) from None
         except (InputError, KeyboardInterrupt):
             raise
@@ -127,13 +127,14 @@ class Call:
             if inspect.iscoroutine(returned):
                 returned.close()
                 raise InputError(
-                    f"the reward function {self.name!r} returned a coroutine instead of {count} numbers: declare it, "
-                    "or what decorates it, with `async def`"
+                    f"the reward function {self.name!r} returned a coroutine instead of {count} numbers: define it, "
+                    "or the function that decorates it, by `async def`"
                 )
             raise InputError(f"the reward function {self.name!r} returned a {kind}, not a list of {count} numbers")
         if len(returned) != count:
             raise InputError(
-                f"the reward function {self.name!r} returned {len(returned)} rewards for {count} completions"
+                f"the reward function {self.name!r} returned {len(returned)} rewards for {count} completions: return "
+                "one per completion"
             )
         return [self._number(value, i) for i, value in zip(self.places or range(count), returned, strict=True)]
 
@@ -146,7 +147,7 @@ class Call:
         if not is_number or not self.low <= plain <= self.high or abs(plain) == math.inf:
             raise InputError(
                 f"the reward function {self.name!r} returned {_short(repr(value))} for completion {index}: "
-                f"a number in [{self.low:g}, {self.high:g}] is expected, or None for no verdict"
+                f"return a number in [{self.low:g}, {self.high:g}], or None to leave it unscored"
             )
         return float(plain)
 
@@ -195,8 +196,8 @@ class _Background:
         except TookTooLong:
             stack = stack_of(sys._current_frames().get(self._thread.ident or 0))
             raise InputError(
-                f"one of the async reward functions {names} blocks instead of waiting, for more than "
-                f"--reward.async-seconds: it stands {self._calls[0]._place(stack)}"
+                f"one of the async reward functions {names} blocks its thread for more than --reward.async-seconds "
+                f"instead of awaiting; it was {self._calls[0]._place(stack)}: await there, or raise the limit"
             ) from None
         if self._error is not None and error is None:
             raise self._error
@@ -246,7 +247,7 @@ def reason(error: BaseException) -> str:
     try:
         text = str(error)
     except Exception:
-        text = "(its own text cannot be made)"
+        text = "(its message cannot be read)"
     return _short(" ".join(f"{type(error).__name__}: {text}".split()))
 
 

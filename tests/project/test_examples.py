@@ -98,5 +98,5 @@ def test_the_trl_script_trains_with_either_pair_of_classes(
     monkeypatch.setattr(sys, "argv", ["trl_grpo.py", "--loss", loss, "--model", tiny_folder, "--steps", "2"])
     made.main()
     found = capsys.readouterr().out
-    assert re.search(r"[\d.]+ s a step; mean reward of the first step [\d.]+, of the last [\d.]+", found)
+    assert re.search(r"[\d.]+ s per step; mean reward of the first step [\d.]+, of the last [\d.]+", found)
     assert ("tb/residual_rms" in found) == (loss == "trajectory_balance")

@@ -51,7 +51,7 @@ def tiny() -> Config:
 
 
 def smollm2() -> Config:
-    """SmolLM2-135M on a CPU: sums and products in words, from a few that it knows by heart to some far beyond it.
+    """SmolLM2-135M on a CPU: sums and products in words, from easy ones to some far too hard for it.
 
     The raw model solves almost none of them. The warm start shows it answers, hardly any of them twice. No prompt is in
     two of the three splits.

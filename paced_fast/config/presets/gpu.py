@@ -46,7 +46,7 @@ def qwen_math_1_5b() -> Config:
 
     From the paper: model, data, 150 steps, AdamW with learning rate 1e-6 and weight decay 0.1, groups of 8 at
     temperature 1, prompts up to 1024 and completions up to 3072 tokens, beta 0.05, tau 0.5, evaluation every 10 steps.
-    Prompts a step, minibatches, template, precision and the evaluation sets are not in it.
+    Prompts per step, minibatches, template, precision and the evaluation sets are not in it.
     """
     return Config(
         preset="qwen_math_1_5b",
@@ -71,7 +71,7 @@ def qwen_math_1_5b() -> Config:
 
 
 def qwen_math_7b() -> Config:
-    """Qwen2.5-Math-7B on DeepScaleR with the settings of arXiv 2602.12642; several GPUs of 80 GB, the paper has four.
+    """Qwen2.5-Math-7B on DeepScaleR with the settings of arXiv 2602.12642; needs several GPUs of 80 GB (paper: four).
 
     What is from the paper and what is not is as for `qwen_math_1_5b`.
     """
@@ -85,7 +85,7 @@ def qwen_math_7b() -> Config:
 
 
 def qwen3_4b() -> Config:
-    """Qwen3-4B on DeepScaleR, thinking, completions up to 8192 tokens; a GPU of 80 GB, or several.
+    """Qwen3-4B in thinking mode on DeepScaleR, completions of up to 8192 tokens; needs one or more GPUs of 80 GB.
 
     Not of the paper: its settings for loss, schedule and optimiser, with the model's own template and longer
     completions in fewer prompts.
@@ -104,7 +104,7 @@ def qwen3_4b() -> Config:
 
 
 def deepcoder_1_5b() -> Config:
-    """DeepSeek-R1-Distill-Qwen-1.5B on DeepCoder, programs judged by their tests in a sandbox; needs a GPU.
+    """DeepSeek-R1-Distill-Qwen-1.5B on DeepCoder, whose programs are judged by tests in a sandbox; needs a GPU.
 
     From the paper (arXiv 2602.12642): model, data, and the settings named at `qwen_math_1_5b`; the length of its run on
     code is not clear from it, and 150 steps stand for it. Which rows of the held-out parts count is not in it either.
@@ -142,7 +142,7 @@ def deepcoder_1_5b() -> Config:
 
 
 def qwen_math_1_5b_lora() -> Config:
-    """Adapters of Qwen2.5-Math-1.5B on DeepScaleR: one GPU of 24 GB.
+    """LoRA adapters for Qwen2.5-Math-1.5B on DeepScaleR; needs one GPU of 24 GB.
 
     Not of the paper: its settings with low-rank adapters, a learning rate ten times as high, and the engine's weights
     dropped while the policy trains.

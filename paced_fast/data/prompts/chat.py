@@ -90,12 +90,12 @@ def check_chat_settings(tokenizer: PreTrainedTokenizerBase, settings: ChatSettin
             text = render(tokenizer, chat, settings, "it")
         except BadRow as error:
             raise InputError(
-                f"the system prompt has no place, the chat template refuses it ({error}): leave it out, or write it "
-                "into the prompts"
+                f"the chat template refuses a system message ({error}): leave the system prompt out, or write it into "
+                "the prompts"
             ) from error
         if _FIRST not in text:
             raise InputError(
-                "the system prompt has no place, the chat template leaves it out: write it into the prompts"
+                "the chat template leaves out the system message: write the system prompt into the prompts"
             )
 
 

@@ -91,7 +91,7 @@ class Encoder:
             text = _cut(text, self._spans(text), excess, keep)
             if not text.strip():
                 raise InputError(
-                    f"{where}: without its longest text the prompt still has more than max_prompt_tokens={limit}: "
+                    f"{where}: the prompt has more than max_prompt_tokens={limit} even without its longest text: "
                     "raise it, or set too_long=skip"
                 )
             prompt = text if isinstance(prompt, str) else _with_content(prompt, index, text)
@@ -147,7 +147,7 @@ class Encoder:
     def _render(self, prompt: str | Messages, template: str, where: str) -> str:
         if template != "chat":
             if not isinstance(prompt, str):
-                raise InputError(f"{where}: the prompt is a chat of {len(prompt)} messages: use template=chat")
+                raise InputError(f"{where}: the prompt is a chat of {len(prompt)} messages: give template=chat")
             return template.replace("{prompt}", prompt)
         return render(self.tokenizer, self._messages(prompt), self.chat, where)
 
@@ -205,7 +205,7 @@ class Encoder:
         for i, message in enumerate(messages):
             if i >= int(is_own) and i not in parts and message["content"].strip():
                 raise BadRow(
-                    f"{where}: the chat template leaves out a message of the role {message['role']}: clean the row"
+                    f"{where}: the chat template leaves out a message with the role {message['role']}: fix the row"
                 )
         return parts, controls
 
@@ -232,7 +232,9 @@ class Encoder:
             if text == "".join(part if isinstance(part, str) else users[part] for part in parts):
                 break
         else:
-            raise BadRow(f"{where}: the text holds a control token and the chat template rewrites it: clean the row")
+            raise BadRow(
+                f"{where}: the text contains a control token, and the chat template rewrites the text: fix the row"
+            )
         ids: list[int] = []
         pending = ""
         for part in parts:
@@ -250,7 +252,7 @@ class Encoder:
             pending += part[begin:]
         ids += self._encode_text(pending)
         if self._controls(ids) != expected:
-            raise BadRow(f"{where}: the tokenizer can only read some of the text as a control token: clean the row")
+            raise BadRow(f"{where}: the tokenizer reads part of the text as a control token in any case: fix the row")
         return ids
 
     def _encode_text(self, text: str, *, with_tags: bool = False) -> list[int]:

@@ -30,10 +30,10 @@ class Overlap:
     """Slices of those held-out rows."""
 
     def __str__(self) -> str:
-        """Text for a message, such as `2 training prompts are held-out prompts (a.jsonl:1 is b.jsonl:7; ...)`."""
+        """Text for a message, such as `2 training prompts are also held-out prompts (a.jsonl:1 is b.jsonl:7; ...)`."""
         shown = "; ".join(f"{one} is {other}" for one, other in self.pairs)
         dots = "; ..." if len(self.train) > len(self.pairs) else ""
-        return f"{len(self.train)} training prompts are held-out prompts ({shown}{dots})"
+        return f"{len(self.train)} training prompts are also held-out prompts ({shown}{dots})"
 
 
 def overlap(train: PromptTable, held_out: PromptTable) -> Overlap:

@@ -61,8 +61,8 @@ def find_stops(
             ids.append(token_named(tokenizer, word, "the stop token"))
     if not ids or (not ends and tuple(words) == ("auto",)):
         raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no eos_token and its model names no end: set one, or name "
-            "stop tokens, completions must be able to end"
+            f"the tokenizer {tokenizer.name_or_path!r} has no eos_token and the model declares no end token, so that "
+            "no completion could end: set an eos_token, or name stop tokens"
         )
     ids = list(dict.fromkeys(ids))
     text_end = next((token for token in ends if token in ids), ids[0])
@@ -82,7 +82,7 @@ def token_named(tokenizer: PreTrainedTokenizerBase, word: str, what: str) -> int
     """
     if word.isascii() and word.isdigit():
         if len(word) > 12 or int(word) not in tokenizer.get_vocab().values():
-            raise InputError(f"{what} {word[:80]}: the tokenizer has no token of that id")
+            raise InputError(f"{what} {word[:80]}: the tokenizer has no token with this id")
         return int(word)
     vocabulary = tokenizer.get_vocab()
     if word in vocabulary:
@@ -94,8 +94,8 @@ def token_named(tokenizer: PreTrainedTokenizerBase, word: str, what: str) -> int
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
         return int(ids[0])
     near = difflib.get_close_matches(word, [token.content for token in tokenizer.added_tokens_decoder.values()], n=1)
-    hint = f"did you mean {near[0]}?" if near else "give a token's text, or its id"
-    raise InputError(f"{what} {word[:80]!r} is no single token of the tokenizer {tokenizer.name_or_path!r}: {hint}")
+    hint = f"did you mean {near[0]}?" if near else "give the text or the id of a token"
+    raise InputError(f"{what} {word[:80]!r} is not a single token of the tokenizer {tokenizer.name_or_path!r}: {hint}")
 
 
 class Decoder:
@@ -144,7 +144,7 @@ def hidden_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], ke
     special |= {i: str(tokenizer.convert_ids_to_tokens(i)) for i in (*tokenizer.all_special_ids, *named)}
     modes = set(keep) & {"tags", "all", "none"}
     if len(modes) > 1:
-        raise InputError(f"special tokens to keep are {' '.join(keep)}: give one of tags, all and none")
+        raise InputError(f"special tokens to keep are {' '.join(keep)}: give only one of tags, all and none")
     if "all" in modes:
         hidden = bounds
     elif "tags" in modes:

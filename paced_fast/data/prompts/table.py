@@ -50,7 +50,7 @@ def load_table(
         InputError: a source, file, field, template, row or prompt length is wrong; the message names it and the remedy.
     """
     if not sources:
-        raise InputError("no data source given: name at least one, such as rg:chain_sum?size=500")
+        raise InputError("no data source is given: give at least one, such as rg:chain_sum?size=500")
     repeated = [spec for i, spec in enumerate(sources) if spec in sources[:i]]
     if repeated:
         raise InputError(
@@ -68,13 +68,16 @@ def load_table(
         good = [(draft, ids) for draft, ids in zip(drafts, encoded, strict=True) if ids is not None]
         bad.settle(spec, len(good))
         if not good:
-            raise InputError(f"every row of {spec!r} is bad: mend them, or name the right fields")
+            raise InputError(f"every row of {spec!r} is bad: fix the rows, or name the right fields")
         kept = _within_limit(encoder, good, written, max_prompt_tokens, too_long)
         if not kept:
             raise InputError(f"every row of {spec!r} is longer than max_prompt_tokens={max_prompt_tokens}: raise it")
         if len(kept) < len(good):
             skipped = len(good) - len(kept)
-            logger.warning("%s: skipped %d of %d rows over %d tokens", spec, skipped, len(good), max_prompt_tokens)
+            logger.warning(
+                "%s: skipped %d of %d rows whose prompt has more than %d tokens",
+                *(spec, skipped, len(good), max_prompt_tokens),
+            )
         cut = sum(len(ids) > max_prompt_tokens for _, ids in good)
         if cut and too_long in ("keep_start", "keep_end"):
             side = "end" if too_long == "keep_start" else "beginning"
@@ -87,15 +90,15 @@ def _tell(spec: str, prompts: Sequence[str | Messages], as_text: int, chat: Chat
     """Log facts about a source's prompts that a user may not expect."""
     if as_text:
         logger.warning(
-            "%s: %d of %d prompts read like control tokens in places, which are encoded as text: a prompt that is "
-            "written with its template already should be the messages, with template=chat",
+            "%s: %d of %d prompts contain text that looks like control tokens, which is encoded as plain text; for "
+            "prompts that already include a chat template, give the messages and template=chat instead",
             *(spec, as_text, len(prompts)),
         )
     if chat is not None and chat.system_prompt is not None:
         own = sum(with_system(prompt, "") is prompt for prompt in prompts if not isinstance(prompt, str))
         if own:
             logger.info(
-                "%s: %d of %d prompts have a system message of their own, which stands for --data.system-prompt",
+                "%s: %d of %d prompts have their own system message, which is used instead of --data.system-prompt",
                 *(spec, own, len(prompts)),
             )
 
@@ -110,7 +113,7 @@ def _within_limit(
             kept.append((draft, ids))
         elif too_long == "error":
             raise InputError(
-                f"{draft.where}: the prompt has {len(ids)} tokens and max_prompt_tokens is {limit}: "
+                f"{draft.where}: the prompt has {len(ids)} tokens, above max_prompt_tokens={limit}: "
                 "raise it, or set too_long=skip, keep_start or keep_end"
             )
         elif too_long != "skip":

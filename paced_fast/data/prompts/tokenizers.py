@@ -26,7 +26,7 @@ def character_tokenizer(alphabet: str, *, pad: str, stop: str) -> PreTrainedToke
     """
     if len(set(alphabet)) != len(alphabet):
         twice = next(c for i, c in enumerate(alphabet) if c in alphabet[:i])
-        raise InputError(f"the alphabet {alphabet!r} has {twice!r} twice")
+        raise InputError(f"the alphabet {alphabet!r} contains {twice!r} twice")
     for name, character in (("pad", pad), ("stop", stop)):
         if len(character) != 1 or character not in alphabet:
             raise InputError(f"{name} {character!r} must be one character of the alphabet {alphabet!r}")
@@ -48,7 +48,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     path = Path(name_or_path).expanduser()
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not path.is_dir():
-        raise InputError(f"no tokenizer at {name_or_path!r}: there is no such folder")
+        raise InputError(f"no such folder {name_or_path!r}: give the folder of a model or its hub id")
     place = path if path.is_dir() else hub.place_of(name_or_path, f"the tokenizer {name_or_path!r}")
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         if file.suffix in _READ and (what := hub.pointer(file)):
@@ -59,16 +59,16 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         inside = [*sorted(path.glob("checkpoints/step_*/policy"), reverse=True), *path.glob("policy")]
         if inside:
             raise InputError(
-                f"{name_or_path!r} is a run or a part of one: give the model in it, {inside[0]}"
+                f"{name_or_path!r} is a run or a checkpoint, not a model: give the model in it, {inside[0]}"
             ) from error
         raise InputError(
-            f"cannot load the tokenizer {name_or_path!r} ({hub.told(error)}): give the folder of a whole model, with "
-            "config.json, tokenizer.json and tokenizer_config.json"
+            f"cannot load the tokenizer {name_or_path!r} ({hub.told(error)}): give the folder of a complete model, "
+            "with config.json, tokenizer.json and tokenizer_config.json"
         ) from error
     if not found.get_vocab().keys() - set(found.all_special_tokens):  # what some classes are without their files
         raise InputError(
-            f"cannot load the tokenizer {name_or_path!r}: it has special tokens only, so its files are missing: "
-            "fetch tokenizer.json and tokenizer_config.json of the model, too"
+            f"cannot load the tokenizer {name_or_path!r}: it has only special tokens, because its files are missing: "
+            "download tokenizer.json and tokenizer_config.json of the model too"
         )
     return found
 
@@ -87,13 +87,13 @@ def declared_stop_ids(path: str) -> tuple[int, ...]:
         try:
             settings = json.loads(Path(found).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"{found} is damaged ({error}): fetch the model again") from error
+            raise InputError(f"{found} is damaged ({error}): download the model again") from error
         parts = [settings, settings.get("text_config")] if isinstance(settings, dict) else []
         for part in parts:
             value = part.get("eos_token_id") if isinstance(part, dict) else None
             for token in value if isinstance(value, list) else [value]:
                 if token is not None and (type(token) is not int or token < 0):
-                    raise InputError(f"{found}: eos_token_id {json.dumps(value)[:80]} is no token id: mend the file")
+                    raise InputError(f"{found}: eos_token_id {json.dumps(value)[:80]} is not a token id: fix the file")
                 ids += [] if token is None else [token]
     return tuple(dict.fromkeys(ids))
 
@@ -115,9 +115,9 @@ def check_embedded(
         beyond = next((token for token in ids if token >= rows), None)
         if beyond is not None:
             raise InputError(
-                f"the tokenizer has {size} ids and the model embeds {rows}: {where or 'a prompt'} has the token "
-                f"{tokenizer.convert_ids_to_tokens(beyond)} ({beyond}): give the tokenizer that the model was made "
-                "with, or resize the model's embeddings to the tokenizer and save it"
+                f"the tokenizer has {size} ids, the model has {rows} embeddings, and {where or 'a prompt'} contains "
+                f"the token {tokenizer.convert_ids_to_tokens(beyond)} ({beyond}): give the tokenizer that belongs to "
+                "the model, or resize the model's embeddings to the tokenizer and save it"
             )
 
 

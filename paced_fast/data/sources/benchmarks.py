@@ -34,7 +34,8 @@ def benchmark_sources(names: Sequence[str], data_dir: str | None) -> tuple[str, 
     for name in names:
         if name not in BENCHMARKS:
             raise InputError(
-                f"no benchmark {name!r}{nearest(name, list(BENCHMARKS))}: use {', '.join(BENCHMARKS)}, or --sources"
+                f"unknown benchmark {name!r}{nearest(name, list(BENCHMARKS))}: the benchmarks are "
+                f"{', '.join(BENCHMARKS)}; give other prompts by --sources"
             )
         file, hub = BENCHMARKS[name]
         source = parse_source(file)
@@ -43,11 +44,11 @@ def benchmark_sources(names: Sequence[str], data_dir: str | None) -> tuple[str, 
             continue
         if util.find_spec("datasets") is None:
             raise InputError(
-                f"benchmark {name}: there is no {source.name} (looked at {looked_at(source, data_dir)}): give "
-                "--data-dir, or pip install 'paced-fast[data]' to read it from the Hugging Face hub"
+                f"benchmark {name}: no such file {source.name} (looked for {looked_at(source, data_dir)}): give its "
+                "folder by --data-dir, or pip install 'paced-fast[data]' to read it from the Hugging Face hub"
             )
         logger.warning(
-            "benchmark %s: there is no %s (looked at %s; --data-dir names the folder that holds it): reading %s",
+            "benchmark %s: no such file %s (looked for %s; --data-dir names its folder): reading %s instead",
             *(name, source.name, looked_at(source, data_dir), hub.partition("?")[0]),
         )
         chosen.append(f"{hub}&slice={name}")

@@ -30,11 +30,11 @@ def template_arguments(words: Sequence[str]) -> dict[str, Any]:
         pairs = _object(word) if word.lstrip().startswith("{") else _pair(word)
         for name, value in pairs.items():
             if not name.isidentifier():
-                raise InputError(f"{word[:80]!r}: {name[:80]!r} is no name of an argument: give name=value")
+                raise InputError(f"{word[:80]!r}: {name[:80]!r} is not a valid name of an argument: give name=value")
             if name in _RESERVED:
-                raise InputError(f"{word[:80]!r}: {name!r} is filled by the trainer: leave it out")
+                raise InputError(f"{word[:80]!r}: {name!r} is set by the trainer: leave it out")
             if name in found:
-                raise InputError(f"{name!r} is given twice")
+                raise InputError(f"argument {name!r} is given twice: give it once")
             found[name] = value
     return found
 
@@ -50,7 +50,7 @@ def parse_day(text: str) -> datetime.date:
     except ValueError:
         day = None
     if day is None or day.isoformat() != text:
-        raise InputError(f"{text[:80]!r} is no day: give one as YYYY-MM-DD")
+        raise InputError(f"{text[:80]!r} is not a date: give one as YYYY-MM-DD")
     return day
 
 
@@ -58,13 +58,13 @@ def _object(word: str) -> dict[str, Any]:
     try:
         return json.loads(word)  # what begins with a brace is an object or no JSON
     except (ValueError, RecursionError):
-        raise InputError(f"{word[:80]!r} is no JSON object: give name=value, or an object in quotes") from None
+        raise InputError(f"{word[:80]!r} is not a JSON object: give name=value, or an object in quotes") from None
 
 
 def _pair(word: str) -> dict[str, Any]:
     name, equals, text = word.partition("=")
     if not equals:
-        raise InputError(f"{word[:80]!r} is not name=value, such as enable_thinking=false")
+        raise InputError(f"{word[:80]!r} is not of the form name=value, such as enable_thinking=false")
     try:
         return {name: json.loads(text)}
     except (ValueError, RecursionError):

@@ -52,7 +52,7 @@ def read_drafts(
     start, stop = source.rows[0] or 0, source.rows[1]
     total = reader.count(stop)
     if stop is not None and total < stop:
-        raise InputError(f"source {spec!r} asks for rows up to {stop} and has {total}: lower rows=")
+        raise InputError(f"source {spec!r} asks for rows up to {stop}, but has {total} rows: lower rows=")
     candidates = range(start, max(start, total))
     layout = _layout(source, reader, candidates[:_FIRST_ROWS])
     order = _selected(source, reader, layout, bad_rows, candidates)
@@ -76,7 +76,7 @@ def read_drafts(
     ids.tell(spec)
     kept = [draft for draft in drafts if draft is not None]
     if not drafts:
-        raise InputError(f"data source {spec!r} has no rows")
+        raise InputError(f"data source {spec!r} has no rows: check its file, and rows= and share= if given")
     return source, kept
 
 
@@ -110,7 +110,7 @@ def _selected(
         random.Random(source.seed).shuffle(drawn)  # type: ignore[arg-type]  # any mutable sequence will do
         order = drawn
     if source.size is not None and len(order) < source.size:
-        raise InputError(f"source {source.spec!r} asks for size={source.size} and has {len(order)} rows: lower size=")
+        raise InputError(f"source {source.spec!r} asks for size={source.size}, but has {len(order)} rows: lower size=")
     return order[: source.size]
 
 
@@ -146,7 +146,7 @@ class _Ids:
             return
         first = self._first.setdefault(name, where)
         if first is not where:
-            self._repeated.append(f"{where} has the id {name!r} of {first}")
+            self._repeated.append(f"{where} and {first} have the id {name!r}")
 
     def tell(self, spec: str) -> None:
         if self._repeated:
@@ -202,7 +202,7 @@ def _answer(source: Source, layout: Layout, data: Row, where: str) -> Any:
     after = source.answer_after or (layout.answer_after if source.answer is None else None)
     if after is not None:
         if not isinstance(answer, str) or after not in answer:
-            raise BadRow(f"{where}: the answer in {name!r} has no {after!r}: change answer_after=")
+            raise BadRow(f"{where}: the answer in {name!r} does not contain {after!r}: change answer_after=")
         answer = answer.rpartition(after)[2].strip()
     if judges_without_answer(source.reward):
         return answer  # what the user's own function is given is between the two
@@ -212,15 +212,17 @@ def _answer(source: Source, layout: Layout, data: Row, where: str) -> Any:
 def _demonstration(name: str, data: Row, prompt: str | Messages, answer: Any, where: str) -> str:
     if name in ("@answer", "@equation"):
         if answer is None:
-            raise BadRow(f"{where} has no answer for demonstration={name}: name a field")
+            raise BadRow(f"{where} has no answer for demonstration={name}: name a field instead")
         text = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
         try:
             return text if name == "@answer" else equation(str(prompt), text)
         except (ValueError, ZeroDivisionError) as error:
-            raise BadRow(f"{where}: the answer {text!r} is no number for demonstration=@equation: drop it") from error
+            raise BadRow(
+                f"{where}: the answer {text!r} is not a number, which demonstration=@equation needs: drop the row"
+            ) from error
     text = _lookup(data, name, where, "demonstration")
     if not isinstance(text, str) or not text.strip():
-        raise BadRow(f"{where}: the demonstration in {name!r} is not text, or none: {text!r}")
+        raise BadRow(f"{where}: the demonstration in {name!r} is {text!r:.80}: give text that is not empty")
     return text
 
 
@@ -237,5 +239,5 @@ def _find_field(data: Mapping[str, Any], name: str) -> Any:
 def _lookup(data: Row, name: str, where: str, key: str) -> Any:
     value = _find_field(data, name)
     if value is None:
-        raise BadRow(f"{where} has no field {name!r}: it has {', '.join(map(str, data))}; name the field by {key}=")
+        raise BadRow(f"{where} has no field {name!r}, only {', '.join(map(str, data))}: name the field by {key}=")
     return value

@@ -53,9 +53,9 @@ class BadRows:
         if len(found) > self.max_share * rows:
             raise InputError(
                 f"{len(found)} of {rows} rows of {spec!r} are bad, more than --data.max-bad-share {self.max_share:g} "
-                f"lets pass ({reasons}{more}): mend them, or raise it"
+                f"allows ({reasons}{more}): fix the rows, or raise --data.max-bad-share"
             )
-        logger.warning("%s: left out %d of %d rows: %s%s", spec, len(found), rows, reasons, more)
+        logger.warning("%s: left out %d of %d rows as bad: %s%s", spec, len(found), rows, reasons, more)
 
 
 def check_text(row: Mapping[str, Any], where: str) -> None:
@@ -65,7 +65,7 @@ def check_text(row: Mapping[str, Any], where: str) -> None:
         name, value = stack.pop()
         if isinstance(value, str):
             if not value.isascii() and not _encodes(value):
-                raise BadRow(f"{where}: {name!r} holds half of a surrogate pair, which is no text: mend the row")
+                raise BadRow(f"{where}: {name!r} contains half of a surrogate pair, which is not text: fix the row")
         elif isinstance(value, Mapping):
             stack += [(name, part) for pair in value.items() for part in pair]
         elif isinstance(value, list):
@@ -91,8 +91,8 @@ def checked_prompt(prompt: Any, name: str, where: str) -> str | Messages:
         texts = [message["content"] for message in result]
     if not all(isinstance(text, str) for text in texts):
         raise BadRow(
-            f"{where}: the prompt in {name!r} is neither text nor a list of messages, "
-            f"each with a role ({', '.join(ROLES)}) and text as content"
+            f"{where}: the prompt in {name!r} is neither text nor a list of messages, each with a role "
+            f"({', '.join(ROLES)}) and text as content: fix the row, or name another field by prompt="
         )
     # A role comes out of the template between control tokens, so only known ones are let through.
     wrong = [message["role"] for message in result if message["role"] not in ROLES] if result is not prompt else []
@@ -114,7 +114,7 @@ def _check_message(message: Mapping[str, Any], name: str, where: str) -> None:
     for key in _UNREAD:
         if message.get(key):
             raise BadRow(
-                f"{where}: a message of the prompt in {name!r} has {key!r}, which would be lost: write it into content"
+                f"{where}: a message of the prompt in {name!r} has {key!r}, which would be lost: move it into content"
             )
 
 
@@ -125,11 +125,11 @@ def checked_answer(answer: Any, name: str, where: str) -> Any:
             raise BadRow(f"{where}: the answer in {name!r} is empty: drop the row, or name the field by answer=")
         _check_characters(answer, "answer", name, where, _MAX_ANSWER_CHARACTERS)
     elif isinstance(answer, float | Decimal) and not math.isfinite(answer):
-        raise BadRow(f"{where}: the answer in {name!r} is {answer}: a finite number is expected")
+        raise BadRow(f"{where}: the answer in {name!r} is {answer}: give a finite number")
     elif not isinstance(answer, bool | int | float | Decimal):
         raise BadRow(
-            f"{where}: the answer in {name!r} is a {type(answer).__name__}, and one text or number is expected: "
-            "a dotted answer= reaches into structures"
+            f"{where}: the answer in {name!r} is a {type(answer).__name__}, not one text or number: name a field "
+            "inside it with a dot, as in answer=FIELD.INNER"
         )
     return answer
 
@@ -137,9 +137,9 @@ def checked_answer(answer: Any, name: str, where: str) -> Any:
 def _check_characters(text: str, kind: str, name: str, where: str, limit: int) -> None:
     if len(text) > limit:
         raise BadRow(
-            f"{where}: the {kind} in {name!r} has {len(text)} characters and {limit} are the most: drop the row"
+            f"{where}: the {kind} in {name!r} has {len(text)} characters, above the limit of {limit}: drop the row"
         )
     if "\0" in text:
-        raise BadRow(f"{where}: the {kind} in {name!r} holds a NUL character: mend the row")
+        raise BadRow(f"{where}: the {kind} in {name!r} contains a NUL character: fix the row")
     if text.startswith("\ufeff"):
-        raise BadRow(f"{where}: the {kind} in {name!r} begins with a byte order mark: mend the row")
+        raise BadRow(f"{where}: the {kind} in {name!r} begins with a byte order mark: fix the row")

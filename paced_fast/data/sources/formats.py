@@ -82,14 +82,14 @@ def layout_of(source: Source, row: Mapping[str, Any]) -> tuple[Layout, bool]:
             return Layout(name="plain", prompt="prompt", answers=("answer",)), False
         if found is None:
             raise InputError(
-                f"source {source.spec!r}: no known layout has the fields {', '.join(map(str, row))}: name those with "
-                f"prompt and answer, as in {source.kind}:{source.name}?prompt=FIELD&answer=FIELD, or a format="
+                f"source {source.spec!r}: no known format has the fields {', '.join(map(str, row))}: name the fields "
+                f"of prompt and answer, as in {source.kind}:{source.name}?prompt=FIELD&answer=FIELD, or give format="
             )
         layout, recognised = found, True
     if layout.tests and source.reward in _REWARDS_OF_ANSWERS:
         raise InputError(
-            f"source {source.spec!r}: rows of the format {layout.name} are programs with tests, which reward=code "
-            f"judges and {source.reward} cannot: leave reward= out"
+            f"source {source.spec!r}: rows of the format {layout.name} have tests for programs, which reward=code "
+            f"judges and reward={source.reward} cannot: leave reward= out"
         )
     return layout, recognised
 

@@ -89,7 +89,7 @@ class JsonLines:
             raise BadRow(f"{where} has more than {_MAX_ROW_BYTES >> 20} MiB: drop the row")
         first_line = where.endswith(":1")
         if raw.startswith(_BOM) and not first_line:
-            raise BadRow(f"{where} begins with a byte order mark in the middle of the file: remove it")
+            raise BadRow(f"{where} begins with a byte order mark, but is not the first line: remove the mark")
         try:
             text = raw.removeprefix(_BOM).decode()
         except UnicodeDecodeError as error:
@@ -99,9 +99,9 @@ class JsonLines:
         except RecursionError as error:
             raise BadRow(f"{where} is nested too deeply: drop the row") from error
         except ValueError as error:
-            raise BadRow(f"{where} is not JSON ({error}): one object per line is expected") from error
+            raise BadRow(f"{where} is not JSON ({error}): write one JSON object per line") from error
         if not isinstance(row, dict):
-            raise BadRow(f"{where} is a JSON {type(row).__name__}, not an object with fields")
+            raise BadRow(f"{where} is a JSON {type(row).__name__}: write one JSON object per line")
         return row
 
     def _lines(self) -> Iterator[tuple[int, bytes | None]]:
@@ -118,7 +118,9 @@ class JsonLines:
                         yield number, line
         except (OSError, EOFError, zlib.error) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{self.path} cannot be read after line {number} ({reason}): give a whole file") from error
+            raise InputError(
+                f"{self.path} cannot be read after line {number} ({reason}): give a complete file"
+            ) from error
 
     def _open(self) -> IO[bytes]:
         return cast(IO[bytes], gzip.open(self.path)) if self.path.suffix == ".gz" else self.path.open("rb")
@@ -130,13 +132,13 @@ def _skip_line(file: IO[bytes], line: bytes) -> None:
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is larger than a number can be")
+        raise ValueError(f"{text} is too large for a floating-point number")
     return number
 
 
@@ -144,7 +146,7 @@ def _no_field_twice(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} occurs twice")
     return row
 
 
@@ -156,9 +158,7 @@ class ParquetRows:
             import pyarrow
             from pyarrow import parquet
         except ImportError as error:
-            raise InputError(
-                f"reading {path} needs pyarrow: install the extra, pip install 'paced-fast[data]'"
-            ) from error
+            raise InputError(f"reading {path} needs pyarrow: pip install 'paced-fast[data]'") from error
         self.path = path
         self._failures = (pyarrow.ArrowException, OSError)
         try:
@@ -193,7 +193,9 @@ class ParquetRows:
                 first = end
         except self._failures as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{self.path} cannot be read from row {first} on ({reason}): give a whole file") from error
+            raise InputError(
+                f"{self.path} cannot be read from row {first} on ({reason}): give a complete file"
+            ) from error
 
     def decode(self, where: str, raw: Any) -> Row:
         """The row of a slice of one row."""
@@ -203,7 +205,7 @@ class ParquetRows:
             (row,) = raw.to_pylist()
         except (UnicodeDecodeError, ValueError, *self._failures) as error:
             reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else " ".join(str(error).split())
-            raise BadRow(f"{where} holds what cannot be read ({reason}): mend the row") from error
+            raise BadRow(f"{where} cannot be read ({reason}): fix the row") from error
         return row
 
 
@@ -217,9 +219,7 @@ class HubRows:
         try:
             import datasets
         except ImportError as error:
-            raise InputError(
-                f"hf:{source.name} needs datasets: install the extra, pip install 'paced-fast[data]'"
-            ) from error
+            raise InputError(f"hf:{source.name} needs datasets: pip install 'paced-fast[data]'") from error
         self.name, split = source.name, source.split or "train"
         is_saved = any(Path(self.name, name).is_file() for name in _OF_SAVE_TO_DISK)
         if not is_saved:
@@ -235,8 +235,8 @@ class HubRows:
             reason = " ".join(str(error).split())[:200]
             kind = type(error).__name__
             raise InputError(
-                f"cannot load hf:{source.name} split {split!r}: {kind}: {reason} (a file of it can be read as "
-                "jsonl: or parquet:, looked up in --data-dir, --data.dir in training)"
+                f"cannot load hf:{source.name}, split {split!r}: {kind}: {reason}: check name, config and split, or "
+                "give a downloaded file as jsonl:FILE or parquet:FILE"
             ) from error
 
     def count(self, stop: int | None) -> int:
@@ -255,14 +255,14 @@ class HubRows:
 def _saved_rows(found: Any, source: Source) -> Any:
     """The rows of what `save_to_disk` of datasets wrote: a table, or a table for each split."""
     if source.config is not None:
-        raise InputError(f"hf:{source.name} was written by save_to_disk and has no configurations: leave config out")
+        raise InputError(f"hf:{source.name} was written by save_to_disk and has no configurations: leave config= out")
     if not isinstance(found, dict):
         if source.split is not None:
-            raise InputError(f"hf:{source.name} is one table that save_to_disk wrote, without splits: leave split out")
+            raise InputError(f"hf:{source.name} was written by save_to_disk without splits: leave split= out")
         return found
     split = source.split or "train"
     if split not in found:
-        raise InputError(f"hf:{source.name} has no split {split!r}: choose split from {', '.join(found)}")
+        raise InputError(f"hf:{source.name} has no split {split!r}: the splits are {', '.join(found)}")
     return found[split]
 
 
@@ -299,7 +299,9 @@ def _made_rows(source: Source) -> list[Row]:
     if source.kind == "rg":
         return reasoning_gym_rows(source.name, source.size or 500, source.seed or 0, **source.params)
     if source.name != "signed_sums":
-        raise InputError(f"no task {source.name!r}{nearest(source.name, ['signed_sums'])}: the tasks are signed_sums")
+        raise InputError(
+            f"unknown task {source.name!r}{nearest(source.name, ['signed_sums'])}: the only task is signed_sums"
+        )
     split, seed = source.split or "train", 42 if source.seed is None else source.seed
     if split == "demonstrations":
         return signed_sums_demonstrations(size=source.size or 4000, seed=seed, flip_probability=source.flip_probability)
@@ -349,6 +351,6 @@ def _find(source: Source, data_dir: str | None) -> Path:
     if found is not None:
         return found
     raise InputError(
-        f"source {source.kind}:{source.name}: no such file (looked at {looked_at(source, data_dir)}); set data_dir or "
-        "the path"
+        f"source {source.kind}:{source.name}: no such file (looked for {looked_at(source, data_dir)}): correct the "
+        "path, or give the folder that holds it (--data.dir in training, --data-dir in evaluation)"
     )

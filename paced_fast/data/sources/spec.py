@@ -32,15 +32,15 @@ _KEYS = {
 _TASK_SPLITS = ("train", "eval", "demonstrations")
 _COMPUTED = ("@answer", "@equation")
 _WANTED = {
-    "slice": "a name that can be printed",
+    "slice": "a name of printable characters",
     "rows": "start:stop with 0 <= start < stop",
     "share": "low:high with 0 <= low < high <= 1",
     "optional": "true or false",
-    "size": "a whole number >= 1, of at most 12 digits",
-    "seed": "a whole number >= 0, of at most 18 digits",
+    "size": "a whole number >= 1 of up to 12 digits",
+    "seed": "a whole number >= 0 of up to 18 digits",
     "flip_probability": "a number from 0 to 1",
     "template": "chat, plain or text with {prompt} in it",
-    "demonstration": f"a field, {' or '.join(_COMPUTED)}",
+    "demonstration": f"the name of a field, {' or '.join(_COMPUTED)}",
 }
 
 
@@ -114,7 +114,7 @@ def parse_source(spec: str) -> Source:
         else:
             raise InputError(
                 f"source {spec!r} has the unknown key {key!r}{nearest(key, _KEYS[kind])}: "
-                f"{kind} knows {', '.join(_KEYS[kind])}"
+                f"the keys of {kind} are {', '.join(_KEYS[kind])}"
             )
     return Source(spec=spec, kind=kind, name=name, params=params, **values)
 

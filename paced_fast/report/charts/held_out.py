@@ -12,7 +12,7 @@ from paced_fast.report.read_run import Evaluated, Record, Run, mapping, number, 
 
 ROLLOUTS = Axis(label="rollouts", low=0.0)
 SECONDS = Axis(label="training time", low=0.0, unit=TIME)
-BAND = "Band: 95 % interval over held-out prompts."
+BAND = "Band: 95% interval over held-out prompts."
 
 
 def learning_lead(run: Run) -> str:
@@ -23,8 +23,8 @@ def learning_lead(run: Run) -> str:
         return "Measured on the held-out prompts."
     if not repeated:
         return "Measured on prompts that training never sees."
-    verb = "repeats" if repeated == 1 else "repeat"
-    return f"Measured on the held-out prompts; {repeated:,.0f} of {prompts:,.0f} training prompts {verb} one."
+    are = "is one of them" if repeated == 1 else "are among them"
+    return f"Measured on the held-out prompts; {repeated:,.0f} of {prompts:,.0f} training prompts {are}."
 
 
 def measured(figures: Record, key: str) -> float | None:
@@ -131,10 +131,10 @@ def _course(lines: Sequence[Line], axis: Axis, name: str, title: str, label: str
 _OVER_K = {
     "pass_at_k": (
         "pass@k",
-        "Chance that at least one of k completions is right, unbiased. Where the curve after training falls below the "
-        "one before, training traded diversity for accuracy.",
+        "Unbiased estimate of the chance that at least one of k completions is right. Where the curve after training "
+        "is below the one before, training traded diversity for accuracy.",
     ),
-    "maj_at_k": ("maj@k", "Chance that the most frequent answer of k completions is right, ties split."),
+    "maj_at_k": ("maj@k", "Chance that the most frequent answer of k completions is right; ties are shared equally."),
 }
 
 
@@ -229,7 +229,7 @@ def unscored_notes(run: Run) -> list[str]:
         missing, prompts = number(e.figures.get("unscored_prompts")), number(e.figures.get("prompts"))
         samples, unscored = number(e.figures.get("samples")), number(e.figures.get("unscored"))
         if missing and prompts:
-            lines.append(f"{missing:,.0f} of {prompts:,.0f} held-out prompts had no scored sample {where}.")
+            lines.append(f"{missing:,.0f} of {prompts:,.0f} held-out prompts had no scored completion {where}.")
         elif unscored and prompts and samples:
-            lines.append(f"{unscored:,.0f} of {prompts * samples:,.0f} held-out samples got no verdict {where}.")
+            lines.append(f"{unscored:,.0f} of {prompts * samples:,.0f} held-out completions are unscored {where}.")
     return lines

@@ -60,12 +60,12 @@ def draw(
                 json.dumps(spec, allow_nan=False)
                 jobs[kind, name] = spec
             except Exception:  # keep the other charts
-                logger.exception("%s.%s is not drawn", name, kind)
+                logger.exception("chart %s.%s could not be drawn", name, kind)
     drawn = _drawn([(kind, spec) for (kind, _), spec in jobs.items()])
     svgs, pngs = {}, {}
     for (kind, name), found in zip(jobs, drawn, strict=True):
         if "error" in found:
-            logger.error("%s.%s is not drawn: %s", name, kind, found["error"])
+            logger.error("chart %s.%s could not be drawn: %s", name, kind, found["error"])
         elif "svg" in found:
             svgs[name] = _inline(found["svg"])
         elif "png" in found:
@@ -86,7 +86,7 @@ def _drawn(jobs: Sequence[tuple[str, Spec]]) -> list[dict[str, str]]:
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         told = str(error)
     if missing := len(jobs) - len(found):
-        logger.error("%d of %d charts are not drawn: the process that draws ended, %s", missing, len(jobs), told)
+        logger.error("%d of %d charts could not be drawn: the drawing process ended (%s)", missing, len(jobs), told)
     return found + [{}] * missing
 
 

@@ -35,9 +35,9 @@ def health_charts(run: Run) -> list[Chart]:
         *single(r, "grad_norm", title="Gradient norm", ends=zero),
         *single(r, "entropy", title="Entropy (nats per token)", ends=zero),
         *single(r, "mean_length", title="Tokens per completion", ends=zero),
-        *share(r, "truncated_share", title="Cut completions", rare=True),
-        *single(r, "kl", title="KL to the old policy (nats)", rare=True),
-        *single(r, "log_ratio_mean", title="Mean log-ratio per completion", rare=True),
+        *share(r, "truncated_share", title="Completions cut at the length limit", rare=True),
+        *single(r, "kl", title="KL to the old policy (nats per completion)", rare=True),
+        *single(r, "log_ratio_mean", title="Mean log-ratio (nats per completion)", rare=True),
         *share(r, "effective_sample_share", title="Effective sample share"),
         *single(r, "learning_rate", title="Learning rate", ends=zero),
         *single(r, "head_loss", title="Loss of the log Z head"),
@@ -57,17 +57,17 @@ def generator_charts(run: Run) -> list[Chart]:
             r,
             f"{prefix}_token_ratio",
             title="Token ratio, minus 1",
-            caption="Mean of exp |difference| - 1: 0 when both agree, above 0.05 something is wrong.",
+            caption="Mean over tokens of exp |difference|, minus 1: 0 if both agree; above 0.05 something is wrong.",
             above=1.0,
         ),
         *single(
             r,
             f"{prefix}_sequence_ratio",
             title="Sequence ratio, minus 1",
-            caption="0 in expectation; well below 0 when a sampling filter is at work.",
+            caption="Expected to be 0; clearly below 0 if a sampling filter is active.",
             above=1.0,
         ),
-        *share(r, f"{prefix}_outside_share", title="Tokens outside the band", rare=True),
+        *share(r, f"{prefix}_outside_share", title="Tokens with a ratio outside the band", rare=True),
     ]
     for side in ("scored", "sampled"):
         title = f"Parity check, {side} tokens (nats)"
@@ -77,18 +77,18 @@ def generator_charts(run: Run) -> list[Chart]:
 
 def reward_charts(run: Run) -> list[Chart]:
     """Charts of rewards: completions by outcome, including unscored ones."""
-    charts = share(run.records, "unscored_share", title="Completions without a verdict", rare=True)
+    charts = share(run.records, "unscored_share", title="Unscored completions", rare=True)
     charts += single(
         run.records,
         "shaping_mean",
-        title="Mean shaping",
-        caption="Added to the rewards of a step's completions, mean over them.",
+        title="Mean shaping term",
+        caption="Mean over the step's completions of what shaping adds to the reward.",
         rare=True,
     )
     counted = [(number(r.get("step")), mapping(r.get("verdicts"))) for r in run.records]
     for reward in dict.fromkeys(name for _, verdicts in counted for name in verdicts):
         steps = [(s, kinds) for s, v in counted if s and (kinds := mapping(v.get(reward)))]
-        title, caption = f"Verdicts of {reward}", "Completions of a step by what became of them."
+        title, caption = f"Verdicts of {reward}", "Completions per step, by verdict."
         charts += _stack(steps, Axis(label="completions"), name=f"verdicts_{reward}", title=title, caption=caption)
     return charts
 
@@ -97,9 +97,7 @@ def time_charts(run: Run) -> list[Chart]:
     """Charts of seconds and memory per phase."""
     steps = [(s, mapping(r.get("seconds"))) for r in run.records if (s := number(r.get("step")))]
     memory = [(s, mapping(r.get("memory"))) for r in run.records if (s := number(r.get("step")))]
-    caption = (
-        "On a GPU a phase is charged for what it launched; on a CPU it is time of the host. Shares are of the run."
-    )
+    caption = "On a GPU: time of the kernels that a phase launched; on a CPU: wall time. Shares are of the whole run."
     title = "Seconds per step, by phase"
     charts = _stack(steps, Axis(label="time", unit=TIME), name="seconds_by_phase", title=title, caption=caption)
     return charts + _memory(memory, on_gpu=run.config.get("model.device") == "cuda")
@@ -136,7 +134,7 @@ def _stack(steps: Sequence[tuple[float, Record]], y: Axis, *, name: str, title: 
             words=f"{title}: " + ", ".join(f"{key} {part}" for key, part in shares.items()),
             stack=Stack(x=np.array([s for s, _ in steps], np.float64), layers=layers),
             legend=[(f"{key} {part}", i) for i, (key, part) in enumerate(shares.items())],
-            table=(["", "share of the whole", "median step"], rows),
+            table=(["", "share of the run", "median per step"], rows),
         )
     ]
 
@@ -159,12 +157,14 @@ def _memory(steps: Sequence[tuple[float, Record]], *, on_gpu: bool) -> list[Char
     known = {n: layers[n] > 0 for n in peaks}
     lines = [Line(name=n, x=x[known[n]], y=layers[n][known[n]], color=i) for i, n in enumerate(list(peaks)[:COLORS])]
     written = [(n, gibibytes(peak)) for n, peak in peaks.items()]
-    what = "Most that torch held on the GPU within a phase, and its peak over the run." if on_gpu else ""
+    what = (
+        "Largest amount that torch allocated on the GPU in each phase; the legend has the run's peak." if on_gpu else ""
+    )
     return [
         Chart(
             name="memory_by_phase",
             title="Memory by phase" if on_gpu else "Resident memory of the process",
-            caption=what or "By phase it hardly differs on a CPU; metrics.jsonl has every phase.",
+            caption=what or "On a CPU the phases hardly differ; metrics.jsonl has each of them.",
             x=STEP,
             y=Axis(label="memory", low=0.0, unit=BYTES),
             words="Peak memory: " + ", ".join(f"{n} {peak}" for n, peak in written),

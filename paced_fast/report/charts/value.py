@@ -79,8 +79,8 @@ def _reliability(name: str, title: str, value: Floats, accuracy: Floats) -> Char
     return Chart(
         name=f"calibration_{name}",
         title=title,
-        caption=f"{scores}. On the dashed line the value predicts accuracy exactly; bars through points are one "
-        "standard error, those below numbers of groups.",
+        caption=f"{scores}. Dashed: a value that predicts accuracy exactly. Bars through points: one standard error. "
+        "Bars at the bottom: number of groups.",
         x=VALUE,
         y=y,
         words=f"{title}: {scores}",
@@ -133,7 +133,7 @@ def schedule_charts(run: Run) -> list[Chart]:
             "mixed_group_share",
             name="mixed_groups",
             title="Mixed groups",
-            caption="Share of groups with right and wrong completions. Only those teach.",
+            caption="Share of groups with both right and wrong completions; only those give a training signal.",
             unit=PERCENT,
             ends=(0.0, 1.0),
         ),
@@ -142,7 +142,7 @@ def schedule_charts(run: Run) -> list[Chart]:
             "reward_mean",
             name="train_reward",
             title="Mean reward of fresh rollouts",
-            caption="On the prompts drawn, hence no measure of progress: a schedule holds it near its target.",
+            caption="On the drawn prompts, so not a measure of progress: a schedule may hold it near its target.",
         ),
         *share(run.records, "prompts_visited_share", title="Prompts drawn at least once"),
     ]
@@ -173,8 +173,8 @@ def _difficulties(rows: Sequence[tuple[float, Floats, Floats]]) -> list[Chart]:
     centers = (np.arange(there.shape[1]) + 0.5) / there.shape[1]
     charts = []
     for name, title, shares, caption in (
-        ("value_histogram", "Difficulty of all training prompts", there, "Where the head places the prompts"),
-        ("selection", "Difficulty of the prompts drawn", drawn, "What the schedule takes of them"),
+        ("value_histogram", "Difficulty of all training prompts", there, "Predicted accuracy of all prompts"),
+        ("selection", "Difficulty of the drawn prompts", drawn, "Predicted accuracy of the drawn prompts"),
     ):
         ends = [[f"{centers[j]:.3f}", *(percent(float(shares[i, j])) for i in (0, -1))] for j in range(centers.size)]
         caption += ", from value 0 (never solved) at the bottom to 1 at the top."
@@ -187,8 +187,8 @@ def _difficulties(rows: Sequence[tuple[float, Floats, Floats]]) -> list[Chart]:
     ]
     drawn_against = Chart(
         name="selection_share",
-        title="Drawn against available",
-        caption="Second half of the run. Prompts near the target accuracy should be drawn more often than they occur.",
+        title="Drawn prompts against all prompts",
+        caption="Second half of the run. Prompts near the target accuracy should have a larger share of the draws.",
         x=VALUE,
         y=Axis(label="share of prompts", low=0.0, unit=PERCENT),
         words="Share of all prompts and of the drawn prompts by value",
@@ -207,10 +207,12 @@ def replay_charts(run: Run) -> list[Chart]:
         *_held(
             r,
             "replay_priorities",
-            title="Error of what replay holds",
-            caption="Priority of each completion: |group accuracy - value| unless set otherwise.",
+            title="Priority of completions in replay",
+            caption="Priority by default: |group accuracy - value|.",
         ),
-        *_held(r, "replay_ages", title="Age of what replay holds", caption="Steps since each was sampled.", whole=True),
+        *_held(
+            r, "replay_ages", title="Age of completions in replay", caption="Steps since it was sampled.", whole=True
+        ),
     ]
     if not any(chart.name == "replay_ages" for chart in charts):
         title = "Mean age in replay (steps)"

@@ -215,8 +215,8 @@ def judge(sandbox: Sandbox, program: str, function: str, check: Check, limits: L
     last = ending.stderr[-300:].decode(errors="replace").strip().rpartition("\n")[2]
     why = verdict.get("why") or last or f"it ended by {ending.ended}"
     if verdict.get("verdict") == "unusable" or not was_called:
-        raise NoVerdict(f"the test of {function} gives no verdict ({why})")
-    logger.warning("code: the test of %s ended without a verdict (%s): the program counts as wrong", function, why)
+        raise NoVerdict(f"the test of {function} gave no verdict ({why})")
+    logger.warning("code: the test of %s ended without a verdict (%s), so the program counts as wrong", function, why)
     return "timeout" if ending.ended == "timeout" else "wrong"
 
 

@@ -100,7 +100,7 @@ class CodeReward:
                 return self._checked(program, suite)
             return self._calls(program, suite) if suite.function else self._runs(program, suite)
         except SandboxError as error:
-            logger.warning("code: the sandbox failed, the completion stays unscored: %s", error)
+            logger.warning("code: the sandbox failed, so a completion is unscored: %s", error)
             return "unscored"
 
     def _runs(self, program: str, suite: Suite) -> str:
@@ -127,7 +127,7 @@ class CodeReward:
                 found = judge(self._sandbox, program, suite.function, suite.check, self._limits, budget)
                 return found if isinstance(found, str) else _failure(found, self._limits)
             except NoVerdict as error:
-                logger.warning("code: %s; the completion stays unscored", error)
+                logger.warning("code: %s, so a completion is unscored", error)
                 return "unscored"
             except SandboxError:
                 if attempt:

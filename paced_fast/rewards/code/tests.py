@@ -38,13 +38,13 @@ def suite_of(columns: Mapping[str, Any]) -> Suite:
     elif columns.get("test") is not None:
         suite = human_eval(columns)
     else:
-        raise UnusableTests(f"has no tests: a column {', '.join(COLUMNS)}, public_test_cases or test is needed")
+        raise UnusableTests(f"has no tests: add a column {', '.join(COLUMNS)}, public_test_cases or test")
     if suite.check is None and not suite.cases:
         raise UnusableTests("has no test cases")
     if not all(is_plain([case.arguments, case.expected, case.tolerance]) for case in suite.cases):
-        raise UnusableTests("has a number in its tests that is infinite, not a number, or of too many digits")
+        raise UnusableTests("has a number in its tests that is infinite, NaN, or has too many digits")
     if suite.function is None and not any(case.expected.strip() for case in suite.cases):
-        raise UnusableTests("expects no output in any test case, which a program that does nothing passes")
+        raise UnusableTests("expects no output in any test case, so that a program that does nothing would pass")
     return suite
 
 
@@ -81,7 +81,7 @@ def _live_code_bench(columns: Mapping[str, Any]) -> Suite:
         if columns.get(name) is not None:
             found = _read(name, columns[name])
             if not isinstance(found, list):
-                raise UnusableTests(f"has a column {name!r} that is no list")
+                raise UnusableTests(f"has a column {name!r} that is not a list")
             items += found
     metadata = _read("metadata", columns.get("metadata") or {})
     name = metadata.get("func_name") if isinstance(metadata, dict) else None
@@ -129,11 +129,11 @@ def _items(items: Sequence[Any], function: Any) -> Suite:
         elif kind in _FUNCTION_TYPES:
             cases.append(_call(item["input"], item["output"], i, by_line=kind == "functional"))
         else:
-            raise UnusableTests(f"has a test case {i} of the unknown type {kind!r}: stdin or function_call is expected")
+            raise UnusableTests(f"has a test case {i} of the unknown type {kind!r}: give stdin or function_call")
     if len(kinds) > 1:
-        raise UnusableTests("mixes test cases that read input with calls of a function")
+        raise UnusableTests("mixes test cases that read input with test cases that call a function")
     if True in kinds and (len(names) != 1 or not str(next(iter(names))).isidentifier()):
-        raise UnusableTests("calls a function but does not name one: fn_name, or func_name in metadata, is needed")
+        raise UnusableTests("calls a function but does not name one: add fn_name, or func_name in metadata")
     return Suite(cases=tuple(cases), function=names.pop() if True in kinds else None)
 
 
@@ -161,7 +161,7 @@ def _call(given: Any, expected: Any, index: int, *, by_line: bool) -> Case:
     except JSON_ERRORS:
         raise UnusableTests(f"has a test case {index} whose arguments or value are not JSON") from None
     if not isinstance(arguments, list):
-        raise UnusableTests(f"has a test case {index} whose arguments are no list")
+        raise UnusableTests(f"has a test case {index} whose arguments are not a list")
     return Case(
         arguments=tuple(arguments),
         expected=value,

@@ -98,8 +98,8 @@ class MathReward:
         """Return the reason why a row can never be judged: its answer is missing or empty; else None."""
         answer = columns.get("answer")
         if answer is None:
-            return "it has no answer"
-        return None if tidy(_gold(answer)) else "its answer is empty"
+            return "the row has no answer"
+        return None if tidy(_gold(answer)) else "the row's answer is empty"
 
     def warm(self) -> None:
         """Start the workers, so that the first answer does not wait for them.
@@ -117,7 +117,7 @@ class MathReward:
         gold = _gold(answer)
         if not gold.strip():
             raise InputError(
-                f"reward {self.name!r}: a row has an empty answer: drop the row, or name the field by answer="
+                f"reward {self.name!r}: a row has an empty answer: drop the row, or name another field by answer="
             )
         if self.name == "math":
             return gold, final_answer(completion)
@@ -142,15 +142,18 @@ class MathReward:
             while len(self._verdicts) > _MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
         for kind, what in (
-            ("timeout", "could not be verified in time and are unscored"),
-            ("died", "lost their worker twice and are unscored"),
-            ("unreadable", "have an answer key that cannot be read as mathematics: only the same text is right"),
+            ("timeout", "were not verified within --reward.math-seconds and are unscored"),
+            ("died", "made their worker process die twice and are unscored"),
+            (
+                "unreadable",
+                "have an answer key that is not readable as mathematics, so that only the same text is right",
+            ),
         ):
             found = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict == kind]
             if found:
                 gold, answer = found[0]
                 logger.warning(
-                    "%s: %d of %d completions %s, %.80r for %.80r first",
+                    "%s: %d of %d completions %s; the first is %.80r for the answer key %.80r",
                     self.name, len(found), len(pairs), what, answer, gold,
                 )  # fmt: skip
 

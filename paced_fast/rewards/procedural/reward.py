@@ -83,7 +83,7 @@ class ReasoningGymReward:
         missing = [key for key in ("task", "settings", "entry") if key not in columns]
         if missing:
             raise InputError(
-                f"reward 'reasoning_gym' needs rows of an rg: source; the column {missing[0]!r} is missing"
+                f"reward 'reasoning_gym' needs rows of an rg: source: the column {missing[0]!r} is missing"
             )
         rows = list(zip(columns["task"], columns["settings"], columns["entry"], completions, strict=True))
         found: list[tuple[float | None, str] | None] = [self._judged_here(*row) for row in rows]
@@ -106,9 +106,9 @@ class ReasoningGymReward:
         """
         for key, kind in (("task", str), ("settings", Mapping), ("entry", Mapping)):
             if not isinstance(columns.get(key), kind):
-                return f"reward 'reasoning_gym' needs rows of an rg: source; the row has no {key!r} of one"
+                return f"reward 'reasoning_gym' needs rows of an rg: source: the row lacks their column {key!r}"
         if "answer" not in columns["entry"]:
-            return "the entry of the row has no answer: make the rows with rg:"
+            return "reward 'reasoning_gym' needs rows of an rg: source: the entry of the row has no answer"
         return self._flaw(columns["task"], columns["settings"], columns["entry"])
 
     def close(self) -> None:
@@ -139,10 +139,12 @@ class ReasoningGymReward:
         try:
             score, verdict = self._ask(task, settings, entry, _text(completion))
         except SandboxError as error:
-            logger.warning("reasoning_gym %s: the sandbox failed, the completion stays unscored: %s", task, error)
+            logger.warning("reasoning_gym %s: the sandbox failed, so a completion is unscored: %s", task, error)
             return None, "unscored"
         if verdict == "unscored":
-            logger.warning("reasoning_gym %s: no verdict in time on %.80r, which stays unscored", task, completion)
+            logger.warning(
+                "reasoning_gym %s: the checker gave no verdict in time on %.80r, which is unscored", task, completion
+            )
             return None, verdict
         return _named(rule_of(task).score(score)) if verdict == "answered" else (0.0, verdict)
 
@@ -184,7 +186,7 @@ class ReasoningGymReward:
         try:
             ast.literal_eval(repr([dict(settings), dict(entry)]))
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            return f"reasoning-gym task {task!r}: the row holds more than texts, numbers, lists and mappings of them"
+            return f"reasoning-gym task {task!r}: the row has values other than texts, numbers, lists and mappings"
         key = repr((task, sorted(settings.items())))
         with self._lock:
             if key not in self._tried:
@@ -199,7 +201,7 @@ class ReasoningGymReward:
             self._sandbox = open_sandbox(self._settings.sandbox, self._limits, self._workers, ("reasoning_gym",))
         except InputError as error:
             raise InputError(
-                f"reasoning-gym task {task!r}: its checker parses what a model writes and needs a sandbox: {error}"
+                f"reasoning-gym task {task!r}: its checker parses the model's text, so it needs a sandbox: {error}"
             ) from None
 
     def _trial(self, task: str, settings: Mapping[str, Any], entry: Mapping[str, Any]) -> str | None:
@@ -223,12 +225,12 @@ def _own_answer_flaw(
     try:
         score = judge(str(entry["answer"]).strip(), entry, settings)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        return f"reasoning-gym task {task!r}: the row is none that rg: makes: {reason(error)}"
+        return f"reasoning-gym task {task!r}: the row was not made by an rg: source: {reason(error)}"
     is_known = rule.is_readable is None or rule.is_readable(str(entry["answer"]))
     return (
         None
         if score >= 1.0 or not is_known
-        else f"reasoning-gym task {task!r}: the row's own answer is not right by its own rule"
+        else f"reasoning-gym task {task!r}: the row's own answer is wrong by the task's rule"
     )
 
 

@@ -28,7 +28,7 @@ _KINDS = {"fork_server": "fork", "bubblewrap": "bwrap", "unsafe": "plain"}
 _PATIENT = Limits(seconds=120.0, start_seconds=120.0, cpu_seconds=60)
 """Limits of the self-test; a user's limits are for the programs to be judged and may be far tighter."""
 _NAMESPACES = "namespaces (pid, net, ipc, uts, mount)"
-_ANYWAY = "--reward.sandbox unsafe runs programs without isolation, as yourself"
+_ANYWAY = "--reward.sandbox unsafe runs programs without isolation, with all your permissions"
 
 # Attempts forbidden actions and an `honest` one; prints the names of those that succeeded, which must be just that one.
 _SELF_TEST = """
@@ -92,8 +92,8 @@ def open_sandbox(
                 box.close()
             reasons.append(f"{choice} lacks {reason}")
         raise InputError(
-            f"no full isolation for programs on this machine: {'; '.join(reasons)}. Install bubblewrap or allow user "
-            f"namespaces; --reward.sandbox fork_server makes do with Landlock and seccomp where they work, {_ANYWAY}"
+            f"this machine cannot fully isolate programs: {'; '.join(reasons)}. Install bubblewrap or allow user "
+            f"namespaces; --reward.sandbox fork_server isolates by Landlock and seccomp alone if both work; {_ANYWAY}"
         )
     if name not in _KINDS:
         raise InputError(f"--reward.sandbox {name} is unknown: use auto, {', '.join(_KINDS)}")
@@ -101,7 +101,7 @@ def open_sandbox(
     if box is None:
         raise InputError(f"--reward.sandbox {name} does not work on this machine: it lacks {reason}. {_ANYWAY}")
     if reason:
-        logger.warning("%s is weaker than it could be: it lacks %s", name, reason)
+        logger.warning("the sandbox %s isolates only in part: it lacks %s", name, reason)
     return box
 
 
@@ -129,8 +129,8 @@ def _try(name: str, limits: Limits, workers: int, modules: Sequence[str]) -> tup
     except SandboxTimeout as error:
         box.close()
         raise InputError(
-            f"--reward.sandbox {name}: {error}, which is a limit of time and says nothing of what it lacks: try again "
-            "when this machine is less busy"
+            f"--reward.sandbox {name}: {error}; this is a time limit and not a missing feature: try again when this "
+            "machine is less busy"
         ) from error
     except SandboxError as error:
         weak, missing = True, [f"a working start ({error})"]
@@ -138,7 +138,7 @@ def _try(name: str, limits: Limits, workers: int, modules: Sequence[str]) -> tup
     if weak:
         box.close()
         return None, reason
-    logger.info("programs run in %s", box.strength)
+    logger.info("sandbox for programs: %s", box.strength)
     return box, reason
 
 
@@ -173,7 +173,7 @@ def _self_test(box: Box) -> str:
     if written:
         got.add("writing a file")
     got.discard("honest")
-    return f"a hold on {', '.join(sorted(got))}" if got else ""
+    return f"protection against {', '.join(sorted(got))}" if got else ""
 
 
 def _describe(name: str, layers: dict[str, Any]) -> str:
@@ -214,7 +214,7 @@ def _packages(modules: Sequence[str]) -> tuple[str, ...]:
     for module in modules:
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
-            raise InputError(f"there is no module {module}: pip install {module.replace('_', '-')}")
+            raise InputError(f"the module {module} is not installed: pip install {module.replace('_', '-')}")
         found.append(str(Path(spec.origin).parents[1 if spec.submodule_search_locations else 0]))
     return tuple(dict.fromkeys(os.path.realpath(path) for path in found if os.path.isdir(path)))
 

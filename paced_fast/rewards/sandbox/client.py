@@ -111,7 +111,7 @@ class Keeper:
             except TimeoutError as error:
                 raise SandboxTimeout(f"its keeper does not answer within {seconds:g} s") from error
             except OSError as error:
-                raise SandboxError(f"its keeper does not answer: {error}") from error
+                raise SandboxError(f"its keeper process does not answer: {error}") from error
             if not part:
                 raise SandboxError("its keeper has died")
             data += part
@@ -147,8 +147,8 @@ class Program:
             reason = ready or bytes(self._received[self._stderr])
             self.release()
             if self._ending == "timeout":
-                raise SandboxTimeout(f"no program gets ready within {limits.start_seconds:g} s")
-            raise SandboxError(f"no program gets ready: {reason.decode(errors='replace').strip() or 'it died'}")
+                raise SandboxTimeout(f"a program was not ready within {limits.start_seconds:g} s")
+            raise SandboxError(f"a program did not start: {reason.decode(errors='replace').strip() or 'it died'}")
         self._began = time.monotonic()
 
     def send(self, request: bytes, stdin: bytes | None = None) -> None:

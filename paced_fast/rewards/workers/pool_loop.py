@@ -146,8 +146,8 @@ class PoolLoop:
             while not self._stopping and self.failure is None:
                 self._turn()
         except Exception as error:
-            logger.exception("%s: the pool fails", self._name)
-            self.failure = f"reward {self._name!r}: its pool failed: {type(error).__name__}: {error}"
+            logger.exception("%s: the pool of worker processes failed", self._name)
+            self.failure = f"reward {self._name!r}: its worker pool failed: {type(error).__name__}: {error}"
         with self._lock:
             self._stopping = True  # no more calls arrive
         try:
@@ -198,9 +198,9 @@ class PoolLoop:
                 call.deadline = max(call.deadline, min(call.deadline + took, time.monotonic() + self._seconds))
         elif "failed" in message or not self._is_ready:
             reason = message.get("failed", "the process ended")
-            self.failure = f"reward {self._name!r}: its workers do not start: {reason}"
+            self.failure = f"reward {self._name!r}: its worker processes do not start: {reason}"
         else:  # the server was killed: its workers end with it, and their requests are tried again
-            logger.warning("%s: the process that forks the workers is gone; starting another", self._name)
+            logger.warning("%s: the process that forks the workers has died; starting another", self._name)
             self._stop_server()
             self._start_server()
             self._note_loss()

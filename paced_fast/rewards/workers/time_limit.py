@@ -113,7 +113,7 @@ def _watch(what: str, seconds: float, ended: threading.Event, is_main: bool) -> 
     if is_main and ended.wait(GRACE_SECONDS):
         return
     with contextlib.suppress(OSError, ValueError):  # the other end may be closed
-        sys.stderr.write(f"\nerror: {what} did not end within {seconds:g} s: the run ends\n")
+        sys.stderr.write(f"\nerror: {what} did not end within {seconds:g} s: ending the run\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(2, all_threads=True)
     os._exit(1)
