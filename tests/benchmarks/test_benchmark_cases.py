@@ -141,11 +141,11 @@ def test_stale_tables_are_listed_with_their_commit(
     monkeypatch.setattr(sys, "argv", ["tables", "--stale"])
     (repository / "case.json").write_text(json.dumps({"environment": {"commit": commit}}))
     tables.main()
-    assert capsys.readouterr().out == "every table was measured with the code as it is\n"
+    assert capsys.readouterr().out == "every table was measured with the present code\n"
     (repository / "paced_fast/middle.py").write_text("one = 2\n")
     (repository / "gone.json").write_text(json.dumps({"environment": {"commit": "0123456"}}))
     tables.main()
     assert capsys.readouterr().out.splitlines() == [
-        f"one: 1 files have changed since {commit}: paced_fast/middle.py",
+        f"one: files changed since {commit}: 1: paced_fast/middle.py",
         "two: measured at 0123456, which is not in this clone",
     ]

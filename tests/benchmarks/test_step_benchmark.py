@@ -20,5 +20,5 @@ def test_shares_are_of_each_steps_own_total() -> None:
 
 
 def test_skipping_every_step_is_refused() -> None:
-    with pytest.raises(share_of_phases.InputError, match="--skip must be below --steps, got 3 and 3"):
+    with pytest.raises(share_of_phases.InputError, match="--skip is 3 and --steps is 3: give fewer to skip"):
         share_of_phases.measure(share_of_phases.Arguments(steps=3, skip=3), None)

@@ -31,7 +31,7 @@ def test_rollouts_come_from_the_seed_and_spread_evenly_on_a_logarithmic_scale() 
 
 def test_batches_that_make_no_whole_steps_are_refused(tmp_path: Path) -> None:
     wrong = phase_beside_trl.Arguments(prompts=3, completions=4, sequences=8)
-    with pytest.raises(InputError, match="12 completions do not make --updates 2"):
+    with pytest.raises(InputError, match=r"--prompts x --completions is 12, not a multiple of .* --updates 2"):
         phase_beside_trl.measure(wrong, tmp_path / "x.json")
     with pytest.raises(InputError, match="unknown 'tlr'"):
         phase_beside_trl.measure(phase_beside_trl.Arguments(methods=("tlr",)), tmp_path / "x.json")

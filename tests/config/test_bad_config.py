@@ -133,9 +133,9 @@ def test_sources_are_read_with_the_settings(name: str, spec: str) -> None:
     ("words", "message"),
     [
         (["--data.template", "Q:"], "--data.template 'Q:' must be chat, plain or text with {prompt} in it"),
-        (["--preset", "smollm2"], "--preset smollm2: a preset is the first word, before every option"),
-        (["--model.hidden-size", "97"], "--model.hidden-size 97 is no multiple of --model.num-heads 4"),
-        (["--run.report", "no"], "--run.report 'no': a switch takes no value, give --run.report or --run.no-report"),
+        (["--preset", "smollm2"], "--preset smollm2: give the preset as the first word, before every option"),
+        (["--model.hidden-size", "97"], "--model.hidden-size 97 is not a multiple of --model.num-heads 4"),
+        (["--run.report", "no"], "--run.report 'no': a switch takes no value: give --run.report or --run.no-report"),
         (["--no-steps", "1"], "unknown option --no-steps: did you mean --steps?"),
         (["--algorithm", "tb_grop"], "--algorithm 'tb_grop': did you mean tb_group? the choices are paced, tb,"),
     ],

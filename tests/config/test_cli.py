@@ -57,7 +57,7 @@ MISTAKES = [
     (["tniy"], r"unknown preset 'tniy': did you mean tiny\? the presets are .*tiny.*"),
     (["tiny", "--loss.bta", "1"], r"unknown option --loss.bta: did you mean --loss.beta\?"),
     (["tiny", "--steps=3", "--sed=1"], r"unknown option --sed: did you mean --seed\?"),
-    (["tiny", "--zzzzqqqq"], r"unknown option --zzzzqqqq: --help lists them all"),
+    (["tiny", "--zzzzqqqq"], r"unknown option --zzzzqqqq: --help lists all options"),
     (["tiny", "--steps", "many"], r".*steps.*many.*"),
     (["tiny", "--steps", "1.5"], r".*steps.*1\.5.*"),
     (["tiny", "--algorithm", "ppo"], r"--algorithm 'ppo': .*the choices are paced, tb, tb_group, .*"),
@@ -103,7 +103,7 @@ def test_help_names_every_setting_with_its_sentence(
     plain = " ".join(re.sub(r"[^\x20-\x7e]", " ", text).split())
     for sentence in (
         "Seed of every draw of the run.",
-        "Upper bound of the detached weight exp(log pi - log pi_old) of a sequence.",
+        "Upper bound of a sequence's importance weight exp(log pi - log pi_old), through which no gradient flows.",
         "Width of the bell around tau in the `tree` rule.",
         "AdamW's second-moment decay.",
         "Signed sums on a CPU",

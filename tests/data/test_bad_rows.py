@@ -80,21 +80,25 @@ def message(role: object = "user", content: object = "hi") -> dict[str, object]:
 
 
 LINES: list[tuple[str, bytes, str]] = [
-    # what is no JSON object
+    # what is not a JSON object
     ("not_json", b"{not", "is not JSON"),
     ("half_a_row", row()[:-4], "is not JSON"),
     ("two_rows", row() + row(), "is not JSON .Extra data"),
     ("single_quotes", b"{'prompt': 'a', 'answer': '1'}", "is not JSON"),
     ("a_comma_too_many", row()[:-1] + b",}", "is not JSON"),
-    ("a_list", b"[1, 2]", "is a JSON list, not an object"),
-    ("a_number", b"7", "is a JSON int, not an object"),
-    ("a_text", b'"prompt"', "is a JSON str, not an object"),
-    ("null", b"null", "is a JSON NoneType, not an object"),
-    ("larger_than_a_float", row(extra="big").replace(b'"big"', b"1e999"), "1e999 is larger than a number can be"),
-    ("nan", row(extra=math.nan), "NaN is no JSON number"),
-    ("infinity", row(extra=math.inf), "Infinity is no JSON number"),
-    ("minus_infinity", row(answer=-math.inf), "-Infinity is no JSON number"),
-    ("a_field_twice", b'{"prompt": "a", "answer": "1", "answer": "2"}', "the field 'answer' is there twice"),
+    ("a_list", b"[1, 2]", "is a JSON list: write one JSON object per line"),
+    ("a_number", b"7", "is a JSON int: write one"),
+    ("a_text", b'"prompt"', "is a JSON str: write one"),
+    ("null", b"null", "is a JSON NoneType: write one"),
+    (
+        "larger_than_a_float",
+        row(extra="big").replace(b'"big"', b"1e999"),
+        "1e999 is too large for a floating-point number",
+    ),
+    ("nan", row(extra=math.nan), "NaN is not a JSON number"),
+    ("infinity", row(extra=math.inf), "Infinity is not a JSON number"),
+    ("minus_infinity", row(answer=-math.inf), "-Infinity is not a JSON number"),
+    ("a_field_twice", b'{"prompt": "a", "answer": "1", "answer": "2"}', "the field 'answer' occurs twice"),
     ("a_control_character", b'{"prompt": "a\x01", "answer": "1"}', "is not JSON .Invalid control character"),
     ("an_endless_number", b'{"prompt": "a", "answer": ' + b"9" * 5000 + b"}", "is not JSON .Exceeds the limit"),
     ("nested_too_deeply", b'{"prompt": "a", "answer": ' + b"[" * 100_000, "nested too deeply"),
@@ -103,12 +107,12 @@ LINES: list[tuple[str, bytes, str]] = [
     ("utf_16", json.dumps(GOOD[0]).encode("utf-16"), "is not UTF-8 .byte 0"),
     ("half_a_character", b'{"prompt": "\xf0\x9f", "answer": "1"}', "is not UTF-8"),
     ("an_encoded_surrogate", b'{"prompt": "\xed\xa0\x80", "answer": "1"}', "is not UTF-8"),
-    ("a_mark_in_the_middle", b"\xef\xbb\xbf" + row(), "byte order mark in the middle of the file"),
-    ("half_a_pair", b'{"prompt": "a \\ud83d", "answer": "1"}', "'prompt' holds half of a surrogate pair"),
-    ("half_a_pair_as_answer", b'{"prompt": "a", "answer": "\\udc00"}', "'answer' holds half of a surrogate pair"),
-    ("half_a_pair_deep_down", row(extra={"a": [1, {"\ud800": 2}]}), "'extra' holds half of a surrogate pair"),
+    ("a_mark_in_the_middle", b"\xef\xbb\xbf" + row(), "byte order mark, but is not the first line"),
+    ("half_a_pair", b'{"prompt": "a \\ud83d", "answer": "1"}', "'prompt' contains half of a surrogate pair"),
+    ("half_a_pair_as_answer", b'{"prompt": "a", "answer": "\\udc00"}', "'answer' contains half of a surrogate pair"),
+    ("half_a_pair_deep_down", row(extra={"a": [1, {"\ud800": 2}]}), "'extra' contains half of a surrogate pair"),
     # prompts
-    ("no_prompt", without("prompt"), "has no field 'prompt': it has answer, extra"),
+    ("no_prompt", without("prompt"), "has no field 'prompt', only answer, extra"),
     ("null_prompt", row(prompt=None), "has no field 'prompt'"),
     ("empty_prompt", row(prompt=""), "the prompt in 'prompt' is empty"),
     ("blank_prompt", row(prompt=" \n\t"), "the prompt in 'prompt' is empty"),
@@ -117,21 +121,25 @@ LINES: list[tuple[str, bytes, str]] = [
     ("an_object_as_prompt", row(prompt={"text": "a"}), "neither text nor a list of messages"),
     ("texts_as_prompt", row(prompt=["a"]), "neither text nor a list of messages"),
     ("no_messages", row(prompt=[]), "neither text nor a list of messages"),
-    ("nul_in_prompt", row(prompt="a\0b"), "the prompt in 'prompt' holds a NUL character"),
+    ("nul_in_prompt", row(prompt="a\0b"), "the prompt in 'prompt' contains a NUL character"),
     ("a_mark_in_prompt", row(prompt="\ufeffa"), "the prompt in 'prompt' begins with a byte order mark"),
-    ("huge_prompt", row(prompt="a" * 1_000_001), "has 1000001 characters and 1000000 are the most"),
+    ("huge_prompt", row(prompt="a" * 1_000_001), "has 1000001 characters, above the limit of 1000000"),
     # answers
     ("no_answer", without("answer"), "has no field 'answer'"),
     ("null_answer", row(answer=None), "has no field 'answer'"),
     ("empty_answer", row(answer=""), "the answer in 'answer' is empty"),
     ("blank_answer", row(answer=" \u200b "), "the answer in 'answer' is empty"),
     ("a_list_as_answer", row(answer=["1"]), "the answer in 'answer' is a list"),
-    ("an_object_as_answer", row(answer={"value": 1}), "the answer in 'answer' is a dict.*dotted answer="),
-    ("an_infinite_answer", b'{"prompt": "a", "answer": 1e999}', "1e999 is larger than a number can be"),
-    ("nul_in_answer", row(answer="1\0"), "the answer in 'answer' holds a NUL"),
+    (
+        "an_object_as_answer",
+        row(answer={"value": 1}),
+        "the answer in 'answer' is a dict, not one text or number.*with a dot",
+    ),
+    ("an_infinite_answer", b'{"prompt": "a", "answer": 1e999}', "1e999 is too large for a floating-point number"),
+    ("nul_in_answer", row(answer="1\0"), "the answer in 'answer' contains a NUL"),
     ("a_mark_in_answer", row(answer="\ufeff1"), "the answer in 'answer' begins with a byte order mark"),
-    ("huge_answer", row(answer="1" * 100_001), "has 100001 characters and 100000 are the most"),
-    ("no_number_as_answer", row(answer="seven"), "reward 'number' needs a number as answer, got 'seven'"),
+    ("huge_answer", row(answer="1" * 100_001), "has 100001 characters, above the limit of 100000"),
+    ("no_number_as_answer", row(answer="seven"), "reward 'number' needs a number as answer, not 'seven'"),
     ("an_absurd_number", row(answer="9" * 200), "reward 'number' needs a number as answer"),
 ]
 
@@ -153,7 +161,7 @@ CHATS: list[tuple[str, list[dict[str, object]], str]] = [
     ("parts_as_content", [message(content=[{"type": "text", "text": "hi"}])], "neither text nor a list of messages"),
     ("a_number_as_content", [message(), message(content=3)], "neither text nor a list of messages"),
     ("only_blank_messages", [message(content=""), message("assistant", " ")], "the prompt in 'prompt' is empty"),
-    ("nul_in_a_message", [message(), message(content="a\0")], "holds a NUL character"),
+    ("nul_in_a_message", [message(), message(content="a\0")], "contains a NUL character"),
     ("refused_by_the_template", [message(content="no")], "the chat template refuses the prompt: .*never"),
 ]
 
@@ -168,9 +176,9 @@ def test_chats(chat: list[dict[str, object]], words: str, tokenizer, tmp_path, c
 COLUMNS: list[tuple[str, str, pa.DataType, Any, str]] = [
     ("null_prompt", "prompt", pa.string(), None, "has no field 'prompt'"),
     ("blank_prompt", "prompt", pa.string(), " ", "the prompt in 'prompt' is empty"),
-    ("nul_in_prompt", "prompt", pa.string(), "a\0", "holds a NUL character"),
-    ("not_utf_8", "prompt", pa.string(), b"caf\xe9", "holds what cannot be read .it is not UTF-8"),
-    ("not_utf_8_elsewhere", "extra", pa.string(), b"\xff", "holds what cannot be read .it is not UTF-8"),
+    ("nul_in_prompt", "prompt", pa.string(), "a\0", "contains a NUL character"),
+    ("not_utf_8", "prompt", pa.string(), b"caf\xe9", "cannot be read .it is not UTF-8"),
+    ("not_utf_8_elsewhere", "extra", pa.string(), b"\xff", "cannot be read .it is not UTF-8"),
     ("null_answer", "answer", pa.string(), None, "has no field 'answer'"),
     ("empty_answer", "answer", pa.string(), "", "the answer in 'answer' is empty"),
     ("nan_answer", "answer", pa.float64(), math.nan, "the answer in 'answer' is nan"),
@@ -244,7 +252,9 @@ def test_a_file_that_was_cut_off_stops_the_run(kept: int, tokenizer, tmp_path) -
     (tmp_path / "a.jsonl.gz").write_bytes(whole[:-kept])
     (tmp_path / "b.jsonl.gz").write_bytes(b"no gzip")
     for name in ("a", "b"):
-        with pytest.raises(InputError, match=rf"{name}\.jsonl\.gz cannot be read after line [0-9]+ .*: give a whole"):
+        with pytest.raises(
+            InputError, match=rf"{name}\.jsonl\.gz cannot be read after line [0-9]+ .*: give a complete"
+        ):
             load(f"jsonl:{name}.jsonl.gz", tokenizer, tmp_path, bad_rows="skip")
 
 
@@ -254,7 +264,7 @@ def test_a_damaged_parquet_file_stops_the_run(tokenizer, tmp_path) -> None:
     data = bytearray(path.read_bytes())
     data[40:90] = bytes(50)
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"a\.parquet cannot be read from row 0 on .*: give a whole file"):
+    with pytest.raises(InputError, match=r"a\.parquet cannot be read from row 0 on .*: give a complete file"):
         load("parquet:a.parquet", tokenizer, tmp_path, bad_rows="skip")
 
 
@@ -273,9 +283,7 @@ class TestSkip:
         assert line.startswith(f"{spec}: left out 5 of 100 rows: {tmp_path}/a.jsonl:1: the answer in 'answer' is empty")
         assert line.count("is empty") == 3
         assert line.endswith("; and 2 more")
-        words = (
-            r"5 of 100 rows of 'jsonl:a.jsonl' are bad, more than --data.max-bad-share 0.049 lets pass \(.*a.jsonl:1"
-        )
+        words = r"5 of 100 rows of 'jsonl:a.jsonl' are bad, more than --data.max-bad-share 0.049 allows \(.*a.jsonl:1"
         with pytest.raises(InputError, match=words):
             load(spec, tokenizer, tmp_path, bad_rows="skip", share=0.049)
 
@@ -330,7 +338,7 @@ class TestSkip:
         # An x is outside the alphabet; the stop token cannot be told from a character of the text.
         for text, words in (
             ("1+x=", "the tokenizer cannot encode '1.x='"),
-            ("1#", "as a control token: clean the row"),
+            ("1#", "only as a control token: fix the row"),
         ):
             (tmp_path / "a.jsonl").write_text("\n".join([*rows[:3], row(prompt=text).decode(), *rows[3:]]))
             caplog.clear()
@@ -343,7 +351,7 @@ def test_ids_that_repeat_are_said(tokenizer, tmp_path, caplog) -> None:
     assert len(load("jsonl:a.jsonl", tokenizer, tmp_path)) == 6
     (line,) = [record.getMessage() for record in caplog.records]
     path = f"{tmp_path}/a.jsonl"
-    assert line == f"jsonl:a.jsonl: 2 rows have the id of an earlier row ({path}:5 has the id 0 of {path}:1)"
+    assert line == f"jsonl:a.jsonl: 2 rows have the id of an earlier row ({path}:5 and {path}:1 have the id 0)"
 
 
 def test_a_reward_of_the_user_may_say_what_it_cannot_judge(tokenizer, tmp_path) -> None:
@@ -367,5 +375,5 @@ def test_text_rewards_say_what_they_cannot_judge(reward: str) -> None:
     ask = Scorer().problem
     assert ask(reward, {"answer": 7}) is None
     for columns in ({}, {"answer": None}, {"answer": " "}):
-        assert ask(reward, columns) == f"reward {reward!r} needs an answer, and the row has none: drop the row"
+        assert ask(reward, columns) == f"reward {reward!r} needs an answer, which the row lacks: drop the row"
     assert (ask(reward, {"answer": "seven"}) is None) == (reward == "exact")

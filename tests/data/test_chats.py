@@ -69,7 +69,7 @@ def test_a_row_keeps_its_own_system_message(role: str, tmp_path: Path, caplog) -
         first, second = load([own, "hi"], tmp_path, system_prompt="Be brief.")
     assert first == whole(f"<|im_start|>{role}\nMine.<|im_end|>\n{HI}{OPEN}")
     assert second == whole(f"<|im_start|>system\nBe brief.<|im_end|>\n{HI}{OPEN}")
-    assert "1 of 2 prompts have a system message of their own" in caplog.text
+    assert "1 of 2 prompts have their own system message" in caplog.text
 
 
 def test_tags_in_the_system_prompt_are_tokens_and_those_of_rows_are_text(tmp_path: Path, caplog) -> None:
@@ -78,13 +78,15 @@ def test_tags_in_the_system_prompt_are_tokens_and_those_of_rows_are_text(tmp_pat
     assert ids.count(think) == 1
     assert ids[: len(whole("<|im_start|>system\nThink in <think>"))] == whole("<|im_start|>system\nThink in <think>")
     assert (ids.count(start), TOKENIZER.decode(ids).count("<think>")) == (3, 2)
-    assert "1 of 1 prompts read like control tokens" in caplog.text
+    assert "1 of 1 prompts contain text that looks like control tokens" in caplog.text
 
 
-@pytest.mark.parametrize(("template", "words"), [(NO_SYSTEM, "no system role"), (DEAF, "leaves it out")])
+@pytest.mark.parametrize(
+    ("template", "words"), [(NO_SYSTEM, "no system role"), (DEAF, "write the system prompt into the prompts")]
+)
 def test_a_template_without_a_place_for_it_refuses_a_system_prompt(template: str, words: str, tmp_path: Path) -> None:
     made = tiny_chat.tokenizer(template)
-    with pytest.raises(InputError, match=f"the system prompt has no place.*{words}") as caught:
+    with pytest.raises(InputError, match=f"the chat template .* system message.*{words}") as caught:
         load(["hi"], tmp_path, made, system_prompt="Be brief.")
     assert "\n" not in str(caught.value)
     assert load(["hi"], tmp_path, made) == [whole(HI + OPEN)]
@@ -92,7 +94,7 @@ def test_a_template_without_a_place_for_it_refuses_a_system_prompt(template: str
 
 @pytest.mark.parametrize("role", ["system", "tool"])
 def test_a_message_that_the_template_leaves_out_is_no_small_matter(role: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"a.jsonl:1: the chat template leaves out a message of the role {role}"):
+    with pytest.raises(InputError, match=f"a.jsonl:1: the chat template leaves out a message with the role {role}"):
         load([[message("lost", role), message("hi")]], tmp_path, tiny_chat.tokenizer(DEAF))
 
 
@@ -129,11 +131,11 @@ def test_arguments_are_json_where_they_can_be(words: list[str], found: dict[str,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a"], "'a' is not name=value"),
-        (["{a}"], "is no JSON object"),
+        (["a"], "'a' is not of the form name=value"),
+        (["{a}"], "is not a JSON object"),
         (["a=1", '{"a": 2}'], "'a' is given twice"),
-        (["messages=[]"], "'messages' is filled by the trainer"),
-        (["a b=1"], "'a b' is no name"),
+        (["messages=[]"], "'messages' is set by the trainer"),
+        (["a b=1"], "'a b' is not a valid name"),
     ],
 )
 def test_arguments_that_cannot_be_read(words: list[str], message: str) -> None:
@@ -202,7 +204,7 @@ def test_settings_of_chats() -> None:
     assert given == ChatSettings(system_prompt="x", arguments={"a": 1}, today=datetime.date(2026, 2, 28))
     assert ChatSettings.parsed(system_prompt=None, template_args=(), date=None).today is None
     check_value("data.system_prompt", "")
-    with pytest.raises(InputError, match="no day"):
+    with pytest.raises(InputError, match="is not a date"):
         ChatSettings.parsed(system_prompt=None, template_args=(), date="2026-02-30")
 
 

@@ -88,8 +88,8 @@ def test_counts_and_pairs() -> None:
     found = overlap(train, held_out)
     pairs = (("a:0", "b:2"), ("a:1", "b:0"), ("a:3", "b:0"))
     assert found == Overlap(train=(0, 1, 3, 4, 5), eval_rows=4, pairs=pairs, slices=frozenset("s"))
-    assert str(found) == "5 training prompts are held-out prompts (a:0 is b:2; a:1 is b:0; a:3 is b:0; ...)"
-    assert str(overlap(table("a"), held_out)) == "1 training prompts are held-out prompts (a:0 is b:2)"
+    assert str(found) == "5 training prompts are also held-out prompts (a:0 is b:2; a:1 is b:0; a:3 is b:0; ...)"
+    assert str(overlap(table("a"), held_out)) == "1 training prompts are also held-out prompts (a:0 is b:2)"
     assert (
         overlap(table("z"), held_out)
         == overlap(table(), held_out)
@@ -105,7 +105,8 @@ class TestSetting:
         with caplog.at_level(logging.INFO):
             assert _apart(self.TRAIN, self.HELD_OUT, DataConfig()) == (self.TRAIN, 1)
         assert [record.getMessage() for record in caplog.records] == [
-            "1 training prompts are held-out prompts (a:1 is b:0): --data.overlap drop leaves them out of training",
+            "1 training prompts are also held-out prompts (a:1 is b:0): "
+            "--data.overlap drop leaves them out of training",
             "1 of 4 training prompts repeat an earlier one (a:3 is a:2)",
         ]
 
@@ -119,12 +120,14 @@ class TestSetting:
         kept, repeated = _apart(self.TRAIN, self.HELD_OUT, DataConfig(overlap="drop"))
         assert repeated == 0
         assert [row.prompt for row in kept.rows] == ["a", "c", "C!"]
-        assert "1 training prompts are held-out prompts (a:1 is b:0): left out of training" in caplog.text
+        assert "1 training prompts are also held-out prompts (a:1 is b:0): left out of training" in caplog.text
         with pytest.raises(InputError, match="leaves nothing to train on"):
             _apart(table("b"), self.HELD_OUT, DataConfig(overlap="drop"))
 
     def test_error(self):
-        with pytest.raises(InputError, match=r"1 training prompts are held-out .*a:1 is b:0.: .*--data.overlap drop"):
+        with pytest.raises(
+            InputError, match=r"1 training prompts are also held-out .*a:1 is b:0.: .*--data.overlap drop"
+        ):
             _apart(self.TRAIN, self.HELD_OUT, DataConfig(overlap="error"))
         assert _apart(self.TRAIN, table("x"), DataConfig(overlap="error")) == (self.TRAIN, 0)
 
@@ -136,7 +139,7 @@ class TestSetting:
         data = dataclasses.replace(settings.data, train=(settings.data.train[0], f"{held_out}&slice=s"))
         both = dataclasses.replace(settings, data=data)
         refused = dataclasses.replace(both, data=dataclasses.replace(data, overlap="error"))
-        with pytest.raises(InputError, match="13 training prompts are held-out prompts"):
+        with pytest.raises(InputError, match="13 training prompts are also held-out prompts"):
             tiny_run.build(refused, tmp_path / "refused")
         assert not (tmp_path / "refused").exists()
         run = tiny_run.build(

@@ -102,7 +102,7 @@ class TestTokenizers:
             character_tokenizer(alphabet, pad=pad, stop=stop)
 
     def test_load_tokenizer_names_what_is_missing(self, tmp_path):
-        with pytest.raises(InputError, match=r"no tokenizer at '.*nowhere': there is no such folder"):
+        with pytest.raises(InputError, match=r"no such folder '.*nowhere'"):
             load_tokenizer(str(tmp_path / "nowhere"))
         (tmp_path / "empty").mkdir()
         with pytest.raises(InputError, match=r"cannot load the tokenizer '.*empty'") as caught:
@@ -154,7 +154,7 @@ class TestParse:
             ("jsonl:", "no name after jsonl:"),
             ("jsonl:a?promt=q", "unknown key 'promt' .did you mean 'prompt'"),
             ("task:signed_sums?sede=1", "unknown key 'sede' .did you mean 'seed'"),
-            ("jsonl:a?split=train", "unknown key 'split'.*jsonl knows"),
+            ("jsonl:a?split=train", "unknown key 'split'.*the keys of jsonl are"),
             ("jsonl:a?size=1&size=2", "gives 'size' twice"),
             ("rg:a?x=1&x=2", "gives 'x' twice"),
             ("jsonl:a?size", "'size' is not key=value"),
@@ -207,11 +207,11 @@ class TestMadeRows:
     @pytest.mark.parametrize(
         ("spec", "message"),
         [
-            ("task:signed_sum", "no task 'signed_sum' .did you mean 'signed_sums'"),
+            ("task:signed_sum", "unknown task 'signed_sum' .did you mean 'signed_sums'"),
             ("task:signed_sums?split=test", "no split 'test': use train, eval or demonstrations"),
             ("rg:chain_sun", "no task 'chain_sun' .did you mean 'chain_sum'"),
             ("rg:chain_sum?split=train", "no parameter 'split'"),
-            ("rg:chain_sum?size=3&rows=0:4", "rows up to 4 and has 3"),
+            ("rg:chain_sum?size=3&rows=0:4", "rows up to 4, but has 3"),
         ],
     )
     def test_errors(self, characters, spec, message):
@@ -335,16 +335,16 @@ class TestFiles:
         ("lines", "query", "message"),
         [
             (({**GOOD}, "{not"), "", "a.jsonl:2 is not JSON"),
-            (("[1, 2]",), "", "a.jsonl:1 is a JSON list, not an object"),
+            (("[1, 2]",), "", "a.jsonl:1 is a JSON list: write one JSON object per line"),
             (
                 ({**GOOD}, {"query": "b"}),
                 "",
-                "a.jsonl:2 has no field 'prompt': it has query; name the field by prompt=",
+                "a.jsonl:2 has no field 'prompt', only query: name the field by prompt=",
             ),
             (
                 ({"prompt": "a", "x": 1},),
                 "",
-                "no known layout has the fields prompt, x: name those with prompt and answer, as in "
+                "no known format has the fields prompt, x: name the fields of prompt and answer, as in "
                 "jsonl:a.jsonl?prompt=FIELD&answer=FIELD",
             ),
             (({**GOOD, "answer": None},), "", "a.jsonl:1 has no field 'answer'"),
@@ -352,10 +352,14 @@ class TestFiles:
             (
                 (GOOD,),
                 "demonstration=d",
-                "a.jsonl:1 has no field 'd': it has prompt, answer; name the field by demonstration=",
+                "a.jsonl:1 has no field 'd', only prompt, answer: name the field by demonstration=",
             ),
-            (({**GOOD, "d": 5},), "demonstration=d", "a.jsonl:1: the demonstration in 'd' is not text, or none: 5"),
-            (({**GOOD, "answer": "72"},), "answer_after=####", "a.jsonl:1: the answer in 'answer' has no '####'"),
+            (({**GOOD, "d": 5},), "demonstration=d", "a.jsonl:1: the demonstration in 'd' is 5: give text"),
+            (
+                ({**GOOD, "answer": "72"},),
+                "answer_after=####",
+                "a.jsonl:1: the answer in 'answer' does not contain '####'",
+            ),
             (({**GOOD, "prompt": "  "},), "", "a.jsonl:1: the prompt in 'prompt' is empty"),
             (({**GOOD, "prompt": 5},), "", "a.jsonl:1: the prompt in 'prompt' is neither text nor a list"),
             (({**GOOD, "prompt": [{"role": "user", "content": [{}]}]},), "", "neither text nor a list"),
@@ -369,9 +373,9 @@ class TestFiles:
                 "",
                 "a.jsonl:1: the prompt is a chat of 1 messages",
             ),
-            ((GOOD,), "rows=0:2", "rows up to 2 and has 1"),
+            ((GOOD,), "rows=0:2", "rows up to 2, but has 1"),
             ((GOOD,), "rows=3:", "has no rows"),
-            ((GOOD,), "size=2", "size=2 and has 1 rows"),
+            ((GOOD,), "size=2", "size=2, but has 1 rows"),
             (("",), "", "'jsonl:a.jsonl' has no rows"),
             ((GOOD,), "template=no", "template=no must be chat, plain or text with {prompt}"),
         ],
@@ -382,9 +386,9 @@ class TestFiles:
         assert "\n" not in str(caught.value)
 
     def test_missing_files_and_sources(self, chat, tmp_path):
-        with pytest.raises(InputError, match=r"jsonl:no.jsonl: no such file \(looked at .*no.jsonl and .*no.jsonl\)"):
+        with pytest.raises(InputError, match=r"jsonl:no.jsonl: no such file \(looked for .*no.jsonl and .*no.jsonl\)"):
             load("jsonl:no.jsonl", chat, tmp_path)
-        with pytest.raises(InputError, match="no data source given"):
+        with pytest.raises(InputError, match="no data source is given"):
             load([], chat)
         with pytest.raises(InputError, match="'rg:chain_sum' is given twice"):
             load(["rg:chain_sum", "rg:chain_sum"], chat)
@@ -397,12 +401,12 @@ class TestFiles:
         spec = f"jsonl:{write(tmp_path / 'a.jsonl', *rows)}"
         assert len(load(spec, chat, tmp_path, limit=5)) == 3
         with pytest.raises(
-            InputError, match=r"a.jsonl:2: the prompt has 5 tokens and max_prompt_tokens is 4: raise it"
+            InputError, match=r"a.jsonl:2: the prompt has 5 tokens, above max_prompt_tokens=4: raise it"
         ):
             load(spec, chat, tmp_path, limit=4)
         with caplog.at_level(logging.WARNING):
             assert [row.prompt for row in load(spec, chat, tmp_path, limit=4, too_long="skip").rows] == ["aaa", "aaaa"]
-        assert "skipped 1 of 3 rows over 4 tokens" in caplog.text
+        assert "skipped 1 of 3 rows whose prompt has more than 4 tokens" in caplog.text
         with pytest.raises(InputError, match=r"every row of .* longer than max_prompt_tokens=2"):
             load(spec, chat, tmp_path, limit=2, too_long="skip")
 
@@ -448,7 +452,7 @@ class TestHub:
 
         monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
         monkeypatch.setattr("paced_fast.data.sources.read._ask_hub", lambda name: None)
-        with pytest.raises(InputError, match="cannot load hf:a/b split 'train': ConnectionError: no route"):
+        with pytest.raises(InputError, match="cannot load hf:a/b, split 'train': ConnectionError: no route"):
             load("hf:a/b", chat)
 
 
@@ -505,13 +509,13 @@ class TestControlTokens:
 
     def test_what_cannot_be_told_apart_is_refused(self, characters, tmp_path):
         name = write(tmp_path / "a.jsonl", {"prompt": "1+#", "answer": 1})
-        with pytest.raises(InputError, match=r"a.jsonl:1: the tokenizer can only read some of the text as a control"):
+        with pytest.raises(InputError, match=r"a.jsonl:1: the tokenizer reads part of the text only as a control"):
             load(f"jsonl:{name}", characters, tmp_path)
         upper = byte_tokenizer()
         upper.chat_template = "<|im_start|>{{ messages[0]['content'] | replace('a', 'b') }}"
         name = write(tmp_path / "b.jsonl", {"prompt": "a<think>", "answer": 1})
         with pytest.raises(
-            InputError, match=r"b.jsonl:1: the text holds a control token and the chat template rewrites"
+            InputError, match=r"b.jsonl:1: the text contains a control token, and the chat template rewrites"
         ):
             load(f"jsonl:{name}", upper, tmp_path, template="chat")
 

@@ -165,8 +165,8 @@ class TestFormats:
     def test_what_is_unknown_lists_its_fields_and_the_mapping_to_write(self, tmp_path):
         write(tmp_path / "a.jsonl", {"frage": "1+1?", "antwort": 2})
         words = (
-            "source 'jsonl:a.jsonl': no known layout has the fields frage, antwort: name those with prompt and answer, "
-            "as in jsonl:a.jsonl?prompt=FIELD&answer=FIELD, or a format="
+            "source 'jsonl:a.jsonl': no known format has the fields frage, antwort: name the fields of prompt and "
+            "answer, as in jsonl:a.jsonl?prompt=FIELD&answer=FIELD, or give format="
         )
         with pytest.raises(InputError) as caught:
             drafts(tmp_path)
@@ -177,7 +177,9 @@ class TestFormats:
     @pytest.mark.parametrize("reward", ["exact", "number", "math"])
     def test_programs_have_no_answer_to_compare_with(self, reward, tmp_path):
         write(tmp_path / "a.jsonl", {"question": "p", "input_output": STDIN})
-        with pytest.raises(InputError, match=f"format taco are programs .* reward=code judges and {reward} cannot"):
+        with pytest.raises(
+            InputError, match=f"format taco have tests for programs.* reward=code judges and reward={reward} cannot"
+        ):
             drafts(tmp_path, f"reward={reward}")
         assert drafts(tmp_path, "reward=mine.py:judge")[0].reward == "mine.py:judge"
 

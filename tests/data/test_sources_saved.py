@@ -36,9 +36,9 @@ def test_rows_of_a_folder(saved: Path, spec: str, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("table?split=held", r"table is one table that save_to_disk wrote, without splits: leave split out"),
-        ("table?config=main", r"table was written by save_to_disk and has no configurations: leave config out"),
-        ("splits?split=test", r"splits has no split 'test': choose split from train, held"),
+        ("table?split=held", r"table was written by save_to_disk without splits: leave split= out"),
+        ("table?config=main", r"table was written by save_to_disk and has no configurations: leave config= out"),
+        ("splits?split=test", r"splits has no split 'test': the splits are train, held"),
     ],
 )
 def test_what_such_a_folder_does_not_have_is_named(saved: Path, spec: str, message: str) -> None:

@@ -186,9 +186,9 @@ def test_demonstrations_are_fast():
     ("call", "message"),
     [
         (lambda: signed_sums_rows("test"), "no split 'test'"),
-        (lambda: signed_sums_rows("train", size=0), "size >= 1, got 0"),
+        (lambda: signed_sums_rows("train", size=0), "size >= 1, not 0"),
         (lambda: signed_sums_rows("eval", size=225), "has 224 rows.*got 225"),
-        (lambda: signed_sums_demonstrations(size=0), "size >= 1, got 0"),
+        (lambda: signed_sums_demonstrations(size=0), "size >= 1, not 0"),
         (lambda: signed_sums_demonstrations(size=9, flip_probability=1.5), "flip_probability.*1.5"),
         (lambda: signed_sums_demonstrations(size=9, slice_weights=(1, 2)), r"six shares.*\(1, 2\)"),
         (lambda: signed_sums_demonstrations(size=9, slice_weights=(0,) * 6), "six shares"),
@@ -202,7 +202,7 @@ def test_demonstrations_are_fast():
             "'chain_sum' refuses .*'min_terms': 9",
         ),
         (lambda: reasoning_gym_rows("chain_sum", 3, 1, min_terms="many"), "'chain_sum' refuses .*many"),
-        (lambda: reasoning_gym_rows("chain_sum", 0, 1), "'chain_sum' needs size >= 1, got 0"),
+        (lambda: reasoning_gym_rows("chain_sum", 0, 1), "'chain_sum' needs size >= 1, not 0"),
     ],
 )
 def test_errors_name_the_thing(call, message):

@@ -231,7 +231,9 @@ def test_the_headline_is_its_slices_only() -> None:
     assert result.overall.accuracy == pytest.approx(1 / 18)
     assert result.overall.distinct_correct == pytest.approx(0.5)
     assert result.slices == run().slices
-    with pytest.raises(InputError, match=r"^--data.headline names 'absent', but the held-out slices are \['easy', "):
+    with pytest.raises(
+        InputError, match=r"^--data.headline names 'absent': give some of the held-out slices \['easy', "
+    ):
         run(headline=("odd", "absent"))
 
 
@@ -307,14 +309,14 @@ def test_a_benchmark_is_its_file_or_else_on_the_hub(
     found = benchmark_sources(["aime24", "gsm8k"], str(tmp_path))
     assert found[0].startswith("jsonl:aime24.jsonl?")
     assert found[1].startswith("hf:openai/gsm8k?")
-    assert f"there is no gsm8k_test.jsonl (looked at {tmp_path / 'gsm8k_test.jsonl'}" in caplog.text
+    assert f"no such file gsm8k_test.jsonl (looked for {tmp_path / 'gsm8k_test.jsonl'}" in caplog.text
     assert "--data-dir" in caplog.text
     assert [parse_source(spec).slice for spec in found] == ["aime24", "gsm8k"]
     plain = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name, *more: None if name == "datasets" else plain(name, *more))
     with pytest.raises(
         InputError,
-        match=rf"benchmark gsm8k: there is no gsm8k_test.jsonl .looked at {tmp_path}.*: give --data-dir, or pip",
+        match=rf"benchmark gsm8k: no such file gsm8k_test.jsonl .looked for {tmp_path}.*: give .* by --data-dir, or pip",
     ):
         benchmark_sources(["gsm8k"], str(tmp_path))
 
@@ -404,10 +406,10 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["absent"], "there is no run or model folder"),
-        (["rnu"], "there is no run or model folder .*rnu: did you mean .*/run[?]"),
+        (["absent"], "no such run or model folder"),
+        (["rnu"], "no such run or model folder .*rnu: did you mean .*/run[?]"),
         (["run", "--step", "7"], "run has no checkpoint of step 7: .*checkpoints holds those of step 2$"),
-        (["run/config.json"], "there is no run or model folder .*/run/config.json$"),
+        (["run/config.json"], "no such run or model folder .*/run/config.json: give a run folder or a model$"),
         (["run", "--samples", "0"], "--samples is 0: give 1 or more"),
         (["run", "--temperature", "-1"], "--temperature is -1.0: give a value from 0 to 100"),
         (["run", "--temperature", "nan"], "--temperature is nan: give a value from 0 to 100"),
@@ -415,10 +417,10 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
         (["run", "--limit", "0"], "--limit is 0: give 1 or more"),
         (["run", "--benchmarks", "gms8k"], r"no benchmark 'gms8k' .did you mean 'gsm8k'.*: use gsm8k, math500"),
         (["run", "--sources", "jsonl:none.jsonl"], r"source jsonl:none.jsonl: no such file .*"),
-        (["run", "--json", "no/such/place.json"], "--json no/such/place.json: there is no folder"),
+        (["run", "--json", "no/such/place.json"], "--json no/such/place.json: no such folder"),
         (["run", "--sampels", "3"], "--sampels"),
         (["run/initial"], "nothing to evaluate .* as a model has no held-out prompts of its own: give --benchmarks"),
-        (["run/initial", "--step", "2"], "--step 2: .* is a model, only runs have steps"),
+        (["run/initial", "--step", "2"], "--step 2: .* is a model, and only runs have steps"),
         (
             ["run/initial", "--benchmarks", "aime24", "--max-completion-tokens", "512"],
             "this is a llama model with 512 positions",
@@ -430,11 +432,11 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
         (["run", "--max-completion-tokens", "510"], "--max-completion-tokens is 510: with the .* the model's 512 pos"),
         (
             ["run/initial", "--sources", "task:signed_sums?split=eval&size=3", "--max-completion-tokens", "509"],
-            "--max-completion-tokens is 509: with the [0-9]+ tokens of .* that is beyond the model's 512 positions",
+            "--max-completion-tokens is 509, which with the [0-9]+ tokens of .* is above the model's 512 positions",
         ),
         (["run", "--json", "."], "--json . is a folder: give the name of a file in it"),
         (["run", "--save-samples", "."], "--save-samples . is a folder: give the name of a file in it"),
-        (["run", "--json", "/dev/null"], "--json /dev/null is no ordinary file"),
+        (["run", "--json", "/dev/null"], "--json /dev/null is not a regular file"),
         (["run", "--json", "/proc/figures"], "--json /proc/figures cannot be written"),
     ],
 )
@@ -457,7 +459,7 @@ def test_what_cannot_be_evaluated_is_one_line(
     [
         (None, "is not a run folder"),
         ("{", "config.json is not JSON"),
-        ("[]", "config.json is a JSON list, not an object"),
+        ("[]", "config.json is a JSON list: write one JSON object per line"),
         ('{"model": null}', "config.json: model is null, not an object of settings"),
         ('{"steps": "many"}', 'config.json: steps is "many", not int'),
         ('{"seed": true}', "config.json: seed is true, not int"),
@@ -476,7 +478,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, content: str | None, c
 def test_what_is_neither_a_run_nor_a_model_here_is_said_first(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        InputError, match=r"^there is no run or model folder runs/none; if a model of the .* give --ben"
+        InputError, match=r"^no such run or model folder runs/none; if you mean a model of the .* give --ben"
     ):
         evaluate_target(EvaluateArguments(run_or_model="runs/none"))
 

@@ -67,10 +67,10 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "full" / "file").write_text("x")
     capsys.readouterr()
     cases = [
-        (["nowhere", "out"], "there is no run or checkpoint nowhere"),
-        ([str(tmp_path / "run"), str(tmp_path / "full")], "full is there already: give a folder that is empty"),
+        (["nowhere", "out"], "no such folder nowhere: give a run folder or a checkpoint"),
+        ([str(tmp_path / "run"), str(tmp_path / "full")], "full exists already: give a folder that is empty"),
         ([str(tmp_path / "run"), str(tmp_path / "out"), "--step", "3"], "no checkpoint of step 3: .* those of step 4"),
-        ([str(folder), str(tmp_path / "out"), "--step", "4"], "is a checkpoint, only runs have steps"),
+        ([str(folder), str(tmp_path / "out"), "--step", "4"], "is one checkpoint: leave --step out"),
         ([str(tmp_path / "run"), str(tmp_path / "full" / "file" / "out")], "cannot be written"),
         ([str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "float16"], "dtype"),
     ]
@@ -108,7 +108,7 @@ def test_a_source_that_a_running_training_removes_is_told(tmp_path: Path, monkey
 
         with monkeypatch.context() as patched:
             patched.setattr(exporting, name, removing)
-            told = rf"^checkpoint {folder} was removed while it was read: a running training keeps only the newest; exp"
+            told = rf"^checkpoint {folder} was removed while it was read, because its run keeps only the newest .*: exp"
             with pytest.raises(InputError, match=told):
                 export(ExportArguments(run_or_checkpoint=str(run), folder=str(tmp_path / "out")))
     run = tmp_path / "at the end"
@@ -147,14 +147,12 @@ def test_a_target_that_would_harm_a_run_or_the_shell_is_refused(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     cases = {
-        str(
-            run / "checkpoints" / "step_000004" / "policy" / "out"
-        ): "lies in .*step_000004, which a run keeps as it is",
-        str(run / "checkpoints" / "step_000004" / "out"): "lies in .*step_000004, which a run",
-        str(run / "checkpoints" / "out"): "lies in .*checkpoints, which a run",
-        "../run/initial/out": "lies in .*initial, which a run",
-        ".": "empty is the folder you are in",
-        "../empty/": "empty is the folder you are in",
+        str(run / "checkpoints" / "step_000004" / "policy" / "out"): "is inside .*step_000004, which belongs to a run",
+        str(run / "checkpoints" / "step_000004" / "out"): "is inside .*step_000004, which belongs to a run",
+        str(run / "checkpoints" / "out"): "is inside .*checkpoints, which belongs to a run",
+        "../run/initial/out": "is inside .*initial, which belongs to a run",
+        ".": "empty is the working directory",
+        "../empty/": "empty is the working directory",
     }
     for target, told in cases.items():
         with pytest.raises(InputError, match=told):

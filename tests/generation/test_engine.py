@@ -63,7 +63,7 @@ def test_auto_takes_vllm_on_a_gpu_where_it_is(
 
 
 def test_settings_that_do_not_go_together_are_refused() -> None:
-    with pytest.raises(InputError, match=r"--weight-sync.sleep-level 2 lets go of the engine's weights"):
+    with pytest.raises(InputError, match=r"--weight-sync.sleep-level 2 frees the engine's weights"):
         tiny_policy.settings(weight_sync__sleep_level=2)
     assert tiny_policy.settings(weight_sync__sleep_level=2, weight_sync__mode="push").weight_sync.sleep_level == 2
     with pytest.raises(InputError, match="--generator vllm samples at temperatures up to 2, not 3"):

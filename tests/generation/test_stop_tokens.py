@@ -131,10 +131,10 @@ def test_one_byte_is_a_token_too() -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("<|im_ends|>", r"'<\|im_ends\|>' is no single token .*did you mean <\|im_end\|>\?"),
-        ("Question:", "'Question:' is no single token .*give a token's text, or its id"),
-        ("9999", "stop token 9999: the tokenizer has no token of that id"),
-        ("9" * 40, "no token of that id"),
+        ("<|im_ends|>", r"'<\|im_ends\|>' is not a single token .*did you mean <\|im_end\|>\?"),
+        ("Question:", "'Question:' is not a single token .*give the text or the id of a token"),
+        ("9999", "stop token 9999: the tokenizer has no token with this id"),
+        ("9" * 40, "no token with this id"),
     ],
 )
 def test_unknown_stop_tokens_are_refused_in_one_line(word: str, message: str) -> None:
@@ -184,5 +184,5 @@ def test_evaluate_ends_where_the_model_says_and_rewards_do_not_see_it(tmp_path: 
     assert sample.text == made.decode(endless[:place])
     other = sampled(stop_tokens=("<|user|>",))
     assert (other.tokens, other.stopped) == (24, False)
-    with pytest.raises(InputError, match="the stop token 'END' is no single token"):
+    with pytest.raises(InputError, match="the stop token 'END' is not a single token"):
         sampled(stop_tokens=("END",))

@@ -53,7 +53,7 @@ def test_whatever_comes_from_the_hub_is_named_in_one_line(endpoint: str, monkeyp
         with pytest.raises(InputError) as told:
             load()
         line = str(told.value)
-        assert line.startswith(f"{what} has to come from {endpoint}, which cannot be reached (ConnectError: ")
+        assert line.startswith(f"{what} is not in the cache, and {endpoint} cannot be reached (ConnectError: ")
         assert "give a local path" in line
         assert "HF_HOME" in line
         assert "HF_HUB_OFFLINE=1" in line
@@ -66,7 +66,7 @@ def test_the_command_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     with pytest.raises(SystemExit) as stop:
         train.main(["tiny", "--model.name", "some/model", "--run-dir", str(tmp_path / "run")])
     assert stop.value.code == 2
-    assert "error: the tokenizer 'some/model' has to come from http://127.0.0.1:" in capsys.readouterr().err
+    assert "error: the tokenizer 'some/model' is not in the cache, and http://127.0.0.1:" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

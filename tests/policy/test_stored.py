@@ -313,7 +313,9 @@ def test_a_configuration_that_makes_no_model_is_one_line_wherever_it_is_read(
     with pytest.raises(InputError, match=r"^[^\n]*$"):
         skeleton(model_settings(ModelConfig(name=str(folder)), 1))
     if settings in (None, {"num_attention_heads": 0}, {"vocab_size": "many"}):
-        with pytest.raises(InputError, match=r"^cannot load the tokenizer '[^\n]*\): give the folder of a whole model"):
+        with pytest.raises(
+            InputError, match=r"^cannot load the tokenizer '[^\n]*\): give the folder of a complete model"
+        ):
             load_tokenizer(str(folder))
 
 
@@ -333,7 +335,7 @@ def test_a_run_given_as_a_model_is_told_where_its_model_is(llama: Path, tmp_path
     policy = tmp_path / "run" / "checkpoints" / "step_000004" / "policy"
     shutil.copytree(llama, policy)
     (tmp_path / "run" / "config.json").write_text('{"steps": 4}')
-    told = rf"^'[^\n]*' is a run or a part of one: give the model in it, {re.escape(str(policy))}$"
+    told = rf"^'[^\n]*' is a run or a checkpoint, not a model: give the model in it, {re.escape(str(policy))}$"
     with pytest.raises(InputError, match=told):
         load_tokenizer(str(tmp_path / given))
     load_tokenizer(str(policy))

@@ -92,12 +92,12 @@ def test_what_a_band_is_is_said() -> None:
     group = [_run(f"g{i}", 0.2 + 0.1 * i, i, interval=interval) for i in range(3)]
     single = _run("one", 0.3, settings={"algorithm": "grpo"}, interval=interval)
     text = page_of([*group[:2], single])
-    assert "too few seeds for a band" in text
-    assert "Band of a single run: 95 % interval over held-out prompts." in text
+    assert "because there are too few seeds" in text
+    assert "Band of a single run: 95% interval over held-out prompts." in text
     assert "Band of a group" not in text
     text = page_of([*group, single])
     assert "too few seeds" not in text
-    assert "Band of a group: 95 % interval of the mean over its seeds (t)." in text
+    assert "Band of a group: 95% interval of the mean over its seeds (Student's t)." in text
 
 
 def test_pass_at_k_of_a_group_is_the_mean_of_its_seeds() -> None:
@@ -116,7 +116,7 @@ def test_differences_intervals_and_settings_are_shown() -> None:
         prompts={"a3": 1.0, "a1": 0.5, "a2": 0.5},
     )
     text = page_of([first, second])
-    assert "30% [26%, 34%]  (+10.0 points, intervals apart)" in text
+    assert "30% [26%, 34%]  (+10.0 points, intervals do not overlap)" in text
     assert "60%  (+20.0 points)" in text
     # Differences of 1/2, 0 and 1/2: mean 1/3, standard error 1/6, t 4.303.
     assert "+33.3 points [-38.4, +105.0] over 3 prompts" in text
@@ -129,8 +129,8 @@ def test_differences_intervals_and_settings_are_shown() -> None:
 
 def test_intervals_overlap_when_they_share_a_point() -> None:
     assert _overlap((0.1, 0.3), (0.3, 0.5)) == ", intervals overlap"
-    assert _overlap((0.1, 0.3), (0.31, 0.5)) == ", intervals apart"
-    assert _overlap((0.4, 0.5), (0.1, 0.3)) == ", intervals apart"
+    assert _overlap((0.1, 0.3), (0.31, 0.5)) == ", intervals do not overlap"
+    assert _overlap((0.4, 0.5), (0.1, 0.3)) == ", intervals do not overlap"
     assert _overlap((float("nan"), 0.3), (0.3, 0.5)) == ""
 
 
@@ -156,7 +156,7 @@ def test_distinct_completions_of_unlike_numbers_of_samples_are_not_compared() ->
     runs = [_run("a", 0.2), _run("b", 0.2, settings={"algorithm": "grpo"})]
     for run, samples in zip(runs, (4, 16), strict=True):
         run.records[-1]["eval"] |= {"distinct_correct": samples / 2, "samples": samples}  # type: ignore[operator,index]
-    assert "8  (of another number of samples)" in page_of(runs)
+    assert "8  (not comparable: different number of completions)" in page_of(runs)
 
 
 def test_command_line_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,11 +170,11 @@ def test_command_line_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "absent"], "no run folder at absent"),
+        (["a", "absent"], "no such folder absent"),
         (["a", "b", "./a"], "a is named twice: give different run folders"),
         (["a", "b", "--out", "b"], "--out b is a folder: give the name of a file"),
-        (["a", "--out", "x.html"], "--out is for a comparison: give two run folders or more, or leave it out"),
-        (["a", "empty"], "no metrics.jsonl in empty: it is no run folder, or the run has not started"),
+        (["a", "--out", "x.html"], "--out is for a comparison: give two or more run folders, or leave it out"),
+        (["a", "empty"], "no metrics.jsonl in empty: give a run folder, or wait for the run's first record"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(

@@ -70,21 +70,23 @@ def test_majority_vote_is_shown_at_the_largest_common_k_with_its_interval() -> N
 
 def test_pass_at_8_and_accuracy_have_the_interval_of_the_end() -> None:
     tiles = {t.name: t.sub for t in run_page._tiles(_run(_evaluation(0.2), _evaluation(0.3)))}
-    assert "95 %: 50.0 to 70.0 % after" in tiles["held-out pass@8"]
-    assert tiles["held-out accuracy"] == '<span class="up">+10.0 points</span>; 95 %: 28.0 to 33.0 % after'
+    assert "95% interval: 50.0 to 70.0% after training" in tiles["held-out pass@8"]
+    assert (
+        tiles["held-out accuracy"] == '<span class="up">+10.0 points</span>; 95% interval: 28.0 to 33.0% after training'
+    )
     (alone,) = [t for t in run_page._tiles(_run(_evaluation(0.2))) if t.name == "held-out accuracy"]
-    assert alone.sub == "95 %: 18.0 to 23.0 %"
+    assert alone.sub == "95% interval: 18.0 to 23.0%"
 
 
 def test_what_evaluations_could_not_score_is_said() -> None:
     run = _run(_evaluation(0.2, unscored_prompts=24), _evaluation(0.3, unscored_prompts=26))
     assert held_out.unscored_notes(run) == [
-        "24 of 40 held-out prompts had no scored sample before training.",
-        "26 of 40 held-out prompts had no scored sample in the newest evaluation.",
+        "24 of 40 held-out prompts had no scored completion before training.",
+        "26 of 40 held-out prompts had no scored completion in the newest evaluation.",
     ]
-    assert "not the same prompts scored" in run_page._tiles(run)[0].sub
+    assert "on different scored prompts" in run_page._tiles(run)[0].sub
     assert held_out.unscored_notes(_run(_evaluation(0.2, unscored=3))) == [
-        "3 of 640 held-out samples got no verdict before training."
+        "3 of 640 held-out completions are unscored before training."
     ]
     marks = [_evaluation(0.2, prompt_accuracy=p, unscored_prompts=1) for p in ([None, 0.5], [0.5, None])]
-    assert "not the same prompts scored" in run_page._tiles(_run(*marks))[0].sub, "as many, yet others"
+    assert "on different scored prompts" in run_page._tiles(_run(*marks))[0].sub, "as many, yet others"

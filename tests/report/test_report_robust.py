@@ -81,7 +81,7 @@ def test_a_process_that_cannot_draw_leaves_a_page_without_pictures(
     assert text.count("This chart could not be drawn.") == 2
     assert "<td>50%</td>" in text
     assert list((folder / "plots").iterdir()) == []
-    assert "the process that draws" in caplog.text
+    assert "the drawing process ended" in caplog.text
 
 
 @pytest.mark.process
@@ -134,7 +134,7 @@ def test_what_is_in_the_way_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     drawn_charts.draws_nothing(monkeypatch)
     plain = _folder(tmp_path / "plain", {"step": 1})
     (plain / "plots").write_text("")
-    with pytest.raises(InputError, match="plots is no folder"):
+    with pytest.raises(InputError, match="plots is not a folder"):
         make_report(plain)
     assert (plain / "report.html").exists()
     odd = _folder(tmp_path / "odd", {"step": 1})

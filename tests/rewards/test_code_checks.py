@@ -110,7 +110,7 @@ def test_a_test_that_ends_by_itself_is_no_verdict(
 ) -> None:
     columns = row(test)
     assert verdict(reward, "    return 1\n", **columns) == "unscored"
-    assert "the test of f gives no verdict (" in caplog.text
+    assert "the test of f gave no verdict (" in caplog.text
 
 
 @pytest.mark.process
@@ -120,14 +120,14 @@ def test_a_test_that_hangs_is_no_verdict_unless_the_program_was_called(caplog: p
     hang = "    while True:\n        pass\n    assert candidate(1)"
     try:
         assert verdict(judge, "    return 1\n", **row(hang)) == "unscored"
-        assert "the test of f gives no verdict (it ended by timeout)" in caplog.text
+        assert "the test of f gave no verdict (it ended by timeout)" in caplog.text
     finally:
         judge.close()
     slow = made("fork_server", code_seconds=3.0)
     try:
         columns = row("    for i in range(2):\n        candidate(i)\n        while True:\n            assert i == 0")
         assert verdict(slow, "    return 1\n", **columns) == "timeout"
-        assert "ended without a verdict (it ended by timeout): the program counts as wrong" in caplog.text
+        assert "ended without a verdict (it ended by timeout), so the program counts as wrong" in caplog.text
     finally:
         slow.close()
 

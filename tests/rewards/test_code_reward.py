@@ -138,7 +138,7 @@ def packed_pickle() -> str:
 
 
 PROBLEMS: list[tuple[dict[str, Any], str]] = [
-    ({}, "has no tests: a column tests, "),
+    ({}, "has no tests: add a column tests, "),
     ({"tests": "[]"}, "has no test cases"),
     ({"tests": {"inputs": [], "outputs": []}}, "has no test cases"),
     ({"tests": "{'inputs': ["}, "has a column 'tests' that is not JSON"),
@@ -148,18 +148,18 @@ PROBLEMS: list[tuple[dict[str, Any], str]] = [
     ({"tests": {"inputs": [1], "outputs": ["1"]}}, "test case 0 whose input or output is not text but a int"),
     ({"tests": [{"input": "1"}]}, "test case 0 without input and output"),
     ({"tests": [{"type": "browser", "input": "1", "output": "1"}]}, "test case 0 of the unknown type 'browser'"),
-    ({"tests": [{"type": "functional", "input": "1", "output": "1"}]}, "does not name one: fn_name, or func_name"),
+    ({"tests": [{"type": "functional", "input": "1", "output": "1"}]}, "does not name one: add fn_name, or func_name"),
     ({"tests": {"inputs": [[1]], "outputs": [1], "fn_name": "a b"}}, "does not name one"),
     ({"tests": {"inputs": [[1]], "outputs": [float("nan")], "fn_name": "f"}}, "are not JSON"),
-    ({"tests": {"inputs": [5], "outputs": [1], "fn_name": "f"}}, "test case 0 whose arguments are no list"),
+    ({"tests": {"inputs": [5], "outputs": [1], "fn_name": "f"}}, "test case 0 whose arguments are not a list"),
     (
         {"tests": [{"input": "1", "output": "1"}, {"fn_name": "f", "input": [1], "output": 1}]},
-        "mixes test cases that read input with calls",
+        "mixes test cases that read input with test cases that call",
     ),
     ({"private_test_cases": packed_pickle()}, "'private_test_cases' that is a pickle, which can run code when read"),
     ({"tests": pickle.dumps([1])}, "'tests' that is a pickle"),
     ({"tests": base64.b64encode(zlib.compress(b"no")).decode()}, "packed but not JSON inside"),
-    ({"public_test_cases": "{}"}, "'public_test_cases' that is no list"),
+    ({"public_test_cases": "{}"}, "'public_test_cases' that is not a list"),
     ({"test": "def check(candidate):\n    assert candidate(1) == 1"}, "no entry_point that names a function"),
     ({"test": "assert f(1) == 1", "entry_point": "f"}, "without a function check"),
     ({"test": "def check(", "entry_point": "f"}, "that is not Python"),
@@ -174,9 +174,9 @@ PROBLEMS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"tests": '{"inputs": [[1e400]], "outputs": [1], "fn_name": "f"}'},
-        "that is infinite, not a number, or of too many",
+        "that is infinite, NaN, or has too many",
     ),
-    ({"tests": '{"inputs": [[1]], "outputs": ["1e400"], "fn_name": "f"}'}, "that is infinite, not a number, or of too"),
+    ({"tests": '{"inputs": [[1]], "outputs": ["1e400"], "fn_name": "f"}'}, "that is infinite, NaN, or has too"),
     ({"tests": {"inputs": [[1]], "outputs": [[[1 << 50000]]], "fn_name": "f"}}, "are not JSON"),
     ({"tests": {"inputs": [[1 << 50000]], "outputs": [1], "fn_name": "f"}}, "of too many digits"),
     ({"tests": '[{"input": "1", "output": "' + "9" * 5000 + '", "type": "functional"}]'}, "are not JSON"),

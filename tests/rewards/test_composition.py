@@ -132,13 +132,13 @@ def test_a_function_is_called_once_for_all_sums_that_name_it(own: Path, monkeypa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("exact+", "'' is not a name or weight"),
+        ("exact+", "'' is neither a name nor weight"),
         ("x*exact", "'x.exact' is not a name"),
         ("nan*exact", "finite weight"),
         ("0*exact+number", "other than 0"),
         ("-1*exact", "the weight of 'exact' is negative"),
         ("exact+0.2*exact", "names 'exact' twice"),
-        ("1e308*exact+1e308*number", "more than a number holds"),
+        ("1e308*exact+1e308*number", "too large for a number"),
         ("1_0*exact", "is not a name"),
         ("\u0663*exact", "is not a name"),
         ("0.5*exakt", "unknown reward 'exakt' .did you mean 'exact'"),
@@ -183,7 +183,7 @@ def test_too_many_without_a_verdict_stop_the_run_by_name(own: Path) -> None:
         scorer.check_failures()
     scorer.score([row(name)] * 16, ["?"] * 12 + ["a"] * 4)
     with pytest.raises(
-        TrainingError, match=r"own.py:shy' gave no verdict on 27 of the last 256 .*max-unscored-share 0.1"
+        TrainingError, match=r"own.py:shy' left 27 of the last 256 completions unscored, .*max-unscored-share 0.1"
     ):
         scorer.check_failures()
     for _ in range(16):
@@ -264,14 +264,17 @@ def test_what_cannot_judge_a_row_is_known_when_rows_are_read(tmp_path: Path) -> 
     own.write_text(AWKWARD)
     scorer = Scorer()
     assert (
-        scorer.problem(f"{own}:needs", {"answer": 1}) == f"reward '{own}:needs' needs a column 'gold': the row has none"
+        scorer.problem(f"{own}:needs", {"answer": 1})
+        == f"reward '{own}:needs' needs a column 'gold', which the row lacks"
     )
-    assert scorer.problem(f"trl:{own}:needs", {}) == f"reward 'trl:{own}:needs' needs a column 'gold': the row has none"
+    assert (
+        scorer.problem(f"trl:{own}:needs", {}) == f"reward 'trl:{own}:needs' needs a column 'gold', which the row lacks"
+    )
     assert scorer.problem(f"{own}:needs", {"gold": 1}) is None
     assert scorer.problem(f"{own}:odd", {}) is None
-    with pytest.raises(InputError, match=r"careless' failed when asked about a row: KeyError"):
+    with pytest.raises(InputError, match=r"careless': its method `problem` failed: KeyError"):
         scorer.problem(f"{own}:careless", {})
-    with pytest.raises(InputError, match=r"awkward.py:Judge' is a class: name an object of it"):
+    with pytest.raises(InputError, match=r"awkward.py:Judge' is a class: name an instance of it"):
         scorer.problem(f"{own}:Judge", {})
     for name in ("verl:", "trl:"):
         with pytest.raises(InputError, match=rf"reward '{name}' names no function"):
@@ -316,7 +319,7 @@ def test_a_shaping_function_of_ones_own(own: Path) -> None:
     assert shaped(f"-0.1*{own}:shouting", texts=["LOUD", "low"], lengths=[1, 2]) == pytest.approx([-0.1, 0.1])
     with pytest.raises(InputError, match=r"unknown shaping 'lenght' .did you mean 'length'"):
         Shaper(RewardConfig(shaping=("lenght",)))
-    with pytest.raises(InputError, match=r"there is no file"):
+    with pytest.raises(InputError, match=r"no such file"):
         Shaper(RewardConfig(shaping=("0.1*no.py:f",)))
     assert not Shaper(RewardConfig())
 
@@ -475,7 +478,7 @@ def test_a_step_without_any_verdict_stops_and_so_does_a_wrong_shaping_name(own: 
         run.stepper.step()
     assert run.stepper.counters.step == 0
     run = build(config(own, reward="mute"), tmp_path / "bound")
-    with pytest.raises(TrainingError, match=r"mute' gave no verdict on 1. of the last 1."):
+    with pytest.raises(TrainingError, match=r"mute' left 1. of the last 1. completions unscored"):
         run.stepper.step()
 
 

@@ -469,8 +469,8 @@ def test_lost_and_late_answers_are_unscored_and_counted(tmp_path, monkeypatch, c
     rewards = judge(prompts=[""] * 6, completions=[*texts, "none"], answer=[r"\sqrt{5}"] * 6)
     assert rewards == [1.0, None, 1.0, None, 0.0, 0.0]
     assert judge.counts == Counter(right=2, wrong=1, died=1, timeout=1, no_answer=1)
-    assert "math_strict: 1 of 6 completions lost their worker twice and are unscored" in caplog.text
-    assert "1 of 6 completions could not be verified in time and are unscored" in caplog.text
+    assert "math_strict: 1 of 6 completions made their worker process die twice and are unscored" in caplog.text
+    assert "1 of 6 completions were not verified within --reward.math-seconds and are unscored" in caplog.text
     # No verdict is remembered for what had none: it is asked again.
     assert judge(prompts=[""], completions=texts[1:2], answer=[r"\sqrt{5}"]) == [None]
     judge.close()
@@ -587,11 +587,11 @@ def test_workers_that_do_not_start_are_one_clear_error(tmp_path, monkeypatch):
     judge = load_reward("math")
     for _ in range(2):  # a second try says the same
         with pytest.raises(
-            InputError, match=r"reward 'math': its workers do not start: ModuleNotFoundError: .*no_such"
+            InputError, match=r"reward 'math': its worker processes do not start: ModuleNotFoundError: .*no_such"
         ):
             judge(prompts=["p"], completions=["1"], answer=["1"])
     program.write_text("import os\nos._exit(3)\n")
-    with pytest.raises(InputError, match="its workers do not start: the process ended"):
+    with pytest.raises(InputError, match="its worker processes do not start: the process ended"):
         judge.warm()
 
 
@@ -599,7 +599,7 @@ def test_rows_that_can_never_be_judged(judges):
     for judge in judges.values():
         assert judge.problem({"answer": "5"}) is None
         assert judge.problem({"answer": ""}) == "its answer is empty"
-        assert judge.problem({}) == "it has no answer"
+        assert judge.problem({}) == "the row has no answer"
         with pytest.raises(InputError, match=f"'{judge.name}': a row has an empty answer"):
             judge(prompts=["p"], completions=["5"], answer=[" "])
 

@@ -328,25 +328,27 @@ def test_a_task_that_is_refused_says_why_and_what_to_do():
 
 def test_a_row_made_elsewhere_that_lacks_what_its_rule_needs():
     row = {"task": "countdown", "settings": {}, "entry": {"answer": "1+2", "metadata": {}}}
-    assert "'countdown': the row is none that rg: makes: KeyError" in str(problem(ReasoningGymReward(), row))
+    assert "'countdown': the row was not made by an rg: source: KeyError" in str(problem(ReasoningGymReward(), row))
     row["entry"] = {"answer": "1+2", "metadata": {"numbers": [1, 2], "target": 4}}
-    assert "own answer is not right" in str(problem(ReasoningGymReward(), row))
+    assert "own answer is wrong by the task's rule" in str(problem(ReasoningGymReward(), row))
 
 
 def test_a_row_that_cannot_be_written_down_for_a_checker():
     row = {"task": "jugs", "settings": {}, "entry": {"answer": "1", "metadata": {"x": float("nan")}}}
-    assert "'jugs': the row holds more than texts" in str(problem(ReasoningGymReward(), row))
+    assert "'jugs': the row has values other than texts" in str(problem(ReasoningGymReward(), row))
 
 
 def test_without_a_sandbox_only_the_tasks_that_need_one_are_refused(monkeypatch):
     def none_here(*arguments: Any) -> Any:
-        raise InputError("no full isolation for programs on this machine: it is a toaster")
+        raise InputError("this machine cannot fully isolate programs: it is a toaster")
 
     monkeypatch.setattr(tasks, "open_sandbox", none_here)
     reward, row = ReasoningGymReward(), rows_of("chain_sum", 1)[0]
     assert problem(reward, row) is None
     assert scored(reward, [row], [row["answer"]]) == [1.0]
-    with pytest.raises(InputError, match=r"'jugs': its checker parses .* needs a sandbox: no full isolation"):
+    with pytest.raises(
+        InputError, match=r"'jugs': its checker parses .* needs a sandbox: this machine cannot fully isolate"
+    ):
         problem(reward, rows_of("jugs", 1)[0])
     with pytest.raises(InputError, match=r"^reasoning-gym task 'jugs'.*toaster"):
         Scorer().problem("reasoning_gym", rows_of("jugs", 1)[0])

@@ -148,7 +148,7 @@ def test_reasoning_gym_scores_as_they_are():
     assert scorer.score(rows, [f"<answer>9</answer> so <answer> {answer} </answer>" for answer in answers]) == [1.0] * 3
     assert scorer.score(rows, ["", "x", "-1"]) == [0.0, 0.0, 0.0]
     assert 0 < scorer.score(rows[:1], ["it is 3"])[0] < 1  # partial credit of that scorer
-    with pytest.raises(InputError, match="rows of an rg: source; the column 'task' is missing"):
+    with pytest.raises(InputError, match="rows of an rg: source: the column 'task' is missing"):
         scorer.score([row("reasoning_gym", answer="1")], ["1"])
 
 
@@ -223,7 +223,7 @@ class TestScorer:
             Scorer().score([row(name, answer=1), row(name, x=1)], ["1", "1"])
 
     def test_number_needs_a_number(self):
-        with pytest.raises(InputError, match="'number' needs a number as answer, got 'Tuesday'"):
+        with pytest.raises(InputError, match="'number' needs a number as answer, not 'Tuesday'"):
             one("number", "5", "Tuesday")
 
 
@@ -242,7 +242,7 @@ class TestLoadReward:
             ("no.such.module:f", "reward 'no.such.module:f': cannot import 'no.such.module': ModuleNotFoundError"),
             ("math:no_such", "reward 'math:no_such': math has no function 'no_such'"),
             ("math:pi", "math has no function 'pi'"),
-            ("no/such/file.py:f", "reward 'no/such/file.py:f': there is no file '.*no/such/file.py'"),
+            ("no/such/file.py:f", "reward 'no/such/file.py:f': no such file '.*no/such/file.py'"),
         ],
     )
     def test_errors(self, name, message):

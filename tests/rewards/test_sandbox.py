@@ -353,9 +353,7 @@ except InputError as error:
 def test_auto_refuses_rather_than_fall_back(tmp_path: Path) -> None:
     # No namespaces, and bwrap is not to be found.
     done = run_refusing(NAMESPACES, OPEN.format(name="auto"), PATH=str(tmp_path))
-    assert done.stdout.startswith(
-        "refused: no full isolation for programs on this machine: fork_server lacks namespaces"
-    )
+    assert done.stdout.startswith("refused: this machine cannot fully isolate programs: fork_server lacks namespaces")
     assert "bubblewrap lacks the program bwrap (package bubblewrap)" in done.stdout
     assert "--reward.sandbox unsafe" in done.stdout
     assert done.stdout.count("\n") == 1
@@ -373,7 +371,7 @@ def test_the_fork_server_by_name_makes_do_without_namespaces_and_says_so() -> No
     done = run_refusing(NAMESPACES, OPEN.format(name="fork_server"))
     assert re.match(r"fork_server: (uid \d+, )?Landlock \d+, seccomp, resource limits\n", done.stdout), done
     call = "unshare" if os.geteuid() == 0 else "unshare of a user namespace"
-    assert f"weaker than it could be: it lacks namespaces ({call}: Operation not permitted)" in done.stderr
+    assert f"isolates only in part: it lacks namespaces ({call}: Operation not permitted)" in done.stderr
 
 
 @pytest.mark.process
@@ -410,7 +408,7 @@ def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("paced_fast.rewards.sandbox.choice._KINDS", {"fork_server": "plain", "bubblewrap": "plain"})
     monkeypatch.setattr("paced_fast.rewards.sandbox.choice._is_weak", lambda name, layers: False)
     with pytest.raises(
-        InputError, match="lacks a hold on a child process, a signal to the trainer, a user namespace, net"
+        InputError, match="lacks protection against a child process, a signal to the trainer, a user namespace, net"
     ):
         open_sandbox("fork_server")
 
@@ -418,7 +416,7 @@ def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.process
 def test_a_sandbox_that_is_not_ready_in_time_lacks_nothing_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     opened("fork_server", workers=1).close()
-    late = "limit of time and says nothing of what it lacks: try again when this machine is less busy"
+    late = "this is a time limit and not a missing feature: try again when this machine is less busy"
     monkeypatch.setattr(choice, "_SELF_TEST", "import time; time.sleep(600)")
     monkeypatch.setattr(choice, "_PATIENT", Limits(seconds=0.2))
     for name in ("fork_server", "auto"):
@@ -711,5 +709,5 @@ def test_installed_packages_can_be_imported_only_where_some_are_named(name):
 
 
 def test_a_module_that_is_not_installed_is_named():
-    with pytest.raises(InputError, match="there is no module a_module_of_tomorrow"):
+    with pytest.raises(InputError, match="the module a_module_of_tomorrow is not installed"):
         open_sandbox("unsafe", Limits(), 1, modules=("a_module_of_tomorrow",))

@@ -57,8 +57,8 @@ def test_a_plain_function_that_hangs_ends_the_run_in_one_line(body, line, tmp_pa
     began = time.monotonic()
     with pytest.raises(
         InputError,
-        match=f"^the reward function '{own}:judge' did not return within --reward.function-seconds 0.2, called with 2 "
-        rf"completions: it stands at {own}:{line} in (judge|<lambda>)$",
+        match=f"^the reward function '{own}:judge' did not return within --reward.function-seconds 0.2 for 2 "
+        rf"completions; it was at {own}:{line} in (judge|<lambda>): make it faster, or raise the limit$",
     ):
         score(name, function_seconds=0.2)
     assert time.monotonic() - began > 0.2
@@ -104,9 +104,7 @@ def test_an_async_function_that_blocks_its_thread_has_a_limit_too(tmp_path, monk
     scorer = Scorer([name], RewardConfig(async_seconds=0.1))
     function = scorer._functions[name]
     try:
-        with pytest.raises(
-            InputError, match=r"own.py:judge' blocks instead of waiting.*stands at .*own.py:[56] in judge"
-        ):
+        with pytest.raises(InputError, match=r"own.py:judge' blocks its thread .*it was at .*own.py:[56] in judge"):
             scorer.score([PromptRow(prompt="p", token_ids=(0,), reward=name, slice="s", columns={})], ["a"])
     finally:
         function.__globals__["GO_ON"] = False  # type: ignore[attr-defined]
@@ -161,6 +159,6 @@ def test_a_function_that_no_signal_ends_ends_its_process(body, where, line, said
     name = written(tmp_path, body)
     done = subprocess.run([sys.executable, "-c", SCRIPT, name, where], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    sentence = f"error: the reward function '{name}' did not end within 0.2 s: the run ends"
+    sentence = f"error: the reward function '{name}' did not end within 0.2 s: ending the run"
     assert sentence in done.stderr if said else done.stderr.startswith("Timeout (0:00:10")
     assert f'own.py", line {line} in judge' in done.stderr

@@ -225,10 +225,10 @@ def test_ranks_that_do_not_fill_the_machines_are_refused() -> None:
 def test_an_engine_over_ranks_that_are_not_there_is_refused_as_a_run_would() -> None:
     config = tiny_policy.replaced(preset("qwen_math_1_5b"), weight_sync__tensor_parallel=2, weight_sync__mode="push")
     assert dry_run.make_plan(config, ranks=4, device="h100").layout.ranks == 4
-    with pytest.raises(InputError, match=r"tensor-parallel 2 shares .* here are 3 with --generator vllm"):
+    with pytest.raises(InputError, match=r"tensor-parallel 2 needs .* has --generator vllm and 3 ranks"):
         dry_run.make_plan(config, ranks=3, device="h100")
     plain = tiny_policy.replaced(config, generator="transformers")
-    with pytest.raises(InputError, match=r"here are 4 with --generator transformers"):
+    with pytest.raises(InputError, match=r"has --generator transformers and 4 ranks"):
         dry_run.make_plan(plain, ranks=4, device="h100")
 
 
@@ -258,8 +258,8 @@ MISTAKES = [
     (["--bench", "--replay-rollouts", "x"], "--bench and --replay-rollouts exclude each other: give one of them"),
     (["--bench", "--bench"], "--bench is given twice"),
     (["--replay-rollouts"], "--replay-rollouts needs a value"),
-    (["--bench-json", "x"], "--bench-json needs --bench"),
-    (["--dry-run-nodes", "2"], "--dry-run-nodes needs --dry-run"),
+    (["--bench-json", "x"], "--bench-json works only with --bench"),
+    (["--dry-run-nodes", "2"], "--dry-run-nodes works only with --dry-run"),
     (["--bench", "--bench-lengths", "evn"], "--bench-lengths 'evn': did you mean even? full or even"),
     (["--dry-rum"], "unknown option --dry-rum: did you mean --dry-run?"),
 ]

@@ -178,7 +178,7 @@ def test_a_signal_ends_a_run_of_one_process_with_a_checkpoint(tmp_path: Path) ->
             return step()
 
         run.stepper.step = signalled  # type: ignore[method-assign]
-        with pytest.raises(StopRequested, match=r"^SIGTERM: stopped after step 3: --resume auto continues$"):
+        with pytest.raises(StopRequested, match=r"^SIGTERM: stopped after step 3: continue with --resume auto$"):
             train.train(run, tiny_run.quiet(), stop)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000003"]
     whole, rest = (

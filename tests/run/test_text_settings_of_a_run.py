@@ -141,13 +141,13 @@ def test_another_end_of_completions_is_another_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"generation__stop_tokens": ("END",)}, "the stop token 'END' is no single token"),
-        ({"data__keep_special_tokens": ("<no>",)}, "the kept special token '<no>' is no single token"),
+        ({"generation__stop_tokens": ("END",)}, "the stop token 'END' is not a single token"),
+        ({"data__keep_special_tokens": ("<no>",)}, "the kept special token '<no>' is not a single token"),
         ({"data__template_args": ("enable_thinkin=1",)}, "the chat template has no argument 'enable_thinkin'"),
         ({"data__template_args": ("enable_thinking",)}, "--data.template-args: 'enable_thinking' is not name=value"),
-        ({"data__date": "today"}, "--data.date: 'today' is no day: give one as YYYY-MM-DD"),
-        ({"data__system_prompt": "x", "data__template": "{prompt}"}, "--data.system-prompt belongs to chats"),
-        ({"data__template_args": ("a=1",), "data__template": "{prompt}"}, "--data.template-args belongs to chats"),
+        ({"data__date": "today"}, "--data.date: 'today' is not a date: give one as YYYY-MM-DD"),
+        ({"data__system_prompt": "x", "data__template": "{prompt}"}, "--data.system-prompt works only with"),
+        ({"data__template_args": ("a=1",), "data__template": "{prompt}"}, "--data.template-args works only with"),
         ({"generation__stop_tokens": ()}, "--generation.stop-tokens names none"),
         ({"data__keep_special_tokens": ()}, "--data.keep-special-tokens names nothing"),
         ({"data__keep_special_tokens": ("all", "none")}, "give one of tags, all and none"),
@@ -182,7 +182,8 @@ def test_a_tokenizer_may_have_more_ids_than_its_model_where_none_of_them_occurs(
         evaluate_target(arguments)
         return
     words = (
-        rf"the tokenizer has {SIZE} ids and the model embeds {rows}: .*a.jsonl:1 has the token <\|im_start\|> \(257\)"
+        rf"the tokenizer has {SIZE} ids, the model has {rows} embeddings, and .*a.jsonl:1 contains the token "
+        r"<\|im_start\|> \(257\)"
     )
     for start in (lambda: build(config), lambda: evaluate_target(arguments)):
         with pytest.raises(InputError, match=words) as caught:

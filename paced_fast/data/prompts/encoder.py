@@ -252,7 +252,7 @@ class Encoder:
             pending += part[begin:]
         ids += self._encode_text(pending)
         if self._controls(ids) != expected:
-            raise BadRow(f"{where}: the tokenizer reads part of the text as a control token in any case: fix the row")
+            raise BadRow(f"{where}: the tokenizer reads part of the text only as a control token: fix the row")
         return ids
 
     def _encode_text(self, text: str, *, with_tags: bool = False) -> list[int]:

@@ -55,7 +55,7 @@ class BadRows:
                 f"{len(found)} of {rows} rows of {spec!r} are bad, more than --data.max-bad-share {self.max_share:g} "
                 f"allows ({reasons}{more}): fix the rows, or raise --data.max-bad-share"
             )
-        logger.warning("%s: left out %d of %d rows as bad: %s%s", spec, len(found), rows, reasons, more)
+        logger.warning("%s: left out %d of %d rows: %s%s", spec, len(found), rows, reasons, more)
 
 
 def check_text(row: Mapping[str, Any], where: str) -> None:
