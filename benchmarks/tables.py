@@ -60,12 +60,12 @@ def train_run(result: dict[str, Any]) -> str:
     def rise(key: str) -> str:
         return f"{summary[f'{key}_before']:.3f} to {summary[f'{key}_after']:.3f}"
 
+    warm_start = "with a cached warm start" if result["warm_start_cached"] else "warm start included"
     text = f"""
-        Held-out accuracy rises from {rise("accuracy")} and pass@8 from {rise("pass_at_8")} with {summary["rollouts"]:,}
+        Held-out accuracy goes from {rise("accuracy")} and pass@8 from {rise("pass_at_8")} with {summary["rollouts"]:,}
         rollouts in {summary["train_seconds"]:.0f} s of training. The whole command took
-        {result["wall_seconds"]:.0f} s, {"cached" if result["warm_start_cached"] else "the"} warm start included. At the
-        end the value has a rank correlation of {summary["value_rank_correlation"]:.2f} with the measured accuracy of
-        held-out prompts and a calibration error of {summary["value_ece"]:.3f} ({_environment(result)})."""
+        {result["wall_seconds"]:.0f} s, {warm_start}. At the end the value has a rank correlation of
+        {summary["value_rank_correlation"]:.2f} with the measured accuracy of held-out prompts and a calibration error of {summary["value_ece"]:.3f} ({_environment(result)})."""
     return _wrapped(text)
 
 
@@ -195,7 +195,7 @@ def sandbox(result: dict[str, Any]) -> str:
     ways = "; ".join(row["strength"] for row in rows.values() if row["strength"])
     note = f"""
         Time from start to end of a program that prints its input: {result["runs"]} programs per sandbox, one at a time;
-        programs/s: one program per core at once. Sandboxes: {ways}. {_environment(result)}."""
+        programs/s: one program per core at once. Isolation: {ways}. {_environment(result)}."""
     return "\n".join([*sandbox_case.table(rows), "", _wrapped(note)])
 
 

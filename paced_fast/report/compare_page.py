@@ -91,7 +91,7 @@ def _lines(groups: Sequence[SeedGroup], line_of: Callable[[Run], Line | None]) -
         seeds = seeds or len(members) >= FEWEST
         prompts = prompts or (len(members) == 1 and line.low is not None)
     words = ["Band of a single run: 95% interval over held-out prompts."] if prompts else []
-    words += ["Band of a group: 95% interval of the mean over its seeds (Student's t)."] if seeds else []
+    words += ["Band of a group: 95% t interval of the mean over its seeds."] if seeds else []
     words += ["Thin: single seeds; thick: their mean; no band, because there are too few seeds."] if few else []
     return lines, " ".join(words)
 

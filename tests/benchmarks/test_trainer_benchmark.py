@@ -33,7 +33,7 @@ def test_batches_that_make_no_whole_steps_are_refused(tmp_path: Path) -> None:
     wrong = phase_beside_trl.Arguments(prompts=3, completions=4, sequences=8)
     with pytest.raises(InputError, match=r"--prompts x --completions is 12, not a multiple of .* --updates 2"):
         phase_beside_trl.measure(wrong, tmp_path / "x.json")
-    with pytest.raises(InputError, match="unknown 'tlr'"):
+    with pytest.raises(InputError, match="'tlr' is unknown"):
         phase_beside_trl.measure(phase_beside_trl.Arguments(methods=("tlr",)), tmp_path / "x.json")
 
 
@@ -108,7 +108,7 @@ def test_the_table_says_what_was_measured() -> None:
     text = " ".join(tables.trainer(result).split())
     assert "| paced_fast | 1 | 2.00 (1.90 to 2.20) | 500 | 1,024 MiB | |" in text
     assert "| trl | 1 | 5.00 (1.90 to 2.20) | 500 | 2,048 MiB | 2.50 x the speed, 0.50 x the memory |" in text
-    assert "1,000 in all, 2,000 padded" in text
+    assert "1,000 in all, 2,000 with padding" in text
 
 
 def vars_of(arguments: phase_beside_trl.Arguments) -> dict:

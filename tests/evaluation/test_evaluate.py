@@ -316,7 +316,7 @@ def test_a_benchmark_is_its_file_or_else_on_the_hub(
     monkeypatch.setattr(util, "find_spec", lambda name, *more: None if name == "datasets" else plain(name, *more))
     with pytest.raises(
         InputError,
-        match=rf"benchmark gsm8k: no such file gsm8k_test.jsonl .looked for {tmp_path}.*: give .* by --data-dir, or pip",
+        match=rf"benchmark gsm8k: no such file gsm8k_test.jsonl .looked for {tmp_path}.*: give .* by --data-dir",
     ):
         benchmark_sources(["gsm8k"], str(tmp_path))
 
@@ -419,7 +419,10 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
         (["run", "--sources", "jsonl:none.jsonl"], r"source jsonl:none.jsonl: no such file .*"),
         (["run", "--json", "no/such/place.json"], "--json no/such/place.json: no such folder"),
         (["run", "--sampels", "3"], "--sampels"),
-        (["run/initial"], "nothing to evaluate .* as a model has no held-out prompts of its own: give --benchmarks"),
+        (
+            ["run/initial"],
+            "no prompts to evaluate .* because a model has no held-out prompts of its own: give --benchmarks",
+        ),
         (["run/initial", "--step", "2"], "--step 2: .* is a model, and only runs have steps"),
         (
             ["run/initial", "--benchmarks", "aime24", "--max-completion-tokens", "512"],

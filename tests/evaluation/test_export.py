@@ -85,7 +85,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.Capt
     (folder / "state.json").write_text("[]")
     with pytest.raises(SystemExit):
         main([str(folder), str(tmp_path / "out")])
-    assert "is damaged: state.json has changed" in capsys.readouterr().err
+    assert "is damaged (state.json has changed)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -53,7 +53,7 @@ def test_the_configuration_and_its_text_part_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{no", "is damaged"), ('{"eos_token_id": "</s>"}', "is no token id"), ('{"eos_token_id": [true]}', "no")],
+    [("{no", "is damaged"), ('{"eos_token_id": "</s>"}', "is not a token id"), ('{"eos_token_id": [true]}', "no")],
 )
 def test_damaged_settings_are_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(text)

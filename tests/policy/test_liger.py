@@ -120,7 +120,7 @@ def test_adapters_are_called_through_them(calls: list[str]) -> None:
 
 def test_what_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny_families.model("llama")
-    with pytest.raises(InputError, match=r"^--model.liger on needs a GPU, and --model.device is cpu: give auto"):
+    with pytest.raises(InputError, match=r"^--model.liger on: its kernels need a GPU: give auto"):
         use_liger("on", made)
     assert use_liger("auto", made) == "off (its kernels need a GPU)"
     assert use_liger("off", made) == "off"

@@ -285,7 +285,7 @@ def test_unusual_numbers_do_not_stop_the_report(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "no metrics.jsonl in"),
-        ("", "holds no record yet"),
+        ("", "has no record yet"),
         ('{"step": 1}\nbroken\n{"step": 2}\n', "metrics.jsonl:2 is not JSON"),
         ('{"loss": 1}\n', "metrics.jsonl:1 is not a metrics record"),
     ],

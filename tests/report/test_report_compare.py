@@ -97,7 +97,7 @@ def test_what_a_band_is_is_said() -> None:
     assert "Band of a group" not in text
     text = page_of([*group, single])
     assert "too few seeds" not in text
-    assert "Band of a group: 95% interval of the mean over its seeds (Student's t)." in text
+    assert "Band of a group: 95% t interval of the mean over its seeds." in text
 
 
 def test_pass_at_k_of_a_group_is_the_mean_of_its_seeds() -> None:
@@ -170,7 +170,7 @@ def test_command_line_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "absent"], "no such folder absent"),
+        (["a", "absent"], "no such folder absent: give a run folder"),
         (["a", "b", "./a"], "a is named twice: give different run folders"),
         (["a", "b", "--out", "b"], "--out b is a folder: give the name of a file"),
         (["a", "--out", "x.html"], "--out is for a comparison: give two or more run folders, or leave it out"),

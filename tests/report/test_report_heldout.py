@@ -46,7 +46,7 @@ def _evaluation(accuracy: float, **more: Any) -> Record:
         ({"overlap": {"repeated": 0, "training_prompts": 4000}}, "Measured on prompts that training never sees."),
         (
             {"overlap": {"repeated": 12, "training_prompts": 4000}},
-            "Measured on the held-out prompts; 12 of 4,000 training prompts repeat one.",
+            "Measured on the held-out prompts; 12 of 4,000 training prompts are among them.",
         ),
     ],
 )

@@ -259,4 +259,4 @@ def test_one_step_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "after 1 step<" in text
     assert "in 1 step<" in text
     assert "1 step was skipped" in text
-    assert "completions of the first step got no verdict" in text
+    assert "completions of the first step are unscored" in text

@@ -133,14 +133,14 @@ def test_a_function_is_called_once_for_all_sums_that_name_it(own: Path, monkeypa
     ("text", "message"),
     [
         ("exact+", "'' is neither a name nor weight"),
-        ("x*exact", "'x.exact' is not a name"),
+        ("x*exact", "'x.exact' is neither a name"),
         ("nan*exact", "finite weight"),
         ("0*exact+number", "other than 0"),
         ("-1*exact", "the weight of 'exact' is negative"),
         ("exact+0.2*exact", "names 'exact' twice"),
         ("1e308*exact+1e308*number", "too large for a number"),
-        ("1_0*exact", "is not a name"),
-        ("\u0663*exact", "is not a name"),
+        ("1_0*exact", "is neither a name"),
+        ("\u0663*exact", "is neither a name"),
         ("0.5*exakt", "unknown reward 'exakt' .did you mean 'exact'"),
     ],
 )
@@ -234,9 +234,9 @@ def test_verl(own: Path) -> None:
     assert judged(f"verl:{own}:compute_score", "4", "5", **columns) == [1.0, 0.0]
     assert judged(f"verl:{own}:compute_plain", "4", answer="4") == [1.0]
     assert judged(f"0.5*verl:{own}:compute_plain+0.5*exact", "4", answer="4") == [1.0]
-    with pytest.raises(InputError, match=r"compute_minus' returned -1 for completion 0: a number in .0, 1. is"):
+    with pytest.raises(InputError, match=r"compute_minus' returned -1 for completion 0: return a number in .0, 1."):
         judged(f"verl:{own}:compute_minus", "4", answer="4")
-    with pytest.raises(InputError, match=r"has no 'ground_truth'"):
+    with pytest.raises(InputError, match=r"lacks 'ground_truth'"):
         judged(f"verl:{own}:compute_nameless", "4", answer="4")
     problem = Scorer().problem(f"verl:{own}:compute_plain", {"question": "?"})
     assert problem is not None

@@ -219,7 +219,7 @@ def test_rows_that_their_task_cannot_judge():
     made = {"task": "chain_sum", "settings": {}, "entry": {"answer": "1"}}
     assert ask("reasoning_gym", made) is None
     for key in made:
-        assert f"no {key!r}" in ask("reasoning_gym", {**made, key: None})
+        assert f"no valid column {key!r}" in ask("reasoning_gym", {**made, key: None})
     assert "has no answer" in ask("reasoning_gym", {**made, "entry": {}})
 
 
@@ -598,7 +598,7 @@ def test_workers_that_do_not_start_are_one_clear_error(tmp_path, monkeypatch):
 def test_rows_that_can_never_be_judged(judges):
     for judge in judges.values():
         assert judge.problem({"answer": "5"}) is None
-        assert judge.problem({"answer": ""}) == "its answer is empty"
+        assert judge.problem({"answer": ""}) == "the row's answer is empty"
         assert judge.problem({}) == "the row has no answer"
         with pytest.raises(InputError, match=f"'{judge.name}': a row has an empty answer"):
             judge(prompts=["p"], completions=["5"], answer=[" "])

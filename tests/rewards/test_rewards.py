@@ -190,7 +190,7 @@ class TestScorer:
             ("return [1.0]", r"own.py:judge' returned 1 rewards for 2 completions"),
             ("return 1.0", r"own.py:judge' returned a float, not a list of 2 numbers"),
             ("return None", r"own.py:judge' returned a NoneType"),
-            ("return [1.0, float('nan')]", r"own.py:judge' returned nan for completion 2: a number in \[0, 1\]"),
+            ("return [1.0, float('nan')]", r"own.py:judge' returned nan for completion 2: return a number in \[0, 1\]"),
             ("return [1.0, float('inf')]", r"returned inf for completion 2"),
             ("return ['1', 1.0]", r"returned '1' for completion 0"),
             ("return [1.0, 1.5]", r"returned 1.5 for completion 2"),
@@ -219,7 +219,7 @@ class TestScorer:
 
     @pytest.mark.parametrize("name", ["exact", "number", "math", "math_strict"])
     def test_missing_answer(self, name):
-        with pytest.raises(InputError, match=f"reward '{name}' needs a column 'answer', .* completion 1 has none"):
+        with pytest.raises(InputError, match=f"reward '{name}' needs a column 'answer', .* completion 1 lacks"):
             Scorer().score([row(name, answer=1), row(name, x=1)], ["1", "1"])
 
     def test_number_needs_a_number(self):

@@ -106,7 +106,7 @@ class ReasoningGymReward:
         """
         for key, kind in (("task", str), ("settings", Mapping), ("entry", Mapping)):
             if not isinstance(columns.get(key), kind):
-                return f"reward 'reasoning_gym' needs rows of an rg: source: the row lacks their column {key!r}"
+                return f"reward 'reasoning_gym' needs rows of an rg: source: the row has no valid column {key!r}"
         if "answer" not in columns["entry"]:
             return "reward 'reasoning_gym' needs rows of an rg: source: the entry of the row has no answer"
         return self._flaw(columns["task"], columns["settings"], columns["entry"])
