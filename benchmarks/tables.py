@@ -65,7 +65,8 @@ def train_run(result: dict[str, Any]) -> str:
         Held-out accuracy goes from {rise("accuracy")} and pass@8 from {rise("pass_at_8")} with {summary["rollouts"]:,}
         rollouts in {summary["train_seconds"]:.0f} s of training. The whole command took
         {result["wall_seconds"]:.0f} s, {warm_start}. At the end the value has a rank correlation of
-        {summary["value_rank_correlation"]:.2f} with the measured accuracy of held-out prompts and a calibration error of {summary["value_ece"]:.3f} ({_environment(result)})."""
+        {summary["value_rank_correlation"]:.2f} with the measured accuracy of held-out prompts and a calibration
+        error of {summary["value_ece"]:.3f} ({_environment(result)})."""
     return _wrapped(text)
 
 

@@ -43,7 +43,7 @@ def pointer(file: Path) -> str:
             is_pointer = stream.read(40).startswith(b"version https://git-lfs")
     except OSError:
         return ""
-    return "a git-lfs pointer: fetch the file itself by `git lfs pull`" if is_pointer else ""
+    return "a git-lfs pointer instead of the file, which `git lfs pull` fetches" if is_pointer else ""
 
 
 def place_of(name: str, what: str, kind: Literal["model", "dataset"] = "model") -> str:

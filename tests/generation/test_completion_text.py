@@ -64,7 +64,7 @@ def test_a_stop_token_that_is_a_tag_goes_unless_it_is_kept() -> None:
 
 @pytest.mark.parametrize(
     ("keep", "message"),
-    [(("<thinks>",), r"did you mean <think>\?"), (("tags", "none"), "give one of tags, all and none")],
+    [(("<thinks>",), r"did you mean <think>\?"), (("tags", "none"), "give only one of tags, all and none")],
 )
 def test_what_is_no_token_cannot_be_kept(keep: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):

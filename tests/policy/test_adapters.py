@@ -205,7 +205,7 @@ class Engine:
 
 def test_an_engine_gets_merged_weights_and_cannot_share_them(caplog: pytest.LogCaptureFixture) -> None:
     made, engine = adapted(), Engine()
-    with pytest.raises(InputError, match=r"^--weight-sync.mode shared does not work with --lora.rank, .* give push$"):
+    with pytest.raises(InputError, match=r"^--weight-sync.mode shared: the engine needs merged weights, .* give push$"):
         connect(engine, made, WeightSyncConfig(mode="shared"))
     with caplog.at_level(logging.INFO):
         sync = connect(engine, made, WeightSyncConfig(mode="auto"))
@@ -227,10 +227,10 @@ def test_what_cannot_be_adapted_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
             adapt(tiny_families.model("llama"), dataclasses.replace(LORA, targets=(target,)), seed=0)
     with pytest.raises(InputError, match=r"^--lora.targets names no layer"):
         tiny_policy.settings(lora__rank=2, lora__targets=())
-    with pytest.raises(InputError, match=r"^--weight-sync.mode shared: .* give push$"):
+    with pytest.raises(InputError, match=r"^--weight-sync.mode shared does not work .* give push$"):
         tiny_policy.settings(lora__rank=2, weight_sync__mode="shared", generator="vllm")
     monkeypatch.setattr(resolve.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"^--lora.rank needs PEFT: pip install 'paced-fast\[lora\]'"):
+    with pytest.raises(InputError, match=r"^--lora.rank 2 needs PEFT: pip install 'paced-fast\[lora\]'"):
         tiny_policy.settings(lora__rank=2)
 
 

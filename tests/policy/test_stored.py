@@ -151,7 +151,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 49
         (lambda folder: [path.unlink() for path in folder.iterdir()], "the folder is empty"),
         (
             lambda folder: (folder / WEIGHTS).write_bytes(POINTER),
-            "model.safetensors is a pointer of git-lfs, ",
+            "model.safetensors is a git-lfs pointer instead of the file, ",
         ),
         (lambda folder: (folder / WEIGHTS).write_bytes(b""), "model.safetensors is cut off or damaged"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"\x00" * 64), "is cut off or damaged"),
@@ -205,10 +205,10 @@ def test_a_lost_or_cut_shard_is_refused(llama: Path, tmp_path: Path) -> None:
     load_model(ModelConfig(), str(tmp_path / "whole"))
     for spoil, told in (
         (lambda path: path.unlink(), rf"{INDEX} names {shards[1].name}, which is not there, 1 of {len(shards)} files"),
-        (lambda path: path.write_bytes(POINTER), f"{shards[1].name} is a pointer of git-lfs"),
+        (lambda path: path.write_bytes(POINTER), f"{shards[1].name} is a git-lfs pointer"),
         (lambda path: cut(path, path.stat().st_size - 1), f"{shards[1].name} has .* its header wants"),
         (lambda path: (path.parent / INDEX).write_text("[]"), f"{INDEX} is no index"),
-        (lambda path: (path.parent / INDEX).write_bytes(POINTER), f"{INDEX} is a pointer of git-lfs"),
+        (lambda path: (path.parent / INDEX).write_bytes(POINTER), f"{INDEX} is a git-lfs pointer"),
     ):
         folder = tmp_path / "spoilt"
         shutil.copytree(tmp_path / "whole", folder)
@@ -284,7 +284,8 @@ def test_a_tokenizer_of_pointers_is_refused(llama: Path, tmp_path: Path, file: s
     shutil.copytree(llama, tmp_path / "model")
     (tmp_path / "model" / file).write_bytes(POINTER)
     with pytest.raises(
-        InputError, match=rf"^cannot load the tokenizer '[^\n]*: {file} is a pointer of git-lfs, [^\n]*$"
+        InputError,
+        match=rf"^cannot load the tokenizer '[^\n]*: {file} is a git-lfs pointer instead of the file, [^\n]*$",
     ):
         load_tokenizer(str(tmp_path / "model"))
 
