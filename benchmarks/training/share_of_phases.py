@@ -94,5 +94,5 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"{name:<14}{row['median_seconds']:>10.4f}{row['median_share']:>9.2%}" for name, row in phases]
     lines += [f"{'whole step':<14}{result['median_step_seconds']:>10.4f}{1:>9.2%}"]
     added = " + ".join(PACED_PHASES)
-    lines += [f"{added}: {result['paced_share']:.2%} of a step, at most {result['largest_paced_share']:.2%}"]
+    lines += [f"{added}: {result['paced_share']:.2%} of a step (median), {result['largest_paced_share']:.2%} at most"]
     return "\n".join(lines)

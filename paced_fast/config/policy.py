@@ -85,7 +85,7 @@ class OptimizerConfig:
     learning_rate: Annotated[float, Bounds(0.0, 1.0)] = 1e-6
     """Learning rate after the warm-up."""
     warmup_steps: Annotated[int, Bounds(0, 10**9)] = 10
-    """Number of steps over which the learning rate rises linearly from 0."""
+    """Number of steps over which the learning rate rises linearly."""
     weight_decay: Annotated[float, Bounds(0.0, 1.0)] = 0.01
     """Decoupled weight decay, per unit of learning rate."""
     beta1: Annotated[float, Bounds(0.0, 0.9999999)] = 0.9

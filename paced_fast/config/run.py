@@ -64,7 +64,7 @@ class RunConfig:
     overwrite: bool = False
     """Replace the results of an earlier run in the same folder."""
     threads: Annotated[int, Bounds(0, 10**4)] = 0
-    """Number of CPU threads of torch; 0: one per core."""
+    """CPU threads of torch per process; 0: the machine's usable cores divided among its processes."""
     report: bool = True
     """Write the HTML report and its charts when training ends."""
     loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()

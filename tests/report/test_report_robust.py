@@ -59,8 +59,8 @@ def test_a_broken_chart_costs_only_itself_and_is_logged(
     with caplog.at_level(logging.ERROR):
         text = make_report(folder).read_text()
     assert [path.name for path in (folder / "plots").iterdir()] == ["train_reward.png"]
-    assert "mixed_groups.png is not drawn" in caplog.text
-    assert "mixed_groups.svg is not drawn" in caplog.text
+    assert "chart mixed_groups.png could not be drawn" in caplog.text
+    assert "chart mixed_groups.svg could not be drawn" in caplog.text
     assert ("no font" if where == "describing" else "TypeError") in caplog.text
     assert text.count("<svg") == text.count("This chart could not be drawn.") == 1
     assert "<td>50%</td>" in text, "its numbers are there all the same"

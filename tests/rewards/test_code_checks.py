@@ -361,7 +361,7 @@ def test_values_come_back_as_they_were() -> None:
     assert twin[2][0] is twin
     assert rest == given[1:]
     assert [type(value) for value in rest] == [type(value) for value in given[1:]]
-    with pytest.raises(NotPlain, match="type object is no plain data"):
+    with pytest.raises(NotPlain, match="type object is not plain data"):
         pack([[object()]])
 
 

@@ -178,7 +178,7 @@ PROBLEMS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"tests": '{"inputs": [[1]], "outputs": ["1e400"], "fn_name": "f"}'}, "that is infinite, NaN, or has too"),
     ({"tests": {"inputs": [[1]], "outputs": [[[1 << 50000]]], "fn_name": "f"}}, "are not JSON"),
-    ({"tests": {"inputs": [[1 << 50000]], "outputs": [1], "fn_name": "f"}}, "of too many digits"),
+    ({"tests": {"inputs": [[1 << 50000]], "outputs": [1], "fn_name": "f"}}, "has too many digits"),
     ({"tests": '[{"input": "1", "output": "' + "9" * 5000 + '", "type": "functional"}]'}, "are not JSON"),
     ({"tests": '{"inputs": [1], "outputs": [' + "9" * 5000 + "]}"}, "that is not JSON: Exceeds the limit"),
     ({"tests": '[{"input": "\\ud800", "output": "x"}]'}, "test case 0 whose input or output holds half a character"),

@@ -130,7 +130,7 @@ def _value(spec: str, kind: str, key: str, text: str) -> Any:
             ) from None
         if key == "split":
             raise InputError(
-                f"source {spec!r}: there is no split {text!r}: use train, eval or demonstrations"
+                f"source {spec!r} has the unknown split {text!r}: the splits are train, eval and demonstrations"
             ) from None
         raise InputError(f"source {spec!r}: {key}={text} must be {_WANTED[key]}") from None
 

@@ -140,7 +140,7 @@ def _beside(charts: Sequence[Chart], colors: Mapping[str, str]) -> Spec:
         for name, color in chart.legend:
             named[_plain(name) + " (again)" * (_plain(name) in named)] = colors[f"c{color}"]
         view["layer"] += [_legend(named)] if named else []
-        shades = f"darkest: {percent(chart.heat.darkest)} of a step or more" if chart.heat else ""
+        shades = f"darkest: {percent(chart.heat.darkest)} or more of a step" if chart.heat else ""
         views.append({**view, "title": {"text": _plain(chart.title), "subtitle": shades}})
     apart = {"scale": {"color": "independent"}, "legend": {"color": "independent"}}
     columns = 3 if len(views) > 2 else 2

@@ -27,7 +27,7 @@ def read_json(text: str | bytes) -> Any:
 
 
 def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def same_text(given: bytes, expected: str) -> bool:

@@ -83,7 +83,7 @@ def run_test(settings: dict[str, Any], names: dict[str, Any], read: Callable[[],
         check(function) if check.__code__.co_argcount else check()
         said = {"verdict": "passed"}
     except _NotSent as error:
-        said = {"verdict": "unusable", "why": f"passes what cannot go to another process: {error}"}
+        said = {"verdict": "unusable", "why": f"it passes a value that cannot be sent to another process: {error}"}
     except BaseException as error:
         said = {"verdict": "failed", "why": "".join(traceback.format_exception_only(error)).strip()[:300]}
     send(VERDICT + line_of(said))
@@ -116,14 +116,14 @@ class _Far:
         try:
             answer = json.loads(self._read())
             if answer["id"] != request["id"]:
-                raise ValueError("an answer to no call")
+                raise ValueError("an answer without a call")
             if "unsent" in answer:
                 raise ValueError(answer["unsent"])
             raised = answer.get("raised")
             changed = {int(place): node for place, node in answer["changed"].items()}
             before = request["nodes"]
             if any(not 0 <= place < len(before) or not is_changing(before[place]) for place in changed):
-                raise ValueError("a change of what cannot change")
+                raise ValueError("a change of an immutable value")
             nodes = [*(changed.get(place, node) for place, node in enumerate(before)), *answer["nodes"]]
             values, _ = unpack(
                 nodes,
@@ -158,7 +158,7 @@ class _Far:
                         return kind(*arguments)
                     except TypeError:
                         continue  # this class needs other arguments
-        raise ValueError("an error of no kind")
+        raise ValueError("an error without a type")
 
     def _fail(self, why: str) -> NoReturn:
         """Send the verdict `failed` and end the process, which the test cannot prevent."""

@@ -77,7 +77,7 @@ def _node(value: Any, part: Callable[[Any], Any], hold: Callable[[Iterator[Any]]
         return ["view", _VIEWS[type(value)], part(dict(value.mapping))]
     if hasattr(type(value), "__next__"):
         return ["iterator", *map(part, value)] if hold is None else ["held", hold(value)]
-    raise NotPlain(f"a value of the type {type(value).__name__} is no plain data")
+    raise NotPlain(f"a value of the type {type(value).__name__} is not plain data")
 
 
 def is_changing(node: Node) -> bool:
@@ -108,10 +108,10 @@ def unpack(
         if isinstance(part, list):
             (place,) = part
             if type(place) is not int or place < 0:
-                raise ValueError("a part of no node")
+                raise ValueError("a reference to a missing value")
             return objects[place]
         if part is not None and type(part) not in _SCALARS:
-            raise TypeError("a part of no kind")
+            raise TypeError("a part of an unknown type")
         if finite and isinstance(part, float) and not math.isfinite(part):
             raise ValueError("a number that is not finite")
         return part
@@ -131,7 +131,7 @@ def unpack(
             if not missing:
                 objects[place] = _made(nodes[place], value, follow)
             elif place in begun:
-                raise ValueError("a value that contains itself and cannot")
+                raise ValueError("an immutable value that contains itself")
             begun.add(place)
             waiting += missing
     for place in (*changed, *range(len(known), len(nodes))):
@@ -160,7 +160,7 @@ def _made(node: Node, value: Callable[[Any], Any], follow: Callable[[int], Itera
 def _fill(thing: Any, node: Node, value: Callable[[Any], Any]) -> None:
     kind, *parts = node
     if not isinstance(thing, _CHANGING[kind]):
-        raise TypeError("a change of the kind")
+        raise TypeError("a change of the type")
     if kind == "bytearray":
         thing[:] = bytes.fromhex(parts[0])
         return
