@@ -16,7 +16,7 @@ def test_shares_are_of_each_steps_own_total() -> None:
     assert result["median_step_seconds"] == 10.0
     assert result["paced_share"] == pytest.approx(0.1)
     assert result["largest_paced_share"] == pytest.approx(0.5)
-    assert "schedule + replay + head: 10.00% of a step, at most 50.00%" in share_of_phases.table(result)
+    assert "schedule + replay + head: 10.00% of a step (median), 50.00% at most" in share_of_phases.table(result)
 
 
 def test_skipping_every_step_is_refused() -> None:

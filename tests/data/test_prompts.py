@@ -208,7 +208,7 @@ class TestMadeRows:
         ("spec", "message"),
         [
             ("task:signed_sum", "unknown task 'signed_sum' .did you mean 'signed_sums'"),
-            ("task:signed_sums?split=test", "no split 'test': use train, eval or demonstrations"),
+            ("task:signed_sums?split=test", "unknown split 'test': the splits are train, eval and demonstrations"),
             ("rg:chain_sun", "no task 'chain_sun' .did you mean 'chain_sum'"),
             ("rg:chain_sum?split=train", "no parameter 'split'"),
             ("rg:chain_sum?size=3&rows=0:4", "rows up to 4, but has 3"),

@@ -303,6 +303,6 @@ def test_a_report_that_fails_leaves_the_run_whole(
     settings = config(write_rewards(tmp_path), steps=1, evaluation__every=0, run__report=True)
     assert train.run(_in(settings, tmp_path / "run"), quiet())["steps"] == 1
     assert warnings(caplog)[-1] == (
-        "no report was made (RuntimeError('no\\nfonts')): "
-        f"python -m paced_fast.report {tmp_path / 'run'} makes it again"
+        "the report was not written (RuntimeError('no\\nfonts')): "
+        f"try again by python -m paced_fast.report {tmp_path / 'run'}"
     )

@@ -150,7 +150,7 @@ def test_another_end_of_completions_is_another_run(tmp_path: Path) -> None:
         ({"data__template_args": ("a=1",), "data__template": "{prompt}"}, "--data.template-args works only with"),
         ({"generation__stop_tokens": ()}, "--generation.stop-tokens names none"),
         ({"data__keep_special_tokens": ()}, "--data.keep-special-tokens names nothing"),
-        ({"data__keep_special_tokens": ("all", "none")}, "give one of tags, all and none"),
+        ({"data__keep_special_tokens": ("all", "none")}, "give only one of tags, all and none"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
