@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -48,7 +48,7 @@ logger = logging.getLogger("paced_fast.evaluate")  # __name__ is __main__ under 
 class EvaluateArguments:
     """Evaluate a run's checkpoint, or any model, on benchmarks or other sources of prompts."""
 
-    run_or_model: tyro.conf.Positional[str]
+    run_or_model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
     """Run folder written by `python -m paced_fast.train`, or a model: a Hugging Face folder or hub id, or `smollm2`."""
     benchmarks: tuple[str, ...] = ()
     """Benchmarks by name, separated by commas or spaces: gsm8k, math500, aime24, aime25, amc23."""

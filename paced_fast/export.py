@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -35,9 +35,9 @@ logger = logging.getLogger("paced_fast.export")  # __name__ is __main__ under py
 class ExportArguments:
     """Write the policy of a run as a plain Hugging Face folder."""
 
-    run_or_checkpoint: tyro.conf.Positional[str]
+    run_or_checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
     """Run folder, or one of its checkpoints, such as checkpoints/step_000150 in it."""
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """Output folder; it must be empty or not exist."""
     step: int | None = None
     """Step of the run's checkpoint to export; 0: the policy before training; default: the newest checkpoint."""

@@ -32,8 +32,9 @@ def parse(arguments: Sequence[str]) -> Config:
     name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
     default = preset(name)
     _check_words(words, {f"--{field.replace('_', '-')}": field for field in flatten(default)})
-    description = "Post-train a language model by PACED-RL. Presets: " + "; ".join(
-        f"{key}: {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in PRESETS.items()
+    presets = "\n".join(f"  {key}  {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in PRESETS.items())
+    description = (
+        f"Post-train a language model by PACED-RL.\n\nPresets, given as the first word (default: tiny):\n{presets}"
     )
     modes = "\n".join(f"  {option}  {words}" for option, words in launch.HELP.items())
     description += f"\n\nModes of the command, which are not settings and are not saved in the run folder:\n{modes}"

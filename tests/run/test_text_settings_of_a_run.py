@@ -144,12 +144,15 @@ def test_another_end_of_completions_is_another_run(tmp_path: Path) -> None:
         ({"generation__stop_tokens": ("END",)}, "the stop token 'END' is not a single token"),
         ({"data__keep_special_tokens": ("<no>",)}, "the kept special token '<no>' is not a single token"),
         ({"data__template_args": ("enable_thinkin=1",)}, "the chat template has no argument 'enable_thinkin'"),
-        ({"data__template_args": ("enable_thinking",)}, "--data.template-args: 'enable_thinking' is not name=value"),
+        (
+            {"data__template_args": ("enable_thinking",)},
+            "--data.template-args: 'enable_thinking' is not of the form name=value",
+        ),
         ({"data__date": "today"}, "--data.date: 'today' is not a date: give one as YYYY-MM-DD"),
         ({"data__system_prompt": "x", "data__template": "{prompt}"}, "--data.system-prompt works only with"),
         ({"data__template_args": ("a=1",), "data__template": "{prompt}"}, "--data.template-args works only with"),
-        ({"generation__stop_tokens": ()}, "--generation.stop-tokens names none"),
-        ({"data__keep_special_tokens": ()}, "--data.keep-special-tokens names nothing"),
+        ({"generation__stop_tokens": ()}, "--generation.stop-tokens is empty"),
+        ({"data__keep_special_tokens": ()}, "--data.keep-special-tokens is empty"),
         ({"data__keep_special_tokens": ("all", "none")}, "give only one of tags, all and none"),
     ],
 )
