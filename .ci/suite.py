@@ -146,5 +146,5 @@ def main(tier: str, *options: str) -> int:
 
 if __name__ == "__main__":
     if not set(sys.argv[1:2]) & set(TIERS):
-        sys.exit(f"suite.py: name a tier: {', '.join(TIERS)}")
+        sys.exit(f"suite.py: give a tier: {', '.join(TIERS)}")
     sys.exit(main(*sys.argv[1:]))

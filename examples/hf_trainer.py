@@ -1,9 +1,9 @@
 """Trajectory balance in a Hugging Face `Trainer`: a subclass with another `compute_loss`, and nothing else.
 
 A small Llama learns to count down: after the prompt n it should answer n - 1, ..., 0 and stop. The reward of an answer
-is the share of it that is right. Each batch is sampled from the model in training, several answers a prompt, and log Z
-of a prompt is estimated from the rewards of its answers. Needs torch, triton, transformers and accelerate 1.1 or newer,
-and under half a minute on a CPU:
+is the share of it that is right. Each batch is sampled from the model in training, several answers per prompt, and
+log Z of a prompt is estimated from the rewards of its answers. Needs torch, triton, transformers, accelerate 1.1 or
+newer, and under half a minute on a CPU:
 
     PYTHONPATH=.:kernels python examples/hf_trainer.py
 

@@ -82,7 +82,7 @@ def sample(policy: Policy, batch_size: int) -> Rollouts:
 def train(loss_name: str, steps: int, beta: float = 0.2) -> list[float]:
     """The loop; returns the mean reward of every step."""
     policy = Policy()
-    log_z = nn.Parameter(torch.zeros(LARGEST + 1))  # one number a prompt: beta * log_z predicts its mean reward
+    log_z = nn.Parameter(torch.zeros(LARGEST + 1))  # one number per prompt: beta * log_z predicts its mean reward
     optimizer = torch.optim.Adam([{"params": policy.parameters(), "lr": 1e-2}, {"params": [log_z], "lr": 0.5}])
     history = []
     for step in range(steps):

@@ -171,14 +171,14 @@ def start(device: str, timeout_seconds: float) -> World:
         return ALONE
     wrong = [name for name, value in values.items() if not value.isdecimal()]
     if wrong:
-        raise InputError(f"several processes: {wrong[0]} is not set: start them with torchrun --nproc-per-node N")
+        raise InputError(f"{wrong[0]} must be a number: start several processes with torchrun --nproc-per-node N")
     rank, size, local_rank, local_size = (int(values[name]) for name in names)
     world = World(rank, size, local_rank, local_size)
     backend = "cpu:gloo"
     if device == "cuda":
         if world.local_size > torch.cuda.device_count():
             raise InputError(
-                f"{world.local_size} processes on this machine and {torch.cuda.device_count()} GPUs: start "
+                f"{world.local_size} processes run on this machine, which has {torch.cuda.device_count()} GPUs: start "
                 "at most one process per GPU (torchrun --nproc-per-node)"
             )
         torch.cuda.set_device(world.local_rank)

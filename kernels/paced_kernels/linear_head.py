@@ -53,7 +53,7 @@ class FusedLinearHead(nn.Linear):
             ValueError: `linear` is not an nn.Linear, or is of a subclass, whose own forward would be lost.
         """
         if not isinstance(linear, nn.Linear) or type(linear).forward not in (nn.Linear.forward, cls.forward):
-            raise ValueError(f"linear must be an nn.Linear with its forward, got {type(linear).__name__}")
+            raise ValueError(f"linear must be an nn.Linear that does not override forward, got {type(linear).__name__}")
         head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         head.weight, head.bias = linear.weight, linear.bias
         return head.train(linear.training)

@@ -26,7 +26,7 @@ _COARSE_BOUND = 0.01
 """Bound in nats for float32 with reduced matmul precision (`model.matmul_precision`) on one or both sides."""
 _SAMPLED_TOKENS = 16
 _SAMPLES = 2
-_WEIGHTS = "a parameter the engine did not get, or got in another layout"
+_WEIGHTS = "a parameter that did not reach the engine, or reached it in another layout"
 _SAMPLING = "keys and values of old weights in the prefix cache, or a sampling filter (top-p, top-k, min-p)"
 
 
@@ -98,10 +98,11 @@ class ParityGuard:
         if not (scored["mean"] <= self.bound and sampled["mean"] <= self.bound):
             cause = _SAMPLING if scored["mean"] <= self.bound else _WEIGHTS
             raise TrainingError(
-                f"trainer and engine disagree after step {step}: log-probs differ by {scored['mean']:.2g} on average "
-                f"where the engine scores a prompt (largest {scored['max']:.2g}) and by {sampled['mean']:.2g} where it "
-                f"samples ({sampled['max']:.2g}), more than {self.bound:.2g}. Likely: {cause}; "
-                "--weight-sync.mode push and --generator transformers do without sharing and without the engine"
+                f"trainer and engine disagree after step {step}: their log-probs differ on average by "
+                f"{scored['mean']:.2g} where the engine scores a prompt (at most {scored['max']:.2g}) and by "
+                f"{sampled['mean']:.2g} where it samples (at most {sampled['max']:.2g}), and {self.bound:.2g} is "
+                f"allowed; likely cause: {cause}; --weight-sync.mode push avoids sharing, and --generator transformers "
+                "the engine"
             )
         return figures
 

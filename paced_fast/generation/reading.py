@@ -165,7 +165,7 @@ def reading_of(model: PreTrainedModel) -> Reading:
     if unshareable(model.config) is None:
         return Reading("padded")
     family = examine(model)
-    reason = "its cache does not give what a whole pass gives"
+    reason = "its cache gives other logits than a whole pass"
     try:
         if getattr(family.settings, "model_type", "") in PADDABLE and _agrees_padded(model, family):
             return Reading("padded")
@@ -173,7 +173,8 @@ def reading_of(model: PreTrainedModel) -> Reading:
             return Reading("even")
     except BROKEN as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    logger.info("sampling: every token is a pass over the whole sequence (%s): %s", family.model_type, reason)
+    told = "sampling is slow, because every token needs a pass over the whole sequence (%s): %s"
+    logger.info(told, family.model_type, reason)
     return Reading("whole")
 
 

@@ -38,7 +38,7 @@ class TransformersGenerator:
     def generate(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, first: int = 0) -> list[Completion]:
         """See `Generator.generate`. Raises InputError for a prompt that leaves no room for a completion."""
         longest = max(map(len, prompts), default=0) + sampling.max_completion_tokens
-        check_length(self.limit, longest, "lower the limit of prompts or of completions")
+        check_length(self.limit, longest, "lower the maximum length of prompts or completions")
         if self._reading is None:
             self._reading = reading_of(self.model)
         source = torch.Generator().manual_seed(sampling.seed)

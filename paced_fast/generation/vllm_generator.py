@@ -79,8 +79,9 @@ class VLLMGenerator:
         for prompt in prompts:
             if len(prompt) + sampling.max_completion_tokens > self.settings.max_tokens:
                 raise InputError(
-                    f"a prompt of {len(prompt)} tokens and a completion of {sampling.max_completion_tokens} are longer "
-                    f"than the engine's {self.settings.max_tokens}: lower --generation.max-completion-tokens or "
+                    f"a prompt of {len(prompt)} tokens and a completion of up to {sampling.max_completion_tokens} "
+                    "exceed "
+                    f"the engine's limit of {self.settings.max_tokens}: lower --generation.max-completion-tokens or "
                     "--data.max-prompt-tokens"
                 )
         if not keep_cache:
@@ -119,14 +120,14 @@ class VLLMGenerator:
         """See `Generator.after_update`: wake the engine, synchronise its weights, and clear the prefix cache, which
         holds keys and values of the old weights."""
         if self.can_sleep and self.settings.sleep_level > 0:
-            with self._named("taking its weights back"):
+            with self._named("restoring its weights"):
                 self.engine.wake_up(["weights"])
                 self._of_model(self._restore_buffers)
         figures = self.sync.after_update() if self.sync is not None else {}
         if self.can_sleep:
             # The engine has its own memory pool, so memory that torch caches from freed gradients must be returned.
             torch.cuda.empty_cache()
-            with self._named("taking its key-value cache back"):
+            with self._named("restoring its key-value cache"):
                 self.engine.wake_up(["kv_cache"])
                 self.engine.wake_up(["scheduling"])
         self.reset_prefix_cache()
@@ -138,11 +139,11 @@ class VLLMGenerator:
 
     def reset_prefix_cache(self) -> None:
         """Clear the prefix cache. vLLM refuses while a request is in flight; raises TrainingError then."""
-        with self._named("emptying its prefix cache"):
+        with self._named("clearing its prefix cache"):
             vllm_engine.settle(self.engine)
             done = self.engine.reset_prefix_cache()
         if not done:
-            raise TrainingError("vllm kept its prefix cache, so it would sample from old weights: update vllm")
+            raise TrainingError("vllm did not clear its prefix cache, so it would sample from old weights: update vllm")
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -152,8 +153,8 @@ class VLLMGenerator:
             yield
         except vllm_engine.FAILURES as error:
             raise TrainingError(
-                f"vllm failed at {what} ({vllm_engine.first_line(error)}): --resume auto continues from the last "
-                "checkpoint; where memory ran out, lower --weight-sync.kv-cache-gib or --optimizer.micro-batch-tokens"
+                f"vllm failed while {what} ({vllm_engine.first_line(error)}): --resume auto continues from the last "
+                "checkpoint; if memory ran out, lower --weight-sync.kv-cache-gib or --optimizer.micro-batch-tokens"
             ) from error
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -190,8 +191,8 @@ class VLLMGenerator:
             with contextlib.suppress(*vllm_engine.FAILURES):  # the first failure is the one to report
                 self.engine.abort_request([f"{self.calls}-{i}" for i in range(len(prompts))])
             raise TrainingError(
-                f"vllm failed while sampling ({vllm_engine.first_line(error)}): nothing of this step is kept; "
-                "--resume auto continues from the last checkpoint, and fewer --generation.max-batch-sequences need "
+                f"vllm failed while sampling ({vllm_engine.first_line(error)}): this step is discarded; "
+                "--resume auto continues from the last checkpoint, and a lower --generation.max-batch-sequences needs "
                 "less memory"
             ) from error
 

@@ -85,7 +85,7 @@ def map_parameters(
     over that are not padding of the vocabulary.
     """
     if model_type not in MAPPED_MODELS:
-        raise LayoutError(f"model type {model_type!r} has no mapping (there is one for {', '.join(MAPPED_MODELS)})")
+        raise LayoutError(f"model type {model_type!r} has no mapping (only {', '.join(MAPPED_MODELS)} have one)")
     slices: dict[str, EngineSlice] = {}
     for name, tensor in trainer.items():
         found = _place(name, trainer, engine)
@@ -95,7 +95,7 @@ def map_parameters(
         if target.numel() == 0 or target.dim() != tensor.dim():
             raise LayoutError(f"the engine holds {found.name} packed or quantised, not as a plain matrix")
         if target.shape[1:] != tensor.shape[1:] or found.start + found.rows > target.shape[0]:
-            raise LayoutError(f"{name} is {list(tensor.shape)} and does not fit {found.name} {list(target.shape)}")
+            raise LayoutError(f"{name} {list(tensor.shape)} does not fit {found.name} {list(target.shape)}")
         slices[name] = found
     covered = dict.fromkeys(engine, 0)
     for found in slices.values():
@@ -118,7 +118,7 @@ def _place(name: str, trainer: Mapping[str, Tensor], engine: Mapping[str, Tensor
     siblings = [".".join([*head, part, kind]) for part in parts]
     missing = [sibling for sibling in siblings if sibling not in trainer]
     if missing:
-        raise LayoutError(f"the engine's {fused_name} needs {missing[0]}, which the trainer has not")
+        raise LayoutError(f"the engine's {fused_name} needs {missing[0]}, which the trainer does not have")
     before = siblings[: parts.index(module)]
     return EngineSlice(fused_name, sum(trainer[sibling].shape[0] for sibling in before), rows)
 
@@ -136,7 +136,7 @@ def verify(trainer: Mapping[str, Tensor], engine: Mapping[str, Tensor], slices: 
         if view.device != tensor.device:
             raise LayoutError(f"{name} is on {tensor.device} and the engine's is on {view.device}")
         if view.is_inference():
-            raise LayoutError(f"the engine's {slices[name].name} was made in inference mode, so autograd refuses it")
+            raise LayoutError(f"the engine's {slices[name].name} is an inference tensor, which autograd cannot use")
         if type(tensor.data) is not Tensor or not tensor.is_contiguous():
             raise LayoutError(f"{name} is sharded over ranks or not contiguous")
         if view.stride() != tensor.stride():
@@ -172,7 +172,7 @@ class SharedWeights:
             if parameter.data_ptr() != address:
                 raise TrainingError(
                     f"{name} no longer shares memory with the engine's {found.name}: its data was rebound after "
-                    "sharing; take --weight-sync.mode push, or update parameters in place"
+                    "sharing; use --weight-sync.mode push, or update parameters in place"
                 )
 
     def after_update(self) -> dict[str, float]:
@@ -253,9 +253,10 @@ def connect(engine: Engine, model: PreTrainedModel, config: WeightSyncConfig) ->
     if config.mode != "push" and is_adapted(model):
         if config.mode == "shared":
             raise InputError(
-                "--weight-sync.mode shared: the engine needs merged weights, which --lora.rank keeps apart: give push"
+                "--weight-sync.mode shared: the engine needs merged weights, which --lora.rank keeps separate: give "
+                "push"
             )
-        logger.info("weights are merged and pushed after every update, not shared: --lora.rank keeps them apart")
+        logger.info("weights are merged and pushed after every update, not shared: --lora.rank keeps them separate")
     elif config.mode != "push":
         try:
             return share(engine, model.config.model_type, trainer)

@@ -60,12 +60,12 @@ def group_log_z(
     for i, name in enumerate(groups):
         members.setdefault(name, []).append(i)
     if len(groups) != len(targets):
-        raise InputError(f"groups: {len(groups)} names for {len(targets)} sequences; give one a sequence")
+        raise InputError(f"groups: {len(groups)} names for {len(targets)} sequences: give one per sequence")
     for name, found in members.items():
         if group_size is None and len(found) == 1:
             raise InputError(
-                f"group {name!r} has one completion in this batch, and its log Z would cancel its reward: keep the "
-                "completions of a prompt together, two at least"
+                f"group {name!r} has only one completion in this batch, so its log Z would cancel its reward: keep the "
+                "completions of a prompt together, at least two"
             )
         if group_size is not None and len(found) != group_size:
             raise InputError(
@@ -133,11 +133,11 @@ def loss_from_logprobs(
         reduction: of the log-probs in the residual: "sum", or "mean" (FlowRL). Importance weights always use sums.
     """
     if (mask is None) == (cu_seqlens is None):
-        raise InputError("give mask with padded log-probs, or cu_seqlens with packed ones, and not both")
+        raise InputError("give either mask, with padded log-probs, or cu_seqlens, with packed ones")
     if mask is not None:
         if logprobs.shape != mask.shape:
             raise InputError(
-                f"mask has shape {tuple(mask.shape)}, the log-probs {tuple(logprobs.shape)}: make them one"
+                f"mask has shape {tuple(mask.shape)} and the log-probs {tuple(logprobs.shape)}: make them the same"
             )
         cu_seqlens = offsets(mask)
         logprobs = packed(logprobs, mask)

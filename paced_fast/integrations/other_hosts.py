@@ -74,7 +74,7 @@ def prime_rl_loss(inputs: Any, beta: float = 0.05, importance_cap: float = 1.28)
     from prime_rl.trainer.rl.loss import LossOutputs
 
     if inputs.loss_weights is not None:
-        one_a_row("loss_weights", inputs.loss_weights[None], inputs.loss_mask[None], "one weight a sequence")
+        one_a_row("loss_weights", inputs.loss_weights[None], inputs.loss_mask[None], "one weight per sequence")
     out = from_advantages(
         inputs.trainer_logprobs[None],
         inputs.inference_logprobs[None],
@@ -141,7 +141,8 @@ def _check_skyrl(config: Any) -> None:
     for name in ("grpo_norm_by_std", "advantage_batch_normalize", "use_kl_loss", "use_entropy_loss", "use_tis"):
         if getattr(config, name, False):
             raise InputError(
-                f"policy_loss_type=paced_tb takes raw rewards and no further terms: set trainer.algorithm.{name}=false"
+                "policy_loss_type=paced_tb takes raw rewards and no further loss terms: set "
+                f"trainer.algorithm.{name}=false"
             )
     if getattr(config, "advantage_estimator", "grpo") != "grpo":
         raise InputError(
@@ -152,7 +153,8 @@ def _check_skyrl(config: Any) -> None:
     for name in ("tis_ratio_type", "sequence_mask_metric"):
         if getattr(correction, name, None) is not None:
             raise InputError(
-                f"trainer.algorithm.off_policy_correction.{name} has no place in policy_loss_type=paced_tb: set null"
+                f"trainer.algorithm.off_policy_correction.{name} is not supported by policy_loss_type=paced_tb: set "
+                "null"
             )
 
 
@@ -252,11 +254,11 @@ def slime_loss(
 
 def _check_slime(args: Any) -> None:
     for name, right, remedy in (
-        ("context_parallel_size", 1, "needs whole sequences on a rank: set --context-parallel-size 1"),
+        ("context_parallel_size", 1, "needs whole sequences on each rank: set --context-parallel-size 1"),
         ("calculate_per_token_loss", False, "is a sum over sequences: leave --calculate-per-token-loss out"),
-        ("rewards_normalization", True, "wants the group's mean taken off: leave --disable-rewards-normalization out"),
-        ("grpo_std_normalization", False, "wants raw rewards: set --disable-grpo-std-normalization"),
-        ("normalize_advantages", False, "wants raw rewards: leave --normalize-advantages out"),
+        ("rewards_normalization", True, "needs reward minus group mean: leave --disable-rewards-normalization out"),
+        ("grpo_std_normalization", False, "needs rewards that are not scaled: set --disable-grpo-std-normalization"),
+        ("normalize_advantages", False, "needs rewards that are not scaled: leave --normalize-advantages out"),
         ("rollout_top_p", 1.0, "scores the whole vocabulary: leave --rollout-top-p at 1"),
     ):
         if getattr(args, name, right) != right:

@@ -82,7 +82,9 @@ class PacedTrainer(GRPOTrainer):
             options["args"] = PacedConfig(f"{name.split('/')[-1]}-{self._name}")
         args = options["args"]
         if not isinstance(args, PacedConfig):
-            raise InputError(f"args is {type(args).__name__}: PacedTrainer takes a PacedConfig, a GRPOConfig with more")
+            raise InputError(
+                f"args is a {type(args).__name__}: PacedTrainer needs PacedConfig, which extends GRPOConfig"
+            )
         trl_data.check_data(options)
         rows = options["train_dataset"]
         remembers = args.log_z == "learned" or args.prompt_sampling == "paced"
@@ -97,7 +99,8 @@ class PacedTrainer(GRPOTrainer):
             if self.memory.table is not None:
                 if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                     raise InputError(
-                        "log_z='learned' has an optimizer group that DeepSpeed and FSDP do not take: use 'group'"
+                        "log_z='learned' needs its own optimizer group, which DeepSpeed and FSDP do not take: use "
+                        "'group'"
                     )
                 self.add_callback(ReduceTable(self.memory.table, self.accelerator))
         plain = not self._is_vlm and self.rollout_func is None and self.environment_factories is None
@@ -297,8 +300,8 @@ class PacedTrainer(GRPOTrainer):
         made = inputs.get("made_advantages")  # None if the batch was not generated here
         if made is not None and not torch.equal(inputs["advantages"], made):
             raise InputError(
-                "the advantages were changed after GRPOTrainer made them, and trajectory balance has none: change the "
-                "rewards in _calculate_rewards, or completion_mask to leave tokens out"
+                "the advantages were changed after GRPOTrainer made them, but trajectory balance does not use them: "
+                "change the rewards in _calculate_rewards, or completion_mask to leave tokens out"
             )
         mask = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
         weights = inputs["weights"]

@@ -12,32 +12,32 @@ except ImportError as error:
     raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
 
 REFUSED = {
-    "beta": "is the weight of GRPO's KL term; trajectory balance has its own in tb_beta",
-    "loss_type": "names GRPO losses",
+    "beta": "is the weight of GRPO's KL term; trajectory balance has tb_beta",
+    "loss_type": "selects a GRPO loss",
     "epsilon": "clips GRPO's ratio; trajectory balance has importance_cap",
     "epsilon_high": "clips GRPO's ratio; trajectory balance has importance_cap",
     "delta": "clips GRPO's ratio; trajectory balance has importance_cap",
-    "importance_sampling_level": "trajectory balance weighs whole sequences",
+    "importance_sampling_level": "belongs to GRPO's loss; trajectory balance weights whole sequences",
     "scale_rewards": "scales advantages; trajectory balance takes raw rewards",
     "multi_objective_aggregation": "normalises rewards; trajectory balance takes their raw weighted sum",
     "off_policy_mask_threshold": "masks by advantages, which trajectory balance does not have",
-    "top_entropy_quantile": "masks tokens, and the residual needs all of them",
+    "top_entropy_quantile": "masks tokens, but the residual needs all of them",
     "entropy_coef": "adds a term to GRPO's loss",
     "use_adaptive_entropy": "adds a term to GRPO's loss",
-    "sync_ref_model": "there is no reference model: the old policy is the reference",
+    "sync_ref_model": "needs a reference model, and here the old policy is the reference",
     "use_bias_correction_kl": "belongs to GRPO's KL term",
     **dict.fromkeys(
-        ("ref_model_mixup_alpha", "ref_model_sync_steps"), "moves a reference model: the old policy is the reference"
+        ("ref_model_mixup_alpha", "ref_model_sync_steps"), "updates a reference model, and here the old policy is it"
     ),
-    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), "belongs to the loss SAPO"),
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), "belongs to the SAPO loss"),
     **dict.fromkeys(
-        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), "belongs to the loss VESPO"
+        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), "belongs to the VESPO loss"
     ),
     **dict.fromkeys(
         ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
-        "steers the entropy term of GRPO's loss",
+        "belongs to the entropy term of GRPO's loss",
     ),
-    "label_smoothing_factor": "smooths a cross entropy, and there is none",
+    "label_smoothing_factor": "smooths a cross-entropy loss, which is not used here",
 }
 """Options of GRPOConfig that do not apply here, each with the reason."""
 
@@ -73,11 +73,11 @@ class PacedConfig(GRPOConfig):
             "steps_per_generation. Needs log_z='learned'."
         },
     )
-    replay_capacity: int = field(default=128, metadata={"help": "Completions each process keeps for replay."})
-    replay_max_age: int = field(default=4, metadata={"help": "Generation batches after which one is not replayed."})
+    replay_capacity: int = field(default=128, metadata={"help": "Completions that each process keeps for replay."})
+    replay_max_age: int = field(default=4, metadata={"help": "Generation batches after which a completion is dropped."})
     fused: bool = field(
         default=True,
-        metadata={"help": "Loss from hidden states by the fused op; False: from the log-probs that TRL computes."},
+        metadata={"help": "Compute the loss from hidden states in the fused op; False: from TRL's log-probs."},
     )
 
     def __post_init__(self) -> None:
@@ -96,12 +96,13 @@ class PacedConfig(GRPOConfig):
         correction = self.use_vllm and self.vllm_importance_sampling_correction
         if correction and self.vllm_importance_sampling_mode not in ("sequence_mask", "sequence_truncate"):
             raise InputError(
-                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} is not a weight of sequences, "
-                "which is what trajectory balance weighs: use 'sequence_mask' or 'sequence_truncate'"
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} weights tokens, but "
+                "trajectory balance weights whole sequences: use 'sequence_mask' or 'sequence_truncate'"
             )
         if self.prompt_sampling == "paced" and not self.shuffle_dataset:
             raise InputError(
-                "shuffle_dataset=False keeps the order of the data, and prompt_sampling='paced' draws its own: use one"
+                "shuffle_dataset=False keeps the order of the data, but prompt_sampling='paced' chooses its own: use "
+                "one"
             )
         self._check_replay(correction)
 
@@ -113,7 +114,7 @@ class PacedConfig(GRPOConfig):
             )
         if self.replay and self.log_z != "learned":
             raise InputError(
-                "replay keeps what the learned estimate got wrong: set log_z='learned' with it, or replay=0"
+                "replay ranks completions by the error of the learned log Z: set log_z='learned', or replay=0"
             )
         if self.replay_max_age < 1:
             raise InputError(f"replay_max_age={self.replay_max_age} must be at least 1: at 0 nothing is ever replayed")
@@ -122,13 +123,13 @@ class PacedConfig(GRPOConfig):
         # Replayed rows have no log-probs of an old policy, so no row of their batch may require them.
         if self.replay and correction:
             raise InputError(
-                "replay has no log-probs of vLLM to correct by: set vllm_importance_sampling_correction=False with it, "
-                "or replay=0"
+                "replayed completions have no log-probs of vLLM to correct with: set "
+                "vllm_importance_sampling_correction=False, or replay=0"
             )
         every = self.steps_per_generation * self.num_iterations
         if self.replay and self.gradient_accumulation_steps % every:
             raise InputError(
-                f"replay trains on what the policy of the step generated, and here {every} micro-batches (steps_per_"
-                f"generation * num_iterations) do not divide the {self.gradient_accumulation_steps} of a step: set "
+                f"replay needs completions of the current policy, but {every} micro-batches (steps_per_generation * "
+                f"num_iterations) do not divide gradient_accumulation_steps={self.gradient_accumulation_steps}: set "
                 "replay=0"
             )

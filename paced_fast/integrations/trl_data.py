@@ -45,8 +45,8 @@ class Numbered(Rows[dict[str, Any]]):
         rows = self.data.__getitems__(numbers)
         if len(rows) != len(numbers):
             raise InputError(
-                f"the transform of train_dataset makes {len(rows)} rows of {len(numbers)}, and a prompt goes by the "
-                "number of its row: let the transform keep the number of rows, or map the data before"
+                f"the transform of train_dataset makes {len(rows)} rows of {len(numbers)}, but a prompt is identified "
+                "by the number of its row: let the transform keep the number of rows, or use Dataset.map instead"
             )
         if rows and INDEX in rows[0]:
             raise InputError(f"train_dataset has a column {INDEX!r}, which PacedTrainer uses itself: rename the column")
@@ -57,8 +57,8 @@ def number_of(row: dict[str, Any]) -> int:
     """Return the number of a row; InputError if the row did not come from PacedTrainer's own training loader."""
     if INDEX not in row:
         raise InputError(
-            "log_z='learned' and prompt_sampling='paced' number the prompts in PacedTrainer's own loader: do not "
-            "override get_train_dataloader or _get_dataloader with them"
+            "log_z='learned' and prompt_sampling='paced' need the row numbers that PacedTrainer's loader adds: do not "
+            "override get_train_dataloader or _get_dataloader"
         )
     return row[INDEX]
 
@@ -112,7 +112,7 @@ def kept_rewards(trainer: Any) -> Iterator[list[Tensor]]:
         kept.append(compute(*args, **options))
         for name, column in zip(trainer.reward_func_names, kept[-1].unbind(1), strict=True):
             if bool(column.isinf().any()):
-                raise InputError(f"reward function {name} returned an infinite reward: return None for no verdict")
+                raise InputError(f"reward function {name} returned an infinite reward: return None if it cannot decide")
         return kept[-1]
 
     trainer._calculate_rewards = keeping
@@ -169,13 +169,13 @@ def check_rows(
     present = set(columns)
     shown = ", ".join(sorted(present - {INDEX}))
     if not makes_prompts and "prompt" not in present:
-        raise InputError(f"{data} has no column 'prompt', but {shown}: rename the one with the prompts")
+        raise InputError(f"{data} has no column 'prompt', only {shown}: rename the column of the prompts")
     for function in () if adds_fields else functions:
         missing = [name for name in _required(function) if name not in present | _HANDED_BY_TRL]
         if missing:
             name = getattr(function, "__name__", type(function).__name__)
             raise InputError(
-                f"reward function {name} needs the column {missing[0]!r}, and {data} has {shown}: "
+                f"reward function {name} needs the column {missing[0]!r}, but {data} has {shown}: "
                 "add the column, or rename it or the parameter"
             )
 

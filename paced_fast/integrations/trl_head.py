@@ -49,19 +49,19 @@ def find_head(model: Any, *, takes_images: bool, is_whole: bool, has_router_loss
     """
     name = type(model).__name__
     if has_router_loss and is_whole and not takes_images and not _shows_routers(model):
-        raise InputError(f"{name} returns no router logits to compute a router loss of: set router_aux_loss_coef=0")
+        raise InputError(f"{name} returns no router logits, so there is no router loss: set router_aux_loss_coef=0")
     if takes_images:
-        return Head(HOST, 1.0, f"{name} comes with a processor of images")
+        return Head(HOST, 1.0, f"{name} has an image processor")
     settings = model.config.get_text_config()
     only = [key for key in _ONLY_ITS_OWN if getattr(settings, key, None) not in (None, 1, 1.0)]
     if only:
         return Head(LOGITS, 1.0, f"{name} changes its logits ({', '.join(only)})")
     head, scale = model.get_output_embeddings(), logit_scale(settings)
     if getattr(model, "lm_head", head) is not head or hasattr(model, "cls") or model.base_model is model:
-        return Head(LOGITS, 1.0, f"{name} transforms its states before the output layer")
+        return Head(LOGITS, 1.0, f"{name} transforms its hidden states before the output layer")
     is_capped = getattr(settings, "final_logit_softcapping", None) is not None
     if is_whole and not is_capped and not _is_linear(model, head, scale):
-        return Head(LOGITS, 1.0, f"{name} does more to its states than its output layer")
+        return Head(LOGITS, 1.0, f"{name} applies more to its hidden states than the output layer")
     if is_capped:
         return Head(HOST, scale, f"{name} caps its logits (final_logit_softcapping)")
     if has_router_loss and _router_loss(model) is None:
@@ -187,7 +187,7 @@ def add_state_call(model: Any) -> None:
 
     def loss(self: Any, hidden: Tensor, *, state_call: StateCall) -> Any:
         if isinstance(self.weight, DTensor):  # not FSDP: it has gathered the weight by now
-            raise InputError("the output layer is split, which the fused loss does not know: set fused=False")
+            raise InputError("the output layer is split, which the fused loss does not support: set fused=False")
         return state_call(hidden.to(self.weight.device), self.weight, self.bias)
 
     for module, instead in ((model, states), (model.get_output_embeddings(), loss)):

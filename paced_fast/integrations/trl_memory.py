@@ -213,9 +213,11 @@ def _check_accuracies(
 ) -> None:
     """Refuse rewards outside [0, 1], whose mean is not an accuracy; tolerate the rounding of a weighted sum."""
     if bool(((rewards - rewards.clamp(0.0, 1.0)).abs() > _ROUNDING).any()):
-        found = f"rewards from {float(rewards.min()):g} to {float(rewards.max()):g} have no accuracy as their mean"
+        found = f"these go from {float(rewards.min()):g} to {float(rewards.max()):g}"
         option, other = ("log_z='learned'", "log_z='group'") if learned else ("prompt_sampling='paced'", "'uniform'")
-        raise InputError(f"{option} estimates an accuracy, and {found}: scale them to [0, 1], or use {other}")
+        raise InputError(
+            f"{option} needs rewards in [0, 1], whose mean is an accuracy, and {found}: scale them, or use {other}"
+        )
 
 
 class PromptMemory:
@@ -236,7 +238,7 @@ class PromptMemory:
         )
         if args.prompt_sampling == "paced" and not self.sampler.num_batches:
             raise InputError(
-                f"train_dataset has {num_prompts} rows, and a generation batch takes {self.sampler.batch_size} "
+                f"train_dataset has {num_prompts} rows, but a generation batch takes {self.sampler.batch_size} "
                 "prompts: use more rows or a smaller generation_batch_size"
             )
         seed = args.seed + process_index
@@ -280,7 +282,7 @@ class PromptMemory:
         output.pop("sampling_per_token_logps", None)  # from vLLM; only needed for importance weights
         others = set(output) - _REPLAYABLE
         if others:
-            raise InputError(f"replay does not know {min(others)} of this batch: set replay=0")
+            raise InputError(f"replay does not support {min(others)} of this batch: set replay=0")
         start = self.process_index * len(index)
         with torch.no_grad():
             return self.replay.extend(output, accuracy[start : start + len(index)], self.table(index))
@@ -303,13 +305,16 @@ class PromptMemory:
         """Restore from a checkpoint; InputError if it lacks this state or has another number of prompts."""
         path = folder / _SHARED
         if not path.is_file():
-            raise InputError(f"{path} is missing: this checkpoint was written without log_z='learned' or sampling")
+            raise InputError(
+                f"{path} is missing: this checkpoint was written without log_z='learned' and prompt_sampling='paced'"
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)
         if self.table is not None:
             found = 0 if state["log_z"] is None else len(state["log_z"]["own"])
             if found != len(self.table.own):
                 raise InputError(
-                    f"{path} has log Z of {found} prompts, and train_dataset has {len(self.table.own)} rows"
+                    f"{path} has log Z of {found} prompts, but train_dataset has {len(self.table.own)} rows: give the "
+                    "same data"
                 )
             self.table.load_state_dict(state["log_z"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -319,4 +324,4 @@ class PromptMemory:
         if path.is_file():
             self.replay.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         elif self.args.replay:
-            logger.warning("%s is missing: process %d begins with nothing to replay", path, self.process_index)
+            logger.warning("%s is missing: process %d starts with nothing to replay", path, self.process_index)

@@ -88,7 +88,7 @@ def policy_loss(
     """mean_i w_i (beta * log ratio_i - advantage_i)^2 / (2 beta), log ratios summed or averaged over the tokens."""
     if loss_agg_mode not in _REDUCTIONS:
         raise InputError(
-            f"loss_agg_mode={loss_agg_mode} weighs tokens, and trajectory balance has one residual a response: "
+            f"loss_agg_mode={loss_agg_mode} weights tokens, but trajectory balance has one residual per response: "
             f"use {' or '.join(_REDUCTIONS)}"
         )
     _no_further_terms("paced_tb", config)
@@ -120,7 +120,7 @@ def flowrl_policy_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """FlowRL's residual and weights with the old policy as reference, for which the group's log Z is 0."""
     if loss_agg_mode != "seq-mean-token-mean":
-        raise InputError(f"loss_agg_mode={loss_agg_mode}: FlowRL averages over tokens, use seq-mean-token-mean")
+        raise InputError(f"loss_agg_mode={loss_agg_mode}: FlowRL averages over tokens: set seq-mean-token-mean")
     _no_further_terms("paced_flowrl", config)
     signal = one_a_row("advantages", advantages, response_mask, "adv_estimator=grpo")
     return _flowrl(
@@ -187,7 +187,7 @@ def _flowrl(
 def _no_further_terms(name: str, config: Any) -> None:
     """Refuse entropy and KL terms, which verl would add to this loss."""
     if config.entropy_coeff or config.use_kl_loss:
-        raise InputError(f"loss_mode={name} takes no further terms: set use_kl_loss=False and entropy_coeff=0")
+        raise InputError(f"loss_mode={name} takes no further loss terms: set use_kl_loss=False and entropy_coeff=0")
 
 
 def _denominator(config: Any, mask: Tensor) -> float | Tensor:

@@ -105,7 +105,7 @@ class Collector:
         completions = [completion for group in groups for completion in group.completions]
         rewards = [reward for group in groups for reward in group.rewards]
         if all(reward is None for reward in rewards):
-            raise TrainingError(f"no completion of step {step} has a verdict: look at the warnings above")
+            raise TrainingError(f"no completion of step {step} could be scored: the warnings above say why")
         shaping = [x for g in groups if g.shaping for x in centred(g.shaping, [r is not None for r in g.rewards])]
         prompt_ids = [self.table.rows[i].token_ids for i in each]
         with self.phase("pack"):

@@ -159,8 +159,8 @@ class Trainer:
             host = to_host(wanted)
         if min(host["drawn"]) < 0:
             raise TrainingError(
-                f"the schedule of step {step} has too few prompts to draw from: the values of the others are not "
-                "numbers; lower --log-z.learning-rate, or look at the rewards"
+                f"step {step} has too few prompts to draw from, because the values of the others are NaN: "
+                "lower --log-z.learning-rate, or check the rewards"
             )
         if self.replay is None or "slots" not in host:
             return host["drawn"], None

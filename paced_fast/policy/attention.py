@@ -52,8 +52,8 @@ class Attention:
     kernel: Kernel | None = None
 
 
-SHARED = Attention("shared", "prompts are computed once for a group")
-PADDED = Attention("padded", "every sequence has a row of its own")
+SHARED = Attention("shared", "each prompt is computed once per group")
+PADDED = Attention("padded", "one row per sequence")
 
 
 def choose_attention(setting: str, model: PreTrainedModel, device: torch.device | None = None) -> Attention:
@@ -68,7 +68,7 @@ def choose_attention(setting: str, model: PreTrainedModel, device: torch.device 
         return PADDED
     if why is not None:
         if setting != "auto":
-            raise InputError(f"--model.attention {setting}: {why}: take auto or padded")
+            raise InputError(f"--model.attention {setting}: {why}: use auto or padded")
         return Attention("padded", why)
     if setting == "auto":
         if device.type == "cpu":
@@ -81,11 +81,11 @@ def choose_attention(setting: str, model: PreTrainedModel, device: torch.device 
     if setting == "shared":
         return SHARED
     if setting == "packed-sdpa":
-        return Attention(setting, "asked for", sdpa)
+        return Attention(setting, "set by --model.attention", sdpa)
     problem = _lacks(setting, model, device)
     if problem is not None:
-        raise InputError(f"--model.attention {setting}: {problem}: take auto, which uses what there is")
-    return Attention(setting, "asked for", _VARLEN[setting].load())
+        raise InputError(f"--model.attention {setting}: {problem}: use auto, which picks an available kernel")
+    return Attention(setting, "set by --model.attention", _VARLEN[setting].load())
 
 
 def install(model: PreTrainedModel) -> None:
@@ -152,13 +152,14 @@ def _attend(
     for option in ("softcap", "s_aux"):
         if options.get(option) is not None:
             raise InputError(
-                f"--model.attention: this model's attention has {option}, which shared and packed rows do not know"
+                f"--model.attention: this model's attention uses {option}, which shared and packed rows do not "
+                "support: use padded"
             )
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     windowed = getattr(getattr(module, "config", None), "sliding_window", None) is not None
     if windowed and "sliding_window" not in options:
-        raise InputError("--model.attention: this model does not tell its window to packed rows: take shared")
+        raise InputError("--model.attention: this model does not pass its sliding window to packed rows: use shared")
     return packed.kernel(query, key, value, packed, scaling, options.get("sliding_window")), None
 
 
@@ -247,14 +248,14 @@ def _lacks(name: str, model: PreTrainedModel, device: torch.device) -> str | Non
     kernel, settings = _VARLEN[name], model.config
     size = head_size(text_settings(settings))
     if device.type != "cuda":
-        return f"the model is on the {device.type} and the kernel needs a GPU"
+        return f"the kernel needs a GPU, and the model is on the {device.type}"
     if model.dtype not in (torch.bfloat16, torch.float16):
-        return f"the parameters are {str(model.dtype).removeprefix('torch.')} and varlen kernels need bfloat16"
+        return f"varlen kernels need bfloat16 parameters, and these are {str(model.dtype).removeprefix('torch.')}"
     if size % 8 or size > 256:
-        return f"heads have {size} numbers, and varlen kernels need a multiple of 8 up to 256"
+        return f"varlen kernels need a head size that is a multiple of 8 up to 256, and it is {size}"
     major = torch.cuda.get_device_capability(device)[0]
     if not kernel.oldest <= major <= kernel.newest:
-        return f"the GPU has compute capability {major}.x, not {kernel.oldest}.x to {kernel.newest}.x"
+        return f"the kernel needs compute capability {kernel.oldest}.x to {kernel.newest}.x, and the GPU has {major}.x"
     return _absent(kernel)
 
 

@@ -57,11 +57,11 @@ PADDABLE = frozenset(
 _KEEP_WINDOWS = ("phimoe", "qwen2_moe")
 """Types whose layers do not tell their window to the function that attends."""
 
-_LOOK_AHEAD = "let tokens see those after them, so that completions have no log-probs"
+_LOOK_AHEAD = "let tokens attend to later tokens, so that completions have no log-probs"
 REFUSED = {
     **dict.fromkeys(("cpmant", "prophetnet", "xlnet"), _LOOK_AHEAD),
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "guess for another model and do not stand alone"),
-    **dict.fromkeys(("musicgen", "musicgen_melody"), "write sound for a text that they are not given as a prompt"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "draft for another model and do not stand alone"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "generate audio, for a text that is not part of the prompt"),
 }
 """Types that cannot be a policy, and why."""
 
@@ -112,7 +112,7 @@ def refuse(settings: Any) -> None:
     kind = getattr(settings, "model_type", "")
     why = REFUSED.get(kind) or REFUSED.get(getattr(text, "model_type", ""))
     if why is None and kind in _ENCODERS and not getattr(settings, "is_decoder", False):
-        why = f"{_LOOK_AHEAD}, where is_decoder is not set in their configuration"
+        why = f"{_LOOK_AHEAD}, unless is_decoder is set in their configuration"
     if why is not None:
         raise InputError(f"model.name: models of type {kind} {why}: give another model")
 
@@ -122,16 +122,16 @@ def unshareable(settings: Any) -> str | None:
     text = text_settings(settings)
     kind = getattr(text, "model_type", "")
     if kind not in SHAREABLE:
-        return f"models of type {kind} are exact with one sequence in a row"
+        return f"models of type {kind} are exact only with one sequence per row"
     others = set(getattr(text, "layer_types", None) or ()) - _KINDS
     if others:
-        return f"this {kind} model has layers of {min(others)}, which need a row for every sequence"
+        return f"this {kind} model has layers of type {min(others)}, which need one row per sequence"
     if differs(text, "sliding_window"):
-        return f"this {kind} model has windows of several sizes, and every sequence needs a row"
+        return f"this {kind} model has sliding windows of several sizes, which need one row per sequence"
     if kind in _KEEP_WINDOWS and setting(text, "sliding_window") is not None:
-        return f"this {kind} model does not tell its window, so that every sequence needs a row"
+        return f"this {kind} model does not pass on its sliding window, so it needs one row per sequence"
     if any(setting(text, name) is not None for name in _ATTENTION_CAPS):
-        return f"this {kind} model caps its attention scores, which no kernel for shared rows does"
+        return f"this {kind} model caps its attention scores, which no kernel for shared rows supports"
     return None
 
 
@@ -145,7 +145,7 @@ def planned(config: Config, settings: Any) -> Config:
     if why is None or config.model.attention == "padded":
         return config
     if config.model.attention != "auto":
-        raise InputError(f"--model.attention {config.model.attention}: {why}: take auto or padded")
+        raise InputError(f"--model.attention {config.model.attention}: {why}: use auto or padded")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="padded"))
 
 
@@ -163,8 +163,8 @@ def check_finite(model: PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
         if not bool((finite := torch.isfinite(weight)).all()):
             raise InputError(
-                f"model.name: {int((~finite).sum())} of {weight.numel()} numbers of {name} are infinite or none: give "
-                "a model that was saved before its training went wrong, or fetch it again"
+                f"model.name: {int((~finite).sum())} of {weight.numel()} values of {name} are infinite or NaN: give "
+                "a model that was saved before its training diverged, or download it again"
             )
 
 
@@ -177,8 +177,8 @@ def check_positions(limit: Positions, config: Config, *, longest: int, longest_h
     ):
         if limit.longest is not None and prompt + cut > limit.longest:
             raise InputError(
-                f"model.name: {kind} has {prompt} tokens and its completion may have {cut}, and this is {limit.why}: "
-                f"lower --{owner}.max-completion-tokens or --data.max-prompt-tokens, or take another model"
+                f"model.name: {kind} of {prompt} tokens and its completion of up to {cut} do not fit in {limit.why}: "
+                f"lower --{owner}.max-completion-tokens or --data.max-prompt-tokens, or use another model"
             )
 
 
@@ -191,7 +191,7 @@ def is_plain(settings: Any) -> bool:
 def check_length(limit: Positions, tokens: int, remedy: str) -> None:
     """Raises InputError when a sequence of this many tokens exceeds the model's positions."""
     if limit.longest is not None and tokens > limit.longest:
-        raise InputError(f"prompt and completion are {tokens} tokens together, and this is {limit.why}: {remedy}")
+        raise InputError(f"prompt and completion have {tokens} tokens together and do not fit in {limit.why}: {remedy}")
 
 
 def examine(model: PreTrainedModel) -> Family:
@@ -282,7 +282,9 @@ def spare_tokens(family: Family) -> int:
     """Number of tokens that a test may use beyond the fewest; models with few positions are tested with fewer."""
     longest = family.limit.longest
     if longest is not None and longest < 8:
-        raise InputError(f"model.name: this is {family.limit.why}, and fewer than 8 leave no room: give another model")
+        raise InputError(
+            f"model.name: at least 8 positions are needed, and this is {family.limit.why}: give another model"
+        )
     return 7 if longest is None else min(7, longest - 5)
 
 
@@ -327,15 +329,15 @@ def _tried(model: PreTrainedModel, family: Family, head: nn.Linear) -> Family:
     wanted = alone(long)
     if not close(alone(long[:4]), wanted[:4], dtype):
         raise InputError(
-            f"model.name: in this model of type {kind} tokens see those after them, so completions have no log-probs: "
-            "give a causal language model (some need is_decoder in their configuration)"
+            f"model.name: in this model of type {kind} tokens attend to later tokens, so completions have no "
+            "log-probs: give a causal language model (some need is_decoder in their configuration)"
         )
     family = _with_scale(model, family, head, torch.tensor([short], device=device))
     rows = torch.tensor([[*short, *long[: len(long) - len(short)]], long], device=device)
     padded = logits_of(family, head(head_states(model, rows)))
     if not close(padded[0, : len(short)], alone(short), dtype) or not close(padded[1], wanted, dtype):
         raise InputError(
-            f"model.name: in this model of type {kind} the log-probs of a sequence depend on others in its batch: "
+            f"model.name: in this model of type {kind} the log-probs of a sequence depend on the rest of its batch: "
             "give another model"
         )
     return family
@@ -369,6 +371,6 @@ def _with_scale(model: PreTrainedModel, family: Family, head: nn.Linear, ids: Te
             if float((found - wanted).abs().max()) <= rounding * float(wanted.abs().max()):
                 return tried
     raise InputError(
-        f"model.name: this model of type {family.model_type} makes its logits in a way that the loss does not know: "
+        f"model.name: this model of type {family.model_type} computes logits in a way that the loss does not support: "
         "give another model"
     )

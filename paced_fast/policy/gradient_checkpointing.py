@@ -25,8 +25,8 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     layers = _layers(model)
     if not layers or not model.supports_gradient_checkpointing:
         raise InputError(
-            f"--model.gradient-checkpointing: {type(model).__name__} has no layers that can be computed again: "
-            "leave it out"
+            f"--model.gradient-checkpointing: {type(model).__name__} has no layers that can be recomputed: "
+            "leave the option out"
         )
     for layer in layers:
         layer.forward = types.MethodType(_forward, layer)
@@ -42,7 +42,7 @@ def checkpoint_next_forward(model: PreTrainedModel) -> None:
     if all(getattr(layer, _ARMED, False) for layer in layers):
         raise InputError(
             f"--model.gradient-checkpointing: the layers of {type(model).__name__} are not called by this version of "
-            "transformers: leave it out"
+            "transformers: leave the option out"
         )
     for layer in layers:
         setattr(layer, _ARMED, True)

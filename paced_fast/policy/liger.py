@@ -27,7 +27,7 @@ def use_liger(setting: str, model: PreTrainedModel, device: torch.device | None 
     """
     problem = _lacks(model, device or model.device)
     if setting == "on" and problem is not None:
-        raise InputError(f"--model.liger on: {problem}: give auto, which leaves it out, or off")
+        raise InputError(f"--model.liger on: {problem}: give auto, which uses it only where possible, or off")
     if setting == "off" or problem is not None:
         return "off" if setting == "off" else f"off ({problem})"
     kernels = import_module("liger_kernel.transformers.functional")
@@ -50,9 +50,9 @@ def use_liger(setting: str, model: PreTrainedModel, device: torch.device | None 
     if without_rotary and setting == "on":
         raise InputError(
             f"--model.liger on: {without_rotary} attention layers of {model.config.model_type} do not call "
-            f"{_ROTARY} in this version of transformers: give auto, which takes the rest, or off"
+            f"{_ROTARY} in this version of transformers: give auto, which replaces the rest, or off"
         )
-    left = f"; {without_rotary} rotary embeddings are left as they are" if without_rotary else ""
+    left = f"; {without_rotary} rotary embeddings are not replaced" if without_rotary else ""
     return f"on ({norms} RMSNorm, {others} SwiGLU and rotary embeddings{left})"
 
 
@@ -63,7 +63,7 @@ def _lacks(model: PreTrainedModel, device: torch.device) -> str | None:
     if util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed (pip install 'paced-fast[liger]')"
     if model.config.model_type not in _KNOWN:
-        return f"models of type {model.config.model_type} are not among {', '.join(_KNOWN)}"
+        return f"models of type {model.config.model_type} are not supported, only {', '.join(_KNOWN)}"
     return None
 
 

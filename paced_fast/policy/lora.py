@@ -41,16 +41,16 @@ def adapt(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
     layers = [name for name in layers if name not in read_inside]
     if not layers and not experts:
         raise InputError(
-            f"--lora.rank {config.rank}: this {model.config.model_type} model has no linear layers but its output "
-            "head: train all of it, without --lora.rank"
+            f"--lora.rank {config.rank}: this {model.config.model_type} model has no linear layers except its "
+            "output head: leave out --lora.rank, which trains the whole model"
         )
     if config.targets != ("all-linear",):
         named = {name.rpartition(".")[2] for name in (*layers, *experts)}
         for target in config.targets:
             if target not in named:
                 raise InputError(
-                    f"--lora.targets {target}: the model has linear layers {', '.join(sorted(named))}: "
-                    "name some of them, or give all-linear (the output head stays as it is)"
+                    f"--lora.targets {target}: the linear layers of this model are {', '.join(sorted(named))}: "
+                    "name some of them, or give all-linear (the output head is not adapted)"
                 )
         layers, experts = (
             [name for name in names if name.rpartition(".")[2] in config.targets] for names in (layers, experts)
@@ -199,7 +199,7 @@ def load_adapter_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> N
     """Continue from `adapter_state()`. Raises InputError when it belongs to other settings."""
     own = adapter_state(model)
     if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
-        raise InputError("the checkpoint's low-rank matrices belong to other --lora settings: give those of its run")
+        raise InputError("the checkpoint's adapters belong to other --lora settings: give those of its run")
     for name, tensor in own.items():
         tensor.copy_(state[name])
 

@@ -87,7 +87,7 @@ class Policy:
             attention = choose_attention("auto" if unshareable(model.config) else "shared", model)
         if attention.name != PADDED.name:
             if (why := unshareable(model.config)) is not None:
-                raise InputError(f"--model.attention {attention.name}: {why}: take auto or padded")
+                raise InputError(f"--model.attention {attention.name}: {why}: use auto or padded")
             install(model)
         if checkpoint:
             enable_checkpointing(model)
@@ -116,7 +116,7 @@ class Policy:
             found = self.token_logprobs(states, batch.token_ids, 1.0)
             if not close(found, torch.cat(wanted), self.model.dtype):
                 raise InputError(
-                    f"--model.attention {self.attention.name}: with several sequences in a row this model of type "
+                    f"--model.attention {self.attention.name}: with several sequences per row this model of type "
                     f"{self.family.model_type} has other log-probs than with one: give --model.attention padded"
                 )
 

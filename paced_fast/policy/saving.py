@@ -55,8 +55,8 @@ class PolicyFiles:
         if wrong:
             raise InputError(
                 f"this {self._empty.config.model_type} model cannot be saved: {wrong[0]} ({len(wrong)} such weights) "
-                "is not the same in the policy and in a model of its settings: name other layers by --lora.targets, or "
-                "take another model"
+                "differs in name or shape from a model made from its config.json: name other layers with "
+                "--lora.targets, or use another model"
             )
 
     @torch.no_grad()
@@ -124,7 +124,7 @@ class StoredNames:
     def _refusal(self, name: str) -> InputError:
         return InputError(
             f"--generator vllm: {name} of a {self._empty.config.model_type} model is stored together with other "
-            "weights and cannot be handed to the engine one at a time: take --generator transformers"
+            "weights and cannot be passed to the engine alone: use --generator transformers"
         )
 
     def of(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
@@ -164,7 +164,7 @@ def check_loads(folder: Path, state: Mapping[str, Tensor], settings: PreTrainedC
     try:
         loaded = load_model(ModelConfig(dtype="bfloat16" if kind == torch.bfloat16 else "float32"), str(folder))
     except InputError as error:
-        raise InputError(f"{folder} was written and cannot be read back: {error}; nothing is kept there") from error
+        raise InputError(f"the model saved in {folder} cannot be read back, so it was removed: {error}") from error
     weights = loaded.state_dict()
     for name in sorted(state.keys() | weights.keys()):
         if name not in state or name not in weights or not same(weights[name], state[name]):
@@ -211,6 +211,6 @@ def generation_settings(path: str) -> bytes | None:
 
 def _differs(folder: Path, name: str) -> str:
     return (
-        f"{folder} was written and is not the policy when it is read back: {name} differs; nothing is kept there. "
-        f"transformers {version} does not save this kind of model: take another version of it, or another model"
+        f"the model saved in {folder} differs from the policy in {name} when it is read back, so it was removed: "
+        f"transformers {version} does not save this kind of model correctly; use another version or model"
     )

@@ -43,12 +43,11 @@ def choose_mode(mode: str, *, ranks: int, plan: Mapping[str, int], device_bytes:
     needed, limit = sum(plan.values()), int(SHARE_OF_DEVICE * device_bytes)
     largest = max(plan, key=lambda name: plan[name])
     does_fit = needed <= limit
-    compared = "of the" if does_fit else "and may take no more than"
     return Choice(
         not does_fit,
-        f"{'replicated' if does_fit else 'sharded'}: a rank that holds all parameters and 1/{ranks} of the optimiser's "
-        f"state needs {_gib(needed)} ({_gib(plan[largest])} of it for {largest}) {compared} {_gib(limit)} that are "
-        f"{SHARE_OF_DEVICE:.0%} of its memory",
+        f"{'replicated' if does_fit else 'sharded'}: all parameters and 1/{ranks} of the optimiser's state need "
+        f"{_gib(needed)} per rank ({_gib(plan[largest])} of it for {largest}), "
+        f"{'within' if does_fit else 'more than'} {_gib(limit)}, {SHARE_OF_DEVICE:.0%} of the device's memory",
     )
 
 

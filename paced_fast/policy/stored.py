@@ -34,8 +34,8 @@ _OTHER_HEADS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMul
 _DECODERS_BY_NATURE = ("gpt_neox", "gpt_neox_japanese")
 """Have the setting `is_decoder`, and look back only whatever it says."""
 
-_AGAIN = "fetch the model again"
-_PLAIN = "training needs plain weights: give the model in bfloat16, or save it so once, dequantised, and give that"
+_AGAIN = "download the model again"
+_PLAIN = "training needs plain weights: give the model in bfloat16, or dequantise it, save that, and give the result"
 
 
 def refused(path: str | Path, reason: str, remedy: str = "give a model folder or id") -> InputError:
@@ -47,19 +47,19 @@ def check_files(folder: Path) -> None:
     """Raises InputError for a folder that is no complete model in safetensors, naming what is wrong with it."""
     names = {path.name for path in folder.iterdir()}
     if not names:
-        raise refused(folder, "the folder is empty", "give one that holds a model")
+        raise refused(folder, "the folder is empty", "give a folder with a model")
     if "adapter_config.json" in names:
         raise refused(
             folder,
-            "it holds adapters (adapter_config.json), which belong beside a model",
-            "merge the two with PEFT's merge_and_unload, save the whole model, and give that",
+            "it holds adapters (adapter_config.json), not a whole model",
+            "merge them with PEFT's merge_and_unload, save the whole model, and give its folder",
         )
     if "config.json" not in names:
         if found := sorted(name for name in names if name.endswith(".gguf")):
-            raise refused(folder, f"quantised weights, GGUF in {found[0]}", _PLAIN)
-        raise refused(folder, "there is no config.json in it", "give the folder of a Hugging Face model")
+            raise refused(folder, f"its weights are quantised: {found[0]} is a GGUF file", _PLAIN)
+        raise refused(folder, "it has no config.json", "give the folder of a Hugging Face model")
     if found := sorted(names.intersection(_QUANTISED_FILES)):
-        raise refused(folder, f"quantised weights, by {found[0]}", _PLAIN)
+        raise refused(folder, f"its weights are quantised, according to {found[0]}", _PLAIN)
     for file in _weight_files(folder, names):
         _check_weights(folder, file)
 
@@ -73,18 +73,18 @@ def _weight_files(folder: Path, names: set[str]) -> list[Path]:
             shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
             absent = [shard for shard in shards if not (folder / shard).is_file()]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise refused(folder, f"{INDEX} is {pointer(folder / INDEX) or 'no index'}", _AGAIN) from error
+            raise refused(folder, f"{INDEX} is {pointer(folder / INDEX) or 'not a valid index'}", _AGAIN) from error
         if absent:
-            what = f"{INDEX} names {absent[0]}, which is not there, {len(absent)} of {len(shards)} files"
+            what = f"{len(absent)} of the {len(shards)} files in {INDEX} are missing, such as {absent[0]}"
             raise refused(folder, what, _AGAIN)
         return [folder / shard for shard in shards]
     if any(any(folder.glob(pattern)) for pattern in _PICKLES):
         raise refused(
             folder,
-            "its weights are pickled, which runs code when they are read",
-            "load it with transformers and save it by save_pretrained, which writes safetensors, and give that",
+            "its weights are pickled, and reading a pickle can run code",
+            "load it with transformers, save it with save_pretrained, which writes safetensors, and give that folder",
         )
-    raise refused(folder, f"it has no weights: no {WEIGHTS}, no {INDEX}", "give the folder of a whole model")
+    raise refused(folder, f"it has no weights: neither {WEIGHTS} nor {INDEX}", "give the folder of a whole model")
 
 
 def _check_weights(folder: Path, file: Path) -> None:
@@ -100,24 +100,24 @@ def _check_weights(folder: Path, file: Path) -> None:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise refused(folder, f"{file.name} is {pointer(file) or 'cut off or damaged'}", _AGAIN) from error
     if end != size:
-        raise refused(folder, f"{file.name} has {size} bytes and its header wants {end}", _AGAIN)
+        raise refused(folder, f"{file.name} has {size} bytes, but its header says {end}", _AGAIN)
     for name, kind in kinds.items():
         if name.endswith("weight") and kind not in _NUMBERS:
-            raise refused(folder, f"quantised weights, {name} in {kind}", _PLAIN)
+            raise refused(folder, f"its weights are quantised: {name} has dtype {kind}", _PLAIN)
 
 
 def check_settings(settings: PreTrainedConfig, path: str) -> None:
     """Raises InputError for settings of quantised weights or of another kind of model."""
     if (method := quantisation(settings.to_dict())) is not None:
-        raise refused(path, f"quantised weights, {method}", _PLAIN)
+        raise refused(path, f"its weights are quantised with {method}", _PLAIN)
     if getattr(settings, "is_encoder_decoder", False):
-        raise refused(path, f"{settings.model_type} is an encoder and a decoder", "give a decoder-only model")
+        raise refused(path, f"{settings.model_type} is an encoder-decoder model", "give a decoder-only model")
     heads = getattr(settings, "architectures", None) or ()
     other = [name for name in heads if name.endswith(_OTHER_HEADS)]
     if other and len(other) == len(heads):
-        raise refused(path, f"a {other[0]} does not write text", "give a causal language model")
+        raise refused(path, f"a {other[0]} does not generate text", "give a causal language model")
     if getattr(settings, "is_decoder", None) is False and settings.model_type not in _DECODERS_BY_NATURE:
-        what = f"{settings.model_type} with is_decoder false is an encoder, whose tokens see what follows them"
+        what = f"{settings.model_type} with is_decoder false is an encoder, whose tokens attend to later tokens"
         raise refused(path, what, "give a causal language model")
 
 
@@ -145,14 +145,14 @@ def check_report(info: Mapping[str, Iterable[Any]], model: torch.nn.Module, path
         raise refused(
             path,
             f"it lacks {len(missing)} of {len(model.state_dict())} weights, {_some(missing)}{instead}",
-            "give a complete causal language model, no weight is drawn at random",
+            "give a complete causal language model, because missing weights are not initialised at random",
         )
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise refused(
             path,
-            f"{len(mismatched)} weights have other sizes than config.json says: {name} is {list(stored)} and should be "
-            f"{list(wanted)}",
+            f"{len(mismatched)} weights have other shapes than config.json says: {name} is {list(stored)} and should "
+            f"be {list(wanted)}",
             "give a folder whose weights and config.json belong together",
         )
     known = {_without_numbers(name) for name in model.state_dict()}
@@ -167,7 +167,7 @@ def check_report(info: Mapping[str, Iterable[Any]], model: torch.nn.Module, path
     if changed := [name for name in unexpected if name.rpartition(".")[0] in owners]:
         raise refused(
             path,
-            f"{_some(changed)}: the layer of its config.json has no such weight and would compute something else",
+            f"{_some(changed)}: the layer in its config.json has no such weight and would compute something else",
             "give a folder whose weights and config.json belong together",
         )
     return unexpected
@@ -193,8 +193,8 @@ def _check_wrappers(missing: list[str], unexpected: list[str], path: str) -> Non
         if wrappers and plain & candidates:
             raise refused(
                 path,
-                f"its weights carry names of a wrapper, {name} by {_WRAPPERS[wrappers[0]]}",
-                "save the model that is inside the wrapper, or take the prefix out of the names",
+                f"the names of its weights have the prefix of a wrapper: {name}, from {_WRAPPERS[wrappers[0]]}",
+                "save the model inside the wrapper, or remove the prefix from the names",
             )
 
 

@@ -62,7 +62,7 @@ def warm_start(
         return model
     folder = cache_folder(config, _beside(config, tokenizer, stops))
     if (folder / "config.json").is_file():  # the folder got its name when it was complete
-        report(f"warm start: from the cache ({folder})")
+        report(f"warm start: read from the cache ({folder})")
         return load_model(config.model, str(folder))
     policy = make_policy(model, config)
     for number, phase in enumerate(phases, start=1):
@@ -123,11 +123,11 @@ def _run_phase(
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         if not math.isfinite(loss):
             raise TrainingError(
-                f"warm start: the loss of phase {number} is {loss} at step {step + 1}: lower its learning_rate"
+                f"warm start: the loss of phase {number} is {loss} at step {step + 1}: lower the phase's learning_rate"
             )
         optimizer.step()
         if (step + 1) % max(1, phase.steps // 10) == 0:
-            report(f"warm start: phase {number}, step {step + 1}/{phase.steps}, loss {loss:.3f} nat a token")
+            report(f"warm start: phase {number}, step {step + 1}/{phase.steps}, loss {loss:.3f} nat per token")
 
 
 def _beside(config: Config, tokenizer: PreTrainedTokenizerBase, stops: prompts.Stops) -> list[object]:
@@ -143,7 +143,7 @@ def _demonstrations(table: PromptTable, tokenizer: PreTrainedTokenizerBase, stop
     if len(texts) < len(table):
         raise InputError(
             f"warm start: {len(table) - len(texts)} of {len(table)} rows have no demonstration: "
-            "name the field that holds it by demonstration=FIELD"
+            "name the field that holds it with demonstration=FIELD"
         )
     completions: list[Completion] = []
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -153,7 +153,7 @@ def _demonstrations(table: PromptTable, tokenizer: PreTrainedTokenizerBase, stop
         early = next((token for token in ids if token in stops.ids), None)
         if early is not None:
             raise InputError(
-                f"warm start: the demonstration of {row.where or 'a row'} goes on behind the stop token "
+                f"warm start: the demonstration of {row.where or 'a row'} continues after the stop token "
                 f"{tokenizer.convert_ids_to_tokens(early)}, which ends a completion: cut it there"
             )
         ids = [*ids, stops.turn_end if row.in_chat else stops.text_end]

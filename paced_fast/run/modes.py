@@ -18,7 +18,7 @@ from paced_fast.run.start.session import ranks_of_run
 def run_bench(config: Config, mode: modes.Launch, console: Console) -> None:
     """Time steps instead of training; tables to the console, figures to `mode.json`."""
     if mode.json is not None and not mode.json.parent.is_dir():
-        raise InputError(f"--bench-json {mode.json}: there is no folder {mode.json.parent}")
+        raise InputError(f"--bench-json {mode.json}: the folder {mode.json.parent} does not exist: create it first")
     config = resolve(config)
     with ranks_of_run(config, console) as (world, console):
         result = bench.measure(config, steps=mode.bench or 1, lengths=mode.lengths, world=world)
@@ -32,5 +32,5 @@ def ranks_here() -> int:
     """Number of processes according to the environment, for a plan without a number."""
     text = os.environ.get("WORLD_SIZE") or "1"
     if not re.fullmatch("[1-9][0-9]{0,5}", text):
-        raise InputError(f"--dry-run: WORLD_SIZE is {text[:80]!r}, no number of processes: give --dry-run RANKS")
+        raise InputError(f"--dry-run: WORLD_SIZE is {text[:80]!r}, not a number of processes: give --dry-run RANKS")
     return int(text)

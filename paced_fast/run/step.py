@@ -113,9 +113,10 @@ class Stepper:
         counters.consecutive_skips = 0 if host["taken"] else counters.consecutive_skips + 1
         if counters.consecutive_skips >= self.config.optimizer.max_consecutive_skips:
             raise TrainingError(
-                f"non-finite loss or gradient in {counters.consecutive_skips} steps in a row, up to step "
-                f"{counters.step} (loss {host['loss']}, gradient norm {host['grad_norm']}): no parameter was changed "
-                "by them; lower --optimizer.learning-rate, or look at the rewards"
+                f"non-finite loss or gradient in {counters.consecutive_skips} consecutive steps, up to step "
+                f"{counters.step} "
+                f"(loss {host['loss']}, gradient norm {host['grad_norm']}), which changed no parameter: "
+                "lower --optimizer.learning-rate, or check the rewards"
             )
 
     def _record(

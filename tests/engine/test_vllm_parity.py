@@ -70,7 +70,7 @@ def test_a_parameter_left_out_of_the_push_stops_the_run(
     assert name in dict(every())
     monkeypatch.setattr(pushed.sync, "trainer", lambda: [pair for pair in every() if pair[0] != name])
     step(pushed)
-    with pytest.raises(TrainingError, match="a parameter the engine did not get"):
+    with pytest.raises(TrainingError, match="a parameter that did not reach the engine"):
         guard_of(pushed).check(1)
     monkeypatch.undo()
     pushed.generator.after_update()
@@ -87,7 +87,7 @@ def test_a_parameter_rebound_after_sharing_is_named(qwen: Any) -> None:
             qwen.generator.after_update()
         with torch.no_grad():
             parameter.add_(1.0)
-        with pytest.raises(TrainingError, match="a parameter the engine did not get"):
+        with pytest.raises(TrainingError, match="a parameter that did not reach the engine"):
             guard_of(qwen).check(1)
     finally:
         parameter.data = shared

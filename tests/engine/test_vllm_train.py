@@ -132,7 +132,7 @@ def test_a_failure_while_sampling_ends_the_run_with_its_checkpoint(finished: tup
     assert done.returncode == 3
     lines = [line for line in done.stderr.splitlines() if line.startswith("stopped: ")]
     assert len(lines) == 1
-    assert lines[0].startswith("stopped: vllm failed while sampling (lost a worker): nothing of this step is kept")
+    assert lines[0].startswith("stopped: vllm failed while sampling (lost a worker): this step is discarded")
     assert "Traceback" not in done.stderr
     steps = [record["step"] for record in records(folder)]
     assert steps == list(range(len(steps)))

@@ -520,7 +520,7 @@ def test_tables_say_what_the_first_line_covers_and_sort_by_name() -> None:
     record = run(samples=1).record()
     lines = printed(record, 100)
     assert [line.split()[0] for line in lines[2:6]] == ["overall", "easy", "hard", "odd"]
-    assert any("maj@k: the commonest of k answers is correct" in line for line in lines), "not in two lines"
+    assert any("maj@k: the most common of k answers is correct" in line for line in lines), "not in two lines"
     record = run(headline=("odd", "hard")).record()
     record["slices"] = {"k10": record["slices"]["odd"], "k9": record["slices"]["hard"], "a": record["slices"]["easy"]}
     lines = printed(record | {"headline": ["k10", "k9"]}, 100)

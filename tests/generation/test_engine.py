@@ -85,7 +85,7 @@ def test_the_engine_is_given_room_for_a_step_and_a_check() -> None:
     assert memory.kv_cache_bytes(made, bigger) == 1 << 29
     assert memory.plan(made, bigger, 1)["key-value cache"] == 1 << 29
     long = tiny_policy.replaced(config, generation__max_completion_tokens=600)
-    with pytest.raises(InputError, match="612 tokens together and the model has 512 positions"):
+    with pytest.raises(InputError, match="612 tokens together, but the model has 512 positions"):
         memory.engine_tokens(made, long)
     longer = tiny_policy.replaced(config, evaluation__max_completion_tokens=300)
     assert memory.engine_tokens(made, longer) == 312, "an evaluation's completions must fit as well"
@@ -114,7 +114,7 @@ def test_settling_waits_for_the_scheduler_and_for_batches_under_way(queued: int,
     settle(made)
     assert made.steps == steps
     assert not made.batch_queue
-    with pytest.raises(TrainingError, match="vllm does not come to rest after sampling"):
+    with pytest.raises(TrainingError, match="vllm still has requests after sampling"):
         settle(_Queue(20))
 
 
@@ -124,7 +124,7 @@ def test_heads_without_a_kernel_are_refused_before_the_warm_start(
     monkeypatch.setattr("paced_fast.run.start.build.require_vllm", lambda device: None)
     config = tiny_policy.settings(generator="vllm", run_dir=str(tmp_path / "run"))
     with pytest.raises(
-        InputError, match=r"no kernel for heads of 24 on a CPU, only of 32, 64.*--model.hidden-size 128"
+        InputError, match=r"no CPU kernel for attention heads of size 24, only for 32, 64.*--model.hidden-size 128"
     ):
         build(config, Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()
@@ -138,7 +138,9 @@ def test_a_failure_between_samplings_is_one_line_that_names_a_knob() -> None:
         raise RuntimeError(f"CUDA out of memory at {tags}\nmore")
 
     recorder.wake_up = fails  # type: ignore[attr-defined]
-    with pytest.raises(TrainingError, match=r"taking its key-value cache back \(CUDA out of memory.*kv-cache-gib"):
+    with pytest.raises(
+        TrainingError, match=r"failed while restoring its key-value cache \(CUDA out of memory.*kv-cache-gib"
+    ):
         generator.after_update()
 
 
@@ -222,5 +224,5 @@ def test_a_deeper_sleep_wakes_the_weights_first_and_restores_buffers() -> None:
 def test_an_engine_that_keeps_its_prefix_cache_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     generator, recorder = _on_gpu(level=0)
     monkeypatch.setattr(recorder, "reset_prefix_cache", lambda: False, raising=False)
-    with pytest.raises(TrainingError, match="kept its prefix cache"):
+    with pytest.raises(TrainingError, match="did not clear its prefix cache"):
         generator.after_update()

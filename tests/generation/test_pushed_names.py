@@ -43,7 +43,7 @@ def test_an_engine_is_handed_the_names_and_numbers_of_a_checkpoint(tmp_path: Pat
     if lora:
         adapt(made, LoraConfig(rank=2, alpha=4), seed=0)
     if kind == "deepseek_v3" and Version(transformers.__version__) < Version("5.19"):
-        with pytest.raises(InputError, match=r"^--generator vllm: .*e_score_correction_bias.* cannot be handed"):
+        with pytest.raises(InputError, match=r"^--generator vllm: .*e_score_correction_bias.* cannot be passed"):
             connect(engine, made, WeightSyncConfig(mode="push"))
         pytest.skip("older transformers cannot name a buffer as checkpoints do, and such a model is refused")
     sync = connect(engine, made, WeightSyncConfig(mode="push"))
@@ -80,7 +80,7 @@ def test_weights_that_are_stored_together_are_not_pushed_apart(monkeypatch: pyte
         return found
 
     monkeypatch.setattr(saving, "revert_weight_conversion", fused)
-    told = r"^--generator vllm: .* of a llama model is stored together with other weights .*: take --generator transfor"
+    told = r"^--generator vllm: .* of a llama model is stored together with other weights .*: use --generator transform"
     with pytest.raises(InputError, match=told):
         connect(Engine(), tiny_stored.model("llama"), WeightSyncConfig(mode="push"))
 
@@ -90,7 +90,7 @@ def test_a_mixture_is_not_pushed_to_an_engine_on_a_cpu() -> None:
     assert [kind for kind in tiny_stored.KINDS if has_experts(tiny_stored.model(kind))] == [
         kind for kind in tiny_stored.KINDS if "moe" in kind or kind in ("mixtral", "gpt_oss", "deepseek_v3")
     ]
-    told = r"^--generator vllm: on a CPU the engine cannot take new weights of a mixture .*: take --generator transform"
+    told = r"^--generator vllm: on a CPU the engine cannot take new weights of a mixture .*: use --generator transform"
     with pytest.raises(InputError, match=told):
         require_pushable_experts(True, "cpu")
     require_pushable_experts(True, "cuda")

@@ -270,7 +270,7 @@ def test_padded_and_packed_are_one_loss_and_a_split_group_is_an_error() -> None:
     cu_seqlens = torch.tensor([0, 3, 4, 8])
     packed = loss_from_logprobs(new[mask], cu_seqlens=cu_seqlens, old_logprobs=old[mask], **common)
     assert torch.equal(padded.loss, packed.loss)
-    with pytest.raises(InputError, match="not both"):
+    with pytest.raises(InputError, match="give either mask"):
         loss_from_logprobs(new, **common)
     with pytest.raises(InputError, match="group 'b' has 1 of 2 completions"):
         group_log_z(torch.zeros(3), ["a", "a", "b"], group_size=2)

@@ -172,7 +172,7 @@ def test_infinite_rewards_are_refused_by_the_name_of_their_function(tmp_path: Pa
 
 def test_data_without_prompts_is_refused(tmp_path: Path) -> None:
     rows = tiny_trl.data().rename_column("prompt", "question")
-    with pytest.raises(InputError, match="train_dataset has no column 'prompt', but answer, question"):
+    with pytest.raises(InputError, match="train_dataset has no column 'prompt', only answer, question"):
         tiny_trl.PacedTrainer(
             tiny_policy.model(sharpness=2.0), tiny_trl.reward, tiny_trl.settings(tmp_path), train_dataset=rows
         )
@@ -186,7 +186,7 @@ def needs_a_column(completions: list[str], solution: list[str], **_: Any) -> lis
     ("changes", "message"),
     [
         ({"beta": 0.04}, "beta=0.04 is the weight of GRPO's KL term.*tb_beta"),
-        ({"loss_type": "grpo"}, "loss_type='grpo' names GRPO losses"),
+        ({"loss_type": "grpo"}, "loss_type='grpo' selects a GRPO loss"),
         ({"scale_rewards": "batch"}, "scale_rewards='batch' scales advantages"),
         ({"epsilon_high": 0.28}, "epsilon_high=0.28 .* importance_cap"),
         ({"entropy_coef": 0.01}, "entropy_coef=0.01"),
@@ -194,8 +194,8 @@ def needs_a_column(completions: list[str], solution: list[str], **_: Any) -> lis
         ({"tb_beta": 0.0}, "tb_beta=0.0 must be above 0"),
         ({"replay": 8}, "replay .* log_z='learned'"),
         ({"replay": 8, "log_z": "learned", "replay_max_age": 0}, "replay_max_age=0 must be at least 1"),
-        ({"prompt_sampling": "paced", "rows": 1}, "1 rows, and a generation batch takes 2 prompts"),
-        ({"reward_funcs": needs_a_column}, "needs_a_column needs the column 'solution', and train_dataset has answer"),
+        ({"prompt_sampling": "paced", "rows": 1}, "1 rows, but a generation batch takes 2 prompts"),
+        ({"reward_funcs": needs_a_column}, "needs_a_column needs the column 'solution', but train_dataset has answer"),
     ],
 )
 def test_wrong_use_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -207,7 +207,7 @@ def test_grpo_settings_are_refused_by_name(tmp_path: Path) -> None:
     from trl import GRPOConfig
 
     args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=8)
-    with pytest.raises(InputError, match="args is GRPOConfig: PacedTrainer takes a PacedConfig"):
+    with pytest.raises(InputError, match="args is a GRPOConfig: PacedTrainer needs PacedConfig"):
         tiny_trl.PacedTrainer(tiny_policy.model(), tiny_trl.reward, args, train_dataset=tiny_trl.data())
 
 
@@ -457,7 +457,7 @@ def test_a_checkpoint_of_another_data_set_is_refused(tmp_path: Path) -> None:
     options = {**EVERYTHING, "max_steps": 2}
     tiny_trl.trainer(tmp_path, **options).train()
     other = tiny_trl.trainer(tmp_path, rows=11, **options)
-    with pytest.raises(InputError, match="log Z of 12 prompts, and train_dataset has 11 rows"):
+    with pytest.raises(InputError, match="log Z of 12 prompts, but train_dataset has 11 rows"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -147,7 +147,7 @@ def test_rewards_that_are_no_accuracies_are_refused_by_what_takes_them_for_such(
 ) -> None:
     option = "=".join(map(repr, *memory.items())).replace("'", "", 2)
     made = build(tmp_path, tiny_trl.data(), reward_funcs=function, **memory)
-    with pytest.raises(InputError, match=rf"^{option} estimates an accuracy, and rewards {shown} .*scale them"):
+    with pytest.raises(InputError, match=rf"^{option} needs rewards in .0, 1., .* and these go {shown}: scale them"):
         made.train()
     assert made.state.global_step == 0
 
@@ -252,7 +252,7 @@ def test_a_column_that_a_reward_misses_is_named_before_anything_is_generated(
 
 def test_rows_of_a_transform_without_prompts_are_refused(tmp_path: Path) -> None:
     data = tiny_trl.data().with_transform(lambda batch: {"question": batch["prompt"]})
-    with pytest.raises(InputError, match="a row of the train dataset has no column 'prompt', but question"):
+    with pytest.raises(InputError, match="a row of the train dataset has no column 'prompt', only question"):
         build(tmp_path, data).train()
 
 

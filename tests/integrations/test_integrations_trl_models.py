@@ -141,7 +141,11 @@ def test_a_router_loss_of_no_routers_is_refused(tmp_path: Path) -> None:
     [
         ("gemma2", True, "Gemma2ForCausalLM caps its logits (final_logit_softcapping): its log-probs come from TRL's"),
         ("gemma2", False, None),
-        ("electra", True, "ElectraForCausalLM does more to its states than its output layer: its log-probs come from"),
+        (
+            "electra",
+            True,
+            "ElectraForCausalLM applies more to its hidden states than the output layer: its log-probs come from",
+        ),
         ("electra", False, "the model's own logits, which exist in full"),
         ("qwen3_moe", True, None),
     ],
@@ -161,7 +165,7 @@ def test_another_way_to_the_log_probs_is_said_once(
     [
         ({"logits_soft_cap": 30.0}, "changes its logits (logits_soft_cap)"),
         ({"unpadded_vocab_size": 7}, "changes its logits (unpadded_vocab_size)"),
-        ({"cls": torch.nn.Identity()}, "transforms its states before the output layer"),
+        ({"cls": torch.nn.Identity()}, "transforms its hidden states before the output layer"),
     ],
 )
 def test_a_model_that_does_more_than_its_output_layer_is_asked_for_its_logits(
@@ -189,7 +193,7 @@ def test_a_forward_that_nobody_knows_is_found_by_its_numbers(tmp_path: Path) -> 
     made_model.train()
     made = tiny_trl.trainer(tmp_path, model=made_model)
     assert made.head.way == LOGITS
-    assert "does more to its states than its output layer" in made.head.why
+    assert "applies more to its hidden states than the output layer" in made.head.why
     assert made.model.training
 
 

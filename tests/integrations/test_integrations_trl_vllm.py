@@ -266,12 +266,12 @@ def test_every_option_of_trl_is_known_to_work_or_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"log_z": "learned", "replay": 2, "use_vllm": True}, "vllm_importance_sampling_correction=False with it"),
+        ({"log_z": "learned", "replay": 2, "use_vllm": True}, "vllm_importance_sampling_correction=False, or replay=0"),
         (
             {"log_z": "learned", "replay": 2, "num_iterations": 2},
-            "here 2 micro-batches .* the 1 of a step: set replay=0",
+            "but 2 micro-batches .* gradient_accumulation_steps=1: set replay=0",
         ),
-        ({"log_z": "learned", "replay": 4, "steps_per_generation": 4}, "here 4 micro-batches"),
+        ({"log_z": "learned", "replay": 4, "steps_per_generation": 4}, "but 4 micro-batches"),
         ({"prompt_sampling": "paced", "shuffle_dataset": False}, "shuffle_dataset=False .*: use one"),
         ({"use_vllm": True, "vllm_importance_sampling_mode": "sequence_clip"}, "mode='sequence_clip' is not a weight"),
     ],

@@ -168,7 +168,7 @@ def test_wrong_use_is_refused(adapter: Any) -> None:
         call(adapter, data, config=actor(use_kl_loss=True))
     given = (data["old"], data["log_prob"], torch.ones(6, 1) * data["mask"], data["mask"])
     for change in ({"use_kl_loss": True}, {"entropy_coeff": 0.1}):
-        with pytest.raises(InputError, match="loss_mode=paced_flowrl takes no further terms"):
+        with pytest.raises(InputError, match="loss_mode=paced_flowrl takes no further loss terms"):
             adapter.flowrl_policy_loss(*given, config=actor(**change))
     with pytest.raises(InputError, match="loss_agg_mode=seq-mean-token-sum: FlowRL averages"):
         adapter.flowrl_policy_loss(*given, loss_agg_mode="seq-mean-token-sum", config=actor())

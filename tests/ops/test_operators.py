@@ -408,7 +408,7 @@ def test_the_head_is_a_linear_with_two_more_calls() -> None:
     with pytest.raises(ValueError, match="token_ids must be given with cu_seqlens or options, got None"):
         head(states, beta=0.3)
     assert FusedLinearHead.from_linear(nn.Linear(H, V, bias=False)).bias is None
-    with pytest.raises(ValueError, match=r"linear must be an nn\.Linear with its forward, got Bilinear"):
+    with pytest.raises(ValueError, match=r"linear must be an nn\.Linear that does not override forward, got Bilinear"):
         FusedLinearHead.from_linear(nn.Bilinear(2, 2, 2))
 
     class Adapted(nn.Linear):

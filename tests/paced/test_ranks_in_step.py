@@ -55,7 +55,7 @@ class Engine:
         for name, tensor in weights:
             self.taken[name] = tensor.clone()
             if self.broken and len(self.taken) == 2:
-                raise TrainingError("vllm failed at loading the pushed weights")
+                raise TrainingError("vllm failed while loading the pushed weights")
 
 
 class Gathered(TorchDispatchMode):
@@ -146,7 +146,7 @@ def failing_push(world: World) -> tuple[str, int, str]:
 
 @pytest.mark.process
 def test_an_engine_that_fails_in_a_push_fails_on_all_ranks_and_leaves_them_in_step() -> None:
-    assert on_ranks(2, failing_push) == [("rank 1: vllm failed at loading the pushed weights", 0, "")] * 2
+    assert on_ranks(2, failing_push) == [("rank 1: vllm failed while loading the pushed weights", 0, "")] * 2
 
 
 class ScoringEngine:

@@ -223,7 +223,9 @@ def test_an_engine_gets_merged_weights_and_cannot_share_them(caplog: pytest.LogC
 
 def test_what_cannot_be_adapted_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for target in ("lm_head", "embed_tokens", "nothing"):
-        with pytest.raises(InputError, match=rf"^--lora.targets {target}: the model has linear layers down_proj, "):
+        with pytest.raises(
+            InputError, match=rf"^--lora.targets {target}: the linear layers of this model are down_proj, "
+        ):
             adapt(tiny_families.model("llama"), dataclasses.replace(LORA, targets=(target,)), seed=0)
     with pytest.raises(InputError, match=r"^--lora.targets names no layer"):
         tiny_policy.settings(lora__rank=2, lora__targets=())
@@ -261,4 +263,6 @@ def test_a_run_with_adapters_continues_to_the_bit(
     assert all(torch.equal(one[name], two[name]) for name in one)
     changed = {name for name in one if not torch.equal(one[name], first[name])}
     assert changed == {name for name in one if name.endswith("_proj.weight")}
-    assert "attention shared (prompts are computed once for a group); liger off (its kernels need a GPU)" in caplog.text
+    assert (
+        "attention shared (each prompt is computed once per group); liger off (its kernels need a GPU)" in caplog.text
+    )

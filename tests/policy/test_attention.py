@@ -320,17 +320,19 @@ def test_auto_takes_the_newest_kernel_the_gpu_can_run(
 def test_what_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny_families.model("llama")
     assert choose_attention("auto", made) == SHARED
-    with pytest.raises(InputError, match=r"^--model.attention packed-flash2: the model is on the cpu and .* take auto"):
+    with pytest.raises(
+        InputError, match=r"^--model.attention packed-flash2: the kernel needs a GPU, and .* cpu: use auto"
+    ):
         choose_attention("packed-flash2", made)
     gpu(monkeypatch, 9, FLASH2)
     assert choose_attention("packed-flash2", on_gpu()).kernel is not None
-    with pytest.raises(InputError, match=r"packed-flash3: flash-attn-3 is not installed: take auto"):
+    with pytest.raises(InputError, match=r"packed-flash3: flash-attn-3 is not installed: use auto"):
         choose_attention("packed-flash3", on_gpu())
     with pytest.raises(InputError, match=r"packed-flash4: flash-attn-4 is not installed or does not load \("):
         choose_attention("packed-flash4", on_gpu())
     chosen = choose_attention("auto", on_gpu(torch.float32))
-    assert (chosen.name, chosen.reason) == ("shared", "the parameters are float32 and varlen kernels need bfloat16")
-    with pytest.raises(InputError, match="heads have 12 numbers"):
+    assert (chosen.name, chosen.reason) == ("shared", "varlen kernels need bfloat16 parameters, and these are float32")
+    with pytest.raises(InputError, match="a multiple of 8 up to 256, and it is 12"):
         choose_attention("packed-torch", on_gpu(head_dim=12))
 
 
@@ -342,8 +344,8 @@ def test_attention_that_packed_rows_do_not_know_is_refused(monkeypatch: pytest.M
     one = torch.zeros(1, 2, 3, 8)
     with pytest.raises(InputError, match="softcap"):
         attention._attend(layer, one, one, one, None, scaling=1.0, packed=row, softcap=30.0, sliding_window=3)
-    with pytest.raises(InputError, match="does not tell its window"):
+    with pytest.raises(InputError, match="does not pass its sliding window"):
         attention._attend(layer, one, one, one, None, scaling=1.0, packed=row)
     policy.model.config.attn_logit_softcapping = 50.0
-    with pytest.raises(InputError, match=r"caps its attention scores, .*: take auto or padded"):
+    with pytest.raises(InputError, match=r"caps its attention scores, .*: use auto or padded"):
         Policy(made, max_tokens=10, attention=SHARED)

@@ -75,7 +75,7 @@ def plain(self: Any, hidden_states: Tensor, **options: Any) -> tuple[Tensor, Non
 def test_attention_without_the_rotary_function_is_named(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", plain)
     said = use_liger("auto", tiny_families.model("llama"))
-    assert said == "on (5 RMSNorm, 2 SwiGLU and rotary embeddings; 2 rotary embeddings are left as they are)"
+    assert said == "on (5 RMSNorm, 2 SwiGLU and rotary embeddings; 2 rotary embeddings are not replaced)"
     with pytest.raises(
         InputError, match=r"^--model.liger on: 2 attention layers of llama do not call apply_rotary_pos"
     ):
@@ -129,5 +129,7 @@ def test_what_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"liger-kernel is not installed \(pip install 'paced-fast\[liger\]'\)"):
         use_liger("on", gpu)  # type: ignore[arg-type]
     monkeypatch.setattr(liger.util, "find_spec", lambda name: object())
-    with pytest.raises(InputError, match="models of type gemma3_text are not among llama, mistral, qwen2, qwen3"):
+    with pytest.raises(
+        InputError, match="models of type gemma3_text are not supported, only llama, mistral, qwen2, qwen3"
+    ):
         use_liger("on", gpu)  # type: ignore[arg-type]

@@ -243,7 +243,7 @@ def test_sequences_beyond_what_the_model_can_place_are_refused(rope: dict[str, A
     sampled = generator.generate([(3, 4, 5)], sampling)
     assert sampled[0].token_ids
     message = (
-        rf"prompt and completion are {longest + 1} tokens together, and this is a llama model.* {longest} positions"
+        rf"prompt and completion have {longest + 1} tokens together and do not fit in a llama .* {longest} positions"
     )
     with pytest.raises(InputError, match=message):
         policy.logprobs(tiny_policy.rollouts([4, longest - 4], prompt_lengths=(3,)), 1.0)
@@ -262,9 +262,9 @@ def test_frequencies_that_follow_the_batch_would_change_log_probs() -> None:
 
 def test_models_that_cannot_be_policies_are_refused_in_one_line() -> None:
     for name, why in (
-        ("bert", "let tokens see those after them, .* where is_decoder is not set in their configuration"),
-        ("xlm", "in this model of type xlm tokens see those after them"),
-        ("cpmant", "models of type cpmant let tokens see those after them"),
+        ("bert", "let tokens attend to later tokens, .* unless is_decoder is set in their configuration"),
+        ("xlm", "in this model of type xlm tokens attend to later tokens"),
+        ("cpmant", "models of type cpmant let tokens attend to later tokens"),
     ):
         model = tiny_types.tiny_model(name, **({"is_decoder": False} if name == "bert" else {}))
         for use in (
@@ -293,7 +293,8 @@ class Mixed(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [(Squared, "makes its logits in a way that the loss does not know"), (Mixed, "depend on others")]
+    ("kind", "why"),
+    [(Squared, "computes logits in a way that the loss does not support"), (Mixed, "depend on the rest of its batch")],
 )
 def test_a_model_that_nobody_knows_is_tried_out(kind: type[LlamaForCausalLM], why: str) -> None:
     settings = tiny_types.tiny_settings("llama")
@@ -305,8 +306,8 @@ def test_a_model_that_nobody_knows_is_tried_out(kind: type[LlamaForCausalLM], wh
     plain.config.model_type = "novel"
     policy = Policy(plain, max_tokens=40)
     assert policy.attention.name == "padded"
-    assert policy.attention.reason == "models of type novel are exact with one sequence in a row"
-    with pytest.raises(InputError, match=r"^--model\.attention shared: models of type novel .*: take auto or padded$"):
+    assert policy.attention.reason == "models of type novel are exact only with one sequence per row"
+    with pytest.raises(InputError, match=r"^--model\.attention shared: models of type novel .*: use auto or padded$"):
         Policy(plain, max_tokens=40, attention=SHARED)
 
 

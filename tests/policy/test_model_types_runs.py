@@ -58,12 +58,12 @@ SHORT = {"max_position_embeddings": 12}
     [
         ("gpt2", SHORT, {}, r"a training prompt has 12 tokens .* a gpt2 model with 12 positions", True),
         ("llama", SHORT, {}, r"a training prompt has 12 tokens .* a llama model with 12 positions", True),
-        ("xlm", {"n_words": 17}, {}, "in this model of type xlm tokens see those after them", True),
+        ("xlm", {"n_words": 17}, {}, "in this model of type xlm tokens attend to later tokens", True),
         (
             "bert",
             {"is_decoder": False},
             {},
-            "whose tokens see what follows them|models of type bert let tokens see",
+            "whose tokens attend to later tokens|models of type bert let tokens attend",
             None,
         ),
         ("falcon", {}, {"model__attention": "packed-sdpa"}, "attention packed-sdpa: models of type falcon", False),
@@ -101,14 +101,18 @@ def test_a_model_whose_weights_are_not_finite_is_refused(number: float, tmp_path
 
 def test_completions_longer_than_the_model_are_refused_by_a_dry_run(tmp_path: Path) -> None:
     config = settings(tmp_path, "gpt2", {"max_position_embeddings": 12}, generation__max_completion_tokens=12)
-    with pytest.raises(InputError, match="completions may have 12 tokens, and this is a gpt2 model with 12 positions"):
+    with pytest.raises(
+        InputError, match="completions of up to 12 tokens leave no room for a prompt in a gpt2 model with 12 positions"
+    ):
         dry_run.make_plan(config, ranks=1)
 
 
 def test_a_warm_start_checks_its_demonstrations_first(tmp_path: Path) -> None:
     more = {"warm_start__first__steps": 1, "generation__max_completion_tokens": 1}
     config = settings(tmp_path, "llama", {"max_position_embeddings": 14}, **more)
-    with pytest.raises(InputError, match=r"prompt and completion are \d+ tokens together, and this is a llama model"):
+    with pytest.raises(
+        InputError, match=r"prompt and completion have \d+ tokens together and do not fit in a llama model"
+    ):
         tiny_run.build(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -128,7 +132,7 @@ def evaluation(folder: Path, tokens: int) -> evaluate.EvaluateArguments:
 def test_an_evaluation_checks_the_model_and_its_positions(tmp_path: Path) -> None:
     for name, changes, why in (
         ("gpt2", {"max_position_embeddings": 8}, "tokens is 9 and this is a gpt2 model with 8 positions"),
-        ("xlm", {"n_words": 17}, "in this model of type xlm tokens see those after them"),
+        ("xlm", {"n_words": 17}, "in this model of type xlm tokens attend to later tokens"),
     ):
         (tmp_path / name).mkdir()
         settings(tmp_path / name, name, changes)

@@ -501,8 +501,8 @@ GIB = 2**30
         ("sharded", 1, {"weights": 900}, 80, False, "one process"),
         ("replicated", 8, {"weights": 900}, 80, False, "replicated, as --distributed.mode says"),
         ("sharded", 8, {"weights": 1}, 80, True, "sharded, as --distributed.mode says"),
-        ("auto", 8, {"weights": 14, "gradients": 28, "rest": 26}, 80, False, "needs 68.0 GiB (28.0 GiB of it for grad"),
-        ("auto", 8, {"weights": 14, "gradients": 28, "rest": 27}, 80, True, "no more than 68.0 GiB that are 85% of"),
+        ("auto", 8, {"weights": 14, "gradients": 28, "rest": 26}, 80, False, "need 68.0 GiB per rank (28.0 GiB of it"),
+        ("auto", 8, {"weights": 14, "gradients": 28, "rest": 27}, 80, True, "more than 68.0 GiB, 85% of the device"),
     ],
 )
 def test_the_mode_follows_from_sizes(

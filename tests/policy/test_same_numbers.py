@@ -98,7 +98,7 @@ def test_a_cpu_that_rounds_in_one_kind_of_product_is_refused(
     require_float32_products()
     owner, name = owner_and_name
     monkeypatch.setattr(owner, name, rounded(getattr(owner, name)))
-    with pytest.raises(InputError, match=r"off by \de-03, .* unset ONEDNN_DEFAULT_FPMATH_MODE") as raised:
+    with pytest.raises(InputError, match=r"have errors of \de-03, .* unset ONEDNN_DEFAULT_FPMATH_MODE") as raised:
         require_float32_products()
     assert "\n" not in str(raised.value)
 
@@ -108,12 +108,12 @@ def test_a_run_and_an_evaluation_ask_before_anything_is_written(
 ) -> None:
     config = tiny_run.config(tiny_run.write_rewards(tmp_path))
     monkeypatch.setattr(torch, "mm", rounded(torch.mm))
-    with pytest.raises(InputError, match="float32 products of this CPU"):
+    with pytest.raises(InputError, match="float32 matrix products on this CPU"):
         tiny_run.build(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     model = tiny_policy.model()
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="float32 products of this CPU"):
+    with pytest.raises(InputError, match="float32 matrix products on this CPU"):
         evaluate_target(EvaluateArguments(run_or_model=str(tmp_path / "model"), sources=("rg:chain_sum?size=4",)))
 
 
@@ -121,6 +121,6 @@ def test_a_run_of_such_a_precision_says_why_it_is_not_resumed(tmp_path: Path) ->
     config = resolve(preset("smollm2"))
     old = dataclasses.replace(config, model=dataclasses.replace(config.model, matmul_precision="medium"))
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(old)))
-    wanted = "--resume auto: .* was trained with settings refused today: --model.matmul-precision medium"
+    wanted = "--resume auto: .* was trained with settings that this version refuses: --model.matmul-precision medium"
     with pytest.raises(InputError, match=wanted):
         _check_same_run(config, tmp_path)

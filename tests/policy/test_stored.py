@@ -68,30 +68,36 @@ def with_settings(folder: Path, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (renamed("^", "_orig_mod."), r"names of a wrapper, _orig_mod\.lm_head\.weight by torch\.compile\): save the"),
-        (renamed("^", "module."), r"module\.lm_head\.weight by DataParallel or DistributedDataParallel\)"),
+        (
+            renamed("^", "_orig_mod."),
+            r"prefix of a wrapper: _orig_mod\.lm_head\.weight, from torch\.compile\): save the",
+        ),
+        (renamed("^", "module."), r"module\.lm_head\.weight, from DataParallel or DistributedDataParallel\)"),
         (renamed("^", "module._orig_mod."), r"module\._orig_mod\.lm_head"),
-        (renamed(r"(layers\.\d)", r"\1._fsdp_wrapped_module"), r"_fsdp_wrapped_module.* by FSDP\)"),
-        (renamed("mlp", "mlp._checkpoint_wrapped_module"), "by activation checkpointing"),
-        (renamed("^", "base_model.model."), "base_model.model.lm_head.weight by PEFT"),
-        (renamed("q_proj", "q_proj.base_layer"), "base_layer.weight by PEFT"),
+        (renamed(r"(layers\.\d)", r"\1._fsdp_wrapped_module"), r"_fsdp_wrapped_module.*, from FSDP\)"),
+        (renamed("mlp", "mlp._checkpoint_wrapped_module"), "from activation checkpointing"),
+        (renamed("^", "base_model.model."), "base_model.model.lm_head.weight, from PEFT"),
+        (renamed("q_proj", "q_proj.base_layer"), "base_layer.weight, from PEFT"),
         (without("layers.1."), r"it lacks 9 of 21 weights, model.layers.1.input_layernorm.weight, .* and 7 more\)"),
         (without("lm_head"), r"it lacks 1 of 21 weights, lm_head.weight\): give a complete causal language model"),
         (renamed("lm_head", "score"), r"lacks 1 of 21 weights, lm_head.weight, and has score.weight instead"),
         (renamed("^model", "language"), "it lacks 20 of 21 weights"),
         (
             lambda weights: {**weights, "lm_head.weight": torch.ones(12, 16)},
-            r"1 weights have other sizes than config.json says: lm_head.weight is \[12, 16\] and should be \[11, 16\]",
+            r"1 weights have other shapes than config.json says: lm_head.weight is \[12, 16\] and should be \[11, 16\]",
         ),
         (
             lambda weights: {**weights, "model.layers.0.self_attn.q_proj.bias": torch.ones(16)},
-            "q_proj.bias: the layer of its config.json has no such weight and would compute something else",
+            "q_proj.bias: the layer in its config.json has no such weight and would compute something else",
         ),
         (
             lambda weights: {**weights, "lm_head.weight": weights["lm_head.weight"].to(torch.float8_e4m3fn)},
-            "quantised weights, lm_head.weight in F8_E4M3",
+            "its weights are quantised: lm_head.weight has dtype F8_E4M3",
         ),
-        (lambda weights: {**weights, "lm_head.weight": torch.ones(11, 16, dtype=torch.int8)}, "lm_head.weight in I8"),
+        (
+            lambda weights: {**weights, "lm_head.weight": torch.ones(11, 16, dtype=torch.int8)},
+            "lm_head.weight has dtype I8",
+        ),
         (lambda weights: {**weights, "lm_head.weight_scale_inv": torch.ones(1, 1)}, "lm_head.weight_scale_inv: the"),
         (lambda weights: {**weights, "lm_head.SCB": torch.ones(11)}, "lm_head.SCB: the layer"),
     ],
@@ -124,7 +130,7 @@ def test_what_may_be_missing_is_not_missed(tmp_path: Path, caplog: pytest.LogCap
     rewritten(tied, lambda weights: {**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
     made = load_model(ModelConfig(), str(tied))
     assert made.lm_head.weight is made.model.embed_tokens.weight
-    assert "1 weights belong to no part of the model, such as v_head.summary.weight" in caplog.text
+    assert "1 stored weights are not used by the model, such as v_head.summary.weight" in caplog.text
     base = tmp_path / "base"  # the names of a model without its head
     LlamaModel.from_pretrained(tied).save_pretrained(base)
     again = load_model(ModelConfig(), str(base))
@@ -158,26 +164,32 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 49
         (lambda folder: cut(folder / WEIGHTS, 100), "model.safetensors is cut off or damaged"),
         (
             lambda folder: cut(folder / WEIGHTS, 9000),
-            r"has 9000 bytes and its header wants \d+\): fetch the model again",
+            r"has 9000 bytes, but its header says \d+\): download the model again",
         ),
-        (lambda folder: (folder / WEIGHTS).unlink(), "it has no weights: no model.safetensors, no"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "it has no weights: neither model.safetensors nor"),
         (
             lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"),
-            r"its weights are pickled, which runs code when they are read\): load it with transformers and save it by",
+            r"its weights are pickled, and reading a pickle can run code\): load it with transformers, save it with",
         ),
         (
             lambda folder: (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}'),
-            r"it holds adapters \(adapter_config.json\), which belong beside a model\): merge the two",
+            r"it holds adapters \(adapter_config.json\), not a whole model\): merge them",
         ),
-        (lambda folder: (folder / "config.json").unlink(), "there is no config.json in it"),
+        (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
         (lambda folder: (folder / "config.json").write_bytes(POINTER), "config.json"),
-        (lambda folder: (folder / "hf_quant_config.json").write_text("{}"), "quantised weights, by hf_quant_config"),
+        (
+            lambda folder: (folder / "hf_quant_config.json").write_text("{}"),
+            "its weights are quantised, according to hf_quant_config",
+        ),
         (
             lambda folder: [(folder / "config.json").unlink(), (folder / "m.gguf").touch()],
-            "quantised weights, GGUF in m.gguf",
+            "its weights are quantised: m.gguf is a GGUF file",
         ),
-        (lambda folder: with_settings(folder, architectures=["LlamaForSequenceClassification"]), "does not write text"),
+        (
+            lambda folder: with_settings(folder, architectures=["LlamaForSequenceClassification"]),
+            "does not generate text",
+        ),
         (lambda folder: with_settings(folder, model_type="unheard_of"), "model type `unheard_of`"),
         (lambda folder: with_settings(folder, hidden_size="wide"), "Field 'hidden_size' expected int"),
         (lambda folder: with_settings(folder, num_attention_heads=0), "ZeroDivisionError: integer modulo"),
@@ -204,10 +216,10 @@ def test_a_lost_or_cut_shard_is_refused(llama: Path, tmp_path: Path) -> None:
     assert len(shards) > 2
     load_model(ModelConfig(), str(tmp_path / "whole"))
     for spoil, told in (
-        (lambda path: path.unlink(), rf"{INDEX} names {shards[1].name}, which is not there, 1 of {len(shards)} files"),
+        (lambda path: path.unlink(), rf"1 of the {len(shards)} files in {INDEX} are missing, such as {shards[1].name}"),
         (lambda path: path.write_bytes(POINTER), f"{shards[1].name} is a git-lfs pointer"),
-        (lambda path: cut(path, path.stat().st_size - 1), f"{shards[1].name} has .* its header wants"),
-        (lambda path: (path.parent / INDEX).write_text("[]"), f"{INDEX} is no index"),
+        (lambda path: cut(path, path.stat().st_size - 1), f"{shards[1].name} has .* its header says"),
+        (lambda path: (path.parent / INDEX).write_text("[]"), f"{INDEX} is not a valid index"),
         (lambda path: (path.parent / INDEX).write_bytes(POINTER), f"{INDEX} is a git-lfs pointer"),
     ):
         folder = tmp_path / "spoilt"
@@ -237,9 +249,11 @@ def test_quantised_checkpoints_are_refused_by_name(llama: Path, tmp_path: Path, 
     folder = tmp_path / "model"
     shutil.copytree(llama, folder)
     with_settings(folder, quantization_config=settings)
-    told = f"quantised weights, {settings['quant_method']}): training needs plain weights: give the model in bfloat16"
+    told = (
+        f"its weights are quantised with {settings['quant_method']}): training needs plain weights: give the model in"
+    )
     assert told in refusal(folder)
-    with pytest.raises(InputError, match="quantised weights"):  # a dry run says it, too
+    with pytest.raises(InputError, match="its weights are quantised"):  # a dry run says it, too
         model_settings(ModelConfig(name=str(folder)), 11)
 
 
@@ -253,11 +267,15 @@ def test_quantised_parts_count() -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "told"),
     [
-        ("bert", {}, "bert with is_decoder false is an encoder, whose tokens see what follows them"),
+        ("bert", {}, "bert with is_decoder false is an encoder, whose tokens attend to later tokens"),
         ("roberta", {}, "roberta with is_decoder false is an encoder"),
-        ("bert", {"architectures": ["BertForMaskedLM"], "is_decoder": True}, "a BertForMaskedLM does not write text"),
-        ("t5", {}, "t5 is an encoder and a decoder"),
-        ("bart", {}, "bart is an encoder and a decoder"),
+        (
+            "bert",
+            {"architectures": ["BertForMaskedLM"], "is_decoder": True},
+            "a BertForMaskedLM does not generate text",
+        ),
+        ("t5", {}, "t5 is an encoder-decoder model"),
+        ("bart", {}, "bart is an encoder-decoder model"),
         ("vit", {}, "Unrecognized configuration class"),
     ],
 )

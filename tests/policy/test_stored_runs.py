@@ -115,7 +115,7 @@ def test_a_run_whose_policy_is_not_whole_is_not_evaluated(tmp_path: Path) -> Non
 
     saver = checkpoint.Saver(tmp_path / "run" / "checkpoints", keep=2, write_policy=write, background=False)
     saver.save(2, tensors={"optimizer.0.step": torch.tensor(1.0)}, model=state, state={})
-    told = r"step_000002/policy' cannot be loaded \(its weights carry names of a wrapper, .*base_layer.* by PEFT\)"
+    told = r"step_000002/policy' .*\(the names of its weights have the prefix of a wrapper: .*base_layer.* from PEFT\)"
     with pytest.raises(InputError, match=told):
         evaluate_target(EvaluateArguments(run_or_model=str(tmp_path / "run"), samples=1))
     with pytest.raises(InputError, match=told):

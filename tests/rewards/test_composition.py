@@ -474,7 +474,7 @@ def test_a_step_without_any_verdict_stops_and_so_does_a_wrong_shaping_name(own: 
         build(config(own, reward="length", reward__shaping=("lenght",)), tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
     run = build(config(own, reward="mute", reward__max_unscored_share=1.0), tmp_path / "mute")
-    with pytest.raises(TrainingError, match=r"no completion of step 1 has a verdict"):
+    with pytest.raises(TrainingError, match=r"no completion of step 1 could be scored"):
         run.stepper.step()
     assert run.stepper.counters.step == 0
     run = build(config(own, reward="mute"), tmp_path / "bound")

@@ -111,7 +111,7 @@ def test_rollouts_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
 
 def test_several_ranks_are_timed_replicated_or_not_at_all(tmp_path: Path) -> None:
     config = small(tmp_path, distributed__mode="sharded")
-    with pytest.raises(InputError, match=r"^--bench times 2 processes with replicated parameters only"):
+    with pytest.raises(InputError, match=r"^--bench with 2 processes supports replicated parameters only"):
         bench.measure(config, steps=1, lengths="full", world=World(0, 2))
     assert bench.measure(config, steps=1, lengths="full")["mode"] == "replicated", "a process alone shards nothing"
 
@@ -146,7 +146,7 @@ def test_the_command_prints_tables_and_writes_json(
         "training steps on random rollouts",
         "completion tokens/s",
         "update",
-        "times that",
+        "times the estimate of",
         "random weights",
         "1 rank, replicated",
     ):
@@ -158,7 +158,10 @@ def test_the_command_prints_tables_and_writes_json(
     with pytest.raises(SystemExit) as stop:
         train.main(["tiny", "--bench", "--bench-json", "nowhere/b.json"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: --bench-json nowhere/b.json: there is no folder nowhere\n"
+    assert (
+        capsys.readouterr().err
+        == "error: --bench-json nowhere/b.json: the folder nowhere does not exist: create it first\n"
+    )
 
 
 @pytest.mark.exhaustive

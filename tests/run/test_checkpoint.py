@@ -117,7 +117,7 @@ def test_an_error_on_one_rank_is_one_on_all_and_costs_the_save(tmp_path: Path) -
     for failure, left, second in on_ranks(2, acts.fails_on_one, tmp_path, errno.ENOSPC):
         assert failure is not None
         assert failure.startswith("rank 1: ")
-        assert "No space left on device; it takes about" in failure
+        assert "No space left on device; the checkpoint needs about" in failure
         assert left == ["step_000001"], "the old one, and nothing half"
         assert second is None
     assert names(tmp_path) == ["step_000001", "step_000003"]
@@ -152,8 +152,8 @@ def test_a_file_that_cannot_be_written_costs_the_save_and_the_last_one_is_an_err
     save(tmp_path, 1)
     [(failure, last)] = on_ranks(1, acts.limited, tmp_path, 10_000)
     assert failure is not None
-    assert "File too large; it takes about 7" in failure
-    assert last.startswith("TrainingError: the last checkpoint was not written: ")
+    assert "File too large; the checkpoint needs about 7" in failure
+    assert last.startswith("TrainingError: the final checkpoint was not written: ")
     assert names(tmp_path) == ["step_000001"]
 
 
@@ -292,8 +292,8 @@ def test_a_manifest_nested_too_deep_is_damage(tmp_path: Path) -> None:
 def test_another_format_is_named(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / "manifest.json").write_text('{"policy/config.json": "00"}')
-    assert checkpoint.verify(folder) == "written in format 1, this version reads format 2"
-    with pytest.raises(InputError, match=r"step_000001 is written in format 1 and .* version of paced_fast that wrote"):
+    assert checkpoint.verify(folder) == "it has format 1, but this version reads format 2"
+    with pytest.raises(InputError, match=r"step_000001 has format 1, but .* version of paced_fast that wrote"):
         checkpoint.newest(tmp_path)
 
 
@@ -303,7 +303,7 @@ def test_one_of_another_format_is_neither_passed_over_nor_removed(tmp_path: Path
     folder = tmp_path / "checkpoints" / "step_000002"
     manifest = json.loads((folder / "manifest.json").read_text()) | {"format": layout.FORMAT + 1}
     (folder / "manifest.json").write_text(layout._manifest_text(manifest))
-    told = f"{folder} is written in format 3 and this version reads format 2: use the version of paced_fast that wrote"
+    told = f"{folder} has format 3, but this version reads format 2: use the version of paced_fast that wrote"
     for find in (
         lambda: checkpoint.newest(folder.parent),
         lambda: checkpoint.policy_folder(tmp_path, None),
@@ -472,11 +472,11 @@ def test_a_warning_names_the_path_and_the_bytes_once(tmp_path: Path, caplog: pyt
         failure = own.wait()
     assert failure is not None
     assert failure.startswith(f"{tmp_path / 'file'}")
-    assert "Not a directory; it takes about" in failure
+    assert "Not a directory; the checkpoint needs about" in failure
     assert [record.message for record in caplog.records] == [
-        f"checkpoint of step 1 was not written ({failure}): training goes on, there is none yet"
+        f"checkpoint of step 1 was not written ({failure}): training continues, and there is no checkpoint yet"
     ]
-    with pytest.raises(TrainingError, match="the last checkpoint was not written"):
+    with pytest.raises(TrainingError, match="the final checkpoint was not written"):
         own.save(2, tensors=acts.whole(2), model=acts.model(2), state={}, last=True)
 
 
@@ -493,7 +493,7 @@ def test_a_full_disk_costs_the_save_and_not_the_checkpoint_before(tmp_path: Path
         own.save(2, tensors=big, model=acts.model(2), state={})
         failure = own.wait()
         assert failure is not None
-        assert "No space left on device; it takes about 20" in failure
+        assert "No space left on device; the checkpoint needs about 20" in failure
         assert names(disk / "checkpoints") == ["step_000001"]
         own.save(3, tensors=acts.whole(3), model=acts.model(3), state={})
         assert own.wait() is None
@@ -630,9 +630,9 @@ def test_tensors_that_share_memory_are_saved_and_other_ones_are_refused(tmp_path
     for name, tensor in tensors.items():
         assert torch.equal((into | found)[name], tensor), name
     for wrong, told in (
-        ({"optimizer.a": torch.empty(4)}, "has an unknown optimizer.b"),
+        ({"optimizer.a": torch.empty(4)}, "has an unexpected optimizer.b"),
         (into | {"optimizer.z": torch.empty(1)}, "lacks optimizer.z"),
-        (into | {"optimizer.a": torch.empty(2, 2)}, r"optimizer.a has the shape \(4,\) and \(2, 2\) is wanted"),
+        (into | {"optimizer.a": torch.empty(2, 2)}, r"optimizer.a has the shape \(4,\) instead of \(2, 2\)"),
     ):
         with pytest.raises(InputError, match=told):
             checkpoint.load(tmp_path / "step_000001", wrong)

@@ -77,7 +77,7 @@ def test_every_preset_is_planned_without_network_or_run_folder(
     if preset(name).lora.rank:  # 28 layers; q and o, k and v, gate, up and down of Qwen2.5-1.5B
         expected += 28 * preset(name).lora.rank * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
     assert f" {expected:,} parameters" in text
-    for words in ("8 on 1 machine", "memory plan (GiB)", "time of a step, estimated", "old_logprobs", "assumed:"):
+    for words in ("8 on 1 machine", "memory plan (GiB)", "estimated time per step", "old_logprobs", "assumed:"):
         assert words in text
     assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
 
@@ -112,7 +112,7 @@ def test_the_sizes_of_tiny_are_its_settings() -> None:
 def test_a_folder_is_read_and_an_unknown_name_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_policy.model().config.save_pretrained(tmp_path / "model")
     assert model_settings(ModelConfig(name=str(tmp_path / "model")), 0).hidden_size == 16
-    with pytest.raises(InputError, match="has no configuration here") as error:
+    with pytest.raises(InputError, match="its configuration cannot be read") as error:
         model_settings(ModelConfig(name=str(tmp_path / "nothing")), 0)
     assert "\n" not in str(error.value)
 
@@ -214,11 +214,11 @@ def test_seconds_follow_the_device_and_the_ranks() -> None:
 
 def test_ranks_that_do_not_fill_the_machines_are_refused() -> None:
     config = preset("qwen_math_1_5b")
-    with pytest.raises(InputError, match="9 processes do not fill 2 machines evenly"):
+    with pytest.raises(InputError, match="9 processes cannot be divided evenly among 2 machines"):
         dry_run.make_plan(config, ranks=9)
-    with pytest.raises(InputError, match=r"unknown device 'h10': the devices are h100, "):
+    with pytest.raises(InputError, match=r"unknown device 'h10': choose from h100, "):
         dry_run.make_plan(config, ranks=1, device="h10")
-    with pytest.raises(InputError, match=r"--dry-run-device cpu does not go with --model.device cuda"):
+    with pytest.raises(InputError, match=r"--dry-run-device cpu does not match --model.device cuda"):
         dry_run.make_plan(config, ranks=1, device="cpu")
 
 
@@ -240,7 +240,7 @@ def test_an_environment_of_no_number_of_processes_is_one_line(
         train.main(["tiny", "--dry-run"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
-        "error: --dry-run: WORLD_SIZE is 'two', no number of processes: give --dry-run RANKS\n"
+        "error: --dry-run: WORLD_SIZE is 'two', not a number of processes: give --dry-run RANKS\n"
     )
 
 

@@ -155,7 +155,7 @@ def test_a_hung_rank_is_named_and_torchrun_itself_passes_a_signal_on(tmp_path: P
     try:
         end = time.monotonic() + ARGUMENTS.limit_seconds
         # Who is behind, and the stack of the rank that hangs.
-        expected = ("rank 1 is behind, in reward, step 3; rank 0 waiting in", "in strike")
+        expected = ("rank 1 is behind, in phase reward of step 3; rank 0 is waiting in", "in strike")
         while not all(words in log.read_text(errors="replace") for words in expected):
             assert process.poll() is None, log.read_text(errors="replace")[-4000:]
             assert time.monotonic() < end, LATE + log.read_text(errors="replace")[-4000:]

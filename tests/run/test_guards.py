@@ -178,7 +178,7 @@ def test_a_warning_is_said_once_then_every_n_steps_and_again_after_it_cleared(
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split(",")[0] for line in lines] == ["step 3", "step 13", "step 23", "step 30"]
     assert lines[0] == (
-        "step 3, kl: kl 2.5, largest 1: the policy moves too far in a step: lower --optimizer.learning-rate or "
+        "step 3, kl: kl is 2.5, above 1; the policy moves too far per step: lower --optimizer.learning-rate or "
         "--optimizer.max-grad-norm"
     )
 

@@ -73,15 +73,15 @@ def test_a_logger_that_fails_is_told_once_and_tried_again_ever_more_rarely(
             writer.write({"step": step, "loss": 1.0})
         (told,) = warnings(caplog)
         assert told == (
-            f"logger wandb failed (ConnectionError: {name}: no network): the run goes on without it, and tries it "
-            "again now and then"
+            f"logger wandb failed (ConnectionError: {name}: no network): the run continues without it, and tries "
+            "it again at growing intervals"
         )
         # init is first tried before step 1, log at it; then 1, 2, 4, 8, 16 steps are left out in between.
         assert wandb.count(name) == 6
         wandb.failing = set()
         for step in range(41, 81):
             writer.write({"step": step, "loss": 1.0})
-    assert warnings(caplog)[1:] == ["logger wandb works again: 6 attempts had failed"]
+    assert warnings(caplog)[1:] == ["logger wandb works again after 6 failed attempts"]
     assert wandb.asked[-1] == ("finish", None)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 80
 
@@ -114,7 +114,9 @@ def test_a_logger_that_does_not_return_is_left_behind(
         writer.write({"step": step, "loss": 1.0})
     limit("finish")
     writer.close()
-    assert warnings(caplog)[0].startswith("logger wandb failed (TimeoutError: no return within 0.05 s): the run goes")
+    assert warnings(caplog)[0].startswith(
+        "logger wandb failed (TimeoutError: the call did not return within 0.05 s): the run"
+    )
     assert wandb.count(name) == 1, "nothing is asked of it beside a call that has not returned"
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     is_over.set()
@@ -141,7 +143,7 @@ def test_a_logger_that_returns_late_is_asked_again(
     for step in range(2, 9):
         made.log({"loss": 1.0}, step)
     assert ("log", 8) in wandb.asked
-    assert warnings(caplog)[1].startswith("logger wandb works again: ")
+    assert warnings(caplog)[1].startswith("logger wandb works again after ")
 
 
 def test_a_wandb_that_cannot_go_on_with_a_run_begins_another(
@@ -156,7 +158,7 @@ def test_a_wandb_that_cannot_go_on_with_a_run_begins_another(
     monkeypatch.setattr(wandb, "init", old)
     wandb.id = "run-2"
     MetricsWriter(tmp_path, sinks=["wandb"]).close()
-    assert warnings(caplog) == ["this version of wandb cannot go on with a run: it begins another one there"]
+    assert warnings(caplog) == ["this version of wandb cannot resume a run: metrics go to a new wandb run"]
     assert json.loads((tmp_path / "wandb.json").read_text()) == {"id": "run-2"}
 
 
@@ -168,7 +170,9 @@ def test_a_folder_of_its_name_is_no_logger(tmp_path: Path, monkeypatch: pytest.M
     assert importlib.util.find_spec("wandb") is not None
     try:
         for ask in (lambda: loggers.require_sinks(["wandb"]), lambda: MetricsWriter(tmp_path, sinks=["wandb"])):
-            with pytest.raises(InputError, match=r"^metrics sink 'wandb' is not installed: pip install"):
+            with pytest.raises(
+                InputError, match=r"^--run.loggers: the package of 'wandb' is not installed: pip install"
+            ):
                 ask()
     finally:
         sys.modules.pop("wandb", None)
@@ -256,8 +260,8 @@ def test_lines_that_a_full_disk_does_not_take_come_later(
     file.append(["dd"])
     assert path.read_text() == "aa\nbb\ncc\ndd\n"
     assert warnings(caplog) == [
-        f"{path} cannot be written (No space left on device): the run goes on",
-        f"{path} is written again",
+        f"{path} cannot be written (No space left on device): the run continues, and tries again with the next lines",
+        f"{path} can be written again",
     ]
 
 
@@ -272,11 +276,11 @@ def test_lines_beyond_what_is_kept_are_counted(
     disk.room = 1000
     file.append(["e"])
     assert path.read_text() == "a\nb\ne\n"
-    assert warnings(caplog)[1] == f"{path} is written again: 2 lines are missing"
+    assert warnings(caplog)[1] == f"{path} can be written again: 2 lines are missing"
     disk.room = 0
     file.append(["f"])
     file.close()
-    assert warnings(caplog)[-1] == f"{path} is not whole: 1 lines are missing"
+    assert warnings(caplog)[-1] == f"{path} is incomplete: 1 lines are missing"
 
 
 def test_a_run_on_a_full_disk_ends_with_its_checkpoint(
@@ -289,8 +293,8 @@ def test_a_run_on_a_full_disk_ends_with_its_checkpoint(
     told = warnings(caplog)
     for name in ("metrics.jsonl", "rollouts.jsonl", "rollouts_full.jsonl"):
         assert sum(f"{name} cannot be written" in line for line in told) == 1
-        assert sum(f"{name} is not whole" in line for line in told) == 1
-    assert any(line.startswith("there is no summary.json (") for line in told)
+        assert sum(f"{name} is incomplete" in line for line in told) == 1
+    assert any(line.startswith("summary.json was not written (") for line in told)
 
 
 def test_a_report_that_fails_leaves_the_run_whole(

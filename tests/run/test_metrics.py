@@ -91,7 +91,7 @@ def test_metrics_lines_keep_their_order_and_turn_non_finite_numbers_to_null(tmp_
 
 def test_metrics_refuse_what_json_cannot_hold_and_records_without_a_step(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
-        with pytest.raises(TypeError, match="set does not go into JSON"):
+        with pytest.raises(TypeError, match="set cannot be written as JSON"):
             writer.write({"step": 1, "loss": {1.0}})
         with pytest.raises(ValueError, match="integer step"):
             writer.write({"loss": 1.0})
@@ -140,7 +140,7 @@ def test_atomic_json_keeps_the_old_file_when_writing_fails(tmp_path: Path, monke
 
 
 def test_sinks_are_named_and_a_missing_one_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"unknown metrics sink 'mlflow': choose from wandb, tensorboard"):
+    with pytest.raises(InputError, match=r"unknown logger 'mlflow': choose from wandb, tensorboard"):
         MetricsWriter(tmp_path / "run", sinks=["mlflow"])
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now raises ImportError
     with pytest.raises(InputError, match=r"pip install 'paced-fast\[wandb\]'"):
@@ -280,7 +280,7 @@ def test_importing_metrics_needs_no_torch() -> None:
 
 
 def test_a_missing_sink_is_found_before_any_work(monkeypatch):
-    with pytest.raises(InputError, match="unknown metrics sink 'wandbb'"):
+    with pytest.raises(InputError, match="unknown logger 'wandbb'"):
         loggers.require_sinks(["wandbb"])
     monkeypatch.setattr("paced_fast.run.record.loggers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'paced-fast\[tensorboard\]'"):

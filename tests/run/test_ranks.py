@@ -154,7 +154,7 @@ def test_one_process_is_a_world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delenv(name, raising=False)
     assert distributed.start("cpu", 1.0) is ALONE
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="RANK is not set: start them with torchrun"):
+    with pytest.raises(InputError, match="RANK must be a number: start several processes with torchrun"):
         distributed.start("cpu", 1.0)
 
 

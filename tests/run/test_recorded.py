@@ -115,36 +115,42 @@ def _with(line: int, **values: Any) -> Callable[[str], str]:
 
 
 BAD_FILES: list[tuple[Callable[[str], str], str]] = [
-    (lambda text: "", "it is empty"),
-    (lambda text: text[:-40], "line 48 is cut off or no record: --steps 2 takes what is whole"),
+    (lambda text: "", "the file is empty"),
+    (lambda text: text[:-40], "line 48 is cut off or is not a record: give --steps 2 to use the complete steps"),
     (_lines(lambda lines: lines[:-3]), "step 3 is cut off after 13 completions: give --steps 2"),
-    (_lines(lambda lines: lines[:32]), "step 3 is missing: it ends at step 2, give --steps 2"),
-    (_lines(lambda lines: lines[:16] + lines[32:]), "step 2 is missing: after 1 comes 3"),
-    (_lines(lambda lines: lines[16:]), "it begins at step 2: steps 1 to 1 were not recorded"),
-    (_lines(lambda lines: [lines[1], lines[0], *lines[2:]]), "line 1 has position 1 of step 1, not 0"),
-    (_with(0, prompt_index=40), "line 1 has prompt 40 of 40: the training data are others"),
+    (_lines(lambda lines: lines[:32]), "step 3 is missing: the file ends at step 2: give --steps 2"),
+    (_lines(lambda lines: lines[:16] + lines[32:]), "step 2 is missing: step 1 is followed by step 3"),
+    (_lines(lambda lines: lines[16:]), "the file begins at step 2: steps 1 to 1 were not recorded"),
+    (_lines(lambda lines: [lines[1], lines[0], *lines[2:]]), "line 1 has position 1 of step 1 instead of 0"),
+    (_with(0, prompt_index=40), "line 1 has prompt 40, but there are 40: give the same --data"),
     (_with(4, prompt="0" * 16), "line 5 has another prompt [0-9]+ than the training data"),
-    (_with(4, prompt_ids="0" * 16), "line 5 has other tokens of prompt [0-9]+: give the tokenizer"),
-    (_with(4, num_tokens=6), "line 5 has 6 tokens and --generation.max-completion-tokens is 5"),
-    (_with(4, reward=float("nan")), "line 5 is cut off or no record: give a rollouts_full.jsonl that"),
-    (_with(4, stopped=1), "line 5 is cut off or no record"),
-    (_with(17, stopped=None), "line 18 is cut off or no record: --steps 1 takes what is whole"),
-    (_with(16, stopped=None), "line 17 is cut off or no record: --steps 1 takes what is whole"),
+    (_with(4, prompt_ids="0" * 16), "line 5 has other tokens for prompt [0-9]+: give the tokenizer"),
+    (_with(4, num_tokens=6), "line 5 has 6 tokens, but --generation.max-completion-tokens is 5"),
+    (_with(4, reward=float("nan")), "line 5 is cut off or is not a record: give a rollouts_full.jsonl that"),
+    (_with(4, stopped=1), "line 5 is cut off or is not a record"),
+    (_with(17, stopped=None), "line 18 is cut off or is not a record: give --steps 1 to use the complete steps"),
+    (_with(16, stopped=None), "line 17 is cut off or is not a record: give --steps 1 to use the complete steps"),
     (
         _with(4, num_tokens=1, token_ids=[17], logprobs=[-1.0]),
-        "line 5 has the token id 17 and the vocabulary is 0 to 16",
+        "line 5 has the token id 17, but the vocabulary is 0 to 16",
     ),
-    (_with(4, num_tokens=1, token_ids=[-1], logprobs=[-1.0]), "line 5 has the token id -1 "),
-    (_with(4, num_tokens=1, token_ids=[True], logprobs=[-1.0]), "line 5 has the token id true "),
-    (_with(4, num_tokens=1, token_ids=[3], logprobs=[float("nan")]), "line 5 has the log-prob NaN, which is no finite"),
-    (_with(4, num_tokens=1, token_ids=[3], logprobs=[1e39]), "line 5 has the log-prob 1e.39, which is no finite"),
-    (_with(4, num_tokens=1, token_ids=[3], logprobs=["-1"]), "line 5 has the log-prob .-1., which is no finite"),
+    (_with(4, num_tokens=1, token_ids=[-1], logprobs=[-1.0]), "line 5 has the token id -1, "),
+    (_with(4, num_tokens=1, token_ids=[True], logprobs=[-1.0]), "line 5 has the token id true, "),
+    (
+        _with(4, num_tokens=1, token_ids=[3], logprobs=[float("nan")]),
+        "line 5 has the log-prob NaN, which is not a finite",
+    ),
+    (_with(4, num_tokens=1, token_ids=[3], logprobs=[1e39]), "line 5 has the log-prob 1e.39, which is not a finite"),
+    (_with(4, num_tokens=1, token_ids=[3], logprobs=["-1"]), "line 5 has the log-prob .-1., which is not a finite"),
     (
         _with(4, num_tokens=1, token_ids="3", logprobs=["-1"]),
-        "line 5 (has not 1 token ids and|is cut off or no record)",
+        "line 5 (does not have 1 token ids and|is cut off or is not a record)",
     ),
-    (_with(4, num_tokens=1, token_ids=[3], logprobs=[]), "line 5 has not 1 token ids and log-probs"),
-    (lambda text: "# Read me\n", "line 1 is cut off or no record: give a rollouts_full.jsonl that --run.save-rollouts"),
+    (_with(4, num_tokens=1, token_ids=[3], logprobs=[]), "line 5 does not have 1 token ids and 1 log-probs"),
+    (
+        lambda text: "# Read me\n",
+        "line 1 is cut off or is not a record: give a rollouts_full.jsonl that --run.save-rollouts",
+    ),
 ]
 
 
@@ -165,9 +171,9 @@ def test_a_bad_file_is_one_line_before_anything_is_trained(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"generation__group_size": 2}, "line 3 is in group 0 and with --generation.group-size 2 in group 1"),
-        ({"generation__prompts_per_step": 3}, "step 1 has a batch of 16 and these settings one of 12"),
-        ({"steps": 4}, "step 4 is missing: it ends at step 3, give --steps 3"),
+        ({"generation__group_size": 2}, "line 3 is in group 0, but --generation.group-size 2 puts it in group 1"),
+        ({"generation__prompts_per_step": 3}, "step 1 has a batch of 16 completions, but these settings make 12"),
+        ({"steps": 4}, "step 4 is missing: the file ends at step 3: give --steps 3"),
     ],
 )
 def test_other_settings_than_the_recorded_ones_are_one_line(
@@ -204,9 +210,9 @@ def test_what_a_kill_tore_off_after_the_last_step_is_not_read(recorded: tuple[Co
 
 def test_an_absent_file_and_one_in_the_runs_own_folder(recorded: tuple[Config, Path], tmp_path: Path) -> None:
     config, folder = recorded
-    with pytest.raises(InputError, match=r"there is no such file: --run.save-rollouts makes a run write"):
+    with pytest.raises(InputError, match=r"there is no such file: a run with --run.save-rollouts writes"):
         replay(config, tmp_path / "nothing.jsonl", tmp_path / "again")
-    with pytest.raises(InputError, match=r"lies in --run-dir .*: give the replay another folder"):
+    with pytest.raises(InputError, match=r"is in --run-dir .*: give the replay another --run-dir"):
         replayed_settings(config, folder / FILE_NAME)
 
 

@@ -81,8 +81,8 @@ def test_a_run_goes_on_after_midnight_with_its_own_day(tmp_path: Path, monkeypat
     clock(monkeypatch, "2026-02-28")
     with caplog.at_level(logging.INFO):
         first = build(config)
-    assert "takes 2026-02-28 for today" in caplog.text
-    assert "completions end at <|endoftext|> (256), <|im_end|> (258)" in caplog.text
+    assert "the chat template is given 2026-02-28 as today's date" in caplog.text
+    assert "stop tokens of completions: <|endoftext|> (256), <|im_end|> (258)" in caplog.text
     text = str(made.decode(list(first.trainer.collector.table.rows[0].token_ids)))
     assert text.startswith("Today is 28 Feb 2026, 00:00.\n")
     assert kept(tmp_path)["data"]["date"] == "2026-02-28"
@@ -198,7 +198,7 @@ def test_a_tokenizer_may_have_more_ids_than_its_model_where_none_of_them_occurs(
 def test_an_end_that_the_model_cannot_write_is_refused(tmp_path: Path) -> None:
     model = tiny_chat.save(tmp_path / "model", tiny_chat.tokenizer(None), rows=256)
     (tmp_path / "b.jsonl").write_text('{"prompt": "hi", "answer": "yes"}\n{"prompt": "ho", "answer": "yes"}')
-    with pytest.raises(InputError, match=r"completions end at <\|endoftext\|> .*and the model has 256 tokens only"):
+    with pytest.raises(InputError, match=r"has embeddings for 256 tokens, and the stop tokens <\|endoftext\|> "):
         build(
             settings(
                 tmp_path, model, data__template="{prompt}", data__train=("jsonl:b.jsonl?reward=exact",), data__eval=()
@@ -237,6 +237,6 @@ def test_a_demonstration_that_goes_on_behind_its_end_is_refused(tmp_path: Path) 
     (tmp_path / "warm.jsonl").write_text(json.dumps({"prompt": "hi", "answer": "y", "shown": "yes<|im_end|>no"}))
     phase = dataclasses.replace(config.warm_start.first, sources=("jsonl:warm.jsonl?demonstration=shown",), steps=1)
     warm = dataclasses.replace(config.warm_start, first=phase, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(InputError, match=r"warm.jsonl:1 goes on behind the stop token <\|im_end\|>"):
+    with pytest.raises(InputError, match=r"warm.jsonl:1 continues after the stop token <\|im_end\|>"):
         build(config, warm_start=warm)
     assert not (tmp_path / "run").exists()

@@ -491,7 +491,7 @@ def test_steps_that_stay_non_finite_stop_the_run(rewards: Path, tmp_path: Path, 
         assert record.skipped_steps == 2 * number
         assert stepper.counters.consecutive_skips == number
     with pytest.raises(
-        TrainingError, match=r"3 steps in a row, up to step 4 .*lower --optimizer.learning-rate"
+        TrainingError, match=r"3 consecutive steps, up to step 4 .*lower --optimizer.learning-rate"
     ) as stop:
         stepper.step()
     assert "\n" not in str(stop.value)
@@ -671,7 +671,7 @@ def test_what_a_message_advises_may_change_on_resume_and_older_folders_lack_sett
 
 def test_several_processes_must_be_torchrun_s(rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="several processes: RANK is not set: start them with torchrun"):
+    with pytest.raises(InputError, match="RANK must be a number: start several processes with torchrun"):
         go(config(rewards), tmp_path / "run")
 
 
@@ -685,13 +685,15 @@ def test_a_draw_that_comes_up_short_stops_the_run(rewards: Path, tmp_path: Path)
     trainer.log_z.values.fill_(math.nan)
     trainer.log_z.values[:3] = 0.5
     trainer.log_z.score = lambda: trainer.log_z.values  # type: ignore[method-assign, union-attr]
-    with pytest.raises(TrainingError, match="the schedule of step 1 has too few prompts to draw from"):
+    with pytest.raises(TrainingError, match="step 1 has too few prompts to draw from"):
         stepper.step()
     assert stepper.counters.step == 0
 
 
 def test_a_limit_of_visits_needs_more_prompts_than_a_step_draws(rewards: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--scheduler.max-visits: a step draws 50 prompts of 40, so some repeat"):
+    with pytest.raises(
+        InputError, match=r"--scheduler.max-visits: each step draws 50 prompts from 40, so some would repeat"
+    ):
         build(config(rewards, generation__prompts_per_step=50, scheduler__max_visits=1), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

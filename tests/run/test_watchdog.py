@@ -139,26 +139,26 @@ def place(rank: int, phase: str = "update", beats: int = 5, exchange: str = "", 
         # One works, the rest are in an exchange.
         (
             [place(0, "reward", exchange="gather"), place(1, "reward"), place(2, "reward", exchange="gather")],
-            "rank 1 is behind, in reward, step 3; rank 0, 2 waiting in gather of reward, step 3",
+            "rank 1 is behind, in phase reward of step 3; ranks 0, 2 are waiting in gather(), phase reward of step 3",
         ),
         # Stopped: its thread says nothing any more.
         (
             [place(0, exchange="sum_"), place(1, "generate", beats=4, looked=60.0), place(2, exchange="sum_")],
-            "rank 1 is silent for 40 s, last in generate, step 3 (stopped or dead); "
-            "rank 0, 2 waiting in sum_ of update, step 3",
+            "rank 1 has been silent for 40 s, last in phase generate of step 3 (stopped or dead); "
+            "ranks 0, 2 are waiting in sum_(), phase update of step 3",
         ),
         # Never heard of.
         (
             [place(0, exchange="any")],
-            "rank 1 is silent (stopped or dead); rank 0 waiting in any of update, step 3",
+            "rank 1 has not reported yet (stopped or dead); rank 0 is waiting in any(), phase update of step 3",
         ),
         # Two different exchanges: the one that has come less far is behind.
         (
             [place(0, "sync", beats=6, exchange="any"), place(1, "update", beats=5, exchange="sum_")],
-            "rank 1 is behind, in sum_ of update, step 3; rank 0 waiting in any of sync, step 3",
+            "rank 1 is behind, in sum_(), phase update of step 3; rank 0 is waiting in any(), phase sync of step 3",
         ),
         # Nobody waits for another.
-        ([place(0), place(1)], "rank 0, 1 in update, step 3"),
+        ([place(0), place(1)], "ranks 0, 1 are in phase update of step 3"),
     ],
     ids=["one works", "one stopped", "one never came", "mismatched", "all work"],
 )
@@ -183,7 +183,8 @@ def test_ranks_see_each_other_and_the_lead_speaks(
     assert [len(dog.reports) for dog in dogs] == [1, 1]
     said = {line.split(":")[0]: line for line in lines()}
     assert said["rank 0"].endswith(
-        "; rank 0 is behind, in generate, step 2; rank 1 waiting in update, step 2; its stacks:"
+        "; rank 0 is behind, in phase generate of step 2; rank 1 is waiting in phase update of step 2; "
+        "stacks of this rank:"
     )
     assert "behind" not in said["rank 1"]
 
@@ -197,8 +198,8 @@ def test_another_rank_speaks_when_the_lead_is_stopped(lines: Callable[[], list[s
     with Watchdog(World(1, 2), stall_seconds=0.3, board=notes) as dog:
         dog.phase("wait")
         wait_for(lambda: dog.reports)
-    assert "rank 0 is silent for" in lines()[-1]
-    assert "last in save, step 0 (stopped or dead); rank 1 waiting in wait, step 0" in lines()[-1]
+    assert "rank 0 has been silent for" in lines()[-1]
+    assert "last in phase save of step 0 (stopped or dead); rank 1 is waiting in phase wait of step 0" in lines()[-1]
 
 
 def test_an_earlier_attempt_is_not_read(lines: Callable[[], list[str]]) -> None:
@@ -207,7 +208,7 @@ def test_an_earlier_attempt_is_not_read(lines: Callable[[], list[str]]) -> None:
         wait_for(lambda: notes)
     with Watchdog(World(1, 2), stall_seconds=0.3, board=notes, name="attempt 1") as dog:
         wait_for(lambda: dog.reports)
-    assert "rank 0 is silent (stopped or dead)" in lines()[-1]
+    assert "rank 0 has not reported yet (stopped or dead)" in lines()[-1]
 
 
 def test_a_store_that_is_gone_does_not_end_the_run(lines: Callable[[], list[str]]) -> None:
@@ -220,7 +221,7 @@ def test_a_store_that_is_gone_does_not_end_the_run(lines: Callable[[], list[str]
 
     with Watchdog(World(0, 2), stall_seconds=0.1, board=Gone()) as dog:
         wait_for(lambda: dog.reports)
-    assert "rank 1 is silent" in lines()[-1]
+    assert "rank 1 has not reported yet" in lines()[-1]
 
 
 def test_a_thread_in_an_exchange_is_seen_there(monkeypatch: pytest.MonkeyPatch) -> None:

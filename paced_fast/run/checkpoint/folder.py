@@ -60,7 +60,7 @@ def newest(root: Path, world: World = ALONE) -> Path | None:
         if problem is None:
             return root / name
         if world.is_rank0:
-            logger.warning("checkpoint %s is damaged (%s): trying the one before", root / name, problem)
+            logger.warning("checkpoint %s is damaged (%s): trying the previous one", root / name, problem)
     return None
 
 
@@ -68,7 +68,7 @@ def _of_another_version(candidates: Iterable[Path]) -> InputError | None:
     for folder in candidates:
         if (found := _format_of(folder)) is not None:
             return InputError(
-                f"checkpoint {folder} is written in format {found} and this version reads format {FORMAT}: "
+                f"checkpoint {folder} has format {found}, but this version reads format {FORMAT}: "
                 "use the version of paced_fast that wrote it, or another --run-dir"
             )
     return None
@@ -101,14 +101,14 @@ def policy_folder(run_dir: Path, step: int | None) -> Path:
     """
     if step == 0:
         if not (run_dir / "initial").is_dir():
-            raise InputError(f"{run_dir} holds no policy from before training: there is no {run_dir / 'initial'}")
+            raise InputError(f"{run_dir} has no policy from before training: {run_dir / 'initial'} does not exist")
         return run_dir / "initial"
     root = run_dir / "checkpoints"
     folder = newest(root) if step is None else step_folder(root, step)
     if folder is None or not folder.is_dir():
         wanted = "checkpoint yet" if step is None else f"checkpoint of step {step}"
         held = ", ".join(str(int(path.name[5:])) for path in folders(root))
-        raise InputError(f"{run_dir} has no {wanted}: {root} holds {f'those of step {held}' if held else 'none'}")
+        raise InputError(f"{run_dir} has no {wanted}: {root} has {f'those of step {held}' if held else 'none'}")
     if step is not None and (error := _of_another_version([folder])) is not None:
         raise error
     if step is not None and (problem := verify(folder)) is not None:
@@ -120,7 +120,7 @@ def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Any]]:
     """Problem with the manifest or the set of files, and the manifest's entry for each file."""
     try:
         if (folder / "manifest.json").is_symlink():
-            return "manifest.json is no plain file", {}
+            return "manifest.json is not a regular file", {}
         text = (folder / "manifest.json").read_text()
         manifest = json.loads(text)
         present = {name for name in _names(folder) if name != "manifest.json"}
@@ -129,7 +129,7 @@ def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:
         return f"manifest.json cannot be read: {error}", {}
     if found is not None:
-        return f"written in format {found}, this version reads format {FORMAT}", {}
+        return f"it has format {found}, but this version reads format {FORMAT}", {}
     step, files = (manifest.get("step"), manifest.get("files")) if is_ours else (None, None)
     if type(step) is not int or not isinstance(files, dict) or not all(map(_is_description, files.values())):
         return "manifest.json has changed", {}
@@ -138,7 +138,7 @@ def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Any]]:
     if missing := (_ALWAYS | files.keys()) - present:
         return f"{min(missing)} is missing", {}
     if extra := present - files.keys():
-        return f"{min(extra)} does not belong to it", {}
+        return f"{min(extra)} is not in its manifest.json", {}
     return None, files
 
 
@@ -172,9 +172,9 @@ def _difference(folder: Path, name: str, expected: Mapping[str, Any]) -> str | N
     path = folder / name
     try:
         if path.is_symlink() or not path.is_file():
-            return f"{name} is no plain file"
+            return f"{name} is not a regular file"
         if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes and had {expected['bytes']}"
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
         return None if describe(path) == expected else f"{name} has changed"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
@@ -219,10 +219,10 @@ def commit(partial: Path, step: int, files: Mapping[str, Any]) -> Path:
     present = set(_names(partial))
     if unseen := files.keys() - present:
         raise InputError(
-            f"{min(unseen)} of another rank is not in {partial}: "
+            f"{min(unseen)}, written by another rank, is not in {partial}: "
             "give a --run-dir on a file system that all machines share"
         )
-    assert present == files.keys(), f"{min(present - files.keys())} is nobody's file"
+    assert present == files.keys(), f"{min(present - files.keys())} was written by no rank"
     manifest = partial / "manifest.json"
     manifest.write_text(_manifest_text({"format": FORMAT, "step": step, "files": dict(files)}))
     inside = (path for path in partial.rglob("*") if path.is_dir())

@@ -48,7 +48,7 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, str], folder: Pat
         if saved["identity"].get(name) != value:
             raise InputError(
                 f"--resume auto: the {name} changed since {folder} was written ({saved['identity'].get(name)} then, "
-                f"{value} now): give the same, or another --run-dir"
+                f"{value} now): use the same {name}, or give another --run-dir"
             )
     changed = [
         f"{name} {was} -> {here}"
@@ -56,7 +56,8 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, str], folder: Pat
         if (was := saved["versions"].get(name, "none")) != here
     ]
     if changed:
-        logger.warning("going on with other versions, so not to the bit: %s", ", ".join(changed))
+        told = "package versions differ from the checkpoint's, so results may differ from an uninterrupted run: %s"
+        logger.warning(told, ", ".join(changed))
 
 
 def _table(table: PromptTable) -> str:

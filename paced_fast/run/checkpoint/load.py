@@ -35,7 +35,7 @@ def load(
         error = problem
     except (OSError, ValueError, SafetensorError) as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
-        error = InputError(f"checkpoint {folder} cannot be read ({reason}): remove it, and the one before is used")
+        error = InputError(f"checkpoint {folder} cannot be read ({reason}): remove it to resume from the previous one")
     world.wait()  # reading takes its time
     world.agree(error, InputError)
     return found

@@ -105,7 +105,7 @@ class Saver:
             self._pending = self._thread.submit(self._write, job)
             failure = self.wait() if last else None
         if last and failure is not None:
-            raise _of_all(TrainingError(f"the last checkpoint was not written: {failure}"))
+            raise _of_all(TrainingError(f"the final checkpoint was not written: {failure}"))
 
     def wait(self) -> str | None:
         """Wait for the save in the background; returns why it failed, or None.
@@ -120,7 +120,7 @@ class Saver:
         if self._thread is not None:
             self._thread.shutdown()
         if self._pending is not None and (error := self._pending.exception()) is not None:
-            logger.warning("the last checkpoint was not written: %s", error)
+            logger.warning("the latest checkpoint was not written: %s", error)
 
     def _write(self, job: _Job) -> str | None:
         """Write the checkpoint together with the other ranks; returns why that failed, or None, the same on all."""
@@ -149,10 +149,10 @@ class Saver:
         elif is_rank0:
             left = folders(self._root)
             logger.warning(
-                "checkpoint of step %d was not written (%s): training goes on, %s",
+                "checkpoint of step %d was not written (%s): training continues, and %s",
                 job.step,
                 failure,
-                f"the last one is {left[-1].name}" if left else "there is none yet",
+                f"the latest checkpoint is {left[-1].name}" if left else "there is no checkpoint yet",
             )
         return failure
 
@@ -200,10 +200,10 @@ class Saver:
         path = getattr(error, "filename", None) or self._root
         reason = getattr(error, "strerror", None) or str(error)
         try:
-            free = f", {shutil.disk_usage(self._root).free} are free"
+            free = f", and {shutil.disk_usage(self._root).free} bytes are free"
         except OSError:
             free = ""
-        return f"{path}: {reason}; it takes about {job.bytes} bytes{free}"
+        return f"{path}: {reason}; the checkpoint needs about {job.bytes} bytes{free}"
 
     def _exchange(self, own: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [json.loads(text) for text in self._world.gather_text(json.dumps(own))]

@@ -142,7 +142,7 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor], *, partly: bool = Fal
         plan = reader.prepare_local_plan(planner.create_local_plan())
         reader.read_data(planner.finish_plan(plan), planner).wait()
     except SafetensorError as error:
-        raise InputError(f"{folder} holds a file that is no safetensors file ({error})") from error
+        raise InputError(f"{folder} has a file that is not in safetensors format ({error})") from error
 
 
 def tensor_shapes(folder: Path) -> dict[str, torch.Size]:
@@ -157,14 +157,16 @@ def _shapes(metadata: Metadata) -> dict[str, torch.Size]:
 
 def _check_same(folder: Path, saved: Mapping[str, torch.Size], into: Mapping[str, Tensor], partly: bool) -> None:
     unknown = set() if partly else saved.keys() - into.keys()
-    for names, what in ((into.keys() - saved.keys(), "lacks"), (unknown, "has an unknown")):
+    for names, what in ((into.keys() - saved.keys(), "lacks"), (unknown, "has an unexpected")):
         if names:
-            raise InputError(f"{folder} {what} {min(names)} ({len(names)} such): it is of a run with other settings")
+            raise InputError(
+                f"{folder} {what} {min(names)} ({len(names)} such): it belongs to a run with other settings"
+            )
     for name, tensor in into.items():
         if saved[name] != tensor.shape:
             raise InputError(
-                f"{folder}: {name} has the shape {tuple(saved[name])} and {tuple(tensor.shape)} is wanted: "
-                "it is of a run with other settings"
+                f"{folder}: {name} has the shape {tuple(saved[name])} instead of {tuple(tensor.shape)}: "
+                "it belongs to a run with other settings"
             )
 
 

@@ -81,8 +81,8 @@ def measure(config: Config, *, steps: int, lengths: str, world: World = ALONE) -
     """
     if world.size > 1 and config.distributed.mode == "sharded":
         error = InputError(
-            f"--bench times {world.size} processes with replicated parameters only: leave --distributed.mode sharded "
-            "out"
+            f"--bench with {world.size} processes supports replicated parameters only: leave out --distributed.mode "
+            "sharded"
         )
         error.add_note(EVERYWHERE)
         raise error
@@ -230,22 +230,24 @@ def tables(result: dict[str, Any]) -> list[Any]:
         if name in peaks:
             parts.append(f"peak {peaks[name] / 2**30:.2f} GiB")
         if name in estimated:
-            parts.append(f"estimated {estimated[name]:.3g} s, {seconds / estimated[name]:.2f} times that")
+            parts.append(f"{seconds / estimated[name]:.2f} times the estimate of {estimated[name]:.3g} s")
         rows[name] = ", ".join(parts)
     peak = result["peak_flops_per_second"]
-    mfu = "unknown for this GPU" if peak is None else f"{result['mfu']:.1%} of {peak / 1e12:.3g} TFLOP/s per rank"
+    mfu = "peak rate of this GPU not known"
+    if peak is not None:
+        mfu = f"{result['mfu']:.1%} of {peak / 1e12:.3g} TFLOP/s per rank"
     figures = {
         "model": f"{result['model']}, {result['parameters']:,} parameters in {result['dtype']}, random weights",
         "device": f"{result['device']}, {result['ranks']} rank{'s' * (result['ranks'] > 1)}, {result['mode']}",
-        "rollouts": f"{result['prompts_per_step']} x {result['group_size']}, prompts of {result['prompt_tokens']}, "
-        f"completions {'of' if result['lengths'] == 'full' else 'of 1 to'} {result['completion_tokens']} tokens",
+        "rollouts": f"{result['prompts_per_step']} prompts of {result['prompt_tokens']} tokens, {result['group_size']} "
+        f"completions each {'of' if result['lengths'] == 'full' else 'of 1 to'} {result['completion_tokens']} tokens",
         "step": f"{result['step_seconds']:.4g} s ({result['step_seconds_least']:.4g} to "
         f"{result['step_seconds_most']:.4g}, {result['steps']} steps)",
         "tokens": f"{result['tokens_per_second']:,.0f} completion tokens/s, "
-        f"{result['row_tokens_per_second']:,.0f} with prompts",
+        f"{result['row_tokens_per_second']:,.0f} tokens/s with prompts",
         "model FLOPs": mfu,
     }
     return [
         terminal.config_table(figures, title="training steps on random rollouts, no generation"),
-        terminal.config_table(rows, title="by phase, medians"),
+        terminal.config_table(rows, title="medians by phase"),
     ]

@@ -105,7 +105,7 @@ def device_named(name: str, dtype: str) -> Device:
     if name == "cpu":
         return measured_cpu(dtype)
     if name not in DEVICES:
-        raise InputError(f"unknown device {name!r}: the devices are {', '.join(DEVICES)} and cpu")
+        raise InputError(f"unknown device {name!r}: choose from {', '.join(DEVICES)} and cpu")
     return DEVICES[name]
 
 
@@ -150,8 +150,8 @@ def require_float32_products() -> None:
     error = max(float((product - wanted).abs().max() / wanted.abs().max()) for product in found)
     if not error < _EXACT_ERROR:
         raise InputError(
-            f"float32 products of this CPU are off by {error:.0e}, as if rounded to bfloat16: unset "
-            "ONEDNN_DEFAULT_FPMATH_MODE and DNNL_DEFAULT_FPMATH_MODE, or take --model.dtype bfloat16"
+            f"float32 matrix products on this CPU have errors of {error:.0e}, as if rounded to bfloat16: unset "
+            "ONEDNN_DEFAULT_FPMATH_MODE and DNNL_DEFAULT_FPMATH_MODE, or use --model.dtype bfloat16"
         )
 
 

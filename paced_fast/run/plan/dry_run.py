@@ -54,7 +54,10 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
     """
     nodes = nodes or -(-ranks // _RANKS_PER_NODE)
     if ranks % nodes:
-        raise InputError(f"--dry-run {ranks}: {ranks} processes do not fill {nodes} machines evenly")
+        raise InputError(
+            f"--dry-run {ranks}: {ranks} processes cannot be divided evenly among {nodes} machines: give a multiple of "
+            f"{nodes}, or another --dry-run-nodes"
+        )
     notes: list[str] = []
     config = _assume_generator(config, device, notes)
     check_engine_ranks(config, ranks)
@@ -74,13 +77,14 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
     choice = choose_mode(config.distributed.mode, ranks=ranks, plan=parts, device_bytes=chip.memory_bytes)
     layout = dataclasses.replace(layout, mode="sharded" if choice.is_sharded else "replicated")
     if chip.name == "cpu":
-        notes.append("the ranks of a CPU share its cores: each is taken for a machine of its own")
+        notes.append("every rank has a CPU of its own (ranks that share one are slower)")
     if config.model.attention == "auto" and config.model.device == "cuda":
-        notes.append("there is a kernel for packed rows (--model.attention shared plans without one)")
+        notes.append("a kernel for packed rows is installed (--model.attention shared plans without one)")
     notes += [
-        "prompts and completions are as long as they may be, no step replays, rewards cost nothing",
-        f"products run at {roofline.MATMUL_SHARE:.0%} of the peak, memory and links at {roofline.BANDWIDTH_SHARE:.0%}",
-        "starting a piece of work costs nothing, which flatters small models",
+        "prompts and completions have their maximum lengths, nothing is replayed, and rewards take no time",
+        f"matrix products reach {roofline.MATMUL_SHARE:.0%} of the peak rate, memory and links "
+        f"{roofline.BANDWIDTH_SHARE:.0%} of their bandwidth",
+        "kernel launches take no time, so the estimate is too low for small models",
     ]
     return Plan(
         config=config,
@@ -97,14 +101,15 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
 def _check_positions(config: Config, limit: Positions, notes: list[str]) -> None:
     """Raises InputError when completions alone are longer than the model can place; shorter prompts are a note."""
     cut = max(config.generation.max_completion_tokens, config.evaluation.max_completion_tokens)
+    owner = "generation" if cut == config.generation.max_completion_tokens else "evaluation"
     if limit.longest is None or config.data.max_prompt_tokens + cut <= limit.longest:
         return
     if cut >= limit.longest:
         raise InputError(
-            f"--generation.max-completion-tokens: completions may have {cut} tokens, and this is {limit.why}: lower "
-            "it, or take a model with more positions"
+            f"--{owner}.max-completion-tokens: completions of up to {cut} tokens leave no room for a prompt in "
+            f"{limit.why}: lower it, or use a model with more positions"
         )
-    notes.append(f"no prompt has more than {limit.longest - cut} tokens: with its completion, this is {limit.why}")
+    notes.append(f"prompts have up to {limit.longest - cut} tokens, so that they fit with a completion in {limit.why}")
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -114,31 +119,31 @@ def show(plan: Plan, console: Console) -> None:
     ranks = f"{layout.ranks} on {layout.nodes} machine{'s' * (layout.nodes > 1)}, {plan.why}"
     peak = device.flops(plan.config.model.dtype)
     found = {
-        "model": f"{plan.config.model.name}, {shape.parameters:,} parameters, {shape.trainable:,} learn",
+        "model": f"{plan.config.model.name}, {shape.parameters:,} parameters, {shape.trainable:,} trained",
         "device": f"{device.name}, {_scaled(peak)}FLOP/s in {plan.config.model.dtype}, "
         f"{_scaled(device.memory_bandwidth)}B/s",
         "ranks": ranks,
     }
-    console.print(terminal.config_table(found, title="what it would run on"))
+    console.print(terminal.config_table(found, title="model and hardware"))
     console.print(terminal.memory_plan_table(plan.parts, available_bytes=device.memory_bytes))
     total = sum(plan.seconds.values())
     rows = {name: f"{seconds:,.3g} s" for name, seconds in plan.seconds.items()}
     tokens = plan.config.rollouts_per_step * plan.config.generation.max_completion_tokens
     rows["step"] = f"{total:,.3g} s, {tokens / total:,.0f} completion tokens/s"
-    rows[f"{plan.config.steps} steps"] = f"{plan.config.steps * total / 3600:,.2f} h, evaluation and start-up apart"
-    console.print(terminal.config_table(rows, title="time of a step, estimated"))
+    rows[f"{plan.config.steps} steps"] = f"{plan.config.steps * total / 3600:,.2f} h, without evaluation and start-up"
+    console.print(terminal.config_table(rows, title="estimated time per step"))
     for note in plan.notes:
         console.print(f"assumed: {note}", highlight=False, soft_wrap=True)
     wanted = sum(memory.at_a_time(plan.parts).values())
     console.print(
-        f"at a time a rank holds at most {wanted / 2**30:.1f} GiB: keys and values are let go while the policy trains",
+        f"peak memory per rank: {wanted / 2**30:.1f} GiB (the key-value cache is freed while the policy trains)",
         highlight=False,
         soft_wrap=True,
     )
     if wanted > device.memory_bytes:
         console.print(
-            f"that does not fit into {device.memory_bytes / 2**30:.1f} GiB: lower --optimizer.micro-batch-tokens, or "
-            "take more ranks with --distributed.mode sharded",
+            f"this does not fit in {device.memory_bytes / 2**30:.1f} GiB: lower --optimizer.micro-batch-tokens, or "
+            "use more ranks with --distributed.mode sharded",
             highlight=False,
             soft_wrap=True,
         )
@@ -148,7 +153,7 @@ def _assume_generator(config: Config, device: str | None, notes: list[str]) -> C
     """Resolve the settings; for a GPU of another machine vLLM is assumed to be installed there."""
     elsewhere = config.model.device == "cuda" and (device is not None or not torch.cuda.is_available())
     if config.generator == "auto" and elsewhere:
-        notes.append("vllm is installed where the run will be (--generator transformers plans without it)")
+        notes.append("vllm is installed on the machine of the run (--generator transformers plans without it)")
         config = dataclasses.replace(config, generator="vllm")
     return resolve(config)
 
@@ -156,16 +161,21 @@ def _assume_generator(config: Config, device: str | None, notes: list[str]) -> C
 def _device(config: Config, name: str | None, notes: list[str]) -> Device:
     if name is not None:
         if (name == "cpu") != (config.model.device == "cpu"):
-            raise InputError(f"--dry-run-device {name} does not go with --model.device {config.model.device}")
+            right = "cpu" if name == "cpu" else "cuda"
+            raise InputError(
+                f"--dry-run-device {name} does not match --model.device {config.model.device}: give --model.device "
+                f"{right}"
+            )
         return device_named(name, config.model.dtype)
     found = device_here(config.model.device, config.model.dtype)
     if found is not None:
         return found
     if torch.cuda.is_available():
         raise InputError(
-            f"{torch.cuda.get_device_name()} is in no table here: --dry-run-device takes {', '.join(DEVICES)}"
+            f"the peak rates of {torch.cuda.get_device_name()} are not known: give --dry-run-device, one of "
+            f"{', '.join(DEVICES)}"
         )
-    notes.append(f"the device is an {_ASSUMED_DEVICE}: --dry-run-device names another")
+    notes.append(f"the device is an {_ASSUMED_DEVICE} (--dry-run-device names another)")
     return DEVICES[_ASSUMED_DEVICE]
 
 
@@ -174,7 +184,7 @@ def _num_prompts(config: Config, notes: list[str]) -> int:
     known = [size for size in sizes if size is not None]
     if len(known) == len(sizes):
         return sum(known)
-    notes.append(f"{_ASSUMED_PROMPTS:,} training prompts, for their embeddings")
+    notes.append(f"there are {_ASSUMED_PROMPTS:,} training prompts, whose embeddings are kept in memory")
     return _ASSUMED_PROMPTS
 
 

@@ -217,8 +217,8 @@ def engine_tokens(shape: ModelShape, config: Config) -> int:
     positions = shape.positions or longest
     if longest > positions:
         raise InputError(
-            f"--generator vllm: prompt and completion may be {longest} tokens together and the model has {positions} "
-            f"positions: lower --data.max-prompt-tokens or --{owner}.max-completion-tokens"
+            f"--generator vllm: prompt and completion have up to {longest} tokens together, but the model has "
+            f"{positions} positions: lower --data.max-prompt-tokens or --{owner}.max-completion-tokens"
         )
     return max(longest, min(CHECK_TOKENS, positions))
 

@@ -45,5 +45,5 @@ def plain(obj: object) -> object:
         return str(obj)
     to_list = getattr(obj, "tolist", None)
     if to_list is None:
-        raise TypeError(f"{type(obj).__name__} does not go into JSON")
+        raise TypeError(f"{type(obj).__name__} cannot be written as JSON")
     return plain(to_list())

@@ -69,7 +69,7 @@ class Guards:
             is_due = last is None or step - last >= self.config.repeat_every
             said[finding.name] = step if last is None or is_due else last
             if is_due and self.speaks:
-                logger.warning("step %d, %s: %s: %s", step, finding.name, finding.text, finding.remedy)
+                logger.warning("step %d, %s: %s; %s", step, finding.name, finding.text, finding.remedy)
             if last is None and finding.name in self.config.stop_on and self._fatal is None:
                 self._fatal = finding
         self.said = said
@@ -79,7 +79,7 @@ class Guards:
         """Raises TrainingError when a warning of `stop_on` began to hold in the step just checked."""
         if self._fatal is not None:
             finding = self._fatal
-            raise TrainingError(f"step {step}, {finding.name}: {finding.text}: {finding.remedy} (--guard.stop-on)")
+            raise TrainingError(f"step {step}, {finding.name}: {finding.text}; {finding.remedy} (--guard.stop-on)")
 
     def state_dict(self) -> dict[str, Tensor]:
         """State, so that a resumed run gives the same warnings."""
@@ -113,8 +113,8 @@ class Guards:
         from it."""
         loss, norm = record.loss, record.grad_norm
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            text = f"loss {loss:.3g}, gradient norm {norm:.3g}"
-            yield Finding("non_finite", text, "the parameters were left as they were; if it lasts the run stops itself")
+            text = f"loss is {loss:.3g}, gradient norm is {norm:.3g}"
+            yield Finding("non_finite", text, "this step changed no parameter; the run stops if this continues")
             return
         yield _above("kl", "kl", record.kl, self.config.max_kl, _SLOWER)
         ratio, most = record.log_ratio_mean, self.config.max_log_ratio
@@ -125,19 +125,19 @@ class Guards:
         share, least = record.effective_sample_share, self.config.min_sample_share
         if share >= least:
             return None
-        remedy = "a few completions carry the step: lower --optimizer.learning-rate or --loss.importance-cap"
-        return Finding("sample_share", f"effective_sample_share {share:.3g}, least {least:g}", remedy)
+        remedy = "a few completions dominate the step: lower --optimizer.learning-rate or --loss.importance-cap"
+        return Finding("sample_share", f"effective_sample_share is {share:.3g}, below {least:g}", remedy)
 
     def _generator_mismatch(self, record: StepRecord) -> Finding | None:
         remedy = (
-            "the generator samples from another distribution than the trainer computes: look at its weights and "
-            "sampling settings, or correct by --mismatch.mode"
+            "the generator samples from another distribution than the trainer computes: check its weights and "
+            "sampling settings, or correct with --mismatch.mode"
         )
         figure, most = record.generator_mismatch_token_ratio, self.config.max_token_ratio
         return _above("generator_mismatch", "generator_mismatch_token_ratio", figure, most, remedy)
 
     def _truncated(self, record: StepRecord) -> Finding | None:
-        remedy = "completions do not end within --generation.max-completion-tokens: raise it, or look at the stop token"
+        remedy = "completions do not end within --generation.max-completion-tokens: raise it, or check the stop tokens"
         share, most = record.truncated_share, self.config.max_truncated_share
         return _above("truncated", "truncated_share", share, most, remedy)
 
@@ -149,8 +149,8 @@ class Guards:
         self.best_reward = max(self.best_reward, mean)
         if self.best_reward < self.config.healthy_reward or mean > self.config.collapsed_reward:
             return None
-        text = f"mean reward {mean:.3g} over {len(self.rewards)} steps, after {self.best_reward:.3g}"
-        remedy = "look at the rollouts and at the reward; --resume auto goes back to the last checkpoint"
+        text = f"mean reward over {len(self.rewards)} steps is {mean:.3g}, and has been {self.best_reward:.3g}"
+        remedy = "check the rollouts and the reward; --resume auto returns to the last checkpoint"
         return Finding("reward_collapse", text, remedy)
 
     def _value_gap(self, record: StepRecord) -> Finding | None:
@@ -162,9 +162,12 @@ class Guards:
         self.gap_steps = 0 if gap <= most else self.gap_steps + 1
         if self.gap_steps < self.config.patience:
             return None
-        text = f"value {value:.3g} and accuracy {accuracy:.3g} of the drawn prompts differ by more than {most:g} "
-        remedy = "lower --log-z.learning-rate, or look at what the reward calls right"
-        return Finding("value_gap", f"{text}in {self.gap_steps} steps in a row", remedy)
+        text = (
+            f"value {value:.3g} and accuracy {accuracy:.3g} of the drawn prompts have differed by more than {most:g} "
+            f"in {self.gap_steps} consecutive steps"
+        )
+        remedy = "lower --log-z.learning-rate, or check which completions the reward accepts"
+        return Finding("value_gap", text, remedy)
 
     def _value_stuck(self, record: StepRecord) -> Finding | None:
         values, accuracies = record.value_fresh, record.accuracy_fresh
@@ -177,9 +180,10 @@ class Guards:
         if self.stuck_steps < self.config.patience:
             return None
         text = (
-            f"every value within {margin:g} of {int(at_one)} and accuracy {accuracy:.3g}, in {self.stuck_steps} steps"
+            f"every value has been within {margin:g} of {int(at_one)} in {self.stuck_steps} consecutive steps, but "
+            f"accuracy is {accuracy:.3g}"
         )
-        return Finding("value_stuck", text, "the head is saturated: lower --log-z.learning-rate and start from before")
+        return Finding("value_stuck", text, "the head is saturated: lower --log-z.learning-rate and start over")
 
     def _head_loss(self, record: StepRecord) -> Finding | None:
         loss = record.head_loss
@@ -191,7 +195,7 @@ class Guards:
             self.head_losses.append(float(loss))
             if loss <= bound:
                 return None
-        text = f"head_loss {loss:.3g}, largest {bound:.3g} ({self.config.max_head_loss_growth:g} times its median)"
+        text = f"head_loss is {loss:.3g}, not below {bound:.3g} ({self.config.max_head_loss_growth:g} times its median)"
         return Finding("head_loss", text, "log Z diverges: lower --log-z.learning-rate")
 
 
@@ -199,9 +203,10 @@ def _above(name: str, key: str, figure: float, most: float, remedy: str, *, size
     """The warning for a figure above its bound; NaN is above any."""
     if (abs(figure) if size else figure) <= most:
         return None
-    return Finding(name, f"{key} {figure:.4g}, largest {most:g}", remedy)
+    bound = f"more than {most:g} from 0" if size else f"above {most:g}"
+    return Finding(name, f"{key} is {figure:.4g}, {bound}", remedy)
 
 
-_SLOWER = "the policy moves too far in a step: lower --optimizer.learning-rate or --optimizer.max-grad-norm"
+_SLOWER = "the policy moves too far per step: lower --optimizer.learning-rate or --optimizer.max-grad-norm"
 _NAMES: tuple[str, ...] = typing.get_args(WarningName)
 """Checkpoints store a warning as its index here."""

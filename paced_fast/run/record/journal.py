@@ -35,11 +35,12 @@ class Journal:
             else:
                 self._lost += new.count(b"\n")
             if not self._is_failing:
-                logger.warning("%s cannot be written (%s): the run goes on", self.path, error.strerror or error)
+                told = "%s cannot be written (%s): the run continues, and tries again with the next lines"
+                logger.warning(told, self.path, error.strerror or error)
             self._is_failing = True
             return
         if self._is_failing:
-            logger.warning("%s is written again%s", self.path, self._missing())
+            logger.warning("%s can be written again%s", self.path, self._missing())
         self._waiting, self._is_failing = b"", False
 
     def close(self) -> None:
@@ -49,7 +50,7 @@ class Journal:
         if self._is_failing:
             self._lost += self._waiting.count(b"\n")
             self._waiting = b""
-            logger.warning("%s is not whole%s", self.path, self._missing())
+            logger.warning("%s is incomplete%s", self.path, self._missing())
         self._is_failing = False
 
     def _missing(self) -> str:

@@ -40,7 +40,7 @@ def require_sinks(names: Sequence[str]) -> None:
 
 def _require_known(name: str) -> None:
     if name not in _SINK_MODULES:
-        raise InputError(f"unknown metrics sink {name!r}: choose from {', '.join(_SINK_MODULES)}")
+        raise InputError(f"--run.loggers: unknown logger {name!r}: choose from {', '.join(_SINK_MODULES)}")
 
 
 def _is_installed(name: str) -> bool:
@@ -50,7 +50,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _not_installed(name: str) -> InputError:
-    return InputError(f"metrics sink {name!r} is not installed: pip install 'paced-fast[{name}]'")
+    return InputError(f"--run.loggers: the package of {name!r} is not installed: pip install 'paced-fast[{name}]'")
 
 
 def _module(name: str) -> Any:
@@ -61,8 +61,8 @@ def _module(name: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and not _is_installed(name):
             raise _not_installed(name) from error
         raise InputError(
-            f"metrics sink {name!r} cannot be imported ({_line(error)}): install versions that go together with "
-            f"pip install --upgrade 'paced-fast[{name}]', or leave it out of run.loggers"
+            f"--run.loggers: the package of {name!r} cannot be imported ({_line(error)}): install versions that fit "
+            f"together with pip install --upgrade 'paced-fast[{name}]', or leave it out"
         ) from error
     if getattr(module, "__file__", "") is None:
         raise _not_installed(name)
@@ -98,13 +98,13 @@ class _Caller:
             try:
                 self._answers.get_nowait()
             except queue.Empty:
-                raise TimeoutError("the call before has not returned") from None
+                raise TimeoutError("the previous call has not returned") from None
         self._asked.put(act)
         self._is_busy = True
         try:
             answer = self._answers.get(timeout=seconds)
         except queue.Empty:
-            raise TimeoutError(f"no return within {seconds:g} s") from None
+            raise TimeoutError(f"the call did not return within {seconds:g} s") from None
         self._is_busy = False
         if answer is not None:
             raise answer
@@ -155,11 +155,11 @@ class Logger:
             self._skipping = 1 << min(self._failures, _MOST_DOUBLINGS)
             self._failures += 1
             if self._failures == 1:
-                told = "logger %s failed (%s): the run goes on without it, and tries it again now and then"
+                told = "logger %s failed (%s): the run continues without it, and tries it again at growing intervals"
                 logger.warning(told, self._name, _line(error))
             return
         if self._failures:
-            logger.warning("logger %s works again: %d attempts had failed", self._name, self._failures)
+            logger.warning("logger %s works again after %d failed attempts", self._name, self._failures)
         self._failures = 0
 
 
@@ -168,7 +168,7 @@ def _open_sink(name: str, module: Any, run_dir: Path, config: object) -> Sink:
         known = run_dir / WANDB_FILE
         same = _known_run(known)
         if same and not _takes(module.init, "resume"):
-            logger.warning("this version of wandb cannot go on with a run: it begins another one there")
+            logger.warning("this version of wandb cannot resume a run: metrics go to a new wandb run")
             same = {}
         run = module.init(project="paced_fast", name=run_dir.name, dir=str(run_dir), config=config, **same)
         if not same:
@@ -195,7 +195,7 @@ def _remember(path: Path, name: str) -> None:
     try:
         path.write_text(json.dumps({"id": name}) if name else "{}")
     except OSError as error:
-        logger.warning("%s cannot be written (%s): when resumed, the run begins another one at wandb", path, error)
+        logger.warning("%s cannot be written (%s): after a resume, metrics go to a new wandb run", path, error)
 
 
 def _known_run(path: Path) -> dict[str, str]:

@@ -96,8 +96,10 @@ def replayed_settings(config: Config, path: Path) -> Config:
     """
     folder = config.run_dir and Path(config.run_dir).resolve()
     if folder and (path.resolve() == folder or folder in path.resolve().parents):
-        raise InputError(f"--replay-rollouts {path} lies in --run-dir {config.run_dir}: give the replay another folder")
-    logger.info("rollouts come from %s: nothing is sampled, so nothing is evaluated either", path)
+        raise InputError(
+            f"--replay-rollouts {path} is in --run-dir {config.run_dir}: give the replay another --run-dir"
+        )
+    logger.info("rollouts are replayed from %s: nothing is sampled, so nothing is evaluated", path)
     return dataclasses.replace(config, generator="transformers")
 
 
@@ -117,7 +119,7 @@ class RecordedRollouts:
         self._sizes: dict[int, int] = {}  # lines of a step
         if not self.path.is_file():
             raise InputError(
-                f"--replay-rollouts {path}: there is no such file: --run.save-rollouts makes a run write {FILE_NAME}"
+                f"--replay-rollouts {path}: there is no such file: a run with --run.save-rollouts writes {FILE_NAME}"
             )
         self._check()
 
@@ -151,17 +153,17 @@ class RecordedRollouts:
             raise self._wrong(f"line {number} is not JSON ({error})") from error
         count, ids, logprobs = row["num_tokens"], row.get("token_ids"), row.get("logprobs")
         if not all(isinstance(values, list) and len(values) == count for values in (ids, logprobs)):
-            raise self._wrong(f"line {number} has not {count} token ids and log-probs")
+            raise self._wrong(f"line {number} does not have {count} token ids and {count} log-probs")
         unknown = [i for i in ids if type(i) is not int or not 0 <= i < self.vocabulary]
         if unknown:
             told = json.dumps(unknown[0])[:80]
             raise self._wrong(
-                f"line {number} has the token id {told} and the vocabulary is 0 to {self.vocabulary - 1}: give the "
-                "tokenizer and model it was recorded with"
+                f"line {number} has the token id {told}, but the vocabulary is 0 to {self.vocabulary - 1}: give the "
+                "tokenizer and model that it was recorded with"
             )
         bad = [value for value in logprobs if not _is_number(value)]
         if bad:
-            raise self._wrong(f"line {number} has the log-prob {json.dumps(bad[0])[:80]}, which is no finite number")
+            raise self._wrong(f"line {number} has the log-prob {json.dumps(bad[0])[:80]}, which is not a finite number")
         return row
 
     def _check(self) -> None:
@@ -175,28 +177,28 @@ class RecordedRollouts:
             if head is None and step == self._config.steps and in_batch == self._config.rollouts_per_step:
                 break  # a torn last line is not needed
             if head is None:
-                raise self._wrong(f"line {number} is cut off or no record" + self._whole(step, in_batch))
+                raise self._wrong(f"line {number} is cut off or is not a record" + self._whole(step, in_batch))
             if head["step"] > max(self._config.steps, step):
                 break
             if head["step"] != step:
                 self._check_step(step, position, in_batch)
                 if head["step"] != step + 1 and step:
-                    raise self._wrong(f"step {step + 1} is missing: after {step} comes {head['step']}")
+                    raise self._wrong(f"step {step + 1} is missing: step {step} is followed by step {head['step']}")
                 step, position, in_batch = head["step"], 0, 0
                 self._starts[step], self._numbers[step] = start, number
             if head["position"] != position:
-                raise self._wrong(f"line {number} has position {head['position']} of step {step}, not {position}")
+                raise self._wrong(f"line {number} has position {head['position']} of step {step} instead of {position}")
             if (head["group"], head["prompt_index"]) != group:
                 group = head["group"], head["prompt_index"]
                 self._check_prompt(head, known, number)
             if head["group"] != position // settings.group_size:
                 raise self._wrong(
-                    f"line {number} is in group {head['group']} and with --generation.group-size {settings.group_size} "
-                    f"in group {position // settings.group_size}: give the group size of the run that wrote it"
+                    f"line {number} is in group {head['group']}, but --generation.group-size {settings.group_size} "
+                    f"puts it in group {position // settings.group_size}: give the group size of the run that wrote it"
                 )
             if head["num_tokens"] > settings.max_completion_tokens:
                 raise self._wrong(
-                    f"line {number} has {head['num_tokens']} tokens and --generation.max-completion-tokens is "
+                    f"line {number} has {head['num_tokens']} tokens, but --generation.max-completion-tokens is "
                     f"{settings.max_completion_tokens}: raise it"
                 )
             position += 1
@@ -215,18 +217,21 @@ class RecordedRollouts:
         self._sizes[step] = position
         if position % settings.group_size:
             raise self._wrong(
-                f"step {step} has {position} completions, no multiple of --generation.group-size {settings.group_size}"
+                f"step {step} has {position} completions, not a multiple of --generation.group-size "
+                f"{settings.group_size}"
             )
         if in_batch != wanted:
             raise self._wrong(
-                f"step {step} has a batch of {in_batch} and these settings one of {wanted}: give the "
-                "--generation.prompts-per-step and group-size of the run that wrote it"
+                f"step {step} has a batch of {in_batch} completions, but these settings make {wanted}: give the "
+                "--generation.prompts-per-step and --generation.group-size of the run that wrote it"
             )
 
     def _check_prompt(self, head: dict[str, Any], known: dict[int, tuple[str, str]], number: int) -> None:
         index = head["prompt_index"]
         if not isinstance(index, int) or not 0 <= index < len(self._table):
-            raise self._wrong(f"line {number} has prompt {index} of {len(self._table)}: the training data are others")
+            raise self._wrong(
+                f"line {number} has prompt {index}, but there are {len(self._table)}: give the same --data"
+            )
         if index not in known:
             known[index] = _hashes(self._table, index)
         text, ids = known[index]
@@ -234,24 +239,24 @@ class RecordedRollouts:
             raise self._wrong(f"line {number} has another prompt {index} than the training data: give the same --data")
         if head["prompt_ids"] != ids:
             raise self._wrong(
-                f"line {number} has other tokens of prompt {index}: give the tokenizer and --data.template it was "
-                "recorded with"
+                f"line {number} has other tokens for prompt {index}: give the tokenizer and --data.template that it "
+                "was recorded with"
             )
 
     def _check_range(self, last: int) -> None:
         if not self._starts:
-            raise self._wrong("it is empty")
+            raise self._wrong("the file is empty")
         first = min(self._starts)
         if first != 1:
-            raise self._wrong(f"it begins at step {first}: steps 1 to {first - 1} were not recorded")
+            raise self._wrong(f"the file begins at step {first}: steps 1 to {first - 1} were not recorded")
         if last < self._config.steps:
-            raise self._wrong(f"step {last + 1} is missing: it ends at step {last}, give --steps {last}")
+            raise self._wrong(f"step {last + 1} is missing: the file ends at step {last}: give --steps {last}")
 
     def _whole(self, step: int, in_batch: int) -> str:
         """Remedy for a file that ends in `step`."""
         whole = step if in_batch == self._config.rollouts_per_step else step - 1
         if whole > 0:
-            return f": --steps {whole} takes what is whole"
+            return f": give --steps {whole} to use the complete steps"
         return f": give a {FILE_NAME} that --run.save-rollouts wrote"
 
     def _wrong(self, words: str) -> InputError:

@@ -27,7 +27,7 @@ def write_summary(folder: Path, config: Config) -> dict[str, Any]:
         write_json_atomic(folder / "summary.json", summary)
         return summary
     except (OSError, ValueError, LookupError) as error:
-        logger.warning("there is no summary.json (%r): the checkpoints are whole", error)
+        logger.warning("summary.json was not written (%r): the checkpoints are complete", error)
         return {}
 
 

@@ -204,7 +204,7 @@ def evaluation_tables(record: Mapping[str, object], *, max_columns: int = 8) -> 
 
 _CURVES = {
     "pass_at_k": "pass@k: one of k samples is correct",
-    "maj_at_k": "maj@k: the commonest of k answers is correct",
+    "maj_at_k": "maj@k: the most common of k answers is correct",
 }
 
 

@@ -190,8 +190,8 @@ def _initial_model(
     prompts.check_embedded(rows, tokenizer, embedded)
     if min(stops.ids) >= embedded:
         raise InputError(
-            f"completions end at {stops}, and the model has {embedded} tokens only: name others by "
-            "--generation.stop-tokens"
+            f"the model has embeddings for {embedded} tokens, and the stop tokens {stops} are not among them: name "
+            "others with --generation.stop-tokens"
         )
     admit(config, model, tables)
     _trained_shape(config, model)  # check that adapters are possible before the warm start

@@ -64,7 +64,7 @@ def newest_checkpoint(config: Config, folder: Path, lock: RunLock, world: World)
     if newest is None and (found := checkpoint.folders(root)):
         error = InputError(
             f"--resume auto: every checkpoint in {root} is damaged ({found[-1].name}: "
-            f"{checkpoint.verify(found[-1])}): --resume never --run.overwrite restarts"
+            f"{checkpoint.verify(found[-1])}): to start over, give --resume never --run.overwrite"
         )
     world.agree(error)
     return newest
@@ -74,7 +74,9 @@ def _check_same_run(config: Config, folder: Path) -> None:
     try:
         old = flatten(resolve(load_config(folder)))  # a folder older than a setting has its default, maybe `auto`
     except InputError as error:
-        raise InputError(f"--resume auto: {folder} was trained with settings refused today: {error}") from None
+        raise InputError(
+            f"--resume auto: {folder} was trained with settings that this version refuses: {error}"
+        ) from None
     for name, value in flatten(config).items():
         if name == "data.date" and value is None:  # the run's own is taken
             continue

@@ -63,10 +63,11 @@ class RunLock:
             if descriptor is not None and error.errno in (errno.EAGAIN, errno.EACCES):
                 who = holder.decode(errors="replace").strip() or "a process that is just starting"
                 raise InputError(
-                    f"--run-dir {folder} is in use by another run ({who}): wait for its end, or give another --run-dir"
+                    f"--run-dir {folder} is in use by another run ({who}): wait until it ends, or give another "
+                    "--run-dir"
                 ) from error
             logger.warning(
-                "%s cannot be locked (%s): see to it that no other run writes there", folder, error.strerror or error
+                "%s cannot be locked (%s): make sure that no other run writes to it", folder, error.strerror or error
             )
             self._is_impossible = True
             return
@@ -124,11 +125,14 @@ def claim(folder: Path, config: Config, lock: RunLock) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--run-dir {folder} cannot be made ({error.strerror}): give another") from error
+        raise InputError(f"--run-dir {folder} cannot be created ({error.strerror}): give another folder") from error
     lock.take(folder)
     _require_free(folder, config)
     if config.resume == "auto" and any(folder.glob("checkpoints/step_*")):
-        raise InputError(f"--run-dir {folder} was used by another run while this one started: start again to continue")
+        raise InputError(
+            f"another run wrote to --run-dir {folder} while this one was starting: run this command again to continue "
+            "it"
+        )
     for path in (folder / name for name in OWN_NAMES):
         if path.is_dir():
             shutil.rmtree(path)

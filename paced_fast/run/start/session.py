@@ -32,7 +32,7 @@ def ranks_of_run(config: Config, console: Console) -> Iterator[tuple[World, Cons
     """Context of a run's ranks, which stay together until the end, and a console that prints on rank 0 only."""
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            f"preset {config.preset} runs on a GPU (--model.device cuda) and torch sees none: "
+            f"preset {config.preset} needs a GPU (--model.device cuda), and torch finds none: "
             "use the preset tiny or smollm2, or --model.device cpu"
         )
     world = distributed.start(config.model.device, config.distributed.timeout_seconds)

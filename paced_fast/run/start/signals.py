@@ -91,7 +91,7 @@ class StopRequest:
             logger.warning("%s: stopping at the end of this step; a second signal stops at once", number.name)
         elif now - self._heard_at > SAME_REQUEST_SECONDS:
             with contextlib.suppress(OSError, ValueError):  # the reading end may be closed
-                sys.stderr.write(f"stopped: a second {number.name}, at once and without a checkpoint\n")
+                sys.stderr.write(f"stopped at once by a second {number.name}, without a checkpoint\n")
                 sys.stderr.flush()
             os._exit(128 + number)
 

@@ -110,9 +110,9 @@ def read_ends(
     """
     declared = () if path == "tiny" else prompts.declared_stop_ids(path)
     stops = prompts.find_stops(tokenizer, config.generation.stop_tokens, declared)
-    logger.info("completions end at %s", stops)
+    logger.info("stop tokens of completions: %s", stops)
     if config.data.date is not None and prompts.reads_date(tokenizer):
-        logger.info("the chat template takes %s for today", config.data.date)
+        logger.info("the chat template is given %s as today's date", config.data.date)
     decode = prompts.Decoder(tokenizer, stops.ids, config.data.keep_special_tokens)
     generation = dataclasses.replace(config.generation, stop_tokens=stops.names)
     return dataclasses.replace(config, generation=generation), stops, decode
@@ -134,7 +134,7 @@ def without_missing(config: Config) -> Config:
     if not names:
         return config
     headline = tuple(name for name in data.headline if name not in slices)
-    logger.warning("going on without %s: --data.dir names the folder that holds them", ", ".join(sorted(names)))
+    logger.warning("continuing without %s: --data.dir names the folder of these files", ", ".join(sorted(names)))
     return dataclasses.replace(
         config,
         data=dataclasses.replace(data, train=train_sources, eval=eval_sources, headline=headline),
@@ -152,8 +152,8 @@ def read_tables(
     table, repeated = _apart(table, eval_table, config.data)
     if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
         raise InputError(
-            f"--scheduler.max-visits: a step draws {config.generation.prompts_per_step} prompts of {len(table)}, so "
-            "some repeat: lower --generation.prompts-per-step, or leave the limit out"
+            f"--scheduler.max-visits: each step draws {config.generation.prompts_per_step} prompts from {len(table)}, "
+            "so some would repeat: lower --generation.prompts-per-step, or leave out --scheduler.max-visits"
         )
     _try_rewards(scorer, shaper, (*table.rows, *eval_table.rows))
     check_headline(config.data.headline, eval_table)
@@ -197,14 +197,18 @@ def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple
         logger.log(level, "%s: --data.overlap drop leaves them out of training", same)
     if same.train and policy == "drop":
         if len(same.train) == len(train):
-            raise InputError("--data.overlap drop leaves nothing to train on: every training prompt is a held-out one")
+            raise InputError(
+                "--data.overlap drop leaves nothing to train on: every training prompt is also a held-out prompt"
+            )
         logger.warning("%s: left out of training", same)
         dropped = set(same.train)
         train = PromptTable(rows=tuple(row for i, row in enumerate(train.rows) if i not in dropped))
         repeated = 0
     if repeats := prompts.duplicates(train):
         one, first = (train.rows[i].where for i in repeats[0])
-        logger.info("%d of %d training prompts repeat an earlier one (%s is %s)", len(repeats), len(train), one, first)
+        logger.info(
+            "%d of %d training prompts repeat an earlier one (%s repeats %s)", len(repeats), len(train), one, first
+        )
     return train, repeated
 
 

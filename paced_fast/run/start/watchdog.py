@@ -179,7 +179,7 @@ class Watchdog:
         # Rank 0 reports the ranks' states, or the first rank after it that can.
         if self.world.size > 1 and min(_heard(places, now, silent_seconds), default=own.rank) == own.rank:
             message += f"; {describe(places, self.world.size, now, silent_seconds)}"
-        logger.warning("%s; its stacks:", message)
+        logger.warning("%s; stacks of this rank:", message)
         with contextlib.suppress(OSError, ValueError):  # standard error may be closed, or a pipe without a reader
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
@@ -209,18 +209,22 @@ def describe(places: Mapping[int, Place], size: int, now: float, silent_seconds:
     others: dict[str, list[int]] = {}
     for rank in heard:
         if rank not in behind:
-            others.setdefault(f"{'waiting' if parts else ''} in {_where(places[rank])}".strip(), []).append(rank)
-    parts += [f"rank {', '.join(map(str, ranks))} {where}" for where, ranks in others.items()]
+            others.setdefault(_where(places[rank]), []).append(rank)
+    waiting = "waiting in" if parts else "in"
+    for where, ranks in others.items():
+        who = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
+        parts.append(f"{who} {waiting} {where}")
     return "; ".join(parts)
 
 
 def _silent(rank: int, last: Place | None, now: float) -> str:
-    age = "" if last is None else f" for {now - last.looked:.0f} s, last in {_where(last)}"
-    return f"rank {rank} is silent{age} (stopped or dead)"
+    if last is None:
+        return f"rank {rank} has not reported yet (stopped or dead)"
+    return f"rank {rank} has been silent for {now - last.looked:.0f} s, last in {_where(last)} (stopped or dead)"
 
 
 def _where(place: Place) -> str:
-    return f"{f'{place.exchange} of ' if place.exchange else ''}{place.phase}, step {place.step}"
+    return f"{f'{place.exchange}(), ' if place.exchange else ''}phase {place.phase} of step {place.step}"
 
 
 def _exchange_of(frame: FrameType | None) -> str:
