@@ -96,8 +96,8 @@ class PacedConfig(GRPOConfig):
         correction = self.use_vllm and self.vllm_importance_sampling_correction
         if correction and self.vllm_importance_sampling_mode not in ("sequence_mask", "sequence_truncate"):
             raise InputError(
-                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} weights tokens, but "
-                "trajectory balance weights whole sequences: use 'sequence_mask' or 'sequence_truncate'"
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} gives no weights of "
+                "whole sequences, which trajectory balance needs: use 'sequence_mask' or 'sequence_truncate'"
             )
         if self.prompt_sampling == "paced" and not self.shuffle_dataset:
             raise InputError(

@@ -86,7 +86,7 @@ def test_the_gpu_preset_is_refused_in_one_line(
     assert stop.value.code == 2
     lines = "".join(capsys.readouterr()).splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("error: preset qwen_math_1_5b runs on a GPU")
+    assert lines[0].startswith("error: preset qwen_math_1_5b needs a GPU")
     assert not list(tmp_path.iterdir())
 
 

@@ -474,7 +474,7 @@ def test_what_cannot_be_evaluated_is_one_line(
         ('{"seed": true}', "config.json: seed is true, not int"),
         ('{"data": {"train": "a"}}', 'config.json: data.train is "a", not tuple'),
         ('{"model": {"device": "tpu"}}', "config.json: model.device is \"tpu\", not Literal\\['cpu', 'cuda'\\]"),
-        ("{}", "has no checkpoint yet: .*checkpoints holds none"),
+        ("{}", "has no checkpoint yet: .*checkpoints has none"),
     ],
 )
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, content: str | None, complaint: str) -> None:

@@ -114,7 +114,7 @@ def test_skyrl_undoes_its_division_and_sums_to_a_mean() -> None:
         ({"use_kl_loss": True}, "use_kl_loss=false"),
         ({"use_entropy_loss": True}, "use_entropy_loss=false"),
         ({"advantage_estimator": "rloo"}, "advantage_estimator=rloo is not reward minus the group's mean"),
-        ({"off_policy_correction": types.SimpleNamespace(tis_ratio_type="token")}, "tis_ratio_type has no place"),
+        ({"off_policy_correction": types.SimpleNamespace(tis_ratio_type="token")}, "tis_ratio_type is not supported"),
     ],
 )
 def test_skyrl_refuses_what_its_configuration_does_to_advantages(change: dict[str, Any], message: str) -> None:

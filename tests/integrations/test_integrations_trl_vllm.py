@@ -273,7 +273,10 @@ def test_every_option_of_trl_is_known_to_work_or_refused() -> None:
         ),
         ({"log_z": "learned", "replay": 4, "steps_per_generation": 4}, "but 4 micro-batches"),
         ({"prompt_sampling": "paced", "shuffle_dataset": False}, "shuffle_dataset=False .*: use one"),
-        ({"use_vllm": True, "vllm_importance_sampling_mode": "sequence_clip"}, "mode='sequence_clip' is not a weight"),
+        (
+            {"use_vllm": True, "vllm_importance_sampling_mode": "sequence_clip"},
+            "mode='sequence_clip' gives no weights of whole sequences",
+        ),
     ],
     ids=["vllm", "iterations", "generations", "order", "mode"],
 )

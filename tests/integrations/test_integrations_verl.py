@@ -158,7 +158,7 @@ def call(adapter: Any, data: dict[str, Tensor], **changes: Any) -> Any:
 
 def test_wrong_use_is_refused(adapter: Any) -> None:
     data = batch()
-    with pytest.raises(InputError, match=r"loss_agg_mode=token-mean weighs tokens.*seq-mean-token-sum"):
+    with pytest.raises(InputError, match=r"loss_agg_mode=token-mean weights tokens.*seq-mean-token-sum"):
         call(adapter, data, loss_agg_mode="token-mean")
     with pytest.raises(InputError, match=r"advantages differ between tokens.*adv_estimator=paced_tb"):
         call(adapter, data, advantages=data["rewards"])
@@ -172,7 +172,7 @@ def test_wrong_use_is_refused(adapter: Any) -> None:
             adapter.flowrl_policy_loss(*given, config=actor(**change))
     with pytest.raises(InputError, match="loss_agg_mode=seq-mean-token-sum: FlowRL averages"):
         adapter.flowrl_policy_loss(*given, loss_agg_mode="seq-mean-token-sum", config=actor())
-    with pytest.raises(InputError, match="group 'c' has one completion"):
+    with pytest.raises(InputError, match="group 'c' has only one completion"):
         adapter.group_advantage(data["rewards"], data["mask"], index=list("aaabbc"))
     with pytest.raises(InputError, match="needs the batch's uid"):
         adapter.group_advantage(data["rewards"], data["mask"])

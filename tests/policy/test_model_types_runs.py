@@ -56,8 +56,8 @@ SHORT = {"max_position_embeddings": 12}
 @pytest.mark.parametrize(
     ("name", "changes", "more", "why", "is_planned"),
     [
-        ("gpt2", SHORT, {}, r"a training prompt has 12 tokens .* a gpt2 model with 12 positions", True),
-        ("llama", SHORT, {}, r"a training prompt has 12 tokens .* a llama model with 12 positions", True),
+        ("gpt2", SHORT, {}, r"a training prompt of 12 tokens .* a gpt2 model with 12 positions", True),
+        ("llama", SHORT, {}, r"a training prompt of 12 tokens .* a llama model with 12 positions", True),
         ("xlm", {"n_words": 17}, {}, "in this model of type xlm tokens attend to later tokens", True),
         (
             "bert",
@@ -91,7 +91,7 @@ def test_a_model_whose_weights_are_not_finite_is_refused(number: float, tmp_path
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][2, 3:5] = number
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    told = r"^model\.name: 2 of 1536 numbers of model.layers.1.mlp.up_proj.weight are infinite or none: [^\n]*$"
+    told = r"^model\.name: 2 of 1536 values of model.layers.1.mlp.up_proj.weight are infinite or NaN: [^\n]*$"
     with pytest.raises(InputError, match=told):
         tiny_run.build(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

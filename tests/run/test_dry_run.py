@@ -142,7 +142,7 @@ def test_auto_replicates_where_the_plan_fits_and_says_why() -> None:
     big, small = (dry_run.make_plan(preset("qwen_math_7b"), ranks=4, device=name) for name in ("h200", "a100"))
     assert (big.layout.mode, big.layout.shards) == ("replicated", 1)
     assert (small.layout.mode, small.layout.shards) == ("sharded", 4)
-    assert "sharded: a rank that holds all parameters" in small.why
+    assert "sharded: all parameters and 1/4 of the optimiser's state need " in small.why
     assert sum(memory.at_a_time(small.parts).values()) < 79 << 30
     told = dry_run.make_plan(tiny_policy.replaced(preset("qwen_math_7b"), distributed__mode="sharded"), ranks=4)
     assert told.layout.mode == "sharded"

@@ -550,7 +550,7 @@ FAILURES: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
         lambda rewards, _: {"data__train": (f"task:signed_sums?size=9&reward={rewards}:crashes",)},
         "failed: IndexError",
     ),
-    "no GPU": (lambda *_: {"model__device": "cuda"}, "torch sees none"),
+    "no GPU": (lambda *_: {"model__device": "cuda"}, "torch finds none"),
     "no demonstrations": (
         lambda *_: {"warm_start__first__steps": 1, "warm_start__first__sources": ("task:signed_sums?size=9",)},
         "9 of 9 rows have no demonstration",
@@ -602,7 +602,7 @@ def test_a_folder_in_use_is_left_alone(rewards: Path, tmp_path: Path) -> None:
     assert [r["step"] for r in records(done)] == [1]
     assert json.loads((done / "config.json").read_text())["seed"] == 1
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be created"):
         go(settings, tmp_path / "file")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "output.txt").write_text("a log of the shell may be there already")
