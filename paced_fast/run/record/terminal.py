@@ -141,9 +141,9 @@ def config_table(flat: Mapping[str, object], *, title: str = "configuration") ->
 
 
 def memory_plan_table(plan: Mapping[str, int], *, available_bytes: int | None = None) -> Table:
-    """Bytes by purpose with their sum, in GiB, and what the device has when it is known."""
+    """Bytes by purpose with their sum, in GiB, and the memory of the device when it is known."""
     rows = {name: f"{size / 2**30:.3f}" for name, size in plan.items()}
-    rows["total"] = f"{sum(plan.values()) / 2**30:.3f}"
+    rows["sum (not all held at once)"] = f"{sum(plan.values()) / 2**30:.3f}"
     if available_bytes is not None:
         rows["available"] = f"{available_bytes / 2**30:.3f}"
     return _two_columns("memory plan (GiB)", rows, justify_right=True)
