@@ -98,11 +98,10 @@ class ParityGuard:
         if not (scored["mean"] <= self.bound and sampled["mean"] <= self.bound):
             cause = _SAMPLING if scored["mean"] <= self.bound else _WEIGHTS
             raise TrainingError(
-                f"trainer and engine disagree after step {step}: their log-probs differ on average by "
-                f"{scored['mean']:.2g} where the engine scores a prompt (at most {scored['max']:.2g}) and by "
-                f"{sampled['mean']:.2g} where it samples (at most {sampled['max']:.2g}), and {self.bound:.2g} is "
-                f"allowed; likely cause: {cause}; --weight-sync.mode push avoids sharing, and --generator transformers "
-                "the engine"
+                f"trainer and engine disagree after step {step}: log-probs differ by {scored['mean']:.2g} on average "
+                f"(at most {scored['max']:.2g}) where the engine scores a prompt, and by {sampled['mean']:.2g} (at "
+                f"most {sampled['max']:.2g}) where it samples; the average may be {self.bound:.2g}; likely cause: "
+                f"{cause}; --weight-sync.mode push avoids sharing, and --generator transformers avoids the engine"
             )
         return figures
 
