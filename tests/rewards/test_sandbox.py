@@ -477,11 +477,19 @@ def test_a_keeper_that_dies_costs_one_retry(box: Sandbox) -> None:
 
 
 @pytest.mark.process
-def test_a_keeper_that_hangs_is_replaced() -> None:
+def test_a_keeper_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     box = opened("bubblewrap", workers=1, start_seconds=5.0)
     try:
         assert box.run("print(1)").stdout == b"1\n"
         os.kill(box.keepers()[0], signal.SIGSTOP)
+        close = client.Keeper.close
+
+        def close_soon(keeper: Any) -> None:  # it is stopped, and so ends by SIGKILL however long it is given
+            with monkeypatch.context() as patch:
+                patch.setattr(client, "_GRACE_SECONDS", 0.1)
+                close(keeper)
+
+        monkeypatch.setattr(client.Keeper, "close", close_soon)
         assert box.run("print(2)").stdout == b"2\n"
     finally:
         box.close()

@@ -1,0 +1,65 @@
+"""A process that has loaded torch and vLLM and copies itself for each run: loading takes longer than a run's steps.
+
+Reads a line of JSON per run: `words` of the command line, variables `env`, the file `log` for what it writes, and
+`code` to execute in place of the command. Answers with the exit status, once all runs of a line have ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+from paced_fast import train
+
+LOADED = """
+import vllm.v1.engine.llm_engine, vllm.v1.executor.uniproc_executor
+import vllm.v1.worker.cpu_worker, vllm.v1.worker.cpu_model_runner
+import vllm.model_executor.models.llama
+import transformers.models.llama.modeling_llama, torch.optim, torch._dynamo
+"""
+"""Modules that a run loads when it needs them; one that a version lacks is loaded there."""
+
+
+def copy(job: dict[str, Any]) -> int:
+    """Start a run in a copy of this process and return the copy's id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.environ.update(job["env"])
+        sys.argv = ["paced_fast.train", *job["words"]]
+        exec(job["code"], {}) if job["code"] else train.main(job["words"])
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    for line in LOADED.replace(",", "\nimport").splitlines():
+        try:
+            exec(line, {})
+        except ImportError:
+            continue
+    for line in sys.stdin:
+        pids = [copy(job) for job in json.loads(line)]
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        sys.stdout.write(json.dumps(statuses) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
