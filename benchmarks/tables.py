@@ -61,11 +61,13 @@ def train_run(result: dict[str, Any]) -> str:
         return f"{summary[f'{key}_before']:.3f} to {summary[f'{key}_after']:.3f}"
 
     warm_start = "with a cached warm start" if result["warm_start_cached"] else "warm start included"
+    found = summary["value_rank_correlation"]  # None where all prompts are solved equally often
+    correlation = "-" if found is None else f"{found:.2f}"
     text = f"""
         Held-out accuracy goes from {rise("accuracy")} and pass@8 from {rise("pass_at_8")} with {summary["rollouts"]:,}
         rollouts in {summary["train_seconds"]:.0f} s of training. The whole command took
         {result["wall_seconds"]:.0f} s, {warm_start}. At the end the value has a rank correlation of
-        {summary["value_rank_correlation"]:.2f} with the measured accuracy of held-out prompts and a calibration
+        {correlation} with the measured accuracy of held-out prompts and a calibration
         error of {summary["value_ece"]:.3f} ({_environment(result)})."""
     return _wrapped(text)
 

