@@ -40,6 +40,7 @@ class Step:
         if is_shown:
             show(self.heading())
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would each compile what they import
         try:
             process = subprocess.Popen(
                 self.words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -105,6 +105,16 @@ _SAMPLED = (
 whole runs."""
 
 
+def pytest_collection() -> None:
+    """Spares the modules that are imported, most of which stay, the collector's rounds through them."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Lets the collector run again."""
+    gc.enable()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips what this machine cannot run; everything below tests/gpu needs a GPU without saying so.
 

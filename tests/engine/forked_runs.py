@@ -6,6 +6,7 @@ Reads a line of JSON per run: `words` of the command line, variables `env`, the 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -54,6 +55,7 @@ def main() -> None:
             exec(line, {})
         except ImportError:
             continue
+    gc.freeze()
     for line in sys.stdin:
         pids = [copy(job) for job in json.loads(line)]
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
