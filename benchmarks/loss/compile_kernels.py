@@ -32,7 +32,7 @@ class Arguments:
     architectures: tuple[str, ...] = ("80", "90", "100")
     """Compute capabilities, 90 for sm_90."""
     widest: bool = False
-    """Only the most demanding variants: all options on, the most levels."""
+    """Only the most demanding variants: all options on, the most levels, one chip for all but the products."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,14 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
 
 
 def builds(arch: int, *, widest: bool = False) -> list[Build]:
-    """Return all builds for a chip of this architecture, or only the `widest` of each kind."""
-    options, levels = ((True,), (3,)) if widest else ((False, True), (2, 3))
-    return [*projections(arch, options), *row_kernels(), *tree_kernels(levels)]
+    """Return all builds for a chip of this architecture, or only the `widest` of each kind.
+
+    Those are the products on every chip, whose configurations differ, and on sm_90 the other kernels, whose constants
+    are the same on all.
+    """
+    if not widest:
+        return [*projections(arch, (False, True)), *row_kernels(), *tree_kernels((2, 3))]
+    return [*projections(arch, (True,)), *([*row_kernels(), *tree_kernels((3,))] if arch == 90 else [])]
 
 
 def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:

@@ -1,4 +1,7 @@
-"""Every Triton kernel in every shipped configuration compiles for sm_80, sm_90 and sm_100 as it must; no GPU needed."""
+"""Triton kernels compile for sm_80, sm_90 and sm_100 as they must; no GPU needed.
+
+`make test` compiles the widest products for each, and the widest of the other kernels for sm_90.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def test_every_kernel_and_configuration_is_there(rows: list[dict[str, Any]], cho
     }
     for arch, configs in tiles.SHIPPED.items():
         here = [row for row in rows if row["arch"] == arch]
-        assert {row["kernel"] for row in here} == launched
+        assert {row["kernel"] for row in here} == (launched if choice == "all" or arch == 90 else {"project_kernel"})
         projections = [row for row in here if row["kernel"] == "project_kernel"]
         assert len(projections) == (2 if choice == "widest" else 8) * len(configs)
 
@@ -93,7 +96,7 @@ def test_what_must_have_the_bits_of_the_reference_fuses_no_product_into_a_sum(
     rows: list[dict[str, Any]], choice: str
 ) -> None:
     exact = [row for row in rows if row["kernel"] in ("tree_rebuild_kernel", "tree_race_kernel")]
-    assert len(exact) == (6 if choice == "widest" else 12) * len(tiles.SHIPPED)
+    assert len(exact) == (6 if choice == "widest" else 12 * len(tiles.SHIPPED))
     assert all(row["fused_float64"] == 0 for row in exact)
 
 
