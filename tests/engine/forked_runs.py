@@ -24,28 +24,21 @@ import transformers.models.llama.modeling_llama, torch.optim, torch._dynamo
 """Modules that a run loads when it needs them; one that a version lacks is loaded there."""
 
 
-def copy(job: dict[str, Any]) -> int:
-    """Start a run in a copy of this process and return the copy's id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
+def run(job: dict[str, Any]) -> int:
+    """Run in this copy of the process; the exit status."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.environ.update(job["env"])
+    sys.argv = ["paced_fast.train", *job["words"]]
     try:
-        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        os.environ.update(job["env"])
-        sys.argv = ["paced_fast.train", *job["words"]]
         exec(job["code"], {}) if job["code"] else train.main(job["words"])
-        status = 0
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        return 1
+    return 0
 
 
 def main() -> None:
@@ -57,7 +50,12 @@ def main() -> None:
             continue
     gc.freeze()
     for line in sys.stdin:
-        pids = [copy(job) for job in json.loads(line)]
+        pids = []
+        for job in json.loads(line):
+            if pid := os.fork():
+                pids.append(pid)
+            else:
+                sys.exit(run(job))  # and no shorter way: an engine unlinks its shared memory at the exit
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         sys.stdout.write(json.dumps(statuses) + "\n")
         sys.stdout.flush()
