@@ -25,6 +25,8 @@ class Traits:
     """Values that `loss.intercept` may have; the first is the meaning of auto."""
     compares_groups: bool = False
     """Whether the signal of a completion depends on the other completions of its group."""
+    remembers: bool = True
+    """Meaning of `log_z.memory` auto."""
     keeps_initial_policy: bool = False
     """Whether the reference is the policy before training, not the policy before the step."""
     value_is_accuracy: bool = True
@@ -40,7 +42,9 @@ ALGORITHMS: dict[Algorithm, Traits] = {
     "paced": Traits(rule="tree", replay="on", intercepts=("value", "group_mean")),
     "tb": Traits(intercepts=("value", "group_mean")),
     "tb_group": Traits(intercepts=("group_mean",)),
-    "flowrl": Traits(intercepts=("value",), compares_groups=True, keeps_initial_policy=True, value_is_accuracy=False),
+    "flowrl": Traits(
+        intercepts=("value",), compares_groups=True, remembers=False, keeps_initial_policy=True, value_is_accuracy=False
+    ),
     "grpo": Traits(intercepts=("group_mean",), compares_groups=True),
 }
 """Every algorithm; its loss is in `paced.losses`, what it regresses on in `paced.algorithms`."""
@@ -89,7 +93,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogZConfig:
-    """The head that predicts value = beta * log Z, the policy's accuracy on a prompt."""
+    """The estimate of value = beta * log Z, the policy's accuracy on a prompt."""
 
     loss: Literal["auto", "tb", "bce"] = "auto"
     """Loss of the head: `tb` (squared trajectory-balance residual in reward units, as in the paper), `bce` (binary
@@ -100,8 +104,22 @@ class LogZConfig:
     """Width of the head's two hidden layers."""
     max_grad_norm: Annotated[float, Bounds(1e-12, math.inf)] = 1.0
     """Gradient norm to which the head's gradient is scaled down, separate from the policy's."""
-    updates_per_step: Annotated[int, Bounds(1, 10**6)] = 1
-    """Gradient steps of the head on each batch of fresh groups."""
+    updates_per_step: Annotated[int, Bounds(0, 10**6)] = 0
+    """Gradient steps of the head on each batch of fresh groups; 0: 4 with `memory` on, 1 with it off."""
+    memory: Literal["auto", "on", "off"] = "auto"
+    """`on`: the head is fitted to past groups too, and a prompt's own outcomes count beside its prediction; `off`: the
+    head alone, fitted to the fresh groups of each step (paper)."""
+    past_groups: Annotated[int, Bounds(1, 10**9)] = 4096
+    """Groups that the memory holds; the oldest leaves first."""
+    past_per_fresh: Annotated[int, Bounds(1, 10**6)] = 4
+    """Past groups in a gradient step of the head, for each fresh one."""
+    prior: Annotated[float, Bounds(1e-3, 1e9)] = 8.0
+    """Completions that the head's prediction counts for beside the outcomes of the prompt's own completions."""
+    decay: Annotated[float, Bounds(0.0, 1.0)] = 0.97
+    """Factor per step of the weight of a prompt's own outcomes."""
+    embedding: Literal["auto", "mean", "mean_and_last"] = "auto"
+    """What the head sees of a prompt: the mean of its last layer's states (auto with `memory` off), or that and the
+    state of its last token (auto with `memory` on)."""
     cache_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the cached prompt embeddings; the head computes in float32."""
     scored_per_step: Annotated[int, Bounds(0, 10**9)] = 0

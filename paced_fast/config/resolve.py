@@ -11,7 +11,7 @@ from typing import Any
 
 from paced_fast.config import Config, flatten
 from paced_fast.config.bounds import settings
-from paced_fast.config.paced import ALGORITHMS, RULES
+from paced_fast.config.paced import ALGORITHMS, RULES, LogZConfig
 from paced_fast.data.sources import is_template, parse_day, parse_source, template_arguments
 from paced_fast.errors import InputError
 
@@ -28,7 +28,6 @@ def resolve(config: Config) -> Config:
     intercept = traits.intercepts[0] if config.loss.intercept == "auto" else config.loss.intercept
     rule = traits.rule if config.scheduler.rule == "auto" else config.scheduler.rule
     replay = traits.replay if config.replay.mode == "auto" else config.replay.mode
-    head_loss = "tb" if config.log_z.loss == "auto" else config.log_z.loss
     # On a CPU the engine takes longer to start than a small run to train, so it is there on demand only.
     vllm = util.find_spec("vllm")
     wants_vllm = config.model.device == "cuda" and vllm is not None and vllm.origin is not None
@@ -41,10 +40,23 @@ def resolve(config: Config) -> Config:
         loss=dataclasses.replace(config.loss, intercept=intercept),
         scheduler=dataclasses.replace(config.scheduler, rule=rule),
         replay=dataclasses.replace(config.replay, mode=replay),
-        log_z=dataclasses.replace(config.log_z, loss=head_loss),
+        log_z=resolve_log_z(config.log_z, remembers=traits.remembers),
     )
     _check(resolved)
     return resolved
+
+
+def resolve_log_z(config: LogZConfig, *, remembers: bool) -> LogZConfig:
+    """Settings of log Z without `auto`; `remembers` is what it means for the memory."""
+    is_on = remembers if config.memory == "auto" else config.memory == "on"
+    wide = "mean_and_last" if is_on else "mean"
+    return dataclasses.replace(
+        config,
+        memory="on" if is_on else "off",
+        loss="tb" if config.loss == "auto" else config.loss,
+        updates_per_step=config.updates_per_step or (4 if is_on else 1),
+        embedding=wide if config.embedding == "auto" else config.embedding,
+    )
 
 
 def check_value(name: str, value: Any) -> None:
@@ -111,6 +123,10 @@ def _check(config: Config) -> None:
         raise InputError(
             f"--generation.group-size is {config.generation.group_size}: give 2 or more for --algorithm "
             f"{config.algorithm}, which compares the completions of a group"
+        )
+    if config.log_z.memory == "on" and not traits.value_is_accuracy:
+        raise InputError(
+            f"--log-z.memory on needs a value that means accuracy, and {config.algorithm}'s log Z does not: leave it"
         )
     if RULES[config.scheduler.rule].reads_value and not traits.value_is_accuracy:
         others = _either(name for name, rule in RULES.items() if not rule.reads_value)

@@ -66,7 +66,13 @@ def make_targets(
 
 
 def fit_log_z(
-    log_z: LogZ, config: Config, rollouts: Rollouts, fresh: Fresh, targets: Targets, update: UpdateResult
+    log_z: LogZ,
+    config: Config,
+    rollouts: Rollouts,
+    fresh: Fresh,
+    targets: Targets,
+    update: UpdateResult,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
     """Train log Z on the correctness of the scored fresh sequences; returns its loss and gradient norm, f32[].
 
@@ -76,11 +82,16 @@ def fit_log_z(
     count = fresh.rollouts.num_sequences
     scored = fresh.scored.float() / fresh.scored.float().mean()
     target, weight = REGRESSIONS[config.algorithm].head_target(config, rollouts, targets, update)
+    known = fresh.scored.float().view(-1, config.generation.group_size)
+    samples = known.sum(1)
+    means = (target[:count].view_as(known) * known).sum(1) / samples.clamp(min=1)
+    log_z.observe(fresh.prompt_index, fresh.accuracy * samples, samples, means)
+    drawn = {"step": step, "groups": len(samples)}
     if config.replay.trains_log_z:
         weights = targets.weights.clone()
         weights[:count] = scored
-        return log_z.fit(rollouts.prompt_index, target, weights)
-    return log_z.fit(rollouts.prompt_index[:count], target[:count], scored * weight)
+        return log_z.fit(rollouts.prompt_index, target, weights, **drawn)
+    return log_z.fit(rollouts.prompt_index[:count], target[:count], scored * weight, **drawn)
 
 
 def reward(config: Config, rollouts: Rollouts, fresh: Fresh) -> Tensor:

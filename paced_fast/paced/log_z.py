@@ -1,8 +1,11 @@
-"""The head that learns log Z per prompt: value = beta * log Z, an estimate of the policy's accuracy (arXiv 2602.12642).
+"""Log Z per prompt: value = beta * log Z, an estimate of the policy's accuracy (arXiv 2602.12642).
 
-With the old policy as reference the squared trajectory-balance residual is least at beta * log Z = E[reward], so the
-head regresses on raw correctness. Its output goes through a sigmoid, because a raw log Z at small beta has gradients
-hundreds of times larger and starves under any shared clip.
+With the old policy as reference the squared trajectory-balance residual is least at beta * log Z = E[reward], so a head
+on the prompt's embedding regresses on raw correctness. Its output goes through a sigmoid, because a raw log Z at small
+beta has gradients hundreds of times larger and starves under any shared clip.
+
+Beyond the paper, the head is fitted to past groups as well, and a prompt's value is its posterior mean: the head's
+prediction counts as `log_z.prior` samples beside the prompt's own recent outcomes.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from paced_fast.config import LogZConfig
+from paced_fast.config import LogZConfig, stream_seed
+from paced_fast.data.transfer import to_device
 from paced_fast.policy.optimizer import GuardedAdamW
 
 # Prompts scored at once, so that the head's float32 activations stay small for any table size.
@@ -18,15 +22,15 @@ _BLOCK = 8192
 
 
 class LogZ:
-    """3-layer MLP on frozen prompt embeddings, with an optimiser of its own. N = prompts, H = embedding size.
+    """3-layer MLP on frozen prompt embeddings, with an optimiser of its own, and the outcomes of each prompt.
 
-    `values` f32[N] are the latest estimates; with `scored_per_step` below N only a rotating window is recomputed per
-    step.
+    N = prompts, H = embedding size, P = groups, G = completions per group. `values` f32[N] are the latest estimates;
+    with `scored_per_step` below N only a rotating window is recomputed per step.
     """
 
     def __init__(self, embeddings: Tensor, config: LogZConfig, *, seed: int, bounded: bool) -> None:
         """`embeddings` f32[N, H]; `bounded` puts a sigmoid on the output (value), else it is a raw log Z."""
-        self.config, self.bounded = config, bounded
+        self.config, self.bounded, self.seed = config, bounded, seed
         self.mean = embeddings.mean(0)
         self.scale = embeddings.std(0, correction=0).clamp(min=1e-6)  # so that a table of one prompt works too
         self.inputs = self._standardise(embeddings)
@@ -49,6 +53,9 @@ class LogZ:
             last.weight.mul_(0.1)  # start near one half for every prompt
             last.bias.zero_()
         self.optimizer = GuardedAdamW(self.mlp.parameters(), learning_rate=config.learning_rate)
+        remembers = config.memory == "on"
+        self.outcomes = Outcomes(len(embeddings), config.decay, embeddings.device) if remembers else None
+        self.past = PastGroups(config.past_groups, embeddings.device) if remembers else None
         self.values = self.all_values()
 
     def _standardise(self, embeddings: Tensor) -> Tensor:
@@ -76,52 +83,147 @@ class LogZ:
 
     @torch.no_grad()
     def value(self, prompt_index: Tensor) -> Tensor:
-        """Head output f32[B] for prompts i64[B]: the value in (0, 1) when bounded, else log Z."""
-        return self._output(self.inputs[prompt_index])
+        """Estimates f32[B] of prompts i64[B]: the value in (0, 1) when bounded, else log Z."""
+        predicted = self._output(self.inputs[prompt_index])
+        if self.outcomes is None:
+            return predicted
+        return posterior_mean(
+            predicted, self.outcomes.correct[prompt_index], self.outcomes.samples[prompt_index], self.config.prior
+        )
 
     @torch.no_grad()
     def all_values(self) -> Tensor:
-        """Head output f32[N] for every prompt of the table."""
-        return self._output(self.inputs)
+        """Estimates f32[N] of every prompt of the table."""
+        predicted = self._output(self.inputs)
+        if self.outcomes is None:
+            return predicted
+        return posterior_mean(predicted, self.outcomes.correct, self.outcomes.samples, self.config.prior)
 
     @torch.no_grad()
     def value_of(self, embeddings: Tensor) -> Tensor:
-        """Head output f32[M] for other prompts, given their embeddings [M, H]."""
+        """Head output f32[M] for prompts outside the table, given their embeddings [M, H]."""
         return self._output(self._standardise(embeddings))
 
     def _output(self, inputs: Tensor) -> Tensor:
         logits = torch.cat([self._logits(block) for block in inputs.split(_BLOCK)])
         return torch.sigmoid(logits) if self.bounded else logits
 
-    def fit(self, prompt_index: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Fit the head to `target` f32[B] on prompts i64[B], weighted by `weight` f32[B]; returns loss and gradient
-        norm.
+    def observe(self, prompt_index: Tensor, correct: Tensor, samples: Tensor, target: Tensor) -> None:
+        """Remember the groups of a step, before `fit`.
+
+        Of prompts i64[P]: the number of correct and of scored completions, and the mean target of the scored ones,
+        f32[P] each.
+        """
+        if self.outcomes is not None:
+            self.outcomes.add(prompt_index, correct, samples)
+        if self.past is not None:
+            self.past.insert(prompt_index, target, samples)
+
+    def fit(
+        self, prompt_index: Tensor, target: Tensor, weight: Tensor | None = None, *, step: int = 0, groups: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Fit the head to `target` f32[B] on prompts i64[B], weighted by `weight` f32[B]; returns the loss on them and
+        the gradient norm.
 
         `tb`: mean squared residual in reward units, target = reward - beta * log ratio. `bce`: cross-entropy on raw
-        correctness, target = reward. A non-finite loss or gradient leaves the head as it was.
+        correctness, target = reward. With a memory each update adds `past_per_fresh * groups` past groups, drawn by
+        (seed, step); fresh and past groups count the same. A non-finite loss or gradient leaves the head as it was.
         """
+        config = self.config
         inputs = self.inputs[prompt_index]
         loss = grad_norm = torch.zeros((), device=inputs.device)
-        for _ in range(self.config.updates_per_step):
-            logits = self._logits(inputs)
-            if self.bounded and self.config.loss == "bce":
-                each = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-            else:
-                each = (torch.sigmoid(logits) if self.bounded else logits).sub(target).square()
+        drawn = self._uniform(config.past_per_fresh * groups, step) if self.past is not None else []
+        for k in range(config.updates_per_step):
+            each = self._error(inputs, target)
             loss = (each if weight is None else each * weight).mean()
+            total = loss
+            if self.past is not None:
+                index, goal, share = self.past.draw(drawn[k])
+                past = (self._error(self.inputs[index], goal) * share).sum() / share.sum().clamp(min=1.0)
+                total = (loss + config.past_per_fresh * past) / (1 + config.past_per_fresh)
             self.optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(self.mlp.parameters(), self.config.max_grad_norm)
-            self.optimizer.guarded_step(loss.detach(), grad_norm)
+            total.backward()
+            grad_norm = nn.utils.clip_grad_norm_(self.mlp.parameters(), config.max_grad_norm)
+            self.optimizer.guarded_step(total.detach(), grad_norm)
         return loss.detach(), grad_norm
+
+    def _uniform(self, count: int, step: int) -> Tensor:
+        """Numbers in [0, 1), f32[updates, count], made on the host, so that every device draws the same groups."""
+        source = torch.Generator().manual_seed(stream_seed(self.seed, step, "past groups"))
+        numbers = torch.rand(self.config.updates_per_step, count, generator=source)
+        return to_device(numbers, torch.float32, self.inputs.device)
+
+    def _error(self, inputs: Tensor, target: Tensor) -> Tensor:
+        logits = self._logits(inputs)
+        if self.bounded and self.config.loss == "bce":
+            return nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return (torch.sigmoid(logits) if self.bounded else logits).sub(target).square()
 
     def state_dict(self) -> dict[str, Tensor]:
         """State of the head besides its optimiser's; includes `values`, because a window leaves older ones in place."""
         parameters = {f"mlp.{name}": value for name, value in self.mlp.state_dict().items()}
-        return {**parameters, "values": self.values, "cursor": self.cursor}
+        return {**parameters, "values": self.values, "cursor": self.cursor, **self._remembered()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`."""
         self.mlp.load_state_dict({k.removeprefix("mlp."): v for k, v in state.items() if k.startswith("mlp.")})
-        self.values.copy_(state["values"])
-        self.cursor.copy_(state["cursor"])
+        for name, tensor in {"values": self.values, "cursor": self.cursor, **self._remembered()}.items():
+            tensor.copy_(state[name])
+
+    def _remembered(self) -> dict[str, Tensor]:
+        parts = {"outcomes": self.outcomes, "past": self.past}
+        return {
+            f"{part}.{name}": tensor
+            for part, owner in parts.items()
+            if owner is not None
+            for name, tensor in vars(owner).items()
+            if isinstance(tensor, Tensor)
+        }
+
+
+def posterior_mean(predicted: Tensor, correct: Tensor, samples: Tensor, prior: float) -> Tensor:
+    """Mean accuracy under a Beta prior with mean `predicted` and strength `prior`, after `correct` of `samples`."""
+    return (prior * predicted + correct) / (prior + samples)
+
+
+class Outcomes:
+    """Correct and scored completions of every prompt, older ones worth less: sums f32[N]."""
+
+    def __init__(self, num_prompts: int, decay: float, device: torch.device) -> None:
+        """`decay` is the factor per step of past outcomes."""
+        self.decay = decay
+        self.correct = torch.zeros(num_prompts, device=device)
+        self.samples = torch.zeros(num_prompts, device=device)
+
+    def add(self, prompt_index: Tensor, correct: Tensor, samples: Tensor) -> None:
+        """Add the outcomes f32[P] of a step for prompts i64[P], and let the older ones fade."""
+        for total, new in ((self.correct, correct), (self.samples, samples)):
+            total.mul_(self.decay).index_add_(0, prompt_index, new)
+
+
+class PastGroups:
+    """Ring of the latest C groups: prompt i64[C], target f32[C], scored completions f32[C]."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        """Make an empty ring."""
+        self.prompt_index = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.target = torch.zeros(capacity, device=device)
+        self.samples = torch.zeros(capacity, device=device)
+        self.inserted = torch.zeros((), dtype=torch.int64, device=device)
+
+    def insert(self, prompt_index: Tensor, target: Tensor, samples: Tensor) -> None:
+        """Insert P groups; the oldest leave. One whose target is no number counts for nothing."""
+        samples = torch.where(target.isfinite(), samples, 0.0)
+        target = torch.where(target.isfinite(), target, 0.0)
+        capacity = len(self.target)
+        count = min(len(prompt_index), capacity)
+        slots = (self.inserted + torch.arange(count, device=self.target.device)) % capacity
+        for ring, new in ((self.prompt_index, prompt_index), (self.target, target), (self.samples, samples)):
+            ring.index_copy_(0, slots, new[-count:])
+        self.inserted += count
+
+    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompts, targets and numbers of scored completions of the groups that `uniform` f32[M] in [0, 1) picks."""
+        held = self.inserted.clamp(min=1, max=len(self.target))
+        slots = (uniform * held).long().minimum(held - 1)
+        return self.prompt_index[slots], self.target[slots], self.samples[slots]

@@ -96,7 +96,9 @@ class Trainer:
                 world=self.world,
             )
         with self.phase("head"):
-            head = fit_log_z(self.log_z, config, rollouts, fresh, targets, update) if self.log_z is not None else None
+            head = None
+            if self.log_z is not None:
+                head = fit_log_z(self.log_z, config, rollouts, fresh, targets, update, step)
         with self.phase("schedule"):
             known = fresh.scored.view(-1, config.generation.group_size).any(1)
             self.scheduler.observe(fresh.prompt_index, fresh.accuracy, self.now, known)

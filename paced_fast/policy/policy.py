@@ -303,9 +303,11 @@ class Policy:
         return linear_logprobs(hidden, weight, token_ids, bias=bias, temperature=temperature)
 
     @torch.no_grad()
-    def embed(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-        """Mean of the last layer's states over each prompt's tokens, f32[N, H]."""
-        result = torch.zeros(len(prompts), output_layer(self.model).in_features, device=self.device)
+    def embed(self, prompts: Sequence[tuple[int, ...]], *, with_last: bool = False) -> Tensor:
+        """Mean of the last layer's states over each prompt's tokens, f32[N, H]; with the last token's behind it,
+        f32[N, 2H]."""
+        size = output_layer(self.model).in_features
+        result = torch.zeros(len(prompts), 2 * size if with_last else size, device=self.device)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for chunk in _chunks(by_length, [len(prompts[i]) for i in by_length], self.max_tokens):
             longest = max(len(prompts[i]) for i in chunk)
@@ -317,7 +319,10 @@ class Policy:
             ids, mask = ids.to(self.device), mask.to(self.device)
             states = self.run(partial(self._states, ids, mask))
             weight = mask[:, :, None].float()
-            result[torch.tensor(chunk, device=self.device)] = (states.float() * weight).sum(1) / weight.sum(1)
+            parts = [(states.float() * weight).sum(1) / weight.sum(1)]
+            if with_last:
+                parts.append(states[torch.arange(len(chunk), device=self.device), mask.sum(1) - 1].float())
+            result[torch.tensor(chunk, device=self.device)] = torch.cat(parts, 1)
         return result
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paced_fast.config import LogZConfig, ReplayConfig, SchedulerConfig
+from paced_fast.config.resolve import resolve_log_z
 from paced_fast.data.records import Rollouts
 from paced_fast.paced.log_z import LogZ
 from paced_fast.paced.replay import ReplayBuffer
@@ -32,7 +33,8 @@ class Schedule:
         generator = torch.Generator().manual_seed(0)
         self.now = torch.zeros((), dtype=torch.int64, device=DEVICE)
         embeddings = torch.randn(PROMPTS, 8, generator=generator).to(DEVICE)
-        self.head = LogZ(embeddings, LogZConfig(hidden_size=16, scored_per_step=900), seed=1, bounded=True)
+        settings = resolve_log_z(LogZConfig(hidden_size=16, scored_per_step=900), remembers=True)
+        self.head = LogZ(embeddings, settings, seed=1, bounded=True)
         config = SchedulerConfig(rule=rule, warmup_steps=3, explore="age", max_visits=2)  # type: ignore[arg-type]
         self.scheduler = PromptScheduler(PROMPTS, config, seed=2, device=DEVICE)
         replay = ReplayConfig(prioritized=True, half_life=3.0, max_age=6)
@@ -64,7 +66,9 @@ class Schedule:
             generator_logprobs=-noise.repeat_interleave(LENGTH).float(),
             policy_version=self.now.expand(len(index)),
         )
-        loss, norm = self.head.fit(index, rewards)
+        groups, eight = index[::GROUP], torch.full_like(accuracy, GROUP)
+        self.head.observe(groups, accuracy * GROUP, eight, accuracy)
+        loss, norm = self.head.fit(index, rewards, step=1, groups=len(groups))
         self.scheduler.observe(drawn, accuracy, self.now)
         self.replay.insert(rollouts, values, accuracy.repeat_interleave(GROUP))
         return drawn, chosen, values, loss, norm

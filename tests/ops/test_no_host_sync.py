@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from paced_fast.config import LogZConfig, ReplayConfig, SchedulerConfig
+from paced_fast.config.resolve import resolve_log_z
 from paced_fast.data import packing
 from paced_fast.paced import update
 from paced_fast.paced.log_z import LogZ
@@ -107,13 +108,15 @@ def test_the_scheduler_weighs_draws_and_observes_without_waiting() -> None:
 
 
 def test_the_head_scores_and_fits_without_waiting() -> None:
-    head = LogZ(torch.randn(50, 8), LogZConfig(scored_per_step=20), seed=0, bounded=True)
+    settings = resolve_log_z(LogZConfig(scored_per_step=20), remembers=True)
+    head = LogZ(torch.randn(50, 8), settings, seed=0, bounded=True)
     index, target = torch.arange(12), torch.rand(12)
 
     def operations() -> None:
         head.score()
         head.rescore(index)
-        head.fit(index, target)
+        head.observe(index, target, target, target)
+        head.fit(index, target, step=1, groups=3)
 
     assert waiting_operators(operations) == set()
 
@@ -233,7 +236,7 @@ def test_a_whole_step_meets_the_host_at_its_crossings_only(
 
     for module in ("paced.trainer", "run.record.step_figures"):
         allow(importlib.import_module(f"paced_fast.{module}"), "to_host", counts=True)
-    for module in ("paced.collect", "data.packing", "policy.rows", "paced.replay", "paced.update"):
+    for module in ("paced.collect", "data.packing", "policy.rows", "paced.replay", "paced.update", "paced.log_z"):
         allow(importlib.import_module(f"paced_fast.{module}"), "to_device")
     allow(trainer.collector.generator, "generate")
     allow(trainer.collector.scorer, "score")

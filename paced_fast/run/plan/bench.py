@@ -118,7 +118,8 @@ def _stepper(config: Config, lengths: str, world: World) -> tuple[Stepper, Rando
     table = PromptTable(rows=tuple(rows))
     embeddings = None
     if config.uses_head:
-        embeddings = torch.randn(len(table), settings.hidden_size, generator=source).to(policy.device)
+        width = settings.hidden_size * (2 if config.log_z.embedding == "mean_and_last" else 1)
+        embeddings = torch.randn(len(table), width, generator=source).to(policy.device)
     tokenizer = prompts.character_tokenizer(SIGNED_SUMS_ALPHABET, pad=SIGNED_SUMS_PAD, stop=SIGNED_SUMS_STOP)
     rollouts = RandomRollouts(config, table, settings.vocab_size, lengths=lengths)
     phases = Phases(*clock_of(policy.device), probe(policy.device))

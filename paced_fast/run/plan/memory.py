@@ -90,7 +90,8 @@ def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | N
     if config.traits.keeps_initial_policy:
         result["reference policy"] = result["weights"]
     if config.uses_head:
-        result["prompt embeddings"] = num_prompts * shape.hidden_size * _ITEMSIZE[config.log_z.cache_dtype]
+        width = shape.hidden_size * (2 if config.log_z.embedding == "mean_and_last" else 1)
+        result["prompt embeddings"] = num_prompts * width * _ITEMSIZE[config.log_z.cache_dtype]
     if config.replay.mode == "on":
         result["replay"] = (config.replay.capacity + 1) * config.generation.max_completion_tokens * 12
     return result

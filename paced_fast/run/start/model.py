@@ -69,8 +69,10 @@ def make_trained_policy(
     embeddings = eval_embeddings = None
     if config.uses_head:
         with policy.whole():
-            embeddings = policy.embed([row.token_ids for row in data.table.rows])
-            eval_embeddings = policy.embed([row.token_ids for row in data.eval_table.rows])
+            tables, with_last = (data.table, data.eval_table), config.log_z.embedding == "mean_and_last"
+            embeddings, eval_embeddings = (
+                policy.embed([row.token_ids for row in table.rows], with_last=with_last) for table in tables
+            )
     if newest is not None and config.lora.rank == 0:  # adapters lie beside the weights from before training
         del model  # otherwise a second copy would be held while an engine starts
         with world.agreement():
