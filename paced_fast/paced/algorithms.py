@@ -72,7 +72,6 @@ def fit_log_z(
     fresh: Fresh,
     targets: Targets,
     update: UpdateResult,
-    step: int,
 ) -> tuple[Tensor, Tensor]:
     """Train log Z on the correctness of the scored fresh sequences; returns its loss and gradient norm, f32[].
 
@@ -86,12 +85,11 @@ def fit_log_z(
     samples = known.sum(1)
     means = (target[:count].view_as(known) * known).sum(1) / samples.clamp(min=1)
     log_z.observe(fresh.prompt_index, fresh.accuracy * samples, samples, means)
-    drawn = {"step": step, "groups": len(samples)}
     if config.replay.trains_log_z:
         weights = targets.weights.clone()
         weights[:count] = scored
-        return log_z.fit(rollouts.prompt_index, target, weights, **drawn)
-    return log_z.fit(rollouts.prompt_index[:count], target[:count], scored * weight, **drawn)
+        return log_z.fit(rollouts.prompt_index, target, weights, groups=len(samples))
+    return log_z.fit(rollouts.prompt_index[:count], target[:count], scored * weight, groups=len(samples))
 
 
 def reward(config: Config, rollouts: Rollouts, fresh: Fresh) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from paced_fast.config import LogZConfig, stream_seed
-from paced_fast.data.transfer import to_device
 from paced_fast.policy.optimizer import GuardedAdamW
+from paced_kernels import PriorityTree
 
 # Prompts scored at once, so that the head's float32 activations stay small for any table size.
 _BLOCK = 8192
@@ -30,7 +30,7 @@ class LogZ:
 
     def __init__(self, embeddings: Tensor, config: LogZConfig, *, seed: int, bounded: bool) -> None:
         """`embeddings` f32[N, H]; `bounded` puts a sigmoid on the output (value), else it is a raw log Z."""
-        self.config, self.bounded, self.seed = config, bounded, seed
+        self.config, self.bounded = config, bounded
         self.mean = embeddings.mean(0)
         self.scale = embeddings.std(0, correction=0).clamp(min=1e-6)  # so that a table of one prompt works too
         self.inputs = self._standardise(embeddings)
@@ -55,7 +55,7 @@ class LogZ:
         self.optimizer = GuardedAdamW(self.mlp.parameters(), learning_rate=config.learning_rate)
         remembers = config.memory == "on"
         self.outcomes = Outcomes(len(embeddings), config.decay, embeddings.device) if remembers else None
-        self.past = PastGroups(config.past_groups, embeddings.device) if remembers else None
+        self.past = PastGroups(config.past_groups, seed, embeddings.device) if remembers else None
         self.values = self.all_values()
 
     def _standardise(self, embeddings: Tensor) -> Tensor:
@@ -120,25 +120,24 @@ class LogZ:
             self.past.insert(prompt_index, target, samples)
 
     def fit(
-        self, prompt_index: Tensor, target: Tensor, weight: Tensor | None = None, *, step: int = 0, groups: int = 0
+        self, prompt_index: Tensor, target: Tensor, weight: Tensor | None = None, *, groups: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Fit the head to `target` f32[B] on prompts i64[B], weighted by `weight` f32[B]; returns the loss on them and
         the gradient norm.
 
         `tb`: mean squared residual in reward units, target = reward - beta * log ratio. `bce`: cross-entropy on raw
-        correctness, target = reward. With a memory each update adds `past_per_fresh * groups` past groups, drawn by
-        (seed, step); fresh and past groups count the same. A non-finite loss or gradient leaves the head as it was.
+        correctness, target = reward. With a memory each update adds `past_per_fresh * groups` past groups; fresh and
+        past groups count the same. A non-finite loss or gradient leaves the head as it was.
         """
         config = self.config
         inputs = self.inputs[prompt_index]
         loss = grad_norm = torch.zeros((), device=inputs.device)
-        drawn = self._uniform(config.past_per_fresh * groups, step) if self.past is not None else []
-        for k in range(config.updates_per_step):
+        for _ in range(config.updates_per_step):
             each = self._error(inputs, target)
             loss = (each if weight is None else each * weight).mean()
             total = loss
             if self.past is not None:
-                index, goal, share = self.past.draw(drawn[k])
+                index, goal, share = self.past.draw(config.past_per_fresh * groups)
                 past = (self._error(self.inputs[index], goal) * share).sum() / share.sum().clamp(min=1.0)
                 total = (loss + config.past_per_fresh * past) / (1 + config.past_per_fresh)
             self.optimizer.zero_grad()
@@ -146,12 +145,6 @@ class LogZ:
             grad_norm = nn.utils.clip_grad_norm_(self.mlp.parameters(), config.max_grad_norm)
             self.optimizer.guarded_step(total.detach(), grad_norm)
         return loss.detach(), grad_norm
-
-    def _uniform(self, count: int, step: int) -> Tensor:
-        """Numbers in [0, 1), f32[updates, count], made on the host, so that every device draws the same groups."""
-        source = torch.Generator().manual_seed(stream_seed(self.seed, step, "past groups"))
-        numbers = torch.rand(self.config.updates_per_step, count, generator=source)
-        return to_device(numbers, torch.float32, self.inputs.device)
 
     def _error(self, inputs: Tensor, target: Tensor) -> Tensor:
         logits = self._logits(inputs)
@@ -161,24 +154,25 @@ class LogZ:
 
     def state_dict(self) -> dict[str, Tensor]:
         """State of the head besides its optimiser's; includes `values`, because a window leaves older ones in place."""
-        parameters = {f"mlp.{name}": value for name, value in self.mlp.state_dict().items()}
-        return {**parameters, "values": self.values, "cursor": self.cursor, **self._remembered()}
+        state = {f"mlp.{name}": value for name, value in self.mlp.state_dict().items()}
+        state |= {"values": self.values, "cursor": self.cursor}
+        if self.outcomes is not None and self.past is not None:
+            state |= {f"outcomes.{name}": value for name, value in self.outcomes.state_dict().items()}
+            state |= {f"past.{name}": value for name, value in self.past.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`."""
-        self.mlp.load_state_dict({k.removeprefix("mlp."): v for k, v in state.items() if k.startswith("mlp.")})
-        for name, tensor in {"values": self.values, "cursor": self.cursor, **self._remembered()}.items():
-            tensor.copy_(state[name])
+        self.mlp.load_state_dict(_below("mlp", state))
+        self.values.copy_(state["values"])
+        self.cursor.copy_(state["cursor"])
+        if self.outcomes is not None and self.past is not None:
+            self.outcomes.load_state_dict(_below("outcomes", state))
+            self.past.load_state_dict(_below("past", state))
 
-    def _remembered(self) -> dict[str, Tensor]:
-        parts = {"outcomes": self.outcomes, "past": self.past}
-        return {
-            f"{part}.{name}": tensor
-            for part, owner in parts.items()
-            if owner is not None
-            for name, tensor in vars(owner).items()
-            if isinstance(tensor, Tensor)
-        }
+
+def _below(part: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
 
 
 def posterior_mean(predicted: Tensor, correct: Tensor, samples: Tensor, prior: float) -> Tensor:
@@ -200,16 +194,26 @@ class Outcomes:
         for total, new in ((self.correct, correct), (self.samples, samples)):
             total.mul_(self.decay).index_add_(0, prompt_index, new)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums."""
+        return {"correct": self.correct, "samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict()`."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+
 
 class PastGroups:
     """Ring of the latest C groups: prompt i64[C], target f32[C], scored completions f32[C]."""
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        """Make an empty ring."""
+    def __init__(self, capacity: int, seed: int, device: torch.device) -> None:
+        """Make an empty ring; `seed` fixes every draw."""
         self.prompt_index = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.target = torch.zeros(capacity, device=device)
         self.samples = torch.zeros(capacity, device=device)
         self.inserted = torch.zeros((), dtype=torch.int64, device=device)
+        self.tree = PriorityTree(capacity, seed=stream_seed(seed, 0, "past groups"), device=device, stream=2)
 
     def insert(self, prompt_index: Tensor, target: Tensor, samples: Tensor) -> None:
         """Insert P groups; the oldest leave. One whose target is no number counts for nothing."""
@@ -221,9 +225,22 @@ class PastGroups:
         for ring, new in ((self.prompt_index, prompt_index), (self.target, target), (self.samples, samples)):
             ring.index_copy_(0, slots, new[-count:])
         self.inserted += count
+        self.tree.update(slots, (samples[-count:] > 0).float())
 
-    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Prompts, targets and numbers of scored completions of the groups that `uniform` f32[M] in [0, 1) picks."""
-        held = self.inserted.clamp(min=1, max=len(self.target))
-        slots = (uniform * held).long().minimum(held - 1)
+    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompts, targets and numbers of scored completions of `count` groups, each as likely as the others."""
+        slots = self.tree.sample(count, "iid").idx  # from an empty ring any, whose number is 0
         return self.prompt_index[slots], self.target[slots], self.samples[slots]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor that later draws depend on."""
+        return {**self._ring(), **{f"tree.{name}": tensor for name, tensor in self.tree.state_dict().items()}}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict()`."""
+        self.tree.load_state_dict(_below("tree", state))
+        for name, tensor in self._ring().items():
+            tensor.copy_(state[name])
+
+    def _ring(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}

@@ -96,9 +96,7 @@ class Trainer:
                 world=self.world,
             )
         with self.phase("head"):
-            head = None
-            if self.log_z is not None:
-                head = fit_log_z(self.log_z, config, rollouts, fresh, targets, update, step)
+            head = fit_log_z(self.log_z, config, rollouts, fresh, targets, update) if self.log_z is not None else None
         with self.phase("schedule"):
             known = fresh.scored.view(-1, config.generation.group_size).any(1)
             self.scheduler.observe(fresh.prompt_index, fresh.accuracy, self.now, known)

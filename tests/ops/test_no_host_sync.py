@@ -116,7 +116,7 @@ def test_the_head_scores_and_fits_without_waiting() -> None:
         head.score()
         head.rescore(index)
         head.observe(index, target, target, target)
-        head.fit(index, target, step=1, groups=3)
+        head.fit(index, target, groups=3)
 
     assert waiting_operators(operations) == set()
 
@@ -236,7 +236,7 @@ def test_a_whole_step_meets_the_host_at_its_crossings_only(
 
     for module in ("paced.trainer", "run.record.step_figures"):
         allow(importlib.import_module(f"paced_fast.{module}"), "to_host", counts=True)
-    for module in ("paced.collect", "data.packing", "policy.rows", "paced.replay", "paced.update", "paced.log_z"):
+    for module in ("paced.collect", "data.packing", "policy.rows", "paced.replay", "paced.update"):
         allow(importlib.import_module(f"paced_fast.{module}"), "to_device")
     allow(trainer.collector.generator, "generate")
     allow(trainer.collector.scorer, "score")
