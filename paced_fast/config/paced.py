@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from paced_fast.config.bounds import Bounds
 
-Algorithm = Literal["paced", "tb", "tb_group", "flowrl", "grpo"]
+Algorithm = Literal["paced", "paced_paper", "tb", "tb_group", "flowrl", "grpo"]
 Rule = Literal["auto", "tree", "greedy", "history", "uniform", "dynamic"]
 Intercept = Literal["value", "group_mean"]
 
@@ -40,6 +40,7 @@ class Traits:
 
 ALGORITHMS: dict[Algorithm, Traits] = {
     "paced": Traits(rule="tree", replay="on", intercepts=("value", "group_mean")),
+    "paced_paper": Traits(rule="greedy", replay="on", intercepts=("value",), remembers=False),
     "tb": Traits(intercepts=("value", "group_mean")),
     "tb_group": Traits(intercepts=("group_mean",)),
     "flowrl": Traits(
@@ -107,19 +108,19 @@ class LogZConfig:
     updates_per_step: Annotated[int, Bounds(0, 10**6)] = 0
     """Gradient steps of the head on each batch of fresh groups; 0: 4 with `memory` on, 1 with it off."""
     memory: Literal["auto", "on", "off"] = "auto"
-    """`on`: the head is fitted to past groups too, and a prompt's own outcomes count beside its prediction; `off`: the
-    head alone, fitted to the fresh groups of each step (paper)."""
+    """`on`: fit the head to past groups as well, and combine its prediction with the prompt's own outcomes; `off`: the
+    head alone, fitted to the groups of each step (as in the paper); `auto`: off for paced_paper and flowrl, else on."""
     past_groups: Annotated[int, Bounds(1, 10**9)] = 4096
-    """Groups that the memory holds; the oldest leaves first."""
+    """Capacity of the memory in groups; the oldest group leaves first."""
     past_per_fresh: Annotated[int, Bounds(1, 10**6)] = 4
-    """Past groups in a gradient step of the head, for each fresh one."""
+    """Past groups per fresh group in each gradient step of the head."""
     prior: Annotated[float, Bounds(1e-3, 1e9)] = 8.0
-    """Completions that the head's prediction counts for beside the outcomes of the prompt's own completions."""
+    """Weight of the head's prediction beside a prompt's own outcomes, in completions."""
     decay: Annotated[float, Bounds(0.0, 1.0)] = 0.97
-    """Factor per step of the weight of a prompt's own outcomes."""
+    """Factor by which the weight of a prompt's own outcomes shrinks per step."""
     embedding: Literal["auto", "mean", "mean_and_last"] = "auto"
-    """What the head sees of a prompt: the mean of its last layer's states (auto with `memory` off), or that and the
-    state of its last token (auto with `memory` on)."""
+    """Input of the head: the mean of the prompt's last-layer states, or that and the state of its last token; `auto`:
+    mean with `memory` off, else both."""
     cache_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the cached prompt embeddings; the head computes in float32."""
     scored_per_step: Annotated[int, Bounds(0, 10**9)] = 0

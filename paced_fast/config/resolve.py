@@ -126,7 +126,8 @@ def _check(config: Config) -> None:
         )
     if config.log_z.memory == "on" and not traits.value_is_accuracy:
         raise InputError(
-            f"--log-z.memory on needs a value that means accuracy, and {config.algorithm}'s log Z does not: leave it"
+            f"--log-z.memory on needs a value that predicts accuracy, and log Z of --algorithm {config.algorithm} does "
+            "not: give off"
         )
     if RULES[config.scheduler.rule].reads_value and not traits.value_is_accuracy:
         others = _either(name for name, rule in RULES.items() if not rule.reads_value)

@@ -170,6 +170,7 @@ def _group_means(groups: Tensor, known: Tensor) -> Tensor:
 _BALANCE = Regression(reward, value_or_group_mean, reward_less_drift)
 REGRESSIONS = {
     "paced": _BALANCE,
+    "paced_paper": _BALANCE,
     "tb": _BALANCE,
     "tb_group": _BALANCE,
     "flowrl": Regression(scaled_advantage, value_or_group_mean, flowrl_log_z),

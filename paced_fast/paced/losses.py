@@ -108,6 +108,7 @@ def grpo(
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
     "paced": trajectory_balance,
+    "paced_paper": trajectory_balance,
     "tb": trajectory_balance,
     "tb_group": trajectory_balance,
     "flowrl": flowrl,
