@@ -115,26 +115,7 @@ def _check(config: Config) -> None:
             )
     if not config.data.train:
         raise InputError("--data.train names no source: give at least one, such as rg:chain_sum?size=500")
-    traits = config.traits
-    if config.replay.mode == "on" and not traits.may_replay:
-        others = _either(name for name, other in ALGORITHMS.items() if other.may_replay)
-        raise InputError(f"--replay.mode on needs --algorithm {others}, not {config.algorithm}")
-    if config.generation.group_size < 2 and traits.compares_groups:
-        raise InputError(
-            f"--generation.group-size is {config.generation.group_size}: give 2 or more for --algorithm "
-            f"{config.algorithm}, which compares the completions of a group"
-        )
-    if config.log_z.memory == "on" and not traits.value_is_accuracy:
-        raise InputError(
-            f"--log-z.memory on needs a value that predicts accuracy, and log Z of --algorithm {config.algorithm} does "
-            "not: give off"
-        )
-    if RULES[config.scheduler.rule].reads_value and not traits.value_is_accuracy:
-        others = _either(name for name, rule in RULES.items() if not rule.reads_value)
-        raise InputError(
-            f"--scheduler.rule {config.scheduler.rule} needs a value that predicts accuracy, and log Z of --algorithm "
-            f"{config.algorithm} does not: give the rule {others}"
-        )
+    _check_algorithm(config)
     if config.weight_sync.sleep_level > 0 and config.weight_sync.mode != "push":
         raise InputError(
             f"--weight-sync.sleep-level {config.weight_sync.sleep_level} frees the engine's weights, which works only "
@@ -170,6 +151,35 @@ def _check(config: Config) -> None:
     if config.generator == "vllm" and coldest < 0.01:
         raise InputError(f"--generator vllm samples at temperatures from 0.01, not {coldest:g}: raise the temperature")
     _check_schedule(config)
+    if config.generation.prompts_per_step < config.optimizer.minibatches:
+        raise InputError(
+            f"--optimizer.minibatches is {config.optimizer.minibatches}, but a step draws only "
+            f"{config.generation.prompts_per_step} prompts: lower it, or raise --generation.prompts-per-step"
+        )
+
+
+def _check_algorithm(config: Config) -> None:
+    """Settings that the algorithm cannot have."""
+    traits = config.traits
+    if config.replay.mode == "on" and not traits.may_replay:
+        others = _either(name for name, other in ALGORITHMS.items() if other.may_replay)
+        raise InputError(f"--replay.mode on needs --algorithm {others}, not {config.algorithm}")
+    if config.generation.group_size < 2 and traits.compares_groups:
+        raise InputError(
+            f"--generation.group-size is {config.generation.group_size}: give 2 or more for --algorithm "
+            f"{config.algorithm}, which compares the completions of a group"
+        )
+    if config.log_z.memory == "on" and not traits.value_is_accuracy:
+        raise InputError(
+            f"--log-z.memory on needs a value that predicts accuracy, and log Z of --algorithm {config.algorithm} does "
+            "not: give off"
+        )
+    if RULES[config.scheduler.rule].reads_value and not traits.value_is_accuracy:
+        others = _either(name for name, rule in RULES.items() if not rule.reads_value)
+        raise InputError(
+            f"--scheduler.rule {config.scheduler.rule} needs a value that predicts accuracy, and log Z of --algorithm "
+            f"{config.algorithm} does not: give the rule {others}"
+        )
     if config.loss.intercept not in traits.intercepts:
         others = _either(name for name, other in ALGORITHMS.items() if len(other.intercepts) > 1)
         raise InputError(
@@ -179,11 +189,6 @@ def _check(config: Config) -> None:
     if config.loss.intercept == "group_mean" and config.generation.group_size < 2:
         raise InputError(
             f"--generation.group-size is {config.generation.group_size}: give 2 or more for --loss.intercept group_mean"
-        )
-    if config.generation.prompts_per_step < config.optimizer.minibatches:
-        raise InputError(
-            f"--optimizer.minibatches is {config.optimizer.minibatches}, but a step draws only "
-            f"{config.generation.prompts_per_step} prompts: lower it, or raise --generation.prompts-per-step"
         )
 
 

@@ -93,8 +93,8 @@ class Config:
     """Name of the preset that these settings started from; give it as the first word, not as an option."""
     algorithm: Algorithm = "paced"
     """`paced`, `paced_paper` (arXiv 2602.12642 to the letter: the head fitted once to the groups of each step, prompts
-    nearest tau from a random pool), `tb` (trajectory balance with a learned log Z and uniform prompts), `tb_group` (with
-    the group's mean reward in place of log Z), `flowrl` or `grpo`."""
+    nearest tau from a random pool), `tb` (trajectory balance with a learned log Z and uniform prompts), `tb_group`
+    (with the group's mean reward in place of log Z), `flowrl` or `grpo`."""
     steps: Annotated[int, Bounds(0, 10**9)] = 150
     """Steps of training."""
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0

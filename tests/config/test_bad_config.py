@@ -137,7 +137,10 @@ def test_sources_are_read_with_the_settings(name: str, spec: str) -> None:
         (["--model.hidden-size", "97"], "--model.hidden-size 97 is not a multiple of --model.num-heads 4"),
         (["--run.report", "no"], "--run.report 'no': a switch takes no value: give --run.report or --run.no-report"),
         (["--no-steps", "1"], "unknown option --no-steps: did you mean --steps?"),
-        (["--algorithm", "tb_grop"], "--algorithm 'tb_grop': did you mean tb_group? the choices are paced, tb,"),
+        (
+            ["--algorithm", "tb_grop"],
+            "--algorithm 'tb_grop': did you mean tb_group? the choices are paced, paced_paper,",
+        ),
     ],
 )
 def test_what_the_remedy_is(words: list[str], message: str) -> None:

@@ -60,7 +60,7 @@ MISTAKES = [
     (["tiny", "--zzzzqqqq"], r"unknown option --zzzzqqqq: --help lists all options"),
     (["tiny", "--steps", "many"], r".*steps.*many.*"),
     (["tiny", "--steps", "1.5"], r".*steps.*1\.5.*"),
-    (["tiny", "--algorithm", "ppo"], r"--algorithm 'ppo': .*the choices are paced, tb, tb_group, .*"),
+    (["tiny", "--algorithm", "ppo"], r"--algorithm 'ppo': .*the choices are paced, paced_paper, tb, tb_group, .*"),
     (["tiny", "--steps"], r".*steps.*"),
     (["tiny", "3"], r".*3.*"),
     (["tiny", "--loss.beta", "-1"], r"--loss.beta is -1.0: give a value from 1e-06 to 1e\+06"),

@@ -66,6 +66,7 @@ def test_settings_that_would_be_ignored_or_cancel_each_other_are_refused(changes
 EXPECTED = {
     # algorithm: intercept, rule, replay, head loss, head used, its value is an accuracy
     "paced": ("value", "tree", "on", "tb", True, True),
+    "paced_paper": ("value", "greedy", "on", "tb", True, True),
     "tb": ("value", "uniform", "off", "tb", True, True),
     "tb_group": ("group_mean", "uniform", "off", "tb", False, False),
     "flowrl": ("value", "uniform", "off", "tb", True, False),
@@ -120,7 +121,11 @@ def test_a_group_mean_without_selection_or_replay_needs_no_head() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "changes", "words"),
     [
-        ("grpo", {"replay__mode": "on"}, "--replay.mode on needs --algorithm paced, tb or tb_group, not grpo"),
+        (
+            "grpo",
+            {"replay__mode": "on"},
+            "--replay.mode on needs --algorithm paced, paced_paper, tb or tb_group, not grpo",
+        ),
         ("flowrl", {"replay__mode": "on"}, "--replay.mode on needs"),
         (
             "flowrl",

@@ -28,7 +28,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[2]
 
 KERNEL_USERS = {
-    *("policy.policy", "paced.scheduler", "paced.replay", "paced.losses", "paced.algorithms"),
+    *("policy.policy", "paced.scheduler", "paced.replay", "paced.log_z", "paced.losses", "paced.algorithms"),
     *("generation.mismatch", "run.plan.memory"),
 }
 HOMES = {
