@@ -105,11 +105,11 @@ class LogZConfig:
     """Width of the head's two hidden layers."""
     max_grad_norm: Annotated[float, Bounds(1e-12, math.inf)] = 1.0
     """Gradient norm to which the head's gradient is scaled down, separate from the policy's."""
-    updates_per_step: Annotated[int, Bounds(0, 10**6)] = 0
-    """Gradient steps of the head on each batch of fresh groups; 0: 4 with `memory` on, 1 with it off."""
     memory: Literal["auto", "on", "off"] = "auto"
     """`on`: fit the head to past groups as well, and combine its prediction with the prompt's own outcomes; `off`: the
     head alone, fitted to the groups of each step (as in the paper); `auto`: off for paced_paper and flowrl, else on."""
+    updates_per_step: Annotated[int, Bounds(0, 10**6)] = 0
+    """Gradient steps of the head on each batch of fresh groups; 0: 4 with `memory` on, 1 with it off."""
     past_groups: Annotated[int, Bounds(1, 10**9)] = 4096
     """Capacity of the memory in groups; the oldest group leaves first."""
     past_per_fresh: Annotated[int, Bounds(1, 10**6)] = 4

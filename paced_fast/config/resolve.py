@@ -40,8 +40,9 @@ def resolve(config: Config) -> Config:
         loss=dataclasses.replace(config.loss, intercept=intercept),
         scheduler=dataclasses.replace(config.scheduler, rule=rule),
         replay=dataclasses.replace(config.replay, mode=replay),
-        log_z=resolve_log_z(config.log_z, remembers=traits.remembers),
     )
+    remembers = traits.remembers and resolved.uses_head
+    resolved = dataclasses.replace(resolved, log_z=resolve_log_z(config.log_z, remembers=remembers))
     _check(resolved)
     return resolved
 

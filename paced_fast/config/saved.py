@@ -12,6 +12,10 @@ from paced_fast.config import Config
 from paced_fast.errors import InputError
 
 
+_BEFORE = {"log_z.memory": "off"}
+"""Settings that older run folders lack, with the value that those runs had; for all others that is the default."""
+
+
 def config_from_dict(kind: Any, raw: Any, name: str = "") -> Any:
     """Rebuild a settings dataclass from `dataclasses.asdict` gone through JSON; an absent setting has its default.
 
@@ -22,9 +26,10 @@ def config_from_dict(kind: Any, raw: Any, name: str = "") -> Any:
         raise InputError(f"{name or 'the content'} is {json.dumps(raw)[:80]}, not an object of settings")
     values: dict[str, Any] = {}
     for key, hint in typing.get_type_hints(kind).items():
-        if key not in raw:
+        full = f"{name}.{key}".lstrip(".")
+        if key not in raw and full not in _BEFORE:
             continue
-        full, value = f"{name}.{key}".lstrip("."), raw[key]
+        value = raw[key] if key in raw else _BEFORE[full]
         if dataclasses.is_dataclass(hint):
             value = config_from_dict(hint, value, full)
         elif not _fits(value, hint):

@@ -161,6 +161,42 @@ def test_settings_survive_json() -> None:
     assert config_from_dict(Config, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
+def test_a_run_from_before_the_memory_had_none() -> None:
+    saved = dataclasses.asdict(tiny_policy.settings("paced"))
+    assert saved["log_z"]["memory"] == "on"
+    for name in ("memory", "past_groups", "past_per_fresh", "prior", "decay", "embedding"):
+        del saved["log_z"][name]
+    saved["log_z"]["updates_per_step"] = 1
+    old = resolve(config_from_dict(Config, saved)).log_z
+    assert old == tiny_policy.settings("paced", log_z__memory="off").log_z
+    assert (old.memory, old.updates_per_step, old.embedding) == ("off", 1, "mean")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "memory", "updates", "embedding"),
+    [
+        ("paced", {}, "on", 4, "mean_and_last"),
+        ("paced", {"log_z__updates_per_step": 8}, "on", 8, "mean_and_last"),
+        ("paced", {"log_z__memory": "off"}, "off", 1, "mean"),
+        ("paced_paper", {}, "off", 1, "mean"),
+        ("paced_paper", {"log_z__memory": "on"}, "on", 4, "mean_and_last"),
+        ("flowrl", {}, "off", 1, "mean"),
+        ("grpo", {}, "off", 1, "mean"),  # without a head there is nothing to remember
+        ("grpo", {"scheduler__rule": "tree"}, "on", 4, "mean_and_last"),
+    ],
+)
+def test_what_the_memory_means(
+    algorithm: str, changes: dict[str, Any], memory: str, updates: int, embedding: str
+) -> None:
+    log_z = tiny_policy.settings(algorithm, **changes).log_z
+    assert (log_z.memory, log_z.updates_per_step, log_z.embedding) == (memory, updates, embedding)
+
+
+def test_a_log_z_that_is_no_accuracy_has_no_memory() -> None:
+    with pytest.raises(InputError, match=r"--log-z.memory on needs a value that predicts accuracy, .*: give off$"):
+        tiny_policy.settings("flowrl", log_z__memory="on")
+
+
 def test_digests_and_seeds_change_with_every_part() -> None:
     base = preset("tiny")
     other = tiny_policy.replaced(base, warm_start__first__steps=451)
