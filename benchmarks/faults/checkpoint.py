@@ -31,7 +31,7 @@ from benchmarks.ranks import import_ahead, on_ranks, started
 from paced_fast.distributed import World
 from paced_fast.errors import InputError
 from paced_fast.run import checkpoint
-from paced_fast.run.checkpoint.folder import FORMAT, _manifest_text, describe
+from paced_fast.run.checkpoint.folder import FORMAT, describe, manifest_text
 
 _ELEMENTS = 200_000
 
@@ -245,7 +245,7 @@ def measure_planted_code() -> dict[str, Any]:
             listed = {p.relative_to(bad).as_posix(): describe(p) for p in files}
             if name != "manifest.json":
                 manifest = {"format": FORMAT, "step": 2, "files": listed}
-                (bad / "manifest.json").write_text(_manifest_text(manifest))
+                (bad / "manifest.json").write_text(manifest_text(manifest))
             slots += 1
             newest = checkpoint.newest(root)
             try:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import typing
 from typing import Annotated, Any, NamedTuple
+
+from paced_fast.errors import InputError
 
 
 class Bounds(NamedTuple):
@@ -28,6 +31,18 @@ class Setting(NamedTuple):
     kind: Any
     bounds: Bounds | None
     may_be_empty: bool
+
+    def check(self, option: str, value: Any) -> None:
+        """Raises InputError, naming the `option`, when `value` is out of bounds or an empty text."""
+        if self.bounds is not None:
+            low, high = self.bounds
+            if not low <= value <= high:  # a NaN fails every comparison, so it ends here too
+                wanted = f"{low:g} or more" if high == math.inf else f"a value from {low:g} to {high:g}"
+                raise InputError(f"{option} is {value}: give {wanted}")
+        if self.may_be_empty:
+            return
+        if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, tuple) else [value])):
+            raise InputError(f"{option} is empty: give a value, or leave it out")
 
 
 @functools.cache

@@ -48,7 +48,7 @@ ALGORITHMS: dict[Algorithm, Traits] = {
     ),
     "grpo": Traits(intercepts=("group_mean",), compares_groups=True),
 }
-"""Every algorithm; its loss is in `paced.losses`, what it regresses on in `paced.algorithms`."""
+"""Every algorithm; its loss is in `paced.losses`, what it regresses on in `paced.targets`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from importlib import util
 from typing import Any
@@ -62,16 +61,7 @@ def resolve_log_z(config: LogZConfig, *, remembers: bool) -> LogZConfig:
 
 def check_value(name: str, value: Any) -> None:
     """Raises InputError when the value of the setting `name` is out of range, or an empty text."""
-    setting = settings(Config)[name]
-    if setting.bounds is not None:
-        low, high = setting.bounds
-        if not low <= value <= high:  # a NaN fails every comparison, so it ends here too
-            wanted = f"{low:g} or more" if high == math.inf else f"a value from {low:g} to {high:g}"
-            raise InputError(f"{_option(name)} is {value}: give {wanted}")
-    if setting.may_be_empty:
-        return
-    if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, tuple) else [value])):
-        raise InputError(f"{_option(name)} is empty: give a value, or leave it out")
+    settings(Config)[name].check(_option(name), value)
 
 
 def check_engine_ranks(config: Config, ranks: int) -> None:

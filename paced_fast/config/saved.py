@@ -11,7 +11,6 @@ from typing import Any, Literal
 from paced_fast.config import Config
 from paced_fast.errors import InputError
 
-
 _BEFORE = {"log_z.memory": "off"}
 """Settings that older run folders lack, with the value that those runs had; for all others that is the default."""
 

@@ -18,7 +18,7 @@ from paced_fast.distributed import ALONE, World
 from paced_fast.errors import TrainingError
 from paced_fast.generation import Generator, Sampling
 from paced_fast.generation.interface import without_unknown_ids
-from paced_fast.paced.algorithms import group_accuracy
+from paced_fast.paced.targets import group_accuracy
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.rewards.over_ranks import Scores, gather_scores
 from paced_fast.rewards.scorer import score_sampled

@@ -19,11 +19,11 @@ from paced_fast.data.records import Fresh, Group, Rollouts, StepResult
 from paced_fast.data.transfer import to_host
 from paced_fast.distributed import ALONE, World
 from paced_fast.errors import TrainingError
-from paced_fast.paced.algorithms import fit_log_z, make_targets
 from paced_fast.paced.collect import Collector
 from paced_fast.paced.log_z import LogZ
 from paced_fast.paced.replay import ReplayBuffer
 from paced_fast.paced.scheduler import PromptScheduler
+from paced_fast.paced.targets import fit_log_z, make_targets
 from paced_fast.paced.update import make_optimizer, update_policy
 from paced_fast.policy import Policy
 from paced_fast.policy.sharding import replicas_mesh

@@ -19,7 +19,7 @@ from paced_fast.data.records import Rollouts, Targets, UpdateResult
 from paced_fast.data.transfer import to_device
 from paced_fast.distributed import ALONE, World
 from paced_fast.paced.losses import POLICY_LOSSES, MicroOutput
-from paced_fast.policy import Policy, rows
+from paced_fast.policy import Policy, micro_batches
 from paced_fast.policy.optimizer import PolicyOptimizer
 
 
@@ -64,7 +64,7 @@ def passes(
     Where all ranks must call the model equally often (`policy.lockstep`), a rank with fewer micro-batches repeats a
     sequence that does not count.
     """
-    dealt = rows.deal(rollouts, sequences, world.size, max_tokens)
+    dealt = micro_batches.deal(rollouts, sequences, world.size, max_tokens)
     if not policy.lockstep:
         yield from ((chosen, True) for chosen in policy.micro_batches(rollouts, dealt[world.rank], max_tokens))
         return

@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from paced_fast.errors import InputError
 from paced_fast.policy.families import unshareable
-from paced_fast.policy.rows import PackedRow
+from paced_fast.policy.micro_batches import PackedRow
 from paced_fast.policy.shape import head_size, text_settings
 
 _NAME = "paced_fast"

@@ -25,7 +25,7 @@ from paced_fast.config import ModelConfig
 from paced_fast.data import hub
 from paced_fast.errors import InputError
 from paced_fast.policy.shape import KNOWN
-from paced_fast.policy.stored import check_files, check_report, check_settings, refused
+from paced_fast.policy.stored_checks import check_files, check_report, check_settings, refused
 
 logger = logging.getLogger(__name__)
 

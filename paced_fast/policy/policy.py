@@ -45,8 +45,7 @@ from paced_fast.policy.families import (
 from paced_fast.policy.gradient_checkpointing import checkpoint_next_forward, enable_checkpointing
 from paced_fast.policy.liger import use_liger
 from paced_fast.policy.lora import adapt
-from paced_fast.policy.padded import padded_micro_batches, padded_rows
-from paced_fast.policy.rows import (
+from paced_fast.policy.micro_batches import (
     ForwardRows,
     forward_rows,
     longest_row,
@@ -54,6 +53,7 @@ from paced_fast.policy.rows import (
     packed_micro_batches,
     packed_row,
 )
+from paced_fast.policy.padded import padded_micro_batches, padded_rows
 from paced_fast.policy.sharding import Shards
 from paced_kernels import linear_logprobs
 

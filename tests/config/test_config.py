@@ -17,9 +17,9 @@ from paced_fast.config.presets import preset
 from paced_fast.config.resolve import resolve
 from paced_fast.config.saved import config_from_dict
 from paced_fast.errors import InputError
-from paced_fast.paced.algorithms import REGRESSIONS
 from paced_fast.paced.losses import POLICY_LOSSES
 from paced_fast.paced.scheduler import DRAWS
+from paced_fast.paced.targets import REGRESSIONS
 from paced_fast.run.start.generator import GENERATORS
 
 NUMBERS = [name for name, value in flatten(Config()).items() if type(value) in (int, float)]

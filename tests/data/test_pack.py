@@ -13,9 +13,9 @@ from torch import Tensor
 
 from paced_fast.data import packing
 from paced_fast.data.records import Rollouts, Targets
-from paced_fast.paced.algorithms import group_advantage
 from paced_fast.paced.losses import POLICY_LOSSES
-from paced_fast.policy.rows import forward_rows, micro_batches
+from paced_fast.paced.targets import group_advantage
+from paced_fast.policy.micro_batches import forward_rows, micro_batches
 
 LENGTHS = st.lists(st.integers(0, 6), min_size=1, max_size=9)
 

@@ -27,7 +27,7 @@ from paced_fast.paced import update
 from paced_fast.paced.log_z import LogZ
 from paced_fast.paced.replay import ReplayBuffer, importance_weights
 from paced_fast.paced.scheduler import PromptScheduler
-from paced_fast.policy import rows
+from paced_fast.policy import micro_batches
 from paced_kernels import PriorityTree, _checks, linear_logprobs, segment_sum, trajectory_balance_loss
 from paced_kernels._loss import fused_pass
 
@@ -236,12 +236,12 @@ def test_a_whole_step_meets_the_host_at_its_crossings_only(
 
     for module in ("paced.trainer", "run.record.step_figures"):
         allow(importlib.import_module(f"paced_fast.{module}"), "to_host", counts=True)
-    for module in ("paced.collect", "data.packing", "policy.rows", "paced.replay", "paced.update"):
+    for module in ("paced.collect", "data.packing", "policy.micro_batches", "paced.replay", "paced.update"):
         allow(importlib.import_module(f"paced_fast.{module}"), "to_device")
     allow(trainer.collector.generator, "generate")
     allow(trainer.collector.scorer, "score")
     # Lengths and plans are the host's own; so are the offsets that the loss is given.
-    for owner, name in ((rows, "_layout"), (packing, "token_positions"), (packing, "cu_seqlens")):
+    for owner, name in ((micro_batches, "_layout"), (packing, "token_positions"), (packing, "cu_seqlens")):
         allow(owner, name)
     allow(importlib.import_module("paced_kernels._loss.operators"), "plan_groups")
     allow(update, "_minibatches")

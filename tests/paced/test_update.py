@@ -14,8 +14,8 @@ from paced_fast.config import Config
 from paced_fast.data import packing
 from paced_fast.data.records import Rollouts, Targets, UpdateResult
 from paced_fast.paced import losses
-from paced_fast.paced.algorithms import group_accuracy, group_advantage
 from paced_fast.paced.losses import POLICY_LOSSES
+from paced_fast.paced.targets import group_accuracy, group_advantage
 from paced_fast.paced.update import learning_rate, make_optimizer, update_policy
 from paced_fast.policy import Policy
 from paced_fast.policy.optimizer import GuardedAdamW

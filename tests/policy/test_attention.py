@@ -21,7 +21,7 @@ from paced_fast.data.records import Rollouts
 from paced_fast.errors import InputError
 from paced_fast.policy import SHARED, Attention, Policy, attention, choose_attention
 from paced_fast.policy import policy as policy_module
-from paced_fast.policy.rows import packed_micro_batches, packed_row
+from paced_fast.policy.micro_batches import packed_micro_batches, packed_row
 
 LENGTHS = [4, 1, 0, 6, 2, 5, 1, 3, 7]
 PROMPTS = (5, 9, 2)

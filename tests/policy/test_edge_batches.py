@@ -17,8 +17,8 @@ from torch import Tensor
 from paced_fast.config import Config
 from paced_fast.data import packing
 from paced_fast.data.records import Completion, Rollouts, Targets
-from paced_fast.paced.algorithms import group_accuracy, group_advantage
 from paced_fast.paced.losses import POLICY_LOSSES
+from paced_fast.paced.targets import group_accuracy, group_advantage
 from paced_fast.paced.update import make_optimizer, update_policy
 from paced_fast.policy import Policy
 from paced_fast.policy.optimizer import GuardedAdamW

@@ -20,7 +20,7 @@ from transformers import (
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
 from paced_fast.policy import Policy, build_tiny, load_model
-from paced_fast.policy.rows import forward_rows
+from paced_fast.policy.micro_batches import forward_rows
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

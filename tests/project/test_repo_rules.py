@@ -28,7 +28,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[2]
 
 KERNEL_USERS = {
-    *("policy.policy", "paced.scheduler", "paced.replay", "paced.log_z", "paced.losses", "paced.algorithms"),
+    *("policy.policy", "paced.scheduler", "paced.replay", "paced.log_z", "paced.losses", "paced.targets"),
     *("generation.mismatch", "run.plan.memory"),
 }
 HOMES = {
@@ -37,7 +37,7 @@ HOMES = {
     "tensorboard": {"run.record.loggers"},
     "transformers": {
         *(f"policy.{name}" for name in ("attention", "gradient_checkpointing", "liger", "loading", "lora", "policy")),
-        *("policy.saving", "policy.stored", "data.prompts.tokenizers", "generation.reading"),
+        *("policy.saving", "policy.stored_checks", "data.prompts.tokenizers", "generation.reading"),
     },
     "peft": {"policy.lora"},
     "liger_kernel": {"policy.liger"},
@@ -199,7 +199,7 @@ HOT_MODULES = {
         f"paced.{name}"
         for name in ("algorithms", "collect", "log_z", "losses", "replay", "scheduler", "trainer", "update")
     ),
-    *("data.packing", "policy.optimizer", "policy.rows", "generation.mismatch", "run.step"),
+    *("data.packing", "policy.optimizer", "policy.micro_batches", "generation.mismatch", "run.step"),
     *("run.record.step_figures", "run.record.shown_rollouts"),
 }
 """Modules of `paced_fast` that run between the crossings; those themselves are in `data.transfer`."""

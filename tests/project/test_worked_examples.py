@@ -19,7 +19,7 @@ MOST = {"algorithm": 3, "schedule": 2, "generation engine": 4}
 OUTSIDE = {"generation engine": 1}
 """Files named in words only: the test that says where an engine's package may be imported."""
 
-METHOD = {"paced_fast/config/paced.py", "paced_fast/paced/losses.py", "paced_fast/paced/algorithms.py"}
+METHOD = {"paced_fast/config/paced.py", "paced_fast/paced/losses.py", "paced_fast/paced/targets.py"}
 
 
 def examples() -> dict[str, list[tuple[str, str, str]]]:

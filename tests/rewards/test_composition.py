@@ -20,9 +20,9 @@ from paced_fast.config.resolve import resolve
 from paced_fast.data import packing
 from paced_fast.data.records import Completion, PromptRow, Targets
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.paced.algorithms import group_accuracy, group_advantage
 from paced_fast.paced.replay import ReplayBuffer
 from paced_fast.paced.scheduler import PromptScheduler
+from paced_fast.paced.targets import group_accuracy, group_advantage
 from paced_fast.paced.update import make_optimizer, update_policy
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.rewards.shaping import centred

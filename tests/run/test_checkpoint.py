@@ -31,6 +31,7 @@ from paced_fast.distributed import ALONE
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.policy.optimizer import GuardedAdamW
 from paced_fast.run import checkpoint
+from paced_fast.run.checkpoint import commit as committing
 from paced_fast.run.checkpoint import folder as layout
 from paced_fast.run.checkpoint import save as saving
 from paced_fast.run.checkpoint.tensors import HostMemory, full_copies
@@ -274,7 +275,7 @@ ILL_FORMED: dict[str, dict[str, Any]] = {
 def test_an_ill_formed_manifest_with_its_own_hash_is_damage(tmp_path: Path, case: str) -> None:
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text()) | ILL_FORMED[case]
-    (folder / "manifest.json").write_text(layout._manifest_text(manifest))
+    (folder / "manifest.json").write_text(layout.manifest_text(manifest))
     assert checkpoint.verify(folder) == "manifest.json has changed"
     assert checkpoint.newest(tmp_path) is None
 
@@ -302,7 +303,7 @@ def test_one_of_another_format_is_neither_passed_over_nor_removed(tmp_path: Path
         save(tmp_path / "checkpoints", step)
     folder = tmp_path / "checkpoints" / "step_000002"
     manifest = json.loads((folder / "manifest.json").read_text()) | {"format": layout.FORMAT + 1}
-    (folder / "manifest.json").write_text(layout._manifest_text(manifest))
+    (folder / "manifest.json").write_text(layout.manifest_text(manifest))
     told = f"{folder} has format 3, but this version reads format 2: use the version of paced_fast that wrote"
     for find in (
         lambda: checkpoint.newest(folder.parent),
@@ -329,7 +330,7 @@ STAGES = {
     "manifest": (saving.Path, "write_text", 4),
     "first flush": (saving, "flush", 1),
     "last flush of a file": (saving, "flush", 6),
-    "last flush": (layout, "flush", 5),
+    "last flush": (committing, "flush", 5),
     "rename": (saving.Path, "rename", 1),
 }
 
@@ -393,7 +394,7 @@ def test_a_removal_that_dies_leaves_no_half_checkpoint(tmp_path: Path, monkeypat
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(layout.shutil, "rmtree", dies)
+        patch.setattr(committing.shutil, "rmtree", dies)
         with pytest.raises(Killed):
             save(tmp_path, 2, keep=1)
     assert names(tmp_path) == [".step_000001.removed", "step_000002"]
@@ -405,7 +406,7 @@ def test_a_removal_that_dies_leaves_no_half_checkpoint(tmp_path: Path, monkeypat
 def test_a_leftover_that_cannot_be_removed_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".step_000004.0.partial").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(layout.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(committing.shutil, "rmtree", lambda *_, **__: None)
         save(tmp_path, 4)
     assert names(tmp_path) == [".step_000004.0.partial", "step_000004"]
     save(tmp_path, 5)
@@ -596,7 +597,7 @@ def forge(folder: Path) -> None:
         for path in folder.rglob("*")
         if path.is_file() and path.name != "manifest.json"
     }
-    text = layout._manifest_text({"format": layout.FORMAT, "step": int(folder.name[5:]), "files": files})
+    text = layout.manifest_text({"format": layout.FORMAT, "step": int(folder.name[5:]), "files": files})
     (folder / "manifest.json").write_text(text)
 
 

@@ -21,7 +21,7 @@ from paced_fast.data.records import Completion
 from paced_fast.distributed import ALONE, World
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.generation.over_ranks import gather_completions
-from paced_fast.policy import rows
+from paced_fast.policy import micro_batches
 from paced_fast.rewards.over_ranks import gather_scores, shared_judge, summed_counts
 
 import_ahead("pytest", "paced_fast.train", "tiny_run")
@@ -164,7 +164,7 @@ def test_every_sequence_is_dealt_to_one_rank_and_the_tokens_are_even(ranks: int)
     prompts = [(1, 2, 3)] * 6 + [(4, 5)] * 6
     completions = [Completion(token_ids=[9] * n, logprobs=[-1.0] * n, stopped=True) for n in lengths]
     rollouts = packing.pack(completions, prompts, [0] * 6 + [1] * 6, [1.0] * 12, 0, torch.device("cpu"))
-    dealt = rows.deal(rollouts, range(12), ranks, 100)
+    dealt = micro_batches.deal(rollouts, range(12), ranks, 100)
     assert sorted(i for part in dealt for i in part) == list(range(12))
     tokens = [sum(lengths[i] for i in part) for part in dealt]
     assert max(tokens) <= 1.3 * sum(lengths) / ranks + max(lengths)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paced_fast.data import packing
 from paced_fast.data.records import Completion, Rollouts, Targets
-from paced_fast.paced.algorithms import group_accuracy
+from paced_fast.paced.targets import group_accuracy
 from paced_fast.paced.update import make_optimizer, update_policy
 from paced_fast.policy import Policy
 

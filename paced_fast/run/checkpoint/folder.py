@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: its manifest, validation against it, and removal of old checkpoints.
+"""The folder of a checkpoint: its manifest, and validation against it.
 
     checkpoints/step_000100/
         policy/             a plain Hugging Face folder
@@ -17,9 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +64,7 @@ def newest(root: Path, world: World = ALONE) -> Path | None:
 
 def _of_another_version(candidates: Iterable[Path]) -> InputError | None:
     for folder in candidates:
-        if (found := _format_of(folder)) is not None:
+        if (found := format_of(folder)) is not None:
             return InputError(
                 f"checkpoint {folder} has format {found}, but this version reads format {FORMAT}: "
                 "use the version of paced_fast that wrote it, or another --run-dir"
@@ -74,7 +72,7 @@ def _of_another_version(candidates: Iterable[Path]) -> InputError | None:
     return None
 
 
-def _format_of(folder: Path) -> int | None:
+def format_of(folder: Path) -> int | None:
     """The format of a checkpoint that another version wrote; None for this one's, and for a damaged one."""
     try:
         return _other_format(json.loads((folder / "manifest.json").read_text()))
@@ -123,9 +121,9 @@ def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Any]]:
             return "manifest.json is not a regular file", {}
         text = (folder / "manifest.json").read_text()
         manifest = json.loads(text)
-        present = {name for name in _names(folder) if name != "manifest.json"}
+        present = {name for name in names_in(folder) if name != "manifest.json"}
         found = _other_format(manifest)
-        is_ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT and text == _manifest_text(manifest)
+        is_ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT and text == manifest_text(manifest)
     except (OSError, ValueError, RecursionError) as error:
         return f"manifest.json cannot be read: {error}", {}
     if found is not None:
@@ -162,7 +160,7 @@ def _other_format(manifest: Any) -> int | None:
     return number if type(number) is int and number != FORMAT and manifest.get("sha256") == own else None
 
 
-def _names(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     """Everything below `folder` except folders; links included."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return [path.relative_to(folder).as_posix() for path in paths]
@@ -186,7 +184,7 @@ def describe(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _manifest_text(manifest: Mapping[str, Any]) -> str:
+def manifest_text(manifest: Mapping[str, Any]) -> str:
     """Manifest with a hash of itself, so that any change of it is detected."""
     own = hashlib.sha256(_body(manifest)).hexdigest()
     return json.dumps({**manifest, "sha256": own}, sort_keys=True, indent=1)
@@ -195,79 +193,3 @@ def _manifest_text(manifest: Mapping[str, Any]) -> str:
 def _body(manifest: Mapping[str, Any]) -> bytes:
     body = {name: value for name, value in manifest.items() if name != "sha256"}
     return json.dumps(body, sort_keys=True).encode()
-
-
-def fresh(root: Path, step: int) -> Path:
-    """Make a folder to write the checkpoint of `step` into; leftovers of failed saves are removed, or ignored."""
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in (*root.glob(".step_*.partial"), *root.glob(".step_*.removed")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    names = (root / f".step_{step:06d}.{number}.partial" for number in range(10**6))
-    folder = next(path for path in names if not path.exists())
-    folder.mkdir()
-    for part in ("policy", "tensors", "random"):
-        (folder / part).mkdir()
-    return folder
-
-
-def commit(partial: Path, step: int, files: Mapping[str, Any]) -> Path:
-    """Write the manifest and, once everything is on disk, rename the folder; the other files are there already.
-
-    Raises InputError when rank 0 does not see files that another rank wrote.
-    """
-    root = partial.parent
-    present = set(_names(partial))
-    if unseen := files.keys() - present:
-        raise InputError(
-            f"{min(unseen)}, written by another rank, is not in {partial}: "
-            "give a --run-dir on a file system that all machines share"
-        )
-    assert present == files.keys(), f"{min(present - files.keys())} was written by no rank"
-    manifest = partial / "manifest.json"
-    manifest.write_text(_manifest_text({"format": FORMAT, "step": step, "files": dict(files)}))
-    inside = (path for path in partial.rglob("*") if path.is_dir())
-    for path in (manifest, *inside, partial):
-        flush(path)
-    folder = step_folder(root, step)
-    if folder.exists():  # a damaged one: a valid one would have been resumed from
-        folder.rename(_aside(folder))
-    partial.rename(folder)
-    flush(root)
-    return folder
-
-
-def retain(root: Path, folder: Path, keep: int, trusted: Iterable[Path]) -> None:
-    """Remove all but `folder` and the `keep` newest valid ones, `folder` among them.
-
-    `trusted` are known to be valid, the others are looked at: a damaged one must not push out one that is whole.
-    """
-    known = set(trusted)
-    valid = [path for path in folders(root) if path in known or verify(path) is None]
-    kept = {folder, *valid[-keep:]}
-    for path in folders(root):
-        if path not in kept and _format_of(path) is None:
-            _remove(path)
-    for leftover in root.glob(".step_*.removed"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _remove(folder: Path) -> None:
-    """Take the name away first, so that a removal that dies leaves no half checkpoint under it."""
-    aside = _aside(folder)
-    folder.rename(aside)
-    shutil.rmtree(aside)
-
-
-def _aside(folder: Path) -> Path:
-    aside = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)
-    return aside
-
-
-def flush(path: Path) -> None:
-    """Flush a file or a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from paced_fast.distributed import ALONE, EVERYWHERE, World
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.run.checkpoint.folder import commit, describe, flush, folders, fresh, retain, step_folder
+from paced_fast.run.checkpoint.commit import commit, flush, fresh, retain
+from paced_fast.run.checkpoint.folder import describe, folders, step_folder
 from paced_fast.run.checkpoint.random_state import random_state
 from paced_fast.run.checkpoint.tensors import HostMemory, HostPart, full_copies, rank_files
 

@@ -21,7 +21,7 @@ from paced_fast.data.prompts import load_tokenizer
 from paced_fast.errors import InputError
 from paced_fast.policy import load_model
 from paced_fast.policy.loading import model_settings, skeleton
-from paced_fast.policy.stored import quantisation
+from paced_fast.policy.stored_checks import quantisation
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Weights = dict[str, Tensor]
