@@ -184,7 +184,7 @@ def test_the_tree_runs_as_a_part_of_a_visit_on_a_cpu(tmp_path):
     summary = {"parts": {"priority_tree": found}, "gates": [], "device": {}}
     text = gpu_visit.summary_text(summary, tmp_path)
     assert "of 1 comparisons with the fastest peer won" in text
-    assert "N100, what is drawn" in text
+    assert "N100, errors (of the worst mode" in text
 
 
 @pytest.mark.slow

@@ -332,7 +332,7 @@ def test_cells_are_read_and_those_of_one_size_stay_together() -> None:
     given = priority_tree.Arguments(cells=("N10-B2", "N30-B4", "N10-B8"))
     assert priority_tree.plan(given) == [(10, 2), (10, 8), (30, 4)]
     assert len(priority_tree.plan(priority_tree.Arguments())) == 16
-    with pytest.raises(InputError, match="looks like N1000000-B1024"):
+    with pytest.raises(InputError, match="--cells '1000': write a cell like N1000000-B1024"):
         priority_tree.plan(priority_tree.Arguments(cells=("1000",)))
 
 

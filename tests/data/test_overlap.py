@@ -107,7 +107,7 @@ class TestSetting:
         assert [record.getMessage() for record in caplog.records] == [
             "1 training prompts are also held-out prompts (a:1 is b:0): "
             "--data.overlap drop leaves them out of training",
-            "1 of 4 training prompts repeat an earlier one (a:3 is a:2)",
+            "1 of 4 training prompts repeat an earlier one (a:3 repeats a:2)",
         ]
 
     @pytest.mark.parametrize(("headline", "level"), [((), "WARNING"), (("s", "t"), "WARNING"), (("t",), "INFO")])

@@ -408,7 +408,7 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
     [
         (["absent"], "no such run or model folder"),
         (["rnu"], "no such run or model folder .*rnu: did you mean .*/run[?]"),
-        (["run", "--step", "7"], "run has no checkpoint of step 7: .*checkpoints holds those of step 2$"),
+        (["run", "--step", "7"], "run has no checkpoint of step 7: .*checkpoints has those of step 2$"),
         (["run/config.json"], "no such run or model folder .*/run/config.json: give a run folder or a model$"),
         (["run", "--samples", "0"], "--samples is 0: give 1 or more"),
         (["run", "--temperature", "-1"], "--temperature is -1.0: give a value from 0 to 100"),

@@ -130,7 +130,7 @@ def test_routers_are_part_of_the_families_above(tmp_path: Path) -> None:
 def test_a_router_loss_of_no_routers_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.DogeConfig(**SIZES, is_moe=False, router_aux_loss_coef=0.1)
-    with pytest.raises(InputError, match=r"DogeForCausalLM returns no router logits .* set router_aux_loss_coef=0"):
+    with pytest.raises(InputError, match=r"DogeForCausalLM returns no router logits, .*: set router_aux_loss_coef=0"):
         tiny_trl.trainer(tmp_path, model=transformers.DogeForCausalLM(config))
     made = tiny_trl.trainer(tmp_path, model=transformers.DogeForCausalLM(config), router_aux_loss_coef=0.0)
     assert made.head.way == FUSED

@@ -131,7 +131,7 @@ def evaluation(folder: Path, tokens: int) -> evaluate.EvaluateArguments:
 
 def test_an_evaluation_checks_the_model_and_its_positions(tmp_path: Path) -> None:
     for name, changes, why in (
-        ("gpt2", {"max_position_embeddings": 8}, "tokens is 9 and this is a gpt2 model with 8 positions"),
+        ("gpt2", {"max_position_embeddings": 8}, "tokens is 9, and this is a gpt2 model with 8 positions: give fewer"),
         ("xlm", {"n_words": 17}, "in this model of type xlm tokens attend to later tokens"),
     ):
         (tmp_path / name).mkdir()

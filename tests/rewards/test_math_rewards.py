@@ -25,7 +25,7 @@ from paced_fast.rewards.math.reward import MathReward
 from paced_fast.rewards.text import tagged
 from paced_fast.rewards.votes import answer_key
 from paced_fast.rewards.workers.pool import WorkerPool
-from paced_fast.rewards.workers.pool_loop import TURN_SECONDS
+from paced_fast.rewards.workers.pool_loop import TURN_SECONDS, _state_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = [json.loads(line) for line in (ROOT / "tests" / "verdicts" / "math.jsonl").read_text().splitlines()]
@@ -450,6 +450,20 @@ def test_the_process_that_forks_is_replaced_when_killed(sleepy):
     assert second.kind == "answered"
     assert second.value != first
     assert not alive(first)
+
+
+@pytest.mark.process
+def test_the_process_that_forks_is_replaced_when_killed_before_it_read_a_request(sleepy):
+    """What is unread when a socket closes resets the connection, and a read fails instead of ending."""
+    pool = sleepy(2)
+    first = pool.run([["pid", 0]])[0].value
+    loop = pool._loop
+    os.kill(loop._server.pid, signal.SIGSTOP)
+    wait_for(lambda: _state_of(loop._server.pid)[0] in "Tt")
+    loop._control.send(b"f")
+    os.kill(loop._server.pid, signal.SIGKILL)
+    wait_for(lambda: not alive(first))
+    assert pool.run([["pid", 0]])[0].kind == "answered"
 
 
 @pytest.mark.process

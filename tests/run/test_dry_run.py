@@ -256,11 +256,11 @@ MISTAKES = [
     (["--bench", "-1"], "--bench '-1' is not a whole number from 1 to 100000"),
     (["--dry-run", "--bench"], "--dry-run and --bench exclude each other: give one of them"),
     (["--bench", "--replay-rollouts", "x"], "--bench and --replay-rollouts exclude each other: give one of them"),
-    (["--bench", "--bench"], "--bench is given twice"),
+    (["--bench", "--bench"], "--bench is given twice: give it once"),
     (["--replay-rollouts"], "--replay-rollouts needs a value"),
-    (["--bench-json", "x"], "--bench-json works only with --bench"),
-    (["--dry-run-nodes", "2"], "--dry-run-nodes works only with --dry-run"),
-    (["--bench", "--bench-lengths", "evn"], "--bench-lengths 'evn': did you mean even? full or even"),
+    (["--bench-json", "x"], "--bench-json works only with --bench: give that too"),
+    (["--dry-run-nodes", "2"], "--dry-run-nodes works only with --dry-run: give that too"),
+    (["--bench", "--bench-lengths", "evn"], "--bench-lengths 'evn': did you mean even? the choices are full, even"),
     (["--dry-rum"], "unknown option --dry-rum: did you mean --dry-run?"),
 ]
 

@@ -185,7 +185,10 @@ class PoolLoop:
         self._assign(now)
 
     def _hear_server(self) -> None:
-        data = self._control.recv(1 << 16)
+        try:
+            data = self._control.recv(1 << 16)
+        except ConnectionError:  # it was killed before it read a request
+            data = b""
         self._heard += data
         if data and not self._heard.endswith(b"\n"):
             return
