@@ -60,7 +60,7 @@ class LogZ:
         remembers = config.memory == "on"
         self.outcomes = Outcomes(len(embeddings), config.decay, embeddings.device) if remembers else None
         self.past = PastGroups(config.past_groups, seed, embeddings.device) if remembers else None
-        self.calibration = torch.tensor([0.0, 1.0], device=embeddings.device)  # offset and slope of the logits
+        self.calibration = torch.arange(2.0, device=embeddings.device)  # offset 0 and slope 1 of the logits
         self.values = self.all_values()
 
     def _standardise(self, embeddings: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class LogZ:
             logits = self._logits(self.inputs[prompt_index])
         is_new = self.outcomes.samples[prompt_index] < 1.0
         self.outcomes.add(prompt_index, correct, samples)
-        self.past.insert(prompt_index, target, samples, torch.where(is_new, logits, torch.nan))
+        self.past.insert(prompt_index, target, samples, logits, is_new.float())
         self.past.recalibrate(self.calibration)
 
     def fit(
@@ -217,28 +217,32 @@ class Outcomes:
             tensor.copy_(state[name])
 
 
+_RING = ("prompt_index", "target", "samples", "logit", "is_first")
+
+
 class PastGroups:
-    """Ring of the latest C groups: prompt i64[C], target f32[C], scored completions f32[C], and the head's logit before
-    the outcome was seen, f32[C], NaN for prompts that had outcomes already."""
+    """Ring of the latest C groups: prompt i64[C], target f32[C], scored completions f32[C], the head's logit before the
+    outcome was seen f32[C], and 1 where that was the prompt's first outcome, else 0, f32[C]."""
 
     def __init__(self, capacity: int, seed: int, device: torch.device) -> None:
         """Make an empty ring; `seed` fixes every draw."""
         self.prompt_index = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.target = torch.zeros(capacity, device=device)
         self.samples = torch.zeros(capacity, device=device)
-        self.logit = torch.full((capacity,), torch.nan, device=device)
+        self.logit = torch.zeros(capacity, device=device)
+        self.is_first = torch.zeros(capacity, device=device)
         self.inserted = torch.zeros((), dtype=torch.int64, device=device)
         self.tree = PriorityTree(capacity, seed=stream_seed(seed, 0, "past groups"), device=device, stream=2)
 
-    def insert(self, prompt_index: Tensor, target: Tensor, samples: Tensor, logit: Tensor) -> None:
+    def insert(self, prompt_index: Tensor, target: Tensor, samples: Tensor, logit: Tensor, is_first: Tensor) -> None:
         """Insert P groups; the oldest leave. One whose target is no number counts for nothing."""
         samples = torch.where(target.isfinite(), samples, 0.0)
         target = torch.where(target.isfinite(), target, 0.0)
         capacity = len(self.target)
         count = min(len(prompt_index), capacity)
         slots = (self.inserted + torch.arange(count, device=self.target.device)) % capacity
-        news = {"prompt_index": prompt_index, "target": target, "samples": samples, "logit": logit}
-        for name, new in news.items():
+        is_first = is_first * (samples > 0)
+        for name, new in zip(_RING, (prompt_index, target, samples, logit, is_first), strict=True):
             getattr(self, name).index_copy_(0, slots, new[-count:])
         self.inserted += count
         self.tree.update(slots, (samples[-count:] > 0).float())
@@ -253,9 +257,7 @@ class PastGroups:
 
         A few Newton steps from where they are: they change little from step to step.
         """
-        counts = self.logit.isfinite() & (self.samples > 0)
-        weight, target = counts.float(), self.target.clamp(0.0, 1.0)
-        logit = torch.where(counts, self.logit, 0.0).clamp(-15.0, 15.0)
+        weight, target, logit = self.is_first, self.target.clamp(0.0, 1.0), self.logit.clamp(-15.0, 15.0)
         for _ in range(_NEWTON_STEPS):
             offset, slope = calibration.unbind()
             predicted = torch.sigmoid(offset + slope * logit)
@@ -281,4 +283,4 @@ class PastGroups:
             tensor.copy_(state[name])
 
     def _ring(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
+        return {name: getattr(self, name) for name in (*_RING, "inserted")}

@@ -462,9 +462,9 @@ def test_log_z_never_sees_the_shaping(own: Path, tmp_path: Path, monkeypatch: py
 def watched(fit: Any, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
     """`fit` of a head, with its targets and weights kept in `seen`."""
 
-    def record(index: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> Any:
+    def record(index: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, *, groups: int) -> Any:
         seen.append((target.clone(), weight.clone()))
-        return fit(index, target, weight)
+        return fit(index, target, weight, groups=groups)
 
     return record
 

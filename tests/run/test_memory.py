@@ -28,7 +28,7 @@ def test_plan_counts_weights_gradients_and_the_vocabulary_head() -> None:
     workspace = default_workspace_bytes(1, tiny_policy.VOCAB, torch.float32, torch.device("cpu"))
     head = plan["vocabulary head (workspace, float32 gradient)"]
     assert head == workspace + 4 * tiny_policy.VOCAB * 16
-    assert plan["prompt embeddings"] == 100 * 16 * 2
+    assert plan["prompt embeddings"] == 100 * 2 * 16 * 2, "the mean and the last token, in bfloat16"
     model.lm_head.weight.requires_grad_(False)
     frozen = memory.plan(shape_of(model), config, 100)
     assert frozen["gradients"] == weights - tiny_policy.VOCAB * 16 * 4
