@@ -98,7 +98,7 @@ class LogZConfig:
 
     loss: Literal["auto", "tb", "bce"] = "auto"
     """Loss of the head: `tb` (squared trajectory-balance residual in reward units, as in the paper), `bce` (binary
-    cross-entropy on correctness), or `auto`: tb."""
+    cross-entropy on correctness), or `auto`: bce with `memory` on, else tb."""
     learning_rate: Annotated[float, Bounds(0.0, 1.0)] = 1e-3
     """AdamW learning rate of the head."""
     hidden_size: Annotated[int, Bounds(1, 10**6)] = 128

@@ -53,7 +53,7 @@ def resolve_log_z(config: LogZConfig, *, remembers: bool) -> LogZConfig:
     return dataclasses.replace(
         config,
         memory="on" if is_on else "off",
-        loss="tb" if config.loss == "auto" else config.loss,
+        loss=("bce" if is_on else "tb") if config.loss == "auto" else config.loss,
         updates_per_step=config.updates_per_step or (4 if is_on else 1),
         embedding=wide if config.embedding == "auto" else config.embedding,
     )

@@ -65,9 +65,9 @@ def test_settings_that_would_be_ignored_or_cancel_each_other_are_refused(changes
 
 EXPECTED = {
     # algorithm: intercept, rule, replay, head loss, head used, its value is an accuracy
-    "paced": ("value", "tree", "on", "tb", True, True),
+    "paced": ("value", "tree", "on", "bce", True, True),
     "paced_paper": ("value", "greedy", "on", "tb", True, True),
-    "tb": ("value", "uniform", "off", "tb", True, True),
+    "tb": ("value", "uniform", "off", "bce", True, True),
     "tb_group": ("group_mean", "uniform", "off", "tb", False, False),
     "flowrl": ("value", "uniform", "off", "tb", True, False),
     "grpo": ("group_mean", "uniform", "off", "tb", False, False),
@@ -166,7 +166,7 @@ def test_a_run_from_before_the_memory_had_none() -> None:
     assert saved["log_z"]["memory"] == "on"
     for name in ("memory", "past_groups", "past_per_fresh", "prior", "decay", "embedding"):
         del saved["log_z"][name]
-    saved["log_z"]["updates_per_step"] = 1
+    saved["log_z"] |= {"updates_per_step": 1, "loss": "tb"}
     old = resolve(config_from_dict(Config, saved)).log_z
     assert old == tiny_policy.settings("paced", log_z__memory="off").log_z
     assert (old.memory, old.updates_per_step, old.embedding) == ("off", 1, "mean")
