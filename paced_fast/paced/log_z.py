@@ -4,9 +4,9 @@ With the old policy as reference the squared trajectory-balance residual is leas
 on the prompt's embedding regresses on raw correctness. Its output goes through a sigmoid, because a raw log Z at small
 beta has gradients hundreds of times larger and starves under any shared clip.
 
-With `log_z.memory` on, three things are added to the paper's head: it is fitted to past groups as well; its logits are
-recalibrated (Platt, 1999) on predictions made before their outcome was seen; and a prompt's value is a posterior mean,
-in which the prediction counts as `log_z.prior` completions beside the prompt's own recent outcomes.
+With `log_z.memory` on, two things are added to the paper's head: it is fitted to past groups as well, and a prompt's
+value is a posterior mean, in which the prediction counts as `log_z.prior` completions beside the prompt's own recent
+outcomes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from paced_kernels import PriorityTree
 
 # Prompts scored at once, so that the head's float32 activations stay small for any table size.
 _BLOCK = 8192
-# Groups that the prior of the calibration, offset 0 and slope 1, counts for.
-_CALIBRATION_PRIOR = 4.0
-_NEWTON_STEPS = 3
 
 
 class LogZ:
@@ -60,7 +57,6 @@ class LogZ:
         remembers = config.memory == "on"
         self.outcomes = Outcomes(len(embeddings), config.decay, embeddings.device) if remembers else None
         self.past = PastGroups(config.past_groups, seed, embeddings.device) if remembers else None
-        self.calibration = torch.arange(2.0, device=embeddings.device)  # offset 0 and slope 1 of the logits
         self.values = self.all_values()
 
     def _standardise(self, embeddings: Tensor) -> Tensor:
@@ -111,24 +107,17 @@ class LogZ:
 
     def _output(self, inputs: Tensor) -> Tensor:
         logits = torch.cat([self._logits(block) for block in inputs.split(_BLOCK)])
-        if not self.bounded:
-            return logits
-        return torch.sigmoid(self.calibration[0] + self.calibration[1] * logits if self.past is not None else logits)
+        return torch.sigmoid(logits) if self.bounded else logits
 
     def observe(self, prompt_index: Tensor, correct: Tensor, samples: Tensor, target: Tensor) -> None:
-        """Remember the groups of a step, before `fit`, and recalibrate.
+        """Remember the groups of a step, before `fit`.
 
         Of prompts i64[P]: the number of correct and of scored completions, and the mean target of the scored ones,
         f32[P] each.
         """
-        if self.outcomes is None or self.past is None:
-            return
-        with torch.no_grad():
-            logits = self._logits(self.inputs[prompt_index])
-        is_new = self.outcomes.samples[prompt_index] < 1.0
-        self.outcomes.add(prompt_index, correct, samples)
-        self.past.insert(prompt_index, target, samples, logits, is_new.float())
-        self.past.recalibrate(self.calibration)
+        if self.outcomes is not None and self.past is not None:
+            self.outcomes.add(prompt_index, correct, samples)
+            self.past.insert(prompt_index, target, samples)
 
     def fit(
         self, prompt_index: Tensor, target: Tensor, weight: Tensor | None = None, *, groups: int = 0
@@ -170,7 +159,6 @@ class LogZ:
         if self.outcomes is not None and self.past is not None:
             state |= {f"outcomes.{name}": value for name, value in self.outcomes.state_dict().items()}
             state |= {f"past.{name}": value for name, value in self.past.state_dict().items()}
-            state["calibration"] = self.calibration
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -181,7 +169,6 @@ class LogZ:
         if self.outcomes is not None and self.past is not None:
             self.outcomes.load_state_dict(_below("outcomes", state))
             self.past.load_state_dict(_below("past", state))
-            self.calibration.copy_(state["calibration"])
 
 
 def _below(part: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -217,32 +204,28 @@ class Outcomes:
             tensor.copy_(state[name])
 
 
-_RING = ("prompt_index", "target", "samples", "logit", "is_first")
+_RING = ("prompt_index", "target", "samples")
 
 
 class PastGroups:
-    """Ring of the latest C groups: prompt i64[C], target f32[C], scored completions f32[C], the head's logit before the
-    outcome was seen f32[C], and 1 where that was the prompt's first outcome, else 0, f32[C]."""
+    """Ring of the latest C groups: prompt i64[C], target f32[C], scored completions f32[C]."""
 
     def __init__(self, capacity: int, seed: int, device: torch.device) -> None:
         """Make an empty ring; `seed` fixes every draw."""
         self.prompt_index = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.target = torch.zeros(capacity, device=device)
         self.samples = torch.zeros(capacity, device=device)
-        self.logit = torch.zeros(capacity, device=device)
-        self.is_first = torch.zeros(capacity, device=device)
         self.inserted = torch.zeros((), dtype=torch.int64, device=device)
         self.tree = PriorityTree(capacity, seed=stream_seed(seed, 0, "past groups"), device=device, stream=2)
 
-    def insert(self, prompt_index: Tensor, target: Tensor, samples: Tensor, logit: Tensor, is_first: Tensor) -> None:
+    def insert(self, prompt_index: Tensor, target: Tensor, samples: Tensor) -> None:
         """Insert P groups; the oldest leave. One whose target is no number counts for nothing."""
         samples = torch.where(target.isfinite(), samples, 0.0)
         target = torch.where(target.isfinite(), target, 0.0)
         capacity = len(self.target)
         count = min(len(prompt_index), capacity)
         slots = (self.inserted + torch.arange(count, device=self.target.device)) % capacity
-        is_first = is_first * (samples > 0)
-        for name, new in zip(_RING, (prompt_index, target, samples, logit, is_first), strict=True):
+        for name, new in zip(_RING, (prompt_index, target, samples), strict=True):
             getattr(self, name).index_copy_(0, slots, new[-count:])
         self.inserted += count
         self.tree.update(slots, (samples[-count:] > 0).float())
@@ -251,26 +234,6 @@ class PastGroups:
         """Prompts, targets and numbers of scored completions of `count` groups, each as likely as the others."""
         slots = self.tree.sample(count, "iid").idx  # from an empty ring any, whose number is 0
         return self.prompt_index[slots], self.target[slots], self.samples[slots]
-
-    def recalibrate(self, calibration: Tensor) -> None:
-        """Move offset and slope f32[2] to the maximum a posteriori of logistic regression on first outcomes, in place.
-
-        A few Newton steps from where they are: they change little from step to step.
-        """
-        weight, target, logit = self.is_first, self.target.clamp(0.0, 1.0), self.logit.clamp(-15.0, 15.0)
-        for _ in range(_NEWTON_STEPS):
-            offset, slope = calibration.unbind()
-            predicted = torch.sigmoid(offset + slope * logit)
-            error, curvature = weight * (predicted - target), weight * predicted * (1.0 - predicted)
-            g0 = error.sum() + _CALIBRATION_PRIOR * offset
-            g1 = (error * logit).sum() + _CALIBRATION_PRIOR * (slope - 1.0)
-            h00 = curvature.sum() + _CALIBRATION_PRIOR
-            h01 = (curvature * logit).sum()
-            h11 = (curvature * logit.square()).sum() + _CALIBRATION_PRIOR
-            determinant = h00 * h11 - h01.square()
-            step = torch.stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0]) / determinant
-            calibration.sub_(step.clamp(-1.0, 1.0))
-        calibration[1].clamp_(min=0.1)  # the order of the prompts stays
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor that later draws depend on."""

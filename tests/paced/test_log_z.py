@@ -188,9 +188,7 @@ def test_outcomes_fade_by_the_step_and_add_up_within_one() -> None:
 def test_the_ring_holds_the_latest_groups_and_draws_none_that_is_empty() -> None:
     past = PastGroups(5, 0, torch.device("cpu"))
     assert past.draw(9)[2].tolist() == [0.0] * 9, "of an empty ring"
-    past.insert(
-        torch.tensor([7, 8]), torch.tensor([0.25, 0.5]), torch.tensor([8.0, 8.0]), torch.zeros(2), torch.ones(2)
-    )
+    past.insert(torch.tensor([7, 8]), torch.tensor([0.25, 0.5]), torch.tensor([8.0, 8.0]))
     index, target, _ = past.draw(200)
     assert set(zip(index.tolist(), target.tolist(), strict=True)) == {(7, 0.25), (8, 0.5)}
     assert 60 < int((index == 7).sum()) < 140, "evenly: five standard deviations are 35"
@@ -198,43 +196,12 @@ def test_the_ring_holds_the_latest_groups_and_draws_none_that_is_empty() -> None
         torch.tensor([1, 2, 3, 4]),
         torch.tensor([0.3, math.nan, 0.5, 0.6]),
         torch.tensor([8.0, 8.0, 4.0, 0.0]),
-        torch.zeros(4),
-        torch.ones(4),
     )
     index, target, samples = past.draw(200)
     assert set(index.tolist()) == {8, 1, 3}, "7 was the oldest; 2 has no number and 4 no verdict"
     assert set(samples[index == 3].tolist()) == {4.0}
-    past.insert(torch.arange(20, 30), torch.arange(10) / 10, torch.full((10,), 8.0), torch.zeros(10), torch.ones(10))
+    past.insert(torch.arange(20, 30), torch.arange(10) / 10, torch.full((10,), 8.0))
     assert set(past.draw(200)[0].tolist()) == {25, 26, 27, 28, 29}
-
-
-def test_calibration_finds_the_slope_of_overconfident_predictions() -> None:
-    """Logits twice too large and .4 too high need slope 1/2 and offset -.2; what was seen before does not count."""
-    source = torch.Generator().manual_seed(3)
-    true_logit = 1.5 * torch.randn(4000, generator=source)
-    accuracy = torch.binomial(torch.full((4000,), 8.0), torch.sigmoid(true_logit), generator=source) / 8
-    past, calibration = PastGroups(8000, 0, torch.device("cpu")), torch.tensor([0.0, 1.0])
-    past.recalibrate(calibration)
-    assert calibration.tolist() == [0.0, 1.0], "nothing seen"
-    eight = torch.full((4000,), 8.0)
-    past.insert(torch.arange(4000), accuracy, eight, 2 * true_logit + 0.4, torch.ones(4000))
-    past.insert(torch.arange(4000), torch.ones(4000), eight, torch.ones(4000), torch.zeros(4000))
-    for _ in range(4):
-        past.recalibrate(calibration)
-    assert calibration.tolist() == pytest.approx([-0.2, 0.5], abs=0.03)
-
-
-def test_a_few_outcomes_move_the_calibration_little_and_it_never_turns_the_order() -> None:
-    past, calibration = PastGroups(8, 0, torch.device("cpu")), torch.tensor([0.0, 1.0])
-    past.insert(torch.tensor([0]), torch.tensor([0.0]), torch.tensor([8.0]), torch.tensor([2.0]), torch.ones(1))
-    past.recalibrate(calibration)
-    assert calibration.tolist() == pytest.approx([0.0, 1.0], abs=0.5)
-    logits = torch.tensor([-8.0, 8.0] * 4)
-    past.insert(torch.arange(8), (logits < 0).float(), torch.full((8,), 8.0), logits, torch.ones(8))
-    for _ in range(20):
-        past.recalibrate(calibration)
-    assert calibration[1] == pytest.approx(0.1)
-    assert bool(calibration.isfinite().all())
 
 
 def remembering(**changes: Any) -> LogZ:
@@ -298,7 +265,7 @@ def test_what_was_remembered_is_part_of_the_state() -> None:
 
 def test_a_step_with_a_memory_descends_the_mean_over_fresh_and_past_groups() -> None:
     """Of one past group that fills the ring, the gradient is (fresh + 2 past) / 3 by hand."""
-    head = remembering(past_groups=1, past_per_fresh=2, updates_per_step=1, max_grad_norm=1e9)
+    head = remembering(loss="tb", past_groups=1, past_per_fresh=2, updates_per_step=1, max_grad_norm=1e9)
     with torch.no_grad():
         head.mlp[-1].weight.mul_(30.0)  # type: ignore[operator, union-attr]
     index, target = torch.tensor([5, 5, 9, 9]), torch.tensor([1.0, 0.0, 0.0, 0.0])
