@@ -303,9 +303,9 @@ def test_the_head_learns_from_fresh_groups_only(rewards: Path, tmp_path: Path, m
     fitted: list[tuple[Tensor, Tensor]] = []
     fit = trainer.log_z.fit
 
-    def recording(index: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def recording(index: Tensor, target: Tensor, weight: Tensor | None = None, *, groups: int) -> tuple[Tensor, Tensor]:
         fitted.append((index.clone(), target.clone()))
-        return fit(index, target, weight)
+        return fit(index, target, weight, groups=groups)
 
     monkeypatch.setattr(trainer.log_z, "fit", recording)
     replayed = 0
@@ -359,10 +359,10 @@ def test_the_head_learns_from_replayed_completions_by_their_weights_where_that_i
     fitted: list[Tensor] = []
     fit = trainer.log_z.fit
 
-    def recording(index: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def recording(index: Tensor, target: Tensor, weight: Tensor | None = None, *, groups: int) -> tuple[Tensor, Tensor]:
         assert weight is not None
         fitted.append(weight.clone())
-        return fit(index, target, weight)
+        return fit(index, target, weight, groups=groups)
 
     monkeypatch.setattr(trainer.log_z, "fit", recording)
     for _ in range(4):
@@ -380,12 +380,16 @@ def test_the_head_learns_from_replayed_completions_by_their_weights_where_that_i
 def test_the_head_regresses_on_the_reward_less_the_drift(rewards: Path, tmp_path: Path) -> None:
     """`tb`: the residual's own minimum; FlowRL: the log Z that makes its residual vanish on average."""
     for algorithm in ("tb", "flowrl"):
-        run = build(config(rewards, algorithm, optimizer__minibatches=1, optimizer__epochs=2), tmp_path / algorithm)
+        settings = config(rewards, algorithm, log_z__loss="tb", optimizer__minibatches=1, optimizer__epochs=2)
+        run = build(settings, tmp_path / algorithm)
         trainer = run.trainer
         assert trainer.log_z is not None
         seen: dict[str, Any] = {}
 
-        def fit(index: Tensor, target: Tensor, weight: Tensor | None = None, into: Any = seen) -> tuple[Tensor, Tensor]:
+        def fit(
+            index: Tensor, target: Tensor, weight: Tensor | None = None, *, groups: int, into: Any = seen
+        ) -> tuple[Tensor, Tensor]:
+            assert groups == len(index.unique_consecutive())
             into.update(target=target.clone(), weight=weight)
             return torch.zeros(()), torch.zeros(())
 
