@@ -1,7 +1,7 @@
 """Command-line options from a frozen dataclass, using only the standard library.
 
-Benchmarks also run where little is installed. The string under a field is its help; fields are str, int, float, bool
-or tuple[str, ...].
+Benchmarks also run where little is installed. The string under a field is its help; fields are str, int, float, bool,
+`bool | None` (neither the flag nor its opposite) or tuple[str, ...]. `continue_` is the option `--continue`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def parse(options: type[Options], words: Sequence[str], program: str) -> Options
     sentences = _sentences(options)
     kinds = typing.get_type_hints(options)
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
-        kind, name = kinds[field.name], "--" + field.name.replace("_", "-")
+        kind, name = kinds[field.name], "--" + field.name.rstrip("_").replace("_", "-")
         text = " ".join(sentences.get(field.name, "").split()).replace("%", "%%")
         shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         common = {"dest": field.name, "default": field.default, "help": f"{text} (default: {shown})"}
-        if kind is bool:
+        if kind in (bool, bool | None):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, **common)
         elif kind in (str, int, float):
             parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), **common)

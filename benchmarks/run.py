@@ -3,7 +3,7 @@
     python -m benchmarks.run CASE [--json FILE] [options of the case]
 
 Prints the table, writes the whole result to FILE (default benchmarks/results/CASE.json), and prints its path as the
-last line.
+last line. The case sample_efficiency keeps its runs in the folder of FILE.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parsed = options.parse(module.Arguments, words, f"python -m benchmarks.run {name}")
     if path is None:
-        folder = getattr(parsed, "out", "")
-        path = Path(folder, "visit.json") if folder else Path(__file__).parent / "results" / f"{name}.json"
+        path = _default_path(name, module, parsed)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         result = functools.partial(module.measure, *first)(parsed, path)
@@ -79,6 +78,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     environment.write_json(path, environment.headed(name, result))
     print(path)
+
+
+def _default_path(name: str, module: Any, parsed: Any) -> Path:
+    """Path of the result: in the folder `out` of the options, where the case says, or in the folder of results."""
+    if folder := getattr(parsed, "out", ""):
+        return Path(folder, "visit.json")
+    if hasattr(module, "default_path"):
+        return module.default_path(parsed)
+    return Path(__file__).parent / "results" / f"{name}.json"
 
 
 if __name__ == "__main__":

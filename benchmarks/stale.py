@@ -39,6 +39,17 @@ def changed_since(commit: str, module: str) -> list[str] | None:
     )
 
 
+def meanings(module: str) -> Iterator[tuple[str, str]]:
+    """Yield name and meaning of each file that `module` runs and that affects its results, in the order of names.
+
+    The meaning changes with the code, but not with comments, docstrings or layout.
+    """
+    for path in sorted(files_of(module)):
+        name = next(path.relative_to(base).as_posix() for base in PACKAGES.values() if path.is_relative_to(base))
+        if not name.startswith(WITHOUT_EFFECT):
+            yield name, _meaning(path.read_text())
+
+
 def files_of(module: str) -> set[Path]:
     """Return the files of a module of this repository and of all modules it imports, also inside functions."""
     found: set[Path] = set()

@@ -1,7 +1,8 @@
 """Write the tables of the READMEs from the committed results: `python -m benchmarks.tables`.
 
 `--check` only compares. `--stale` lists the tables whose code has changed since they were measured. A section is the
-text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; it is left unchanged if its result file is missing.
+text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; it is left unchanged if its result file is missing. The
+tables of sample_efficiency are made from the files of its runs, and say which suites have none.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ from typing import Any
 from benchmarks import run, stale
 from benchmarks.loss import compile_kernels, report
 from benchmarks.rewards import sandbox as sandbox_case
-from benchmarks.training import curves
+from benchmarks.training.efficiency import sections, suites, table
+from benchmarks.training.efficiency.sections import RunFiles
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-READMES = (ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "docs" / "model-types.md")
+READMES = (
+    ROOT / "README.md",
+    ROOT / "kernels" / "README.md",
+    ROOT / "docs" / "model-types.md",
+    ROOT / "docs" / "results.md",
+)
 
 
 def _environment(result: dict[str, Any]) -> str:
@@ -33,24 +40,6 @@ def _environment(result: dict[str, Any]) -> str:
     parts = [where["date"], f"commit {where['commit']}", where["cpu"], f"{where['cores']} cores"]
     parts += [f"{name} {versions[name]}" for name in ("torch", "transformers", "trl") if versions.get(name)]
     return ", ".join(parts)
-
-
-def sample_efficiency(result: dict[str, Any]) -> str:
-    """Format the comparison of the algorithms as Markdown."""
-    rows, titles = result["rows"], result["titles"]
-    lines = [f"| {' | '.join(curves.COLUMNS)} |", "|" + "---|" * len(curves.COLUMNS)]
-    lines += [f"| {titles[row['arm']]} | {' | '.join(curves.cells(row))} |" for row in rows]
-    note = f"""
-        Held-out accuracy of the medium problems (160 prompts x 16 completions, {rows[0]["start"]["mean"]:.3f} before
-        training) after
-        {result["rollout_budget"]:,} rollouts: mean and standard error over {result["settings"]["seeds"]} seeds, each
-        with its own warm start. `rollouts to GRPO's final`: share of the budget at which the isotonic fit of the mean
-        curve reaches GRPO's final accuracy, with a 90% bootstrap interval over seeds. `accuracy at equal time`: after
-        {result["seconds_budget"]:.1f} s of training, the time that GRPO takes.
-        `mixed groups`: share of all sampled groups that are neither all right nor all wrong. {_environment(result)}."""
-    picture = "![learning curves](benchmarks/results/sample_efficiency.png)"
-    table = "\n".join(lines).replace("+-", "\u00b1")
-    return "\n".join([table, "", _wrapped(note), "", picture])
 
 
 def train_run(result: dict[str, Any]) -> str:
@@ -314,9 +303,23 @@ class Section:
         """Path of the committed result."""
         return RESULTS / (self.file or f"{self.case}.json")
 
+    @property
+    def module(self) -> str:
+        """Module whose code makes the section stale when it changes."""
+        return f"benchmarks.{run.CASES[self.case][0]}"
 
-SECTIONS = {
-    "sample_efficiency": Section("sample_efficiency", sample_efficiency),
+    def commits(self) -> list[str]:
+        """Commits at which it was measured; none while there is no result."""
+        return [json.loads(self.path.read_text())["environment"]["commit"]] if self.path.is_file() else []
+
+    def text(self) -> str | None:
+        """Markdown of the section; None while there is no result."""
+        return self.make(json.loads(self.path.read_text())) if self.path.is_file() else None
+
+
+SECTIONS: dict[str, Section | RunFiles] = {
+    "sample_efficiency": RunFiles(suites.NAMES, table.short),
+    **{f"sample_efficiency_{name}": RunFiles((name,), sections.suite_table) for name in suites.NAMES},
     "tiny": Section("train_tiny", train_run),
     "smollm2": Section("train_smollm2", train_run),
     "kernels": Section("trajectory_balance", kernels),
@@ -338,8 +341,8 @@ def render(text: str) -> str:
     for name, section in SECTIONS.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, found, rest = text.partition(begin)
-        if found and section.path.is_file():
-            made = section.make(json.loads(section.path.read_text()))
+        made = section.text() if found else None
+        if made is not None:
             text = f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
     return text
 
@@ -348,15 +351,13 @@ def stale_lines() -> list[str]:
     """Return a line for each section whose code has changed since its measurement, or whose commit is unknown."""
     lines = []
     for name, section in SECTIONS.items():
-        if not section.path.is_file():
-            continue
-        commit = json.loads(section.path.read_text())["environment"]["commit"]
-        changed = stale.changed_since(commit, f"benchmarks.{run.CASES[section.case][0]}")
-        if changed is None:
-            lines.append(f"{name}: measured at {commit}, which is not in this clone")
-        elif changed:
-            shown = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
-            lines.append(f"{name}: files changed since {commit}: {len(changed)}: {shown}")
+        for commit in section.commits():
+            changed = stale.changed_since(commit, section.module)
+            if changed is None:
+                lines.append(f"{name}: measured at {commit}, which is not in this clone")
+            elif changed:
+                shown = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
+                lines.append(f"{name}: files changed since {commit}: {len(changed)}: {shown}")
     return lines
 
 

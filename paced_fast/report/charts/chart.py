@@ -117,6 +117,8 @@ class Line:
     high: Floats | None = None
     color: int = 0
     style: Literal["thick", "plain", "thin", "raw", "dashed", "bubbles", "bars"] = "plain"
+    dash: Sequence[int] = ()
+    """Lengths of dashes and gaps in pixels, by which curves can be told apart without colours; empty for none."""
     dots: bool = False
     sizes: Floats | None = None
     """Areas of bubbles, relative to the largest."""

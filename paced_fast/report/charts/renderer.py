@@ -139,10 +139,12 @@ def _beside(charts: Sequence[Chart], colors: Mapping[str, str]) -> Spec:
         named: dict[str, str] = {}
         for name, color in chart.legend:
             named[_plain(name) + " (again)" * (_plain(name) in named)] = colors[f"c{color}"]
-        view["layer"] += [_legend(named)] if named else []
+        dashes = {_plain(line.name): line.dash for line in chart.lines if line.dash}
+        view["layer"] += [_legend(named, dashes)] if named else []
         shades = f"darkest: {percent(chart.heat.darkest)} or more of a step" if chart.heat else ""
         views.append({**view, "title": {"text": _plain(chart.title), "subtitle": shades}})
-    apart = {"scale": {"color": "independent"}, "legend": {"color": "independent"}}
+    own = {"color": "independent", "strokeDash": "independent"}
+    apart = {"scale": own, "legend": own}
     columns = 3 if len(views) > 2 else 2
     whole = {"config": _config(colors), "background": colors["card"], "padding": 20, "spacing": 32, "resolve": apart}
     return {"concat": views, "columns": columns, **whole}
@@ -171,14 +173,19 @@ def _config(colors: Mapping[str, str]) -> Spec:
     }
 
 
-def _legend(named: Mapping[str, str]) -> Spec:
-    """Legend, attached to invisible marks."""
+def _legend(named: Mapping[str, str], dashes: Mapping[str, Sequence[int]]) -> Spec:
+    """Legend, attached to invisible marks: squares, or strokes if some of the names have dashes."""
     scale = {"domain": list(named), "range": list(named.values())}
-    color = {"field": "name", "type": "nominal", "scale": scale}
+    look: Spec = {"color": {"field": "name", "type": "nominal", "scale": scale}}
+    if dashes:
+        long = {"symbolSize": 900, "symbolStrokeWidth": 2}  # so that a stroke shows more than one dash
+        strokes = {"domain": list(named), "range": [list(dashes.get(name) or (1, 0)) for name in named]}
+        look["strokeDash"] = {"field": "name", "type": "nominal", "scale": strokes, "legend": long}
+        look["color"]["legend"] = long
     return {
         "data": {"values": [{"name": name} for name in named]},
-        "mark": {"type": "square", "opacity": 0},
-        "encoding": {"x": {"value": 0}, "y": {"value": 0}, "color": color},
+        "mark": {"type": "line" if dashes else "square", "opacity": 0},
+        "encoding": {"x": {"value": 0}, "y": {"value": 0}, **look},
     }
 
 
@@ -271,7 +278,8 @@ def _curve(line: Line, color: str, up: Ends) -> Iterator[Spec]:
     if line.style == "bars":
         return
     if line.x.size > 1 and line.style != "bubbles":
-        dash = {"strokeDash": [4, 4]} if line.style == "dashed" else {}
+        lengths = [4, 4] if line.style == "dashed" else list(line.dash)
+        dash = {"strokeDash": lengths} if lengths else {}
         yield _mark("line", color, points, {}, strokeJoin="round", strokeCap="round", **dash, **look)
     if line.sizes is not None:
         area = np.pi * (3 + 9 * np.sqrt(line.sizes)) ** 2

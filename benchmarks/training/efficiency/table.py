@@ -1,0 +1,209 @@
+"""Tables of the comparison as Markdown, from the run files alone: the same files give the same text."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.training.efficiency import goals, summary
+from benchmarks.training.efficiency.arms import ARMS, BASE
+from benchmarks.training.efficiency.goals import shown
+from benchmarks.training.efficiency.summary import Row
+
+COLUMNS = (
+    "arm",
+    "accuracy",
+    "above GRPO",
+    "",
+    "wins",
+    "rollouts to GRPO's final",
+    "above GRPO, equal time",
+    "above GRPO, equal tokens",
+    "pass@8",
+    "distinct",
+    "easiest slice",
+    "mixed groups",
+    "seconds",
+    "learning rate",
+)
+SHORT = ("grpo", "paced", "mopps", "pcl", "dynamic", "oracle")
+"""Arms of the short table."""
+_SHORT_COLUMNS = (
+    "suite",
+    "arm",
+    "accuracy",
+    "above GRPO",
+    "rollouts to GRPO's final",
+    "above GRPO, equal time",
+    "seeds",
+)
+_VALUE_COLUMNS = (
+    "arm",
+    "held out: ECE",
+    "Brier",
+    "rank",
+    "rank in the band",
+    "training table: ECE",
+    "Brier",
+    "rank",
+    "rank in the band",
+)
+_VALUE_KEYS = tuple(
+    f"{place} {figure}"
+    for place in ("held_out", "table")
+    for figure in ("whole ece", "whole brier", "whole rank", "band rank")
+)
+
+
+def full(suite_name: str, runs: Sequence[dict[str, Any]], picture: str = "") -> str:
+    """Everything about one suite: the arms, the estimates, the goals, and where it was measured."""
+    rows = summary.rows(suite_name, runs)
+    if not rows:
+        return f"No runs of the suite `{suite_name}` yet.\n\n{_goals(suite_name, rows)}".rstrip()
+    parts = [
+        _markdown(COLUMNS, [_cells(row) for row in rows]),
+        _wrapped(_note(suite_name, rows)),
+        _markdown(_VALUE_COLUMNS, [cells for row in rows if (cells := _value_cells(row))]),
+        _goals(suite_name, rows),
+    ]
+    warnings = _warnings(rows)
+    parts += ["\n".join(f"* {line}" for line in warnings)] if warnings else []
+    parts += [f"![learning curves]({picture})"] if picture else []
+    return "\n\n".join(part for part in parts if part)
+
+
+def short(runs: dict[str, Sequence[dict[str, Any]]]) -> str:
+    """The arms that matter most, of every suite in one table."""
+    found, missing, notes = [], [], []
+    for suite_name, members in runs.items():
+        rows = summary.rows(suite_name, members)
+        if not rows:
+            missing.append(f"`{suite_name}`")
+            continue
+        for row in (row for row in rows if row.arm in SHORT):
+            gains = ("", "1", "") if row.arm == BASE else _against_base(row)
+            count = f"{len(row.runs)}" + ("" if row.tuning != "untuned" else ", untuned")
+            title = ARMS[row.arm].title
+            found.append((suite_name, title, f"{row.accuracy:.3f}", gains[0], gains[1], gains[2], count))
+        notes.append(f"`{suite_name}`: {provenance([run for row in rows for run in row.runs.values()])}.")
+    parts = [_markdown(_SHORT_COLUMNS, found)] if found else []
+    if missing:
+        parts.append(f"No runs yet: {', '.join(missing)}.")
+    if found:
+        notes.insert(0, "Means over seeds, differences paired by seed, 90 % bootstrap intervals over seeds.")
+        parts.append(_wrapped(" ".join(notes)))
+    return "\n\n".join(parts)
+
+
+def provenance(runs: Sequence[dict[str, Any]]) -> str:
+    """Commits, processors and versions of runs, each with its number of runs where there are several."""
+    found = [run["environment"] for run in runs]
+    commits = [f"{one['commit']}{' with changes' if one['uncommitted_changes'] else ''}" for one in found]
+    processors = [f"{one['gpu'] or one['cpu']}, {one['cores']} cores" for one in found]
+    torch = [f"torch {one['versions']['torch']}" for one in found]
+    dates = sorted(one["date"] for one in found)
+    days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return "; ".join([days, f"commit {_counted(commits)}", _counted(processors), _counted(torch)])
+
+
+def _against_base(row: Row) -> tuple[str, str, str]:
+    share = shown(row.share, ".2f") if row.share.mean is not None else "not reached"
+    return shown(row.gain, "+.3f"), share, shown(row.gain_at_seconds, "+.3f")
+
+
+def _cells(row: Row) -> list[str]:
+    is_base = row.arm == BASE
+    gain, share, at_seconds = ("", "1", "") if is_base else _against_base(row)
+    marked = "" if row.tuning == "tuned" else f" {row.tuning.removeprefix('tuned ')}"
+    return [
+        ARMS[row.arm].title,
+        f"{row.accuracy:.3f}",
+        gain,
+        "" if is_base else row.gain.claim,
+        "" if is_base else f"{row.wins}/{len(row.paired)}",
+        share,
+        at_seconds,
+        "" if is_base else shown(row.gain_at_tokens, "+.3f"),
+        _optional(row.pass_at_8, ".3f") + ("" if is_base else f" ({_optional(row.pass_gain.mean, '+.3f')})"),
+        _optional(row.distinct, ".2f") + ("" if is_base else f" ({_optional(row.distinct_gain.mean, '+.2f')})"),
+        f"{_optional(row.easiest, '.3f')} ({_optional(row.easiest_change.mean, '+.3f')})",
+        _optional(row.mixed, ".2f"),
+        f"{row.seconds:.1f}",
+        f"{row.rate:g}{marked}",
+    ]
+
+
+def _value_cells(row: Row) -> list[str]:
+    figures = [row.value[key] for key in _VALUE_KEYS]
+    if all(figure is None for figure in figures):
+        return []
+    return [ARMS[row.arm].title, *(_optional(figure, ".3f") for figure in figures)]
+
+
+def _goals(suite_name: str, rows: list[Row]) -> str:
+    if suite_name not in goals.GOALS:
+        return ""
+    found = goals.verdicts(suite_name, rows)
+    cells = [(goal.words, goal.wanted, figure, word) for goal, figure, word in found]
+    return _markdown(("goal", "wanted", "measured", ""), cells)
+
+
+def _note(suite_name: str, rows: list[Row]) -> str:
+    base = next(row for row in rows if row.arm == BASE)
+    first = next(iter(base.runs.values()))
+    suite = summary.find(suite_name)
+    slice_name = summary.easiest_slice(suite, base.runs.values())
+    start = sum(run["curve"][0]["accuracy"] for run in base.runs.values()) / len(base.runs)
+    samples = first["curve"][0]["samples"]
+    return f"""
+        Held-out accuracy ({start:.3f} before training, {samples} completions for each prompt) after
+        {suite.rollouts:,} rollouts, dropped ones included; {len(base.runs)} seeds, each with a warm start of its own
+        that all arms share. `above GRPO`: mean paired difference with its 90 % bootstrap interval over seeds, and what
+        the interval says. `rollouts to GRPO's final`: share of the budget at which the mean curve reaches the end of
+        GRPO's, both fitted by a non-decreasing curve. `equal time`: after the training time of GRPO with the same seed.
+        In brackets: pass@8 and distinct correct answers against GRPO, the slice `{slice_name}` against its start.
+        The oracle's measurements are not counted, so it is a bound and no competitor. The band are prompts with a
+        measured accuracy of .06 to .94. {_scope(rows)}
+        {provenance([run for row in rows for run in row.runs.values()])}."""
+
+
+def _scope(rows: list[Row]) -> str:
+    untuned = [ARMS[row.arm].title for row in rows if row.tuning == "untuned"]
+    if untuned:
+        return f"Learning rates were not tuned for {', '.join(untuned)}."
+    return "Learning rates were tuned for every arm with the same trials on seeds that are not used here."
+
+
+def _warnings(rows: list[Row]) -> list[str]:
+    """Warnings of runs, each once with its number, and runs that failed."""
+    found = Counter(
+        f"{ARMS[row.arm].title}: {text}"
+        for row in rows
+        for run in row.runs.values()
+        for text in (*run["warnings"], *([f"failed, {run['failed']}"] if "failed" in run else []))
+    )
+    return [f"{text} ({count} runs)" if count > 1 else text for text, count in sorted(found.items())]
+
+
+def _counted(names: Sequence[str]) -> str:
+    counts = Counter(names)
+    if len(counts) == 1:
+        return names[0]
+    return ", ".join(f"{name} ({counts[name]} runs)" for name in sorted(counts))
+
+
+def _optional(value: float | None, spec: str) -> str:
+    return "-" if value is None else f"{value:{spec}}"
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), width=120, break_long_words=False, break_on_hyphens=False)
