@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from paced_fast.config.bounds import Bounds
 
 Algorithm = Literal["paced", "paced_paper", "tb", "tb_group", "flowrl", "grpo"]
-Rule = Literal["auto", "tree", "greedy", "history", "uniform", "dynamic"]
+Rule = Literal["auto", "tree", "greedy", "mopps", "history", "uniform", "dynamic"]
 Intercept = Literal["value", "group_mean"]
 
 
@@ -61,11 +61,14 @@ class RuleTraits:
     """Whether `scheduler.explore` age has a meaning."""
     mixed_groups_only: bool = False
     """Whether groups that are all right or all wrong are dropped, and prompts drawn in their place."""
+    counts_outcomes: bool = False
+    """Whether it keeps a distribution of each prompt's accuracy by its outcomes."""
 
 
 RULES: dict[str, RuleTraits] = {
     "tree": RuleTraits(reads_value=True, explores_by_age=True),
     "greedy": RuleTraits(reads_value=True),
+    "mopps": RuleTraits(counts_outcomes=True),
     "history": RuleTraits(explores_by_age=True),
     "uniform": RuleTraits(),
     "dynamic": RuleTraits(mixed_groups_only=True),
@@ -133,8 +136,9 @@ class SchedulerConfig:
 
     rule: Rule = "auto"
     """How prompts are drawn: `tree` (weight highest where the value is near tau), `greedy` (values nearest to tau in a
-    random pool), `history` (weight by the variance of past groups), `uniform`, `dynamic` (as in DAPO: draw uniformly,
-    drop groups that are all right or all wrong, draw again), or `auto`: the algorithm's own rule."""
+    random pool), `mopps` (draws from a Beta posterior of past outcomes nearest to tau in a random pool), `history`
+    (weight by the variance of past groups), `uniform`, `dynamic` (as in DAPO: draw uniformly, drop groups that are all
+    right or all wrong, draw again), or `auto`: the algorithm's own rule."""
     tau: Annotated[float, Bounds(0.0, 1.0)] = 0.5
     """Target accuracy: prompts with a predicted accuracy near it are drawn most often."""
     bandwidth: Annotated[float, Bounds(1e-3, 1e6)] = 0.1
@@ -150,7 +154,7 @@ class SchedulerConfig:
     warmup_steps: Annotated[int, Bounds(0, 10**9)] = 5
     """Number of first steps in which prompts are drawn uniformly."""
     pool_factor: Annotated[int, Bounds(1, 10**6)] = 8
-    """`greedy`: size of the random pool of candidates, in batches of prompts."""
+    """`greedy` and `mopps`: size of the random pool of candidates, in batches of prompts."""
     max_resamples: Annotated[int, Bounds(1, 10**6)] = 10
     """`dynamic`: maximum number of draws per batch; after the last one the batch is used as it is."""
 

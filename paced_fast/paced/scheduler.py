@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paced_fast.config import SchedulerConfig, stream_seed
 from paced_fast.config.paced import RULES
+from paced_fast.paced.posterior import BetaPosterior
 from paced_kernels import Bell, PriorityTree
 
 # Offset of the random stream for later draws within a step; above the number of steps of any run.
@@ -44,6 +45,9 @@ class PromptScheduler:
         self.visits = torch.zeros(num_prompts, dtype=torch.int64, device=device)
         self.last_visit = torch.zeros(num_prompts, dtype=torch.int64, device=device)  # step; 0 is never
         self.epoch_draws = torch.zeros(num_prompts, dtype=torch.int64, device=device)
+        self.posterior: BetaPosterior | None = None
+        if RULES[config.rule].counts_outcomes:
+            self.posterior = BetaPosterior(num_prompts, seed=seed, device=device)
 
     def draw(self, count: int, step: int | Tensor, values: Tensor | None, round_: int = 0) -> Tensor:
         """Draw `count` distinct prompts i64[count]; `values` f32[N] are the estimated accuracies of all prompts.
@@ -98,10 +102,18 @@ class PromptScheduler:
         self.epoch_draws.mul_((~is_over).long())
         return self.epoch_draws < self.config.max_visits
 
-    def observe(self, prompt_index: Tensor, accuracy: Tensor, step: int | Tensor, known: Tensor | None = None) -> None:
-        """Record the group accuracy f32[P] of prompts i64[P] measured in `step`, where it is known, bool[P]."""
-        if known is not None:
-            accuracy = torch.where(known, accuracy, self.last_accuracy[prompt_index])
+    def observe(self, prompt_index: Tensor, accuracy: Tensor, step: int | Tensor, scored: Tensor | None = None) -> None:
+        """Record the group accuracy f32[P] of prompts i64[P] measured in `step`.
+
+        `scored` i64[P] are the completions that it is the mean of: without any it is not known. None stands for one
+        each.
+        """
+        if self.posterior is not None:
+            count = torch.ones_like(accuracy) if scored is None else scored.to(accuracy.dtype)
+            share = accuracy.clamp(0.0, 1.0)
+            self.posterior.observe(prompt_index, share * count, (1.0 - share) * count)
+        if scored is not None:
+            accuracy = torch.where(scored > 0, accuracy, self.last_accuracy[prompt_index])
         self.last_accuracy[prompt_index] = accuracy
         self.visits.index_add_(0, prompt_index, torch.ones_like(prompt_index))
         self.last_visit.index_copy_(0, prompt_index, self._now(step).expand_as(prompt_index))
@@ -112,16 +124,29 @@ class PromptScheduler:
     def state_dict(self) -> dict[str, Tensor]:
         """State of the scheduler, as tensors."""
         tree = {f"tree.{name}": value for name, value in self.tree.state_dict().items()}
-        return {**tree, **{name: getattr(self, name) for name in _STATISTICS}}
+        return {**tree, **self._statistics()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`."""
         self.tree.load_state_dict({k.removeprefix("tree."): v for k, v in state.items() if k.startswith("tree.")})
-        for name in _STATISTICS:
-            getattr(self, name).copy_(state[name])
+        for name, tensor in self._statistics().items():
+            tensor.copy_(state[name])
 
+    def _statistics(self) -> dict[str, Tensor]:
+        found = {name: getattr(self, name) for name in ("last_accuracy", "visits", "last_visit", "epoch_draws")}
+        if self.posterior is not None:
+            found |= {"posterior.alpha": self.posterior.alpha, "posterior.beta": self.posterior.beta}
+        return found
 
-_STATISTICS = ("last_accuracy", "visits", "last_visit", "epoch_draws")
+    def pool(self, draw: Draw) -> Tensor:
+        """`pool_factor` batches of prompts i64[pool] in random order; ends in -1 where fewer are allowed."""
+        size = min(self.num_prompts, max(draw.count, self.config.pool_factor * draw.count))
+        return self._uniform(size, draw.now, draw.round_, draw.allowed)
+
+    def nearest(self, pool: Tensor, values: Tensor) -> Tensor:
+        """Positions i64[pool] in the order of distance from tau, given the values f[pool]."""
+        distance = torch.where(pool >= 0, (values - self.config.tau).abs(), torch.inf)
+        return distance.argsort(stable=True)
 
 
 def near_tau(scheduler: PromptScheduler, draw: Draw) -> Tensor:
@@ -134,16 +159,20 @@ def near_tau(scheduler: PromptScheduler, draw: Draw) -> Tensor:
 def nearest_of_pool(scheduler: PromptScheduler, draw: Draw) -> Tensor:
     """`greedy`: the prompts nearest tau in a random pool (the rule of the paper); the same share explores the rest."""
     assert draw.values is not None
-    config, count = scheduler.config, draw.count
-    pool_size = min(scheduler.num_prompts, max(count, config.pool_factor * count))
-    pool = scheduler._uniform(pool_size, draw.now, draw.round_, draw.allowed)
-    explore = min(round(config.exploration * count), count)
-    # A pool larger than the prompts that are allowed ends in -1.
-    distance = torch.where(pool >= 0, (draw.values[pool.clamp(min=0)] - config.tau).abs(), torch.inf)
-    nearest = distance.argsort(stable=True)
+    count, pool = draw.count, scheduler.pool(draw)
+    explore = min(round(scheduler.config.exploration * count), count)
+    nearest = scheduler.nearest(pool, draw.values[pool.clamp(min=0)])
     chosen, rest = nearest[: count - explore], nearest[count - explore :]
     # The pool is in random order, so its first members among the rest are a uniform draw.
     return torch.cat([pool[chosen], pool[rest.sort().values[:explore]]])
+
+
+def nearest_by_chance(scheduler: PromptScheduler, draw: Draw) -> Tensor:
+    """`mopps`: of a random pool the prompts for which a draw from the posterior of their accuracy is nearest tau."""
+    assert scheduler.posterior is not None
+    pool = scheduler.pool(draw)
+    values = scheduler.posterior.draw(pool.clamp(min=0), draw.now + draw.round_ * _ROUND)
+    return pool[scheduler.nearest(pool, values)[: draw.count]]
 
 
 def mixed_before(scheduler: PromptScheduler, draw: Draw) -> Tensor:
@@ -163,6 +192,7 @@ def evenly(scheduler: PromptScheduler, draw: Draw) -> Tensor:
 DRAWS: dict[str, Callable[[PromptScheduler, Draw], Tensor]] = {
     "tree": near_tau,
     "greedy": nearest_of_pool,
+    "mopps": nearest_by_chance,
     "history": mixed_before,
     "uniform": evenly,
     "dynamic": evenly,

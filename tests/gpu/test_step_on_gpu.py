@@ -88,7 +88,7 @@ def error_on_wait(function: Callable[[], Any]) -> Any:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("rule", ["tree", "greedy", "history", "uniform"])
+@pytest.mark.parametrize("rule", ["tree", "greedy", "mopps", "history", "uniform"])
 def test_a_schedule_never_waits_and_its_replays_equal_eager_steps(rule: str) -> None:
     captured, eager = Schedule(rule), Schedule(rule)
     side = torch.cuda.Stream()

@@ -94,14 +94,14 @@ def test_replay_inserts_and_chooses_without_waiting() -> None:
 
 def test_the_scheduler_weighs_draws_and_observes_without_waiting() -> None:
     device = torch.device("cpu")
-    for rule in ("tree", "greedy", "history", "uniform"):
+    for rule in ("tree", "greedy", "mopps", "history", "uniform"):
         config = SchedulerConfig(rule=rule, warmup_steps=0, explore="age", max_visits=2)
         scheduler = PromptScheduler(50, config, seed=0, device=device)
         values, step = torch.rand(50), torch.tensor(3)
 
         def operations(scheduler: PromptScheduler = scheduler, values: Tensor = values, step: Tensor = step) -> None:
             index = scheduler.draw(8, step, values)
-            scheduler.observe(index, values[index], step)
+            scheduler.observe(index, values[index], step, torch.full((8,), 4))
             scheduler.draw(70, step, values)
 
         assert waiting_operators(operations) == set()

@@ -13,7 +13,7 @@ from paced_fast.config import SchedulerConfig
 from paced_fast.paced.scheduler import PromptScheduler
 
 CPU = torch.device("cpu")
-RULES = ["tree", "greedy", "history", "uniform", "dynamic"]
+RULES = ["tree", "greedy", "mopps", "history", "uniform", "dynamic"]
 
 
 def scheduler(count: int, seed: int = 0, **settings: Any) -> PromptScheduler:

@@ -197,7 +197,7 @@ WAITING_CALLS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "uniqu
 HOT_MODULES = {
     *(
         f"paced.{name}"
-        for name in ("collect", "log_z", "losses", "replay", "scheduler", "targets", "trainer", "update")
+        for name in ("collect", "log_z", "losses", "posterior", "replay", "scheduler", "targets", "trainer", "update")
     ),
     *("data.packing", "policy.optimizer", "policy.micro_batches", "generation.mismatch", "run.step"),
     *("run.record.step_figures", "run.record.shown_rollouts"),

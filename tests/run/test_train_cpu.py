@@ -454,7 +454,7 @@ def test_replay_ages_count_from_the_step_that_sampled(rewards: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("algorithm", ["paced", "tb", "tb_group", "flowrl", "grpo"])
-@pytest.mark.parametrize("rule", ["auto", "tree", "greedy", "history", "uniform", "dynamic"])
+@pytest.mark.parametrize("rule", ["auto", "tree", "greedy", "mopps", "history", "uniform", "dynamic"])
 def test_every_algorithm_takes_steps_with_every_rule(rewards: Path, tmp_path: Path, algorithm: str, rule: str) -> None:
     settings = config(
         rewards, algorithm, steps=2, scheduler__rule=rule, scheduler__warmup_steps=0, data__eval=(), optimizer__epochs=2

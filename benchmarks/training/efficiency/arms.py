@@ -43,6 +43,17 @@ ARMS: dict[str, Arm] = {
         words="prompts in proportion to p (1 - p) of their last measured accuracy p",
         changes={"algorithm": "grpo", "scheduler.rule": "history"},
     ),
+    "mopps": Arm(
+        title="MoPPS",
+        words="GRPO on the P prompts for which a draw from a Beta posterior of past outcomes is nearest to one half, of "
+        "16 P drawn uniformly (arXiv 2507.04632; half of the old counts is forgotten at each visit)",
+        changes={
+            "algorithm": "grpo",
+            "scheduler.rule": "mopps",
+            "scheduler.pool_factor": 16,
+            "scheduler.tau": 0.5,
+        },
+    ),
     "pcl": Arm(
         title="PCL",
         words="GRPO on the P prompts nearest to one half, by a value model fitted to group means with squared error, "

@@ -36,7 +36,8 @@ def draws_near_tau(run: PreparedRun, accuracies: list[float]) -> list[str]:
     """Notice a schedule that aims at another accuracy than `scheduler.tau`, by the measured accuracies of what it drew
     after its warm-up."""
     config = run.config.scheduler
-    if not RULES[config.rule].reads_value or len(accuracies) < LEAST_GROUPS:
+    aims = RULES[config.rule].reads_value or RULES[config.rule].counts_outcomes
+    if not aims or len(accuracies) < LEAST_GROUPS:
         return []
     mean = sum(accuracies) / len(accuracies)
     if abs(mean - config.tau) <= TAU_TOLERANCE:

@@ -60,6 +60,8 @@ def estimates(run: PreparedRun, used: Tensor | None) -> Tensor | None:
         if not run.config.value_is_accuracy:
             return None
         return trainer.log_z.all_values() if used is None else used
+    if trainer.scheduler.posterior is not None:
+        return trainer.scheduler.posterior.mean
     return trainer.scheduler.last_accuracy if run.config.scheduler.rule == "history" else None
 
 
