@@ -61,7 +61,7 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
         schedule.run_all(Plan(jobs=tuple(jobs), root=root, cache=cache, base=base), arguments.workers)
     found = files.read_all(root, suite.name)
     shown = summary.rows(suite.name, found)
-    print(table.full(suite.name, found))
+    print(table.full(suite.name, shown))
     if shown:
         curves.draw({row.arm: list(row.runs.values()) for row in shown}, root / f"{suite.name}.png")
     return {"suite": suite.name, "rows": [_figures(row) for row in shown]}

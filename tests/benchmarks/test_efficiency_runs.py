@@ -108,28 +108,43 @@ def test_a_run_has_a_file_with_everything_that_it_takes_to_judge_it(cache: Path,
     assert mine.path(tmp_path).stat().st_size < 8000
 
 
-@pytest.mark.process
-def test_a_command_run_again_does_only_what_is_missing(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command(tmp_path, cache, "--seeds 1 --arms paced --no-sweep")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("lr-*.json")}
-    assert {path.parent.name for path in before} == {"grpo", "paced"}
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs that are run, in their order; the runs themselves are left out. A rate of 2e-4 is best for PCL, 5e-5 for
+    GRPO."""
     made: list[Job] = []
-    train = runs.train
-    monkeypatch.setattr(runs, "train", lambda job, **more: made.append(job) or train(job, **more))
-    (tmp_path / "tiny-quick/paced/lr-0.0001_seed-0.json").unlink()
-    command(tmp_path, cache, "--seeds 2 --arms paced --no-sweep")
-    assert [(one.arm, one.seed) for one in made] == [("paced", 0), ("grpo", 1), ("paced", 1)]
-    grpo = tmp_path / "tiny-quick/grpo/lr-0.0001_seed-0.json"
-    assert grpo.read_bytes() == before[grpo]
-    made.clear()
+
+    def train(one: Job, **_: object) -> dict[str, Any]:
+        made.append(one)
+        best = {"grpo": 5e-5, "pcl": 2e-4}[one.arm]
+        point = {"rollouts": 16, "tokens": 99, "train_seconds": 1.0, "samples": 8, "pass_at_8": 0.5}
+        point |= {"accuracy": 0.4 if one.rate == best else 0.2, "distinct_correct": 1.0, "slices": {"trivial": 0.9}}
+        figures = {"curve": [point | {"rollouts": 0, "train_seconds": 0.0}, point], "at_budget": point}
+        figures |= {"at_seconds": point, "value": {"held_out": {}, "table": {}}, "mixed_group_share": 0.2}
+        return {"policy": one.seed, "held_out": "x", "table": "y", "settings": {}, "warnings": [], **figures}
+
+    monkeypatch.setattr(runs, "train", train)
+    return made
+
+
+def test_a_command_run_again_does_only_what_is_missing(
+    trained: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(tmp_path, tmp_path, "--seeds 1 --arms pcl --no-sweep")
+    before = {path.parent.name: path.read_bytes() for path in tmp_path.rglob("lr-*.json")}
+    assert set(before) == {"grpo", "pcl"}
+    trained.clear()
+    (tmp_path / "tiny-quick/pcl/lr-0.0001_seed-0.json").unlink()
+    command(tmp_path, tmp_path, "--seeds 2 --arms pcl --no-sweep")
+    assert [(one.arm, one.seed) for one in trained] == [("pcl", 0), ("grpo", 1), ("pcl", 1)]
+    assert (tmp_path / "tiny-quick/grpo/lr-0.0001_seed-0.json").read_bytes() == before["grpo"]
+    trained.clear()
     capsys.readouterr()
-    command(tmp_path, cache, "--seeds 2 --arms paced --no-sweep")
+    command(tmp_path, tmp_path, "--seeds 2 --arms pcl --no-sweep")
     first = capsys.readouterr().out
-    command(tmp_path, cache, "--seeds 2 --arms paced --no-sweep")
+    command(tmp_path, tmp_path, "--seeds 2 --arms pcl --no-sweep")
     assert capsys.readouterr().out == first, "the same table of the same files"
-    assert made == []
+    assert trained == []
 
 
 @pytest.mark.slow
@@ -202,23 +217,9 @@ def test_jobs_of_a_seed_follow_each_other_with_the_base_first() -> None:
 # Refusals
 
 
-@pytest.mark.process
 def test_a_comparison_without_a_sweep_is_refused_and_a_sweep_gives_it_its_rates(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: list[Job], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run itself is left out: a rate of 2e-4 is best for PCL, 5e-5 for GRPO."""
-    trained: list[Job] = []
-
-    def train(one: Job, **_: object) -> dict[str, Any]:
-        trained.append(one)
-        best = {"grpo": 5e-5, "pcl": 2e-4}[one.arm]
-        point = {"rollouts": 16, "tokens": 99, "train_seconds": 1.0, "samples": 8, "pass_at_8": 0.5}
-        point |= {"accuracy": 0.4 if one.rate == best else 0.2, "distinct_correct": 1.0, "slices": {"trivial": 0.9}}
-        figures = {"curve": [point | {"rollouts": 0, "train_seconds": 0.0}, point], "at_budget": point}
-        figures |= {"at_seconds": point, "value": {"held_out": {}, "table": {}}, "mixed_group_share": 0.2}
-        return {"policy": one.seed, "held_out": "x", "settings": {}, "warnings": [], **figures}
-
-    monkeypatch.setattr(runs, "train", train)
     with pytest.raises(SystemExit):
         command(tmp_path, cache, "--seeds 1 --arms pcl")
     assert "not finished for grpo, pcl: run it by --sweep" in capsys.readouterr().err
@@ -236,7 +237,7 @@ def test_a_comparison_without_a_sweep_is_refused_and_a_sweep_gives_it_its_rates(
 
 
 def test_files_of_other_code_are_used_only_when_the_user_says_so(tmp_path: Path) -> None:
-    one = {"suite": "tiny-quick", "arm": "grpo", "rate": 1e-4, "seed": 0, "policy": "p", "held_out": "h"}
+    one = {"suite": "tiny-quick", "arm": "grpo", "rate": 1e-4, "seed": 0, "policy": "p", "held_out": "h", "table": "t"}
     files.write(job("grpo"), tmp_path, one | {"code": files.code_digest(), "environment": {"commit": "abc"}})
     sample_efficiency.check_code(tmp_path, QUICK, allowed=False)
     files.write(job("pcl"), tmp_path, one | {"arm": "pcl", "code": "other", "environment": {"commit": "0ld"}})

@@ -131,6 +131,7 @@ def run_file(arm: str, seed: int, final: float, *, rate: float = 1e-4, seconds: 
         "settings": {},
         "policy": f"policy {seed}",
         "held_out": "prompts",
+        "table": "others",
         "curve": [point(0.0), point(0.5), point(1.0)],
         "at_budget": point(1.0),
         "at_seconds": None if is_base else point(min(1.0, 10.0 / seconds)),
@@ -171,9 +172,11 @@ def test_rows_pair_seeds_and_count_wins() -> None:
     assert row.tuning == "untuned"
 
 
-def test_pairs_from_different_processors_are_not_compared_by_time() -> None:
+@pytest.mark.parametrize("change", [{"on_this_processor": False}, {"seconds": 9.0}])
+def test_pairs_without_one_clock_are_not_compared_by_time(change: dict[str, Any]) -> None:
+    """The runs of a pair came from different processors, or the time budget from another run of GRPO."""
     runs = two_arms()
-    runs[-1]["time_budget"]["on_this_processor"] = False
+    runs[-1]["time_budget"] |= change
     row = summary.rows("tiny", runs)[1]
     # Seeds 0 and 1: half way to .5 and .4, which is .3 and .25.
     assert row.gain_at_seconds.mean == pytest.approx(-0.025)
@@ -186,7 +189,7 @@ def test_a_failed_run_counts_with_its_last_point() -> None:
     runs[-1] |= {"at_budget": None, "failed": "non-finite loss", "curve": runs[-1]["curve"][:2]}
     row = summary.rows("tiny", runs)[1]
     assert row.gain.mean == pytest.approx((0.2 + 0.1 + (0.275 - 0.3)) / 3)
-    assert "failed, non-finite loss" in table.full("tiny", runs)
+    assert "failed, non-finite loss" in table.full("tiny", summary.rows("tiny", runs))
 
 
 # The sweep
@@ -240,7 +243,9 @@ def test_a_file_keeps_six_digits_and_its_job(tmp_path: Path) -> None:
     assert job.read(tmp_path) == {"a": [0.333333, 12345.7, 7], "b": None, "c": {"d": True}}
 
 
-@pytest.mark.parametrize(("key", "words"), [("policy", "initial policies"), ("held_out", "held-out prompts")])
+@pytest.mark.parametrize(
+    ("key", "words"), [("policy", "initial policies"), ("held_out", "held-out prompts"), ("table", "training prompts")]
+)
 def test_runs_that_do_not_go_together_are_refused(key: str, words: str) -> None:
     runs = two_arms()
     files.check_alike(runs)
@@ -287,8 +292,8 @@ def test_every_suite_has_goals_for_the_same_things() -> None:
 def test_a_table_is_the_same_when_made_twice_and_names_commits_and_processors() -> None:
     runs = two_arms()
     runs[0]["environment"] = runs[0]["environment"] | {"commit": "fff0000", "cpu": "another"}
-    text = table.full("tiny", runs)
-    assert text == table.full("tiny", list(reversed(runs)))
+    text = table.full("tiny", summary.rows("tiny", runs))
+    assert text == table.full("tiny", summary.rows("tiny", list(reversed(runs))))
     assert "commit abc1234 (5 runs), fff0000 (1 runs)" in " ".join(text.split())
     assert "a processor, 2 cores (5 runs), another, 2 cores (1 runs)" in " ".join(text.split())
     assert "| 0.450 | +0.150 [" in text
@@ -297,7 +302,7 @@ def test_a_table_is_the_same_when_made_twice_and_names_commits_and_processors() 
 
 def test_suites_without_runs_are_named() -> None:
     assert table.full("small", []).startswith("No runs of the suite `small` yet.")
-    text = table.short({"tiny": two_arms(), "small": [], "smollm2": []})
+    text = table.short({"tiny": summary.rows("tiny", two_arms()), "small": [], "smollm2": []})
     assert "No runs yet: `small`, `smollm2`." in text
     assert "| tiny | PACED-RL | 0.450 |" in text
 

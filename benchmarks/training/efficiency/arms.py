@@ -45,8 +45,8 @@ ARMS: dict[str, Arm] = {
     ),
     "mopps": Arm(
         title="MoPPS",
-        words="GRPO on the P prompts for which a draw from a Beta posterior of past outcomes is nearest to one half, of "
-        "16 P drawn uniformly (arXiv 2507.04632; half of the old counts is forgotten at each visit)",
+        words="GRPO on the P prompts for which a draw from a Beta posterior of past outcomes is nearest to one half, "
+        "of 16 P drawn uniformly (arXiv 2507.04632; half of the old counts is forgotten at each visit)",
         changes={
             "algorithm": "grpo",
             "scheduler.rule": "mopps",

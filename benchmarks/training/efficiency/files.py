@@ -60,9 +60,9 @@ def read_all(root: Path, suite: str) -> list[dict[str, Any]]:
 
 
 def check_alike(runs: list[dict[str, Any]]) -> None:
-    """Raises InputError when runs of one seed start from different policies, or runs have different held-out
-    prompts."""
-    for key, words in (("policy", "initial policies"), ("held_out", "held-out prompts")):
+    """Raises InputError when runs of one seed start from different policies, or runs have different prompts."""
+    pairs = (("policy", "initial policies"), ("held_out", "held-out prompts"), ("table", "training prompts"))
+    for key, words in pairs:
         seen: dict[Any, dict[str, Any]] = {}
         for run in runs:
             first = seen.setdefault((run["suite"], run["seed"] if key == "policy" else None), run)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.efficiency import files, table
+from benchmarks.training.efficiency import files, summary, table
+from benchmarks.training.efficiency.summary import Row
 
 ROOT = Path(__file__).parents[2] / "results" / "sample_efficiency"
 """Folder of the committed run files."""
-
-RunsOfSuites = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -21,14 +20,14 @@ class RunFiles:
 
     suites: tuple[str, ...]
     """Suites whose runs it reads."""
-    make: Callable[[RunsOfSuites], str]
-    """Function from the runs of each suite to Markdown."""
+    make: Callable[[dict[str, list[Row]]], str]
+    """Function from the rows of each suite to Markdown."""
     root: Path = ROOT
     """Folder with a folder for each suite."""
     case = "sample_efficiency"
     module = files.CODE
 
-    def read(self) -> RunsOfSuites:
+    def read(self) -> dict[str, list[dict[str, Any]]]:
         """The runs of each suite."""
         return {name: files.read_all(self.root, name) for name in self.suites}
 
@@ -38,10 +37,10 @@ class RunFiles:
 
     def text(self) -> str:
         """Markdown of the section; it says which suites have no runs."""
-        return self.make(self.read())
+        return self.make({name: summary.rows(name, runs) for name, runs in self.read().items()})
 
 
-def suite_table(runs: RunsOfSuites) -> str:
+def suite_table(suites: dict[str, list[Row]]) -> str:
     """Format everything about one suite."""
-    ((name, members),) = runs.items()
-    return table.full(name, members, f"../benchmarks/results/sample_efficiency/{name}.png")
+    ((name, rows),) = suites.items()
+    return table.full(name, rows, f"../benchmarks/results/sample_efficiency/{name}.png")

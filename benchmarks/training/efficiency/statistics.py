@@ -121,7 +121,8 @@ def share_interval(grid: Floats, curves: Floats, base: Floats) -> Interval:
     found = share(np.full(count, 1 / count))
     if count == 1:
         return Interval(_finite(found), None, None)
-    each = [share(weights) for weights in resamples(count)[:2000]]
+    distinct, which = np.unique(resamples(count)[:2000], axis=0, return_inverse=True)  # few, of few seeds
+    each = np.array([share(weights) for weights in distinct])[which.ravel()]
     tail = NormalDist().cdf(math.sqrt(count / (count - 1)) * t_quantile((1 - LEVEL) / 2, count - 1))
     low, high = np.quantile(each, [tail, 1 - tail], method="nearest")
     return Interval(_finite(found), _finite(float(low)), _finite(float(high)))

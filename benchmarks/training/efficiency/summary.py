@@ -167,11 +167,14 @@ def _pairs(mine: Mapping[int, Run], others: Mapping[int, Run]) -> list[int]:
 
 
 def _at_seconds(run: Run, base: Run) -> float | None:
-    """Gain at the training time of `BASE`; None for a pair from different processors."""
+    """Gain at the training time of `BASE`; None for a pair from different processors, or when that run of `BASE` gave
+    another time budget."""
     if run["arm"] == BASE:
         return 0.0
     budget = run["time_budget"]
     if budget is None or not budget["on_this_processor"] or run["at_seconds"] is None:
+        return None
+    if budget["seconds"] != final(base)["train_seconds"]:
         return None
     return run["at_seconds"]["accuracy"] - final(base)["accuracy"]
 

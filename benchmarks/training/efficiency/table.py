@@ -57,9 +57,8 @@ _VALUE_KEYS = tuple(
 )
 
 
-def full(suite_name: str, runs: Sequence[dict[str, Any]], picture: str = "") -> str:
+def full(suite_name: str, rows: list[Row], picture: str = "") -> str:
     """Everything about one suite: the arms, the estimates, the goals, and where it was measured."""
-    rows = summary.rows(suite_name, runs)
     if not rows:
         return f"No runs of the suite `{suite_name}` yet.\n\n{_goals(suite_name, rows)}".rstrip()
     parts = [
@@ -74,11 +73,10 @@ def full(suite_name: str, runs: Sequence[dict[str, Any]], picture: str = "") -> 
     return "\n\n".join(part for part in parts if part)
 
 
-def short(runs: dict[str, Sequence[dict[str, Any]]]) -> str:
+def short(suites: dict[str, list[Row]]) -> str:
     """The arms that matter most, of every suite in one table."""
     found, missing, notes = [], [], []
-    for suite_name, members in runs.items():
-        rows = summary.rows(suite_name, members)
+    for suite_name, rows in suites.items():
         if not rows:
             missing.append(f"`{suite_name}`")
             continue
