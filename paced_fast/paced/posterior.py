@@ -70,7 +70,7 @@ def _gamma(shape: Tensor, random: Tensor) -> Tensor:
 def _random(seed: int, now: Tensor, prompt_index: Tensor, count: int) -> Tensor:
     """Numbers f64[count, K] in (0, 1): splitmix64 of seed, `now`, prompt and number, the same on every rank."""
     key = _mixed(now * _signed(0xD1342543DE82EF95) + _signed(seed))
-    of_prompt = _mixed(key + prompt_index * _signed(0x9E3779B97F4A7C15))
+    of_prompt = _mixed(key + prompt_index)
     numbers = torch.arange(1, count + 1, device=prompt_index.device)[:, None]
     bits = _mixed(of_prompt + numbers * _signed(0x9E3779B97F4A7C15))
     return (_shifted(bits, 12).double() + 0.5) * 2.0**-52

@@ -359,6 +359,15 @@ def test_dropped_groups_of_dynamic_sampling_count_as_rollouts(
     assert found["mixed_group_share"] is None, "the schedule's warm-up is not counted"
 
 
+@pytest.mark.process
+def test_a_run_goes_on_until_the_training_time_is_used_up(cache: Path) -> None:
+    found = runs.train(job("grpo"), cache=cache, seconds=1.0)
+    assert found["at_budget"]["rollouts"] == 16
+    assert found["at_budget"] in found["curve"]
+    assert found["at_seconds"]["train_seconds"] >= 1.0
+    assert found["at_seconds"]["samples"] == 8
+
+
 def test_the_band_holds_prompts_that_are_neither_solved_nor_hopeless() -> None:
     accuracies = [0.0, 1 / 16, 0.5, 15 / 16, 1.0, None]
     found = value.errors([0.1, 0.2, 0.4, 0.3, 0.9, 0.7], accuracies)

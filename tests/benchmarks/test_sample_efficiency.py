@@ -151,9 +151,10 @@ def swept(arm: str, best: float) -> list[dict[str, Any]]:
 
 
 def two_arms() -> list[dict[str, Any]]:
-    gains = (0.2, 0.1, 0.15)
-    base = [run_file("grpo", seed, 0.3) for seed in range(3)]
-    return base + [run_file("paced", seed, 0.3 + gain, seconds=20.0) for seed, gain in enumerate(gains)]
+    """GRPO ends at .3 on average, PACED .2, .1 and .15 above it."""
+    ends, gains = (0.25, 0.3, 0.35), (0.2, 0.1, 0.15)
+    base = [run_file("grpo", seed, end) for seed, end in enumerate(ends)]
+    return base + [run_file("paced", seed, ends[seed] + gain, seconds=20.0) for seed, gain in enumerate(gains)]
 
 
 def test_rows_pair_seeds_and_count_wins() -> None:
@@ -178,9 +179,9 @@ def test_pairs_without_one_clock_are_not_compared_by_time(change: dict[str, Any]
     runs = two_arms()
     runs[-1]["time_budget"] |= change
     row = summary.rows("tiny", runs)[1]
-    # Seeds 0 and 1: half way to .5 and .4, which is .3 and .25.
-    assert row.gain_at_seconds.mean == pytest.approx(-0.025)
-    assert row.gain_at_seconds.low == pytest.approx(statistics.paired([0.0, -0.05]).low)
+    # Seeds 0 and 1: half way to .45 and .4, which is .275 and .25, against .25 and .3.
+    assert row.gain_at_seconds.mean == pytest.approx(-0.0125)
+    assert row.gain_at_seconds.low == pytest.approx(statistics.paired([0.025, -0.05]).low)
     assert row.gain.mean == pytest.approx(0.15)
 
 
@@ -188,7 +189,7 @@ def test_a_failed_run_counts_with_its_last_point() -> None:
     runs = two_arms()
     runs[-1] |= {"at_budget": None, "failed": "non-finite loss", "curve": runs[-1]["curve"][:2]}
     row = summary.rows("tiny", runs)[1]
-    assert row.gain.mean == pytest.approx((0.2 + 0.1 + (0.275 - 0.3)) / 3)
+    assert row.gain.mean == pytest.approx((0.2 + 0.1 + (0.3 - 0.35)) / 3)  # half way from .1 to .5
     assert "failed, non-finite loss" in table.full("tiny", summary.rows("tiny", runs))
 
 
