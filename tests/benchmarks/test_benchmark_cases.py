@@ -134,6 +134,21 @@ def test_code_that_a_case_reaches_makes_its_table_stale(repository: Path) -> Non
     assert stale.changed_since(commit, "benchmarks.case") == ["paced_fast/middle.py", "paced_fast/other.py"]
 
 
+def test_the_meaning_of_code_changes_with_what_it_reaches_and_not_with_comments(repository: Path) -> None:
+    before = list(stale.meanings("benchmarks.case"))
+    assert [name for name, _ in before] == [
+        "benchmarks/case.py",
+        "paced_fast/__init__.py",
+        "paced_fast/middle.py",
+        "paced_fast/rooms/inner.py",
+    ]
+    (repository / "paced_fast/other.py").write_text("two = 3\n")
+    (repository / "paced_fast/rooms/inner.py").write_text('"""Words."""\n\none  =  1  # a comment\n')
+    assert list(stale.meanings("benchmarks.case")) == before
+    (repository / "paced_fast/rooms/inner.py").write_text("one = 2\n")
+    assert [a == b for a, b in zip(before, stale.meanings("benchmarks.case"), strict=True)] == [True, True, True, False]
+
+
 def test_a_commit_that_is_not_here_is_said_to_be_unknown(repository: Path) -> None:
     assert stale.changed_since("0123456", "benchmarks.case") is None
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import run, tables
+from benchmarks import options, run, tables
+from benchmarks.training import sample_efficiency
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,6 +15,14 @@ def test_unknown_case_is_named(capsys):
         run.main(["sample_eficiency"])
     assert stop.value.code == 2
     assert "did you mean sample_efficiency" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sweep", "goes_on"), [("", None, False), ("--sweep", True, False), ("--no-sweep --continue", False, True)]
+)
+def test_a_switch_can_be_on_off_or_left_out(words, sweep, goes_on):
+    found = options.parse(sample_efficiency.Arguments, words.split(), "x")
+    assert (found.sweep, found.continue_) == (sweep, goes_on)
 
 
 def test_readme_tables_are_generated_from_the_committed_results():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.training.efficiency import arms, suites
-from paced_fast.config import Config
+from paced_fast.config import Config, LogZConfig
 from paced_fast.config.paced import RULES
 from paced_fast.data.records import Fresh, Group, Targets, UpdateResult
 from paced_fast.paced.algorithms import REGRESSIONS
@@ -182,6 +182,15 @@ def test_the_papers_pair_is_the_balance_residual_and_the_nearest_of_a_pool() -> 
     rollouts, fresh = batch()
     intercept = REGRESSIONS["paced"].intercept(config, rollouts, fresh, values)
     assert intercept.tolist() == pytest.approx([0.3] * 4 + [0.9] * 4)
+
+
+def test_every_setting_of_the_head_is_weighed_for_the_arms_that_have_the_papers() -> None:
+    """A new setting of log Z changes what `pcl` and `paced_paper` run, unless `arms` sets it for them: then add it."""
+    same_as_the_papers = {"learning_rate", "hidden_size", "max_grad_norm", "updates_per_step", "cache_dtype"}
+    for name in ("pcl", "paced_paper"):
+        pinned = {key.removeprefix("log_z.") for key in arms.ARMS[name].changes if key.startswith("log_z.")}
+        known = pinned | same_as_the_papers | {"scored_per_step"}
+        assert {field.name for field in dataclasses.fields(LogZConfig)} == known
 
 
 def test_selection_and_replay_are_the_halves_of_paced() -> None:

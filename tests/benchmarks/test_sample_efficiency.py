@@ -301,6 +301,18 @@ def test_a_table_is_the_same_when_made_twice_and_names_commits_and_processors() 
     assert "| ahead | 3/3 | 0.57 [" in text
 
 
+def test_a_sentence_says_what_the_runs_show() -> None:
+    rows = summary.rows("tiny", two_arms())
+    assert goals.claim("tiny", rows) == (
+        "On `tiny` PACED-RL is ahead of GRPO at equal rollouts and not told apart from GRPO at equal training time "
+        "(3 seeds)."
+    )
+    assert goals.claim("tiny", rows) in table.full("tiny", rows)
+    one = summary.rows("tiny", [run for run in two_arms() if run["seed"] == 0])
+    assert goals.claim("tiny", one) == "On `tiny` one seed was run, which shows nothing."
+    assert goals.claim("tiny", rows[:1]) == ""
+
+
 def test_suites_without_runs_are_named() -> None:
     assert table.full("small", []).startswith("No runs of the suite `small` yet.")
     text = table.short({"tiny": summary.rows("tiny", two_arms()), "small": [], "smollm2": []})

@@ -107,6 +107,19 @@ def verdicts(suite_name: str, rows: list[Row]) -> list[tuple[Goal, str, str]]:
     return found
 
 
+def claim(suite_name: str, rows: list[Row]) -> str:
+    """One sentence on what the runs of a suite show of the method; empty without a run of it."""
+    row = next((row for row in rows if row.arm == METHOD), None)
+    if row is None:
+        return ""
+    words = {"ahead": "ahead of GRPO", "behind": "behind GRPO", "not told apart": "not told apart from GRPO"}
+    found = [words.get(one.claim) for one in (row.gain, row.gain_at_seconds)]
+    if found[0] is None:
+        return f"On `{suite_name}` one seed was run, which shows nothing."
+    at_seconds = f"{found[1]} at equal training time" if found[1] else "not measured at equal training time"
+    return f"On `{suite_name}` PACED-RL is {found[0]} at equal rollouts and {at_seconds} ({len(row.paired)} seeds)."
+
+
 def _lacking(suite_name: str, rows: Mapping[str, Row]) -> str | None:
     """What a comparison still lacks before it can be judged."""
     row, wanted = rows[METHOD], SUITES[suite_name].seeds

@@ -154,8 +154,12 @@ def run_all(plan: Plan, workers: int) -> None:
             threads.submit(queue.work, lambda job, plan: pool.submit(run_job, job, plan).result())
             for _ in range(workers)
         ]
-        for one in working:
-            one.result()
+        try:
+            for one in working:
+                one.result()
+        except BaseException:  # an interrupt too ends the threads after their runs
+            queue.has_failed = True
+            raise
 
 
 class _Queue:

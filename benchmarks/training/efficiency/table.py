@@ -62,6 +62,7 @@ def full(suite_name: str, rows: list[Row], picture: str = "") -> str:
     if not rows:
         return f"No runs of the suite `{suite_name}` yet.\n\n{_goals(suite_name, rows)}".rstrip()
     parts = [
+        goals.claim(suite_name, rows),
         _markdown(COLUMNS, [_cells(row) for row in rows]),
         _wrapped(_note(suite_name, rows)),
         _markdown(_VALUE_COLUMNS, [cells for row in rows if (cells := _value_cells(row))]),
@@ -75,7 +76,7 @@ def full(suite_name: str, rows: list[Row], picture: str = "") -> str:
 
 def short(suites: dict[str, list[Row]]) -> str:
     """The arms that matter most, of every suite in one table."""
-    found, missing, notes = [], [], []
+    found, missing, notes, claims = [], [], [], []
     for suite_name, rows in suites.items():
         if not rows:
             missing.append(f"`{suite_name}`")
@@ -85,14 +86,15 @@ def short(suites: dict[str, list[Row]]) -> str:
             count = f"{len(row.runs)}" + ("" if row.tuning != "untuned" else ", untuned")
             title = ARMS[row.arm].title
             found.append((suite_name, title, f"{row.accuracy:.3f}", gains[0], gains[1], gains[2], count))
+        claims.append(goals.claim(suite_name, rows))
         notes.append(f"`{suite_name}`: {provenance([run for row in rows for run in row.runs.values()])}.")
-    parts = [_markdown(_SHORT_COLUMNS, found)] if found else []
+    parts = [_wrapped(" ".join(claims)), _markdown(_SHORT_COLUMNS, found)] if found else []
     if missing:
         parts.append(f"No runs yet: {', '.join(missing)}.")
     if found:
         notes.insert(0, "Means over seeds, differences paired by seed, 90 % bootstrap intervals over seeds.")
         parts.append(_wrapped(" ".join(notes)))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def provenance(runs: Sequence[dict[str, Any]]) -> str:
