@@ -278,6 +278,12 @@ def test_goals_are_met_missed_or_not_measured() -> None:
         "ahead of MoPPS, equal rollouts": "not measured",
         "ahead of PCL, equal rollouts": "not measured",
     }
+    runs += [run_file("pcl", seed, 0.2) for seed in range(10)]
+    words = {goal.words: word for goal, _, word in goals.verdicts("tiny", summary.rows("tiny", runs))}
+    assert words["ahead of PCL, equal rollouts"] == "not measured (pcl untuned)"
+    runs += swept("pcl", 1e-4)
+    words = {goal.words: word for goal, _, word in goals.verdicts("tiny", summary.rows("tiny", runs))}
+    assert words["ahead of PCL, equal rollouts"] == "met"
     few = [run for run in runs if run["seed"] != 4]
     assert {word for *_, word in goals.verdicts("tiny", summary.rows("tiny", few))} == {
         "not measured",
@@ -295,8 +301,8 @@ def test_a_table_is_the_same_when_made_twice_and_names_commits_and_processors() 
     runs[0]["environment"] = runs[0]["environment"] | {"commit": "fff0000", "cpu": "another"}
     text = table.full("tiny", summary.rows("tiny", runs))
     assert text == table.full("tiny", summary.rows("tiny", list(reversed(runs))))
-    assert "commit abc1234 (5 runs), fff0000 (1 runs)" in " ".join(text.split())
-    assert "a processor, 2 cores (5 runs), another, 2 cores (1 runs)" in " ".join(text.split())
+    assert "commit abc1234 (5 runs), fff0000 (1 run)" in " ".join(text.split())
+    assert "a processor, 2 cores (5 runs), another, 2 cores (1 run)" in " ".join(text.split())
     assert "| 0.450 | +0.150 [" in text
     assert "| ahead | 3/3 | 0.57 [" in text
 

@@ -23,6 +23,8 @@ class Goal:
     words: str
     wanted: str
     judge: Callable[[Row, Mapping[str, Row]], Verdict]
+    other: str = summary.BASE
+    """Arm that the method is compared with."""
 
 
 def _at_most(interval: Interval, limit: float) -> Verdict:
@@ -63,8 +65,8 @@ _COMMON = (
     Goal("rank on held-out prompts", ">= .75", lambda row, _: _figure(row, "held_out whole rank", lambda x: x >= 0.75)),
     Goal("rank on the training table", ">= .85", lambda row, _: _figure(row, "table whole rank", lambda x: x >= 0.85)),
     Goal("the same inside the band", ">= .70", lambda row, _: _figure(row, "table band rank", lambda x: x >= 0.7)),
-    Goal("ahead of MoPPS, equal rollouts", "interval above 0", lambda row, rows: _against("mopps", rows, row)),
-    Goal("ahead of PCL, equal rollouts", "interval above 0", lambda row, rows: _against("pcl", rows, row)),
+    Goal("ahead of MoPPS, equal rollouts", "interval above 0", lambda row, rows: _against("mopps", rows, row), "mopps"),
+    Goal("ahead of PCL, equal rollouts", "interval above 0", lambda row, rows: _against("pcl", rows, row), "pcl"),
 )
 _LARGER = (
     Goal("rollouts to GRPO's final accuracy", "<= .50", lambda row, _: _at_most(row.share, 0.5)),
@@ -99,7 +101,7 @@ def verdicts(suite_name: str, rows: list[Row]) -> list[tuple[Goal, str, str]]:
         figure, met = goal.judge(row, by_arm) if row is not None else ("", None)
         if row is None or met is None:
             word = "not measured"
-        elif (lacking := _lacking(suite_name, by_arm)) is not None:
+        elif (lacking := _lacking(suite_name, by_arm, goal.other)) is not None:
             word = f"not measured ({lacking})"
         else:
             word = "met" if met else "missed"
@@ -120,12 +122,13 @@ def claim(suite_name: str, rows: list[Row]) -> str:
     return f"On `{suite_name}` PACED-RL is {found[0]} at equal rollouts and {at_seconds} ({len(row.paired)} seeds)."
 
 
-def _lacking(suite_name: str, rows: Mapping[str, Row]) -> str | None:
+def _lacking(suite_name: str, rows: Mapping[str, Row], other: str) -> str | None:
     """What a comparison still lacks before it can be judged."""
-    row, wanted = rows[METHOD], SUITES[suite_name].seeds
-    untuned = [name for name in (summary.BASE, METHOD) if rows[name].tuning == "untuned"]
-    if len(row.paired) < wanted:
-        return f"{len(row.paired)} of {wanted} seeds"
+    wanted = SUITES[suite_name].seeds
+    untuned = [name for name in (other, METHOD) if rows[name].tuning == "untuned"]
+    seeds = len(set(rows[METHOD].runs) & set(rows[other].runs))
+    if seeds < wanted:
+        return f"{seeds} of {wanted} seeds"
     return f"{' and '.join(untuned)} untuned" if untuned else None
 
 

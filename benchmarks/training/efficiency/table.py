@@ -65,6 +65,7 @@ def full(suite_name: str, rows: list[Row], picture: str = "") -> str:
         goals.claim(suite_name, rows),
         _markdown(COLUMNS, [_cells(row) for row in rows]),
         _wrapped(_note(suite_name, rows)),
+        "\n".join(_wrapped(f"* {ARMS[row.arm].title}: {ARMS[row.arm].words}.", "  ") for row in rows),
         _markdown(_VALUE_COLUMNS, [cells for row in rows if (cells := _value_cells(row))]),
         _goals(suite_name, rows),
     ]
@@ -191,7 +192,7 @@ def _counted(names: Sequence[str]) -> str:
     counts = Counter(names)
     if len(counts) == 1:
         return names[0]
-    return ", ".join(f"{name} ({counts[name]} runs)" for name in sorted(counts))
+    return ", ".join(f"{name} ({counts[name]} run{'s' * (counts[name] > 1)})" for name in sorted(counts))
 
 
 def _optional(value: float | None, spec: str) -> str:
@@ -205,5 +206,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), width=120, break_long_words=False, break_on_hyphens=False)
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        " ".join(text.split()), width=120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
