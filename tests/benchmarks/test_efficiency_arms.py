@@ -15,10 +15,10 @@ from benchmarks.training.efficiency import arms, suites
 from paced_fast.config import Config, LogZConfig
 from paced_fast.config.paced import RULES
 from paced_fast.data.records import Fresh, Group, Targets, UpdateResult
-from paced_fast.paced.algorithms import REGRESSIONS
 from paced_fast.paced.log_z import LogZ
 from paced_fast.paced.losses import POLICY_LOSSES, grpo
 from paced_fast.paced.scheduler import PromptScheduler
+from paced_fast.paced.targets import REGRESSIONS
 
 TINY = suites.find("tiny")
 CPU = torch.device("cpu")
@@ -68,6 +68,9 @@ def test_arms_differ_from_the_base_only_in_what_they_say() -> None:
         "optimizer.learning_rate": 2e-4,
         "loss.intercept": "group_mean",
         "loss.beta": 1e-6,
+        "log_z.memory": "off",
+        "log_z.embedding": "mean",
+        "log_z.updates_per_step": 1,
         "scheduler.rule": "greedy",
         "scheduler.exploration": 0.0,
         "scheduler.pool_factor": 4,
@@ -185,12 +188,14 @@ def test_the_papers_pair_is_the_balance_residual_and_the_nearest_of_a_pool() -> 
 
 
 def test_every_setting_of_the_head_is_weighed_for_the_arms_that_have_the_papers() -> None:
-    """A new setting of log Z changes what `pcl` and `paced_paper` run, unless `arms` sets it for them: then add it."""
-    same_as_the_papers = {"learning_rate", "hidden_size", "max_grad_norm", "updates_per_step", "cache_dtype"}
+    """A new setting of log Z changes what `pcl` and `paced_paper` run, unless it belongs to the memory."""
+    of_memory = {"past_groups", "past_per_fresh", "prior", "decay"}
+    same = {"learning_rate", "hidden_size", "max_grad_norm", "updates_per_step", "cache_dtype", "scored_per_step"}
+    wanted = {"loss": "tb", "memory": "off", "embedding": "mean"}
+    assert {field.name for field in dataclasses.fields(LogZConfig)} == of_memory | same | set(wanted)
     for name in ("pcl", "paced_paper"):
-        pinned = {key.removeprefix("log_z.") for key in arms.ARMS[name].changes if key.startswith("log_z.")}
-        known = pinned | same_as_the_papers | {"scored_per_step"}
-        assert {field.name for field in dataclasses.fields(LogZConfig)} == known
+        found = dataclasses.asdict(arms.arm_config(TINY, name, rate=1e-4, seed=3).log_z)
+        assert {key: found[key] for key in wanted} == wanted
 
 
 def test_selection_and_replay_are_the_halves_of_paced() -> None:

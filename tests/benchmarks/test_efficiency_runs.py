@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -330,14 +331,14 @@ def test_held_out_prompts_in_the_training_table_are_noticed(planted: Callable[..
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("place", ["visits", "last_accuracy"])
+@pytest.mark.parametrize("place", ["scheduler.visits", "scheduler.last_accuracy", "log_z.outcomes.correct"])
 def test_outcomes_of_evaluations_in_the_statistics_of_prompts_are_noticed(
     planted: Callable[..., runs.Course], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     sampled = value.sampled
 
     def leaking(built: PreparedRun, table: PromptTable, *more: Any) -> Any:
-        getattr(built.trainer.scheduler, place)[:5] += 1
+        attrgetter(place)(built.trainer)[:5] += 1
         return sampled(built, table, *more)
 
     monkeypatch.setattr(value, "sampled", leaking)

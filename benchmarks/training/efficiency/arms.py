@@ -29,8 +29,6 @@ class Arm:
     """Whether the schedule reads measured accuracies: an upper bound, as their rollouts are not counted."""
 
 
-_PAIR = {"algorithm": "paced", "loss.intercept": "value", "log_z.loss": "tb"}
-
 ARMS: dict[str, Arm] = {
     "grpo": Arm(title="GRPO", words="uniform prompts (arXiv 2402.03300)", changes={"algorithm": "grpo"}),
     "dynamic": Arm(
@@ -65,6 +63,7 @@ ARMS: dict[str, Arm] = {
             "scheduler.exploration": 0.0,
             "scheduler.tau": 0.5,
             "log_z.loss": "tb",
+            "log_z.memory": "off",
             # GRPO's loss does not read beta. The head's target, reward - beta * log ratio, then is the reward.
             "loss.beta": 1e-6,
         },
@@ -83,13 +82,7 @@ ARMS: dict[str, Arm] = {
         title="PACED-RL, the paper's pair",
         words="learned log Z by the trajectory-balance residual, the prompts nearest to tau in a pool, replay by the "
         "error of the estimate (arXiv 2602.12642)",
-        changes={
-            **_PAIR,
-            "scheduler.rule": "greedy",
-            "scheduler.exploration": 0.0,
-            "replay.mode": "on",
-            "replay.priority": "error",
-        },
+        changes={"algorithm": "paced_paper", "scheduler.exploration": 0.0},
     ),
     "paced": Arm(title="PACED-RL", words="the preset's defaults", changes={"algorithm": "paced"}),
     "selection": Arm(
