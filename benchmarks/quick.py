@@ -13,7 +13,8 @@ _SUMS = "rg:chain_sum?size={size}&seed={seed}&min_terms=2&max_terms=2&min_digits
 def quick(config: Config) -> Config:
     """Return `config` with one or two steps of a few rollouts, a warm start of two steps and hardly any evaluation.
 
-    The preset `tiny` keeps its data; other models get sums, one step of short completions, and no warm start.
+    The preset `tiny` keeps its data and `small` its easiest task; other models get sums, one step of short completions,
+    and no warm start.
     """
     small = {
         "steps": 2,
@@ -28,7 +29,7 @@ def quick(config: Config) -> Config:
     phases = {
         name: dataclasses.replace(
             (phase := getattr(config.warm_start, name)),
-            steps=steps,
+            steps=steps if phase.sources else 0,
             batch_size=8,
             warmup_steps=0,
             sources=tuple(re.sub(r"size=\d+", "size=100", source) for source in phase.sources),
@@ -36,7 +37,9 @@ def quick(config: Config) -> Config:
         for name in ("first", "second")
     }
     small["warm_start"] = dataclasses.replace(config.warm_start, **phases)
-    if config.model.name == "tiny":
+    if config.model.name == "tiny" and config.model.alphabet == "ascii":
+        sources = {"train": config.data.train[:1], "eval": config.data.eval[:1], "headline": ()}
+    elif config.model.name == "tiny":
         sources = {"train": ("task:signed_sums?split=train&size=200&seed=42",)}
     else:
         small |= {"steps": 1, "evaluation": dataclasses.replace(small["evaluation"], every=0)}

@@ -36,6 +36,9 @@ class ModelConfig:
     liger: Literal["auto", "on", "off"] = "auto"
     """Use of liger-kernel's RMSNorm, SwiGLU and rotary embedding; `auto`: on, if it is installed and the policy is on a
     GPU."""
+    alphabet: Literal["signed_sums", "ascii"] = "signed_sums"
+    """`tiny`: the characters that it reads and writes, one token each: the 17 of the task signed_sums, or `ascii` (the
+    95 printable ones)."""
     hidden_size: Annotated[int, Bounds(1, 10**6)] = 96
     """`tiny`: width of the hidden layers."""
     intermediate_size: Annotated[int, Bounds(1, 10**6)] = 256

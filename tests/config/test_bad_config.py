@@ -163,6 +163,7 @@ NUMBER_FAULTS = {
     "share": ("0.5", "0.5:0.5", "0.6:0.5", "-0.1:1", "0:1.1", "nan:1", "0:nan", "0:inf", "a:b", "0:0.1:0.2", "null"),
     "optional": ("yes", "1", "True", "null", "nan"),
     "flip_probability": ("often", "nan", "inf", "-0.1", "1.1", "null"),
+    "keep": ("(", "[0-9", "*", "(?P<a", "a{2,1}"),
     "template": ("Q:", "{promt}", "null", "nan", "-1"),
     "format": ("gsm", "GSM8K", "null", "nan", "-1", "gsm8k,math"),
     "demonstration": ("@answr", "@", "@Answer"),

@@ -1,4 +1,4 @@
-"""Presets: each resolves, `smollm2` is the same everywhere, the GPU preset says what it needs."""
+"""Presets: each resolves, `small` and `smollm2` are the same everywhere, the GPU preset says what it needs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import itertools
 import json
 import logging
 import math
+import re
 from importlib import util
 from pathlib import Path
 
 import pytest
+import tiny_policy
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.quick import quick
 from paced_fast import train
 from paced_fast.config import Config
 from paced_fast.config.presets import PRESETS, preset
@@ -22,6 +25,7 @@ from paced_fast.config.resolve import resolve
 from paced_fast.data import prompts
 from paced_fast.data.records import PromptTable
 from paced_fast.data.sources import parse_source
+from paced_fast.rewards import Scorer, Shaper
 from paced_fast.run.start import tables as inputs
 
 
@@ -119,6 +123,47 @@ def test_smollm2_is_the_same_everywhere(
         assert inputs.without_missing(config) == config
     assert not [record for record in caplog.records if record.name.startswith("paced_fast")]
     assert tables(config, tokenizer) == made
+
+
+def test_small_has_prompts_of_every_difficulty_and_no_prompt_twice(caplog: pytest.LogCaptureFixture) -> None:
+    config = resolve(preset("small"))
+    characters = inputs.read_tokenizer(config.model.name, config.model.alphabet)
+    few = tuple(re.sub(r"size=\d+", "size=200", spec) for spec in config.warm_start.first.sources)
+    specs = {"train": config.data.train, "eval": config.data.eval, "warm start": few}
+    made = {name: inputs.read_table(sources, characters, config) for name, sources in specs.items()}
+    texts = {name: {characters.decode(row.token_ids) for row in table.rows} for name, table in made.items()}
+    for one, other in itertools.combinations(texts, 2):
+        assert not texts[one] & texts[other], (one, other)
+    with caplog.at_level(logging.INFO, logger="paced_fast"):
+        assert inputs.read_tables(config, characters, Scorer(), Shaper(config.reward)) == (
+            made["train"],
+            made["eval"],
+            0,
+        )
+    assert "also held-out prompts" not in caplog.text
+    slices = {name: {row.slice for row in table.rows} for name, table in made.items()}
+    assert slices["train"] == slices["eval"] == slices["warm start"]
+    assert len({name.partition("_")[0] for name in slices["train"]}) >= 8
+    assert set(config.data.headline) < slices["eval"]
+    assert 3000 <= len(made["train"]) <= 4000
+    assert 250 <= len(made["eval"]) <= 400
+    for row in (row for table in made.values() for row in table.rows):
+        assert len(row.token_ids) <= config.data.max_prompt_tokens
+        assert len(str(row.columns["answer"])) < config.generation.max_completion_tokens
+    rows = made["warm start"].rows
+    assert [row.demonstration for row in rows] == [row.columns["answer"] for row in rows]
+    assert set(Scorer().score(rows, [str(row.demonstration) for row in rows])) == {1.0}
+
+
+def test_a_toy_run_of_small(tmp_path: Path) -> None:
+    config = dataclasses.replace(quick(preset("small")), run_dir=str(tmp_path / "run"))
+    config = tiny_policy.replaced(config, warm_start__cache_dir=str(tmp_path / "cache"), run__report=False)
+    train.run(resolve(config))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["rollouts"], summary["skipped_steps"]) == (2, 16, 0)
+    assert summary["accuracy_after"] is not None
+    settings = json.loads((tmp_path / "run" / "initial" / "config.json").read_text())
+    assert settings["vocab_size"] == 97
 
 
 def test_optional_files_that_are_absent_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

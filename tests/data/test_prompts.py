@@ -8,13 +8,23 @@ import os
 import re
 import sys
 import types
+import typing
 from pathlib import Path
 
 import pytest
 from tiny_bytes import BOS, END, START, THINK, byte_tokenizer, plain_ids
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from paced_fast.data.prompts import character_tokenizer, decode, load_table, load_tokenizer, stop_token_ids
+from paced_fast.config import ModelConfig
+from paced_fast.data.prompts import (
+    ALPHABETS,
+    alphabet_tokenizer,
+    character_tokenizer,
+    decode,
+    load_table,
+    load_tokenizer,
+    stop_token_ids,
+)
 from paced_fast.data.sources import drop_missing, parse_source
 from paced_fast.data.tasks import SIGNED_SUMS_ALPHABET
 from paced_fast.errors import InputError
@@ -100,6 +110,22 @@ class TestTokenizers:
     def test_character_tokenizer_errors(self, alphabet, pad, stop, message):
         with pytest.raises(InputError, match=message):
             character_tokenizer(alphabet, pad=pad, stop=stop)
+
+    def test_every_alphabet_of_the_settings(self, tmp_path):
+        choices = typing.get_args(typing.get_type_hints(ModelConfig)["alphabet"])
+        assert set(ALPHABETS) == set(choices)
+        assert ALPHABETS["signed_sums"].characters == SIGNED_SUMS_ALPHABET
+        made = alphabet_tokenizer("ascii")
+        printable = "".join(map(chr, range(ord(" "), ord("~") + 1)))
+        assert len(made) == len(printable) + 2
+        made.save_pretrained(tmp_path)
+        for tokenizer in (made, load_tokenizer(str(tmp_path))):
+            ids = tokenizer(printable)["input_ids"]
+            assert ids == list(range(2, 97))
+            assert decode(tokenizer, [*ids, 1]) == printable
+            assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+            with pytest.raises(Exception, match="UNK"):
+                tokenizer("\u00e9")
 
     def test_load_tokenizer_names_what_is_missing(self, tmp_path):
         with pytest.raises(InputError, match=r"no such folder '.*nowhere'"):
@@ -282,6 +308,27 @@ class TestFiles:
         made = [{r.prompt for r in load(f"rg:chain_sum?size=200&share={s}", chat).rows} for s in ("0:0.5", "0.5:1")]
         assert not made[0] & made[1]
         assert min(map(len, made)) > 60
+
+    def test_a_prompt_is_what_the_expression_keeps_of_it(self, chat, tmp_path):
+        texts = ["What is 4 - 1 - 7 ?", "Tell me 4 -1- 7.", *(f"Say {i}!" for i in range(20))]
+        rows = [{"question": text, "answer": i} for i, text in enumerate(texts)]
+        spec = f"jsonl:{write(tmp_path / 'a.jsonl', *rows)}?prompt=question&keep=[0-9-]%2B"
+        table = load(spec, chat, tmp_path, template="{prompt}=")
+        assert [row.prompt for row in table.rows] == ["4-1-7", "4-1-7", *map(str, range(20))]
+        assert table.rows[0].token_ids == tuple(plain_ids(chat, "4-1-7="))
+        # Texts that become the same prompt are dealt to the same side.
+        parts = [[row.prompt for row in load(f"{spec}&share={s}", chat, tmp_path).rows] for s in ("0:0.5", "0.5:1")]
+        assert not set(parts[0]) & set(parts[1])
+        assert sorted(parts[0] + parts[1]) == sorted(row.prompt for row in table.rows)
+        (made,) = load("rg:gcd?size=1&seed=1&keep=[0-9]+|(?<=[0-9],) ", chat).rows
+        assert made.prompt == "780 461"
+        write(
+            tmp_path / "b.jsonl", {"prompt": "no number", "answer": 1}, {"prompt": [{"role": "user", "content": "1"}]}
+        )
+        with pytest.raises(InputError, match=r"b.jsonl:1: keep=.* matches nothing in the prompt 'no number': change"):
+            load("jsonl:b.jsonl?keep=[0-9]", chat, tmp_path)
+        with pytest.raises(InputError, match=r"b\.jsonl:2: keep= needs a prompt that is one text: leave it out"):
+            load("jsonl:b.jsonl?keep=[0-9]&rows=1:2&answer=x&format=plain", chat, tmp_path)
 
     @pytest.mark.parametrize(
         ("answer", "text"), [(43.0, "43"), (7, "7"), (25.31, "25.31"), ("1/2", "1/2"), ("so\n#### 1,200", "1,200")]

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from paced_fast.config import Config
 from paced_fast.config.presets.cpu import smollm2, tiny
 from paced_fast.config.presets.gpu import deepcoder_1_5b, qwen3_4b, qwen_math_1_5b, qwen_math_1_5b_lora, qwen_math_7b
+from paced_fast.config.presets.small import small
 from paced_fast.errors import InputError
 
 __all__ = ["PRESETS", "preset"]
 
 PRESETS: dict[str, Callable[[], Config]] = {
     make.__name__: make
-    for make in (tiny, smollm2, qwen_math_1_5b, qwen_math_1_5b_lora, qwen_math_7b, qwen3_4b, deepcoder_1_5b)
+    for make in (tiny, small, smollm2, qwen_math_1_5b, qwen_math_1_5b_lora, qwen_math_7b, qwen3_4b, deepcoder_1_5b)
 }
 
 

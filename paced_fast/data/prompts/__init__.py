@@ -9,6 +9,8 @@ from paced_fast.data.prompts.overlap import Overlap, duplicates, overlap
 from paced_fast.data.prompts.stop_tokens import Decoder, Stops, decode, find_stops, stop_token_ids
 from paced_fast.data.prompts.table import load_table
 from paced_fast.data.prompts.tokenizers import (
+    ALPHABETS,
+    alphabet_tokenizer,
     character_tokenizer,
     check_embedded,
     declared_stop_ids,
@@ -18,10 +20,12 @@ from paced_fast.data.prompts.tokenizers import (
 )
 
 __all__ = [
+    "ALPHABETS",
     "ChatSettings",
     "Decoder",
     "Overlap",
     "Stops",
+    "alphabet_tokenizer",
     "character_tokenizer",
     "check_embedded",
     "declared_stop_ids",

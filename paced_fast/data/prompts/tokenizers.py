@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,28 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
-from paced_fast.data import hub
+from paced_fast.data import hub, tasks
 from paced_fast.errors import InputError
 
 _READ = (".json", ".jinja", ".model", ".txt")
 """Endings of the files that a tokenizer is read from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alphabet:
+    """Characters of a model that reads and writes them one by one, in the order of their token ids."""
+
+    characters: str
+    pad: str
+    stop: str
+
+
+ALPHABETS = {
+    "signed_sums": Alphabet(tasks.SIGNED_SUMS_ALPHABET, pad=tasks.SIGNED_SUMS_PAD, stop=tasks.SIGNED_SUMS_STOP),
+    # NUL, which no prompt may contain, and the end of a line.
+    "ascii": Alphabet("\0\n" + "".join(map(chr, range(32, 127))), pad="\0", stop="\n"),
+}
+"""Alphabets by the names that `--model.alphabet` knows."""
 
 
 def character_tokenizer(alphabet: str, *, pad: str, stop: str) -> PreTrainedTokenizerFast:
@@ -37,6 +55,12 @@ def character_tokenizer(alphabet: str, *, pad: str, stop: str) -> PreTrainedToke
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=pad, eos_token=stop, clean_up_tokenization_spaces=False
     )
+
+
+def alphabet_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Tokenizer of one of the `ALPHABETS`."""
+    alphabet = ALPHABETS[name]
+    return character_tokenizer(alphabet.characters, pad=alphabet.pad, stop=alphabet.stop)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -12,6 +12,9 @@ Rows of known formats need no more; `format=` (`formats.FORMATS`) names one that
 `prompt=` and `answer=` map the fields of any other (dotted names reach into structures), `answer_after=####` keeps what
 follows the last such mark of the answer. `reward` is the format's, math unless the rows are programs with tests.
 
+`keep=REGEX` shortens each prompt to what the regular expression matches in it, one match after the other:
+`rg:chain_sum?keep=[0-9%2B-]%2B` asks `4-1-7` for `State the final answer ...: 4 - 1 - 7 =`.
+
 `rows=start:stop` keeps those rows (from 0, stop excluded), `share=low:high` those of them whose prompt hashes into that
 part of [0, 1), then `seed` shuffles and `size` keeps the first. Shares that do not overlap have no prompt in common,
 repeated prompts included: `share=0:0.8` to train on and `share=0.8:1` to evaluate on. `demonstration` is a field with

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,15 +122,30 @@ def _share(
     name = source.prompt or layout.prompt
     for number, (where, raw) in zip(candidates, reader.stream(candidates, name), strict=True):
         try:
-            if low <= _place(reader.decode(where, raw), name, where) < high:
+            if low <= _place(_prompt(source, reader.decode(where, raw), name, where)) < high:
                 yield number
         except BadRow as bad:
             bad_rows.add(bad)
 
 
-def _place(row: Row, name: str, where: str) -> float:
-    """A number in [0, 1) that depends on the row's prompt and nothing else."""
-    text = json.dumps(_lookup(row, name, where, "prompt"), sort_keys=True, default=str)
+def _prompt(source: Source, row: Row, name: str, where: str) -> Any:
+    """The row's prompt; of a text the part that the source keeps."""
+    prompt = _lookup(row, name, where, "prompt")
+    if source.keep is None:
+        return prompt
+    if not isinstance(prompt, str):
+        raise BadRow(f"{where}: keep= needs a prompt that is one text: leave it out")
+    kept = "".join(match[0] for match in re.finditer(source.keep, prompt))
+    if not kept:
+        raise BadRow(
+            f"{where}: keep={source.keep} matches nothing in the prompt {prompt[:80]!r}: change the expression"
+        )
+    return kept
+
+
+def _place(prompt: Any) -> float:
+    """A number in [0, 1) that depends on the prompt and nothing else."""
+    text = json.dumps(prompt, sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
@@ -160,7 +176,7 @@ def _draft(source: Source, layout: Layout, where: str, data: Row) -> Draft:
     reward = source.reward or (data["reward"] if made else layout.reward)
     check_text(data, where)
     name = source.prompt or layout.prompt
-    prompt = checked_prompt(_lookup(data, name, where, "prompt"), name, where)
+    prompt = checked_prompt(_prompt(source, data, name, where), name, where)
     columns = {key: value for key, value in data.items() if key not in ("prompts", "completions", name)}
     if made:
         columns = {key: value for key, value in columns.items() if key not in ("reward", "slice", "demonstration")}

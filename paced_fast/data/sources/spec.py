@@ -21,10 +21,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 Messages = list[dict[str, str]]
 
 _SHARED_KEYS = ("reward", "slice", "size", "seed", "rows", "share", "template")
-_FIELD_KEYS = ("format", "prompt", "answer", "answer_after", "demonstration")
+_FIELD_KEYS = ("format", "prompt", "keep", "answer", "answer_after", "demonstration")
 _KEYS = {
     "task": (*_SHARED_KEYS, "split", "flip_probability"),
-    "rg": (*_SHARED_KEYS, "demonstration"),
+    "rg": (*_SHARED_KEYS, "keep", "demonstration"),
     "jsonl": (*_SHARED_KEYS, *_FIELD_KEYS, "optional"),
     "parquet": (*_SHARED_KEYS, *_FIELD_KEYS, "optional"),
     "hf": (*_SHARED_KEYS, *_FIELD_KEYS, "split", "config"),
@@ -39,6 +39,7 @@ _WANTED = {
     "size": "a whole number >= 1 of up to 12 digits",
     "seed": "a whole number >= 0 of up to 18 digits",
     "flip_probability": "a number from 0 to 1",
+    "keep": "a regular expression",
     "template": "chat, plain or text with {prompt} in it",
     "demonstration": f"the name of a field, {' or '.join(_COMPUTED)}",
 }
@@ -55,6 +56,8 @@ class Source:
     format: str = "auto"
     """Name of the layout of the rows; `auto` recognises it by the fields, unless prompt or answer is given."""
     prompt: str | None = None
+    keep: str | None = None
+    """Regular expression; a prompt is what it matches in the text, one match after the other."""
     answer: str | None = None
     """Field with the answer; the layout's unless given, and then a row may lack it when its reward needs none."""
     answer_after: str | None = None
@@ -153,6 +156,8 @@ def _read(kind: str, key: str, text: str) -> Any:
         if not low < high:
             raise ValueError
         return low, high
+    if key == "keep":
+        return _pattern(text)
     if key == "optional":
         return {"true": True, "false": False}[text]
     allowed = (
@@ -164,6 +169,14 @@ def _read(kind: str, key: str, text: str) -> Any:
     )
     if not allowed:
         raise ValueError
+    return text
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError from error
     return text
 
 

@@ -19,7 +19,6 @@ from paced_fast.config import Config, stream_seed
 from paced_fast.data import prompts
 from paced_fast.data.records import Completion, Group, PromptRow, PromptTable
 from paced_fast.data.step_record import StepRecord
-from paced_fast.data.tasks import SIGNED_SUMS_ALPHABET, SIGNED_SUMS_PAD, SIGNED_SUMS_STOP
 from paced_fast.distributed import ALONE, EVERYWHERE, World, usable_cores
 from paced_fast.errors import InputError
 from paced_fast.generation import TransformersGenerator
@@ -107,7 +106,8 @@ def measure(config: Config, *, steps: int, lengths: str, world: World = ALONE) -
 
 def _stepper(config: Config, lengths: str, world: World) -> tuple[Stepper, RandomRollouts]:
     source = torch.Generator().manual_seed(stream_seed(config.seed, 0, "bench"))
-    settings = model_settings(config.model, len(SIGNED_SUMS_ALPHABET))
+    tokenizer = prompts.alphabet_tokenizer(config.model.alphabet)
+    settings = model_settings(config.model, len(tokenizer))
     model = random_model(config.model, settings, seed=stream_seed(config.seed, 0, "initial weights"))
     policy = make_policy(model, config)
     initial = policy.frozen_copy() if config.traits.keeps_initial_policy else None
@@ -120,7 +120,6 @@ def _stepper(config: Config, lengths: str, world: World) -> tuple[Stepper, Rando
     if config.uses_head:
         width = settings.hidden_size * (2 if config.log_z.embedding == "mean_and_last" else 1)
         embeddings = torch.randn(len(table), width, generator=source).to(policy.device)
-    tokenizer = prompts.character_tokenizer(SIGNED_SUMS_ALPHABET, pad=SIGNED_SUMS_PAD, stop=SIGNED_SUMS_STOP)
     rollouts = RandomRollouts(config, table, settings.vocab_size, lengths=lengths)
     phases = Phases(*clock_of(policy.device), probe(policy.device))
     collector = Collector(

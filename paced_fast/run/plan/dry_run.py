@@ -11,8 +11,8 @@ from rich.console import Console
 
 from paced_fast.config import Config, flatten
 from paced_fast.config.resolve import check_engine_ranks, resolve
+from paced_fast.data.prompts import ALPHABETS
 from paced_fast.data.sources import parse_source
-from paced_fast.data.tasks import SIGNED_SUMS_ALPHABET
 from paced_fast.distributed import usable_cores
 from paced_fast.errors import InputError
 from paced_fast.policy import adapt
@@ -64,7 +64,7 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_num_threads(config.run.threads or usable_cores())
     chip = _device(config, device, notes)
-    settings = model_settings(config.model, len(SIGNED_SUMS_ALPHABET))
+    settings = model_settings(config.model, len(ALPHABETS[config.model.alphabet].characters))
     config = planned(config, settings)
     _check_positions(config, positions(text_settings(settings)), notes)
     model = skeleton(settings)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paced_fast.config import Config, ModelConfig, stream_seed
-from paced_fast.data import prompts, tasks
+from paced_fast.data import prompts
 from paced_fast.data.records import PromptTable
 from paced_fast.distributed import World, joined
 from paced_fast.errors import InputError
@@ -181,7 +181,7 @@ def _initial_model(
     """Make the model before training, including its warm start; first checks that it has an embedding for every prompt
     token."""
     if path == "tiny":
-        pad_id = tokenizer.convert_tokens_to_ids(tasks.SIGNED_SUMS_PAD)
+        pad_id = tokenizer.pad_token_id
         assert isinstance(pad_id, int)
         seed = stream_seed(config.warm_start.seed, 0, "initial weights")
         model = build_tiny(config.model, len(tokenizer), stop_id=stops.text_end, pad_id=pad_id, seed=seed)

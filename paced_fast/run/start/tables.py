@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from paced_fast.config import Config, DataConfig
 from paced_fast.config.resolve import writes_chats
 from paced_fast.config.saved import load_config
-from paced_fast.data import prompts, tasks
+from paced_fast.data import prompts
 from paced_fast.data.records import Completion, PromptRow, PromptTable
 from paced_fast.data.sources import drop_missing
 from paced_fast.distributed import World
@@ -55,7 +55,7 @@ def read_data(config: Config, folder: Path, world: World, replay: Path | None = 
     if path == "smollm2":
         path = str(path_from_rank0(world, lambda: smollm2_folder(Path(config.warm_start.cache_dir).expanduser())))
     with world.agreement():
-        tokenizer = read_tokenizer(path)
+        tokenizer = read_tokenizer(path, config.model.alphabet)
     config = _dated(config, folder, tokenizer, world)
     with world.agreement():
         config, stops, decode = read_ends(config, path, tokenizer)
@@ -91,12 +91,10 @@ def path_from_rank0(world: World, find: Callable[[], Path | None]) -> Path | Non
     return Path(told) if told else None
 
 
-def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or id, or the characters of `tiny`."""
+def read_tokenizer(path: str, alphabet: str = "signed_sums") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or id; of `tiny`, the characters of `alphabet`."""
     if path == "tiny":
-        return prompts.character_tokenizer(
-            tasks.SIGNED_SUMS_ALPHABET, pad=tasks.SIGNED_SUMS_PAD, stop=tasks.SIGNED_SUMS_STOP
-        )
+        return prompts.alphabet_tokenizer(alphabet)
     return prompts.load_tokenizer(path)
 
 

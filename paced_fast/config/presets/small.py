@@ -1,0 +1,94 @@
+"""Preset of the middle scale: two million parameters and a dozen tasks of reasoning-gym, in minutes on a CPU."""
+
+from __future__ import annotations
+
+from paced_fast.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    WarmStartConfig,
+    WarmStartPhase,
+)
+
+_TASKS = {
+    # What of the question is kept, and what tells the task to the policy.
+    "chain_sum": ("[0-9+-]+", "{prompt}="),
+    "products": ("[0-9*]+", "{prompt}="),
+    "basic_arithmetic": ("[0-9()*/+-]+", "{prompt}="),
+    "simple_equations": (r"[0-9*=+-]+|(?<=\*)[a-z]", "{prompt}:"),
+    "fraction_simplification": ("[0-9]+/[0-9]+", "{prompt}:"),
+    "gcd": ("[0-9]+|(?<=[0-9],) ", "g{prompt}="),
+    "lcm": ("[0-9]+|(?<=[0-9],) ", "l{prompt}="),
+    "count_bits": (r"[0-9]+(?=\?)", "b{prompt}="),
+    "count_primes": ("[0-9]+(?= and)|(?<=and )[0-9]+| (?=and)", "p{prompt}="),
+    "number_sequence": ("-?[0-9]+|(?<=[0-9],) (?=[0-9-])", "n{prompt}="),
+    "number_filtering": (r"^[KR]|[ls](?=arger|maller)|-?[0-9]+| (?=in this|')", "{prompt}="),
+    "spell_backward": ("(?<=: )[A-Za-z]+$", "s{prompt}="),
+}
+
+_LEVELS = (
+    # task, level, parameters
+    ("spell_backward", "5letters", "min_word_len=4&max_word_len=5"),
+    ("spell_backward", "7letters", "min_word_len=6&max_word_len=7"),
+    ("spell_backward", "10letters", "min_word_len=8&max_word_len=10"),
+    ("number_filtering", "2numbers", "min_numbers=2&max_numbers=2&max_decimals=0&min_value=0&max_value=99"),
+    ("number_filtering", "3numbers", "min_numbers=3&max_numbers=3&max_decimals=0&min_value=0&max_value=99"),
+    ("chain_sum", "1digit", "min_terms=2&max_terms=2&min_digits=1&max_digits=1"),
+    ("chain_sum", "2digits", "min_terms=2&max_terms=2&min_digits=1&max_digits=2"),
+    ("products", "1digit", "min_digits=1&max_digits=1"),
+    ("basic_arithmetic", "2terms", "min_terms=2&max_terms=2&min_digits=1&max_digits=1&whitespace=no_space"),
+    ("simple_equations", "to10", "min_terms=2&max_terms=2&max_value=10"),
+    ("gcd", "to30", "min_value=2&max_value=30"),
+    ("gcd", "to99", "min_value=10&max_value=99"),
+    ("lcm", "to20", "min_value=2&max_value=20"),
+    ("fraction_simplification", "to12", 'max_value=12&max_factor=9&styles=["plain"]'),
+    ("number_sequence", "simple", "max_terms=5&min_value=0&max_value=20&max_complexity=1"),
+    ("number_sequence", "composed", "max_terms=6&min_value=0&max_value=20&max_complexity=2"),
+    ("count_bits", "to511", "min_n=1&max_n=511"),
+    ("count_primes", "to50", "max_n=50"),
+)
+
+
+def small() -> Config:
+    """Arithmetic, number theory and spelling on a CPU: a 2.3M-parameter model, problems of every difficulty."""
+    return Config(
+        preset="small",
+        steps=160,
+        model=ModelConfig(
+            name="tiny", alphabet="ascii", hidden_size=192, intermediate_size=512, num_layers=5, num_heads=6
+        ),
+        data=DataConfig(
+            train=_sources("0.7:0.92", 880),
+            eval=_sources("0.92:1", 220),
+            max_prompt_tokens=64,
+        ),
+        warm_start=WarmStartConfig(
+            first=WarmStartPhase(
+                sources=_sources("0:0.7", 5000, demonstration="@answer"),
+                steps=1800,
+                batch_size=64,
+                learning_rate=1.5e-3,
+                warmup_steps=60,
+            ),
+        ),
+        generation=GenerationConfig(prompts_per_step=16, group_size=8, max_completion_tokens=20),
+        optimizer=OptimizerConfig(learning_rate=1e-4, micro_batch_tokens=1024),
+        evaluation=EvaluationConfig(every=25, samples=8, final_samples=16),
+        run=RunConfig(threads=1),
+    )
+
+
+def _sources(share: str, rows: int, **more: str) -> tuple[str, ...]:
+    keys = "".join(f"&{key}={value}" for key, value in more.items())
+    specs = []
+    for number, (task, level, parameters) in enumerate(_LEVELS):
+        keep, template = _TASKS[task]
+        specs.append(
+            f"rg:{task}?slice={task}_{level}&seed={(number + 1) * 1000000}&size={rows}&share={share}&{parameters}"
+            f"&keep={keep}&template={template}&reward=exact{keys}"
+        )
+    return tuple(specs)
