@@ -52,6 +52,9 @@ _LEVELS = (
     ("count_primes", "to50", 0.8, "max_n=50"),
 )
 
+_EASIEST = (("spell_backward", "5letters"), ("spell_backward", "7letters"))
+"""Levels that the warm start teaches best; they show what reinforcement forgets."""
+
 
 def small() -> Config:
     """Arithmetic, number theory and spelling on a CPU: a 2.3M-parameter model, problems of every difficulty."""
@@ -64,8 +67,7 @@ def small() -> Config:
         data=DataConfig(
             train=_sources("0.7:0.92", 1100),
             eval=_sources("0.92:1", 300),
-            # Spelling is what the warm start teaches best, and shows what reinforcement forgets.
-            headline=tuple(f"{task}_{level}" for task, level, *_ in _LEVELS if task != "spell_backward"),
+            headline=tuple(f"{task}_{level}" for task, level, *_ in _LEVELS if (task, level) not in _EASIEST),
             max_prompt_tokens=64,
         ),
         warm_start=WarmStartConfig(
@@ -78,7 +80,7 @@ def small() -> Config:
             ),
         ),
         generation=GenerationConfig(prompts_per_step=16, group_size=8, max_completion_tokens=20),
-        optimizer=OptimizerConfig(learning_rate=1e-4, micro_batch_tokens=1024),
+        optimizer=OptimizerConfig(learning_rate=3e-5, micro_batch_tokens=1024),
         evaluation=EvaluationConfig(every=25, samples=8, final_samples=16),
         run=RunConfig(threads=1),
     )
