@@ -128,7 +128,7 @@ def test_smollm2_is_the_same_everywhere(
 def test_small_has_prompts_of_every_difficulty_and_no_prompt_twice(caplog: pytest.LogCaptureFixture) -> None:
     config = resolve(preset("small"))
     characters = inputs.read_tokenizer(config.model.name, config.model.alphabet)
-    few = tuple(re.sub(r"size=\d+", "size=200", spec) for spec in config.warm_start.first.sources)
+    few = tuple(re.sub(r"size=\d+", "size=50", spec) for spec in config.warm_start.first.sources)
     specs = {"train": config.data.train, "eval": config.data.eval, "warm start": few}
     made = {name: inputs.read_table(sources, characters, config) for name, sources in specs.items()}
     texts = {name: {characters.decode(row.token_ids) for row in table.rows} for name, table in made.items()}
