@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -367,6 +368,23 @@ def test_a_run_goes_on_until_the_training_time_is_used_up(cache: Path) -> None:
     assert found["at_budget"] in found["curve"]
     assert found["at_seconds"]["train_seconds"] >= 1.0
     assert found["at_seconds"]["samples"] == 8
+
+
+@pytest.mark.process
+def test_a_run_of_the_sweep_is_measured_before_and_after_training_only(cache: Path) -> None:
+    found = runs.train(job("paced", seed=files.SWEEP_SEEDS[0]), cache=cache, seconds=0.0)
+    assert [point["rollouts"] for point in found["curve"]] == [0, 16]
+    assert found["at_budget"] == found["curve"][-1]
+    assert found["value"] == {"held_out": {}, "table": {}}
+
+
+@pytest.mark.process
+def test_training_time_on_a_cpu_is_that_of_the_processor(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for other work on the machine does not count, whatever the clock on the wall says."""
+    monkeypatch.setattr(time, "process_time", iter(range(100)).__next__)
+    found = runs.train(job("grpo"), cache=cache, seconds=0.0)
+    assert found["clock"] == "processor"
+    assert [point["train_seconds"] for point in found["curve"]] == [0.0, 1.0, 2.0]
 
 
 def test_the_band_holds_prompts_that_are_neither_solved_nor_hopeless() -> None:

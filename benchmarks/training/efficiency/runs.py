@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks.training.efficiency import arms, checks, oracle, suites, value, warm
-from benchmarks.training.efficiency.files import Job
+from benchmarks.training.efficiency.files import SWEEP_SEEDS, Job
 from paced_fast.errors import TrainingError
 from paced_fast.evaluation.held_out import Evaluation
 from paced_fast.run.start.build import PreparedRun, build
@@ -20,7 +22,8 @@ from paced_fast.run.start.build import PreparedRun, build
 def train(job: Job, *, cache: Path, seconds: float) -> dict[str, Any]:
     """Train one arm until the rollout budget and `seconds` of training are used up; return its figures.
 
-    A run that fails has the field `failed`, and what was measured before. `cache` holds the initial policies.
+    A run that fails has the field `failed`, and what was measured before. A run of the sweep is measured before and
+    after training only, as a rate is chosen by nothing else. `cache` holds the initial policies.
     """
     suite = suites.find(job.suite)
     settings = arms.arm_config(suite, job.arm, rate=job.rate, seed=job.seed)
@@ -32,8 +35,9 @@ def train(job: Job, *, cache: Path, seconds: float) -> dict[str, Any]:
             "policy": warm.policy_digest(run.trainer.policy.model),
             "held_out": run.identity["held-out prompts"],
             "table": run.identity["training prompts"],
+            "clock": "wall" if _clock(run) is time.perf_counter else "processor",
         }
-        course = Course(run, suite, by_oracle=arms.ARMS[job.arm].by_oracle)
+        course = Course(run, suite, by_oracle=arms.ARMS[job.arm].by_oracle, is_sweep=job.seed in SWEEP_SEEDS)
         try:
             course.train(seconds)
         except TrainingError as error:
@@ -44,9 +48,12 @@ def train(job: Job, *, cache: Path, seconds: float) -> dict[str, Any]:
 class Course:
     """The course of one run: points of its curve, and the figures at its budgets."""
 
-    def __init__(self, run: PreparedRun, suite: suites.Suite, *, by_oracle: bool = False) -> None:
+    def __init__(
+        self, run: PreparedRun, suite: suites.Suite, *, by_oracle: bool = False, is_sweep: bool = False
+    ) -> None:
         """Measure the policy before training; with `by_oracle` the whole table too."""
-        self.run, self.suite = run, suite
+        self.run, self.suite, self.is_sweep = run, suite, is_sweep
+        self.clock, self.seconds = _clock(run), 0.0
         self.watch = checks.StateWatch(run.trainer)
         self.oracle = oracle.install(run, suite.oracle_samples) if by_oracle else None
         self.tokens, self.values = 0, None
@@ -63,17 +70,17 @@ class Course:
         counters, config, budget = self.run.stepper.counters, self.run.config, self.suite.rollouts
         interval = self.suite.eval_every * config.rollouts_per_step
         final = config.evaluation.final_samples
-        while counters.rollouts < budget or counters.train_seconds < seconds:
+        while counters.rollouts < budget or self.seconds < seconds:
             self._step()
             if self.at_budget is None and counters.rollouts >= budget:
                 self.at_budget = self._point("budget", final, at="end")
                 self.points.append(self.at_budget)
-            elif counters.rollouts >= self.points[-1]["rollouts"] + interval:
+            elif not self.is_sweep and counters.rollouts >= self.points[-1]["rollouts"] + interval:
                 at = "middle" if not self.is_past_middle and 2 * counters.rollouts >= budget else None
                 self.is_past_middle = self.is_past_middle or at is not None
                 name = f"{counters.rollouts // interval} intervals"
                 self.points.append(self._point(name, config.evaluation.samples, at=at))
-            if seconds and self.at_seconds is None and counters.train_seconds >= seconds:
+            if seconds and self.at_seconds is None and self.seconds >= seconds:
                 last = self.points[-1]
                 is_there = last["rollouts"] == counters.rollouts and last["samples"] == final
                 self.at_seconds = last if is_there else self._point("seconds", final)
@@ -104,7 +111,9 @@ class Course:
         if self.oracle is not None and stepper.counters.step and stepper.counters.step % self.suite.oracle_every == 0:
             with self.watch:
                 self.oracle.measure()
+        started = self.clock()
         stepped = stepper.step()
+        self.seconds += self.clock() - started
         fresh, self.values = stepped.result.fresh, stepped.result.values
         self.tokens += fresh.num_tokens
         if stepper.counters.step > config.warmup_steps:
@@ -117,13 +126,13 @@ class Course:
         run, counters = self.run, self.run.stepper.counters
         with self.watch:
             evaluation = value.sampled(run, run.eval_table, samples, draw)
-            if at is not None:
+            if at is not None and not self.is_sweep:
                 self._measure_value(evaluation, at)
         overall = evaluation.overall
         return {
             "rollouts": counters.rollouts,
             "tokens": self.tokens,
-            "train_seconds": counters.train_seconds,
+            "train_seconds": self.seconds,
             "samples": samples,
             "accuracy": overall.accuracy,
             "pass_at_8": overall.pass_at_8,
@@ -141,3 +150,9 @@ class Course:
             table = value.on_table(self.run, self.values, prompts=count, samples=suite.table_samples, draw=draw)
             if table is not None:
                 self.value["table"][at] = table
+
+
+def _clock(run: PreparedRun) -> Callable[[], float]:
+    """Clock of the training time, in seconds: on a CPU that of the processor, because other work on the machine would
+    count otherwise."""
+    return time.process_time if run.trainer.policy.device.type == "cpu" else time.perf_counter

@@ -163,11 +163,16 @@ def _note(suite_name: str, rows: list[Row]) -> str:
         {suite.rollouts:,} rollouts, dropped ones included; {len(base.runs)} seeds, each with a warm start of its own
         that all arms share. `above GRPO`: mean paired difference with its 90 % bootstrap interval over seeds, and what
         the interval says. `rollouts to GRPO's final`: share of the budget at which the mean curve reaches the end of
-        GRPO's, both fitted by a non-decreasing curve. `equal time`: after the training time of GRPO with the same seed.
+        GRPO's, both fitted by a non-decreasing curve. `equal time`: after the training time of GRPO with the same
+        seed{_clock(first)}.
         In brackets: pass@8 and distinct correct answers against GRPO, the slice `{slice_name}` against its start.
         The oracle's measurements are not counted, so it is a bound and no competitor. The band are prompts with a
         measured accuracy of .06 to .94. {_scope(rows)}
         {provenance([run for row in rows for run in row.runs.values()])}."""
+
+
+def _clock(run: dict[str, Any]) -> str:
+    return ", in seconds of the processor" if run.get("clock") == "processor" else ""
 
 
 def _scope(rows: list[Row]) -> str:
