@@ -69,8 +69,7 @@ def settings(folder: Path) -> Config:
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 5},
         "log_z": {"hidden_size": 8, "scored_per_step": 7},
         "scheduler": {"warmup_steps": 3, "max_visits": 1},
-        "replay": {"mode": "on", "capacity": 24, "insert_per_step": 5, "draw_per_step": 4}
-        | {"prioritized": False, "keep": "all", "importance": True},
+        "replay": {"mode": "on", "capacity": 24, "insert_per_step": 5, "draw_per_step": 4},
         "reward": {"shaping": ("0.1*length",)},
         "evaluation": {"every": 3, "samples": 1, "final_samples": 1},
         "run": {"checkpoint_every": 1, "keep_checkpoints": 99, "threads": 1, "report": False},

@@ -39,7 +39,7 @@ class Traits:
 
 
 ALGORITHMS: dict[Algorithm, Traits] = {
-    "paced": Traits(rule="tree", replay="on", intercepts=("value", "group_mean")),
+    "paced": Traits(rule="greedy", replay="on", intercepts=("value", "group_mean")),
     "paced_paper": Traits(rule="greedy", replay="on", intercepts=("value",), remembers=False),
     "tb": Traits(intercepts=("value", "group_mean")),
     "tb_group": Traits(intercepts=("group_mean",)),
@@ -57,8 +57,6 @@ class RuleTraits:
 
     reads_value: bool = False
     """Whether it draws by the learned value; before there is one it draws uniformly."""
-    explores_by_age: bool = False
-    """Whether `scheduler.explore` age has a meaning."""
     mixed_groups_only: bool = False
     """Whether groups that are all right or all wrong are dropped, and prompts drawn in their place."""
     counts_outcomes: bool = False
@@ -66,10 +64,10 @@ class RuleTraits:
 
 
 RULES: dict[str, RuleTraits] = {
-    "tree": RuleTraits(reads_value=True, explores_by_age=True),
+    "tree": RuleTraits(reads_value=True),
     "greedy": RuleTraits(reads_value=True),
     "mopps": RuleTraits(counts_outcomes=True),
-    "history": RuleTraits(explores_by_age=True),
+    "history": RuleTraits(),
     "uniform": RuleTraits(),
     "dynamic": RuleTraits(mixed_groups_only=True),
 }
@@ -145,9 +143,6 @@ class SchedulerConfig:
     """Width of the bell around tau in the `tree` rule."""
     exploration: Annotated[float, Bounds(0.0, 1.0)] = 0.1
     """Share of draws that are made without regard to the estimated accuracy."""
-    explore: Literal["uniform", "age"] = "uniform"
-    """Weight of a prompt in those draws (`tree` and `history`): `uniform`, or `age` (in proportion to the steps since
-    the prompt's last visit)."""
     max_visits: Annotated[int, Bounds(0, 10**9)] = 0
     """Maximum number of draws per prompt and epoch, where an epoch is the number of whole batches that the prompts
     fill; 0: no limit."""
@@ -165,26 +160,13 @@ class ReplayConfig:
 
     mode: Literal["auto", "on", "off"] = "auto"
     """Whether completions are replayed; `auto`: the algorithm's default."""
-    keep: Literal["correct", "all"] = "correct"
-    """Completions that may enter the buffer: `correct` ones, or `all`, wrong ones included, which `importance`
-    requires."""
-    capacity: Annotated[int, Bounds(1, 10**9)] = 128
+    capacity: Annotated[int, Bounds(1, 10**9)] = 64
     """Maximum number of completions in the buffer; the oldest is removed first."""
-    insert_per_step: Annotated[int, Bounds(1, 10**9)] = 64
-    """Maximum number of completions that enter per step, those of highest priority."""
-    priority: Literal["error", "z"] = "error"
-    """Priority of a completion: `error` (|group accuracy - value|, as in the paper), or `z` (that error divided by its
-    standard deviation under the predicted value)."""
-    draw_per_step: Annotated[int, Bounds(1, 10**9)] = 64
-    """Maximum number of replayed completions added to each step's batch."""
+    insert_per_step: Annotated[int, Bounds(1, 10**9)] = 32
+    """Maximum number of completions that enter per step, those of highest priority: |group accuracy - value|, as in the
+    paper."""
+    draw_per_step: Annotated[int, Bounds(1, 10**9)] = 32
+    """Maximum number of replayed completions added to each step's batch. Those of a prompt are drawn together, because
+    they share its forward pass."""
     max_age: Annotated[int, Bounds(1, 10**9)] = 4
     """Maximum age of a replayed completion, in steps since it was sampled."""
-    half_life: Annotated[float, Bounds(0.0, math.inf)] = 0.0
-    """Age, in steps, at which a completion is drawn half as often as a new one; 0: no decay."""
-    prioritized: bool = False
-    """Draw completions in proportion to their current priority; off: uniformly."""
-    importance: bool = False
-    """Weight replayed completions by pi_old / pi_sampled, scaled to a mean of 1. Requires `keep all`. Completions then
-    enter and are drawn without regard to their rewards, because no weight could correct for such a choice."""
-    trains_log_z: bool = False
-    """Train the head on replayed completions too; correct completions alone bias it upwards."""

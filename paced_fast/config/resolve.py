@@ -141,7 +141,6 @@ def _check(config: Config) -> None:
         raise InputError(f"--generator vllm samples at temperatures up to 2, not {hottest:g}: lower the temperature")
     if config.generator == "vllm" and coldest < 0.01:
         raise InputError(f"--generator vllm samples at temperatures from 0.01, not {coldest:g}: raise the temperature")
-    _check_schedule(config)
     if config.generation.prompts_per_step < config.optimizer.minibatches:
         raise InputError(
             f"--optimizer.minibatches is {config.optimizer.minibatches}, but a step draws only "
@@ -230,25 +229,3 @@ def named(option: str, read: Callable[[], object]) -> None:
         read()
     except InputError as error:
         raise InputError(f"{option}: {error}") from None
-
-
-def _check_schedule(config: Config) -> None:
-    """Settings of scheduler and replay that would be ignored, or that contradict each other."""
-    replay, scheduler = config.replay, config.scheduler
-    if scheduler.explore == "age" and not RULES[scheduler.rule].explores_by_age:
-        others = _either(name for name, rule in RULES.items() if rule.explores_by_age)
-        raise InputError(
-            f"--scheduler.explore age has no effect with --scheduler.rule {scheduler.rule}: give the rule {others}, or "
-            "leave it out"
-        )
-    if replay.mode == "off" and (replay.importance or replay.trains_log_z or replay.keep == "all"):
-        raise InputError(
-            "--replay.keep all, --replay.importance and --replay.trains-log-z need replay: give --replay.mode on"
-        )
-    if replay.importance and replay.keep != "all":
-        raise InputError("--replay.importance needs wrong completions in the buffer too: give --replay.keep all")
-    if replay.importance and replay.prioritized:
-        raise InputError(
-            "--replay.importance corrects for the older policy that sampled, not for drawing by priority: give "
-            "--replay.no-prioritized"
-        )

@@ -129,15 +129,18 @@ class LogZ:
         correctness, target = reward. With a memory each update adds `past_per_fresh * groups` past groups; fresh and
         past groups count the same. A non-finite loss or gradient leaves the head as it was.
         """
-        config = self.config
+        config, updates = self.config, self.config.updates_per_step
         inputs = self.inputs[prompt_index]
         loss = grad_norm = torch.zeros((), device=inputs.device)
-        for _ in range(config.updates_per_step):
+        drawn = None
+        if self.past is not None and updates:  # one draw for all updates, because a draw costs more than it computes
+            drawn = [part.chunk(updates) for part in self.past.draw(updates * config.past_per_fresh * groups)]
+        for k in range(updates):
             each = self._error(inputs, target)
             loss = (each if weight is None else each * weight).mean()
             total = loss
-            if self.past is not None:
-                index, goal, share = self.past.draw(config.past_per_fresh * groups)
+            if drawn is not None:
+                index, goal, share = (part[k] for part in drawn)
                 past = (self._error(self.inputs[index], goal) * share).sum() / share.sum().clamp(min=1.0)
                 total = (loss + config.past_per_fresh * past) / (1 + config.past_per_fresh)
             self.optimizer.zero_grad()

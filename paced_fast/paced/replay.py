@@ -1,8 +1,8 @@
 """Replay: a small ring buffer of correct completions of the prompts whose estimate was furthest off.
 
-A completion enters with priority |group accuracy - value| (arXiv 2602.12642), or that in standard deviations, so that
-a lucky group does not pass for a wrong estimate. Old log-probs are not kept: the trainer
-computes them again with the current policy, which is the reference of the trajectory-balance loss.
+A completion enters with priority |group accuracy - value| (arXiv 2602.12642). Old log-probs are not kept: the trainer
+computes them again with the current policy, which is the reference of the trajectory-balance loss. The completions of a
+prompt are drawn together, because they share its forward pass.
 
 Inserting and choosing use tensors of fixed shape on the device and never make the host wait. The choice goes to the
 host together with the prompts of the step, before generation, because the host lays out the forward rows.
@@ -19,22 +19,15 @@ from paced_fast.config import ReplayConfig, stream_seed
 from paced_fast.data import packing
 from paced_fast.data.records import PromptTable, Rollouts
 from paced_fast.data.transfer import to_device
-from paced_kernels import PriorityTree, segment_sum
-
-# Relative weight of a completion of priority 0, in a draw where priority 1 has weight 1.
-_LEAST = 1e-3
-# Bound of the log importance weight of a replayed sequence.
-_MAX_LOG_WEIGHT = 20.0
+from paced_kernels import PriorityTree
 
 
 class ReplayBuffer:
     """Ring of C completions as tensors of fixed shape. M = longest completion, D = completions drawn per step."""
 
-    def __init__(
-        self, config: ReplayConfig, *, group_size: int, max_completion_tokens: int, seed: int, device: torch.device
-    ) -> None:
-        """Make an empty ring of `config.capacity` slots for completions sampled in groups of `group_size`."""
-        self.config, self.group_size = config, group_size
+    def __init__(self, config: ReplayConfig, *, max_completion_tokens: int, seed: int, device: torch.device) -> None:
+        """Make an empty ring of `config.capacity` slots."""
+        self.config = config
         capacity = config.capacity
         # One extra slot takes the writes of completions that do not enter.
         rows = capacity + 1
@@ -56,20 +49,15 @@ class ReplayBuffer:
         self.tree = PriorityTree(capacity, seed=stream_seed(seed, 0, "replay"), device=device, stream=1)
 
     def insert(self, rollouts: Rollouts, values: Tensor, accuracy: Tensor) -> Tensor:
-        """Insert the sequences of largest priority, correct ones only unless all are kept; returns how many entered,
-        i64[].
+        """Insert the correct sequences of largest priority; returns how many entered, i64[].
 
-        Unscored sequences never enter. With `importance` the first groups enter whole, because importance weights
-        cannot correct a choice that depends on the outcome.
-
-        `values` f32[N] are the estimates and `accuracy` f32[B] the accuracies of the sequences' groups.
+        Unscored sequences never enter. `values` f32[N] are the estimates and `accuracy` f32[B] the accuracies of the
+        sequences' groups.
         """
         capacity, device = self.config.capacity, self.lengths.device
         count = min(self.config.insert_per_step, capacity, rollouts.num_sequences)
-        priority = self._priority(accuracy, values[rollouts.prompt_index])
-        if self.config.importance:
-            priority = torch.ones_like(priority)
-        may_enter = rollouts.rewards > 0.5 if self.config.keep == "correct" else rollouts.rewards >= 0.0
+        priority = (accuracy - values[rollouts.prompt_index]).abs()
+        may_enter = rollouts.rewards > 0.5
         may_enter &= to_device(list(rollouts.scored), torch.bool, device)
         order = torch.where(may_enter, priority, -1.0).argsort(descending=True, stable=True)[:count]
         enters = may_enter[order]  # a priority is never negative, so these come first
@@ -96,38 +84,31 @@ class ReplayBuffer:
         self.inserted += entered
         return entered
 
-    def _priority(self, accuracy: Tensor, value: Tensor) -> Tensor:
-        error = (accuracy - value).abs()
-        if self.config.priority == "error":
-            return error
-        return error / (value * (1 - value) / self.group_size + 1e-3).sqrt()
-
     def priorities(self, values: Tensor) -> Tensor:
         """Priorities f32[C] under the current values f32[N]; empty slots hold 0."""
-        priority = self._priority(self.accuracy, values[self.prompt_index])
-        return torch.where(self.policy_version >= 0, priority, 0.0)
+        return torch.where(self.policy_version >= 0, (self.accuracy - values[self.prompt_index]).abs(), 0.0)
 
-    def choose(self, values: Tensor, version: int | Tensor) -> Tensor:
+    def choose(self, num_prompts: int, version: int | Tensor) -> Tensor:
         """Choose distinct completions up to `max_age` versions old; returns slots, lengths and prompts i64[3, D] (slot
         -1: none).
 
-        Evenly, or in proportion to the refreshed priorities when `config.prioritized`, halved every `half_life`
-        versions. `version` is a number on the host or i64[] on the device.
+        The prompts come in random order, each with all of its completions, up to D. `num_prompts` is the size of the
+        table; `version` is a number on the host or i64[] on the device.
         """
-        now = version if isinstance(version, Tensor) else torch.full((), version, device=self.lengths.device)
-        age = now - self.policy_version
-        is_young = (self.policy_version >= 0) & (age <= self.config.max_age)
-        weight = torch.ones_like(self.accuracy)
-        if self.config.prioritized:
-            # Errors are at most 1 and z at most 1 / sqrt(1e-3); the tree's weights end at 1.
-            scale = 1.0 if self.config.priority == "error" else 1e-3**0.5
-            weight = (self.priorities(values) * scale).clamp(max=1.0 - _LEAST) + _LEAST
-        if self.config.half_life > 0.0:
-            weight = weight * torch.exp2(-age / self.config.half_life)
-        self.tree.rebuild(weight, allowed=is_young)
+        device, capacity = self.lengths.device, self.config.capacity
+        now = version if isinstance(version, Tensor) else torch.full((), version, device=device)
+        is_young = (self.policy_version >= 0) & (now - self.policy_version <= self.config.max_age)
+        self.tree.rebuild(torch.ones_like(self.rewards), allowed=is_young)
         self.tree.size.zero_()  # nothing is drawn from an empty ring
         self.tree.step.copy_(now)  # the draw belongs to the step, not to the number of draws before it
-        slots = self.tree.sample_distinct(self.config.draw_per_step, method="race").idx
+        drawn = self.tree.sample_distinct(capacity, method="race").idx  # every young slot in random order, then -1
+        # A prompt's place is that of its first slot in that order; empty places count for nobody.
+        place = torch.arange(capacity, device=device)
+        prompts = torch.where(drawn >= 0, self.prompt_index[drawn.clamp(min=0)], num_prompts)
+        first = torch.full((num_prompts + 1,), capacity, device=device).scatter_reduce_(0, prompts, place, "amin")
+        first[num_prompts] = capacity
+        order = first[prompts].argsort(stable=True)[: self.config.draw_per_step]
+        slots = drawn[order]
         held = slots.clamp(min=0)
         return torch.stack([slots, self.lengths[held], self.prompt_index[held]])
 
@@ -170,14 +151,3 @@ class ReplayBuffer:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor[: self.config.capacity] for name, tensor in self._slots.items()}
-
-
-def importance_weights(rollouts: Rollouts, old_logprobs: Tensor) -> Tensor:
-    """pi_old / pi_sampled f32[B] of each sequence, scaled to a mean of 1; `old_logprobs` f32[T] is the trainer's.
-
-    If failures are kept too and sequences are chosen without regard to their rewards, the weighted mean of a prompt's
-    rewards estimates the old policy's accuracy; with correct completions only it is always 1.
-    """
-    log_weight = segment_sum(old_logprobs - rollouts.generator_logprobs, rollouts.cu_seqlens)
-    weight = log_weight.clamp(-_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT).exp()
-    return weight / weight.mean()

@@ -77,9 +77,7 @@ class PromptScheduler:
     def _race(self, count: int, now: Tensor, round_: int, *, exploration: float = 0.0) -> Tensor:
         """Draw by the tree's weights, without replacement even when a few prompts carry nearly all the weight."""
         self.tree.step.copy_(now + round_ * _ROUND)  # the draw belongs to the step, not to the number of draws before
-        by_age = exploration > 0.0 and self.config.explore == "age"
-        explored = (now - self.last_visit).clamp(min=1) if by_age else None
-        return self.tree.sample_distinct(count, "race", exploration=exploration, explored=explored).idx
+        return self.tree.sample_distinct(count, "race", exploration=exploration).idx
 
     def _uniform(self, count: int, now: Tensor, round_: int, allowed: Tensor | None) -> Tensor:
         self.tree.rebuild(torch.ones_like(self.last_accuracy), allowed=allowed)

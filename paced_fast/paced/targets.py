@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from paced_fast.config import Config
-from paced_fast.data import packing
 from paced_fast.data.records import Fresh, Rollouts, Targets, UpdateResult
 from paced_fast.distributed import ALONE, World
 from paced_fast.generation.mismatch import sequence_weights
 from paced_fast.paced.log_z import LogZ
-from paced_fast.paced.replay import importance_weights
 from paced_fast.paced.update import old_logprobs
 from paced_fast.policy import Policy
 from paced_kernels import segment_sum
@@ -53,9 +51,6 @@ def make_targets(
     if config.mismatch.mode != "off":
         sampled, own = fresh.rollouts, old[: fresh.rollouts.num_tokens]
         weights[:count] = sequence_weights(sampled.generator_logprobs, own, sampled.cu_seqlens, config.mismatch)
-    if config.replay.importance and rollouts.num_sequences > count:
-        replayed = packing.part(rollouts, range(count, rollouts.num_sequences))
-        weights[count:] = importance_weights(replayed.rollouts, old[replayed.tokens])
     return Targets(
         signal=regression.signal(config, rollouts, fresh),
         intercept=regression.intercept(config, rollouts, fresh, values),
@@ -75,8 +70,7 @@ def fit_log_z(
 ) -> tuple[Tensor, Tensor]:
     """Train log Z on the correctness of the scored fresh sequences; returns its loss and gradient norm, f32[].
 
-    Replayed successes would bias it upwards. With `trains_log_z` it learns from all, the replayed ones by their
-    importance.
+    Replayed ones are correct without exception, and would bias it upwards.
     """
     count = fresh.rollouts.num_sequences
     scored = fresh.scored.float() / fresh.scored.float().mean()
@@ -85,10 +79,6 @@ def fit_log_z(
     samples = known.sum(1)
     means = (target[:count].view_as(known) * known).sum(1) / samples.clamp(min=1)
     log_z.observe(fresh.prompt_index, fresh.accuracy * samples, samples, means)
-    if config.replay.trains_log_z:
-        weights = targets.weights.clone()
-        weights[:count] = scored
-        return log_z.fit(rollouts.prompt_index, target, weights, groups=len(samples))
     return log_z.fit(rollouts.prompt_index[:count], target[:count], scored * weight, groups=len(samples))
 
 

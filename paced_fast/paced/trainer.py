@@ -61,7 +61,6 @@ class Trainer:
         if config.replay.mode == "on":
             self.replay = ReplayBuffer(
                 config.replay,
-                group_size=config.generation.group_size,
                 max_completion_tokens=config.generation.max_completion_tokens,
                 seed=config.seed,
                 device=device,
@@ -153,7 +152,7 @@ class Trainer:
         wanted: dict[str, Tensor] = {}
         if round_ == 0 and self.replay is not None and values is not None:
             with self.phase("replay"):
-                wanted["slots"], wanted["lengths"], wanted["prompts"] = self.replay.choose(values, self.now)
+                wanted["slots"], wanted["lengths"], wanted["prompts"] = self.replay.choose(len(values), self.now)
         with self.phase("schedule"):
             wanted["drawn"] = self.scheduler.draw(self.config.generation.prompts_per_step, self.now, values, round_)
             host = to_host(wanted)

@@ -36,7 +36,7 @@ def test_values_reach_their_fields() -> None:
             "k3",
             "k4",
             "--run.no-report",
-            "--replay.prioritized",
+            "--replay.max-age=2",
             "--warm-start.first.steps",
             "3",
             "--run-dir",
@@ -47,7 +47,7 @@ def test_values_reach_their_fields() -> None:
     assert config.loss.importance_cap == 2.5
     assert config.data.headline == ("k3", "k4")
     assert config.run.report is False
-    assert config.replay.prioritized is True
+    assert config.replay.max_age == 2
     assert config.warm_start.first.steps == 3
     assert config.warm_start.second.steps == preset("tiny").warm_start.second.steps
     assert config.run_dir == "somewhere"

@@ -45,14 +45,6 @@ def test_a_number_out_of_range_is_named_with_its_range(name: str) -> None:
 
 
 CONTRADICTIONS = [
-    (
-        {"scheduler__explore": "age", "scheduler__rule": "greedy"},
-        "--scheduler.explore age has no effect with .* greedy",
-    ),
-    ({"replay__importance": True}, "--replay.importance needs wrong completions .*: give --replay.keep all"),
-    ({"replay__importance": True, "replay__keep": "all", "replay__prioritized": True}, "--replay.no-prioritized"),
-    ({"replay__mode": "off", "replay__keep": "all"}, "need replay: give --replay.mode on"),
-    ({"replay__mode": "off", "replay__trains_log_z": True}, "need replay: give --replay.mode on"),
     ({"scheduler__bandwidth": math.inf}, "--scheduler.bandwidth is inf: give a value from 0.001 to 1e[+]06"),
 ]
 

@@ -35,10 +35,10 @@ class Schedule:
         embeddings = torch.randn(PROMPTS, 8, generator=generator).to(DEVICE)
         settings = resolve_log_z(LogZConfig(hidden_size=16, scored_per_step=900), remembers=True)
         self.head = LogZ(embeddings, settings, seed=1, bounded=True)
-        config = SchedulerConfig(rule=rule, warmup_steps=3, explore="age", max_visits=2)  # type: ignore[arg-type]
+        config = SchedulerConfig(rule=rule, warmup_steps=3, max_visits=2)  # type: ignore[arg-type]
         self.scheduler = PromptScheduler(PROMPTS, config, seed=2, device=DEVICE)
-        replay = ReplayConfig(prioritized=True, half_life=3.0, max_age=6)
-        self.replay = ReplayBuffer(replay, group_size=GROUP, max_completion_tokens=LENGTH, seed=3, device=DEVICE)
+        replay = ReplayConfig(max_age=6)
+        self.replay = ReplayBuffer(replay, max_completion_tokens=LENGTH, seed=3, device=DEVICE)
         num = DRAWN * GROUP
         self.cu_seqlens = torch.arange(0, num * LENGTH + 1, LENGTH, dtype=torch.int32, device=DEVICE)
         self.tokens = torch.arange(num * LENGTH, device=DEVICE)
@@ -48,7 +48,7 @@ class Schedule:
         """One step; all of it on the device."""
         self.now += 1
         values = self.head.score()
-        chosen = self.replay.choose(values, self.now)
+        chosen = self.replay.choose(PROMPTS, self.now)
         drawn = self.scheduler.draw(DRAWN, self.now, values)
         index = drawn.repeat_interleave(GROUP)
         self.head.rescore(index)

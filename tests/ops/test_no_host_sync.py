@@ -25,7 +25,7 @@ from paced_fast.config.resolve import resolve_log_z
 from paced_fast.data import packing
 from paced_fast.paced import update
 from paced_fast.paced.log_z import LogZ
-from paced_fast.paced.replay import ReplayBuffer, importance_weights
+from paced_fast.paced.replay import ReplayBuffer
 from paced_fast.paced.scheduler import PromptScheduler
 from paced_fast.policy import micro_batches
 from paced_kernels import PriorityTree, _checks, linear_logprobs, segment_sum, trajectory_balance_loss
@@ -75,17 +75,14 @@ def test_the_tree_never_waits() -> None:
 
 
 def test_replay_inserts_and_chooses_without_waiting() -> None:
-    config = ReplayConfig(
-        capacity=16, insert_per_step=8, draw_per_step=4, max_age=4, prioritized=True, priority="z", half_life=2.0
-    )
-    ring = ReplayBuffer(config, group_size=2, max_completion_tokens=6, seed=0, device=torch.device("cpu"))
+    config = ReplayConfig(capacity=16, insert_per_step=8, draw_per_step=4, max_age=4)
+    ring = ReplayBuffer(config, max_completion_tokens=6, seed=0, device=torch.device("cpu"))
     batch = tiny_policy.rollouts([3, 5, 1, 2, 4, 1], rewards=[1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     values, accuracy = torch.rand(10), torch.rand(6)
 
     def operations() -> None:
         ring.insert(batch, values, accuracy)
-        ring.choose(values, torch.tensor(2))
-        importance_weights(batch, batch.generator_logprobs)
+        ring.choose(len(values), torch.tensor(2))
 
     operations()
     assert ring.inserted == 4
@@ -95,7 +92,7 @@ def test_replay_inserts_and_chooses_without_waiting() -> None:
 def test_the_scheduler_weighs_draws_and_observes_without_waiting() -> None:
     device = torch.device("cpu")
     for rule in ("tree", "greedy", "mopps", "history", "uniform"):
-        config = SchedulerConfig(rule=rule, warmup_steps=0, explore="age", max_visits=2)
+        config = SchedulerConfig(rule=rule, warmup_steps=0, max_visits=2)
         scheduler = PromptScheduler(50, config, seed=0, device=device)
         values, step = torch.rand(50), torch.tensor(3)
 

@@ -11,7 +11,7 @@ import torch
 from paced_fast.config import ReplayConfig
 from paced_fast.data import packing
 from paced_fast.data.records import Completion, PromptRow, PromptTable, Rollouts
-from paced_fast.paced.replay import ReplayBuffer, importance_weights
+from paced_fast.paced.replay import ReplayBuffer
 
 CPU = torch.device("cpu")
 TABLE = PromptTable(
@@ -25,11 +25,11 @@ VALUES = torch.zeros(40)
 
 def buffer(seed: int = 0, **settings: Any) -> ReplayBuffer:
     given = {"capacity": 8, "insert_per_step": 5, "draw_per_step": 4, "max_age": 4} | settings
-    return ReplayBuffer(ReplayConfig(**given), group_size=8, max_completion_tokens=6, seed=seed, device=CPU)
+    return ReplayBuffer(ReplayConfig(**given), max_completion_tokens=6, seed=seed, device=CPU)
 
 
 def draw(ring: ReplayBuffer, values: torch.Tensor, version: int) -> Rollouts | None:
-    return ring.take(*ring.choose(values, version).tolist(), TABLE)
+    return ring.take(*ring.choose(len(values), version).tolist(), TABLE)
 
 
 def values_of(rollouts: Rollouts, priority: torch.Tensor, accuracy: torch.Tensor) -> torch.Tensor:
@@ -107,29 +107,36 @@ def test_priorities_use_the_values_of_now() -> None:
     assert ring.priorities(values + 0.25).tolist() == pytest.approx([0.25, 0.25, 0.5, 0, 0, 0, 0, 0])
 
 
-def frequencies(prioritized: bool, draws: int) -> torch.Tensor:
-    ring = buffer(capacity=12, draw_per_step=1, insert_per_step=9, prioritized=prioritized)
-    insert(ring, list(range(1, 9)), 0, accuracy=0.5)
+def test_every_prompt_is_as_likely_to_be_drawn_as_it_has_completions() -> None:
+    """Prompts 1 to 5 with one completion each, prompt 6 with three; one is drawn at a time."""
+    draws = 2000
+    ring = buffer(capacity=12, insert_per_step=9, draw_per_step=1)
+    insert(ring, [1, 2, 3, 4, 5, 6, 6, 6], 0)
     ring.policy_version[:8] = 1_000_000  # always young
-    values = torch.zeros(40)
-    values[1:9] = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 1.0, 0.55])
     seen = torch.zeros(40)
     for step in range(1, draws + 1):
-        drawn = draw(ring, values, step)
+        drawn = draw(ring, VALUES, step)
         assert drawn is not None
         seen[drawn.prompt_index] += 1
-    assert float(seen.sum()) == float(seen[1:9].sum()) == draws
-    return seen[1:9]
-
-
-@pytest.mark.parametrize("prioritized", [True, False])
-def test_draws_are_in_proportion_to_refreshed_priorities_or_even(prioritized: bool) -> None:
-    draws = 1500
-    seen = frequencies(prioritized, draws)
-    error = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.05]) + 1e-3
-    share = error / error.sum() if prioritized else torch.full((8,), 1 / 8)
-    z = (seen - draws * share) / (draws * share * (1 - share)).sqrt()
+    share = torch.tensor([1.0, 1, 1, 1, 1, 3]) / 8
+    z = (seen[1:7] - draws * share) / (draws * share * (1 - share)).sqrt()
+    assert float(seen.sum()) == float(seen[1:7].sum()) == draws
     assert float(z.abs().max()) < 4.5
+
+
+def test_the_completions_of_a_prompt_are_drawn_together() -> None:
+    """Five of 24 slots, whose prompts are mixed: all of one prompt, then two of another."""
+    ring = buffer(capacity=24, insert_per_step=24, draw_per_step=5)
+    insert(ring, [k % 8 for k in range(24)], 1)
+    orders = set()
+    for version in (2, 3, 4, 5):
+        drawn = draw(ring, VALUES, version)
+        assert drawn is not None
+        first, second = drawn.prompt_index[0].item(), drawn.prompt_index[3].item()
+        assert drawn.prompt_index.tolist() == [first] * 3 + [second] * 2
+        assert first != second
+        orders.add((first, second))
+    assert len(orders) > 1
 
 
 def test_a_draw_is_distinct_and_packed_like_the_original() -> None:
@@ -174,14 +181,13 @@ def test_a_shorter_completion_in_a_used_slot_brings_no_old_tokens() -> None:
     assert drawn.token_ids.tolist() == [3]
 
 
-@pytest.mark.parametrize("prioritized", [True, False])
-def test_the_state_restores_the_next_draws(prioritized: bool) -> None:
-    one = buffer(prioritized=prioritized)
+def test_the_state_restores_the_next_draws() -> None:
+    one = buffer()
     values = torch.rand(40)
     for version in (1, 2, 3):
         insert(one, [version, version + 5, version + 9], version)
         draw(one, values, version + 1)
-    two = buffer(prioritized=prioritized)
+    two = buffer()
     state = {name: tensor.clone() for name, tensor in one.state_dict().items()}
     two.load_state_dict(state)
     for version in (4, 5):
@@ -206,82 +212,3 @@ def test_draws_depend_on_seed_and_step() -> None:
     first, second, third = (d.prompt_index.tolist() for d in drawn if d is not None)
     assert first == second != third
     assert math.comb(24, 5) > 10_000
-
-
-def test_failures_enter_only_where_all_are_kept() -> None:
-    ring = buffer(keep="all", insert_per_step=3)
-    rollouts, accuracy = batch([1, 2, 3, 4], [0.0, 1.0, 0.0, 1.0], 1), torch.full((4,), 0.5)
-    assert ring.insert(rollouts, values_of(rollouts, torch.tensor([0.4, 0.1, 0.3, 0.2]), accuracy), accuracy) == 3
-    assert ring.prompt_index[:3].tolist() == [1, 3, 4]
-    assert ring.rewards[:3].tolist() == [0.0, 0.0, 1.0]
-
-
-def test_the_z_priority_counts_standard_deviations() -> None:
-    """An error of 1/4 at a value of 1/2 is one group in a few; at a value of 1/100 it is a wrong estimate."""
-    values = torch.zeros(40)
-    values[[1, 2]] = torch.tensor([0.5, 0.01])
-    accuracy = torch.tensor([0.75, 0.25])
-    ring = buffer(priority="z")
-    ring.insert(batch([1, 2], [1.0, 1.0], 1), values, accuracy)
-    wanted = [0.24 / math.sqrt(0.01 * 0.99 / 8 + 1e-3), 0.25 / math.sqrt(0.25 / 8 + 1e-3)]
-    assert ring.prompt_index[:2].tolist() == [2, 1], "the larger z first"
-    assert ring.priorities(values)[:2].tolist() == pytest.approx(wanted, rel=1e-5)
-    plain = buffer()
-    plain.insert(batch([1, 2], [1.0, 1.0], 1), values, accuracy)
-    assert plain.prompt_index[:2].tolist() == [1, 2], "the larger error first"
-
-
-def test_a_half_life_halves_the_chance_of_a_draw() -> None:
-    draws = 3000
-    ring = buffer(draw_per_step=1, half_life=2.0, max_age=10)
-    for version, index in ((1, 1), (3, 2), (5, 3)):
-        insert(ring, [index], version)
-    seen = torch.zeros(4)
-    for number in range(draws):
-        ring.tree.seed.fill_(number)
-        seen[ring.prompt_index[ring.choose(VALUES, 5)[0]]] += 1
-    share = torch.tensor([0.25, 0.5, 1.0]) / 1.75
-    z = (seen[1:] - draws * share) / (draws * share * (1 - share)).sqrt()
-    assert float(z.abs().max()) < 4.5
-
-
-def test_importance_weights_make_the_mean_reward_the_accuracy_of_the_old_policy() -> None:
-    """Two answers, one right: sampled at 1/4, the policy now gives it 3/4. With failures kept the mean is 3/4."""
-    rewards = [1.0, 0.0, 0.0, 0.0]
-    rollouts = packing.pack(
-        [Completion(token_ids=[1], logprobs=[math.log(0.25 if r else 0.75)], stopped=True) for r in rewards],
-        [TABLE.rows[1].token_ids] * 4,
-        [1] * 4,
-        rewards,
-        1,
-        CPU,
-    )
-    old = torch.tensor([0.75 if r else 0.25 for r in rewards]).log()
-    weights = importance_weights(rollouts, old)
-    assert float(weights.mean()) == pytest.approx(1.0)
-    assert float((weights * rollouts.rewards).mean()) == pytest.approx(0.75)
-    extreme = importance_weights(rollouts, torch.tensor([-1e4, 0.0, 0.0, 1e4]))
-    assert bool(extreme.isfinite().all())
-
-
-@pytest.mark.parametrize(("importance", "unbiased"), [(True, True), (False, False)])
-def test_with_importance_what_enters_and_leaves_does_not_depend_on_the_outcome(
-    importance: bool, unbiased: bool
-) -> None:
-    """Values that are right and a policy that does not move: the mean reward of what is drawn is the accuracy, 0.1.
-
-    Chosen by |group accuracy - value| it would not be, because a lucky group has the larger error.
-    """
-    generator = torch.Generator().manual_seed(0)
-    drawn: list[float] = []
-    for trial in range(30):
-        ring = buffer(seed=trial, keep="all", importance=importance, capacity=128, insert_per_step=64, draw_per_step=64)
-        index = [i for i in range(32) for _ in range(8)]
-        rewards = torch.bernoulli(torch.full((256,), 0.1), generator=generator)
-        accuracy = rewards.view(32, 8).mean(1).repeat_interleave(8)
-        ring.insert(batch(index, rewards.tolist(), 1), torch.full((40,), 0.1), accuracy)
-        found = draw(ring, torch.full((40,), 0.1), 2)
-        assert found is not None
-        drawn += found.rewards.tolist()
-    deviation = abs(sum(drawn) / len(drawn) - 0.1) / math.sqrt(0.09 / len(drawn))
-    assert (deviation < 4) == unbiased

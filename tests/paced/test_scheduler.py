@@ -218,22 +218,6 @@ def test_an_epoch_draws_no_prompt_more_often_than_allowed(rule: str, max_visits:
     assert most(unbound) > max_visits
 
 
-def test_exploration_by_age_goes_to_those_not_seen_for_long() -> None:
-    """Values far from tau everywhere but at one prompt, so that only exploration reaches the others."""
-    values = torch.full((6,), 0.99)
-    values[0] = 0.5
-    chooser = scheduler(6, rule="tree", exploration=0.5, bandwidth=0.05, explore="age")
-    for index, step in (([1], 90), ([2], 80), ([3], 50), ([4, 5], 100)):
-        chooser.observe(torch.tensor(index), values[index], step)
-    draws, seen = 4000, torch.zeros(6)
-    for round_ in range(draws):
-        seen[chooser.draw(1, 101, values, round_)] += 1
-    ages = torch.tensor([101.0, 11.0, 21.0, 51.0, 1.0, 1.0])
-    share = 0.5 * torch.tensor([1.0, 0, 0, 0, 0, 0]) + 0.5 * ages / ages.sum()
-    z = (seen - draws * share) / (draws * share * (1 - share)).sqrt()
-    assert float(z.abs().max()) < 4.5
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_the_state_restores_the_next_batch(rule: str) -> None:
     values = spread(50)

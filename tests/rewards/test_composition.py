@@ -374,14 +374,14 @@ def test_an_update_with_unscored_completions_is_that_without_them(algorithm: str
 
 
 def test_the_replay_ring_takes_nothing_without_a_verdict_and_keeps_the_shaping() -> None:
-    settings = ReplayConfig(mode="on", keep="all", capacity=8, insert_per_step=8, draw_per_step=8)
-    ring = ReplayBuffer(settings, group_size=4, max_completion_tokens=6, seed=0, device=torch.device("cpu"))
+    settings = ReplayConfig(mode="on", capacity=8, insert_per_step=8, draw_per_step=8)
+    ring = ReplayBuffer(settings, max_completion_tokens=6, seed=0, device=torch.device("cpu"))
     completions = [completion(2), completion(3), completion(1), completion(4)]
     batch = packing.pack(
-        completions, [(5,)] * 4, [0] * 4, [1.0, None, 0.0, None], 1, torch.device("cpu"), [0.5, 0, -0.5, 0]
+        completions, [(5,)] * 4, [0] * 4, [1.0, None, 1.0, None], 1, torch.device("cpu"), [0.5, 0, -0.5, 0]
     )
     assert int(ring.insert(batch, torch.tensor([0.5]), torch.full((4,), 0.5))) == 2
-    slots, lengths, prompts = ring.choose(torch.tensor([0.5]), 2).tolist()
+    slots, lengths, prompts = ring.choose(1, 2).tolist()
 
     class Table:
         rows = (row("exact"),)
@@ -389,7 +389,7 @@ def test_the_replay_ring_takes_nothing_without_a_verdict_and_keeps_the_shaping()
     taken = ring.take(slots, lengths, prompts, Table())  # type: ignore[arg-type]
     assert taken is not None
     assert sorted(zip(taken.lengths, taken.rewards.tolist(), taken.shaping.tolist(), strict=True)) == [
-        (1, 0.0, -0.5),
+        (1, 1.0, -0.5),
         (2, 1.0, 0.5),
     ]
     assert taken.scored == (True, True)

@@ -126,25 +126,18 @@ def test_a_run_leaves_a_complete_folder(rewards: Path, tmp_path: Path) -> None:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "paced": {"algorithm": "paced"},
-    "group mean, greedy, prioritised": {
+    "group mean, tree": {
         "algorithm": "paced",
         "loss__intercept": "group_mean",
-        "scheduler__rule": "greedy",
-        "replay__prioritized": True,
+        "scheduler__rule": "tree",
         "log_z__loss": "bce",
     },
-    "windows, epochs, ages, weighted replay": {
+    "windows, epochs": {
         "algorithm": "paced",
         "log_z__scored_per_step": 11,
         "scheduler__max_visits": 2,
-        "scheduler__explore": "age",
         "scheduler__exploration": 0.3,
-        "replay__keep": "all",
-        "replay__importance": True,
-        "replay__trains_log_z": True,
-        "replay__half_life": 2.0,
     },
-    "z priorities": {"algorithm": "paced", "replay__priority": "z", "replay__prioritized": True},
     "grpo": {"algorithm": "grpo"},
     "grpo by history": {"algorithm": "grpo", "scheduler__rule": "history"},
     "flowrl": {"algorithm": "flowrl"},
@@ -196,7 +189,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint(
 
 def test_every_piece_of_state_matters_or_is_refused(rewards: Path, tmp_path: Path) -> None:
     """Leaving out any one group of tensors fails loudly or changes the run: nothing saved is decoration."""
-    settings = config(rewards, steps=6, replay__prioritized=True)
+    settings = config(rewards, steps=6)
     build_and_run = build(settings, tmp_path / "run")
     for _ in range(4):
         build_and_run.stepper.step()
@@ -347,34 +340,6 @@ def test_fresh_sequences_are_weighed_against_the_generators_error_and_replayed_o
     assert record.generator_mismatch_max == pytest.approx(0.2, rel=1e-2)
     assert record.generator_mismatch_sequence_ratio == pytest.approx(math.cosh(0.2), rel=1e-3)
     assert record.generator_mismatch_outside_share == 0.0
-
-
-def test_the_head_learns_from_replayed_completions_by_their_weights_where_that_is_asked_for(
-    rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = {"log_z__loss": "bce", "replay__trains_log_z": True, "replay__importance": True, "replay__keep": "all"}
-    stepper = build(config(rewards, **changes), tmp_path / "run").stepper
-    trainer = stepper.trainer
-    assert trainer.log_z is not None
-    fitted: list[Tensor] = []
-    fit = trainer.log_z.fit
-
-    def recording(index: Tensor, target: Tensor, weight: Tensor | None = None, *, groups: int) -> tuple[Tensor, Tensor]:
-        assert weight is not None
-        fitted.append(weight.clone())
-        return fit(index, target, weight, groups=groups)
-
-    monkeypatch.setattr(trainer.log_z, "fit", recording)
-    for _ in range(4):
-        record = stepper.step().record
-        weight = fitted[-1]
-        assert len(weight) == record.trained_sequences
-        assert weight[:16].tolist() == [1.0] * 16
-    assert len(weight) > 16
-    assert float(weight[16:].mean()) == pytest.approx(1.0)
-    assert float(weight[16:].std()) > 1e-4, "the policy has moved since they were sampled"
-    assert trainer.replay is not None
-    assert 0.0 in trainer.replay.rewards[trainer.replay.policy_version >= 0].tolist()
 
 
 def test_the_head_regresses_on_the_reward_less_the_drift(rewards: Path, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ follows the last such mark of the answer. `reward` is the format's, math unless 
 `rows=start:stop` keeps those rows (from 0, stop excluded), `share=low:high` those of them whose prompt hashes into that
 part of [0, 1), then `seed` shuffles and `size` keeps the first. Shares that do not overlap have no prompt in common,
 repeated prompts included: `share=0:0.8` to train on and `share=0.8:1` to evaluate on. `demonstration` is a field with
-text to imitate, `@answer` for the bare answer, or `@equation` for one line of arithmetic that ends in it. A file with
-`optional=true` may be absent (`drop_missing`).
+text to imitate, `@answer` for the bare answer, or `@equation` for one line of arithmetic that ends in it;
+`noise=0.2` replaces a fifth of its letters and digits by others. A file with `optional=true` may be absent
+(`drop_missing`).
 
 Files are read as streams: memory is that of the rows kept, and nothing behind `stop` is read.
 """

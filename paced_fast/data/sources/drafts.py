@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import re
+import string
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ Check = Callable[[str, Mapping[str, Any]], str | None]
 """Function of a reward's name and a row's columns; returns why the row could never be scored, or None."""
 
 _FIRST_ROWS = 100
+_KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +193,7 @@ def _draft(source: Source, layout: Layout, where: str, data: Row) -> Draft:
         demonstration = None
     if source.demonstration is not None:
         demonstration = _demonstration(source.demonstration, data, prompt, columns.get("answer"), where)
+        demonstration = _noisy(demonstration, source.noise, where)
     slice_name = source.slice or (data["slice"] if made else source.slice_name)
     return Draft(
         where=where, prompt=prompt, reward=reward, slice=slice_name, columns=columns, demonstration=demonstration
@@ -240,6 +243,17 @@ def _demonstration(name: str, data: Row, prompt: str | Messages, answer: Any, wh
     if not isinstance(text, str) or not text.strip():
         raise BadRow(f"{where}: the demonstration in {name!r} is {text!r:.80}: give text that is not empty")
     return text
+
+
+def _noisy(text: str, share: float, where: str) -> str:
+    """Replace about `share` of the letters and digits by others of their kind; the row's name decides which."""
+    draw = random.Random(f"{where}/{text}")
+    return "".join(_another(one, draw) if share and draw.random() < share else one for one in text)
+
+
+def _another(character: str, draw: random.Random) -> str:
+    kind = next((kind for kind in _KINDS if character in kind), character)
+    return draw.choice(kind.replace(character, "") or character)
 
 
 def _find_field(data: Mapping[str, Any], name: str) -> Any:

@@ -21,10 +21,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 Messages = list[dict[str, str]]
 
 _SHARED_KEYS = ("reward", "slice", "size", "seed", "rows", "share", "template")
-_FIELD_KEYS = ("format", "prompt", "keep", "answer", "answer_after", "demonstration")
+_FIELD_KEYS = ("format", "prompt", "keep", "answer", "answer_after", "demonstration", "noise")
 _KEYS = {
     "task": (*_SHARED_KEYS, "split", "flip_probability"),
-    "rg": (*_SHARED_KEYS, "keep", "demonstration"),
+    "rg": (*_SHARED_KEYS, "keep", "demonstration", "noise"),
     "jsonl": (*_SHARED_KEYS, *_FIELD_KEYS, "optional"),
     "parquet": (*_SHARED_KEYS, *_FIELD_KEYS, "optional"),
     "hf": (*_SHARED_KEYS, *_FIELD_KEYS, "split", "config"),
@@ -39,6 +39,7 @@ _WANTED = {
     "size": "a whole number >= 1 of up to 12 digits",
     "seed": "a whole number >= 0 of up to 18 digits",
     "flip_probability": "a number from 0 to 1",
+    "noise": "a number from 0 to 1",
     "keep": "a regular expression",
     "template": "chat, plain or text with {prompt} in it",
     "demonstration": f"the name of a field, {' or '.join(_COMPUTED)}",
@@ -62,6 +63,8 @@ class Source:
     """Field with the answer; the layout's unless given, and then a row may lack it when its reward needs none."""
     answer_after: str | None = None
     demonstration: str | None = None
+    noise: float = 0.0
+    """Share of the letters and digits of a demonstration that are replaced by others."""
     reward: str | None = None
     slice: str | None = None
     size: int | None = None
@@ -119,6 +122,8 @@ def parse_source(spec: str) -> Source:
                 f"source {spec!r} has the unknown key {key!r}{nearest(key, _KEYS[kind])}: "
                 f"the keys of {kind} are {', '.join(_KEYS[kind])}"
             )
+    if values.get("noise") and "demonstration" not in values:
+        raise InputError(f"source {spec!r} has noise= without demonstration=, whose characters it replaces")
     return Source(spec=spec, kind=kind, name=name, params=params, **values)
 
 
@@ -144,7 +149,7 @@ def _read(kind: str, key: str, text: str) -> Any:
         return _whole(text, low=1, digits=12)
     if key == "seed":
         return _whole(text, low=0, digits=18)
-    if key == "flip_probability":
+    if key in ("flip_probability", "noise"):
         return _bounded(float(text), low=0.0, high=1.0)
     if key == "rows":
         start, stop = (_whole(part, low=0, digits=12) if part else None for part in text.split(":"))
