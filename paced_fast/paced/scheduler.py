@@ -159,7 +159,11 @@ def nearest_of_pool(scheduler: PromptScheduler, draw: Draw) -> Tensor:
     assert draw.values is not None
     count, pool = draw.count, scheduler.pool(draw)
     explore = min(round(scheduler.config.exploration * count), count)
-    nearest = scheduler.nearest(pool, draw.values[pool.clamp(min=0)])
+    values = draw.values[pool.clamp(min=0)]
+    is_known = (pool >= 0) & ~values.isnan()
+    order = is_known.long().argsort(descending=True, stable=True)  # no prompt is drawn whose value is NaN
+    pool, values = torch.where(is_known, pool, -1)[order], values[order]
+    nearest = scheduler.nearest(pool, values)
     chosen, rest = nearest[: count - explore], nearest[count - explore :]
     # The pool is in random order, so its first members among the rest are a uniform draw.
     return torch.cat([pool[chosen], pool[rest.sort().values[:explore]]])
