@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Sequence
 
+EVERYWHERE = "raised on every rank"
+"""Note on an error that all ranks raise together, so that only one of them reports it."""
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line that names the thing and the remedy; exit status 2."""

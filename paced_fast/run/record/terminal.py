@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -21,7 +22,15 @@ from rich.text import Text
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Progress", "config_table", "configure_logging", "evaluation_tables", "final_table", "memory_plan_table"]
+__all__ = [
+    "Progress",
+    "announce",
+    "config_table",
+    "configure_logging",
+    "evaluation_tables",
+    "final_table",
+    "memory_plan_table",
+]
 
 
 def configure_logging(*, rank: int = 0, console: Console | None = None) -> Console:
@@ -41,6 +50,12 @@ def configure_logging(*, rank: int = 0, console: Console | None = None) -> Conso
     package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     package.propagate = False
     return console
+
+
+def announce(what: str) -> None:
+    """Log what begins, if PyTorch is still to be imported: that takes seconds, in which nothing else can be told."""
+    if "torch" not in sys.modules:
+        logger.info("%s: loading PyTorch and transformers", what)
 
 
 class Progress:
