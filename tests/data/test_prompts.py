@@ -175,7 +175,7 @@ class TestParse:
     @pytest.mark.parametrize(
         ("spec", "message"),
         [
-            ("chain_sum", "'chain_sum' must start with one of task:, rg:, jsonl:, parquet:, hf:"),
+            ("chain_sum", "'chain_sum' must start with one of task:, rg:, jsonl:, csv:, parquet:, hf:"),
             ("json:a", "'json:a' must start with .*did you mean 'jsonl'"),
             ("jsonl:", "no name after jsonl:"),
             ("jsonl:a?promt=q", "unknown key 'promt' .did you mean 'prompt'"),

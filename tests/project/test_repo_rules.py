@@ -366,10 +366,8 @@ def test_contributing_shows_the_directions_of_imports_as_enforced() -> None:
 
 def test_the_top_of_the_package_fits_on_a_page() -> None:
     found = {p.relative_to(ROOT / "paced_fast").parts[0] for p in (ROOT / "paced_fast").rglob("*.py")}
-    entries = found - {
-        "__init__.py",
-        "__main__.py",
-    }  # names that Python asks for; folders of former versions may be left, with nothing but caches
+    # Beside the two names that Python asks for; folders of former versions may be left, with nothing but caches.
+    entries = found - {"__init__.py", "__main__.py"}
     assert len(entries) <= 15
 
 
