@@ -49,10 +49,8 @@ def parse(arguments: Sequence[str]) -> Config:
         _check_foreign(name)
     if not set(_HELP).isdisjoint(words):
         return _help(words, preset(name or OWN))
-    default, words, resumed = _start(words, name)
-    if default.preset == "tiny" and name is None and resumed is None and words != list(arguments):
-        short = next(word for word, full in zip(arguments, words, strict=True) if word != full).partition("=")[0]
-        raise InputError(f"{short} is given without a model: give --model NAME, or a preset as the first word")
+    short = next((word.partition("=")[0] for word in arguments if _full(word) != word), None)
+    default, words, resumed = _start(words, name, short)
     _check_words(words, {f"--{field.replace('_', '-')}": field for field in flatten(default)})
     config = read(words, lambda: tyro.cli(Config, args=words, default=default, prog=PROG))
     if config.preset != default.preset:
@@ -85,11 +83,11 @@ def _help(words: Sequence[str], default: Config) -> Config:
     return tyro.cli(Config, args=["--help"], default=default, prog=PROG, description=description)
 
 
-def _start(words: Sequence[str], name: str | None) -> tuple[Config, list[str], Path | None]:
+def _start(words: Sequence[str], name: str | None, short: str | None) -> tuple[Config, list[str], Path | None]:
     """The settings that a command begins with, the other words, and the folder of a run that it goes on with.
 
     They are those of the run in `--resume RUN_DIR`, of `--config FILE`, of the preset `name`, of `own` with a model, or
-    of `tiny`.
+    of `tiny`, which no command means that has a `short` option.
     """
     file, rest = _take(words, "--config")
     resume = _value_of(rest, "--resume")
@@ -109,6 +107,8 @@ def _start(words: Sequence[str], name: str | None) -> tuple[Config, list[str], P
         return read_config(Path(file).expanduser(), name), rest, None
     if name is None and _value_of(rest, "--model.name") is not None:
         name = OWN
+    if name is None and short is not None:
+        raise InputError(f"{short} is given without a model: give --model NAME, or a preset as the first word")
     return preset(name or "tiny"), rest, None
 
 
