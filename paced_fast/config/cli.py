@@ -91,8 +91,14 @@ def _start(words: Sequence[str], name: str | None, short: str | None) -> tuple[C
     """
     file, rest = _take(words, "--config")
     resume = _value_of(rest, "--resume")
-    folder = None if resume in (None, "never", "auto") else Path(resume)
-    if resume == "auto" and name is None and file is None and _value_of(rest, "--model.name") is None:
+    folder = next((Path(one) for one in _values(rest, "--resume") if one not in ("", "never", "auto")), None)
+    if (
+        folder is None
+        and resume == "auto"
+        and name is None
+        and file is None
+        and _value_of(rest, "--model.name") is None
+    ):
         given = _value_of(rest, "--run-dir")
         folder = Path(given) if given is not None and Path(given, "config.json").is_file() else None
     if folder is not None:
@@ -139,8 +145,19 @@ def _take(words: Sequence[str], option: str) -> tuple[str | None, list[str]]:
     return found, rest
 
 
+def _values(words: Sequence[str], option: str) -> list[str]:
+    """Every value of an option, "" for one that is missing."""
+    found: list[str] = []
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue="--"):
+        given, equals, value = word.partition("=")
+        if given.replace("_", "-") == option:
+            found.append(value if equals else "" if after.startswith("--") else after)
+    return found
+
+
 def _value_of(words: Sequence[str], option: str) -> str | None:
-    return _take(words, option)[0]
+    """The value of an option that counts, which is the last; None where it is not given."""
+    return next(reversed(_values(words, option)), None)
 
 
 def _check_foreign(word: str) -> None:
