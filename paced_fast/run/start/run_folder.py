@@ -84,9 +84,9 @@ class RunLock:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
-        except FileExistsError:
-            return False
         except OSError as error:
+            if isinstance(error, FileExistsError) and folder.parent.is_dir():
+                return False
             raise InputError(
                 f"the run folder {folder} cannot be created ({error.strerror}): give another by --run-dir"
             ) from error
@@ -101,9 +101,9 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         """Release the folder; its lock file stays, because removing it could remove another run's, but in a folder that
         was reserved and is empty."""
-        if self._reserved and os.listdir(self._reserved[0]) in ([], [LOCK_NAME]):
-            (self._reserved[0] / LOCK_NAME).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another run's folder is beside it
+        with contextlib.suppress(OSError):  # another run's folder is beside it, or it is gone already
+            if self._reserved and os.listdir(self._reserved[0]) in ([], [LOCK_NAME]):
+                (self._reserved[0] / LOCK_NAME).unlink(missing_ok=True)
                 for folder in self._reserved:
                     folder.rmdir()
         if self._descriptor is not None:
