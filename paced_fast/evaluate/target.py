@@ -97,6 +97,7 @@ def evaluate_target(
         bad_rows=config.data.bad_rows,
         max_bad_share=config.data.max_bad_share,
         check=scorer.problem,
+        limit_option="--max-prompt-tokens",
     )
     if arguments.limit is not None:
         table = _limited(table, arguments.limit, arguments.seed)

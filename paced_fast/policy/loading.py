@@ -211,7 +211,7 @@ def skeleton(settings: PreTrainedConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(settings)
     except hub.UNREADABLE as error:
         raise InputError(
-            f"model.name: the configuration of type {settings.model_type} gives no model ({hub.told(error)}): give a "
+            f"--model.name: the configuration of type {settings.model_type} gives no model ({hub.told(error)}): give a "
             "causal language model with a valid config.json"
         ) from error
 

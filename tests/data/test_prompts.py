@@ -448,13 +448,13 @@ class TestFiles:
         spec = f"jsonl:{write(tmp_path / 'a.jsonl', *rows)}"
         assert len(load(spec, chat, tmp_path, limit=5)) == 3
         with pytest.raises(
-            InputError, match=r"a.jsonl:2: the prompt has 5 tokens, above max_prompt_tokens=4: raise it"
+            InputError, match=r"a.jsonl:2: the prompt has 5 tokens, above --data.max-prompt-tokens 4: raise it"
         ):
             load(spec, chat, tmp_path, limit=4)
         with caplog.at_level(logging.WARNING):
             assert [row.prompt for row in load(spec, chat, tmp_path, limit=4, too_long="skip").rows] == ["aaa", "aaaa"]
         assert "skipped 1 of 3 rows whose prompt has more than 4 tokens" in caplog.text
-        with pytest.raises(InputError, match=r"every row of .* longer than max_prompt_tokens=2"):
+        with pytest.raises(InputError, match=r"every row of .* longer than --data.max-prompt-tokens 2"):
             load(spec, chat, tmp_path, limit=2, too_long="skip")
 
     def test_files_of_the_project(self, chat):

@@ -91,8 +91,8 @@ class Encoder:
             text = _cut(text, self._spans(text), excess, keep)
             if not text.strip():
                 raise InputError(
-                    f"{where}: the prompt has more than max_prompt_tokens={limit} even without its longest text: "
-                    "raise it, or set too_long=skip"
+                    f"{where}: the prompt has more than --data.max-prompt-tokens {limit} even without its longest "
+                    "text: raise it, or give --data.too-long skip"
                 )
             prompt = text if isinstance(prompt, str) else _with_content(prompt, index, text)
             (shorter,) = self.encode([prompt], template, [where], refuse=_raise)
