@@ -40,6 +40,7 @@ _PROMPT = _to("--data.max-prompt-tokens")
 _CLIP = _to("--loss.importance-cap", "--loss.grpo-clip", note="The second with --algorithm grpo.")
 _EVERY = _to("--evaluation.every")
 _SAVE = _to("--run.checkpoint-every")
+_CACHE = _to("--weight-sync.kv-cache-gib", note="The size of the key-value cache in GiB.")
 _VLLM = _to("--generator", note="Give vllm.")
 _DATA = _to("--data", note="A file, a folder or a data set of the hub, as in --data train.jsonl.")
 _MODEL = _to("--model")
@@ -56,7 +57,9 @@ NAMES: dict[str, Counterpart] = {
     "batch-size": _BATCH,
     "generation-batch-size": _to("--generation.prompts-per-step", "--generation.group-size"),
     "steps-per-generation": _to("--optimizer.minibatches"),
-    "num-iterations": _to("--optimizer.epochs"),
+    "num-iterations": _to(
+        "--optimizer.epochs", "--steps", note="The first are passes over each batch, the second steps of training."
+    ),
     "gradient-accumulation-steps": _ACCUMULATION,
     "max-completion-length": _COMPLETION,
     "max-new-tokens": _COMPLETION,
@@ -128,8 +131,8 @@ NAMES: dict[str, Counterpart] = {
     "use-liger-loss": _to(note="The loss is always fused with the output layer."),
     "use-vllm": _VLLM,
     "vllm-mode": _VLLM,
-    "vllm-gpu-memory-utilization": _to("--weight-sync.kv-cache-gib"),
-    "gpu-memory-utilization": _to("--weight-sync.kv-cache-gib"),
+    "vllm-gpu-memory-utilization": _CACHE,
+    "gpu-memory-utilization": _CACHE,
     "vllm-tensor-parallel-size": _to("--weight-sync.tensor-parallel"),
     "tensor-parallel-size": _to("--weight-sync.tensor-parallel"),
     "vllm-enable-sleep-mode": _to("--weight-sync.sleep-level"),
@@ -213,7 +216,7 @@ NAMES: dict[str, Counterpart] = {
     "actor-rollout-ref.rollout.temperature": _to("--generation.temperature"),
     "actor-rollout-ref.rollout.response-length": _COMPLETION,
     "actor-rollout-ref.rollout.max-num-seqs": _to("--generation.max-batch-sequences"),
-    "actor-rollout-ref.rollout.gpu-memory-utilization": _to("--weight-sync.kv-cache-gib"),
+    "actor-rollout-ref.rollout.gpu-memory-utilization": _CACHE,
     "actor-rollout-ref.rollout.tensor-model-parallel-size": _to("--weight-sync.tensor-parallel"),
     "actor-rollout-ref.rollout.val-kwargs.n": _to("--evaluation.samples"),
     "actor-rollout-ref.rollout.val-kwargs.temperature": _to("--evaluation.temperature"),

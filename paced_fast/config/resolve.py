@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from importlib import util
+from pathlib import Path
 from typing import Any, Literal
 
 from paced_fast.config import Config, flatten
@@ -73,7 +74,10 @@ def check(config: Config) -> None:
 
 
 def check_files(config: Config) -> None:
-    """Raises InputError when a file that a source names is absent."""
+    """Raises InputError when the model's folder, or a file that a source names, is absent."""
+    name = config.model.name
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
+        raise InputError(f"--model {name}: no such folder: give the folder of a model or its hub id")
     for spec in _all_sources(config):
         require_file(parse_source(spec), config.data.dir)
 

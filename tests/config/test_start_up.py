@@ -51,6 +51,10 @@ WRONG = [
     (["paced_fast", "train", "--steps", "many"], "error: --steps 'many' is not a whole number"),
     (["paced_fast.train", "--algorithm", "grpo", "--replay.mode", "on"], "error: --replay.mode on needs --algorithm "),
     (["paced_fast.train", "--model", "m", "--data", "absent.jsonl"], "error: source jsonl:absent.jsonl: no such file "),
+    (
+        ["paced_fast.train", "--model", "./no", "--data", "rg:gcd"],
+        "error: --model ./no: no such folder: give the folder",
+    ),
     (["paced_fast.train", "--config", "absent.toml"], "error: --config absent.toml cannot be read (No such file"),
     (
         ["paced_fast.train", "--resume", "runs/absent"],

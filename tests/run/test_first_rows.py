@@ -12,6 +12,17 @@ import tiny_chat
 from paced_fast import train
 
 REWARD = """
+from collections import Counter
+
+class Counting:
+    counts = Counter()
+
+    def __call__(self, prompts, completions, **columns):
+        self.counts["seen"] += len(completions)
+        return [float(a in c) for a, c in zip(columns["answer"], completions)]
+
+counting = Counting()
+
 def contains(prompts, completions, **columns):
     return [float(a in c) for a, c in zip(columns["answer"], completions)]
 
@@ -77,9 +88,8 @@ def test_check_shows_the_first_row_of_every_file_and_writes_nothing(
 @pytest.mark.parametrize(
     ("reward", "words"),
     [
-        ("math", "reward math of this answer: 1, as it should be"),
+        ("exact", "reward exact of this answer: 1, as it should be"),
         ("r.py:contains", "reward r.py:contains of this answer: 1, as it should be"),
-        ("math_strict", "reward math_strict of this answer: 0; inside \\boxed{} it is 1, so the prompt should ask for"),
         ("r.py:boxed", "reward r.py:boxed of this answer: 0; inside \\boxed{} it is 1, so the prompt should ask for"),
         ("r.py:tagged", "reward r.py:tagged of this answer: 0; inside <answer> tags it is 1, so the prompt should ask"),
         ("r.py:never", "WARNING: reward r.py:never of this answer: 0.25, where 1 is expected: either the reward wants"),
@@ -92,6 +102,20 @@ def test_the_reward_of_the_answer_itself(
     assert f"\n  {words}" in told(capsys, "--model", "model", "--data", "train.jsonl", "--reward", reward)
 
 
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("math", "reward math of this answer: 1, as it should be"),
+        ("math_strict", "reward math_strict of this answer: 0; inside \\boxed{} it is 1, so the prompt should ask for"),
+    ],
+)
+def test_what_the_rewards_of_mathematics_want(
+    folder: Path, capsys: pytest.CaptureFixture[str], reward: str, words: str
+) -> None:
+    assert f"\n  {words}" in told(capsys, "--model", "model", "--data", "train.jsonl", "--reward", reward)
+
+
 def test_a_row_without_an_answer_says_what_the_reward_reads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a.jsonl").write_text('{"prompt": "p", "goal": 3}\n')
     text = told(capsys, "--model", "model", "--data", "a.jsonl", "--reward", "r.py:never")
@@ -99,7 +123,7 @@ def test_a_row_without_an_answer_says_what_the_reward_reads(folder: Path, capsys
 
 
 def test_a_model_without_a_chat_template_reads_the_text_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = told(capsys, "--model", "plain", "--data", "train.jsonl")
+    text = told(capsys, "--model", "plain", "--data", "train.jsonl", "--reward", "number")
     assert "tokens:\n  | What is 0 + 1?\n  expected answer: 1\n" in text
     assert "template: plain;" in text
     with pytest.raises(SystemExit):
@@ -111,23 +135,24 @@ def test_a_model_without_a_chat_template_reads_the_text_alone(folder: Path, caps
 
 
 def test_own_model_data_and_reward_train_resume_and_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", "model", "--data", "train.jsonl", "--reward", "r.py:contains", "--steps", "1"]
+    words = ["--model", "model", "--data", "train.jsonl", "--reward", "r.py:counting", "--steps", "1"]
     small = ["--generation.prompts-per-step=2", "--generation.group-size=2", "--generation.max-completion-tokens=4"]
     train.main([*words, *small, "--run.no-report", "--run.threads=1"])
     text = capsys.readouterr().out
-    assert text.index("reward r.py:contains of this answer: 1") < text.index("memory plan") < text.index("step 1/1")
+    assert text.index("reward r.py:counting of this answer: 1") < text.index("memory plan") < text.index("step 1/1")
     assert "no held-out prompts, so accuracy is not measured: give --eval-data FILE, or divide the data" in text
     run = folder / "runs" / "model-paced-0"
     saved = json.loads((run / "config.json").read_text())
     assert (saved["preset"], saved["data"]["template"], saved["model"]["device"]) == ("own", "chat", "cpu")
-    assert saved["data"]["train"] == ["train.jsonl?reward=r.py:contains"]
+    assert saved["data"]["train"] == ["train.jsonl?reward=r.py:counting"]
     train.main(["--resume", "runs/model-paced-0", "--steps", "2"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["verdicts"] == {"r.py:counting": {"seen": 4}}, "of what the policy wrote, and of nothing else"
     with pytest.raises(SystemExit):
         train.main(["--resume", "runs/model-paced-0", "--reward", "r.py:never"])
     assert capsys.readouterr().err == (
-        "error: --resume runs/model-paced-0: --reward.name was r.py:contains in that run and is r.py:never now: leave "
+        "error: --resume runs/model-paced-0: --reward.name was r.py:counting in that run and is r.py:never now: leave "
         "it out to continue the run (--resume runs/model-paced-0 needs nothing else), or start a new run with --config "
         "runs/model-paced-0/config.json\n"
     )

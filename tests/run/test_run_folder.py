@@ -194,6 +194,7 @@ def test_many_choose_one_after_the_other(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny-paced-0-2"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("there", ["runs", "above"])
 def test_a_reserved_folder_goes_with_what_was_made_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str

@@ -102,13 +102,12 @@ def _written(answer: object) -> str | None:
 
 def _verdict(row: PromptRow, answer: str, scorer: Scorer) -> str:
     """What the reward gives for the expected answer itself, and what that means."""
-    (earned,) = scorer.score([row], [answer])
+    (earned,) = scorer.try_out([row], [answer])
     told = f"reward {row.reward} of this answer: {_number(earned)}"
     other = None
     if earned != 1.0:
-        found = scorer.score([row] * len(_FORMS), [form % answer for form in _FORMS.values()])
+        found = scorer.try_out([row] * len(_FORMS), [form % answer for form in _FORMS.values()])
         other = next((name for name, value in zip(_FORMS, found, strict=True) if value == 1.0), None)
-    scorer.take_counts()  # no verdict about what the policy wrote
     if earned == 1.0:
         return f"{told}, as it should be"
     if other is not None:

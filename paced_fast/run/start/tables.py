@@ -234,7 +234,7 @@ def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple
 def _try_rewards(scorer: Scorer, shaper: Shaper, rows: Sequence[PromptRow]) -> None:
     """Score an empty completion of one row per reward, so that a reward that cannot be used fails early."""
     first = list({row.reward: row for row in reversed(rows)}.values())
-    scorer.score(first, [""] * len(first))
+    scorer.try_out(first, [""] * len(first))
     empty = Completion(token_ids=[], logprobs=[], stopped=True)
     shaper.shape(first, [""] * len(first), [empty] * len(first), 1)
 
