@@ -69,6 +69,8 @@ def test_what_fits_some_device_is_left_to_the_machine(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "torch", None)  # not to be asked
     check(cli.parse([*OWN, "--model.liger", "on"]))  # fits a GPU
     check(cli.parse([*OWN, "--model.attention", "packed-sdpa"]))  # fits both
+    monkeypatch.setattr("paced_fast.config.resolve.util.find_spec", lambda name: SimpleNamespace(origin=name))
+    check(cli.parse([*OWN, "--generation.temperature", "3"]))  # too hot for vLLM, which auto means on a GPU
 
 
 @pytest.mark.parametrize(
