@@ -158,6 +158,22 @@ def test_a_column_that_is_named_is_taken_as_it_is(tmp_path: Path) -> None:
     assert drafts(f"{path}?reward=f.py:g")[0].columns["answer"] is None, "an own function needs no answer"
 
 
+def test_the_column_that_is_not_named_is_recognised(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", {"question": "p", "gold": "a", "target": "b"})
+    assert [(one.prompt, one.columns["answer"]) for one in drafts(f"{path}?answer=gold")] == [("p", "a")]
+    assert [(one.prompt, one.columns["answer"]) for one in drafts(f"{path}?prompt=gold")] == [("a", "b")]
+    path = put(tmp_path / "b.jsonl", {"question": "p", "gold": "a"})
+    with pytest.raises(
+        InputError, match=r"name the field of the answer, as in jsonl:\S+b.jsonl\?answer=FIELD, or give"
+    ):
+        drafts(str(path))
+    path = put(tmp_path / "c.jsonl", {"x": "p", "gold": "a"})
+    with pytest.raises(
+        InputError, match=r"name the fields of prompt and answer, as in jsonl:\S+prompt=FIELD&answer=FIELD"
+    ):
+        drafts(str(path))
+
+
 def test_a_column_makes_the_slices(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"prompt": "p", "answer": "a", "level": level, "of": {"kind": "x"}} for level in ("hard", 3, True, 2.5)]
     path = put(tmp_path / "a.jsonl", *rows)

@@ -78,16 +78,21 @@ def layout_of(source: Source, row: Mapping[str, Any]) -> tuple[Layout, bool]:
     given = source.prompt is not None or source.answer is not None
     if source.format != "auto":
         layout, recognised = FORMATS.get(source.format) or _plain(row), False
-    elif source.kind in ("task", "rg") or given or {"prompt", "answer"} <= row.keys():
+    elif source.kind in ("task", "rg") or {"prompt", "answer"} <= row.keys():
         layout, recognised = Layout(name="plain", prompt="prompt", answers=("answer",)), False
+    elif given:
+        layout, recognised = _plain(row), False
     else:
         found = _recognised(row)
         if found is None and row.keys() & set(_PROMPTS) and (judges_without_answer(source.reward) or "messages" in row):
             return _plain(row), True
         if found is None:
+            what, query = "fields of prompt and answer", "prompt=FIELD&answer=FIELD"
+            if row.keys() & set(_PROMPTS):
+                what, query = "field of the answer", "answer=FIELD"
             raise InputError(
-                f"source {source.spec!r}: no known format has the fields {', '.join(map(str, row))}: name the fields "
-                f"of prompt and answer, as in {source.kind}:{source.name}?prompt=FIELD&answer=FIELD, or give format="
+                f"source {source.spec!r}: no known format has the fields {', '.join(map(str, row))}: name the {what}, "
+                f"as in {source.kind}:{source.name}?{query}, or give format="
             )
         layout, recognised = found, True
     if layout.tests and source.reward in _REWARDS_OF_ANSWERS:
