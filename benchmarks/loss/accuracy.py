@@ -50,9 +50,9 @@ def oracle(case: str, batch: Batch, dtype: torch.dtype) -> Answer:
     if case == "trajectory_balance":
         ref = segment_sums(batch.ref_logprobs, batch.cu_seqlens)
         residual = batch.log_z.double() + seq_logprobs - ref - batch.rewards.double() / BETA
-        loss = residual.square().mean()
+        loss = (BETA * residual).square().mean() / (2 * BETA)
         lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).to(residual.device)
-        token_grad = (2 * residual / shape.num_sequences).repeat_interleave(lengths)
+        token_grad = (BETA * residual / shape.num_sequences).repeat_interleave(lengths)
     else:
         token_grad = batch.token_weights.double()
         loss = (token_grad * logprobs).sum()

@@ -44,14 +44,17 @@ def trajectory_balance_loss(
 
         s = torch.stack([part.sum() for part in logprobs.split(lengths)])        # or .mean()
         w = weights * (s - s_behavior).exp().clamp(max=importance_cap).detach()
-        residual = log_z + s - s_ref - rewards / beta
-        loss = (w * residual**2).sum() / denominator
+        residual = log_z + s - s_ref - rewards / beta                            # in nats
+        loss = (w * (beta * residual) ** 2).sum() / (2 * beta) / denominator
 
-    Differentiable in `hidden`, `head_weight`, `bias` and `log_z`: dloss / dlogprobs[t] = 2 w_i residual_i / denominator
-    for every token t of sequence i (divided by its length for the mean), dloss / dlog_z_i = 2 w_i residual_i /
-    denominator. The forward pass computes the gradients, 6 T H V floating-point operations (8 T H V for a sequence
-    with more rows than a chunk, and when `cu_seqlens` is not on the CPU and T exceeds a chunk); the backward pass
-    only scales them. No double backward.
+    beta * residual is value + beta * (s - s_ref) - reward, in reward units, with value = beta * log_z. The scale makes
+    the gradient at s = s_ref that of REINFORCE with the value as its baseline, whatever beta is.
+
+    Differentiable in `hidden`, `head_weight`, `bias` and `log_z`: dloss / dlogprobs[t] = w_i beta residual_i /
+    denominator for every token t of sequence i (divided by its length for the mean), and dloss / dlog_z_i is the same
+    number, undivided. The forward pass computes the gradients, 6 T H V floating-point operations (8 T H V for a
+    sequence with more rows than a chunk, and when `cu_seqlens` is not on the CPU and T exceeds a chunk); the backward
+    pass only scales them. No double backward.
 
     A sequence of weight exactly 0 contributes exactly 0 to the loss and to every gradient, even if its reward, its
     residual or its hidden states are not finite. An empty sequence has s = 0 and contributes its residual. B = 0 and

@@ -156,7 +156,7 @@ def loss_from_logprobs(
         beta=beta,
         # Always per token: with B = T (some sequences empty) the op could not tell per-token from per-sequence.
         ref_logprobs=(old if ref_logprobs is None else ref_logprobs).detach(),
-        weights=weight * (beta / 2),
+        weights=weight,
         reduction=reduction,
         denominator=denominator,
     )
@@ -212,7 +212,7 @@ def loss_from_hidden(
         log_z=log_z,
         beta=beta,
         ref_logprobs=old_logprobs,
-        weights=(torch.ones_like(rewards) if weights is None else weights) * (beta / 2),
+        weights=weights,
         behavior_logprobs=old_logprobs,
         importance_cap=importance_cap,
         bias=bias,

@@ -45,7 +45,7 @@ def trajectory_balance(
         "log_z": targets.intercept / beta,
         "beta": beta,
         "ref_logprobs": targets.ref_logprobs,
-        "weights": targets.weights * (beta / 2),  # residual = u / b, so this is u^2 / (2 b)
+        "weights": targets.weights,
         "behavior_logprobs": targets.old_logprobs,
         "importance_cap": config.loss.importance_cap,
         "denominator": denominator,
@@ -82,7 +82,7 @@ def flowrl(
         log_z=targets.intercept,
         beta=1.0,
         ref_logprobs=targets.ref_logprobs,
-        weights=importance,
+        weights=importance * 2,  # the op halves the square, FlowRL does not
         reduction="mean",
         denominator=denominator,
     )

@@ -163,7 +163,7 @@ def test_the_oracle_is_autograd_in_float64(case, batch):
         owner = torch.repeat_interleave(torch.diff(batch.cu_seqlens))
         log_ratio = torch.zeros(TOY.num_sequences, dtype=torch.float64)
         log_ratio = log_ratio.index_add(0, owner, logprobs - batch.ref_logprobs.double())
-        loss = (batch.log_z.double() + log_ratio - batch.rewards.double() / 0.05).square().mean()
+        loss = (0.05 * (batch.log_z.double() + log_ratio) - batch.rewards.double()).square().mean() / (2 * 0.05)
     loss.backward()
     torch.testing.assert_close(exact.loss, loss.detach())
     assert hidden.grad is not None

@@ -54,7 +54,8 @@ def naive_loss(case: dict[str, Any], entropy_bonus: float = 0.0) -> Tensor:
     gaps = torch.stack([(logprobs - case["ref_logprobs"])[start:stop].sum() for start, stop in parts])
     residual = case["log_z"] + gaps - case["rewards"] / case["beta"]
     entropy = -(table.exp() * table).sum(-1)
-    return (case["weights"] * residual**2).mean() - entropy_bonus * entropy.mean()
+    beta = case["beta"]
+    return (case["weights"] * (beta * residual) ** 2).mean() / (2 * beta) - entropy_bonus * entropy.mean()
 
 
 def gradients(loss: Tensor, case: dict[str, Any], **options: Any) -> list[Tensor]:
@@ -311,7 +312,8 @@ def test_a_tied_weight_collects_the_gradients_of_all_its_uses() -> None:
     assert model.head.weight.grad is found
     table = model.head(model.states(token_ids)).log_softmax(-1).gather(1, token_ids[:, None])[:, 0]
     sums = torch.stack([table[:3].sum(), table[3:].sum()])
-    expected = torch.autograd.grad((sums - 1 / 0.3).square().mean() + table.sum(), model.embedding.weight)[0]
+    loss = (0.3 * sums - 1).square().mean() / (2 * 0.3)
+    expected = torch.autograd.grad(loss + table.sum(), model.embedding.weight)[0]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 

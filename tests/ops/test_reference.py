@@ -79,7 +79,7 @@ def naive_loss(
         if cap != 0:
             ratio = (s.detach() - case["behavior_logprobs"][start:stop].sum() * scale).exp()
             weight = weight * (ratio if cap is None else ratio.clamp(max=cap))
-        total = total + weight * residual**2
+        total = total + weight * (beta * residual) ** 2 / (2 * beta)
     return total / max(len(offsets) - 1, 1)
 
 
@@ -280,7 +280,7 @@ def test_no_sequences_and_only_empty_sequences() -> None:
     assert all((value == 0).all() for value in gradients(out.loss, none))
     empty = make_case([0, 0, 0])
     out = fused_loss(empty, beta=0.5)
-    expected = (empty["weights"] * (empty["log_z"] - empty["rewards"] / 0.5) ** 2).sum() / 3
+    expected = (empty["weights"] * (0.5 * empty["log_z"] - empty["rewards"]) ** 2).sum() / (2 * 0.5) / 3
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(gradients(out.loss, empty)[3], torch.autograd.grad(expected, empty["log_z"])[0])
     logprobs, entropy = linear_logprobs(empty["hidden"], empty["head_weight"], empty["token_ids"], return_entropy=True)
@@ -323,7 +323,7 @@ def test_coefficients_of_single_tokens() -> None:
         residual = torch.tensor([0.25 - 3.0 / lengths[0] - 2.0, 0.5 - 0.5])
         torch.testing.assert_close(out.residual, residual)
         found, found_log_z = torch.autograd.grad(out.loss, (logprobs, log_z))
-        c = 2 * weights * residual / 10.0
+        c = 0.5 * weights * residual / 10.0  # beta is 0.5
         torch.testing.assert_close(found, torch.stack([c[0] / lengths[0], c[0] / lengths[0], c[1] / lengths[1]]))
         torch.testing.assert_close(found_log_z, c)
 
@@ -359,12 +359,12 @@ def test_importance_weights_are_finite_for_any_gap_and_detached() -> None:
         "denominator": 1.0,
     }
     out = trajectory_balance_from_logprobs(logprobs, torch.arange(4), importance_cap=2.0, **arguments)
-    # Residuals are -1: weights are the cap, 0 and the cap (exp(1) > 2).
-    torch.testing.assert_close(out.loss, torch.tensor(4.0))
-    torch.testing.assert_close(torch.autograd.grad(out.loss, logprobs)[0], torch.tensor([-4.0, 0.0, -4.0]))
+    # Residuals are -1: weights are the cap, 0 and the cap (exp(1) > 2), and beta / 2 is a half.
+    torch.testing.assert_close(out.loss, torch.tensor(2.0))
+    torch.testing.assert_close(torch.autograd.grad(out.loss, logprobs)[0], torch.tensor([-2.0, 0.0, -2.0]))
     out = trajectory_balance_from_logprobs(logprobs, torch.arange(4), **arguments)
     assert out.loss.isfinite()
-    torch.testing.assert_close(out.loss, torch.tensor(math.exp(80.0) + math.e))
+    torch.testing.assert_close(out.loss, torch.tensor((math.exp(80.0) + math.e) / 2))
     assert torch.autograd.grad(out.loss, logprobs)[0].isfinite().all()
 
 

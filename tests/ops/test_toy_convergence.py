@@ -156,7 +156,7 @@ def test_value_is_the_accuracy_under_a_moving_reference() -> None:
         head.grad = None
         toy.loss(head, log_z.detach(), old_logprobs, old_probs).loss.backward()
         with torch.no_grad():
-            head -= 0.05 * head.grad
+            head -= 2.0 * head.grad
     assert accuracies[-1] > accuracies[0] + 0.05
     # The tilt itself is far above: at beta = 0.05 its value says nothing about today's accuracy.
     assert toy.beta * toy.tilted(old_probs)[1] > accuracies[-1] + 0.05
@@ -175,7 +175,7 @@ def test_best_intercept_is_accuracy_plus_divergence_for_any_policy() -> None:
         assert torch.autograd.grad(out.loss, best)[0].abs() < 1e-12
         shifted = (best.detach() + 0.1).requires_grad_()
         slope = torch.autograd.grad(toy.loss(head, shifted, toy.logprobs(old_head), old_probs).loss, shifted)[0]
-        torch.testing.assert_close(slope, torch.tensor([0.2], dtype=torch.float64))
+        torch.testing.assert_close(slope, torch.tensor([0.1 * beta], dtype=torch.float64))
 
 
 def test_every_token_receives_the_residual_of_its_sequence() -> None:
@@ -192,7 +192,7 @@ def test_every_token_receives_the_residual_of_its_sequence() -> None:
         log_z=value / toy.beta,
         beta=toy.beta,
         ref_logprobs=old_logprobs,
-        weights=mu * toy.beta / 2,
+        weights=mu,
         denominator=1.0,
     )
     log_ratio = segment_sum(logprobs.detach() - old_logprobs, toy.cu_seqlens)
@@ -205,7 +205,7 @@ def test_every_token_receives_the_residual_of_its_sequence() -> None:
 
 
 def test_importance_weighted_gradient_is_that_of_the_divergence() -> None:
-    # E_q[w delta grad log pi] = grad KL(pi || pi*) with detached w = pi / q, for any log_z.
+    # E_q[w u grad log pi] = beta grad KL(pi || pi*) with detached w = pi / q, for any log_z.
     toy = Toy(beta=0.4)
     old_head = random_head(toy, 7, 0.4)
     old_logprobs, old_probs = toy.logprobs(old_head), toy.sequence_probs(old_head)
@@ -225,7 +225,7 @@ def test_importance_weighted_gradient_is_that_of_the_divergence() -> None:
             beta=toy.beta,
             ref_logprobs=old_logprobs,
             behavior_logprobs=old_logprobs,
-            weights=old_probs / 2,
+            weights=old_probs / toy.beta,
             denominator=1.0,
         )
         torch.testing.assert_close(torch.autograd.grad(out.loss, head)[0], expected, rtol=1e-10, atol=1e-12)
@@ -238,7 +238,7 @@ def test_first_step_is_reinforce_with_the_value_as_baseline() -> None:
     old_logprobs, old_probs = toy.logprobs(head.detach()), toy.sequence_probs(head.detach())
     value = 0.35
     log_z = torch.full((1,), value / toy.beta, dtype=torch.float64)
-    out = toy.loss(head, log_z, old_logprobs, old_probs * toy.beta / 2)
+    out = toy.loss(head, log_z, old_logprobs, old_probs)
     expected = torch.autograd.grad((old_probs * (value - toy.rewards) * toy.sequence_probs(head).log()).sum(), head)[0]
     torch.testing.assert_close(torch.autograd.grad(out.loss, head)[0], expected, rtol=1e-10, atol=1e-12)
     accuracy = (old_probs * toy.rewards).sum()

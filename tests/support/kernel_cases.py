@@ -213,7 +213,8 @@ def oracle(
         if importance:
             log_ratio = s.detach() - per_sequence(case["behavior_logprobs"], i, start, stop, scale, num_rows)
             weight *= min(log_ratio.exp().item(), math.inf if importance_cap is None else importance_cap)
-        loss = loss + weight * residual**2 / float(num_sequences if denominator is None else denominator)
+        square = weight * (beta * residual) ** 2 / (2 * beta)
+        loss = loss + square / float(num_sequences if denominator is None else denominator)
         loss = loss - entropy_bonus * entropy[start:stop].sum() / max(num_rows, 1)
     names = trained(case)
     found = torch.autograd.grad(grad_scale * loss, [*(exact[name] for name in names), logits])

@@ -1,6 +1,6 @@
 """Fused trajectory-balance loss over a row engine: gradients in the forward pass, over sequence-aligned chunks.
 
-The gradient with respect to log p of a token is one number per sequence, c_i = 2 w_i residual_i / denominator, known
+The gradient with respect to log p of a token is one number per sequence, c_i = w_i beta residual_i / denominator, known
 once all rows of the sequence are. A group of whole sequences that fits a chunk therefore takes one pass: three GEMMs,
 6 T H V floating-point operations. For longer groups there are two methods:
 

@@ -68,7 +68,7 @@ class SequenceTerms:
     """Per-sequence terms that do not depend on the policy in training. All float64."""
 
     intercept: Tensor  # [B], log_z - s_ref - rewards / beta; differentiable in log_z
-    weights: Tensor  # [B]
+    weights: Tensor  # [B], the caller's weights times beta / 2
     behavior: Tensor | None  # [B], log-probs under the policy that sampled
     max_log_weight: float
     denominator: float | Tensor
@@ -98,7 +98,7 @@ class SequenceTerms:
             log_weight = (seq_logprobs.detach() - self.behavior).clamp(max=self.max_log_weight)
             weights = torch.where(weights == 0, weights, weights * log_weight.exp())
         live_residual = torch.where(weights == 0, 0.0, residual)
-        losses = weights * live_residual.square() / self.denominator
+        losses = weights * live_residual.square() / self.denominator  # w u^2 / (2 beta), u = beta * residual
         return losses, residual, 2.0 * weights * live_residual.detach() / self.denominator
 
 
@@ -132,9 +132,20 @@ def make_terms(
         denominator = denominator.detach().to(device=intercept.device, dtype=torch.float64)
     return SequenceTerms(
         intercept=intercept,
-        weights=torch.ones_like(intercept.detach()) if weights is None else weights.detach().double(),
+        weights=_loss_weights(weights, intercept, beta),
         behavior=None if behavior_logprobs is None else per_sequence(behavior_logprobs),
         max_log_weight=MAX_LOG_WEIGHT if importance_cap is None else min(math.log(importance_cap), MAX_LOG_WEIGHT),
         denominator=denominator,
         has_weights=weights is not None,
     )
+
+
+def _loss_weights(weights: Tensor | None, intercept: Tensor, beta: float) -> Tensor:
+    """Return [B] float64, beta / 2 times the caller's weights, rounded in their dtype or in float32 if that is finer.
+
+    The factor turns squared nats into w u^2 / (2 beta) with u = beta * residual in reward units.
+    """
+    if weights is None:
+        return torch.full_like(intercept.detach(), beta / 2)
+    weights = weights.detach()
+    return (weights.to(torch.promote_types(weights.dtype, torch.float32)) * (beta / 2)).double()
