@@ -14,7 +14,7 @@ accelerate asks for a batch ahead, so answers come from the model of the step be
 processes every micro-batch here holds whole groups of its own; what the Trainer averages is then the mean over all
 sequences.
 
-T = packed completion tokens, B = sequences, H = hidden size.
+B = sequences, L = padded length.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from paced_fast.integrations.losses import group_log_z, loss_from_hidden, offsets, packed
+from paced_fast.integrations.own_loop import balance_loss
 
 LARGEST = 5  # prompts are 1 .. LARGEST, and the tokens of answers 0 .. LARGEST
 STOP, VOCAB_SIZE = LARGEST + 1, LARGEST + 2
@@ -41,20 +41,16 @@ class BalanceTrainer(Trainer):
     """A Trainer for batches of sampled and scored completions."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mask = inputs["is_completion"]  # [B, L], where the token belongs to the answer
-        out = model(input_ids=inputs["input_ids"], output_hidden_states=True, logits_to_keep=1)
-        hidden = out.hidden_states[-1][:, :-1]  # the state before a token predicts it
-        loss = loss_from_hidden(
-            packed(hidden, mask[:, 1:]),  # [T, H]
-            model.get_output_embeddings().weight,
-            packed(inputs["input_ids"][:, 1:], mask[:, 1:]),  # [T]
-            offsets(mask[:, 1:]),  # [B + 1]
+        loss, metrics = balance_loss(
+            model,
+            inputs["input_ids"],  # [B, L]
+            inputs["attention_mask"],  # [B, L]
+            inputs["is_completion"],  # [B, L], where the token belongs to the answer
             rewards=inputs["rewards"],
-            log_z=group_log_z(inputs["rewards"] / BETA, inputs["group"].tolist(), group_size=GROUP_SIZE),
+            groups=inputs["group"],
             beta=BETA,
-            denominator=len(inputs["rewards"]),
-        ).loss
-        return (loss, out) if return_outputs else loss
+        )
+        return (loss, metrics) if return_outputs else loss
 
 
 class Rollouts(IterableDataset):
@@ -84,7 +80,14 @@ class Rollouts(IterableDataset):
         num_right = ((ids[:, 1:] == right) & is_completion[:, 1:]).cumprod(1).sum(1)
         rewards = num_right / (prompts + 1).maximum(is_completion.sum(1))
         self.history.append(rewards.mean().item())
-        return {"input_ids": ids, "is_completion": is_completion, "rewards": rewards, "group": group}
+        seen = torch.ones_like(ids)  # what follows the end of an answer is read by no token of it
+        return {
+            "input_ids": ids,
+            "attention_mask": seen,
+            "is_completion": is_completion,
+            "rewards": rewards,
+            "group": group,
+        }
 
 
 def main() -> None:

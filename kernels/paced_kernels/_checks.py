@@ -18,6 +18,15 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32)
 BACKENDS = ("auto", "triton", "reference")
 REDUCTIONS = ("sum", "mean")
+_PACKED = {
+    "hidden": ": pack a padded batch by hidden[:, :-1][mask[:, 1:]], with mask [B, L] True on completion tokens",
+    "token_ids": ": pack a padded batch by input_ids[:, 1:][mask[:, 1:]], with mask [B, L] True on completion tokens",
+    **{
+        name: f": pack a padded batch by {name}[mask], with mask True where {name} belong to completion tokens"
+        for name in ("logprobs", "ref_logprobs", "behavior_logprobs")
+    },
+}
+"""Cures of arguments that are padded; a state predicts the next token, so the states are those one place before."""
 
 
 def check_backend(backend: str) -> None:
@@ -58,10 +67,13 @@ def check_tensor(name: str, value: object, ndim: int, dtypes: tuple[torch.dtype,
             "FusedLinearHead does, or pass local tensors"
         )
     if value.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}")
+        cure = _PACKED[name] if value.ndim == ndim + 1 and name in _PACKED else ""
+        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}{cure}")
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name} has dtype {value.dtype}, expected one of {allowed}")
+        is_count = dtypes is FLOAT_DTYPES and value.dtype in (*INTEGER_DTYPES, torch.bool)
+        cure = f": give {name}.float()" if is_count else ""
+        raise ValueError(f"{name} has dtype {value.dtype}, expected one of {allowed}{cure}")
 
 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

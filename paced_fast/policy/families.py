@@ -231,8 +231,12 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def head_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Input of the output layer [B, L, H] when the model reads `ids` [B, L] by itself, without the logits."""
+def head_states(model: PreTrainedModel, ids: Tensor, *, wrapper: nn.Module | None = None, **inputs: Tensor) -> Tensor:
+    """Input of the output layer [B, L, H] when the model reads `ids` [B, L] by itself, without the logits.
+
+    `inputs` are further arguments of the forward pass, such as `attention_mask`. A `wrapper` of the model (DDP, say) is
+    called in its place.
+    """
     head = output_layer(model)
     caught: list[Tensor] = []
 
@@ -241,7 +245,7 @@ def head_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
     with _instead(head, forward):
-        model(input_ids=ids, **without_cache(model))
+        (wrapper or model)(input_ids=ids, **inputs, **without_cache(model))
     if not caught:
         raise InputError(
             f"model.name: models of type {model.config.model_type} do not call their output layer: give another model"

@@ -150,6 +150,11 @@ def loss_arguments(dtype: torch.dtype = torch.float32) -> dict[str, object]:
 BAD_LINEAR_ARGUMENTS = [
     ({"hidden": torch.ones(5, 3)}, "hidden and head_weight disagree on H: 3 vs 4"),
     ({"hidden": torch.ones(4)}, r"hidden must have 2 dimension\(s\), got shape \(4,\)"),
+    (
+        {"hidden": torch.ones(2, 3, 4)},
+        r"hidden must have 2 dimension\(s\), got shape \(2, 3, 4\): pack a padded batch by hidden\[:, :-1\]\[mask",
+    ),
+    ({"token_ids": torch.zeros(2, 3, dtype=torch.int64)}, r"token_ids must .* by input_ids\[:, 1:\]\[mask"),
     ({"hidden": [1.0]}, "hidden must be a tensor, got list"),
     ({"hidden": torch.ones(5, 4, dtype=torch.int64)}, "hidden has dtype torch.int64, expected one of"),
     ({"hidden": torch.ones(4, 5).T}, r"hidden must be contiguous in its last dimension, got strides \(1, 5\)"),
@@ -177,7 +182,8 @@ BAD_SEQUENCE_ARGUMENTS = [
     ({"cu_seqlens": torch.tensor([0.0, 2.0, 5.0])}, "cu_seqlens has dtype torch.float32"),
     ({"cu_seqlens": torch.zeros(0, dtype=torch.int64)}, r"cu_seqlens must have B \+ 1 entries, got 0"),
     ({"rewards": torch.ones(3)}, "rewards and cu_seqlens disagree on B: 3 vs 2"),
-    ({"rewards": torch.ones(2, dtype=torch.int64)}, "rewards has dtype torch.int64"),
+    ({"rewards": torch.ones(2, dtype=torch.int64)}, r"rewards has dtype torch.int64, .*: give rewards.float\(\)"),
+    ({"ref_logprobs": torch.ones(2, 3)}, r"ref_logprobs must have 1 .*: pack a padded batch by ref_logprobs\[mask\]"),
     ({"rewards": torch.ones(2, device="meta")}, "rewards and .* are on different devices: meta vs cpu"),
     ({"log_z": torch.ones(())}, r"log_z must have 1 dimension\(s\), got shape \(\)"),
     ({"weights": torch.ones(1)}, "weights and cu_seqlens disagree on B: 1 vs 2"),
