@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +20,23 @@ from paced_fast.run.record import files, terminal
 
 if TYPE_CHECKING:  # these import PyTorch and transformers, which takes seconds
     from paced_fast.evaluation.held_out import Sample
+    from paced_fast.rewards.loading import RewardFunction
 
 __all__ = ["EvaluateArguments", "evaluate_target", "main"]
 
 
 def evaluate_target(
-    arguments: EvaluateArguments, keep: Callable[[Sequence[Sample]], None] | None = None
+    arguments: EvaluateArguments,
+    keep: Callable[[Sequence[Sample]], None] | None = None,
+    *,
+    functions: Mapping[str, RewardFunction] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run or a model; see `target.evaluate_target`."""
     from paced_fast.evaluate import target
     from paced_fast.policy import quiet
 
     quiet()
-    return target.evaluate_target(arguments, keep)
+    return target.evaluate_target(arguments, keep, functions=functions)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

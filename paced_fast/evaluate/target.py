@@ -7,7 +7,7 @@ import datetime
 import difflib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from paced_fast.policy import load_model, smollm2_folder
 from paced_fast.policy.families import check_finite, examine
 from paced_fast.policy.shape import positions, text_settings
 from paced_fast.rewards import Scorer
+from paced_fast.rewards.loading import RewardFunction
 from paced_fast.run import checkpoint
 from paced_fast.run.plan.devices import require_float32_products
 
@@ -46,13 +47,16 @@ class _Target:
 
 
 def evaluate_target(
-    arguments: EvaluateArguments, keep: Callable[[Sequence[Sample]], None] | None = None
+    arguments: EvaluateArguments,
+    keep: Callable[[Sequence[Sample]], None] | None = None,
+    *,
+    functions: Mapping[str, RewardFunction] | None = None,
 ) -> dict[str, Any]:
     """Load the run's checkpoint or the model and evaluate it; returns `Evaluation.record` with the model and the
     sources.
 
-    `keep` receives every sample; no file is written. Raises InputError for what cannot be loaded, found, combined or,
-    later, written, before anything is sampled.
+    `keep` receives every sample; no file is written. `functions` are rewards that Python handed over, by name. Raises
+    InputError for what cannot be loaded, found, combined or, later, written, before anything is sampled.
     """
     check(arguments)
     target = _target(arguments)
@@ -81,7 +85,7 @@ def evaluate_target(
     check_chats(given or config.data.eval, template, arguments.system_prompt, arguments.template_args, prefix="--")
     own = not given and arguments.max_prompt_tokens is None
     room = _room(model, sampling)
-    scorer = Scorer(settings=config.reward)
+    scorer = Scorer(settings=config.reward, functions=functions)
     table = prompts.load_table(
         given or config.data.eval,
         tokenizer=tokenizer,

@@ -139,6 +139,18 @@ def _placed(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     return model
 
 
+@contextlib.contextmanager
+def progress_bars_off() -> Iterator[None]:
+    """Context without the progress bars of transformers, which are as they were after it."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
 def quiet() -> None:
     """Switch the progress bars of transformers off: a run has its own."""
     hf_logging.disable_progress_bar()

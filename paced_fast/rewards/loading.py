@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,17 +18,31 @@ from paced_fast.rewards.text import exact, number
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
+GIVEN = "given:"
+"""Prefix of the name of a function that Python handed over and that is in no file."""
+
 BUILT_IN = ("exact", "number", "math", "math_strict", "code", "reasoning_gym", "signed_sums")
 """Names of the rewards of this package."""
 
 
-def load_reward(name: str, settings: RewardConfig | None = None) -> RewardFunction:
+def load_reward(
+    name: str, settings: RewardConfig | None = None, functions: Mapping[str, RewardFunction] | None = None
+) -> RewardFunction:
     """Return the reward function with that name or import path; `settings` is for those with workers or a sandbox.
+
+    `functions` are those that are in memory already, by name; they come before any that could be loaded.
 
     Raises:
         InputError: there is no such name (the message gives the nearest match), module, file or function.
     """
     settings = settings or RewardConfig()
+    if functions is not None and name in functions:
+        return functions[name]
+    if name.startswith(GIVEN):
+        raise InputError(
+            f"reward {name!r} is a function that was handed over from Python and is in no file: give it again "
+            "(reward= of paced_fast.api), or put it into a file and name that, as in reward=file.py:function"
+        )
     if name in ("math", "math_strict"):
         return MathReward(settings, strict=name == "math_strict")
     if name == "code":

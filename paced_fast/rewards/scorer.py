@@ -29,8 +29,15 @@ class Scorer:
         InputError: `load_reward` does not know a name, or `parse_reward` cannot read a sum.
     """
 
-    def __init__(self, names: Iterable[str] = (), settings: RewardConfig | None = None) -> None:
+    def __init__(
+        self,
+        names: Iterable[str] = (),
+        settings: RewardConfig | None = None,
+        functions: Mapping[str, RewardFunction] | None = None,
+    ) -> None:
+        """Load the rewards `names`; `functions` are those that Python handed over, by name."""
         self.settings = settings or RewardConfig()
+        self._given = dict(functions or {})
         self._functions: dict[str, RewardFunction] = {}
         self._sums: dict[str, tuple[Term, ...]] = {}
         self._unscored: Counter[str] = Counter()
@@ -155,7 +162,7 @@ class Scorer:
             terms = parse_reward(name)
             for term in terms:
                 if term.name not in self._functions:
-                    self._functions[term.name] = load_reward(term.name, self.settings)
+                    self._functions[term.name] = load_reward(term.name, self.settings, self._given)
             self._sums[name] = terms
         return self._sums[name]
 

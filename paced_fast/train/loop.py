@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from paced_fast.data.step_record import ABSENT, StartRecord
 from paced_fast.distributed import World
 from paced_fast.errors import StopRequested
 from paced_fast.evaluation.held_out import prompt_columns
+from paced_fast.rewards.loading import RewardFunction
 from paced_fast.run import checkpoint
 from paced_fast.run.evaluate_policy import evaluate_now, evaluation_due
 from paced_fast.run.outputs import Outputs
@@ -88,11 +90,17 @@ def _stop_if_asked(run: PreparedRun, saver: checkpoint.Saver, stop: StopRequest 
     raise StopRequested(f"{stop.name or 'a signal to another rank'}: stopped {what}")
 
 
-def run(config: Config, console: Console | None = None, *, replay: Path | None = None) -> dict[str, Any]:
+def run(
+    config: Config,
+    console: Console | None = None,
+    *,
+    replay: Path | None = None,
+    functions: Mapping[str, RewardFunction] | None = None,
+) -> dict[str, Any]:
     """Train with `config`, from start to summary; `main` calls this after reading the command line.
 
-    With `replay` the rollouts are read from that file, and nothing is sampled. The summary is empty on ranks other than
-    0.
+    With `replay` the rollouts are read from that file, and nothing is sampled. `functions` are rewards that Python
+    handed over, by the names that sources have for them. The summary is empty on ranks other than 0.
     """
     config = placed(config)
     with (
@@ -100,18 +108,24 @@ def run(config: Config, console: Console | None = None, *, replay: Path | None =
         StopRequest() as stop,
         watchdog_of_rank(config, world) as watchdog,
     ):
-        return _run(config, own, world, stop, watchdog, replay)
+        return _run(config, own, world, stop, watchdog, replay, functions)
 
 
 def _run(
-    config: Config, console: Console, world: World, stop: StopRequest, watchdog: Watchdog, replay: Path | None
+    config: Config,
+    console: Console,
+    world: World,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    replay: Path | None,
+    functions: Mapping[str, RewardFunction] | None,
 ) -> dict[str, Any]:
     if replay is not None:
         config = replayed_settings(config, replay)
     config = without_missing(resolve(config))
     console.print(terminal.config_table(flatten(config)))
     with RunLock() as lock:
-        prepared = build(config, console, world, replay, lock)
+        prepared = build(config, console, world, replay, lock, functions)
         try:
             summary = train(prepared, console, stop, watchdog)
         finally:

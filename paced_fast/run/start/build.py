@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from paced_fast.generation.vllm_engine import require_head_size, require_vllm
 from paced_fast.paced.collect import Collector, Phase
 from paced_fast.paced.trainer import Trainer
 from paced_fast.policy import Policy
+from paced_fast.rewards.loading import RewardFunction
 from paced_fast.run.plan.devices import require_float32_products
 from paced_fast.run.record import loggers
 from paced_fast.run.record.phases import Phases, clock_of, probe
@@ -70,18 +72,20 @@ def build(
     world: World = ALONE,
     replay: Path | None = None,
     lock: RunLock | None = None,
+    functions: Mapping[str, RewardFunction] | None = None,
 ) -> PreparedRun:
     """Load data and model, warm-start or resume, and only then create the run folder.
 
     With several ranks, rank 0 makes the folder and the first weights, which the others read from it. With `replay`,
-    recorded rollouts take the place of sampling. Rank 0 takes the `lock`; the caller ends it.
+    recorded rollouts take the place of sampling. Rank 0 takes the `lock`; the caller ends it. `functions` are rewards
+    that Python handed over, by name.
     """
     _prepare_process(config, world)
     lock = lock or RunLock()
     folder = path_from_rank0(world, lambda: run_folder(config, lock))
     assert folder is not None
     newest = newest_checkpoint(config, folder, lock, world) if config.resume == "auto" else None
-    data = read_data(config, folder, world, replay)
+    data = read_data(config, folder, world, replay, functions)
     with world.agreement():
         if world.is_rank0:
             show_first_row(data, console)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HEARD = (signal.SIGTERM, signal.SIGUSR1)
+HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_SECONDS = 3.0
 """Slurm signals every process, and torchrun passes on what it got: two signals so close together are one request."""
 _STOPPED_ALONE = 75  # EX_TEMPFAIL of sysexits.h: not done, to be tried again

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from paced_fast.errors import InputError
 from paced_fast.evaluation.held_out import check_headline
 from paced_fast.policy import smollm2_folder
 from paced_fast.rewards import Scorer, Shaper
+from paced_fast.rewards.loading import RewardFunction
 from paced_fast.run import checkpoint
 from paced_fast.run.record.rollouts_file import RecordedRollouts
 
@@ -46,8 +47,16 @@ class Data:
     identity: dict[str, str]  # of data, tokenizer and stop tokens
 
 
-def read_data(config: Config, folder: Path, world: World, replay: Path | None = None) -> Data:
+def read_data(
+    config: Config,
+    folder: Path,
+    world: World,
+    replay: Path | None = None,
+    functions: Mapping[str, RewardFunction] | None = None,
+) -> Data:
     """Read tokenizer, prompts and rewards of a run, and with `replay` the rollouts that were recorded there.
+
+    `functions` are rewards that Python handed over, by the names that sources have for them.
 
     Raises InputError for what cannot be read or does not go together, on every rank.
     """
@@ -60,7 +69,8 @@ def read_data(config: Config, folder: Path, world: World, replay: Path | None = 
     config = _dated(config, folder, tokenizer, world)
     with world.agreement():
         config, stops, decode = read_ends(config, path, tokenizer)
-    scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
+    scorer = Scorer(settings=config.reward, functions=functions)
+    shaper = Shaper(config.reward)
     with world.agreement():
         table, eval_table, repeated = read_tables(config, tokenizer, scorer, shaper)
     with world.agreement():

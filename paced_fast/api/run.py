@@ -1,0 +1,234 @@
+"""Runs, evaluations and exports that Python asks for, by the functions behind the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from paced_fast.train import loop as training
+from paced_fast.api import given
+from paced_fast.api.process import as_found
+from paced_fast.api.result import Evaluated, Result, frame
+from paced_fast.api.settings import HAS_PRESET, base, in_python, with_settings
+from paced_fast.config import Config
+from paced_fast.data import prompts
+from paced_fast.errors import InputError, StopRequested, nearest
+from paced_fast.evaluate import EvaluateArguments, evaluate_target
+from paced_fast.evaluation.held_out import Sample
+from paced_fast.export import ExportArguments, export
+from paced_fast.run.record import terminal
+from paced_fast.run.start.run_folder import LOCK_NAME, OWN_NAMES
+
+logger = logging.getLogger(__name__)
+
+_GIVEN = "given"
+"""Folder inside a run folder with what Python handed over."""
+_ARGUMENTS = {"data.train": "data", "data.eval": "eval_data", "model.name": "model", "resume": "resume=True"}
+"""Settings that are arguments of `train`."""
+
+
+@contextlib.contextmanager
+def _told_in_python() -> Iterator[None]:
+    """Tell wrong input in the words of `train`, without the calls that led to it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(in_python(str(error))) from None
+
+
+def train_given(
+    model: Any,
+    data: Any,
+    *,
+    reward: Any,
+    eval_data: Any,
+    tokenizer: Any,
+    run_dir: str | Path | None,
+    resume: bool,
+    progress: bool,
+    settings: Mapping[str, Any],
+) -> Result:
+    """Train; see `paced_fast.api.train`."""
+    with _told_in_python(), as_found(progress=progress) as console:
+        config = _configured(settings, model, resume=resume)
+        name, functions = given.reward_of(reward)
+        summary: dict[str, Any] = {}
+        stopped = ""
+        with _folder(config, run_dir, resume=resume) as folder:
+            config = _with_data(config, data, eval_data, name, folder)
+            config = _with_model(config, model, tokenizer, folder)
+            try:
+                summary = training.run(config, console, functions=functions)
+            except StopRequested as stop:
+                stopped = str(stop)
+            finally:
+                given.drop_weights(folder / _GIVEN / "model")
+            if stopped and not (folder / "metrics.jsonl").is_file():
+                raise KeyboardInterrupt(stopped)
+        if stopped:
+            logger.warning("%s", stopped)
+        elif summary:
+            console.print(terminal.final_table(summary, run_dir=str(folder)))
+    return Result(folder, stopped=stopped, reward=name, functions=functions)
+
+
+def _configured(settings: Mapping[str, Any], model: Any, *, resume: bool) -> Config:
+    """The settings of a run, without its data and its folder."""
+    for name, argument in _ARGUMENTS.items():
+        if name in settings:
+            raise InputError(f"the setting {name!r} is an argument of train: give {argument}")
+    config = with_settings(base(), settings)
+    name = str(model) if isinstance(model, str | Path) else type(model).__name__
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
+    return dataclasses.replace(config, resume="auto") if resume else config
+
+
+@contextlib.contextmanager
+def _folder(config: Config, run_dir: str | Path | None, *, resume: bool) -> Iterator[Path]:
+    """The folder of the run, which is there from now on; removed again if the run does not get as far as to use it."""
+    if resume and run_dir is None:
+        raise InputError("resume=True continues a run: give its folder as run_dir=")
+    folder = _free(config) if run_dir is None else Path(run_dir).expanduser()
+    if not resume and not config.run.overwrite and (found := _taken(folder)):
+        raise InputError(
+            f"run_dir {folder} already holds a run (it has {found[0]}): resume=True continues it, "
+            "{'run.overwrite': True} replaces it, or give another run_dir"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir {folder} cannot be created ({error.strerror}): give another folder") from error
+    try:
+        yield folder
+    finally:
+        if not _taken(folder):
+            shutil.rmtree(folder / _GIVEN, ignore_errors=True)
+            (folder / LOCK_NAME).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is not empty: there was something before
+                folder.rmdir()
+
+
+def _taken(folder: Path) -> list[str]:
+    return [name for name in OWN_NAMES if (folder / name).exists()]
+
+
+def _free(config: Config) -> Path:
+    """Make and return a new folder, named after the model, the algorithm and the seed."""
+    model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model.name).name).strip(".-") or "model"
+    base_name, number = f"{model}-{config.algorithm}-{config.seed}", 1
+    while True:
+        folder = Path("runs", base_name if number == 1 else f"{base_name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise InputError(f"{folder} cannot be created ({error.strerror}): give run_dir=") from error
+
+
+def _with_data(config: Config, data: Any, eval_data: Any, reward: str | None, folder: Path) -> Config:
+    """The settings with the data, of which rows in memory are written into the run folder."""
+    place = folder / _GIVEN
+    sources = given.sources_of("data", data, reward, place)
+    held_out = () if eval_data is None else given.sources_of("eval_data", eval_data, reward, place)
+    return dataclasses.replace(
+        config, run_dir=str(folder), data=dataclasses.replace(config.data, train=sources, eval=held_out)
+    )
+
+
+def _with_model(config: Config, model: Any, tokenizer: Any, folder: Path) -> Config:
+    """The settings with the model, of which an object is written into the run folder, and a template that fits it."""
+    if isinstance(model, str | Path):
+        if tokenizer is not None:
+            raise InputError("tokenizer= is for a model object, and a model's name brings its own: leave it out")
+        path = str(Path(model).expanduser()) if isinstance(model, Path) else model
+    else:
+        place = folder / _GIVEN / "model"
+        if not (config.resume == "auto" and _taken(folder)):  # else its weights are those of the checkpoint
+            given.save_given_model(model, tokenizer, place)
+        path = str(place.absolute())
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=path))
+    return _with_template(config)
+
+
+def _with_template(config: Config) -> Config:
+    """The settings with the template for which `auto` stands, where the settings do not decide it themselves."""
+    if config.data.template != "auto" or HAS_PRESET:
+        return config
+    has_chat = bool(prompts.load_tokenizer(config.model.name).chat_template)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, template="chat" if has_chat else "plain"))
+
+
+def evaluate_given(
+    model: Any,
+    data: Any,
+    *,
+    reward: Any,
+    tokenizer: Any,
+    benchmarks: Sequence[str],
+    progress: bool,
+    options: Mapping[str, Any],
+) -> Evaluated:
+    """Evaluate; see `paced_fast.api.evaluate`."""
+    known = {item.name for item in dataclasses.fields(EvaluateArguments)} - {"run_or_model", "benchmarks", "sources"}
+    for name in options:
+        if name not in known:
+            raise InputError(
+                f"evaluate has no option {name!r}{nearest(name, sorted(known))}: the options are "
+                f"{', '.join(sorted(known))}"
+            )
+    name, functions = given.reward_of(reward)
+    if isinstance(model, Result):
+        functions = {**model.functions, **functions}
+        name = name or model.reward
+    with (
+        _told_in_python(),
+        as_found(progress=progress) as console,
+        tempfile.TemporaryDirectory(prefix="paced_fast-") as place,
+    ):
+        if isinstance(model, str | Path | Result):
+            target = str(model.folder if isinstance(model, Result) else model)
+        else:
+            given.save_given_model(model, tokenizer, Path(place, "model"))
+            target = str(Path(place, "model"))
+        sources = () if data is None else given.sources_of("data", data, name, Path(place))
+        samples: list[Sample] = []
+        arguments = EvaluateArguments(
+            run_or_model=target,
+            benchmarks=tuple(benchmarks),
+            sources=sources,
+            **{key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+        )
+        figures = evaluate_target(arguments, samples.extend, functions=functions)
+        for table in terminal.evaluation_tables(figures):
+            console.print(table)
+    return Evaluated(figures=figures, samples=frame([_row(sample) for sample in samples]))
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    return {
+        "slice": sample.row.slice,
+        "prompt": sample.row.prompt,
+        "completion": sample.text,
+        "reward": sample.reward,
+        "answer": sample.vote,
+        "tokens": sample.tokens,
+        "stopped": sample.stopped,
+    }
+
+
+def export_run(run: Path, folder: str | Path, dtype: str) -> Path:
+    """Export; see `Result.export`."""
+    if dtype not in ("bfloat16", "float32"):
+        raise InputError(f"dtype is {dtype!r}: give bfloat16 or float32")
+    kind = cast(Literal["bfloat16", "float32"], dtype)
+    with _told_in_python(), as_found(progress=False):
+        return export(ExportArguments(run_or_checkpoint=str(run), folder=str(folder), dtype=kind))

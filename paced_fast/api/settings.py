@@ -1,0 +1,109 @@
+"""Settings by name, as Python gives them, to a Config."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from paced_fast.config import Config
+from paced_fast.config.bounds import settings
+from paced_fast.config.presets import PRESETS
+from paced_fast.config.saved import config_from_dict
+from paced_fast.errors import InputError
+
+HAS_PRESET = "own" in PRESETS
+"""Whether a preset for models of the user's own decides about device, data type and template itself."""
+
+
+def base() -> Config:
+    """The settings that a run from Python begins with: nothing in them belongs to a demonstration."""
+    return PRESETS.get("own", _own)()
+
+
+def _own() -> Config:
+    # Replaced by the preset `own`, which decides about the device itself.
+    import torch
+
+    own = Config(preset="own")
+    on_gpu = torch.cuda.is_available()
+    return dataclasses.replace(
+        own,
+        model=dataclasses.replace(
+            own.model, name="", device="cuda" if on_gpu else "cpu", dtype="bfloat16" if on_gpu else "float32"
+        ),
+        data=dataclasses.replace(own.data, template="auto", max_prompt_tokens=1024, too_long="skip"),
+        generation=dataclasses.replace(own.generation, prompts_per_step=16, group_size=8, max_completion_tokens=512),
+        optimizer=dataclasses.replace(own.optimizer, learning_rate=1e-6, micro_batch_tokens=8192),
+        evaluation=dataclasses.replace(own.evaluation, every=25, samples=4, final_samples=8),
+    )
+
+
+def with_settings(config: Config, given: Mapping[str, Any]) -> Config:
+    """The configuration with settings by dotted or nested name, `{"optimizer.learning_rate": 1e-5}` or
+    `{"optimizer": {"learning_rate": 1e-5}}`.
+
+    Raises InputError for the first that is no setting, with those that it may stand for, and for a value of the wrong
+    kind.
+    """
+    known = settings(Config)
+    raw = dataclasses.asdict(config)
+    for name, value in _flat(given).items():
+        if name not in known:
+            raise InputError(f"unknown setting {name!r}{_suggestion(name, list(known))}")
+        *rooms, last = name.split(".")
+        place = raw
+        for room in rooms:
+            place = place[room]
+        is_many = getattr(known[name].kind, "__origin__", None) is tuple
+        place[last] = _plain(value, is_many=is_many)
+    return config_from_dict(Config, raw)
+
+
+def _flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in given.items():
+        full = prefix + str(name).replace("-", "_")
+        flat.update(_flat(value, f"{full}.") if isinstance(value, Mapping) else {full: value})
+    return flat
+
+
+def _plain(value: Any, *, is_many: bool) -> Any:
+    """The value as JSON has it: a path as text, a number of NumPy or PyTorch as one of Python."""
+    if isinstance(value, Path):
+        value = str(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if is_many and isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    """Settings of the same last name, else those of a similar name."""
+    last = name.rpartition(".")[2]
+    same = [full for full in known if full.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [
+        full
+        for near in difflib.get_close_matches(last, [full.rpartition(".")[2] for full in known], n=1, cutoff=0.7)
+        for full in known
+        if full.rpartition(".")[2] == near
+    ]
+    found = (same or close)[:4]
+    hint = f": did you mean {' or '.join(map(repr, found))}?" if found else ""
+    return f"{hint or ':'} docs/settings.md lists all settings"
+
+
+def in_python(message: str) -> str:
+    """The message with the options of the command line written as the settings of `train`."""
+    known = settings(Config)
+
+    def spelled(match: re.Match[str]) -> str:
+        name = match[1].replace("-", "_")
+        return name if name in known else match[0]
+
+    message = message.replace("--resume auto", "resume=True").replace("--run.overwrite", '{"run.overwrite": True}')
+    return re.sub(r"--([a-z][a-z0-9_-]*(?:\.[a-z][a-z0-9_-]*)*)", spelled, message)
