@@ -1,0 +1,322 @@
+"""Runs from Python: rows, a function and a model in memory to a result, in one process that is left as it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_chat
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from paced_fast.api import Result, compare, evaluate, report, train
+from paced_fast.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = [{"question": f"{a}+{b}=", "answer": str(a + b), "level": a} for a in range(5) for b in range(4)]
+HELD_OUT = [{"question": f"{a}-1=", "answer": str(a - 1)} for a in range(6)]
+SMALL: dict[str, Any] = {
+    "optimizer.learning_rate": 1e-2,
+    "generation": {"prompts_per_step": 4, "group_size": 4, "max_completion_tokens": 5},
+    "evaluation": {"every": 0, "final_samples": 2},
+    "run.threads": 1,
+    "run.report": False,
+}
+
+
+def odd(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """A third of what a model says that knows nothing."""
+    return [float(sum(map(ord, p + c)) % 3 == 0) for p, c in zip(prompts, completions, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small chat model."""
+    return tiny_chat.save(tmp_path_factory.mktemp("models") / "mine", tiny_chat.tokenizer(), stops=[256])
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def result(model: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Three steps with rows and a local function, and an evaluation before and after them."""
+    seen = []
+
+    def reward(prompts: list[str], completions: list[str], answer: list[str], level: Any = None) -> list[float]:
+        seen.append((prompts, answer, level))
+        return odd(prompts, completions)
+
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    made = train(
+        model, ROWS, reward=reward, eval_data=HELD_OUT, steps=3, run_dir=folder, progress=False, settings=SMALL
+    )
+    assert seen[-1][1] is not None
+    return made
+
+
+def test_the_result_has_figures_charts_rollouts_and_the_policy(result: Result, tmp_path: Path) -> None:
+    metrics = result.metrics
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    assert isinstance(metrics, pandas.DataFrame)
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert metrics["step"].tolist() == [0, 1, 2, 3]
+    assert metrics["reward_mean"].tolist()[1:] == [line["reward_mean"] for line in lines[1:]]
+    assert metrics["eval.accuracy"].iloc[-1] == result.summary["accuracy_after"] == lines[-1]["eval"]["accuracy"]
+    assert {"step", "prompt", "completion", "reward"} <= set(result.rollouts.columns)
+    assert result.plot().save(tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert "3 steps, 48 rollouts" in repr(result)
+    assert report(result) == result.folder / "report.html"
+    assert result.export(tmp_path / "exported").is_dir()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert exported.config.vocab_size == result.model.config.vocab_size
+
+
+def test_the_policy_answers_in_the_template_of_its_run(result: Result) -> None:
+    one = result.generate("1+2=", max_completion_tokens=6)
+    assert isinstance(one, str)
+    assert one == result.generate([{"role": "user", "content": "1+2="}], max_completion_tokens=6)
+    assert one == result.generate(["1+2=", "4+4="], max_completion_tokens=6)[0]
+    assert len(result.generate("1+2=", samples=3)) == 3
+    # The likeliest tokens, by the model itself.
+    chat = [{"role": "user", "content": "1+2="}]
+    ids = result.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    whole = result.model.generate(**ids, max_new_tokens=4, do_sample=False, eos_token_id=256, pad_token_id=256)
+    new = whole[0, ids["input_ids"].shape[1] :]
+    assert result.generate("1+2=", temperature=0, max_completion_tokens=4) == result.tokenizer.decode(new)
+    with pytest.raises(InputError, match="the prompt is 3: give a text, a list of texts, or a list of messages"):
+        result.generate(3)  # pyright: ignore[reportArgumentType]
+
+
+def test_no_setting_of_a_demonstration_is_in_a_run(result: Result) -> None:
+    config = result.config
+    assert (config.preset, config.warm_start.first.steps, config.warm_start.second.steps) == ("own", 0, 0)
+    assert config.data.template == "chat"
+    assert config.model.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert config.optimizer.learning_rate == 1e-2
+    assert config.data.headline == ()
+
+
+def test_evaluation_takes_the_function_of_its_run_or_another(result: Result) -> None:
+    own = evaluate(result, samples=2, progress=False)
+    assert own.figures["prompts"] == len(HELD_OUT)
+    assert len(own.samples) == 2 * len(HELD_OUT)
+    wanted = odd(list(own.samples["prompt"]), list(own.samples["completion"]))
+    assert own.samples["reward"].tolist() == wanted
+    assert own.accuracy == pytest.approx(sum(wanted) / len(wanted))
+    other = evaluate(
+        result.folder, HELD_OUT, reward=lambda completions, **_: [1.0] * len(completions), samples=1, progress=False
+    )
+    assert other.accuracy == 1.0
+    assert other.table["prompts"].tolist() == [6, 6]
+    with pytest.raises(InputError, match=r"'given:reward' is a function that was handed over from Python .*: give it"):
+        evaluate(result.folder, samples=1, progress=False)
+    with pytest.raises(InputError, match=r"evaluate has no option 'temprature' \(did you mean 'temperature'\?\)"):
+        evaluate(result, temprature=1.0)
+
+
+def test_a_model_object_is_copied_and_left_as_it_is(model: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    mine, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    before = {name: weight.clone() for name, weight in mine.state_dict().items()}
+    capfd.readouterr()
+    made = train(mine, ROWS, reward=odd, tokenizer=tokenizer, steps=1, progress=False, settings=SMALL)
+    told = capfd.readouterr()
+    assert "it/s" not in told.out + told.err, "a progress bar of another package leaked"
+    assert "INFO" not in told.out
+    assert made.folder == Path("runs/LlamaForCausalLM-paced-0")
+    assert all(torch.equal(weight, before[name]) for name, weight in mine.state_dict().items())
+    trained = made.model.state_dict()
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
+    assert not list((made.folder / "given").rglob("*.safetensors")), "the run has its own copy"
+    again = train(mine, ROWS, reward=odd, tokenizer=tokenizer, steps=1, progress=False, settings=SMALL)
+    assert again.folder == Path("runs/LlamaForCausalLM-paced-0-2")
+    assert all(torch.equal(weight, again.model.state_dict()[name]) for name, weight in trained.items())
+    found = compare(made, again.folder)
+    assert found.page == (here / "runs" / "compare.html")
+    assert found.table["steps"].tolist() == [1, 1]
+    resumed = train(
+        mine, ROWS, reward=odd, tokenizer=tokenizer, steps=2, run_dir=made.folder, resume=True, progress=False,
+        settings=SMALL,
+    )  # fmt: skip
+    assert resumed.summary["steps"] == 2
+
+
+def test_the_process_is_left_as_it_was(model: str, here: Path) -> None:
+    package = logging.getLogger("paced_fast")
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = (torch.get_num_threads(), list(package.handlers), package.level, package.propagate)
+        torch.manual_seed(5)
+        wanted = torch.rand(3)
+        torch.manual_seed(5)
+        train(model, ROWS, reward=odd, steps=1, progress=False, settings={**SMALL, "run.threads": 2})
+        assert torch.equal(torch.rand(3), wanted)
+        assert (torch.get_num_threads(), list(package.handlers), package.level, package.propagate) == before
+        assert torch.get_float32_matmul_precision() == "high"
+        assert float(torch.tensor(1e-40) * 1.0) != 0.0
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_progress_is_told(model: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(model, ROWS, reward=odd, steps=1, settings=SMALL)
+    told = capsys.readouterr().out
+    assert "step 1/1" in told
+    assert "run folder" in told
+
+
+def test_a_run_in_another_thread(model: str, here: Path) -> None:
+    made: list[Result] = []
+    thread = threading.Thread(
+        target=lambda: made.append(train(model, ROWS, reward=odd, steps=1, progress=False, settings=SMALL))
+    )
+    thread.start()
+    thread.join()
+    assert made[0].summary["steps"] == 1
+
+
+def test_an_interrupt_saves_and_returns_the_result_so_far(model: str, here: Path) -> None:
+    calls = []
+
+    def interrupted(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) == 3:  # the first tries the function, before the first step
+            os.kill(os.getpid(), signal.SIGINT)
+        return odd(prompts, completions)
+
+    settings = {**SMALL, "steps": 5}
+    made = train(model, ROWS, reward=interrupted, progress=False, settings=settings)
+    assert "stopped after step 2" in made.stopped
+    assert made.metrics["step"].tolist()[-1] == 2
+    assert made.summary["steps"] == 2
+    assert isinstance(made.generate("1+1=", max_completion_tokens=2), str)
+    rest = train(model, ROWS, reward=interrupted, run_dir=made.folder, resume=True, progress=False, settings=settings)
+    assert rest.stopped == ""
+    straight = train(model, ROWS, reward=interrupted, progress=False, settings=settings)
+    columns = ["step", "reward_mean", "loss", "grad_norm"]
+    assert rest.metrics[columns].equals(straight.metrics[columns])
+
+
+def test_rows_come_from_many_places(model: str, here: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'paced-fast[data]'")
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    files = set()
+    for data in (
+        datasets.Dataset.from_list(ROWS),
+        pandas.DataFrame(ROWS),
+        (dict(row) for row in ROWS),
+        ["jsonl:rows.jsonl?rows=0:10&prompt=question", "jsonl:rows.jsonl?rows=10:20&prompt=question"],
+        Path("rows.jsonl"),
+    ):
+        made = train(model, data, reward="exact", steps=1, progress=False, settings=SMALL)
+        assert made.config.data.train[0].endswith("reward=exact")
+        files |= {path.name for path in made.folder.glob("given/data-*.jsonl")}
+    assert len(files) == 1, "the same rows are the same file"
+
+
+@pytest.mark.process
+def test_importing_is_light() -> None:
+    heavy = ("torch", "transformers", "numpy", "pandas", "rich", "datasets", "tyro", "triton")
+    code = (
+        "import sys\nimport paced_fast\nfrom paced_fast.api import train, evaluate, compare, report\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert done.stderr == ""
+
+
+def fails(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    raise KeyError("level")
+
+
+class Judge:
+    """A class, where an instance is asked for."""
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+
+def bad(**changes: Any) -> dict[str, Any]:
+    return {"data": ROWS, "reward": odd, "steps": 1, "progress": False, **SMALL, **changes}
+
+
+WRONG: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "setting": (lambda: bad(lerning_rate=1), r"unknown setting 'lerning_rate': did you mean '[a-z_.]*learning_rate'"),
+    "setting of another room": (
+        lambda: bad(learning_rate=1e-5),
+        r"unknown setting 'learning_rate': did you mean .*'optimizer.learning_rate'.*\? docs/settings.md lists",
+    ),
+    "kind": (lambda: bad(steps="many"), 'steps is "many", not int'),
+    "range": (lambda: bad(**{"optimizer.learning_rate": 5.0}), r"^optimizer.learning_rate is 5.0: give a value from 0"),
+    "argument": (lambda: bad(**{"data.train": ["x"]}), "'data.train' is an argument of train: give data"),
+    "split": (
+        lambda: bad(data={"train": ROWS}),
+        r"data is a dictionary: give one split of it, such as data\['train'\]",
+    ),
+    "number": (lambda: bad(data=3), "data is a int: give a source, or rows as a list of dictionaries"),
+    "texts": (lambda: bad(data=[*ROWS, "a"]), r"data\[20\] is a str: give one dictionary per row"),
+    "nothing": (lambda: bad(data=[]), "data has no rows: give at least one"),
+    "object in a row": (
+        lambda: bad(data=[{"prompt": "a", "image": object()}]),
+        r"data\[0\]: column 'image' holds a object, which is no text.*: leave the column out",
+    ),
+    "no prompt": (lambda: bad(data=[{"text": "a"}]), r"data has no column with the prompt .*text\): name it 'prompt'"),
+    "held-out rows": (lambda: bad(eval_data=[{"text": "a"}]), "eval_data has no column with the prompt"),
+    "class": (lambda: bad(reward=Judge), "reward is <class .*Judge'>: create an instance of it"),
+    "reward": (lambda: bad(reward=3), "reward is 3: give a name, or a function"),
+    "name": (lambda: bad(reward="mathe"), "unknown reward 'mathe' .*did you mean 'math'"),
+    "reward that raises": (lambda: bad(reward=fails), r"failed: KeyError: 'level' \(at .*test_api.py:\d+ in fails\)"),
+    "tokenizer": (lambda: bad(tokenizer=object()), "tokenizer= is for a model object, .*: leave it out"),
+    "model": (lambda: bad(model=torch.nn.Linear(2, 2)), "model is a Linear: give a causal language model"),
+    "path": (lambda: bad(model="./nowhere"), "nowhere"),
+    "resume": (lambda: bad(resume=True), "resume=True continues a run: give its folder as run_dir="),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_named_with_its_remedy_and_leaves_nothing(case: str, model: str, here: Path) -> None:
+    make, message = WRONG[case]
+    with pytest.raises(InputError, match=message) as caught:
+        train(**{"model": model, **make()})
+    assert "\n" not in str(caught.value)
+    assert not list(here.glob("runs/*")), "nothing of the run is left"
+
+
+def test_a_model_object_needs_its_tokenizer(model: str, here: Path) -> None:
+    mine = AutoModelForCausalLM.from_pretrained(model)
+    with pytest.raises(InputError, match="model is an object, which has no tokenizer: give tokenizer="):
+        train(mine, ROWS, reward=odd, steps=1)
+
+
+def test_a_folder_that_is_taken_is_refused_in_words_of_python(result: Result, model: str) -> None:
+    with pytest.raises(InputError, match=r"already holds a run \(it has .*: resume=True continues it, {'run.overwrite"):
+        train(model, ROWS, reward=odd, run_dir=result.folder, progress=False)
+
+
+def test_a_rank_of_several_is_refused(model: str, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"one of several ranks, and paced_fast.api runs in one: train by torchrun"):
+        train(model, ROWS, reward=odd, steps=1)
+
+
+def test_pictures_are_named(result: Result) -> None:
+    with pytest.raises(InputError, match=r"no picture 'learning' .*did you mean 'learning_curve'.*the pictures are"):
+        result.plot("learning")
+    with pytest.raises(InputError, match="compare is given 1 runs: give two run folders"):
+        compare(result)
