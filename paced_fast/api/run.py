@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _GIVEN = "given"
 """Folder inside a run folder with what Python handed over."""
+_OF_THE_COMMAND = {"run_or_model", "benchmarks", "sources", "json", "save_samples"}
+"""Options of the command that are arguments of `evaluate`, or files in place of what it returns."""
 _ARGUMENTS = {"data.train": "data", "data.eval": "eval_data", "model.name": "model", "resume": "resume=True"}
 """Settings that are arguments of `train`."""
 
@@ -178,7 +180,7 @@ def evaluate_given(
     options: Mapping[str, Any],
 ) -> Evaluated:
     """Evaluate; see `paced_fast.api.evaluate`."""
-    known = {item.name for item in dataclasses.fields(EvaluateArguments)} - {"run_or_model", "benchmarks", "sources"}
+    known = {item.name for item in dataclasses.fields(EvaluateArguments)} - _OF_THE_COMMAND
     for name in options:
         if name not in known:
             raise InputError(

@@ -68,6 +68,7 @@ def result(model: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
     return made
 
 
+@pytest.mark.process
 def test_the_result_has_figures_charts_rollouts_and_the_policy(result: Result, tmp_path: Path) -> None:
     metrics = result.metrics
     pandas = pytest.importorskip("pandas", reason="needs pandas")
@@ -128,6 +129,7 @@ def test_evaluation_takes_the_function_of_its_run_or_another(result: Result) -> 
         evaluate(result, temprature=1.0)
 
 
+@pytest.mark.process
 def test_a_model_object_is_copied_and_left_as_it_is(model: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     mine, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     before = {name: weight.clone() for name, weight in mine.state_dict().items()}
