@@ -46,15 +46,17 @@ def train(
     """Train a model by PACED-RL and return the result; the run folder holds the same as after the command.
 
     Interrupting (Ctrl-C, or the stop button of a notebook) ends the step, saves a checkpoint and returns what there is;
-    a second interrupt within the step ends the process.
+    a second interrupt within the step raises KeyboardInterrupt at once.
 
     Args:
         model: folder or hub id of a causal language model, or a model object, which is left as it is: a copy is
             trained.
         data: prompts to train on. Columns with the prompt and the answer are recognised by their usual names.
         reward: judges completions, in [0, 1] or None for no verdict. A function of yours runs in this process, in this
-            thread, with `reward.function_seconds` for one call; code and answers of models are judged in isolated
-            processes by the built-in rewards only. None: what the data's format says, `math` for plain answers.
+            thread, with `reward.function_seconds` for one call (outside of the main thread nothing but the end of the
+            process can end a call, so one that takes longer does end it). Code of models is run, and their answers are
+            computed with, in isolated processes only, by the built-in rewards. None: what the data's format says,
+            `math` for plain answers.
         eval_data: held-out prompts, evaluated before, during and after training; None: no evaluation.
         tokenizer: of a model object; a name brings its own.
         run_dir: folder of the run; None: a new one in `runs`, named after the model.

@@ -67,7 +67,7 @@ def train_given(
             config = _with_data(config, data, eval_data, name, folder)
             config = _with_model(config, model, tokenizer, folder)
             try:
-                summary = training.run(config, console, functions=functions)
+                summary = training.run(config, console, functions=functions, is_interactive=True)
             except StopRequested as stop:
                 stopped = str(stop)
             finally:

@@ -96,16 +96,18 @@ def run(
     *,
     replay: Path | None = None,
     functions: Mapping[str, RewardFunction] | None = None,
+    is_interactive: bool = False,
 ) -> dict[str, Any]:
     """Train with `config`, from start to summary; `main` calls this after reading the command line.
 
     With `replay` the rollouts are read from that file, and nothing is sampled. `functions` are rewards that Python
-    handed over, by the names that sources have for them. The summary is empty on ranks other than 0.
+    handed over, by the names that sources have for them. `is_interactive`: the process is a notebook's or a script's,
+    which a second interrupt must not end. The summary is empty on ranks other than 0.
     """
     config = placed(config)
     with (
         ranks_of_run(config, console or Console()) as (world, own),
-        StopRequest() as stop,
+        StopRequest(ends_process=not is_interactive) as stop,
         watchdog_of_rank(config, world) as watchdog,
     ):
         return _run(config, own, world, stop, watchdog, replay, functions)

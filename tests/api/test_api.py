@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import tiny_chat
 import torch
+from steady import wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paced_fast.api import Result, compare, evaluate, report, train
 from paced_fast.errors import InputError
+from paced_fast.run.start import signals
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"question": f"{a}+{b}=", "answer": str(a + b), "level": a} for a in range(5) for b in range(4)]
@@ -211,6 +213,23 @@ def test_an_interrupt_saves_and_returns_the_result_so_far(model: str, here: Path
     straight = train(model, ROWS, reward=interrupted, progress=False, settings=settings)
     columns = ["step", "reward_mean", "loss", "grad_norm"]
     assert rest.metrics[columns].equals(straight.metrics[columns])
+
+
+def test_a_second_interrupt_leaves_the_process_alive(model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", 0.0)
+
+    def hangs(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        if len(completions) == 16:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(lambda: False)  # the exception ends it
+        return odd(prompts, completions)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, ROWS, reward=hangs, steps=2, progress=False, settings=SMALL)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    again = train(model, ROWS, reward=odd, steps=1, progress=False, settings=SMALL)
+    assert again.summary["steps"] == 1
 
 
 def test_rows_come_from_many_places(model: str, here: Path) -> None:

@@ -7,6 +7,7 @@ an exchange, because a thread hears it and not the interpreter's main loop.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import logging
@@ -42,7 +43,10 @@ class StopRequest:
     Example: `with StopRequest() as stop: ...; if stop.agreed(world): ...`
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, ends_process: bool = True) -> None:
+        """`ends_process`: a second signal ends the process; else it raises KeyboardInterrupt in the main thread,
+        because the process is a user's and holds more than the run."""
+        self._ends_process, self._raises = ends_process, False
         self.name: str | None = None
         """The signal that asked this rank to stop."""
         self._heard_at = 0.0
@@ -77,6 +81,9 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         """The interpreter runs this when it can; the thread has heard the signal before."""
+        if self._raises:
+            self._raises = False
+            raise KeyboardInterrupt
 
     def _listen(self) -> None:
         while received := self._theirs.recv(64):
@@ -89,6 +96,9 @@ class StopRequest:
         if self.name is None:
             self.name, self._heard_at = number.name, now
             logger.warning("%s: stopping at the end of this step; a second signal stops at once", number.name)
+        elif now - self._heard_at > SAME_REQUEST_SECONDS and not self._ends_process:
+            self._raises = True
+            _thread.interrupt_main(number)
         elif now - self._heard_at > SAME_REQUEST_SECONDS:
             with contextlib.suppress(OSError, ValueError):  # the reading end may be closed
                 sys.stderr.write(f"stopped at once by a second {number.name}, without a checkpoint\n")
