@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from paced_fast.errors import InputError
 from paced_fast.integrations.losses import Balance, group_log_z, loss_from_hidden, loss_from_logprobs, offsets, packed
+from paced_fast.policy import linear_options
 from paced_fast.policy.capped import capped_logprobs
 from paced_fast.policy.families import Family, examine, head_states, is_plain, output_layer, takes
 from paced_kernels import linear_logprobs
@@ -161,9 +162,7 @@ class _Rows(NamedTuple):
         return empty.masked_scatter(self.mask, values)
 
     def _linear(self, temperature: float) -> dict[str, Any]:
-        """Bias and temperature of the fused operation, which adds the bias after the division."""
-        scale = self.family.scale / temperature
-        return {"bias": None if self.bias is None else self.bias * scale, "temperature": 1.0 / scale}
+        return linear_options(self.bias, temperature / self.family.scale)
 
     def logprobs(self, temperature: float) -> Tensor:
         """Log-probs f32[T] of the completion tokens, differentiable."""

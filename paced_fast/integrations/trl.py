@@ -36,6 +36,7 @@ from paced_fast.integrations.losses import Balance, group_log_z, loss_from_hidde
 from paced_fast.integrations.trl_config import PacedConfig
 from paced_fast.integrations.trl_head import FUSED, HOST, LOGITS, Completions, add_state_call, find_head, scores
 from paced_fast.integrations.trl_memory import PromptMemory, ReduceTable
+from paced_fast.policy import linear_options
 from paced_kernels import linear_logprobs
 
 try:
@@ -285,8 +286,7 @@ class PacedTrainer(GRPOTrainer):
                 rows.states(hidden, weight.dtype),
                 weight,
                 rows.token_ids,
-                bias=bias,
-                temperature=self.temperature / self.head.scale,
+                **linear_options(bias, self.temperature / self.head.scale),
                 return_entropy=with_entropy,
             )
 
@@ -332,8 +332,7 @@ class PacedTrainer(GRPOTrainer):
                     weight,
                     rows.token_ids,
                     rows.offsets,
-                    bias=bias,
-                    temperature=self.temperature / self.head.scale,
+                    **linear_options(bias, self.temperature / self.head.scale),
                     old_logprobs=None if old is None else rows.pack(old),
                     **settings,
                 )

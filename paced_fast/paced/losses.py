@@ -16,7 +16,7 @@ from paced_fast.config import Config
 from paced_fast.data import packing
 from paced_fast.data.records import Rollouts, Targets
 from paced_fast.data.transfer import pinned
-from paced_fast.policy import Policy
+from paced_fast.policy import Policy, linear_options
 from paced_kernels import segment_sum, trajectory_balance_from_logprobs, trajectory_balance_loss
 
 
@@ -57,7 +57,7 @@ def trajectory_balance(
     else:
         weight, bias = policy.head
         out = trajectory_balance_loss(
-            hidden, weight, micro.token_ids, offsets, bias=bias, temperature=temperature, **terms
+            hidden, weight, micro.token_ids, offsets, **linear_options(bias, temperature), **terms
         )
     log_ratio = out.seq_logprobs - old
     importance = log_ratio.clamp(max=math.log(config.loss.importance_cap)).exp()

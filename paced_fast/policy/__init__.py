@@ -14,7 +14,7 @@ from paced_fast.policy.lora import (
     plain_shapes,
     plain_state,
 )
-from paced_fast.policy.policy import Policy, make_policy, prepare
+from paced_fast.policy.policy import Policy, linear_options, make_policy, prepare
 from paced_fast.policy.saving import PolicyFiles, StoredNames, check_loads, generation_settings, save_model
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "generation_settings",
     "has_experts",
     "is_adapted",
+    "linear_options",
     "load_adapter_state",
     "load_model",
     "make_policy",

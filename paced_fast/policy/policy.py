@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,12 @@ from paced_kernels import linear_logprobs
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+
+def linear_options(bias: Tensor | None, temperature: float) -> dict[str, Any]:
+    """Bias and temperature as the fused operations take them, for logits (W h + bias) / temperature: they add the bias
+    after the division."""
+    return {"bias": None if bias is None else bias / temperature, "temperature": temperature}
 
 
 class Policy:
@@ -300,7 +306,7 @@ class Policy:
         weight, bias = self.head
         if self.family.cap is not None:
             return capped_logprobs(hidden, weight, token_ids, bias=bias, cap=self.family.cap, temperature=temperature)
-        return linear_logprobs(hidden, weight, token_ids, bias=bias, temperature=temperature)
+        return linear_logprobs(hidden, weight, token_ids, **linear_options(bias, temperature))
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[tuple[int, ...]], *, with_last: bool = False) -> Tensor:

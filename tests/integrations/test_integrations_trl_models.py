@@ -42,6 +42,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2": ("Gemma2", {"final_logit_softcapping": 1.5, "head_dim": 8}, HOST),
     "recurrent_gemma": ("RecurrentGemma", {"logits_soft_cap": 1.5, "lru_width": 16, "num_hidden_layers": 3}, LOGITS),
     "electra": ("Electra", {"is_decoder": True, "embedding_size": 16}, LOGITS),
+    "phi": ("Phi", {"resid_pdrop": 0.0, "embd_pdrop": 0.0}, FUSED),  # a bias in the output layer
     "opt": ("OPT", {"word_embed_proj_dim": 8, "ffn_dim": 24, "dropout": 0.0}, FUSED),
 }
 
@@ -53,9 +54,11 @@ def model(name: str) -> Any:
         getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
     )
     with torch.no_grad():
-        for parameter in made.parameters():
+        for key, parameter in made.named_parameters():
             if parameter.dim() >= 2:
                 parameter.mul_(8.0)
+            elif key == "lm_head.bias":
+                parameter.normal_()
     for module in made.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

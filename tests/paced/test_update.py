@@ -98,6 +98,18 @@ def test_trajectory_balance_is_the_mean_weighted_square(temperature: float, beta
     assert_same_gradients(policy, loss)
 
 
+def test_the_temperature_divides_the_bias_of_the_output_layer_in_the_loss() -> None:
+    policy, batch = Policy(tiny_policy.biased(), max_tokens=4096), tiny_policy.rollouts([3, 1, 4, 2])
+    config = tiny_policy.settings("tb", generation__temperature=0.6)
+    logprobs = tiny_policy.naive_logprobs(policy.model, batch, 0.6)
+    value = torch.linspace(0.1, 0.8, 4)
+    old = logprobs.detach()
+    targets = made_targets(signal=batch.rewards, intercept=value, old_logprobs=old, ref_logprobs=old)
+    out = loss_of("tb", policy, batch, targets, config)
+    torch.testing.assert_close(out.log_ratio, torch.zeros(4), rtol=0, atol=1e-4)
+    assert_same_gradients(policy, ((value - batch.rewards) * sums(logprobs, batch)).mean())
+
+
 def test_at_the_old_policy_the_gradient_is_reinforce_with_the_value_as_baseline() -> None:
     policy, batch = made()
     old, value = policy.logprobs(batch, 1.0), torch.linspace(0.1, 0.8, 8)

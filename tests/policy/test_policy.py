@@ -33,6 +33,14 @@ def test_logprobs_equal_a_full_softmax(temperature: float, max_tokens: int) -> N
     torch.testing.assert_close(policy.logprobs(batch, temperature), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_temperature_divides_the_bias_of_the_output_layer_too(temperature: float) -> None:
+    batch = tiny_policy.rollouts([4, 1, 0, 6])
+    policy = Policy(tiny_policy.biased(), max_tokens=4096)
+    wanted = tiny_policy.naive_logprobs(policy.model, batch, temperature).detach()
+    torch.testing.assert_close(policy.logprobs(batch, temperature), wanted, rtol=1e-4, atol=1e-4)
+
+
 def sliding_model(family: str) -> PreTrainedModel:
     """Layers that see three tokens back, all of them or one of two."""
     sizes = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from paced_fast.config import Config, ModelConfig
 from paced_fast.config.presets import preset
@@ -31,6 +31,25 @@ def model(*, seed: int = 0, sharpness: float = 8.0, dtype: torch.dtype = torch.f
             if parameter.dim() == 2:
                 parameter.mul_(sharpness if "lm_head" not in name else 2 * sharpness)
     return made.to(dtype)
+
+
+def biased() -> PreTrainedModel:
+    """A model whose output layer has a bias, as large as its other logits."""
+    settings = PhiConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=STOP,
+    )
+    made = PhiForCausalLM(settings).eval()
+    with torch.no_grad():
+        made.lm_head.weight.mul_(20.0)
+        made.lm_head.bias.normal_()
+    return made
 
 
 def policy(*, max_tokens: int = 4096, **options: Any) -> Policy:
