@@ -102,7 +102,7 @@ def _line(where: str, row: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(dict(row), default=_plain, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-        column = next((key for key, value in row.items() if not _is_json(value)), None)
+        column = next((key for key, value in row.items() if not _is_json(value)), "")
         raise InputError(
             f"{where}: column {column!r} holds a {type(row.get(column)).__name__}, which is no text, number, list or "
             f"dictionary ({error}): leave the column out, or turn it into text"

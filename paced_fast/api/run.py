@@ -203,12 +203,8 @@ def evaluate_given(
             target = str(Path(place, "model"))
         sources = () if data is None else given.sources_of("data", data, name, Path(place))
         samples: list[Sample] = []
-        arguments = EvaluateArguments(
-            run_or_model=target,
-            benchmarks=tuple(benchmarks),
-            sources=sources,
-            **{key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
-        )
+        fields: dict[str, Any] = {key: str(it) if isinstance(it, Path) else it for key, it in options.items()}
+        arguments = EvaluateArguments(run_or_model=target, benchmarks=tuple(benchmarks), sources=sources, **fields)
         figures = evaluate_target(arguments, samples.extend, functions=functions)
         for table in terminal.evaluation_tables(figures):
             console.print(table)

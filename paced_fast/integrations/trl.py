@@ -282,13 +282,9 @@ class PacedTrainer(GRPOTrainer):
             return *found, out.aux_loss if with_router_loss else None
 
         def scores_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-            return linear_logprobs(
-                rows.states(hidden, weight.dtype),
-                weight,
-                rows.token_ids,
-                **linear_options(bias, self.temperature / self.head.scale),
-                return_entropy=with_entropy,
-            )
+            options: dict[str, Any] = linear_options(bias, self.temperature / self.head.scale)
+            options["return_entropy"] = with_entropy
+            return linear_logprobs(rows.states(hidden, weight.dtype), weight, rows.token_ids, **options)
 
         with self.accelerator.autocast():
             values, router = model(**handed, state_call=scores_of, router_loss=with_router_loss)
