@@ -13,6 +13,7 @@ name of a built-in one. Importing this module imports neither PyTorch nor transf
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -71,9 +72,7 @@ def train(
         InputError: something given is wrong; one line names it and the remedy. Nothing has been trained.
         TrainingError: the run stopped itself, and says why.
     """
-    from paced_fast.api.run import train_given
-
-    return train_given(
+    return _run_module().train_given(
         model,
         data,
         reward=reward,
@@ -112,9 +111,7 @@ def evaluate(
     Raises:
         InputError: something given is wrong; one line names it and the remedy.
     """
-    from paced_fast.api.run import evaluate_given
-
-    return evaluate_given(
+    return _run_module().evaluate_given(
         model,
         data,
         reward=reward,
@@ -123,6 +120,14 @@ def evaluate(
         progress=progress,
         options=options,
     )
+
+
+def _run_module() -> Any:
+    """Import what trains and evaluates, without tqdm's advice about widgets in a notebook that has none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from paced_fast.api import run
+    return run
 
 
 def compare(*runs: str | Path | Result, out: str | Path | None = None) -> Comparison:

@@ -18,12 +18,14 @@ from paced_fast.api.process import as_found
 from paced_fast.api.result import Evaluated, Result, frame
 from paced_fast.api.settings import HAS_PRESET, base, in_python, with_settings
 from paced_fast.config import Config
+from paced_fast.config.saved import load_config
 from paced_fast.data import prompts
 from paced_fast.errors import InputError, StopRequested, nearest
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
 from paced_fast.evaluation.held_out import Sample
 from paced_fast.export import ExportArguments, export
 from paced_fast.run.record import terminal
+from paced_fast.run.record.summary import summarise
 from paced_fast.run.start.run_folder import LOCK_NAME, OWN_NAMES
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ def train_given(
             try:
                 summary = training.run(config, console, functions=functions, is_interactive=True)
             except StopRequested as stop:
-                stopped = str(stop)
+                stopped = _stopped(folder) or str(stop)
             finally:
                 given.drop_weights(folder / _GIVEN / "model")
             if stopped and not (folder / "metrics.jsonl").is_file():
@@ -115,6 +117,14 @@ def _folder(config: Config, run_dir: str | Path | None, *, resume: bool) -> Iter
             (folder / LOCK_NAME).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it is not empty: there was something before
                 folder.rmdir()
+
+
+def _stopped(folder: Path) -> str:
+    """How far a run got that was interrupted, and how it goes on; empty for one that has not begun."""
+    if not (folder / "metrics.jsonl").is_file():
+        return ""
+    step = summarise(folder, load_config(folder))["steps"]
+    return f"interrupted after step {step}: train(..., run_dir={str(folder)!r}, resume=True) continues"
 
 
 def _taken(folder: Path) -> list[str]:

@@ -204,7 +204,7 @@ def test_an_interrupt_saves_and_returns_the_result_so_far(model: str, here: Path
 
     settings = {**SMALL, "steps": 5}
     made = train(model, ROWS, reward=interrupted, progress=False, settings=settings)
-    assert "stopped after step 2" in made.stopped
+    assert made.stopped == f"interrupted after step 2: train(..., run_dir={str(made.folder)!r}, resume=True) continues"
     assert made.metrics["step"].tolist()[-1] == 2
     assert made.summary["steps"] == 2
     assert isinstance(made.generate("1+1=", max_completion_tokens=2), str)
