@@ -66,7 +66,8 @@ def train(
         settings: any further setting by its name, such as {"optimizer.learning_rate": 1e-5} or
             {"optimizer": {"learning_rate": 1e-5}}. docs/settings.md lists them.
         **more: settings as keywords: `steps=50`, `seed=1`, `algorithm="grpo"`, `optimizer={"learning_rate": 1e-5}`, or
-            `**{"optimizer.learning_rate": 1e-5}`.
+            `**{"optimizer.learning_rate": 1e-5}`. `preset="qwen_math_7b"` begins with the settings of a preset, its
+            warm start included.
 
     Raises:
         InputError: something given is wrong; one line names it and the remedy. Nothing has been trained.

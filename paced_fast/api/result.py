@@ -104,18 +104,21 @@ class Result:
 
         return load_config(self.folder)
 
-    def plot(self, name: str = "learning_curve") -> Picture:
+    def plot(self, name: str | None = None) -> Picture:
         """Draw charts of the report as one picture.
 
         Args:
             name: learning_curve, train_reward, calibration, value_quality, value_histogram, mixed_groups, health,
-                replay_priorities or seconds_by_phase.
+                replay_priorities or seconds_by_phase; None: the learning curve on held-out prompts, or the reward in
+                training where there are none.
 
         Raises:
             InputError: there is no such picture, or the run has no figures for it.
         """
         from paced_fast.report.picture import picture
+        from paced_fast.report.read_run import read_run
 
+        name = name or ("learning_curve" if read_run(self.folder).evaluations else "train_reward")
         return Picture(picture(self.folder, name))
 
     def report(self) -> Path:

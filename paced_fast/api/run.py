@@ -19,14 +19,15 @@ from paced_fast.api.result import Evaluated, Result, frame
 from paced_fast.api.settings import HAS_PRESET, base, in_python, with_settings
 from paced_fast.config import Config
 from paced_fast.config.saved import load_config
-from paced_fast.data import prompts
 from paced_fast.errors import InputError, StopRequested, nearest
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
 from paced_fast.evaluation.held_out import Sample
 from paced_fast.export import ExportArguments, export
+from paced_fast.policy import smollm2_folder
 from paced_fast.run.record import terminal
 from paced_fast.run.record.summary import summarise
 from paced_fast.run.start.run_folder import LOCK_NAME, OWN_NAMES
+from paced_fast.run.start.tables import read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ def _configured(settings: Mapping[str, Any], model: Any, *, resume: bool) -> Con
     for name, argument in _ARGUMENTS.items():
         if name in settings:
             raise InputError(f"the setting {name!r} is an argument of train: give {argument}")
-    config = with_settings(base(), settings)
+    others = dict(settings)
+    config = with_settings(base(others.pop("preset", None)), others)
     name = str(model) if isinstance(model, str | Path) else type(model).__name__
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
     return dataclasses.replace(config, resume="auto") if resume else config
@@ -175,7 +177,9 @@ def _with_template(config: Config) -> Config:
     """The settings with the template for which `auto` stands, where the settings do not decide it themselves."""
     if config.data.template != "auto" or HAS_PRESET:
         return config
-    has_chat = bool(prompts.load_tokenizer(config.model.name).chat_template)
+    name = config.model.name
+    path = str(smollm2_folder(Path(config.warm_start.cache_dir).expanduser())) if name == "smollm2" else name
+    has_chat = bool(read_tokenizer(path, config.model.alphabet).chat_template)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, template="chat" if has_chat else "plain"))
 
 

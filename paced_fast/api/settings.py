@@ -11,7 +11,7 @@ from typing import Any
 
 from paced_fast.config import Config
 from paced_fast.config.bounds import settings
-from paced_fast.config.presets import PRESETS
+from paced_fast.config.presets import PRESETS, preset
 from paced_fast.config.saved import config_from_dict
 from paced_fast.errors import InputError
 
@@ -19,9 +19,9 @@ HAS_PRESET = "own" in PRESETS
 """Whether a preset for models of the user's own decides about device, data type and template itself."""
 
 
-def base() -> Config:
-    """The settings that a run from Python begins with: nothing in them belongs to a demonstration."""
-    return PRESETS.get("own", _own)()
+def base(name: str | None = None) -> Config:
+    """The settings that a run from Python begins with: of a preset by name, else nothing of a demonstration."""
+    return PRESETS.get("own", _own)() if name is None else preset(name)
 
 
 def _own() -> Config:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,22 @@ def test_a_rank_of_several_is_refused(model: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"one of several ranks, and paced_fast.api runs in one: train by torchrun"):
         train(model, ROWS, reward=odd, steps=1)
+
+
+def test_without_pandas_a_table_is_a_list_of_dictionaries(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name, *more: None if name == "pandas" else plain(name, *more))
+    metrics = result.metrics
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3]
+    assert metrics[-1]["eval.accuracy"] == result.summary["accuracy_after"]
+
+
+def test_a_preset_is_where_settings_begin(model: str, here: Path) -> None:
+    settings = {**SMALL, "warm_start": {"first": {"steps": 0}, "second": {"steps": 0}}, "data.headline": []}
+    run = train(model, ROWS, reward=odd, preset="tiny", steps=1, progress=False, settings=settings)
+    assert (run.config.preset, run.config.data.template) == ("tiny", "{prompt}")
+    with pytest.raises(InputError, match="unknown preset 'tinny': did you mean tiny"):
+        train(model, ROWS, reward=odd, preset="tinny")
 
 
 def test_pictures_are_named(result: Result) -> None:
