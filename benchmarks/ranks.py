@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from paced_fast import distributed
-from paced_fast.distributed import ALONE
+from paced_fast.data import distributed
+from paced_fast.data.distributed import ALONE
 
 EXCHANGE_SECONDS = 180.0
 """Seconds after which a collective fails if some rank does not join."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.faults.resume import CUTS, measure_resume
 from benchmarks.ranks import import_ahead, on_ranks, started
-from paced_fast.distributed import World
+from paced_fast.data.distributed import World
 from paced_fast.errors import InputError
 from paced_fast.run import checkpoint
 from paced_fast.run.checkpoint.folder import FORMAT, describe, manifest_text

@@ -25,7 +25,7 @@ from paced_fast import train
 from paced_fast.config import Config
 from paced_fast.config.presets import preset
 from paced_fast.config.resolve import resolve
-from paced_fast.distributed import World
+from paced_fast.data.distributed import World
 from paced_fast.policy import quiet
 from paced_fast.run import checkpoint
 from paced_fast.run.start import build

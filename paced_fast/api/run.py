@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from paced_fast.train import loop as training
 from paced_fast.api import given
 from paced_fast.api.process import as_found
 from paced_fast.api.result import Evaluated, Result, frame
@@ -28,6 +27,7 @@ from paced_fast.run.record import terminal
 from paced_fast.run.record.summary import summarise
 from paced_fast.run.start.run_folder import LOCK_NAME, OWN_NAMES
 from paced_fast.run.start.tables import read_tokenizer
+from paced_fast.train import loop as training
 
 logger = logging.getLogger(__name__)
 

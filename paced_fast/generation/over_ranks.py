@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from paced_fast.data.distributed import World, joined
 from paced_fast.data.records import Completion
-from paced_fast.distributed import World, joined
 from paced_fast.generation import Generator, Sampling
 
 

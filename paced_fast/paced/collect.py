@@ -12,9 +12,9 @@ import torch
 
 from paced_fast.config import Config, stream_seed
 from paced_fast.data import packing, prompts
+from paced_fast.data.distributed import ALONE, World
 from paced_fast.data.records import Completion, Fresh, Group, GroupSource, PromptRow, PromptTable
 from paced_fast.data.transfer import to_device
-from paced_fast.distributed import ALONE, World
 from paced_fast.errors import TrainingError
 from paced_fast.generation import Generator, Sampling
 from paced_fast.generation.interface import without_unknown_ids

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from paced_fast.config import Config
+from paced_fast.data.distributed import ALONE, World
 from paced_fast.data.records import Fresh, Rollouts, Targets, UpdateResult
-from paced_fast.distributed import ALONE, World
 from paced_fast.generation.mismatch import sequence_weights
 from paced_fast.paced.log_z import LogZ
 from paced_fast.paced.update import old_logprobs

@@ -15,9 +15,9 @@ from torch import Tensor
 from paced_fast.config import Config, stream_seed
 from paced_fast.config.paced import RULES
 from paced_fast.data import packing
+from paced_fast.data.distributed import ALONE, World
 from paced_fast.data.records import Fresh, Group, Rollouts, StepResult
 from paced_fast.data.transfer import to_host
-from paced_fast.distributed import ALONE, World
 from paced_fast.errors import TrainingError
 from paced_fast.paced.collect import Collector
 from paced_fast.paced.log_z import LogZ

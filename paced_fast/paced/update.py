@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from paced_fast.config import Config, OptimizerConfig, stream_seed
 from paced_fast.data import packing
+from paced_fast.data.distributed import ALONE, World
 from paced_fast.data.records import Rollouts, Targets, UpdateResult
 from paced_fast.data.transfer import to_device
-from paced_fast.distributed import ALONE, World
 from paced_fast.paced.losses import POLICY_LOSSES, MicroOutput
 from paced_fast.policy import Policy, micro_batches
 from paced_fast.policy.optimizer import PolicyOptimizer

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from paced_fast.distributed import World
+from paced_fast.data.distributed import World
 from paced_fast.errors import InputError
 from paced_fast.policy.shape import layer_list
 

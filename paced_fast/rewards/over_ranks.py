@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from paced_fast.data.distributed import World, joined
 from paced_fast.data.records import PromptRow
-from paced_fast.distributed import World, joined
 
 Scores = list[float | None]
 

@@ -81,7 +81,7 @@ def machine() -> Iterator[tuple[str, str]]:
     import torch
 
     from paced_fast.config import ModelConfig
-    from paced_fast.distributed import usable_cores
+    from paced_fast.data.distributed import usable_cores
     from paced_fast.policy.attention import lacking_here
 
     model = ModelConfig(name="own").placed()

@@ -13,8 +13,8 @@ from rich.console import Console
 from paced_fast import report
 from paced_fast.config import Config, flatten
 from paced_fast.config.resolve import placed, resolve
+from paced_fast.data.distributed import World
 from paced_fast.data.step_record import ABSENT, StartRecord
-from paced_fast.distributed import World
 from paced_fast.errors import StopRequested
 from paced_fast.evaluation.held_out import prompt_columns
 from paced_fast.rewards.loading import RewardFunction

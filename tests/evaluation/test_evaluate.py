@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 
 from paced_fast import train
+from paced_fast.data.distributed import ALONE
 from paced_fast.data.records import Completion, PromptRow, PromptTable
 from paced_fast.data.sources import parse_source
 from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
-from paced_fast.distributed import ALONE
 from paced_fast.errors import InputError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target, main
 from paced_fast.evaluation import held_out

@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache
 
 from paced_fast.data import packing
+from paced_fast.data.distributed import ALONE
 from paced_fast.data.records import Completion
-from paced_fast.distributed import ALONE
 from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.generation.over_ranks import SharedGenerator
 from paced_fast.generation.reading import Reading

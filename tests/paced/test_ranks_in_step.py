@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ranks import import_ahead, on_ranks
-from paced_fast import distributed
 from paced_fast.config import Config, LoraConfig, WeightSyncConfig
 from paced_fast.config.resolve import resolve
+from paced_fast.data import distributed
+from paced_fast.data.distributed import World
 from paced_fast.data.records import Completion
-from paced_fast.distributed import World
 from paced_fast.errors import TrainingError
 from paced_fast.generation import Sampling
 from paced_fast.generation.parity import ParityGuard

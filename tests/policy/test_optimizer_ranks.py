@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from benchmarks.ranks import import_ahead, on_ranks
 from paced_fast.config import LoraConfig
 from paced_fast.data import packing
+from paced_fast.data.distributed import World
 from paced_fast.data.records import Targets
-from paced_fast.distributed import World
 from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.paced.update import _micro_loss, make_optimizer
 from paced_fast.policy import Policy, adapt, plain_parameters

@@ -17,8 +17,8 @@ from paced_fast import train
 from paced_fast.config import Config
 from paced_fast.config.presets import preset
 from paced_fast.config.resolve import resolve
+from paced_fast.data.distributed import World
 from paced_fast.data.records import PromptRow, PromptTable
-from paced_fast.distributed import World
 from paced_fast.errors import InputError
 from paced_fast.generation import TransformersGenerator
 from paced_fast.paced.trainer import Trainer

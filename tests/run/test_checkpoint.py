@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.ranks import on_ranks
+from paced_fast.data.distributed import ALONE
 from paced_fast.data.prompts import character_tokenizer
 from paced_fast.data.records import PromptRow, PromptTable
-from paced_fast.distributed import ALONE
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.policy.optimizer import GuardedAdamW
 from paced_fast.run import checkpoint

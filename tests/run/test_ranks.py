@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.ranks import import_ahead, on_ranks
-from paced_fast import distributed, train
+from paced_fast import train
 from paced_fast.config import Config
-from paced_fast.data import packing
+from paced_fast.data import distributed, packing
+from paced_fast.data.distributed import ALONE, World
 from paced_fast.data.records import Completion
-from paced_fast.distributed import ALONE, World
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.generation.over_ranks import gather_completions
 from paced_fast.policy import micro_batches

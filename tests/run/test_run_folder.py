@@ -16,7 +16,7 @@ import pytest
 
 from paced_fast.config.presets import preset
 from paced_fast.config.resolve import resolve
-from paced_fast.distributed import ALONE
+from paced_fast.data.distributed import ALONE
 from paced_fast.errors import InputError
 from paced_fast.run.record import files
 from paced_fast.run.start.resume import newest_checkpoint

@@ -17,7 +17,7 @@ import tiny_run
 from steady import LIMIT_SECONDS, wait_for
 
 from paced_fast import train
-from paced_fast.distributed import ALONE, World
+from paced_fast.data.distributed import ALONE, World
 from paced_fast.errors import StopRequested
 from paced_fast.run.start import signals
 from paced_fast.run.start.signals import HEARD, StopRequest

@@ -12,9 +12,9 @@ import pytest
 import torch
 from steady import LIMIT_SECONDS, wait_for
 
-from paced_fast import distributed
 from paced_fast.config.presets import preset
-from paced_fast.distributed import ALONE, World
+from paced_fast.data import distributed
+from paced_fast.data.distributed import ALONE, World
 from paced_fast.run.start import session, watchdog
 from paced_fast.run.start.watchdog import Place, Watchdog, describe
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from paced_fast.distributed import ALONE, World
+from paced_fast.data.distributed import ALONE, World
 from paced_fast.run import checkpoint
 from paced_fast.run.checkpoint import save as saving
 

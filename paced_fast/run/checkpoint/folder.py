@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from paced_fast.distributed import ALONE, World
+from paced_fast.data.distributed import ALONE, World
 from paced_fast.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paced_fast.distributed import ALONE, World
+from paced_fast.data.distributed import ALONE, World
 from paced_fast.errors import InputError
 from paced_fast.run.checkpoint.tensors import read_tensors
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from paced_fast.distributed import ALONE, EVERYWHERE, World
+from paced_fast.data.distributed import ALONE, EVERYWHERE, World
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.run.checkpoint.commit import commit, flush, fresh, retain
 from paced_fast.run.checkpoint.folder import describe, folders, step_folder

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
-from paced_fast.distributed import World
+from paced_fast.data.distributed import World
 from paced_fast.errors import InputError
 
 _FILE_BYTES = 2**30

@@ -17,9 +17,9 @@ import torch
 
 from paced_fast.config import Config, stream_seed
 from paced_fast.data import prompts
+from paced_fast.data.distributed import ALONE, EVERYWHERE, World, usable_cores
 from paced_fast.data.records import Completion, Group, PromptRow, PromptTable
 from paced_fast.data.step_record import StepRecord
-from paced_fast.distributed import ALONE, EVERYWHERE, World, usable_cores
 from paced_fast.errors import InputError
 from paced_fast.generation import TransformersGenerator
 from paced_fast.paced.collect import Collector

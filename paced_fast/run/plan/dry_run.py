@@ -11,9 +11,9 @@ from rich.console import Console
 
 from paced_fast.config import Config, flatten
 from paced_fast.config.resolve import check_engine_ranks, placed, resolve
+from paced_fast.data.distributed import usable_cores
 from paced_fast.data.prompts import ALPHABETS
 from paced_fast.data.sources import parse_source
-from paced_fast.distributed import usable_cores
 from paced_fast.errors import InputError
 from paced_fast.policy import adapt
 from paced_fast.policy.families import planned

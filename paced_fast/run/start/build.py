@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from paced_fast.config import Config
 from paced_fast.config.resolve import check_engine_ranks
 from paced_fast.data import prompts
+from paced_fast.data.distributed import ALONE, World, usable_cores
 from paced_fast.data.records import PromptTable
-from paced_fast.distributed import ALONE, World, usable_cores
 from paced_fast.generation import Generator
 from paced_fast.generation.vllm_engine import require_head_size, require_vllm
 from paced_fast.paced.collect import Collector, Phase

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from paced_fast.config import Config
 from paced_fast.config.resolve import resolve
+from paced_fast.data.distributed import ALONE
 from paced_fast.data.records import PromptRow
-from paced_fast.distributed import ALONE
 from paced_fast.rewards import Scorer
 from paced_fast.run.start.tables import Data, read_data, without_missing
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from paced_fast.distributed import World
+from paced_fast.data.distributed import World
 from paced_fast.generation import Generator, TransformersGenerator, VLLMGenerator, weight_sync
 from paced_fast.generation.over_ranks import SharedGenerator
 from paced_fast.generation.parity import ParityGuard, long_sequences

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paced_fast.config import Config, ModelConfig, stream_seed
 from paced_fast.data import prompts
+from paced_fast.data.distributed import World, joined
 from paced_fast.data.records import PromptTable
-from paced_fast.distributed import World, joined
 from paced_fast.errors import InputError
 from paced_fast.generation.vllm_engine import require_head_size, require_pushable_experts
 from paced_fast.policy import Policy, adapt, build_tiny, has_experts, load_model, make_policy, prepare

@@ -10,7 +10,7 @@ from paced_fast.config import Config, stream_seed
 from paced_fast.config.resolve import resolve
 from paced_fast.config.resuming import differences, remedy
 from paced_fast.config.saved import load_config
-from paced_fast.distributed import World
+from paced_fast.data.distributed import World
 from paced_fast.errors import InputError
 from paced_fast.run import checkpoint
 from paced_fast.run.checkpoint.state import spread_tensors

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 from rich.console import Console
 
-from paced_fast import distributed
 from paced_fast.config import Config
 from paced_fast.config.run import OWN
-from paced_fast.distributed import World
+from paced_fast.data import distributed
+from paced_fast.data.distributed import World
 from paced_fast.errors import InputError
 from paced_fast.run.start import signals
 from paced_fast.run.start.build import PreparedRun

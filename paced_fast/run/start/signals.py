@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paced_fast.distributed import World
+    from paced_fast.data.distributed import World
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from paced_fast.config import Config, DataConfig
 from paced_fast.config.resolve import writes_chats
 from paced_fast.config.saved import load_config
 from paced_fast.data import prompts
+from paced_fast.data.distributed import World
 from paced_fast.data.records import Completion, PromptRow, PromptTable
 from paced_fast.data.sources import drop_missing
-from paced_fast.distributed import World
 from paced_fast.errors import InputError
 from paced_fast.evaluation.held_out import check_headline
 from paced_fast.policy import smollm2_folder

@@ -26,8 +26,8 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from paced_fast import distributed
-from paced_fast.distributed import World
+from paced_fast.data import distributed
+from paced_fast.data.distributed import World
 
 logger = logging.getLogger(__name__)
 
