@@ -18,6 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+if __name__ == "__main__":  # the imports below take seconds
+    from paced_fast.run.start import signals
+
+    signals.end_at_interrupt()
+
 import torch
 import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +34,7 @@ from paced_fast.data import prompts
 from paced_fast.data.records import PromptTable
 from paced_fast.data.sources import parse_day, template_arguments
 from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
-from paced_fast.errors import InputError, TrainingError
+from paced_fast.errors import InputError, TrainingError, interrupts_in_one_line
 from paced_fast.evaluation.held_out import Sample, evaluate
 from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.policy import load_model, quiet, smollm2_folder
@@ -385,4 +390,5 @@ def _write(arguments: EvaluateArguments, record: dict[str, Any], samples: Sequen
 
 
 if __name__ == "__main__":
-    main()
+    with interrupts_in_one_line():
+        main()

@@ -18,12 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+if __name__ == "__main__":  # the imports below take seconds
+    from paced_fast.run.start import signals
+
+    signals.end_at_interrupt()
+
 import torch
 import tyro
 from safetensors import SafetensorError
 
 from paced_fast.config import ModelConfig, cli
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, interrupts_in_one_line
 from paced_fast.policy import load_model, quiet, save_model
 from paced_fast.run import checkpoint
 from paced_fast.run.record import terminal
@@ -173,4 +178,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interrupts_in_one_line():
+        main()

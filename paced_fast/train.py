@@ -15,6 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # the imports below take seconds
+    from paced_fast.run.start import signals
+
+    signals.end_at_interrupt()
+
 from rich.console import Console
 
 from paced_fast import report
@@ -58,6 +63,8 @@ def train(
     with contextlib.closing(make_saver(run)) as saver, Outputs(run, console) as outputs:
         _stop_if_asked(run, saver, stop, began)
         _begin(run, outputs)
+        if stop is not None:
+            stop.waits()
         while stepper.counters.step < config.steps:
             _stop_if_asked(run, saver, stop, began)
             record, shown, result = stepper.step()
@@ -96,8 +103,9 @@ def _stop_if_asked(run: PreparedRun, saver: checkpoint.Saver, stop: StopRequest 
     step = run.stepper.counters.step
     if step != began:
         save(run, saver, last=True)
-    what = f"after step {step}: continue with --resume auto" if step else "before the first step"
-    raise StopRequested(f"{stop.name or 'a signal to another rank'}: stopped {what}")
+    when = f"after step {step}, which is saved" if step != began else f"before step {step + 1}"
+    how = signals.how_to_resume(run.folder)
+    raise StopRequested(f"{stop.name or 'a signal to another rank'}: stopped {when}: {how}")
 
 
 def run(config: Config, console: Console | None = None, *, replay: Path | None = None) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def run(config: Config, console: Console | None = None, *, replay: Path | None =
     """
     with (
         ranks_of_run(config, console or Console()) as (world, own),
-        StopRequest() as stop,
+        StopRequest(at_once=world.size == 1) as stop,
         watchdog_of_rank(config, world) as watchdog,
     ):
         return _run(config, own, world, stop, watchdog, replay)
@@ -123,6 +131,7 @@ def _run(
     console.print(terminal.config_table(flatten(config)))
     with RunLock() as lock:
         prepared = build(config, console, world, replay, lock)
+        stop.remedy = signals.how_to_resume(prepared.folder)
         try:
             summary = train(prepared, console, stop, watchdog)
         finally:
@@ -133,7 +142,7 @@ def _run(
     return summary
 
 
-def _tell(line: str, error: Exception) -> None:
+def _tell(line: str, error: BaseException) -> None:
     """Write one line to the user; an error that every rank raises is reported by rank 0 only."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or EVERYWHERE not in getattr(error, "__notes__", ()):
@@ -164,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TrainingError as error:
         _tell(f"stopped: {error}", error)
         raise SystemExit(3) from None
-    except StopRequested as error:
-        _tell(str(error), error)
+    except (StopRequested, KeyboardInterrupt) as error:
+        _tell(str(error) or signals.TOO_EARLY, error)
         raise SystemExit(signals.status(launched="TORCHELASTIC_RUN_ID" in os.environ)) from None
     if summary:
         console.print(terminal.final_table(summary, run_dir=summary["run_dir"]))

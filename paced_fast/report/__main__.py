@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, interrupts_in_one_line
 from paced_fast.report import compare, make_report
 
 
@@ -36,4 +36,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interrupts_in_one_line():
+        main()

@@ -79,7 +79,13 @@ def _drawn(jobs: Sequence[tuple[str, Spec]]) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     try:
         done = subprocess.run(
-            command, input=json.dumps(jobs), capture_output=True, text=True, timeout=_SECONDS, check=False
+            command,
+            input=json.dumps(jobs),
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+            start_new_session=True,  # Ctrl-C is for the run, which decides what it ends
         )
         told = f"status {done.returncode}: {' '.join(done.stderr.split())[:400]}"
         found += map(json.loads, done.stdout.splitlines())
