@@ -24,6 +24,7 @@ from rich.console import Console
 
 from paced_fast import report
 from paced_fast.config import Config, cli, flatten, modes
+from paced_fast.config.presets.changed import changed_settings
 from paced_fast.config.resolve import resolve
 from paced_fast.data.step_record import ABSENT, StartRecord
 from paced_fast.distributed import EVERYWHERE, World
@@ -65,6 +66,7 @@ def train(
         _begin(run, outputs)
         if stop is not None:
             stop.waits()
+        outputs.watch(stepper.phases)
         while stepper.counters.step < config.steps:
             _stop_if_asked(run, saver, stop, began)
             record, shown, result = stepper.step()
@@ -84,7 +86,9 @@ def _begin(run: PreparedRun, outputs: Outputs) -> None:
     if run.resumed:
         outputs.drop_from(run.stepper.counters.step + 1)
         return
-    outputs.say("evaluating the policy before training")
+    count, samples = len(run.eval_table), run.config.evaluation.final_samples
+    if count:
+        outputs.say(f"evaluating the policy before training: {count:,} prompts, {samples} completions each")
     record = StartRecord(parity=parity or ABSENT)
     before = evaluate_now(run, run.config.evaluation.final_samples)
     if before is not None:
@@ -128,7 +132,7 @@ def _run(
     if replay is not None:
         config = replayed_settings(config, replay)
     config = without_missing(resolve(config))
-    console.print(terminal.config_table(flatten(config)))
+    console.print(terminal.settings_table(changed_settings(flatten(config))[0], preset=config.preset))
     with RunLock() as lock:
         prepared = build(config, console, world, replay, lock)
         stop.remedy = signals.how_to_resume(prepared.folder)

@@ -58,6 +58,8 @@ class RunConfig:
     """Write checkpoints in the background; training only waits until the parameters are copied."""
     rollouts_per_step: Annotated[int, Bounds(0, 10**9)] = 4
     """Rollouts written to rollouts.jsonl per step."""
+    show_sample_every: Annotated[int, Bounds(0, 10**9)] = 25
+    """Steps between sample completions on the terminal; 0: none."""
     save_rollouts: bool = False
     """Write every completion of every step with its tokens and log-probs to rollouts_full.jsonl, for --replay-rollouts;
     about 20 bytes per token."""

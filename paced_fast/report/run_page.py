@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 from markupsafe import Markup
 
-from paced_fast.config import flatten
 from paced_fast.config.presets import PRESETS
+from paced_fast.config.presets.changed import changed_settings
 from paced_fast.errors import InputError
 from paced_fast.report.charts.chart import Axis, Chart, Line, merged, percent, seconds
 from paced_fast.report.charts.held_out import (
@@ -221,24 +220,12 @@ def _notes(run: Run) -> list[str]:
     return lines
 
 
-def changed_settings(config: Mapping[str, object]) -> tuple[list[list[str]], list[list[str]]]:
-    """Return (name, preset's value, run's value) of settings the user changed, and of those preset to `auto`."""
-    preset = config.get("preset")
-    if not isinstance(preset, str) or preset not in PRESETS:
-        return [], []
-    changed, decided = [], []
-    for name, default in flatten(PRESETS[preset]()).items():
-        plain = list(default) if isinstance(default, tuple) else default
-        if name in config and name != "run_dir" and config[name] != plain:
-            (decided if default in ("auto", ("auto",)) or name == "data.date" else changed).append(
-                [name, shown(plain), shown(config[name])]
-            )
-    return changed, decided
-
-
 def _configuration(run: Run) -> Markup:
     if not run.config:
         return part("absent", "not written yet")
-    changed, decided = changed_settings(run.config)
+    changed, decided = (
+        [[name, shown(default), shown(value)] for name, (default, value) in found.items()]
+        for found in changed_settings(run.config)
+    )
     known = str(run.config.get("preset")) in PRESETS
     return part("configuration", known, changed, decided, pairs_table(run.config))

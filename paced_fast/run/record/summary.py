@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections import Counter
@@ -29,6 +30,22 @@ def write_summary(folder: Path, config: Config) -> dict[str, Any]:
     except (OSError, ValueError, LookupError) as error:
         logger.warning("summary.json was not written (%r): the checkpoints are complete", error)
         return {}
+
+
+def evaluated_accuracies(folder: Path, last_step: int) -> list[float]:
+    """Accuracies of the evaluations up to `last_step` in a run's metrics, in order; a broken line is left out."""
+    found: list[float] = []
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        if '"eval"' in line:
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                record = json.loads(line)
+                if record["step"] <= last_step and isinstance(record["eval"]["accuracy"], float):
+                    found.append(record["eval"]["accuracy"])
+    return found
 
 
 def summarise(folder: Path, config: Config) -> dict[str, Any]:

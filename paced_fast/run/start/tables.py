@@ -60,8 +60,10 @@ def read_data(config: Config, folder: Path, world: World, replay: Path | None = 
     with world.agreement():
         config, stops, decode = read_ends(config, path, tokenizer)
     scorer, shaper = Scorer(settings=config.reward), Shaper(config.reward)
+    logger.info("reading and tokenizing the prompts")
     with world.agreement():
         table, eval_table, repeated = read_tables(config, tokenizer, scorer, shaper)
+    logger.info("%d prompts to train on, %d held out", len(table), len(eval_table))
     with world.agreement():
         ids = prompts.num_ids(tokenizer)
         recorded = None if replay is None else RecordedRollouts(replay, config, table, ids)
