@@ -93,7 +93,11 @@ def _begin(run: PreparedRun, outputs: Outputs) -> None:
     before = evaluate_now(run, run.config.evaluation.final_samples)
     if before is not None:
         evaluated = before.record() | prompt_columns(run.eval_table)
-        overlap = {"repeated": run.repeated, "training_prompts": len(run.collector.table)}
+        overlap = {
+            "repeated": sum(run.repeated.values()),
+            "training_prompts": len(run.collector.table),
+            "slices": dict(run.repeated),
+        }
         record = dataclasses.replace(record, eval=evaluated, overlap=overlap)
     if before is not None or parity:
         outputs.write(record)

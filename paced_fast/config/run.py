@@ -69,6 +69,9 @@ class RunConfig:
     """CPU threads of torch per process; 0: the machine's usable cores divided among its processes."""
     report: bool = True
     """Write the HTML report and its charts when training ends."""
+    report_every: Annotated[int, Bounds(0, 10**9)] = 25
+    """Steps between reports during training, written by another process that takes up to 5 % of a core; the open page
+    refreshes itself; 0: only at the end."""
     loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """Services that receive the metrics, in addition to metrics.jsonl."""
 

@@ -364,7 +364,10 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder: Path, capsys: Any
     assert own[0].keys() - own[1].keys() == {"prompt_slices", "prompt_ids"}
     assert [len(own[0][name]) for name in ("prompt_accuracy", "prompt_slices", "prompt_ids")] == [12] * 3
     assert len(own[1]["prompt_accuracy"]) == 12
+    slices = records[0]["overlap"].pop("slices")
     assert records[0]["overlap"] == {"repeated": 1, "training_prompts": 40}
+    assert list(slices.values()) == [1]
+    assert slices.keys() <= own[0]["slices"].keys()
     assert all("overlap" not in record for record in records[1:])
     assert all(evaluated[k] == found[k] for evaluated in own for k in ("temperature", "top_p"))
     assert all(evaluated["max_completion_tokens"] == 4 and evaluated["tokens_mean"] <= 4 for evaluated in own)

@@ -11,6 +11,10 @@ Changes = dict[str, tuple[object, object]]
 """(value of the preset, value of the run) by dotted name."""
 
 
+_DECIDED = ("data.date", "log_z.updates_per_step")
+"""Settings of which another value than `auto` leaves the choice to the run."""
+
+
 def changed_settings(config: Mapping[str, object]) -> tuple[Changes, Changes]:
     """Return the settings that the user changed, and those that the preset leaves to the algorithm or the machine.
 
@@ -24,7 +28,7 @@ def changed_settings(config: Mapping[str, object]) -> tuple[Changes, Changes]:
     decided: Changes = {}
     for name, default in flatten(PRESETS[preset]()).items():
         if name in config and name != "run_dir" and _plain(config[name]) != _plain(default):
-            found = decided if default in ("auto", ("auto",)) or name == "data.date" else changed
+            found = decided if default in ("auto", ("auto",)) or name in _DECIDED else changed
             found[name] = (_plain(default), _plain(config[name]))
     return changed, decided
 

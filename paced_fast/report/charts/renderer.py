@@ -272,11 +272,12 @@ def _columns(chart: Chart, colors: Mapping[str, str]) -> Iterator[Spec]:
 
 def _curve(line: Line, color: str, up: Ends) -> Iterator[Spec]:
     """Marks of a curve, its interval and its dots."""
-    points = {"x": line.x, "y": np.clip(line.y, *up) if line.style == "raw" else line.y}
+    points = {"x": line.x, "y": np.clip(line.y, *up)}  # a page clips nothing: a spike would cross other charts
     look = {"strokeWidth": _WIDTHS[line.style], "opacity": _OPACITIES.get(line.style, 1)}
     if line.low is not None and line.high is not None:
         known = np.isfinite(line.low) & np.isfinite(line.high)
-        interval = {"x": line.x[known], "low": line.low[known], "high": line.high[known]}
+        low, high = np.clip(line.low[known], *up), np.clip(line.high[known], *up)
+        interval = {"x": line.x[known], "low": low, "high": high}
         if line.style in ("bubbles", "bars") or known.sum() == 1:
             yield _mark("rule", color, interval, _FROM_LOW_TO_HIGH, **look)
         else:

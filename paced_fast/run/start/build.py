@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,8 @@ class PreparedRun:
     tokenizer: PreTrainedTokenizerBase
     eval_table: PromptTable
     eval_embeddings: Tensor | None
-    repeated: int
-    """Training prompts that are held-out prompts."""
+    repeated: Mapping[str, int]
+    """Training prompts that are held-out prompts, by the slice of those."""
     resumed: bool
     identity: dict[str, str]
     """Hashes of data and tokenizer, and the stop tokens; a resumed run must match them."""

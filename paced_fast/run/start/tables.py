@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Data:
     shaper: Shaper
     table: PromptTable
     eval_table: PromptTable
-    repeated: int  # training prompts that are held-out prompts
+    repeated: Mapping[str, int]  # training prompts that are held-out prompts, by their slice
     recorded: RecordedRollouts | None  # in place of sampling
     identity: dict[str, str]  # of data, tokenizer and stop tokens
 
@@ -144,8 +144,9 @@ def without_missing(config: Config) -> Config:
 
 def read_tables(
     config: Config, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, shaper: Shaper
-) -> tuple[PromptTable, PromptTable, int]:
-    """Prompts to train on, held-out prompts, and how many of the former are among the latter; all rewards tried."""
+) -> tuple[PromptTable, PromptTable, Mapping[str, int]]:
+    """Prompts to train on, held-out prompts, and how many of the former are among the latter, by slice; all rewards
+    tried."""
     table, eval_table = (
         read_table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
     )
@@ -184,11 +185,11 @@ def read_table(
     )
 
 
-def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple[PromptTable, int]:
-    """The training rows, without those that are held-out prompts where the settings drop them, and how many are left
-    that are held-out prompts; the log counts repeats among the rows."""
+def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple[PromptTable, Mapping[str, int]]:
+    """The training rows, without those that are held-out prompts where the settings drop them, and by slice how many
+    are left that are held-out prompts; the log counts repeats among the rows."""
     same, policy = prompts.overlap(train, held_out), data.overlap
-    repeated = len(same.train)
+    repeated = same.by_slice
     if same.train and policy == "error":
         raise InputError(f"{same}: remove them, or set --data.overlap drop")
     if same.train and policy == "warn":
@@ -203,7 +204,7 @@ def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple
         logger.warning("%s: left out of training", same)
         dropped = set(same.train)
         train = PromptTable(rows=tuple(row for i, row in enumerate(train.rows) if i not in dropped))
-        repeated = 0
+        repeated = {}
     if repeats := prompts.duplicates(train):
         one, first = (train.rows[i].where for i in repeats[0])
         logger.info(
