@@ -115,7 +115,7 @@ def report_of(run: Run, *, pictures: bool = True, refresh: int = 0) -> tuple[str
     bodies["summary"] = part("card", pairs_table(run.summary))
     bodies["origin"] = _origin(run)
     top = part("tiles", tiles, drawn) + part("notes", _notes(run))
-    about = {"title": run.name, "state": _state(run), "top": top, "lead": learning_lead(run)}
+    about = {"title": run.name, "state": _state(run, goes_on=refresh > 0), "top": top, "lead": learning_lead(run)}
     page = document("run.html", bodies, refresh=refresh, **about)
     return page, files
 
@@ -130,12 +130,15 @@ def _origin(run: Run) -> Markup:
     return part("card", pairs_table(rows | ({"earlier starts": before} if before else {})))
 
 
-def _state(run: Run) -> Markup:
+def _state(run: Run, *, goes_on: bool) -> Markup:
     steps = number(run.config.get("steps"))
     if run.summary:
         badge, text = "finished", f"after {counted(run.last_step, 'step')}"
     else:
-        badge, text = "not finished", f"step {run.last_step:,}" + (f" of {steps:,.0f}" if steps else "")
+        badge, text = (
+            "running" if goes_on else "not finished",
+            f"step {run.last_step:,}" + (f" of {steps:,.0f}" if steps else ""),
+        )
     facts = [f"{name} {run.config[key]}" for key, name in _FACTS.items() if run.config.get(key) is not None]
     return part("state", badge, text, facts)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from paced_fast.evaluation.calibration import expected_calibration_error
 from paced_fast.evaluation.forgetting import fallen_slices
 from paced_fast.report.charts.chart import percent
-from paced_fast.report.html import Tile
+from paced_fast.report.charts.value import forecasts
+from paced_fast.report.html import Tile, counted
 from paced_fast.report.read_run import Run, mapping, series
 
 MAX_ECE = 0.15
-"""Calibration error of the value above which its tile warns; groups of 16 alone make about 0.05."""
+"""Calibration error of the value above which its tile warns; the noise of 100 groups alone makes about 0.05."""
 MAX_TRUNCATED = 0.2
 """Share of cut completions above which a tile and a note warn."""
 MAX_TOKEN_RATIO = 1.05
@@ -41,11 +45,13 @@ def _forgetting(run: Run) -> list[Tile]:
 
 
 def _calibration(run: Run) -> list[Tile]:
-    ece = recent_mean(run, "value_ece")
-    if ece is None:
+    steps = forecasts(run.records)[-_STEPS:]
+    if not steps:
         return []
-    sub = "|estimate - outcome|, last steps"
-    return [Tile(name="calibration error (ECE)", text=f"{ece:.3f}", sub=sub, warns=ece > MAX_ECE)]
+    value, accuracy = (np.concatenate(column) for column in zip(*steps, strict=True))
+    ece = expected_calibration_error(value, accuracy)
+    sub = f"|estimate - outcome| over {counted(value.size, 'group')}"
+    return [Tile(name="calibration error", text=f"{ece:.3f}", sub=sub, warns=ece > MAX_ECE)]
 
 
 def _truncated(run: Run) -> list[Tile]:
