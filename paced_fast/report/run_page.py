@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from markupsafe import Markup
@@ -112,12 +113,26 @@ def report_of(run: Run, *, pictures: bool = True, refresh: int = 0) -> tuple[str
     bodies["groups"] = groups_section(run.groups)
     bodies["rollouts"] = rollouts_section(run.rollouts)
     bodies["configuration"] = _configuration(run)
-    bodies["summary"] = part("card", pairs_table(run.summary))
+    bodies["summary"] = _summary(run)
     bodies["origin"] = _origin(run)
     top = part("tiles", tiles, drawn) + part("notes", _notes(run))
     about = {"title": run.name, "state": _state(run, goes_on=refresh > 0), "top": top, "lead": learning_lead(run)}
     page = document("run.html", bodies, refresh=refresh, **about)
     return page, files
+
+
+def _summary(run: Run) -> Markup:
+    """Figures before and after training side by side, and the others below them."""
+    rows: list[list[str]] = []
+    rest = dict(run.summary)
+    for key in run.summary:
+        ends = [f"{key.removesuffix('_before')}_{end}" for end in ("before", "after")]
+        found = [run.summary.get(end) for end in ends]
+        if key == ends[0] and not any(isinstance(value, list | Mapping) for value in found):
+            rows.append([key.removesuffix("_before").replace("_", " "), *map(shown, found)])
+            rest = {name: value for name, value in rest.items() if name not in ends}
+    table = part("table", ["figure", "before", "after"], rows) if rows else Markup("")
+    return part("card", table + pairs_table(rest), True)
 
 
 def _origin(run: Run) -> Markup:
@@ -127,7 +142,7 @@ def _origin(run: Run) -> Markup:
     *earlier, newest = run.starts
     before = [f"{start.get('started', '-')} on {start.get('host', '-')}" for start in earlier]
     rows = {key: value for key, value in newest.items() if value is not None}
-    return part("card", pairs_table(rows | ({"earlier starts": before} if before else {})))
+    return part("card", pairs_table(rows | ({"earlier starts": before} if before else {})), True)
 
 
 def _state(run: Run, *, goes_on: bool) -> Markup:
