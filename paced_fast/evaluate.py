@@ -25,6 +25,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
 import torch
 import tyro
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paced_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, cli, stream_seed
@@ -102,7 +103,8 @@ class EvaluateArguments:
     """Folder in which files are looked up first; default: that of the run, or the working directory, then `data`, then
     `../shared/data`."""
     json: str | None = None
-    """File to which the figures are written, as one JSON object; default: none."""
+    """File to which the figures are written, as one JSON object; `-`: standard output, and everything else goes to
+    standard error; default: none."""
     save_samples: str | None = None
     """File to which every completion is written with its reward, one JSON object per line; default: none."""
 
@@ -221,7 +223,7 @@ def _check(arguments: EvaluateArguments) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}: give {bounds}")
     for name in ("json", "save_samples"):
         path = getattr(arguments, name)
-        if path is not None:
+        if path is not None and (name, path) != ("json", "-"):
             _check_file(f"--{name.replace('_', '-')} {path}", Path(path).absolute())
 
 
@@ -353,20 +355,21 @@ def _save(samples: Sequence[Sample], path: str) -> None:
 
 
 def main() -> None:
-    """Command line of evaluations: tables for people, and one line of JSON, the last line, for programs."""
-    console = terminal.configure_logging()
+    """Command line of evaluations: tables for people, and with --json one line of JSON for programs."""
     quiet()
     words = sys.argv[1:]
     try:
         prog = "python -m paced_fast.evaluate"
         arguments = cli.read(words, lambda: tyro.cli(EvaluateArguments, args=words, prog=prog))
+        console = terminal.configure_logging(console=Console(stderr=arguments.json == "-"))
         samples: list[Sample] = []
         record = evaluate_target(arguments, samples.extend)
         if not console.is_terminal:
             console.width = 100  # a file has no width, and 80 columns would wrap figures
         for table in evaluation_tables(record):
             console.print(table)
-        sys.stdout.write(json.dumps(record) + "\n")
+        if arguments.json == "-":
+            sys.stdout.write(json.dumps(files.plain(record), allow_nan=False) + "\n")
         _write(arguments, record, samples)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -380,12 +383,14 @@ def _write(arguments: EvaluateArguments, record: dict[str, Any], samples: Sequen
     """Write the requested files; the disk may be full although the place was writable before."""
     option = "json"
     try:
-        if arguments.json is not None:
+        if arguments.json not in (None, "-"):
             files.write_json_atomic(arguments.json, record)
         option = "save-samples"
         if arguments.save_samples is not None:
             _save(samples, arguments.save_samples)
     except OSError as error:
+        if option == "json":  # the figures took long
+            sys.stdout.write(json.dumps(files.plain(record), allow_nan=False) + "\n")
         raise InputError(f"--{option} cannot be written ({error.strerror}): give another place") from error
 
 
