@@ -76,7 +76,10 @@ def train(
             stepper.guards.stop(step)
             if step == config.steps or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
                 save(run, saver, last=step == config.steps)
-    return write_summary(run.folder, config) if run.world.is_rank0 else {}
+        summary = write_summary(run.folder, config) if run.world.is_rank0 else {}
+        if config.run.report:
+            outputs.write_report(report.try_report)
+    return summary
 
 
 def _begin(run: PreparedRun, outputs: Outputs) -> None:
@@ -145,8 +148,6 @@ def _run(
         finally:
             prepared.collector.scorer.close()
             prepared.collector.generator.close()
-        if config.run.report and world.is_rank0:
-            report.try_report(prepared.folder)
     return summary
 
 

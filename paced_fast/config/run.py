@@ -72,8 +72,14 @@ class RunConfig:
     report_every: Annotated[int, Bounds(0, 10**9)] = 25
     """Steps between reports during training, written by another process that takes up to 5 % of a core; the open page
     refreshes itself; 0: only at the end."""
-    loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
-    """Services that receive the metrics, in addition to metrics.jsonl."""
+    loggers: tuple[Literal["wandb", "tensorboard", "trackio", "mlflow"], ...] = ()
+    """Loggers that receive figures, completions and the report, in addition to the files of the run folder."""
+    project: str = "paced_fast"
+    """Project of the run at wandb and trackio; experiment at mlflow."""
+    group: str | None = None
+    """Group of the run at wandb, trackio and mlflow; default: none."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run at wandb, trackio and mlflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -43,7 +44,14 @@ class Outputs:
             return
         config, step = run.config, run.stepper.counters.step
         self._writer = self._open.enter_context(
-            MetricsWriter(run.folder, sinks=config.run.loggers, config=flatten(config))
+            MetricsWriter(
+                run.folder,
+                sinks=config.run.loggers,
+                config=flatten(config),
+                project=config.run.project,
+                group=config.run.group,
+                tags=config.run.tags,
+            )
         )
         accuracies = evaluated_accuracies(run.folder, step) if run.resumed else ()
         self._progress = self._open.enter_context(
@@ -97,6 +105,17 @@ class Outputs:
                 self._report(record)
             if self._sample_every and record.step and record.step % self._sample_every == 0:
                 self._show_sample(record.step, shown)
+
+    def write_report(self, write: Callable[[Path], object]) -> None:
+        """Let `write` make the report of the finished run in its folder, and give it to the loggers."""
+        if self._writer is None:
+            return
+        self._live.stop()
+        self._write_groups()
+        write(self._writer.run_dir)
+        page = self._writer.run_dir / "report.html"
+        if page.is_file():
+            self._writer.artifact(page, "report")
 
     def _report(self, record: StepRecord) -> None:
         """Look for groups worth reading, and let the page be written when it is time."""

@@ -81,9 +81,13 @@ class LiveReport:
         self._told = self._open.enter_context(tempfile.TemporaryFile())
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         """End the process: the report of the whole run replaces what it would write."""
         if self._process is not None and not self._settle():
             self._process.kill()
             self._process.wait(_SECONDS)
+            self._process = None
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
         self._open.close()
