@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
+from typing import TypeGuard
 
 _LEVEL = 0.95
 _FEWEST = 5
@@ -52,7 +53,7 @@ def fallen_slices(first: Mapping[str, object], last: Mapping[str, object]) -> li
     pairs: dict[str, list[tuple[float, float]]] = {}
     for name, old, new in zip(slices, before, after, strict=True):
         if _is_number(old) and _is_number(new):
-            pairs.setdefault(str(name), []).append((float(old), float(new)))
+            pairs.setdefault(str(name), []).append((old, new))
     known = {name: found for name, found in pairs.items() if len(found) >= _FEWEST}
     if not known:
         return []
@@ -71,5 +72,5 @@ def _list(value: object) -> Sequence[object]:
     return value if isinstance(value, list) else []
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -90,8 +90,8 @@ def _license(base: str) -> str | None:
             return None
         path = Path(cached)
     try:
-        found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
-    except (OSError, ValueError, TypeError):
+        found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()["license"]
+    except (OSError, ValueError, TypeError, LookupError):
         return None
     return found if isinstance(found, str) else None
 
