@@ -183,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _tell(f"stopped: {error}", error)
         raise SystemExit(3) from None
     except (StopRequested, KeyboardInterrupt) as error:
+        signals.ignore_interrupts()
         _tell(str(error) or signals.TOO_EARLY, error)
         raise SystemExit(signals.status(launched="TORCHELASTIC_RUN_ID" in os.environ)) from None
     if summary:

@@ -115,6 +115,7 @@ class TestSetting:
         with caplog.at_level(logging.INFO):
             _apart(self.TRAIN, self.HELD_OUT, DataConfig(headline=headline))
         assert [record.levelname for record in caplog.records] == [level, "INFO"]
+        assert ("only of s, which the headline leaves out" in caplog.text) == (level == "INFO")
 
     def test_drop(self, caplog):
         kept, repeated = _apart(self.TRAIN, self.HELD_OUT, DataConfig(overlap="drop"))

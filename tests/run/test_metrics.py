@@ -226,6 +226,9 @@ def test_tables_show_the_numbers() -> None:
     assert "0.142 -> 0.291" in final
     assert "- -> -" in final, "a missing key is a dash, not an error"
     assert "runs/x" in final
+    assert "slices that fell" not in final
+    fell = {"forgetting": [{"slice": "trivial", "before": 0.98, "after": 0.787}]}
+    assert "trivial 0.980 -> 0.787" in _text(terminal.final_table(fell, run_dir="x"))
 
 
 @pytest.mark.process

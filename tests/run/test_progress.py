@@ -23,6 +23,7 @@ from paced_fast.config.presets import preset
 from paced_fast.config.presets.changed import changed_settings
 from paced_fast.run.record import terminal
 from paced_fast.run.record.progress import Progress, Waiting, cut_middle, printable, sample_lines
+from paced_fast.run.record.summary import summarise
 
 
 class Clock:
@@ -251,3 +252,18 @@ def _places(messages: list[str]) -> Callable[[str], int]:
         return found
 
     return place
+
+
+def test_the_summary_names_the_slices_that_fell(tmp_path: Path) -> None:
+    names = ["trivial"] * 9
+    lines = [
+        {"step": 0, "eval": {"accuracy": 0.9, "prompt_accuracy": [0.9] * 9, "prompt_slices": names}},
+        {"step": 1, "mixed_group_share": 0.5, "eval": {"accuracy": 0.5, "prompt_accuracy": [0.5] * 9}},
+    ]
+    for line in lines:
+        line |= {"rollouts": 0, "train_seconds": 0.0}
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (fall,) = summarise(tmp_path, preset("tiny"))["forgetting"]
+    assert fall["slice"] == "trivial"
+    assert (fall["before"], fall["after"]) == pytest.approx((0.9, 0.5))
+    assert fall["high"] < 0

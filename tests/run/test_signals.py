@@ -250,8 +250,13 @@ def test_a_command_leaves_with_the_status_of_a_request(
 ) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setattr(train, "run", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(SystemExit) as ended:
-        train.main(["tiny"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train.main(["tiny"])
+        os.kill(os.getpid(), signal.SIGINT)  # pressed again while the process ends
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == os.EX_TEMPFAIL
     assert capsys.readouterr().err == f"{signals.TOO_EARLY}\n"
 

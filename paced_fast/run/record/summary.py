@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections import Counter
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paced_fast.config import Config
+from paced_fast.evaluation.forgetting import fallen_slices
 from paced_fast.run.record.files import write_json_atomic
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ def summarise(folder: Path, config: Config) -> dict[str, Any]:
         "train_seconds": last.get("train_seconds", 0.0),
         **{f"{name}_before": before.get(name) for name in _COMPARED},
         **{f"{name}_after": after.get(name) for name in _COMPARED},
+        "forgetting": [dataclasses.asdict(fall) for fall in fallen_slices(before, after)] if before else [],
         "value_brier": value.get("brier"),
         "value_ece": value.get("ece"),
         "value_rank_correlation": value.get("rank_correlation"),

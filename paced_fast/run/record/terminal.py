@@ -78,15 +78,25 @@ def memory_plan_table(plan: Mapping[str, int], *, available_bytes: int | None = 
 def final_table(summary: Mapping[str, object], *, run_dir: str) -> Table:
     """Results of a finished run, from the keys of `summary.json`; missing or null ones show as a dash."""
 
-    def shown(key: str, spec: str = ".3f") -> str:
-        value = _number(summary, key)
+    def shown_of(found: Mapping[str, object], key: str, spec: str = ".3f") -> str:
+        value = _number(found, key)
         return "-" if value is None else format(value, spec)
 
+    def shown(key: str, spec: str = ".3f") -> str:
+        return shown_of(summary, key, spec)
+
+    falls = summary.get("forgetting")
+    fell = [
+        f"{fall.get('slice')} {shown_of(fall, 'before')} -> {shown_of(fall, 'after')}"
+        for fall in (falls if isinstance(falls, list) else [])
+        if isinstance(fall, Mapping)
+    ]
     return _two_columns(
         f"{summary.get('preset', 'run')}, {summary.get('algorithm', '-')}",
         {
             "accuracy": f"{shown('accuracy_before')} -> {shown('accuracy_after')}",
             "pass@8": f"{shown('pass_at_8_before')} -> {shown('pass_at_8_after')}",
+            **({"slices that fell": ", ".join(fell)} if fell else {}),
             "distinct correct answers": shown("distinct_correct_after", ".2f"),
             "value brier, ece": f"{shown('value_brier')}, {shown('value_ece')}",
             "value rank correlation": shown("value_rank_correlation", ".2f"),

@@ -62,6 +62,12 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(_STOPPED_ALONE)  # an import that is broken off leaves modules in a state that no cleanup can rely on
 
 
+def ignore_interrupts() -> None:
+    """Ignore Ctrl-C from here to the end of the process: it was asked to stop, and has said so."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def how_to_resume(folder: Path) -> str:
     """Words that continue the run in `folder`, or start it again if it has no checkpoint yet."""
     return f"continue with the same command and --resume auto --run-dir {shlex.quote(str(folder))}"

@@ -193,9 +193,10 @@ def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple
     if same.train and policy == "error":
         raise InputError(f"{same}: remove them, or set --data.overlap drop")
     if same.train and policy == "warn":
-        counts = not data.headline or not same.slices.isdisjoint(data.headline)
-        level = logging.WARNING if counts else logging.INFO  # slices beside the headline may share small problems
-        logger.log(level, "%s: --data.overlap drop leaves them out of training", same)
+        if not data.headline or not same.slices.isdisjoint(data.headline):
+            logger.warning("%s: --data.overlap drop leaves them out of training", same)
+        else:  # slices beside the headline may share small problems
+            logger.info("%s: only of %s, which the headline leaves out", same, ", ".join(sorted(same.slices)))
     if same.train and policy == "drop":
         if len(same.train) == len(train):
             raise InputError(
