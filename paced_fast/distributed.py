@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from paced_fast.errors import InputError, TrainingError
+from paced_fast.errors import EVERYWHERE, InputError, TrainingError
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +143,6 @@ class World:
 
 
 ALONE = World()
-EVERYWHERE = "raised on every rank"
-"""Note on an error that all ranks raise together, so that only one of them reports it."""
 
 _PATIENCE = datetime.timedelta(days=7)
 _patient: dict[int, Any] = {}

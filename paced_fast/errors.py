@@ -7,6 +7,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
+EVERYWHERE = "raised on every rank"
+"""Note on an error that all ranks raise together, so that only one of them reports it."""
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line that names the thing and the remedy; exit status 2."""

@@ -3,46 +3,168 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import itertools
 import re
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tyro
 
-from paced_fast.config import Config, flatten
+from paced_fast.config import Config, flatten, short_help
 from paced_fast.config import modes as launch
 from paced_fast.config.bounds import settings
-from paced_fast.config.presets import PRESETS, preset
-from paced_fast.config.resolve import check_value
+from paced_fast.config.files import SHORT, read_config
+from paced_fast.config.foreign_names import counterpart, suggestion
+from paced_fast.config.presets import BASES, preset
+from paced_fast.config.resolve import check, check_files, check_value
+from paced_fast.config.resuming import differences, remedy
+from paced_fast.config.run import OWN
+from paced_fast.config.saved import load_config
 from paced_fast.errors import InputError
+
+__all__ = ["check", "check_files", "parse", "read"]
 
 T = TypeVar("T")
 
+PROG = "paced-fast train"
+_SHORT_OPTIONS = {f"--{name.replace('_', '-')}": f"--{full.replace('_', '-')}" for name, full in SHORT.items()}
+_HELP = ("--help", "-h", "--help-all")
+
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The settings that `arguments` ask for; `--help` prints every field with its sentence and exits.
+    """The settings that `arguments` ask for; `--help` prints those that most users change, `--help-all` every field
+    with its sentence, and both exit.
 
     Raises InputError, in one line, for an unknown preset or option and for a value that does not fit.
     """
-    words = list(arguments)
-    name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
-    default = preset(name)
+    words = [_full(word) for word in arguments]
+    name = words.pop(0) if words and not words[0].startswith("-") else None
+    if name is not None:
+        _check_foreign(name)
+    if not set(_HELP).isdisjoint(words):
+        return _help(words, preset(name or OWN))
+    short = next((word.partition("=")[0] for word in arguments if _full(word) != word), None)
+    default, words, resumed = _start(words, name, short)
     _check_words(words, {f"--{field.replace('_', '-')}": field for field in flatten(default)})
-    presets = "\n".join(f"  {key}  {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in PRESETS.items())
-    description = (
-        f"Post-train a language model by PACED-RL.\n\nPresets, given as the first word (default: tiny):\n{presets}"
-    )
-    modes = "\n".join(f"  {option}  {words}" for option, words in launch.HELP.items())
-    description += f"\n\nModes of the command, which are not settings and are not saved in the run folder:\n{modes}"
-    prog = f"python -m paced_fast.train {name}"
-    config = read(words, lambda: tyro.cli(Config, args=words, default=default, prog=prog, description=description))
-    if config.preset != name:
+    config = read(words, lambda: tyro.cli(Config, args=words, default=default, prog=PROG))
+    if config.preset != default.preset:
         raise InputError(f"--preset {config.preset}: give the preset as the first word, before every option")
+    if resumed is not None and (changed := differences(default, config)):
+        raise InputError(f"--resume {resumed}: {remedy(resumed, changed)}")
     return config
+
+
+def _full(word: str) -> str:
+    """The word with the long name of a setting for its short one."""
+    given, equals, value = word.partition("=")
+    return f"{_SHORT_OPTIONS.get(given.replace('_', '-'), given)}{equals}{value}"
+
+
+def _help(words: Sequence[str], default: Config) -> Config:
+    """Print help and exit."""
+    if "--help-all" not in words:
+        sys.stdout.write(short_help.text(default, PROG))
+        raise SystemExit(0)
+    presets = "\n".join(f"  {key}  {short_help.first_line(make)}" for key, make in BASES.items())
+    description = (
+        "Post-train a language model by PACED-RL.\n\nPresets, given as the first word (default: tiny, or own with "
+        f"--model):\n{presets}"
+    )
+    modes = "\n".join(f"  {option}  {told}" for option, told in launch.HELP.items())
+    description += f"\n\nModes of the command, which are not settings and are not saved in the run folder:\n{modes}"
+    short = "\n".join(f"  {option}  stands for {full}" for option, full in _SHORT_OPTIONS.items())
+    description += f"\n\nShort options:\n{short}"
+    return tyro.cli(Config, args=["--help"], default=default, prog=PROG, description=description)
+
+
+def _start(words: Sequence[str], name: str | None, short: str | None) -> tuple[Config, list[str], Path | None]:
+    """The settings that a command begins with, the other words, and the folder of a run that it goes on with.
+
+    They are those of the run in `--resume RUN_DIR`, of `--config FILE`, of the preset `name`, of `own` with a model, or
+    of `tiny`, which no command means that has a `short` option.
+    """
+    file, rest = _take(words, "--config")
+    resume = _value_of(rest, "--resume")
+    folder = next((Path(one) for one in _values(rest, "--resume") if one not in ("", "never", "auto")), None)
+    if (
+        folder is None
+        and resume == "auto"
+        and name is None
+        and file is None
+        and _value_of(rest, "--model.name") is None
+    ):
+        given = _value_of(rest, "--run-dir")
+        folder = Path(given) if given is not None and Path(given, "config.json").is_file() else None
+    if folder is not None:
+        if file is not None:
+            raise InputError(f"--resume {folder} has its settings in its folder: leave --config out")
+        _, rest = _take(rest, "--resume")
+        saved = _saved(folder)
+        if name not in (None, saved.preset):
+            raise InputError(f"--resume {folder} is a run of the preset {saved.preset!r}: leave {name} out")
+        return dataclasses.replace(saved, run_dir=str(folder.expanduser()), resume="auto"), rest, folder
+    if file is not None:
+        return read_config(Path(file).expanduser(), name), rest, None
+    if name is None and _value_of(rest, "--model.name") is not None:
+        name = OWN
+    if name is None and short is not None:
+        raise InputError(f"{short} is given without a model: give --model NAME, or a preset as the first word")
+    return preset(name or "tiny"), rest, None
+
+
+def _saved(folder: Path) -> Config:
+    """The settings of a run folder given to --resume."""
+    try:
+        return load_config(folder.expanduser())
+    except InputError as error:
+        near = difflib.get_close_matches(str(folder), ("never", "auto"), n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else "give a run folder, auto or never"
+        raise InputError(f"--resume {str(folder)!r}: {hint} ({error})") from None
+
+
+def _take(words: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of an option, None where it is not given, and the words without both."""
+    rest, found, left = [], None, list(words)
+    while left:
+        word = left.pop(0)
+        given, equals, value = word.partition("=")
+        if given.replace("_", "-") != option:
+            rest.append(word)
+            continue
+        if found is not None:
+            raise InputError(f"{option} is given twice: give it once")
+        found = value if equals else left.pop(0) if left and not left[0].startswith("--") else ""
+        if not found:
+            raise InputError(f"{option} needs a value")
+    return found, rest
+
+
+def _values(words: Sequence[str], option: str) -> list[str]:
+    """Every value of an option, "" for one that is missing."""
+    found: list[str] = []
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue="--"):
+        given, equals, value = word.partition("=")
+        if given.replace("_", "-") == option:
+            found.append(value if equals else "" if after.startswith("--") else after)
+    return found
+
+
+def _value_of(words: Sequence[str], option: str) -> str | None:
+    """The value of an option that counts, which is the last; None where it is not given."""
+    return next(reversed(_values(words, option)), None)
+
+
+def _check_foreign(word: str) -> None:
+    """Raises InputError for a setting as verl's command line has it, `trainer.nnodes=2`."""
+    name = word.partition("=")[0]
+    if counterpart(name) is not None and not word.startswith("-"):
+        raise InputError(f"unknown setting {name[:80]}: {suggestion(name, ())}")
 
 
 def _check_words(words: Sequence[str], known: Mapping[str, str]) -> None:
@@ -52,14 +174,15 @@ def _check_words(words: Sequence[str], known: Mapping[str, str]) -> None:
     """
     types = {name: setting.kind for name, setting in settings(Config).items()}
     for i, word in enumerate(words):
-        if not word.startswith("--") or word == "--help":
+        if not word.startswith("--"):
+            if "=" in word:
+                _check_foreign(word)
             continue
         given, equals, value = word.partition("=")
         option = given.replace("_", "-")
         positive = re.sub(r"(^--|\.)no-", r"\1", option)  # --run.no-report switches off --run.report
         if option not in known and (positive not in known or types[known[positive]] is not bool):
-            near = difflib.get_close_matches(option, [*launch.NAMES, *known], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all options"
+            hint = suggestion(option, [*launch.NAMES, *_SHORT_OPTIONS, *known])
             raise InputError(f"unknown option {given}: {hint}")
         field = known.get(option) or known[positive]
         values = (

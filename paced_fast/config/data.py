@@ -13,14 +13,16 @@ class DataConfig:
     """Prompts: their sources, and how they are written as text for the policy."""
 
     train: tuple[str, ...] = ()
-    """Sources of training prompts, each `kind:name?key=value&...`; the kinds are task, rg, jsonl, parquet and hf."""
+    """Sources of training prompts: files (.jsonl, .json, .csv, .parquet), folders and data sets of the hub, each with
+    `?key=value&...` behind its name if need be, or `kind:name?key=value&...`; `paced-fast list sources` has the kinds
+    and keys."""
     eval: tuple[str, ...] = ()
     """Sources of held-out prompts, in the same form; none: no evaluation."""
     headline: tuple[str, ...] = ()
     """Held-out slices over whose prompts the headline accuracy is computed; none: all slices."""
     template: str = "{prompt}"
-    """Text that the policy reads for a prompt: a text with {prompt} in it, `plain` (the prompt alone), or `chat` (the
-    tokenizer's chat template)."""
+    """Text that the policy reads for a prompt: a text with {prompt} in it, `plain` (the prompt alone), `chat` (the
+    tokenizer's chat template), or `auto` (`chat` if the tokenizer has a chat template, otherwise `plain`)."""
     system_prompt: Annotated[str | None, MAY_BE_EMPTY] = None
     """System message added to every chat without one; an empty text adds an empty message; none: nothing is added."""
     template_args: tuple[str, ...] = ()

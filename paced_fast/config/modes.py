@@ -11,6 +11,10 @@ from pathlib import Path
 from paced_fast.errors import InputError
 
 HELP = {
+    "--config FILE": "take settings from FILE (TOML, YAML, or the config.json of a run); options override them",
+    "--save-config FILE": "write the settings that differ from the preset to FILE (.toml, .yaml or .json), then exit",
+    "--check": "read the data, show the first row of every source as the model will see it, with its expected answer "
+    "and what the reward gives for that answer, then exit",
     "--dry-run [RANKS]": "print settings, memory plan and estimated time for RANKS processes (default: as many as "
     "torchrun started, or 1), then exit",
     "--dry-run-device NAME": "plan for this device: h100, h200, a100, l40s, 4090 or cpu; default: this machine's",
@@ -25,8 +29,13 @@ HELP = {
 }
 """Options and what they do, for `--help`."""
 
+_NOT_TAKEN = ("--config",)
+"""Options that decide which settings a command begins with; `cli.parse` reads them."""
+_BARE = ("--check",)
+"""Options without a value."""
 _SWITCHES = {"--dry-run": 0, "--bench": 5}
 """Options whose number may be left out, and what stands for it."""
+_EXCLUSIVE = ("--dry-run", "--bench", "--replay-rollouts", "--check", "--save-config")
 _NEEDS = {"--dry-run-device": "--dry-run", "--dry-run-nodes": "--dry-run"} | {
     name: "--bench" for name in ("--bench-lengths", "--bench-json")
 }
@@ -45,6 +54,13 @@ class Launch:
     lengths: str = "full"
     json: Path | None = None
     replay: Path | None = None
+    check: bool = False
+    save_config: Path | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the data are read: to train, or to check them."""
+        return self.dry_run is None and self.bench is None and self.save_config is None
 
 
 def take(arguments: Sequence[str]) -> tuple[Launch, list[str]]:
@@ -59,16 +75,20 @@ def take(arguments: Sequence[str]) -> tuple[Launch, list[str]]:
         word = words.pop(0)
         name, equals, value = word.partition("=")
         option = name.replace("_", "-")
-        if option not in NAMES:
+        if option not in NAMES or option in _NOT_TAKEN:
             rest.append(word)
             continue
+        if option in _BARE and equals:
+            raise InputError(f"{option} takes no value: give it alone")
         if option in found:
             raise InputError(f"{option} is given twice: give it once")
-        follows = bool(words) and re.match("-[^0-9]|-$", words[0]) is None  # a number below 0 is a wrong value
+        follows = (
+            option not in _BARE and bool(words) and re.match("-[^0-9]|-$", words[0]) is None
+        )  # a number below 0 is a wrong value
         found[option] = value if equals else words.pop(0) if follows else None
-        if found[option] in (None, "") and option not in _SWITCHES:
+        if found[option] in (None, "") and option not in (*_SWITCHES, *_BARE):
             raise InputError(f"{option} needs a value")
-    modes = [name for name in ("--dry-run", "--bench", "--replay-rollouts") if name in found]
+    modes = [name for name in _EXCLUSIVE if name in found]
     if len(modes) > 1:
         raise InputError(f"{modes[0]} and {modes[1]} exclude each other: give one of them")
     for option, needed in _NEEDS.items():
@@ -79,7 +99,7 @@ def take(arguments: Sequence[str]) -> tuple[Launch, list[str]]:
         near = difflib.get_close_matches(lengths, ("full", "even"), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"--bench-lengths {lengths[:80]!r}: {hint}the choices are full, even")
-    file, replay = found.get("--bench-json"), found.get("--replay-rollouts")
+    file, replay, saved = (found.get(name) for name in ("--bench-json", "--replay-rollouts", "--save-config"))
     launch = Launch(
         dry_run=_number(found, "--dry-run"),
         device=found.get("--dry-run-device"),
@@ -88,6 +108,8 @@ def take(arguments: Sequence[str]) -> tuple[Launch, list[str]]:
         lengths=lengths,
         json=None if file is None else Path(file),
         replay=None if replay is None else Path(replay),
+        check="--check" in found,
+        save_config=None if saved is None else Path(saved),
     )
     return launch, rest
 

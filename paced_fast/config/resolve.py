@@ -6,12 +6,21 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from importlib import util
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from paced_fast.config import Config, flatten
 from paced_fast.config.bounds import settings
 from paced_fast.config.paced import ALGORITHMS, RULES, LogZConfig
-from paced_fast.data.sources import is_template, parse_day, parse_source, template_arguments
+from paced_fast.config.run import OWN
+from paced_fast.data.sources import (
+    is_template,
+    parse_day,
+    parse_source,
+    require_file,
+    rewarded,
+    template_arguments,
+)
 from paced_fast.errors import InputError
 
 
@@ -23,6 +32,7 @@ def resolve(config: Config) -> Config:
 
     Raises InputError naming the first field that is out of range or in conflict with another.
     """
+    config = with_reward(placed(config))
     traits = config.traits
     intercept = traits.intercepts[0] if config.loss.intercept == "auto" else config.loss.intercept
     rule = traits.rule if config.scheduler.rule == "auto" else config.scheduler.rule
@@ -44,6 +54,46 @@ def resolve(config: Config) -> Config:
     resolved = dataclasses.replace(resolved, log_z=resolve_log_z(config.log_z, remembers=remembers))
     _check(resolved)
     return resolved
+
+
+def placed(config: Config) -> Config:
+    """Settings with the device, the data type and the precision of products that `auto` means on this machine."""
+    model = config.model.placed()
+    return config if model == config.model else dataclasses.replace(config, model=model)
+
+
+def check(config: Config) -> None:
+    """Raises InputError for settings that `resolve` would refuse on any device, without a look at this machine's."""
+    if config.model.device != "auto":
+        resolve(config)
+        return
+    try:
+        resolve(_on(config, "cuda"))
+    except InputError:
+        resolve(_on(config, "cpu"))
+
+
+def check_files(config: Config) -> None:
+    """Raises InputError when the model's folder, or a file that a source names, is absent."""
+    name = config.model.name
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
+        raise InputError(f"--model {name}: no such folder: give the folder of a model or its hub id")
+    for spec in _all_sources(config):
+        require_file(parse_source(spec), config.data.dir)
+
+
+def _on(config: Config, device: Literal["cpu", "cuda"]) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))
+
+
+def with_reward(config: Config) -> Config:
+    """Settings in which every source of prompts names its reward: `reward.name` where the source itself names none."""
+    name = config.reward.name
+    if name is None:
+        return config
+    data = config.data
+    train, held_out = (tuple(rewarded(spec, name) for spec in specs) for specs in (data.train, data.eval))
+    return dataclasses.replace(config, data=dataclasses.replace(data, train=train, eval=held_out))
 
 
 def resolve_log_z(config: LogZConfig, *, remembers: bool) -> LogZConfig:
@@ -85,12 +135,14 @@ def _either(names: Iterable[str]) -> str:
 
 
 def _check(config: Config) -> None:
+    if config.preset == OWN and not config.model.name:
+        raise InputError("--model names no model: give a folder or a hub id, as in --model Qwen/Qwen2.5-0.5B-Instruct")
     for name, value in flatten(config).items():
         check_value(name, value)
     for name in ("data.train", "data.eval", "warm_start.first.sources", "warm_start.second.sources"):
         for spec in flatten(config)[name]:
             named(_option(name), functools.partial(parse_source, spec))
-    if not is_template(config.data.template):
+    if config.data.template != "auto" and not is_template(config.data.template):
         raise InputError(f"--data.template {config.data.template!r} must be chat, plain or text with {{prompt}} in it")
     _check_text(config)
     if config.model.name == "tiny" and config.model.hidden_size % config.model.num_heads:
@@ -105,7 +157,10 @@ def _check(config: Config) -> None:
                 "one, or 0 steps"
             )
     if not config.data.train:
-        raise InputError("--data.train names no source: give at least one, such as rg:chain_sum?size=500")
+        raise InputError(
+            "--data names no source of training prompts: give at least one, such as --data train.jsonl or --data "
+            "'rg:chain_sum?size=500'"
+        )
     _check_algorithm(config)
     if config.weight_sync.sleep_level > 0 and config.weight_sync.mode != "push":
         raise InputError(
@@ -206,7 +261,7 @@ def _all_sources(config: Config) -> tuple[str, ...]:
 
 
 def _has_chats(sources: Iterable[str], template: str) -> bool:
-    return any((parse_source(spec).template or template) == "chat" for spec in sources)
+    return any((parse_source(spec).template or template) in ("chat", "auto") for spec in sources)
 
 
 def check_chats(

@@ -12,6 +12,9 @@ from paced_fast.config.bounds import Bounds
 class RewardConfig:
     """How completions are judged; the source of a row says which reward judges it."""
 
+    name: str | None = None
+    """Reward of the sources that name none by `reward=`: a built-in one (math, exact, number, ...), or your function as
+    file.py:function; none: by the format of the rows, math for answers and code for tests."""
     workers: Annotated[int, Bounds(0, 1024)] = 0
     """Number of processes that judge answers and run programs; 0: one per core."""
     math_seconds: Annotated[float, Bounds(0.01, 3600.0)] = 3.0

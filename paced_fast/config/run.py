@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from paced_fast.config.bounds import Bounds
@@ -24,6 +26,9 @@ from paced_fast.config.paced import (
 )
 from paced_fast.config.policy import LoraConfig, ModelConfig, OptimizerConfig, WarmStartConfig
 from paced_fast.config.rewards import RewardConfig
+
+OWN = "own"
+"""Name of the preset for models of the user's own."""
 
 GeneratorName = Literal["auto", "vllm", "transformers"]
 
@@ -103,18 +108,21 @@ class Config:
     preset: str = "tiny"
     """Name of the preset that these settings started from; give it as the first word, not as an option."""
     algorithm: Algorithm = "paced"
-    """`paced`, `paced_paper` (arXiv 2602.12642 to the letter: the head fitted once to the groups of each step, prompts
-    nearest tau from a random pool), `tb` (trajectory balance with a learned log Z and uniform prompts), `tb_group`
-    (with the group's mean reward in place of log Z), `flowrl` or `grpo`."""
+    """`paced` (trajectory balance whose learned log Z schedules prompts and replay), `paced_paper` (arXiv 2602.12642 to
+    the letter: the head fitted once to the groups of each step, prompts nearest tau from a random pool), `tb`
+    (trajectory balance with a learned log Z and uniform prompts), `tb_group` (with the group's mean reward in place of
+    log Z), `flowrl` (trajectory balance to rewards normalised within the group) or `grpo` (clipped policy gradient with
+    the group's mean and deviation as baseline)."""
     steps: Annotated[int, Bounds(0, 10**9)] = 150
     """Steps of training."""
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
     """Seed of every draw of the run."""
     run_dir: str | None = None
-    """Run folder; none: runs/PRESET-ALGORITHM-SEED, with a number appended if that folder exists."""
+    """Run folder; none: runs/PRESET-ALGORITHM-SEED, or runs/MODEL-ALGORITHM-SEED with a model of your own, and a number
+    appended if that folder exists."""
     resume: Literal["never", "auto"] = "never"
     """`auto`: continue from the newest valid checkpoint of the run folder, or start anew if it has none; `never`: start
-    anew."""
+    anew. On the command line also a run folder, which is continued with its own settings."""
     generator: GeneratorName = "auto"
     """Engine that samples completions: `vllm`, `transformers` (the trainer's own model), or `auto`: vllm if it is
     installed and the policy is on a GPU, otherwise transformers."""
@@ -135,6 +143,12 @@ class Config:
     distributed: DistributedConfig = DistributedConfig()
     guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
+
+    @property
+    def label(self) -> str:
+        """Name of the run without a number: preset, or the model's where that is the user's own, algorithm and seed."""
+        own = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(self.model.name).name).strip(".-") or "model"
+        return f"{own if self.preset == OWN else self.preset}-{self.algorithm}-{self.seed}"
 
     @property
     def rollouts_per_step(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from paced_fast.config import Config
 from paced_fast.errors import InputError
 
-_BEFORE = {"log_z.memory": "off"}
+_BEFORE = {"log_z.memory": "off", "model.device": "cpu", "model.dtype": "float32"}
 """Settings that older run folders lack, with the value that those runs had; for all others that is the default."""
 
 
@@ -31,22 +31,25 @@ def config_from_dict(kind: Any, raw: Any, name: str = "") -> Any:
         value = raw[key] if key in raw else _BEFORE[full]
         if dataclasses.is_dataclass(hint):
             value = config_from_dict(hint, value, full)
-        elif not _fits(value, hint):
+        elif not fits(value, hint):
+            if typing.get_origin(hint) is Literal:
+                choices = ", ".join(map(str, typing.get_args(hint)))
+                raise InputError(f"{full} is {json.dumps(value)[:80]}, not one of {choices}")
             wanted = str(getattr(hint, "__name__", hint)) if isinstance(hint, type) else str(hint)
             raise InputError(f"{full} is {json.dumps(value)[:80]}, not {wanted.removeprefix('typing.')}")
         values[key] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value from JSON is of the kind that a setting's annotation says."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in parts and not isinstance(value, bool)
     if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+        return isinstance(value, list | tuple) and all(fits(item, parts[0]) for item in value)
     if parts:  # a union
-        return any(_fits(value, part) for part in parts)
+        return any(fits(value, part) for part in parts)
     if hint is float:
         return isinstance(value, float | int) and not isinstance(value, bool)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

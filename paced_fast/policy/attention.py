@@ -247,12 +247,21 @@ def _lacks(name: str, model: PreTrainedModel, device: torch.device) -> str | Non
     """Reason why this model cannot use the kernel, or None."""
     kernel, settings = _VARLEN[name], model.config
     size = head_size(text_settings(settings))
+    if device.type == "cuda" and model.dtype not in (torch.bfloat16, torch.float16):
+        return f"varlen kernels need bfloat16 parameters, and these are {str(model.dtype).removeprefix('torch.')}"
+    if device.type == "cuda" and (size % 8 or size > 256):
+        return f"varlen kernels need a head size that is a multiple of 8 up to 256, and it is {size}"
+    return _lacks_here(kernel, device)
+
+
+def lacking_here(device: torch.device) -> dict[str, str | None]:
+    """Reason why no model can use a kernel on `device`, or None, by the kernel's name in `model.attention`."""
+    return {name: _lacks_here(kernel, device) for name, kernel in _VARLEN.items()}
+
+
+def _lacks_here(kernel: _Varlen, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the kernel needs a GPU, and the model is on the {device.type}"
-    if model.dtype not in (torch.bfloat16, torch.float16):
-        return f"varlen kernels need bfloat16 parameters, and these are {str(model.dtype).removeprefix('torch.')}"
-    if size % 8 or size > 256:
-        return f"varlen kernels need a head size that is a multiple of 8 up to 256, and it is {size}"
     major = torch.cuda.get_device_capability(device)[0]
     if not kernel.oldest <= major <= kernel.newest:
         return f"the kernel needs compute capability {kernel.oldest}.x to {kernel.newest}.x, and the GPU has {major}.x"

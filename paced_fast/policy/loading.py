@@ -67,6 +67,7 @@ def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
 
     Raises InputError unless all of its weights are there, as plain numbers: none is drawn at random.
     """
+    config = config.placed()
     _check_folder(path)
     place = hub.place_of(path, f"--model.name {path!r}")
     with _one_line(path), _silent():
@@ -131,6 +132,7 @@ def _check_folder(path: str) -> None:
 
 def _placed(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     module = cast(torch.nn.Module, model)  # transformers wraps `to` in a type that checkers cannot follow
+    config = config.placed()
     module.to(device=torch.device(config.device)).eval()
     for parameter in module.parameters():  # not buffers: rounded frequencies turn far positions by radians
         parameter.data = parameter.data.to(_DTYPES[config.dtype])
@@ -209,13 +211,14 @@ def skeleton(settings: PreTrainedConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(settings)
     except hub.UNREADABLE as error:
         raise InputError(
-            f"model.name: the configuration of type {settings.model_type} gives no model ({hub.told(error)}): give a "
+            f"--model.name: the configuration of type {settings.model_type} gives no model ({hub.told(error)}): give a "
             "causal language model with a valid config.json"
         ) from error
 
 
 def random_model(config: ModelConfig, settings: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
     """A model of these settings with fresh weights, made where `config` wants it."""
+    config = config.placed()
     with torch.random.fork_rng(), torch.device(config.device):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))

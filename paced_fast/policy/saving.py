@@ -162,7 +162,9 @@ def check_loads(folder: Path, state: Mapping[str, Tensor], settings: PreTrainedC
     """Raises InputError unless the model in `folder` loads with the weights `state`, to the bit, and the settings."""
     kind = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     try:
-        loaded = load_model(ModelConfig(dtype="bfloat16" if kind == torch.bfloat16 else "float32"), str(folder))
+        loaded = load_model(
+            ModelConfig(device="cpu", dtype="bfloat16" if kind == torch.bfloat16 else "float32"), str(folder)
+        )
     except InputError as error:
         raise InputError(f"the model saved in {folder} cannot be read back, so it was removed: {error}") from error
     weights = loaded.state_dict()

@@ -34,7 +34,7 @@ def cache_folder(config: Config, beside: Sequence[object] = ()) -> Path:
     assert all(code), "a pattern that matches no file would drop out of the key"
     phases = (config.warm_start.first, config.warm_start.second)
     sources = [parse_source(spec) for phase in phases for spec in phase.sources]
-    files = [find_file(source, config.data.dir) for source in sources if source.kind in ("jsonl", "parquet")]
+    files = [find_file(source, config.data.dir) for source in sources if source.kind in ("jsonl", "csv", "parquet")]
     data = ["absent" if path is None else digest(path.read_bytes().hex()) for path in files]
     settings = (config.model, config.warm_start.first, config.warm_start.second, config.warm_start.seed)
     rows = (config.data.template, config.data.max_prompt_tokens, config.data.too_long, config.data.bad_rows)

@@ -1,4 +1,4 @@
-"""Command line of the report."""
+"""Report of a run as one HTML page, or a comparison of several runs."""
 
 from __future__ import annotations
 

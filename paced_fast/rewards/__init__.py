@@ -15,9 +15,10 @@ kind; and `close()`.
     code             a program that passes all tests of its row, run in a sandbox
     reasoning_gym    our own rule for the row's task, or the package's checker in a sandbox; see `procedural.rules`
     signed_sums      the exact checker of that task
-    package.module:function, path/to/file.py:function
-    verl:..., trl:...  functions written for those trainers (see `foreign`)
-    0.7*math+0.3*exact a weighted mean of several
+    file.py:function          your own; package.module:function too
+    verl:file.py:function     a function written for verl, `compute_score`
+    trl:file.py:function      a function written for TRL that expects chats (see `foreign`)
+    0.7*math+0.3*exact        a weighted mean of several
 """
 
 from paced_fast.rewards.loading import RewardFunction, load_reward

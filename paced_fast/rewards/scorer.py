@@ -114,6 +114,21 @@ class Scorer:
             self._recent.setdefault(name, deque()).append((missing, len(found)))
         return [_weighted(self._terms(row.reward), verdicts, i) for i, row in enumerate(rows)]
 
+    def try_out(self, rows: Sequence[PromptRow], completions: Sequence[str]) -> list[float | None]:
+        """As `score`, for completions that no policy wrote: they enter neither the counts nor the unscored share."""
+        names = {term.name for row in rows for term in self._terms(row.reward)}
+        before = {name: Counter(getattr(self._functions[name], "counts", None) or {}) for name in names}
+        unscored, recent = self._unscored.copy(), {name: deque(kept) for name, kept in self._recent.items()}
+        try:
+            return self.score(rows, completions)
+        finally:
+            self._unscored, self._recent = unscored, recent
+            for name, kept in before.items():
+                counts = getattr(self._functions[name], "counts", None)
+                if counts is not None:
+                    counts.clear()
+                    counts.update(kept)
+
     def check_failures(self) -> None:
         """Raise TrainingError, naming the reward function, if one left too many of the last completions unscored.
 

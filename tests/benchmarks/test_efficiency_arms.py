@@ -65,6 +65,7 @@ def test_arms_differ_from_the_base_only_in_what_they_say() -> None:
     changed = arms.changed_settings(TINY, arms.arm_config(TINY, "pcl", rate=2e-4, seed=3))
     assert changed.items() >= {**arms.ARMS["pcl"].changes, "optimizer.learning_rate": 2e-4}.items() - {
         ("scheduler.tau", 0.5),  # as in the preset
+        ("scheduler.rule", "greedy"),
         ("log_z.loss", "tb"),
     }
     # What follows from them is written down too, and nothing that belongs to the seed or to a folder.

@@ -11,7 +11,7 @@ import pytest
 
 from paced_fast import train
 from paced_fast.config import Config, cli, flatten
-from paced_fast.config.presets import PRESETS, preset
+from paced_fast.config.presets import BASES, preset
 from paced_fast.errors import InputError
 
 
@@ -19,7 +19,7 @@ def test_nothing_is_the_tiny_preset() -> None:
     assert cli.parse([]) == cli.parse(["tiny"]) == preset("tiny")
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("name", sorted(BASES))
 def test_every_preset_is_read_and_keeps_its_settings(name: str) -> None:
     assert cli.parse([name]) == preset(name)
     assert cli.parse([name, "--steps", "7"]).steps == 7
@@ -57,7 +57,7 @@ MISTAKES = [
     (["tniy"], r"unknown preset 'tniy': did you mean tiny\? the presets are .*tiny.*"),
     (["tiny", "--loss.bta", "1"], r"unknown option --loss.bta: did you mean --loss.beta\?"),
     (["tiny", "--steps=3", "--sed=1"], r"unknown option --sed: did you mean --seed\?"),
-    (["tiny", "--zzzzqqqq"], r"unknown option --zzzzqqqq: --help lists all options"),
+    (["tiny", "--zzzzqqqq"], r"unknown option --zzzzqqqq: --help-all lists all options"),
     (["tiny", "--steps", "many"], r".*steps.*many.*"),
     (["tiny", "--steps", "1.5"], r".*steps.*1\.5.*"),
     (["tiny", "--algorithm", "ppo"], r"--algorithm 'ppo': .*the choices are paced, paced_paper, tb, tb_group, .*"),
@@ -95,7 +95,7 @@ def test_help_names_every_setting_with_its_sentence(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")  # narrow: side by side, boxes would cut sentences apart
     with pytest.raises(SystemExit) as stop:
-        cli.parse(["--help"])
+        cli.parse(["--help-all"])
     assert stop.value.code == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     for name in flatten(Config()):

@@ -175,7 +175,7 @@ class TestParse:
     @pytest.mark.parametrize(
         ("spec", "message"),
         [
-            ("chain_sum", "'chain_sum' must start with one of task:, rg:, jsonl:, parquet:, hf:"),
+            ("chain_sum", "'chain_sum' must start with one of task:, rg:, jsonl:, csv:, parquet:, hf:"),
             ("json:a", "'json:a' must start with .*did you mean 'jsonl'"),
             ("jsonl:", "no name after jsonl:"),
             ("jsonl:a?promt=q", "unknown key 'promt' .did you mean 'prompt'"),
@@ -391,8 +391,8 @@ class TestFiles:
             (
                 ({"prompt": "a", "x": 1},),
                 "",
-                "no known format has the fields prompt, x: name the fields of prompt and answer, as in "
-                "jsonl:a.jsonl?prompt=FIELD&answer=FIELD",
+                "no known format has the fields prompt, x: name the field of the answer, as in "
+                "jsonl:a.jsonl?answer=FIELD",
             ),
             (({**GOOD, "answer": None},), "", "a.jsonl:1 has no field 'answer'"),
             (({**GOOD, "m": {"x": 1}},), "answer=m.y", "a.jsonl:1 has no field 'm.y'"),
@@ -448,13 +448,13 @@ class TestFiles:
         spec = f"jsonl:{write(tmp_path / 'a.jsonl', *rows)}"
         assert len(load(spec, chat, tmp_path, limit=5)) == 3
         with pytest.raises(
-            InputError, match=r"a.jsonl:2: the prompt has 5 tokens, above max_prompt_tokens=4: raise it"
+            InputError, match=r"a.jsonl:2: the prompt has 5 tokens, above --data.max-prompt-tokens 4: raise it"
         ):
             load(spec, chat, tmp_path, limit=4)
         with caplog.at_level(logging.WARNING):
             assert [row.prompt for row in load(spec, chat, tmp_path, limit=4, too_long="skip").rows] == ["aaa", "aaaa"]
         assert "skipped 1 of 3 rows whose prompt has more than 4 tokens" in caplog.text
-        with pytest.raises(InputError, match=r"every row of .* longer than max_prompt_tokens=2"):
+        with pytest.raises(InputError, match=r"every row of .* longer than --data.max-prompt-tokens 2"):
             load(spec, chat, tmp_path, limit=2, too_long="skip")
 
     def test_files_of_the_project(self, chat):

@@ -88,7 +88,7 @@ def test_text_that_stands_twice_in_the_template(chat, tmp_path) -> None:
 
 @pytest.mark.parametrize("too_long", ["keep_start", "keep_end"])
 def test_a_template_over_the_limit_is_refused(too_long, chat, tmp_path) -> None:
-    words = r"a\.jsonl:1: the prompt has more than max_prompt_tokens=5 even without its longest text: raise it"
+    words = r"a\.jsonl:1: the prompt has more than --data.max-prompt-tokens 5 even without its longest text: raise it"
     with pytest.raises(InputError, match=words):
         load(["abcdef"], chat, tmp_path, limit=5, too_long=too_long, template="Question {prompt}")
 
@@ -97,7 +97,8 @@ def test_skip_and_error_are_what_they_were(chat, tmp_path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         assert [row.prompt for row in load(["abc", "a"], chat, tmp_path, limit=2, too_long="skip")] == ["a"]
     assert "skipped 1 of 2 rows whose prompt has more than 2 tokens" in caplog.text
-    words = "a.jsonl:1: the prompt has 3 tokens, above max_prompt_tokens=2: raise it, or set too_long=skip, keep_start"
+    words = "a.jsonl:1: the prompt has 3 tokens, above --data.max-prompt-tokens 2: "
+    words += "raise it, or give --data.too-long skip, keep_start"
     with pytest.raises(InputError, match=re.escape(words)):
         load(["abc", "a"], chat, tmp_path, limit=2, too_long="error")
 

@@ -20,6 +20,7 @@ import vllm.v1.engine.llm_engine, vllm.v1.executor.uniproc_executor
 import vllm.v1.worker.cpu_worker, vllm.v1.worker.cpu_model_runner
 import vllm.model_executor.models.llama
 import transformers.models.llama.modeling_llama, torch.optim, torch._dynamo
+import paced_fast.train.loop
 """
 """Modules that a run loads when it needs them; one that a version lacks is loaded there."""
 

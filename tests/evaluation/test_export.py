@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from paced_fast import export as exporting
 from paced_fast.data.prompts import character_tokenizer
 from paced_fast.errors import InputError
 from paced_fast.export import ExportArguments, export, main
+from paced_fast.export import write as exporting
 from paced_fast.run import checkpoint
 
 

@@ -35,7 +35,7 @@ from paced_fast.run.start import build
 from paced_fast.run.start import model as model_of_run
 from paced_fast.run.step import Stepper
 
-import_ahead("pytest", "paced_fast.train", "tiny_run")
+import_ahead("pytest", "paced_fast.train.loop", "tiny_run")
 
 
 class Engine:

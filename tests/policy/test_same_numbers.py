@@ -77,7 +77,7 @@ def test_presets_of_a_cpu_give_the_same_numbers_with_and_without_its_units_for_s
 
 
 @pytest.mark.parametrize("precision", ["medium", "high"])
-@pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).model.device == "cpu"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).model.placed().device == "cpu"])
 def test_a_precision_that_depends_on_the_processor_is_refused_on_a_cpu(name: str, precision: str) -> None:
     config = tiny_policy.replaced(preset(name), model__matmul_precision=precision)
     with pytest.raises(InputError, match=f"--model.matmul-precision {precision} rounds .*: give highest") as raised:

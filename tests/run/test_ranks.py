@@ -24,7 +24,7 @@ from paced_fast.generation.over_ranks import gather_completions
 from paced_fast.policy import micro_batches
 from paced_fast.rewards.over_ranks import gather_scores, shared_judge, summed_counts
 
-import_ahead("pytest", "paced_fast.train", "tiny_run")
+import_ahead("pytest", "paced_fast.train.loop", "tiny_run")
 
 SECONDS = 600.0
 

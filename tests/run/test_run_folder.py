@@ -133,3 +133,87 @@ def test_without_locks_a_warning_is_all(
         lock.take(tmp_path)
     assert len(caplog.records) == 1
     assert f"{tmp_path} cannot be locked (No locks available)" in caplog.text
+
+
+STARTER = """
+import dataclasses, sys
+from paced_fast.config.presets import preset
+from paced_fast.run.start.run_folder import RunLock, claim, run_folder
+
+settings = preset("tiny")
+with RunLock() as lock:
+    folder = run_folder(settings, lock)
+    print(folder, flush=True)
+    if sys.stdin.readline() == "go\\n":
+        claim(folder, settings, lock)
+    print("over", flush=True)
+"""
+
+
+@pytest.mark.process
+def test_runs_that_start_at_once_without_a_folder_take_different_numbers(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTER],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        folders = []
+        for process in started:  # both are between their choice and their first file
+            assert process.stdout is not None
+            folders.append(process.stdout.readline().strip())
+        assert sorted(folders) == ["runs/tiny-paced-0", "runs/tiny-paced-0-2"]
+        for process, answer in zip(started, ("go\n", "failed\n"), strict=True):
+            assert process.stdin is not None
+            process.stdin.write(answer)
+            process.stdin.flush()
+            assert process.communicate()[0] == "over\n"
+            assert process.returncode == 0
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    assert sorted(path.name for path in tmp_path.glob("runs/*/*")) == [".lock", "config.json"]
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.glob("runs/*")] == [folders[0]], "no empty one is left"
+
+
+def test_many_choose_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = preset("tiny")
+    with RunLock() as first, RunLock() as second:
+        assert str(run_folder(settings, first)) == "runs/tiny-paced-0"
+        (tmp_path / "runs" / "tiny-paced-0-2").mkdir()
+        assert str(run_folder(settings, second)) == "runs/tiny-paced-0-3"
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny-paced-0-2"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("there", ["runs", "above"])
+def test_a_reserved_folder_goes_with_what_was_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    (tmp_path / there).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with RunLock() as lock:
+        folder = run_folder(preset("tiny"), lock)
+        assert refused_elsewhere(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [there]
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a file")
+    with (
+        RunLock() as lock,
+        pytest.raises(InputError, match=r"the run folder runs/tiny-paced-0 cannot be created .*--run-dir"),
+    ):
+        run_folder(preset("tiny"), lock)

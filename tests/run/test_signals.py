@@ -274,11 +274,12 @@ def test_other_commands_end_with_one_line(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to see what is imported")
-@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
-def test_ctrl_c_while_a_command_imports_is_one_line(command: str) -> None:
+@pytest.mark.parametrize(("command", "words"), [("train", "tiny"), ("evaluate", "none"), ("export", "none out")])
+def test_ctrl_c_while_a_command_imports_is_one_line(command: str, words: str, tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     process = subprocess.Popen(
-        [sys.executable, "-m", f"paced_fast.{command}", "--help"],
+        [sys.executable, "-m", f"paced_fast.{command}", *words.split()],
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -66,7 +66,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
     """It is that day, for the trainer and for the chat template alike."""
     now = datetime.datetime.fromisoformat(day)
     date = SimpleNamespace(today=now.date, fromisoformat=datetime.date.fromisoformat)
-    for module in ("paced_fast.run.start.tables", "paced_fast.evaluate"):
+    for module in ("paced_fast.run.start.tables", "paced_fast.evaluate.target"):
         monkeypatch.setattr(f"{module}.datetime", SimpleNamespace(date=date))
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: now))
 

@@ -504,7 +504,10 @@ FAILURES: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
         "no known format",
     ),
     "no rows": (lambda _, tmp: {"data__train": (jsonl(tmp / "b.jsonl") + "?reward=exact",)}, "has no rows"),
-    "too long": (lambda *_: {"data__max_prompt_tokens": 11}, "the prompt has 12 tokens, above max_prompt_tokens=11"),
+    "too long": (
+        lambda *_: {"data__max_prompt_tokens": 11},
+        "the prompt has 12 tokens, above --data.max-prompt-tokens 11",
+    ),
     "unknown reward": (lambda *_: {"data__train": ("task:signed_sums?size=9&reward=exat",)}, "did you mean 'exact'"),
     "unknown slice": (lambda *_: {"data__headline": ("k9",)}, "--data.headline names 'k9'"),
     "reward not a number": (

@@ -5,9 +5,7 @@ python tests/support/settings_page.py     # writes docs/settings.md
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +14,26 @@ from typing import Any, Literal
 from paced_fast.config import Config
 from paced_fast.config.bounds import Bounds, settings
 from paced_fast.config.paced import ALGORITHMS
+from paced_fast.config.short_help import sentences_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 
 HEAD = """# Settings
 
 Every option of `python -m paced_fast.train [PRESET] [--option value ...]`, with its type, its default and the range of
-a number, both ends included. A preset may have another default: `python -m paced_fast.train PRESET --help` shows it.
+a number, both ends included. A preset may have another default: `python -m paced_fast.train PRESET --help-all` shows
+it. `--model`, `--data`, `--eval-data` and `--reward` stand for `--model.name`, `--data.train`, `--data.eval` and
+`--reward.name`. `--config FILE` reads the same names from TOML or YAML, with a table for each group:
+
+```toml
+model = "Qwen/Qwen2.5-0.5B-Instruct"
+data = ["train.jsonl"]
+steps = 200
+
+[optimizer]
+learning_rate = 2e-6
+```
+
 Written by `python tests/support/settings_page.py`.
 """
 
@@ -53,27 +64,16 @@ def _algorithms() -> Iterator[str]:
 def _table(group: Any, prefix: str) -> Iterator[str]:
     """The settings of one dataclass; those inside a group of the run come with it."""
     yield "| option | type | default | range | meaning |\n|---|---|---|---|---|"
-    defaults, sentences = {item.name: item.default for item in dataclasses.fields(group)}, _sentences(group)
+    defaults, sentences = {item.name: item.default for item in dataclasses.fields(group)}, sentences_of(Config)
     for name, kind in typing.get_type_hints(group).items():
         if not dataclasses.is_dataclass(kind):
             full = f"{prefix}{name}"
             setting = settings(Config)[full]
             option = f"`--{full.replace('_', '-')}`"
-            cells = (_type(setting.kind), _value(defaults[name]), _range(setting.bounds), sentences[name])
+            cells = (_type(setting.kind), _value(defaults[name]), _range(setting.bounds), _plain(sentences[full]))
             yield f"| {option} | {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
         elif prefix:
             yield from list(_table(kind, f"{prefix}{name}."))[1:]
-
-
-def _sentences(group: Any) -> dict[str, str]:
-    """The text below each field."""
-    (body,) = ast.parse(inspect.getsource(group)).body
-    assert isinstance(body, ast.ClassDef)
-    found: dict[str, str] = {}
-    for field, below in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            found[ast.unparse(field.target)] = _plain(below.value.value)
-    return found
 
 
 def _plain(text: str) -> str:

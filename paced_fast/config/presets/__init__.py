@@ -8,21 +8,25 @@ from collections.abc import Callable
 from paced_fast.config import Config
 from paced_fast.config.presets.cpu import smollm2, tiny
 from paced_fast.config.presets.gpu import deepcoder_1_5b, qwen3_4b, qwen_math_1_5b, qwen_math_1_5b_lora, qwen_math_7b
+from paced_fast.config.presets.own import own
 from paced_fast.config.presets.small import small
 from paced_fast.errors import InputError
 
-__all__ = ["PRESETS", "preset"]
+__all__ = ["BASES", "PRESETS", "preset"]
 
 PRESETS: dict[str, Callable[[], Config]] = {
     make.__name__: make
     for make in (tiny, small, smollm2, qwen_math_1_5b, qwen_math_1_5b_lora, qwen_math_7b, qwen3_4b, deepcoder_1_5b)
 }
+"""Presets that are complete: each trains by its name alone."""
+BASES: dict[str, Callable[[], Config]] = {own.__name__: own, **PRESETS}
+"""Those, and the one that a model and data are added to."""
 
 
 def preset(name: str) -> Config:
     """The settings of a preset. Raises InputError naming the known ones."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
+    if name not in BASES:
+        near = difflib.get_close_matches(name, BASES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"unknown preset {name!r}: {hint}the presets are {', '.join(PRESETS)}")
-    return PRESETS[name]()
+        raise InputError(f"unknown preset {name!r}: {hint}the presets are {', '.join(BASES)}")
+    return BASES[name]()

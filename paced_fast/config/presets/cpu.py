@@ -24,7 +24,7 @@ def tiny() -> Config:
     return Config(
         preset="tiny",
         steps=150,
-        model=ModelConfig(name="tiny"),
+        model=ModelConfig(name="tiny", device="cpu", dtype="float32"),
         data=DataConfig(
             train=("task:signed_sums?split=train&size=4000&seed=42",),
             eval=("task:signed_sums?split=eval",),
@@ -59,7 +59,7 @@ def smollm2() -> Config:
     return Config(
         preset="smollm2",
         steps=24,
-        model=ModelConfig(name="smollm2"),
+        model=ModelConfig(name="smollm2", device="cpu", dtype="float32"),
         data=DataConfig(
             train=(
                 *_sums("0.5:0.8", size=220),

@@ -91,8 +91,8 @@ class Encoder:
             text = _cut(text, self._spans(text), excess, keep)
             if not text.strip():
                 raise InputError(
-                    f"{where}: the prompt has more than max_prompt_tokens={limit} even without its longest text: "
-                    "raise it, or set too_long=skip"
+                    f"{where}: the prompt has more than --data.max-prompt-tokens {limit} even without its longest "
+                    "text: raise it, or give --data.too-long skip"
                 )
             prompt = text if isinstance(prompt, str) else _with_content(prompt, index, text)
             (shorter,) = self.encode([prompt], template, [where], refuse=_raise)
@@ -147,7 +147,10 @@ class Encoder:
     def _render(self, prompt: str | Messages, template: str, where: str) -> str:
         if template != "chat":
             if not isinstance(prompt, str):
-                raise InputError(f"{where}: the prompt is a chat of {len(prompt)} messages: give template=chat")
+                cure = "give --data.template chat"
+                if not self.tokenizer.chat_template:
+                    cure = "the tokenizer has no chat template: give a model that has one, or name a column of text"
+                raise InputError(f"{where}: the prompt is a chat of {len(prompt)} messages: {cure}")
             return template.replace("{prompt}", prompt)
         return render(self.tokenizer, self._messages(prompt), self.chat, where)
 

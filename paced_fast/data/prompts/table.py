@@ -32,6 +32,7 @@ def load_table(
     bad_rows: Literal["error", "skip"] = "error",
     max_bad_share: float = 0.01,
     check: Check | None = None,
+    limit_option: str = "--data.max-prompt-tokens",
 ) -> PromptTable:
     """All rows of all sources, in order, with the token ids that the policy reads.
 
@@ -44,7 +45,8 @@ def load_table(
     the beginning (`keep_end`); of a chat the longest user message is cut. The template stays whole.
 
     `check(reward, columns)` says what keeps a row from ever being judged, and so makes it a bad row. The first bad row
-    is an error, or such rows are left out and counted up to `max_bad_share` of each source.
+    is an error, or such rows are left out and counted up to `max_bad_share` of each source. `limit_option` is the
+    option of `max_prompt_tokens` in errors.
 
     Raises:
         InputError: a source, file, field, template, row or prompt length is wrong; the message names it and the remedy.
@@ -69,9 +71,9 @@ def load_table(
         bad.settle(spec, len(good))
         if not good:
             raise InputError(f"every row of {spec!r} is bad: fix the rows, or name the right fields")
-        kept = _within_limit(encoder, good, written, max_prompt_tokens, too_long)
+        kept = _within_limit(encoder, good, written, max_prompt_tokens, too_long, limit_option)
         if not kept:
-            raise InputError(f"every row of {spec!r} is longer than max_prompt_tokens={max_prompt_tokens}: raise it")
+            raise InputError(f"every row of {spec!r} is longer than {limit_option} {max_prompt_tokens}: raise it")
         if len(kept) < len(good):
             skipped = len(good) - len(kept)
             logger.warning(
@@ -91,7 +93,7 @@ def _tell(spec: str, prompts: Sequence[str | Messages], as_text: int, chat: Chat
     if as_text:
         logger.warning(
             "%s: %d of %d prompts contain text that looks like control tokens, which is encoded as plain text; for "
-            "prompts that already include a chat template, give the messages and template=chat instead",
+            "prompts that already include a chat template, give the messages and --data.template chat instead",
             *(spec, as_text, len(prompts)),
         )
     if chat is not None and chat.system_prompt is not None:
@@ -104,7 +106,12 @@ def _tell(spec: str, prompts: Sequence[str | Messages], as_text: int, chat: Chat
 
 
 def _within_limit(
-    encoder: Encoder, drafts: Sequence[tuple[Draft, list[int]]], template: str, limit: int, too_long: TooLong
+    encoder: Encoder,
+    drafts: Sequence[tuple[Draft, list[int]]],
+    template: str,
+    limit: int,
+    too_long: TooLong,
+    option: str,
 ) -> list[tuple[Draft, list[int]]]:
     """The rows of at most `limit` tokens, those that were cut included."""
     kept: list[tuple[Draft, list[int]]] = []
@@ -112,9 +119,9 @@ def _within_limit(
         if len(ids) <= limit:
             kept.append((draft, ids))
         elif too_long == "error":
+            others = ", or give --data.too-long skip, keep_start or keep_end" if option.startswith("--data.") else ""
             raise InputError(
-                f"{draft.where}: the prompt has {len(ids)} tokens, above max_prompt_tokens={limit}: "
-                "raise it, or set too_long=skip, keep_start or keep_end"
+                f"{draft.where}: the prompt has {len(ids)} tokens, above {option} {limit}: raise it{others}"
             )
         elif too_long != "skip":
             prompt, ids = encoder.shorten(

@@ -7,6 +7,10 @@ A source is `kind:name?key=value&key=value` (values may be percent-encoded):
     jsonl:gsm8k_train.jsonl?rows=0:400&slice=gsm8k         also .jsonl.gz
     parquet:train.parquet?answer=reward_model.ground_truth&reward=math&template=chat
     hf:openai/gsm8k?config=main&split=train
+    train.csv, data/train.jsonl?answer=label               the ending tells the kind
+    my/folder, owner/name                                  a folder, or else a data set of the hub
+
+`spec.KEYS` has every key.
 
 Rows of known formats need no more; `format=` (`formats.FORMATS`) names one that is not recognised by its fields.
 `prompt=` and `answer=` map the fields of any other (dotted names reach into structures), `answer_after=####` keeps what
@@ -28,8 +32,8 @@ Files are read as streams: memory is that of the rows kept, and nothing behind `
 from paced_fast.data.sources.chat import parse_day, template_arguments
 from paced_fast.data.sources.drafts import Check, Draft, read_drafts
 from paced_fast.data.sources.faults import BadRow, BadRows
-from paced_fast.data.sources.read import drop_missing, find_file, looked_at
-from paced_fast.data.sources.spec import Messages, Source, is_template, parse_source
+from paced_fast.data.sources.read import drop_missing, find_file, looked_at, require_file
+from paced_fast.data.sources.spec import Messages, Source, is_template, parse_source, rewarded
 
 __all__ = [
     "BadRow",
@@ -45,5 +49,7 @@ __all__ = [
     "parse_day",
     "parse_source",
     "read_drafts",
+    "require_file",
+    "rewarded",
     "template_arguments",
 ]

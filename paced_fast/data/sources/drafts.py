@@ -95,6 +95,11 @@ def _layout(source: Source, reader: Reader, first: range) -> Layout:
             answer = " or ".join(layout.answers + ((f"\\boxed{{}} of {layout.boxed}",) if layout.boxed else ()))
             judged = f"tests {' and '.join(layout.tests)}" if layout.tests else f"answer {answer}"
             logger.info("%s: rows of the format %s (prompt %s, %s)", source.spec, layout.name, layout.prompt, judged)
+        if source.slice is not None and source.slice in row and source.kind not in ("task", "rg"):
+            logger.warning(
+                "%s: slice=%s puts every row into one slice of that name; slice_by=%s makes one of each value",
+                *(source.spec, source.slice, source.slice),
+            )
         return layout
     return Layout(name="plain", prompt=source.prompt or "prompt", answers=("answer",))
 
@@ -179,6 +184,8 @@ def _draft(source: Source, layout: Layout, where: str, data: Row) -> Draft:
     check_text(data, where)
     name = source.prompt or layout.prompt
     prompt = checked_prompt(_prompt(source, data, name, where), name, where)
+    if name == "messages" and source.prompt is None and not isinstance(prompt, str):
+        prompt, data = _without_reply(prompt, layout, data, where)
     columns = {key: value for key, value in data.items() if key not in ("prompts", "completions", name)}
     if made:
         columns = {key: value for key, value in columns.items() if key not in ("reward", "slice", "demonstration")}
@@ -195,9 +202,32 @@ def _draft(source: Source, layout: Layout, where: str, data: Row) -> Draft:
         demonstration = _demonstration(source.demonstration, data, prompt, columns.get("answer"), where)
         demonstration = _noisy(demonstration, source.noise, where)
     slice_name = source.slice or (data["slice"] if made else source.slice_name)
+    if source.slice_by is not None:
+        slice_name = _slice(_lookup(data, source.slice_by, where, "slice_by"), source.slice_by, where)
     return Draft(
         where=where, prompt=prompt, reward=reward, slice=slice_name, columns=columns, demonstration=demonstration
     )
+
+
+def _without_reply(prompt: Messages, layout: Layout, data: Row, where: str) -> tuple[Messages, Row]:
+    """A chat of a data set for supervised learning: without the reply it ends with, which is the answer if no column
+    has one."""
+    if prompt[-1]["role"] != "assistant":
+        return prompt, data
+    if len(prompt) == 1:
+        raise BadRow(f"{where}: the prompt in 'messages' is a reply only: name the prompt's column by prompt=")
+    if all(_find_field(data, name) is None for name in layout.answers):
+        data = {**data, layout.answers[0]: prompt[-1]["content"]}
+    return prompt[:-1], data
+
+
+def _slice(value: Any, column: str, where: str) -> str:
+    """The slice that a column's value names: a text as it is, a number with the column's name."""
+    if isinstance(value, str) and value.strip() and value.isprintable():
+        return value
+    if isinstance(value, bool | int | float):
+        return f"{column} {value}"
+    raise BadRow(f"{where}: {column!r} is {value!r:.80}, which names no slice: give a text or number by slice_by=")
 
 
 def _with_starter(prompt: str | Messages, code: Any) -> str | Messages:

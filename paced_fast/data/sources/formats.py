@@ -8,7 +8,8 @@ r"""Layouts of known data sets: which fields of a row are its prompt, its answer
     taco           question, input_output (TACO, APPS)
     livecodebench  question_content, public_test_cases, private_test_cases
     humaneval      prompt, test, entry_point
-    plain          prompt, question, problem, input or query; answer, target, ground_truth or output
+    plain          prompt, question, problem, instruction, input, query or messages; answer, target, ground_truth,
+                   output, solution, final_answer, expected_answer, label or reference
 
 Rows of the four with tests are programs, which `reward=code` judges by all of their fields; code to start from
 (`starter_code`) follows the prompt.
@@ -24,8 +25,11 @@ from typing import Any
 from paced_fast.data.sources.spec import Source
 from paced_fast.errors import InputError
 
-_PROMPTS = ("prompt", "question", "problem", "input", "query")
-_ANSWERS = ("answer", "target", "ground_truth", "output")
+_PROMPTS = ("prompt", "question", "problem", "instruction", "input", "query", "messages")
+_ANSWERS = (
+    *("answer", "target", "ground_truth", "output", "solution"),
+    *("final_answer", "expected_answer", "label", "reference"),
+)
 _REWARDS_OF_ANSWERS = ("exact", "number", "math")
 
 
@@ -74,16 +78,21 @@ def layout_of(source: Source, row: Mapping[str, Any]) -> tuple[Layout, bool]:
     given = source.prompt is not None or source.answer is not None
     if source.format != "auto":
         layout, recognised = FORMATS.get(source.format) or _plain(row), False
-    elif source.kind in ("task", "rg") or given or {"prompt", "answer"} <= row.keys():
+    elif source.kind in ("task", "rg") or {"prompt", "answer"} <= row.keys():
         layout, recognised = Layout(name="plain", prompt="prompt", answers=("answer",)), False
+    elif given:
+        layout, recognised = _plain(row), False
     else:
         found = _recognised(row)
-        if found is None and "prompt" in row and judges_without_answer(source.reward):
-            return Layout(name="plain", prompt="prompt", answers=("answer",)), False
+        if found is None and row.keys() & set(_PROMPTS) and (judges_without_answer(source.reward) or "messages" in row):
+            return _plain(row), True
         if found is None:
+            what, query = "fields of prompt and answer", "prompt=FIELD&answer=FIELD"
+            if row.keys() & set(_PROMPTS):
+                what, query = "field of the answer", "answer=FIELD"
             raise InputError(
-                f"source {source.spec!r}: no known format has the fields {', '.join(map(str, row))}: name the fields "
-                f"of prompt and answer, as in {source.kind}:{source.name}?prompt=FIELD&answer=FIELD, or give format="
+                f"source {source.spec!r}: no known format has the fields {', '.join(map(str, row))}: name the {what}, "
+                f"as in {source.kind}:{source.name}?{query}, or give format="
             )
         layout, recognised = found, True
     if layout.tests and source.reward in _REWARDS_OF_ANSWERS:

@@ -15,6 +15,7 @@ from typing import IO, Any, NoReturn, Protocol, cast
 from paced_fast.data import hub
 from paced_fast.data.sources.faults import BadRow
 from paced_fast.data.sources.spec import Source, parse_source
+from paced_fast.data.sources.whole_files import CsvRows, JsonList, is_list
 from paced_fast.data.tasks import reasoning_gym_rows, signed_sums_demonstrations, signed_sums_rows
 from paced_fast.errors import InputError, nearest
 
@@ -50,9 +51,11 @@ def open_source(source: Source, data_dir: str | None) -> Reader:
     if source.kind in ("task", "rg"):
         return MadeRows(source)
     if source.kind == "hf":
-        return HubRows(source)
+        return HubRows(source, data_dir)
     path = _find(source, data_dir)
-    return JsonLines(path) if source.kind == "jsonl" else ParquetRows(path)
+    if source.kind == "jsonl":
+        return JsonList(path) if is_list(path) else JsonLines(path)
+    return CsvRows(path) if source.kind == "csv" else ParquetRows(path)
 
 
 class JsonLines:
@@ -215,20 +218,27 @@ _OF_SAVE_TO_DISK = ("state.json", "dataset_dict.json")
 class HubRows:
     """Rows of a data set of the hub, or of a folder that datasets wrote; they lie on disk until they are asked for."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, data_dir: str | None = None) -> None:
+        self.name, split = source.name, source.split or "train"
+        folder = next((place for place in _places(source.name, data_dir) if place.is_dir()), None)
+        if folder is None and (source.name.startswith((".", "/", "~")) or source.name.count("/") > 1):
+            raise InputError(
+                f"hf:{source.name}: no such folder (looked for {looked_at(source, data_dir)}): correct the path, or "
+                "give a file as jsonl:FILE, csv:FILE or parquet:FILE"
+            )
         try:
             import datasets
         except ImportError as error:
             raise InputError(f"hf:{source.name} needs datasets: pip install 'paced-fast[data]'") from error
-        self.name, split = source.name, source.split or "train"
-        is_saved = any(Path(self.name, name).is_file() for name in _OF_SAVE_TO_DISK)
-        if not is_saved:
+        is_saved = folder is not None and any((folder / name).is_file() for name in _OF_SAVE_TO_DISK)
+        if folder is None:
             _ask_hub(source.name)
         try:
             if is_saved:
-                self._rows: Any = _saved_rows(datasets.load_from_disk(self.name), source)
+                self._rows: Any = _saved_rows(datasets.load_from_disk(str(folder)), source)
             else:
-                self._rows = datasets.load_dataset(source.name, source.config, split=split)
+                place = source.name if folder is None else str(folder)
+                self._rows = datasets.load_dataset(place, source.config, split=split)
         except InputError:
             raise
         except Exception as error:  # the hub client fails in many ways
@@ -344,6 +354,12 @@ def _places(name: str, data_dir: str | None) -> list[Path]:
     if data_dir is not None:
         return [Path(data_dir).expanduser() / path, path]
     return [path, *(Path(folder, path) for folder in _DATA_FOLDERS)]
+
+
+def require_file(source: Source, data_dir: str | None) -> None:
+    """Raises InputError when the file is absent that a source names and needs."""
+    if source.kind in ("jsonl", "csv", "parquet") and not source.optional:
+        _find(source, data_dir)
 
 
 def _find(source: Source, data_dir: str | None) -> Path:

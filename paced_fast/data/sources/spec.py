@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from paced_fast.errors import InputError, nearest
 
@@ -21,18 +21,61 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 Messages = list[dict[str, str]]
 
 _SHARED_KEYS = ("reward", "slice", "size", "seed", "rows", "share", "template")
-_FIELD_KEYS = ("format", "prompt", "keep", "answer", "answer_after", "demonstration", "noise")
+_FIELD_KEYS = ("format", "prompt", "keep", "answer", "answer_after", "demonstration", "noise", "slice_by")
 _KEYS = {
     "task": (*_SHARED_KEYS, "split", "flip_probability"),
     "rg": (*_SHARED_KEYS, "keep", "demonstration", "noise"),
     "jsonl": (*_SHARED_KEYS, *_FIELD_KEYS, "optional"),
+    "csv": (*_SHARED_KEYS, *_FIELD_KEYS, "optional"),
     "parquet": (*_SHARED_KEYS, *_FIELD_KEYS, "optional"),
     "hf": (*_SHARED_KEYS, *_FIELD_KEYS, "split", "config"),
 }
+KINDS = {
+    "jsonl": "a file with one JSON object per line, or (.json) one list of objects; .gz is unpacked on the way",
+    "csv": "a file of comma-separated (.csv) or tab-separated (.tsv) values, whose first line names the columns",
+    "parquet": "a parquet file",
+    "hf": "a data set of the Hugging Face hub, or a folder, such as one that save_to_disk of datasets wrote",
+    "rg": "a task of reasoning-gym; keys that are not listed are parameters of the task",
+    "task": "a task of this package; the only one is signed_sums",
+}
+"""Kinds of sources, and what each reads."""
+KEYS = {
+    "prompt": "column with the prompt, a text or a list of messages; a dot reaches into structures",
+    "answer": "column with the expected answer; a dot reaches into structures",
+    "reward": "reward that judges the rows; default: --reward, or else that of the format",
+    "slice": "name of the slice of all rows, under which evaluations list them; default: the name of the source",
+    "slice_by": "column whose values divide the rows into slices",
+    "rows": "start:stop keeps those rows, counted from 0, stop excluded",
+    "share": "low:high keeps the rows whose prompt hashes into that part of [0, 1); disjoint shares have no prompt in "
+    "common, so 0:0.9 is to train on and 0.9:1 to evaluate on",
+    "seed": "seed by which the rows are shuffled, or by which a task is made",
+    "size": "number of rows that are kept, or that a task makes",
+    "template": "chat, plain or a text with {prompt} in it; default: --data.template",
+    "answer_after": "mark in the answer's column behind which the answer stands, such as ####",
+    "keep": "regular expression; the prompt is what it matches in the text, one match after the other",
+    "demonstration": "column with a text to imitate in the warm start, @answer, or @equation",
+    "noise": "share of the letters and digits of a demonstration that are replaced by others",
+    "format": "layout of the rows, where their columns do not tell it",
+    "split": "split of a data set, or train, eval or demonstrations of a task",
+    "config": "configuration of a data set of the hub",
+    "flip_probability": "share of demonstrations of a task with one wrong sign",
+    "optional": "true: continue without the file where it is absent",
+}
+"""Keys of sources, and what each says."""
+_ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+"""Endings of file names that tell the kind of a source without one."""
 _TASK_SPLITS = ("train", "eval", "demonstrations")
 _COMPUTED = ("@answer", "@equation")
 _WANTED = {
     "slice": "a name of printable characters",
+    "slice_by": "the name of a column",
     "rows": "start:stop with 0 <= start < stop",
     "share": "low:high with 0 <= low < high <= 1",
     "optional": "true or false",
@@ -67,6 +110,8 @@ class Source:
     """Share of the letters and digits of a demonstration that are replaced by others."""
     reward: str | None = None
     slice: str | None = None
+    slice_by: str | None = None
+    """Column whose value is the slice of a row."""
     size: int | None = None
     seed: int | None = None
     rows: tuple[int | None, int | None] = (None, None)
@@ -82,7 +127,7 @@ class Source:
     @property
     def slice_name(self) -> str:
         """The slice of rows that name none themselves."""
-        return self.slice or Path(self.name.removesuffix(".gz")).stem
+        return self.slice or PurePath(self.name.removesuffix(".gz")).stem
 
 
 def parse_source(spec: str) -> Source:
@@ -91,12 +136,8 @@ def parse_source(spec: str) -> Source:
     Raises:
         InputError: unknown kind or key (with the nearest match), a repeated key, or a value that cannot be read.
     """
-    kind, colon, rest = spec.partition(":")
+    kind, rest = _kind(spec)
     name, _, query = rest.partition("?")
-    if not colon or kind not in _KEYS:
-        raise InputError(
-            f"source {spec!r} must start with one of {', '.join(f'{k}:' for k in _KEYS)}{nearest(kind, list(_KEYS))}"
-        )
     if not name.strip():
         raise InputError(f"source {spec!r} has no name after {kind}:")
     values: dict[str, Any] = {}
@@ -124,7 +165,46 @@ def parse_source(spec: str) -> Source:
             )
     if values.get("noise") and "demonstration" not in values:
         raise InputError(f"source {spec!r} has noise= without demonstration=, whose characters it replaces")
+    if "slice" in values and "slice_by" in values:
+        raise InputError(f"source {spec!r} has both slice= and slice_by=: give one of them")
     return Source(spec=spec, kind=kind, name=name, params=params, **values)
+
+
+def _kind(spec: str) -> tuple[str, str]:
+    """The kind of a source and what follows it; without a kind, the ending of a file or a folder tells it.
+
+    What has neither and a slash in its name is a data set of the hub.
+    """
+    kind, colon, rest = spec.partition(":")
+    if colon and kind in _KEYS:
+        return kind, rest
+    name = spec.partition("?")[0]
+    ending = PurePath(name.removesuffix(".gz")).suffix.lower()
+    if not (colon and re.fullmatch(r"\w+", kind)):  # else a kind that is mistyped
+        if ending in _ENDINGS:
+            return _ENDINGS[ending], spec
+        if "/" in name or Path(name).is_dir():
+            return "hf", spec
+    near = nearest(kind, list(_KEYS)) or (f" (did you mean {name}.jsonl?)" if Path(f"{name}.jsonl").is_file() else "")
+    raise InputError(
+        f"source {spec!r} must start with one of {', '.join(f'{k}:' for k in _KEYS)}, or end in one of "
+        f"{', '.join(_ENDINGS)}{near}"
+    )
+
+
+def keys_of(key: str) -> list[str]:
+    """The kinds of sources that have a key."""
+    return [kind for kind, keys in _KEYS.items() if key in keys]
+
+
+def rewarded(spec: str, reward: str) -> str:
+    """The source with that reward, unless it names one, or cannot be read."""
+    try:
+        if parse_source(spec).reward is not None:
+            return spec
+    except InputError:
+        return spec  # refused where its option is named
+    return f"{spec}{'&' if '?' in spec else '?'}reward={quote(reward, safe='/:*+.,@~ ')}"
 
 
 def _value(spec: str, kind: str, key: str, text: str) -> Any:
@@ -168,7 +248,7 @@ def _read(kind: str, key: str, text: str) -> Any:
     allowed = (
         (key != "format" or text in ("auto", *FORMAT_NAMES))
         and (key != "template" or is_template(text))
-        and (key != "slice" or text.isprintable())
+        and (key not in ("slice", "slice_by") or text.isprintable())
         and (key != "demonstration" or text[0] != "@" or text in _COMPUTED)
         and (key != "split" or kind != "task" or text in _TASK_SPLITS)
     )

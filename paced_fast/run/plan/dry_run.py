@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from paced_fast.config import Config, flatten
-from paced_fast.config.resolve import check_engine_ranks, resolve
+from paced_fast.config.resolve import check_engine_ranks, placed, resolve
 from paced_fast.data.prompts import ALPHABETS
 from paced_fast.data.sources import parse_source
 from paced_fast.distributed import usable_cores
@@ -151,6 +151,10 @@ def show(plan: Plan, console: Console) -> None:
 
 def _assume_generator(config: Config, device: str | None, notes: list[str]) -> Config:
     """Resolve the settings; for a GPU of another machine vLLM is assumed to be installed there."""
+    if config.model.device == "auto" and device is not None:
+        on = "cpu" if device == "cpu" else "cuda"
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, device=on))
+    config = placed(config)
     elsewhere = config.model.device == "cuda" and (device is not None or not torch.cuda.is_available())
     if config.generator == "auto" and elsewhere:
         notes.append("vllm is installed on the machine of the run (--generator transformers plans without it)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Mapping
 
 from rich import box
@@ -15,7 +16,10 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+logger = logging.getLogger(__name__)
+
 __all__ = [
+    "announce",
     "config_table",
     "configure_logging",
     "evaluation_tables",
@@ -42,6 +46,12 @@ def configure_logging(*, rank: int = 0, console: Console | None = None) -> Conso
     package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     package.propagate = False
     return console
+
+
+def announce(what: str) -> None:
+    """Log what begins, if PyTorch is still to be imported: that takes seconds, in which nothing else can be told."""
+    if "torch" not in sys.modules:
+        logger.info("%s: loading PyTorch and transformers", what)
 
 
 def config_table(flat: Mapping[str, object], *, title: str = "configuration") -> Table:

@@ -24,6 +24,7 @@ from paced_fast.policy import Policy
 from paced_fast.run.plan.devices import require_float32_products
 from paced_fast.run.record import loggers
 from paced_fast.run.record.phases import Phases, clock_of, probe
+from paced_fast.run.start.first_rows import show_first_row
 from paced_fast.run.start.generator import make_generator
 from paced_fast.run.start.model import make_trained_policy
 from paced_fast.run.start.resume import continue_from, newest_checkpoint
@@ -82,6 +83,9 @@ def build(
     assert folder is not None
     newest = newest_checkpoint(config, folder, lock, world) if config.resume == "auto" else None
     data = read_data(config, folder, world, replay)
+    with world.agreement():
+        if world.is_rank0:
+            show_first_row(data, console)
     made = make_trained_policy(data, folder, newest, lock, world, console)
     # Must precede the trainer's optimiser, because sharing moves the parameters to other memory.
     generator, guard = make_generator(data, made, folder / "initial" if newest is None else newest / "policy", world)

@@ -6,8 +6,9 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from paced_fast.config import Config, flatten, stream_seed
+from paced_fast.config import Config, stream_seed
 from paced_fast.config.resolve import resolve
+from paced_fast.config.resuming import differences, remedy
 from paced_fast.config.saved import load_config
 from paced_fast.distributed import World
 from paced_fast.errors import InputError
@@ -37,18 +38,6 @@ def continue_from(stepper: Stepper, folder: Path, newest: Path, identity: dict[s
     logger.info("resumed after step %d from %s", stepper.counters.step, newest)
 
 
-# Settings that may differ in a resumed run: its length, what it keeps, and paths.
-# Settings that an error message advises to change must be among them.
-_FREE_ON_RESUME = (
-    *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger")),
-    *("steps", "resume", "run_dir", "run.", "distributed.", "guard."),
-    *("warm_start.cache_dir", "generation.max_batch_sequences"),
-    "generation.stop_tokens",  # compared by their resolved value, which the checkpoint has
-    *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib", "tensor_parallel")),
-    *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
-)
-
-
 def newest_checkpoint(config: Config, folder: Path, lock: RunLock, world: World) -> Path | None:
     """Checkpoint that `--resume auto` continues from; None when nothing has been saved yet. Raises InputError rather
     than restart a damaged run."""
@@ -72,16 +61,10 @@ def newest_checkpoint(config: Config, folder: Path, lock: RunLock, world: World)
 
 def _check_same_run(config: Config, folder: Path) -> None:
     try:
-        old = flatten(resolve(load_config(folder)))  # a folder older than a setting has its default, maybe `auto`
+        old = resolve(load_config(folder))  # a folder older than a setting has its default, maybe `auto`
     except InputError as error:
         raise InputError(
             f"--resume auto: {folder} was trained with settings that this version refuses: {error}"
         ) from None
-    for name, value in flatten(config).items():
-        if name == "data.date" and value is None:  # the run's own is taken
-            continue
-        if not name.startswith(_FREE_ON_RESUME) and old[name] != value:
-            raise InputError(
-                f"--resume auto: --{name.replace('_', '-')} was {old[name]} in {folder} and is {value} now: "
-                "give the same settings, or another --run-dir"
-            )
+    if found := differences(old, config):
+        raise InputError(f"--resume auto: {folder}: {remedy(folder, found)}")

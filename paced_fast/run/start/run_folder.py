@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -43,6 +44,7 @@ class RunLock:
         """Start without a lock."""
         self._descriptor: int | None = None
         self._is_impossible = False
+        self._reserved: tuple[Path, ...] = ()
 
     def take(self, folder: Path) -> None:
         """Lock `folder`, which exists; where the file system has no locks, the log says so and the run goes on.
@@ -75,12 +77,37 @@ class RunLock:
             return
         self._descriptor = descriptor
 
+    def reserve(self, folder: Path) -> bool:
+        """Make `folder` and lock it, unless it exists; if nothing is written into it, it is removed at the end.
+
+        Raises InputError when it cannot be made.
+        """
+        made = tuple(one for one in (folder, *folder.parents) if not one.exists())
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except OSError as error:
+            if isinstance(error, FileExistsError) and folder.parent.is_dir():
+                return False
+            raise InputError(
+                f"the run folder {folder} cannot be created ({error.strerror}): give another by --run-dir"
+            ) from error
+        self._reserved = made
+        self.take(folder)
+        return True
+
     def __enter__(self) -> RunLock:
         """Release at the end of the block."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the folder; the file stays, because removing it could remove another run's."""
+        """Release the folder; its lock file stays, because removing it could remove another run's, but in a folder that
+        was reserved and is empty."""
+        with contextlib.suppress(OSError):  # another run's folder is beside it, or it is gone already
+            if self._reserved and os.listdir(self._reserved[0]) in ([], [LOCK_NAME]):
+                (self._reserved[0] / LOCK_NAME).unlink(missing_ok=True)
+                for folder in self._reserved:
+                    folder.rmdir()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -89,22 +116,23 @@ class RunLock:
 def run_folder(config: Config, lock: RunLock) -> Path:
     """The folder of the run; an automatic name gets a number when it is taken and nothing is to be resumed.
 
-    A folder that is there is locked, unless it may be another run's to continue: that is looked at first. One that is
-    not is locked when `claim` makes it.
+    A folder with an automatic name is made and locked at once, so that two runs never choose the same. Another that is
+    there is locked, unless it may be another run's to continue: that is looked at first. One that is not is locked when
+    `claim` makes it.
     """
-    folder = _named(config)
+    if config.run_dir is None and config.resume == "never":
+        return _reserved(config, lock)
+    folder = Path("runs", config.label) if config.run_dir is None else Path(config.run_dir)
     _require_free(folder, config)
     if config.resume == "never" and folder.is_dir():
         lock.take(folder)
     return folder
 
 
-def _named(config: Config) -> Path:
-    if config.run_dir is not None:
-        return Path(config.run_dir)
-    base = Path("runs", f"{config.preset}-{config.algorithm}-{config.seed}")
+def _reserved(config: Config, lock: RunLock) -> Path:
+    base = Path("runs", config.label)
     folder, number = base, 1
-    while config.resume == "never" and folder.exists():
+    while not lock.reserve(folder):
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     return folder

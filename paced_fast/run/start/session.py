@@ -12,6 +12,7 @@ from rich.console import Console
 
 from paced_fast import distributed
 from paced_fast.config import Config
+from paced_fast.config.run import OWN
 from paced_fast.distributed import World
 from paced_fast.errors import InputError
 from paced_fast.run.start import signals
@@ -31,6 +32,8 @@ def watch(run: PreparedRun, watchdog: Watchdog) -> None:
 def ranks_of_run(config: Config, console: Console) -> Iterator[tuple[World, Console]]:
     """Context of a run's ranks, which stay together until the end, and a console that prints on rank 0 only."""
     if config.model.device == "cuda" and not torch.cuda.is_available():
+        if config.preset == OWN:
+            raise InputError("--model.device cuda: torch finds no GPU on this machine: give auto or cpu")
         raise InputError(
             f"preset {config.preset} needs a GPU (--model.device cuda), and torch finds none: "
             "use the preset tiny or smollm2, or --model.device cpu"

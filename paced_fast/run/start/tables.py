@@ -56,6 +56,7 @@ def read_data(config: Config, folder: Path, world: World, replay: Path | None = 
         path = str(path_from_rank0(world, lambda: smollm2_folder(Path(config.warm_start.cache_dir).expanduser())))
     with world.agreement():
         tokenizer = read_tokenizer(path, config.model.alphabet)
+        config = _with_template(config, tokenizer)
     config = _dated(config, folder, tokenizer, world)
     with world.agreement():
         config, stops, decode = read_ends(config, path, tokenizer)
@@ -81,6 +82,26 @@ def read_data(config: Config, folder: Path, world: World, replay: Path | None = 
         recorded=recorded,
         identity=checkpoint.identity(table, eval_table, tokenizer) | {"stop tokens": str(stops)},
     )
+
+
+def _with_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
+    """Settings with the template that `auto` stands for: the chat template of the tokenizer, if it has one.
+
+    Raises InputError for settings of a chat where there is none.
+    """
+    data = config.data
+    if data.template != "auto":
+        return config
+    template = "chat" if tokenizer.chat_template else "plain"
+    if template == "plain":
+        for option, value in (("system-prompt", data.system_prompt), ("template-args", data.template_args or None)):
+            if value is not None:
+                raise InputError(
+                    f"--data.{option} needs a chat template, and the tokenizer of {config.model.name} has none: leave "
+                    "it out, or give --data.template 'a text with {prompt} in it'"
+                )
+    logger.info("prompts are written by %s", "the chat template" if template == "chat" else "no template: text alone")
+    return dataclasses.replace(config, data=dataclasses.replace(data, template=template))
 
 
 def path_from_rank0(world: World, find: Callable[[], Path | None]) -> Path | None:
@@ -217,7 +238,7 @@ def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple
 def _try_rewards(scorer: Scorer, shaper: Shaper, rows: Sequence[PromptRow]) -> None:
     """Score an empty completion of one row per reward, so that a reward that cannot be used fails early."""
     first = list({row.reward: row for row in reversed(rows)}.values())
-    scorer.score(first, [""] * len(first))
+    scorer.try_out(first, [""] * len(first))
     empty = Completion(token_ids=[], logprobs=[], stopped=True)
     shaper.shape(first, [""] * len(first), [empty] * len(first), 1)
 

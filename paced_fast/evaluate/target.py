@@ -1,112 +1,39 @@
-"""Evaluate a run's checkpoint, or any model, on benchmarks or other sources of prompts.
-
-python -m paced_fast.evaluate RUN_OR_MODEL [--benchmarks gsm8k,aime24] [--sources SOURCE ...] [--samples 32]
-"""
+"""The evaluation of a run's checkpoint, or of any model: what is loaded, and with which settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
 import difflib
-import json
 import logging
 import random
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-if __name__ == "__main__":  # the imports below take seconds
-    from paced_fast.run.start import signals
-
-    signals.end_at_interrupt()
+from typing import Any
 
 import torch
-import tyro
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paced_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, cli, stream_seed
+from paced_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, stream_seed
 from paced_fast.config.resolve import check_chats, named
 from paced_fast.config.saved import parse_config, read_settings
 from paced_fast.data import prompts
 from paced_fast.data.records import PromptTable
 from paced_fast.data.sources import parse_day, template_arguments
 from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
-from paced_fast.errors import InputError, TrainingError, interrupts_in_one_line
+from paced_fast.errors import InputError
+from paced_fast.evaluate.arguments import EvaluateArguments, check
 from paced_fast.evaluation.held_out import Sample, evaluate
 from paced_fast.generation import Sampling, TransformersGenerator
-from paced_fast.policy import load_model, quiet, smollm2_folder
+from paced_fast.policy import load_model, smollm2_folder
 from paced_fast.policy.families import check_finite, examine
 from paced_fast.policy.shape import positions, text_settings
 from paced_fast.rewards import Scorer
 from paced_fast.run import checkpoint
 from paced_fast.run.plan.devices import require_float32_products
-from paced_fast.run.record import files, terminal
-from paced_fast.run.record.terminal import evaluation_tables
 
-logger = logging.getLogger("paced_fast.evaluate")  # __name__ is __main__ under python -m
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateArguments:
-    """Evaluate a run's checkpoint, or any model, on benchmarks or other sources of prompts."""
-
-    run_or_model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
-    """Run folder written by `python -m paced_fast.train`, or a model: a Hugging Face folder or hub id, or `smollm2`."""
-    benchmarks: tuple[str, ...] = ()
-    """Benchmarks by name, separated by commas or spaces: gsm8k, math500, aime24, aime25, amc23."""
-    sources: tuple[str, ...] = ()
-    """Sources of prompts, as in `--data.eval`; default, without benchmarks: the held-out prompts of the run."""
-    samples: int = 16
-    """Completions per prompt."""
-    temperature: float | None = None
-    """Sampling temperature; 0: always the likeliest token; default: that of the run's evaluations, or 1 for a model."""
-    top_p: float | None = None
-    """Share of the probability mass to sample from, likeliest tokens first; default: that of the run's evaluations, or
-    1 for a model."""
-    max_completion_tokens: int | None = None
-    """Maximum length of a completion, in tokens; default: that of the run's evaluations, or 1024 for a model."""
-    max_prompt_tokens: int | None = None
-    """Maximum length of a prompt, in tokens; default: the run's limit for the run's own prompts, otherwise as many as
-    fit into the model."""
-    template: str | None = None
-    """Text that the model reads for a prompt: a text with {prompt} in it, `plain` (the prompt alone), or `chat`;
-    default: that of the run; for a model, `chat` if it has a chat template, otherwise `plain`."""
-    system_prompt: str | None = None
-    """System message added to every chat without one; default: that of the run."""
-    template_args: tuple[str, ...] = ()
-    """Arguments of the chat template, each `name=value` or a JSON object; default: those of the run."""
-    date: str | None = None
-    """Today's date for the chat template, as YYYY-MM-DD; default: that of the run, or today for a model."""
-    stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a completion, by text or id; `auto`: those that the model declares; default: those of the run, or
-    `auto` for a model."""
-    keep_special_tokens: tuple[str, ...] = ()
-    """Special tokens that stay in the text that rewards read, as in `--data.keep-special-tokens`; default: those of the
-    run, or `tags` for a model."""
-    limit: int | None = None
-    """Maximum number of prompts per slice, chosen by the seed; default: all."""
-    seed: int = 0
-    """Seed of the completions and of the choice of prompts."""
-    step: int | None = None
-    """Step of the run's checkpoint to evaluate; 0: the policy before training; default: the newest checkpoint."""
-    device: Literal["cpu", "cuda"] | None = None
-    """Device of the model; default: that of the run; for a model, a GPU if there is one."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Data type of the weights; default: that of the run; for a model, bfloat16 on a GPU and float32 on a CPU."""
-    max_batch_sequences: int | None = None
-    """Maximum number of sequences decoded at once; default: that of the run, or 256 for a model."""
-    data_dir: str | None = None
-    """Folder in which files are looked up first; default: that of the run, or the working directory, then `data`, then
-    `../shared/data`."""
-    json: str | None = None
-    """File to which the figures are written, as one JSON object; `-`: standard output, and everything else goes to
-    standard error; default: none."""
-    save_samples: str | None = None
-    """File to which every completion is written with its reward, one JSON object per line; default: none."""
+logger = logging.getLogger("paced_fast.evaluate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +54,7 @@ def evaluate_target(
     `keep` receives every sample; no file is written. Raises InputError for what cannot be loaded, found, combined or,
     later, written, before anything is sampled.
     """
-    _check(arguments)
+    check(arguments)
     target = _target(arguments)
     config = target.config
     data_dir = arguments.data_dir or config.data.dir
@@ -170,6 +97,7 @@ def evaluate_target(
         bad_rows=config.data.bad_rows,
         max_bad_share=config.data.max_bad_share,
         check=scorer.problem,
+        limit_option="--max-prompt-tokens",
     )
     if arguments.limit is not None:
         table = _limited(table, arguments.limit, arguments.seed)
@@ -208,38 +136,6 @@ def evaluate_target(
         scorer.close()
     about = {"model": target.path, "sources": list(given or config.data.eval), "template": template}
     return about | evaluation.record()
-
-
-def _check(arguments: EvaluateArguments) -> None:
-    """Raises InputError for the first number that is out of range, and for a file that has no folder to be in."""
-    for name, low, high in (
-        *(("samples", 1, None), ("temperature", 0.0, 100.0), ("top_p", 1e-6, 1.0), ("max_completion_tokens", 1, None)),
-        *(("max_prompt_tokens", 1, None), ("limit", 1, None), ("seed", 0, None), ("step", 0, None)),
-        ("max_batch_sequences", 1, None),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and not low <= value <= (value if high is None else high):
-            bounds = f"{low:g} or more" if high is None else f"a value from {low:g} to {high:g}"
-            raise InputError(f"--{name.replace('_', '-')} is {value}: give {bounds}")
-    for name in ("json", "save_samples"):
-        path = getattr(arguments, name)
-        if path is not None and (name, path) != ("json", "-"):
-            _check_file(f"--{name.replace('_', '-')} {path}", Path(path).absolute())
-
-
-def _check_file(option: str, path: Path) -> None:
-    if not path.parent.is_dir():
-        raise InputError(f"{option}: no such folder {path.parent}: create it, or give another place")
-    if path.is_dir():
-        raise InputError(f"{option} is a folder: give the name of a file in it")
-    if path.exists() and not path.is_file():
-        raise InputError(f"{option} is not a regular file: give another name")
-    try:  # permissions are not enough: file systems can be read-only, and root passes every check
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.exists():
-            path.open("a").close()
-    except OSError as error:
-        raise InputError(f"{option} cannot be written ({error.strerror}): give another place") from error
 
 
 def _target(arguments: EvaluateArguments) -> _Target:
@@ -336,64 +232,3 @@ def _limited(table: PromptTable, limit: int, seed: int) -> PromptTable:
         source = random.Random(stream_seed(seed, 0, f"limit {name}"))
         kept += source.sample(members, min(limit, len(members)))
     return PromptTable(rows=tuple(table.select(sorted(kept))))
-
-
-def _save(samples: Sequence[Sample], path: str) -> None:
-    with Path(path).open("w", encoding="utf-8") as file:
-        for sample in samples:
-            line = {
-                "slice": sample.row.slice,
-                "where": sample.row.where,
-                "prompt": sample.row.prompt,
-                "completion": sample.text,
-                "reward": sample.reward,
-                "answer": sample.vote,
-                "tokens": sample.tokens,
-                "stopped": sample.stopped,
-            }
-            file.write(json.dumps(line) + "\n")
-
-
-def main() -> None:
-    """Command line of evaluations: tables for people, and with --json one line of JSON for programs."""
-    quiet()
-    words = sys.argv[1:]
-    try:
-        prog = "python -m paced_fast.evaluate"
-        arguments = cli.read(words, lambda: tyro.cli(EvaluateArguments, args=words, prog=prog))
-        console = terminal.configure_logging(console=Console(stderr=arguments.json == "-"))
-        samples: list[Sample] = []
-        record = evaluate_target(arguments, samples.extend)
-        if not console.is_terminal:
-            console.width = 100  # a file has no width, and 80 columns would wrap figures
-        for table in evaluation_tables(record):
-            console.print(table)
-        if arguments.json == "-":
-            sys.stdout.write(json.dumps(files.plain(record), allow_nan=False) + "\n")
-        _write(arguments, record, samples)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
-    except TrainingError as error:
-        sys.stderr.write(f"stopped: {error}\n")
-        raise SystemExit(3) from None
-
-
-def _write(arguments: EvaluateArguments, record: dict[str, Any], samples: Sequence[Sample]) -> None:
-    """Write the requested files; the disk may be full although the place was writable before."""
-    option = "json"
-    try:
-        if arguments.json not in (None, "-"):
-            files.write_json_atomic(arguments.json, record)
-        option = "save-samples"
-        if arguments.save_samples is not None:
-            _save(samples, arguments.save_samples)
-    except OSError as error:
-        if option == "json":  # the figures took long
-            sys.stdout.write(json.dumps(files.plain(record), allow_nan=False) + "\n")
-        raise InputError(f"--{option} cannot be written ({error.strerror}): give another place") from error
-
-
-if __name__ == "__main__":
-    with interrupts_in_one_line():
-        main()

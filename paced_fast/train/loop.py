@@ -1,41 +1,25 @@
-"""Train a policy by PACED-RL.
-
-    python -m paced_fast.train [PRESET] [--field.subfield value ...]
-
-The run folder holds config.json, metrics.jsonl, rollouts.jsonl, checkpoints/, summary.json and report.html.
-"""
+"""The loop of a run: prepare, step, record, evaluate, save."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # the imports below take seconds
-    from paced_fast.run.start import signals
-
-    signals.end_at_interrupt()
 
 from rich.console import Console
 
 from paced_fast import report
-from paced_fast.config import Config, cli, flatten, modes
+from paced_fast.config import Config, flatten
 from paced_fast.config.presets.changed import changed_settings
-from paced_fast.config.resolve import resolve
+from paced_fast.config.resolve import placed, resolve
 from paced_fast.data.step_record import ABSENT, StartRecord
-from paced_fast.distributed import EVERYWHERE, World
-from paced_fast.errors import InputError, StopRequested, TrainingError
+from paced_fast.distributed import World
+from paced_fast.errors import StopRequested
 from paced_fast.evaluation.held_out import prompt_columns
-from paced_fast.policy import quiet
 from paced_fast.run import checkpoint
 from paced_fast.run.evaluate_policy import evaluate_now, evaluation_due
-from paced_fast.run.modes import ranks_here, run_bench
 from paced_fast.run.outputs import Outputs
-from paced_fast.run.plan import dry_run
 from paced_fast.run.record import terminal
 from paced_fast.run.record.rollouts_file import replayed_settings
 from paced_fast.run.record.summary import write_summary
@@ -125,6 +109,7 @@ def run(config: Config, console: Console | None = None, *, replay: Path | None =
     With `replay` the rollouts are read from that file, and nothing is sampled. The summary is empty on ranks other than
     0.
     """
+    config = placed(config)
     with (
         ranks_of_run(config, console or Console()) as (world, own),
         StopRequest(at_once=world.size == 1) as stop,
@@ -149,46 +134,3 @@ def _run(
             prepared.collector.scorer.close()
             prepared.collector.generator.close()
     return summary
-
-
-def _tell(line: str, error: BaseException) -> None:
-    """Write one line to the user; an error that every rank raises is reported by rank 0 only."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or EVERYWHERE not in getattr(error, "__notes__", ()):
-        sys.stderr.write(f"{line}\n" if rank == "0" else f"rank {rank}: {line}\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of training. Exit status: 0 when done, 2 for wrong input, 3 if the run stopped itself.
-
-    A run stopped by a signal exits with 75, or with 0 under torchrun, which would restart it otherwise.
-    """
-    console = terminal.configure_logging()
-    quiet()
-    try:
-        mode, words = modes.take(sys.argv[1:] if arguments is None else arguments)
-        config = cli.parse(words)
-        if mode.dry_run is not None:
-            ranks = mode.dry_run or ranks_here()
-            dry_run.show(dry_run.make_plan(config, ranks=ranks, nodes=mode.nodes, device=mode.device), console)
-            return
-        if mode.bench is not None:
-            run_bench(config, mode, console)
-            return
-        summary = run(config, console, replay=mode.replay)
-    except InputError as error:
-        _tell(f"error: {error}", error)
-        raise SystemExit(2) from None
-    except TrainingError as error:
-        _tell(f"stopped: {error}", error)
-        raise SystemExit(3) from None
-    except (StopRequested, KeyboardInterrupt) as error:
-        signals.ignore_interrupts()
-        _tell(str(error) or signals.TOO_EARLY, error)
-        raise SystemExit(signals.status(launched="TORCHELASTIC_RUN_ID" in os.environ)) from None
-    if summary:
-        console.print(terminal.final_table(summary, run_dir=summary["run_dir"]))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,4 @@
-"""Write the policy of a run as a folder that transformers, vLLM and others load.
-
-    python -m paced_fast.export RUN_OR_CHECKPOINT FOLDER [--step N] [--dtype bfloat16|float32]
-
-RUN_OR_CHECKPOINT is a run folder (its newest checkpoint, or that of --step, 0 being before training) or one checkpoint
-of it. Weights that the optimiser keeps in higher precision than the policy are taken from the optimiser. A model card
-(README.md) says what it is, and the run's report.html comes with it.
-"""
+"""The policy of a run as a folder: read, written and read back."""
 
 from __future__ import annotations
 
@@ -13,43 +6,20 @@ import contextlib
 import logging
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
-
-if __name__ == "__main__":  # the imports below take seconds
-    from paced_fast.run.start import signals
-
-    signals.end_at_interrupt()
 
 import torch
-import tyro
 from safetensors import SafetensorError
 
-from paced_fast.config import ModelConfig, cli
-from paced_fast.errors import InputError, interrupts_in_one_line
-from paced_fast.policy import load_model, quiet, save_model
+from paced_fast.config import ModelConfig
+from paced_fast.errors import InputError
+from paced_fast.export.arguments import ExportArguments
+from paced_fast.policy import load_model, save_model
 from paced_fast.run import checkpoint
-from paced_fast.run.record import terminal
 from paced_fast.run.record.model_card import CARD_FILE, model_card
 
-logger = logging.getLogger("paced_fast.export")  # __name__ is __main__ under python -m
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportArguments:
-    """Write the policy of a run as a plain Hugging Face folder."""
-
-    run_or_checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """Run folder, or one of its checkpoints, such as checkpoints/step_000150 in it."""
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
-    """Output folder; it must be empty or not exist."""
-    step: int | None = None
-    """Step of the run's checkpoint to export; 0: the policy before training; default: the newest checkpoint."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Data type of the weights."""
+logger = logging.getLogger("paced_fast.export")
 
 
 def export(arguments: ExportArguments) -> Path:
@@ -177,22 +147,3 @@ def _take_exact(tensors: Path, model: torch.nn.Module) -> None:
     own = checkpoint.prefixed("policy", model.state_dict())
     exact = {name: own[name] for name in checkpoint.tensor_shapes(tensors) if name in own}
     checkpoint.read_tensors(tensors, exact, partly=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of exports. Exit status: 0 when done, 2 for wrong input."""
-    console = terminal.configure_logging()
-    quiet()
-    try:
-        words = sys.argv[1:] if arguments is None else list(arguments)
-        prog = "python -m paced_fast.export"
-        given = cli.read(words, lambda: tyro.cli(ExportArguments, args=words, prog=prog))
-        console.print(f"wrote {export(given)}")
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    with interrupts_in_one_line():
-        main()

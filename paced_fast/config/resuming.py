@@ -1,0 +1,41 @@
+"""Settings that may differ in a resumed run, and what to say about the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from paced_fast.config import Config, flatten
+
+# Settings that may differ in a resumed run: its length, what it keeps, and paths.
+# Settings that an error message advises to change must be among them.
+FREE_ON_RESUME = (
+    *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger")),
+    *("steps", "resume", "run_dir", "run.", "distributed.", "guard."),
+    *("warm_start.cache_dir", "generation.max_batch_sequences"),
+    "generation.stop_tokens",  # compared by their resolved value, which the checkpoint has
+    *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib", "tensor_parallel")),
+    *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
+)
+_SHOWN = 3
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Settings that differ and may not, each as `--option was OLD`; `old` are those of the run's folder."""
+    before, found = flatten(old), []
+    for name, value in flatten(new).items():
+        if name == "data.date" and value is None:  # the run's own is taken
+            continue
+        if name == "data.template" and value == "auto":  # decided by the tokenizer, which is compared
+            continue
+        if not name.startswith(FREE_ON_RESUME) and before[name] != value:
+            found.append(f"--{name.replace('_', '-')} was {before[name]} in that run and is {value} now")
+    return found
+
+
+def remedy(folder: Path, found: list[str]) -> str:
+    """One line about the `differences` of a run in `folder`, and what to do about them."""
+    more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return (
+        f"{', '.join(found[:_SHOWN])}{more}: leave {'it' if len(found) == 1 else 'them'} out to continue the run "
+        f"(--resume {folder} needs nothing else), or start a new run with --config {folder / 'config.json'}"
+    )

@@ -1,0 +1,122 @@
+"""The first row of the data as the model and the reward will see it, shown before anything runs."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from paced_fast.config import Config
+from paced_fast.config.resolve import resolve
+from paced_fast.data.records import PromptRow
+from paced_fast.distributed import ALONE
+from paced_fast.rewards import Scorer
+from paced_fast.run.start.tables import Data, read_data, without_missing
+
+logger = logging.getLogger(__name__)
+
+_LONGEST = 1500
+"""Characters of a prompt that are shown before training; `--check` shows all of them."""
+_WIDTH = 110
+_FORMS = {"inside \\boxed{}": "\\boxed{%s}", "inside <answer> tags": "<answer>%s</answer>"}
+"""Forms that many rewards ask for, tried where the bare answer earns less than 1."""
+
+
+def show_first_row(data: Data, console: Console) -> None:
+    """Print the first training row: its text, its length, its expected answer, and the reward of that answer."""
+    console.print(_text([data.table.rows[0]], data, longest=_LONGEST), markup=False, highlight=False, soft_wrap=True)
+    if not data.eval_table.rows and data.config.evaluation.every:
+        console.print(
+            "no held-out prompts, so accuracy is not measured: give --eval-data FILE, or divide the data, as in "
+            "--data 'FILE?share=0:0.9' --eval-data 'FILE?share=0.9:1'",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def check_data(config: Config, console: Console) -> None:
+    """Read the data of a run and print the first row of every file or data set; nothing is trained or written.
+
+    Raises InputError for what cannot be read or does not go together.
+    """
+    config = without_missing(resolve(config))
+    data = read_data(config, Path(config.run_dir or config.label), ALONE)
+    try:
+        for kind, table in (("training", data.table), ("held-out", data.eval_table)):
+            if table.rows:
+                shown = _text(_one_of_each(table.rows), data, longest=None, kind=kind)
+                console.print(shown, markup=False, highlight=False, soft_wrap=True)
+    finally:
+        data.scorer.close()
+    slices = ", ".join(dict.fromkeys(row.slice for row in data.table.rows))
+    console.print(
+        f"{len(data.table)} training prompts (slices: {slices}), {len(data.eval_table)} held-out prompts; template: "
+        f"{data.config.data.template}; stop tokens: {data.stops}. Nothing was trained.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _one_of_each(rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """The first row of every file, data set or task, which is what stands before the number in a row's name."""
+    first: dict[str, PromptRow] = {}
+    for row in rows:
+        name = row.where.rpartition(" row ")[0] or row.where.rpartition(":")[0]
+        first.setdefault(name, row)
+    return list(first.values())
+
+
+def _text(rows: Sequence[PromptRow], data: Data, *, longest: int | None, kind: str = "training") -> str:
+    return "\n".join(line for row in rows for line in _lines(row, data, longest, kind))
+
+
+def _lines(row: PromptRow, data: Data, longest: int | None, kind: str) -> Iterator[str]:
+    yield f"first {kind} row, {row.where} (slice {row.slice})"
+    yield f"  the model reads {len(row.token_ids)} tokens:"
+    text = str(data.tokenizer.decode(list(row.token_ids), skip_special_tokens=False))
+    if longest is not None and len(text) > longest:
+        half = longest // 2
+        text = f"{text[:half]}\n[... {len(text) - 2 * half} characters, which --check shows ...]\n{text[-half:]}"
+    for line in text.split("\n"):
+        for part in textwrap.wrap(line, _WIDTH, replace_whitespace=False, drop_whitespace=False) or [""]:
+            yield "  | " + "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in part)
+    answer = _written(row.columns.get("answer"))
+    if answer is None:
+        yield f"  expected answer: no column of one; the reward {row.reward} judges by {', '.join(row.columns)}"
+        return
+    yield f"  expected answer: {answer if len(answer) <= _LONGEST else answer[:_LONGEST] + '...'}"
+    yield f"  {_verdict(row, answer, data.scorer)}"
+
+
+def _written(answer: object) -> str | None:
+    """The answer as a completion would say it."""
+    if answer is None:
+        return None
+    return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
+
+
+def _verdict(row: PromptRow, answer: str, scorer: Scorer) -> str:
+    """What the reward gives for the expected answer itself, and what that means."""
+    (earned,) = scorer.try_out([row], [answer])
+    told = f"reward {row.reward} of this answer: {_number(earned)}"
+    other = None
+    if earned != 1.0:
+        found = scorer.try_out([row] * len(_FORMS), [form % answer for form in _FORMS.values()])
+        other = next((name for name, value in zip(_FORMS, found, strict=True) if value == 1.0), None)
+    if earned == 1.0:
+        return f"{told}, as it should be"
+    if other is not None:
+        return f"{told}; {other} it is 1, so the prompt should ask for that (--data.system-prompt, or --data.template)"
+    return (
+        f"WARNING: {told}, where 1 is expected: either the reward wants more than the answer, or the wrong column is "
+        "taken for the answer (answer= of the source) or the wrong reward (--reward)"
+    )
+
+
+def _number(earned: float | None) -> str:
+    return "no verdict (None)" if earned is None else f"{earned:g}"
