@@ -9,6 +9,7 @@ from importlib import import_module
 
 import paced_fast
 from paced_fast.config.presets import BASES
+from paced_fast.run.start import signals
 
 COMMANDS = {
     "train": "paced_fast.train",
@@ -40,6 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
 
 
+def script() -> None:
+    """Console script: `main`, ended in one line by Ctrl-C during slow imports too."""
+    signals.end_at_interrupt()
+    main()
+
+
 def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [
@@ -59,4 +66,4 @@ def _purpose(module: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    script()

@@ -1,7 +1,11 @@
 """How a run ends early: wrong input, a run that cannot go on, and one that was asked to stop."""
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 
 EVERYWHERE = "raised on every rank"
 """Note on an error that all ranks raise together, so that only one of them reports it."""
@@ -17,6 +21,23 @@ class TrainingError(RuntimeError):
 
 class StopRequested(Exception):
     """The run was asked to stop and did, at a boundary. One line that says after which step; see `signals.status`."""
+
+
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended: 128 + SIGINT, as shells have it."""
+
+
+@contextlib.contextmanager
+def interrupts_in_one_line() -> Iterator[None]:
+    """Context of a whole command: Ctrl-C ends it with one line in place of a traceback, after the cleanup of its
+    blocks."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("SIGINT: stopped, nothing was written\n")
+        raise SystemExit(INTERRUPTED) from None
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -15,18 +15,16 @@ from typing import Any, Literal, cast
 from paced_fast.api import given
 from paced_fast.api.process import as_found
 from paced_fast.api.result import Evaluated, Result, frame
-from paced_fast.api.settings import HAS_PRESET, base, in_python, with_settings
+from paced_fast.api.settings import base, in_python, with_settings
 from paced_fast.config import Config
 from paced_fast.config.saved import load_config
 from paced_fast.errors import InputError, StopRequested, nearest
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
 from paced_fast.evaluation.held_out import Sample
 from paced_fast.export import ExportArguments, export
-from paced_fast.policy import smollm2_folder
 from paced_fast.run.record import terminal
 from paced_fast.run.record.summary import summarise
 from paced_fast.run.start.run_folder import LOCK_NAME, OWN_NAMES
-from paced_fast.run.start.tables import read_tokenizer
 from paced_fast.train import loop as training
 
 logger = logging.getLogger(__name__)
@@ -159,7 +157,7 @@ def _with_data(config: Config, data: Any, eval_data: Any, reward: str | None, fo
 
 
 def _with_model(config: Config, model: Any, tokenizer: Any, folder: Path) -> Config:
-    """The settings with the model, of which an object is written into the run folder, and a template that fits it."""
+    """The settings with the model, of which an object is written into the run folder."""
     if isinstance(model, str | Path):
         if tokenizer is not None:
             raise InputError("tokenizer= is for a model object, and a model's name brings its own: leave it out")
@@ -169,18 +167,7 @@ def _with_model(config: Config, model: Any, tokenizer: Any, folder: Path) -> Con
         if not (config.resume == "auto" and _taken(folder)):  # else its weights are those of the checkpoint
             given.save_given_model(model, tokenizer, place)
         path = str(place.absolute())
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=path))
-    return _with_template(config)
-
-
-def _with_template(config: Config) -> Config:
-    """The settings with the template for which `auto` stands, where the settings do not decide it themselves."""
-    if config.data.template != "auto" or HAS_PRESET:
-        return config
-    name = config.model.name
-    path = str(smollm2_folder(Path(config.warm_start.cache_dir).expanduser())) if name == "smollm2" else name
-    has_chat = bool(read_tokenizer(path, config.model.alphabet).chat_template)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, template="chat" if has_chat else "plain"))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, name=path))
 
 
 def evaluate_given(

@@ -11,35 +11,14 @@ from typing import Any
 
 from paced_fast.config import Config
 from paced_fast.config.bounds import settings
-from paced_fast.config.presets import PRESETS, preset
+from paced_fast.config.presets import preset
 from paced_fast.config.saved import config_from_dict
 from paced_fast.errors import InputError
-
-HAS_PRESET = "own" in PRESETS
-"""Whether a preset for models of the user's own decides about device, data type and template itself."""
 
 
 def base(name: str | None = None) -> Config:
     """The settings that a run from Python begins with: of a preset by name, else nothing of a demonstration."""
-    return PRESETS.get("own", _own)() if name is None else preset(name)
-
-
-def _own() -> Config:
-    # Replaced by the preset `own`, which decides about the device itself.
-    import torch
-
-    own = Config(preset="own")
-    on_gpu = torch.cuda.is_available()
-    return dataclasses.replace(
-        own,
-        model=dataclasses.replace(
-            own.model, name="", device="cuda" if on_gpu else "cpu", dtype="bfloat16" if on_gpu else "float32"
-        ),
-        data=dataclasses.replace(own.data, template="auto", max_prompt_tokens=1024, too_long="skip"),
-        generation=dataclasses.replace(own.generation, prompts_per_step=16, group_size=8, max_completion_tokens=512),
-        optimizer=dataclasses.replace(own.optimizer, learning_rate=1e-6, micro_batch_tokens=8192),
-        evaluation=dataclasses.replace(own.evaluation, every=25, samples=4, final_samples=8),
-    )
+    return preset("own" if name is None else name)
 
 
 def with_settings(config: Config, given: Mapping[str, Any]) -> Config:

@@ -63,6 +63,8 @@ class RunConfig:
     """Write checkpoints in the background; training only waits until the parameters are copied."""
     rollouts_per_step: Annotated[int, Bounds(0, 10**9)] = 4
     """Rollouts written to rollouts.jsonl per step."""
+    show_sample_every: Annotated[int, Bounds(0, 10**9)] = 25
+    """Steps between sample completions on the terminal; 0: none."""
     save_rollouts: bool = False
     """Write every completion of every step with its tokens and log-probs to rollouts_full.jsonl, for --replay-rollouts;
     about 20 bytes per token."""
@@ -72,8 +74,17 @@ class RunConfig:
     """CPU threads of torch per process; 0: the machine's usable cores divided among its processes."""
     report: bool = True
     """Write the HTML report and its charts when training ends."""
-    loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
-    """Services that receive the metrics, in addition to metrics.jsonl."""
+    report_every: Annotated[int, Bounds(0, 10**9)] = 25
+    """Steps between reports during training, written by another process that takes up to 5 % of a core; the open page
+    refreshes itself; 0: only at the end."""
+    loggers: tuple[Literal["wandb", "tensorboard", "trackio", "mlflow"], ...] = ()
+    """Loggers that receive figures, completions and the report, in addition to the files of the run folder."""
+    project: str = "paced_fast"
+    """Project of the run at wandb and trackio; experiment at mlflow."""
+    group: str | None = None
+    """Group of the run at wandb, trackio and mlflow; default: none."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run at wandb, trackio and mlflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -46,8 +46,8 @@ class StartRecord(_Record):
     """Differences between the log-probs of trainer and engine, in nats."""
     eval: dict[str, Any] | Absent = ABSENT
     """`Evaluation.record`, with slices and ids of the held-out prompts."""
-    overlap: dict[str, int] | Absent = ABSENT
-    """Training prompts, and how many of them are held-out prompts."""
+    overlap: dict[str, Any] | Absent = ABSENT
+    """Training prompts, how many of them are held-out prompts, and of which slices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
+from rich.console import Console
 
 from paced_fast.config import cli
-from paced_fast.errors import InputError, TrainingError
+from paced_fast.errors import InputError, TrainingError, interrupts_in_one_line
 from paced_fast.evaluate.arguments import EvaluateArguments, check
 from paced_fast.run.record import files, terminal
 
@@ -40,22 +42,17 @@ def evaluate_target(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of evaluations: tables for people, and one line of JSON, the last line, for programs."""
-    console = terminal.configure_logging()
+    """Command line of evaluations: tables for people, and with --json one line of JSON for programs."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         prog = "python -m paced_fast.evaluate"
         given = cli.read(words, lambda: tyro.cli(EvaluateArguments, args=words, prog=prog))
         check(given)
+        console = terminal.configure_logging(console=Console(stderr=given.json == "-"))
         terminal.announce(f"evaluation of {given.run_or_model}")
-        samples: list[Sample] = []
-        record = evaluate_target(given, samples.extend)
-        if not console.is_terminal:
-            console.width = 100  # a file has no width, and 80 columns would wrap figures
-        for table in terminal.evaluation_tables(record):
-            console.print(table)
-        sys.stdout.write(json.dumps(record) + "\n")
-        _write(given, record, samples)
+        import_module("paced_fast.evaluate.target")  # takes seconds, in which an interrupt ends the process at once
+        with interrupts_in_one_line():
+            _evaluate(given, console)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
@@ -64,16 +61,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(3) from None
 
 
+def _evaluate(arguments: EvaluateArguments, console: Console) -> None:
+    samples: list[Sample] = []
+    record = evaluate_target(arguments, samples.extend)
+    if not console.is_terminal:
+        console.width = 100  # a file has no width, and 80 columns would wrap figures
+    for table in terminal.evaluation_tables(record):
+        console.print(table)
+    if arguments.json == "-":
+        sys.stdout.write(json.dumps(files.plain(record), allow_nan=False) + "\n")
+    _write(arguments, record, samples)
+
+
 def _write(arguments: EvaluateArguments, record: dict[str, Any], samples: Sequence[Sample]) -> None:
     """Write the requested files; the disk may be full although the place was writable before."""
     option = "json"
     try:
-        if arguments.json is not None:
+        if arguments.json is not None and arguments.json != "-":
             files.write_json_atomic(arguments.json, record)
         option = "save-samples"
         if arguments.save_samples is not None:
             _save(samples, arguments.save_samples)
     except OSError as error:
+        if option == "json":  # the figures took long
+            sys.stdout.write(json.dumps(files.plain(record), allow_nan=False) + "\n")
         raise InputError(f"--{option} cannot be written ({error.strerror}): give another place") from error
 
 

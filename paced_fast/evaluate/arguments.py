@@ -65,7 +65,8 @@ class EvaluateArguments:
     """Folder in which files are looked up first; default: that of the run, or the working directory, then `data`, then
     `../shared/data`."""
     json: str | None = None
-    """File to which the figures are written, as one JSON object; default: none."""
+    """File to which the figures are written, as one JSON object; `-`: standard output, and everything else goes to
+    standard error; default: none."""
     save_samples: str | None = None
     """File to which every completion is written with its reward, one JSON object per line; default: none."""
 
@@ -83,7 +84,7 @@ def check(arguments: EvaluateArguments) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}: give {bounds}")
     for name in ("json", "save_samples"):
         path = getattr(arguments, name)
-        if path is not None:
+        if path is not None and (name, path) != ("json", "-"):
             _check_file(f"--{name.replace('_', '-')} {path}", Path(path).absolute())
 
 

@@ -3,19 +3,21 @@
     python -m paced_fast.export RUN_OR_CHECKPOINT FOLDER [--step N] [--dtype bfloat16|float32]
 
 RUN_OR_CHECKPOINT is a run folder (its newest checkpoint, or that of --step, 0 being before training) or one checkpoint
-of it. Weights that the optimiser keeps in higher precision than the policy are taken from the optimiser.
+of it. Weights that the optimiser keeps in higher precision than the policy are taken from the optimiser. A model card
+(README.md) says what it is, and the run's report.html comes with it.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import tyro
 
 from paced_fast.config import cli
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, interrupts_in_one_line
 from paced_fast.export.arguments import ExportArguments
 from paced_fast.run.record import terminal
 
@@ -39,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog = "python -m paced_fast.export"
         given = cli.read(words, lambda: tyro.cli(ExportArguments, args=words, prog=prog))
         terminal.announce(f"export of {given.run_or_checkpoint}")
-        console.print(f"wrote {export(given)}")
+        import_module("paced_fast.export.write")  # takes seconds, in which an interrupt ends the process at once
+        with interrupts_in_one_line():
+            console.print(f"wrote {export(given)}")
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None

@@ -17,6 +17,7 @@ from paced_fast.errors import InputError
 from paced_fast.export.arguments import ExportArguments
 from paced_fast.policy import load_model, save_model
 from paced_fast.run import checkpoint
+from paced_fast.run.record.model_card import CARD_FILE, model_card
 
 logger = logging.getLogger("paced_fast.export")
 
@@ -34,6 +35,7 @@ def export(arguments: ExportArguments) -> Path:
         if _is_checkpoint(source):
             _take_exact(source.parent / "tensors", model)
         others = {path.name: path.read_bytes() for path in source.iterdir() if not _holds_weights(path)}
+        others |= _about(source, target.name)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -49,6 +51,19 @@ def export(arguments: ExportArguments) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _about(source: Path, name: str) -> dict[str, bytes]:
+    """The model card and the report of the run that a policy comes from, as far as it has them."""
+    run, step = (source.parents[2], int(source.parent.name[5:])) if _is_checkpoint(source) else (source.parent, 0)
+    found: dict[str, bytes] = {}
+    card = model_card(run, step, name)
+    if card is not None:
+        found[CARD_FILE] = card.encode("utf-8", "backslashreplace")
+    page = run / "report.html"
+    if page.is_file():  # that of a run that was stopped would still load itself again
+        found[page.name] = re.sub(rb'<body data-refresh="\d+">', b"<body>", page.read_bytes(), count=1)
+    return found
 
 
 def _source(given: Path, step: int | None) -> Path:

@@ -50,26 +50,34 @@ def warm_start(
     *,
     load: Callable[[tuple[str, ...]], PromptTable],
     stops: prompts.Stops,
-    report: Callable[[str], None],
+    report: Callable[[str, int, int], None],
 ) -> PreTrainedModel:
     """The model after both phases, from the cache when it holds them.
 
-    `load` turns sources into rows; `report` receives the progress. Raises InputError when a row has no demonstration,
-    one that goes on behind a stop token, or a token that the model has no embedding for.
+    `load` turns sources into rows; `report` receives what is under way, the steps made and the number of all steps.
+    Raises InputError when a row has no demonstration, one that goes on behind a stop token, or a token that the model
+    has no embedding for.
     """
     phases = [phase for phase in (config.warm_start.first, config.warm_start.second) if phase.steps > 0]
     if not phases:
         return model
     folder = cache_folder(config, _beside(config, tokenizer, stops))
     if (folder / "config.json").is_file():  # the folder got its name when it was complete
-        report(f"warm start: read from the cache ({folder})")
+        logger.info("warm start: read from the cache (%s)", folder)
         return load_model(config.model, str(folder))
     policy = make_policy(model, config)
+    made, total = 0, sum(phase.steps for phase in phases)
+
+    def reported(text: str) -> None:
+        nonlocal made
+        made += 1
+        report(f"warm start: step {made:,} of {total:,}, {text}", made, total)
+
     for number, phase in enumerate(phases, start=1):
         table = load(phase.sources)
         completions = _demonstrations(table, tokenizer, stops)
         _check_embedded(table, completions, tokenizer, policy.model)
-        _run_phase(policy, phase, config, number, table, completions, report)
+        _run_phase(policy, phase, config, number, table, completions, reported)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     save_model(model, temporary)
     tokenizer.save_pretrained(temporary)
@@ -126,8 +134,7 @@ def _run_phase(
                 f"warm start: the loss of phase {number} is {loss} at step {step + 1}: lower the phase's learning_rate"
             )
         optimizer.step()
-        if (step + 1) % max(1, phase.steps // 10) == 0:
-            report(f"warm start: phase {number}, step {step + 1}/{phase.steps}, loss {loss:.3f} nat per token")
+        report(f"phase {number}, loss {loss:.3f} nat per token")
 
 
 def _beside(config: Config, tokenizer: PreTrainedTokenizerBase, stops: prompts.Stops) -> list[object]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, interrupts_in_one_line
 from paced_fast.report import compare, make_report
 
 
@@ -21,14 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run_dir", nargs="+", help="run folder, with metrics.jsonl in it")
     parser.add_argument("--out", help="file of the comparison; default: compare.html beside the first run folder")
+    parser.add_argument("--page-only", action="store_true", help="write report.html of one run, and no plots/")
     options = parser.parse_args(arguments)
     try:
+        if options.page_only and len(options.run_dir) > 1:
+            raise InputError("--page-only is for one run: a comparison has no plots")
         if len(options.run_dir) > 1:
             path = compare(options.run_dir, options.out)
         elif options.out is not None:
             raise InputError("--out is for a comparison: give two or more run folders, or leave it out")
         else:
-            path = make_report(options.run_dir[0])
+            path = make_report(options.run_dir[0], pictures=not options.page_only)
     except InputError as error:
         parser.exit(2, f"report: {error}\n")
     # A folder's name may hold bytes that are not valid text.
@@ -36,4 +39,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interrupts_in_one_line():
+        main()

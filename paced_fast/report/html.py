@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -30,6 +32,8 @@ class Tile:
     text: str
     sub: str = ""
     course: Chart | None = None
+    warns: bool = False
+    """Whether the figure is out of its usual range."""
 
 
 @functools.cache
@@ -52,30 +56,38 @@ def part(name: str, *values: object, **named: object) -> Markup:
     return getattr(_templates().get_template("parts.html").module, name)(*values, **named)
 
 
-def document(template: str, bodies: Mapping[str, Markup], **shown: object) -> str:
-    """Render a self-contained HTML page; parts without a body are left out.
+def document(template: str, bodies: Mapping[str, Markup], *, refresh: int = 0, **shown: object) -> str:
+    """Render a self-contained HTML page; parts without a body are left out. With `refresh` it loads itself again after
+    so many seconds.
 
     Its content security policy forbids fetching and any script but the page's own, whatever a completion contains.
     """
     folder = files("paced_fast.report") / "templates"
-    names = ("colors.css", "style.css", "hover.js")
-    colors, style, script = (Markup(folder.joinpath(name).read_text(encoding="utf-8")) for name in names)
+    names = ("colors.css", "style.css", "hover.js", "refresh.js")
+    colors, style, *scripts = (Markup(folder.joinpath(name).read_text(encoding="utf-8")) for name in names)
+    script = Markup("").join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     page = _templates().get_template(template)
-    return page.render(policy=policy, style=colors + style, script=script, bodies=bodies, **shown)
+    return page.render(policy=policy, style=colors + style, script=script, bodies=bodies, refresh=refresh, **shown)
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page; lone surrogates (from folder names or settings) are written as escapes.
+    """Replace a page; a reader sees the old one or the new one. Lone surrogates (from folder names or settings) are
+    written as escapes.
 
     Raises InputError if the file cannot be written.
     """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(partial, path)
     except OSError as error:
         raise InputError(f"the page cannot be written to {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def pairs_table(rows: Mapping[str, object]) -> Markup:

@@ -52,6 +52,10 @@ class Run:
     """Contents of config.json by dotted names; empty if the file is missing."""
     rollouts: list[Record] = field(default_factory=list)
     """Newest lines of rollouts.jsonl, in order."""
+    groups: list[Record] = field(default_factory=list)
+    """Contents of groups.json: whole groups that are worth reading; empty if there are none."""
+    starts: list[Record] = field(default_factory=list)
+    """Contents of origin.json: versions, machine and command of each start, in order."""
 
     @property
     def name(self) -> str:
@@ -89,6 +93,8 @@ def read_run(folder: str | Path) -> Run:
         summary=_json(folder / "summary.json"),
         config=flatten(_json(folder / "config.json")),
         rollouts=list(_rollouts(folder / "rollouts.jsonl")),
+        groups=_rows(folder / "groups.json"),
+        starts=_rows(folder / "origin.json"),
     )
 
 
@@ -127,6 +133,15 @@ def _json(path: Path) -> dict[str, object]:
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     return obj if isinstance(obj, dict) else {path.stem: obj}
+
+
+def _rows(path: Path) -> list[Record]:
+    """A list of objects; empty if the file is missing or is no such list, because a page can do without."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
 def _rollouts(path: Path) -> Iterator[Record]:

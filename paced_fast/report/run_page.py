@@ -8,9 +8,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from paced_fast.config import flatten
 from paced_fast.config.presets import PRESETS
+from paced_fast.config.presets.changed import changed_settings
 from paced_fast.errors import InputError
+from paced_fast.evaluation.forgetting import fallen_slices
 from paced_fast.report.charts.chart import Axis, Chart, Line, merged, percent, seconds
 from paced_fast.report.charts.held_out import (
     interval,
@@ -26,9 +27,12 @@ from paced_fast.report.charts.training import generator_charts, health_charts, r
 from paced_fast.report.charts.value import replay_charts, schedule_charts, value_charts
 from paced_fast.report.html import Tile, counted, document, pairs_table, part, shown, write_page
 from paced_fast.report.read_run import Run, number, read_run, series
-from paced_fast.report.sample_rollouts import rollouts_section
+from paced_fast.report.sample_rollouts import groups_section, rollouts_section
+from paced_fast.report.warning_tiles import MAX_TOKEN_RATIO, MAX_TRUNCATED, recent_mean, warning_tiles
 
 ARROW = "\u2192"
+REFRESH_SECONDS = 15
+"""Seconds after which the page of a run that goes on loads itself again."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,23 +45,28 @@ def try_report(run_dir: str | Path) -> None:
         logger.warning("the report was not written (%r): try again by python -m paced_fast.report %s", error, run_dir)
 
 
-def make_report(run_dir: str | Path) -> Path:
+def make_report(run_dir: str | Path, *, pictures: bool = True) -> Path:
     """Draw every chart the run has data for, write `report.html`, and return its path.
+
+    Without `pictures` only the page is written, and that of a run without a summary loads itself again: this is how a
+    run writes it while it goes on.
 
     Raises InputError if the folder or its `metrics.jsonl` is missing, empty, or broken before its last line.
     """
     run = read_run(run_dir)
     path, folder = run.folder / "report.html", run.folder / "plots"
-    page, pictures = report_of(run)
+    page, drawn = report_of(run, pictures=pictures, refresh=0 if pictures or run.summary else REFRESH_SECONDS)
     write_page(path, page)
+    if not pictures:
+        return path
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} is not a folder, so no pictures were written: move it away") from error
     for name in PICTURES:
         picture = folder / f"{name}.png"
-        if name in pictures:
-            picture.write_bytes(pictures[name])
+        if name in drawn:
+            picture.write_bytes(drawn[name])
         else:  # a picture of an earlier report would contradict the page
             picture.unlink(missing_ok=True)
     return path
@@ -80,8 +89,11 @@ PICTURES = {
 """Picture files (names without extension) and the charts in each, for a slide or a paper."""
 
 
-def report_of(run: Run) -> tuple[str, dict[str, bytes]]:
-    """Return the page as HTML, with every chart the run has data for, and pictures by the names in `PICTURES`."""
+def report_of(run: Run, *, pictures: bool = True, refresh: int = 0) -> tuple[str, dict[str, bytes]]:
+    """Return the page as HTML, with every chart the run has data for, and pictures by the names in `PICTURES`.
+
+    With `refresh` the page loads itself again after so many seconds.
+    """
     charts = {
         "learning": learning_charts(run),
         "value": value_charts(run),
@@ -93,25 +105,55 @@ def report_of(run: Run) -> tuple[str, dict[str, bytes]]:
         "cost": time_charts(run),
     }
     named = {chart.name: chart for found in charts.values() for chart in found}
-    pictures = {name: [named[key] for key in keys if key in named] for name, keys in PICTURES.items()}
-    tiles = _tiles(run)
+    wanted = {name: [named[key] for key in keys if key in named] for name, keys in PICTURES.items() if pictures}
+    tiles = [*_tiles(run), *warning_tiles(run)]
     courses = [tile.course for tile in tiles if tile.course is not None]
-    drawn, files = draw([*named.values(), *courses], {name: found for name, found in pictures.items() if found})
+    drawn, files = draw([*named.values(), *courses], {name: found for name, found in wanted.items() if found})
     bodies = {name: part("figures", found, drawn) for name, found in charts.items()}
+    bodies["groups"] = groups_section(run.groups)
     bodies["rollouts"] = rollouts_section(run.rollouts)
     bodies["configuration"] = _configuration(run)
-    bodies["summary"] = part("card", pairs_table(run.summary))
+    bodies["summary"] = _summary(run)
+    bodies["origin"] = _origin(run)
     top = part("tiles", tiles, drawn) + part("notes", _notes(run))
-    page = document("run.html", bodies, title=run.name, state=_state(run), top=top, lead=learning_lead(run))
+    about = {"title": run.name, "state": _state(run, goes_on=refresh > 0), "top": top, "lead": learning_lead(run)}
+    page = document("run.html", bodies, refresh=refresh, **about)
     return page, files
 
 
-def _state(run: Run) -> Markup:
+def _summary(run: Run) -> Markup:
+    """Figures before and after training side by side, and the others below them."""
+    rows: list[list[str]] = []
+    rest = dict(run.summary)
+    for key in run.summary:
+        ends = [f"{key.removesuffix('_before')}_{end}" for end in ("before", "after")]
+        found = [run.summary.get(end) for end in ends]
+        if key == ends[0] and not any(isinstance(value, list | Mapping) for value in found):
+            rows.append([key.removesuffix("_before").replace("_", " "), *map(shown, found)])
+            rest = {name: value for name, value in rest.items() if name not in ends}
+    table = part("table", ["figure", "before", "after"], rows) if rows else Markup("")
+    return part("card", table + pairs_table(rest), True)
+
+
+def _origin(run: Run) -> Markup:
+    """Versions, machine and command of the newest start, and when the others were."""
+    if not run.starts:
+        return Markup("")
+    *earlier, newest = run.starts
+    before = [f"{start.get('started', '-')} on {start.get('host', '-')}" for start in earlier]
+    rows = {key: value for key, value in newest.items() if value is not None}
+    return part("card", pairs_table(rows | ({"earlier starts": before} if before else {})), True)
+
+
+def _state(run: Run, *, goes_on: bool) -> Markup:
     steps = number(run.config.get("steps"))
     if run.summary:
         badge, text = "finished", f"after {counted(run.last_step, 'step')}"
     else:
-        badge, text = "not finished", f"step {run.last_step:,}" + (f" of {steps:,.0f}" if steps else "")
+        badge, text = (
+            "running" if goes_on else "not finished",
+            f"step {run.last_step:,}" + (f" of {steps:,.0f}" if steps else ""),
+        )
     facts = [f"{name} {run.config[key]}" for key, name in _FACTS.items() if run.config.get(key) is not None]
     return part("state", badge, text, facts)
 
@@ -203,17 +245,19 @@ def _notes(run: Run) -> list[str]:
     last = "the first step" if steps == 1 else f"the last {min(10, steps)} steps"
 
     def last_mean(key: str) -> float:
-        y = series(records, key)[1][-10:]
-        return float(y.mean()) if y.size else 0.0
+        return recent_mean(run, key) or 0.0
 
     skipped = max((number(r.get("skipped_steps")) or 0.0 for r in records), default=0.0)
     if skipped:
         were = "was" if skipped == 1 else "were"
         lines.append(f"{counted(int(skipped), 'step')} {were} skipped because loss or gradient was not finite.")
-    if (share := last_mean("truncated_share")) > 0.2:
+    if (share := last_mean("truncated_share")) > MAX_TRUNCATED:
         lines.append(f"{percent(share)} of the completions of {last} were cut at the length limit.")
-    if (ratio := last_mean("generator_mismatch_token_ratio")) > 1.05:
+    if (ratio := last_mean("generator_mismatch_token_ratio")) > MAX_TOKEN_RATIO:
         lines.append(f"Generator and trainer disagree: token ratio {ratio:.3f} over {last}, above 1.05.")
+    if len(run.evaluations) > 1:
+        falls = fallen_slices(run.evaluations[0].figures, run.evaluations[-1].figures)
+        lines += [f"S{str(fall)[1:]} since the start of training." for fall in falls]
     if (share := last_mean("unscored_share")) > 0.01:
         lines.append(f"{percent(share)} of the completions of {last} are unscored.")
     if len(records) > 10 and series(records, "mixed_group_share")[0].size and last_mean("mixed_group_share") < 0.1:
@@ -221,24 +265,12 @@ def _notes(run: Run) -> list[str]:
     return lines
 
 
-def changed_settings(config: Mapping[str, object]) -> tuple[list[list[str]], list[list[str]]]:
-    """Return (name, preset's value, run's value) of settings the user changed, and of those preset to `auto`."""
-    preset = config.get("preset")
-    if not isinstance(preset, str) or preset not in PRESETS:
-        return [], []
-    changed, decided = [], []
-    for name, default in flatten(PRESETS[preset]()).items():
-        plain = list(default) if isinstance(default, tuple) else default
-        if name in config and name != "run_dir" and config[name] != plain:
-            (decided if default in ("auto", ("auto",)) or name == "data.date" else changed).append(
-                [name, shown(plain), shown(config[name])]
-            )
-    return changed, decided
-
-
 def _configuration(run: Run) -> Markup:
     if not run.config:
         return part("absent", "not written yet")
-    changed, decided = changed_settings(run.config)
+    changed, decided = (
+        [[name, shown(default), shown(value)] for name, (default, value) in found.items()]
+        for found in changed_settings(run.config)
+    )
     known = str(run.config.get("preset")) in PRESETS
     return part("configuration", known, changed, decided, pairs_table(run.config))

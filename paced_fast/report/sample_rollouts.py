@@ -8,12 +8,15 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from paced_fast.report.charts.chart import percent
 from paced_fast.report.html import part
 from paced_fast.report.read_run import HIDDEN, Record, number
 
 _OF_EACH = 10
 _MAX_TEXT = 2000
 """Most characters shown of a prompt, or of a completion without token data."""
+_SLICES = 12
+"""Most slices with a filter of their own, as the style sheet has them."""
 _MAX_SHORT = 90
 """Most characters of the prompt in the summary line of a collapsed rollout."""
 _OPEN = 3
@@ -51,14 +54,69 @@ def rollouts_section(rows: Sequence[Record]) -> Markup:
     found = chosen(rows)
     kinds = [name for name in ("right", "wrong", "unscored") if any(outcome(row) == name for row in found)]
     kinds += ["replayed"] if any(row.get("replayed") is True for row in found) else []
+    slices = [name for name in dict.fromkeys(_slice(row) for row in found) if name][:_SLICES]
+    slices = sorted(slices) if len(slices) > 1 else []
     seen: Counter[str] = Counter()
     shown = []
     for row in found:
         seen[outcome(row)] += 1
         length = len(_plain(row.get("prompt"))) + len(_plain(row.get("completion")))
-        shown.append(_rollout(row) | {"open": seen[outcome(row)] <= _OPEN or length <= _SHORT})
+        place = slices.index(_slice(row)) if _slice(row) in slices else len(slices)
+        shown.append(_rollout(row) | {"open": seen[outcome(row)] <= _OPEN or length <= _SHORT, "slice": place})
     has_tokens = any(isinstance(row.get("tokens"), list) for row in found)
-    return part("rollouts", kinds, _SCALE if has_tokens else (), shown)
+    return part("rollouts", kinds, list(map(visible, slices)), _SCALE if has_tokens else (), shown)
+
+
+_GROUPS = {
+    "best": "Best",
+    "worst": "Worst",
+    "surprising": "Most surprising",
+}
+
+
+def groups_section(groups: Sequence[Record]) -> Markup:
+    """Section with whole groups: prompt, expected answer, estimate, and every completion with its verdict."""
+    items = []
+    for group in groups:
+        rows = (
+            [row for row in found if isinstance(row, dict)]
+            if isinstance(found := group.get("completions"), list)
+            else []
+        )
+        value, accuracy, step, size = (number(group.get(key)) for key in ("value", "accuracy", "step", "size"))
+        facts: list[str] = [f"step {step:.0f}"] if step is not None else []
+        facts += [visible(str(group["slice"]))] if group.get("slice") else []
+        facts += [f"accuracy {percent(accuracy)}"] if accuracy is not None else []
+        facts += [f"estimate before {percent(value)}"] if value is not None else []
+        answer = group.get("answer")
+        items.append(
+            {
+                "title": _GROUPS.get(str(group.get("kind")), "Group"),
+                "facts": facts,
+                "prompt": visible(_cut(_plain(group.get("prompt")))),
+                "answer": None if answer is None else visible(_cut(str(answer))),
+                "completions": [_of_group(row) for row in rows],
+                "more": max(0, int(size or 0) - len(rows)),
+            }
+        )
+    return part("groups", items) if items else Markup("")
+
+
+def _of_group(row: Record) -> dict[str, object]:
+    kind, reward = outcome(row), number(row.get("reward"))
+    text = _plain(row.get("text"))
+    end = " ".join(text.split())
+    cut = ", cut" if row.get("stopped") is False else ""
+    return {
+        "kind": kind,
+        "badge": (kind if reward is None else f"{kind} {reward:g}") + cut,
+        "short": visible(end if len(end) <= _MAX_SHORT else "... " + end[-_MAX_SHORT:]),
+        "text": visible(text),
+    }
+
+
+def _slice(row: Record) -> str:
+    return str(row.get("slice") or "")
 
 
 _SCALE = ("above 90%", "50%", "20%", "5%", "1%", "below 1%")

@@ -19,6 +19,7 @@ from paced_fast.config import Config, cli, modes
 from paced_fast.config.files import write_config
 from paced_fast.errors import EVERYWHERE, InputError, StopRequested, TrainingError
 from paced_fast.run.record import terminal
+from paced_fast.run.start import signals
 
 if TYPE_CHECKING:  # these import PyTorch and transformers, which takes seconds
     from paced_fast.run.start.build import PreparedRun
@@ -70,10 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TrainingError as error:
         _tell(f"stopped: {error}", error)
         raise SystemExit(3) from None
-    except StopRequested as error:
-        from paced_fast.run.start import signals
-
-        _tell(str(error), error)
+    except (StopRequested, KeyboardInterrupt) as error:
+        signals.ignore_interrupts()
+        _tell(str(error) or signals.TOO_EARLY, error)
         raise SystemExit(signals.status(launched="TORCHELASTIC_RUN_ID" in os.environ)) from None
     if summary:
         console.print(terminal.final_table(summary, run_dir=summary["run_dir"]))
@@ -101,7 +101,7 @@ def _start(config: Config, mode: modes.Launch, console: Console) -> dict[str, An
     return run(config, console, replay=mode.replay)
 
 
-def _tell(line: str, error: Exception) -> None:
+def _tell(line: str, error: BaseException) -> None:
     """Write one line to the user; an error that every rank raises is reported by rank 0 only."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or EVERYWHERE not in getattr(error, "__notes__", ()):

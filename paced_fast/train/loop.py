@@ -12,6 +12,7 @@ from rich.console import Console
 
 from paced_fast import report
 from paced_fast.config import Config, flatten
+from paced_fast.config.presets.changed import changed_settings
 from paced_fast.config.resolve import placed, resolve
 from paced_fast.data.distributed import World
 from paced_fast.data.step_record import ABSENT, StartRecord
@@ -25,6 +26,7 @@ from paced_fast.run.record import terminal
 from paced_fast.run.record.rollouts_file import replayed_settings
 from paced_fast.run.record.summary import write_summary
 from paced_fast.run.saving import make_saver, save
+from paced_fast.run.start import signals
 from paced_fast.run.start.build import PreparedRun, build
 from paced_fast.run.start.run_folder import RunLock
 from paced_fast.run.start.session import ranks_of_run, watch, watchdog_of_rank
@@ -48,6 +50,9 @@ def train(
     with contextlib.closing(make_saver(run)) as saver, Outputs(run, console) as outputs:
         _stop_if_asked(run, saver, stop, began)
         _begin(run, outputs)
+        if stop is not None:
+            stop.waits()
+        outputs.watch(stepper.phases)
         while stepper.counters.step < config.steps:
             _stop_if_asked(run, saver, stop, began)
             record, shown, result = stepper.step()
@@ -57,7 +62,10 @@ def train(
             stepper.guards.stop(step)
             if step == config.steps or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
                 save(run, saver, last=step == config.steps)
-    return write_summary(run.folder, config) if run.world.is_rank0 else {}
+        summary = write_summary(run.folder, config) if run.world.is_rank0 else {}
+        if config.run.report:
+            outputs.write_report(report.try_report)
+    return summary
 
 
 def _begin(run: PreparedRun, outputs: Outputs) -> None:
@@ -67,12 +75,18 @@ def _begin(run: PreparedRun, outputs: Outputs) -> None:
     if run.resumed:
         outputs.drop_from(run.stepper.counters.step + 1)
         return
-    outputs.say("evaluating the policy before training")
+    count, samples = len(run.eval_table), run.config.evaluation.final_samples
+    if count:
+        outputs.say(f"evaluating the policy before training: {count:,} prompts, {samples} completions each")
     record = StartRecord(parity=parity or ABSENT)
     before = evaluate_now(run, run.config.evaluation.final_samples)
     if before is not None:
         evaluated = before.record() | prompt_columns(run.eval_table)
-        overlap = {"repeated": run.repeated, "training_prompts": len(run.collector.table)}
+        overlap = {
+            "repeated": sum(run.repeated.values()),
+            "training_prompts": len(run.collector.table),
+            "slices": dict(run.repeated),
+        }
         record = dataclasses.replace(record, eval=evaluated, overlap=overlap)
     if before is not None or parity:
         outputs.write(record)
@@ -86,8 +100,9 @@ def _stop_if_asked(run: PreparedRun, saver: checkpoint.Saver, stop: StopRequest 
     step = run.stepper.counters.step
     if step != began:
         save(run, saver, last=True)
-    what = f"after step {step}: continue with --resume auto" if step else "before the first step"
-    raise StopRequested(f"{stop.name or 'a signal to another rank'}: stopped {what}")
+    when = f"after step {step}, which is saved" if step != began else f"before step {step + 1}"
+    how = signals.how_to_resume(run.folder)
+    raise StopRequested(f"{stop.name or 'a signal to another rank'}: stopped {when}: {how}")
 
 
 def run(
@@ -107,7 +122,7 @@ def run(
     config = placed(config)
     with (
         ranks_of_run(config, console or Console()) as (world, own),
-        StopRequest(ends_process=not is_interactive) as stop,
+        StopRequest(at_once=world.size == 1, ends_process=not is_interactive) as stop,
         watchdog_of_rank(config, world) as watchdog,
     ):
         return _run(config, own, world, stop, watchdog, replay, functions)
@@ -125,14 +140,13 @@ def _run(
     if replay is not None:
         config = replayed_settings(config, replay)
     config = without_missing(resolve(config))
-    console.print(terminal.config_table(flatten(config)))
+    console.print(terminal.settings_table(changed_settings(flatten(config))[0], preset=config.preset))
     with RunLock() as lock:
         prepared = build(config, console, world, replay, lock, functions)
+        stop.remedy = signals.how_to_resume(prepared.folder)
         try:
             summary = train(prepared, console, stop, watchdog)
         finally:
             prepared.collector.scorer.close()
             prepared.collector.generator.close()
-        if config.run.report and world.is_rank0:
-            report.try_report(prepared.folder)
     return summary

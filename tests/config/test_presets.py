@@ -138,7 +138,7 @@ def test_small_has_prompts_of_every_difficulty_and_no_prompt_twice(caplog: pytes
         assert inputs.read_tables(config, characters, Scorer(), Shaper(config.reward)) == (
             made["train"],
             made["eval"],
-            0,
+            {},
         )
     assert "also held-out prompts" not in caplog.text
     slices = {name: {row.slice for row in table.rows} for name, table in made.items()}

@@ -87,13 +87,13 @@ def test_counts_and_pairs() -> None:
     held_out = table("b?", "x", "a", "B", "d", name="b")
     found = overlap(train, held_out)
     pairs = (("a:0", "b:2"), ("a:1", "b:0"), ("a:3", "b:0"))
-    assert found == Overlap(train=(0, 1, 3, 4, 5), eval_rows=4, pairs=pairs, slices=frozenset("s"))
+    assert found == Overlap(train=(0, 1, 3, 4, 5), eval_rows=4, pairs=pairs, by_slice={"s": 5}, slices=frozenset("s"))
     assert str(found) == "5 training prompts are also held-out prompts (a:0 is b:2; a:1 is b:0; a:3 is b:0; ...)"
     assert str(overlap(table("a"), held_out)) == "1 training prompts are also held-out prompts (a:0 is b:2)"
     assert (
         overlap(table("z"), held_out)
         == overlap(table(), held_out)
-        == Overlap(train=(), eval_rows=0, pairs=(), slices=frozenset())
+        == Overlap(train=(), eval_rows=0, pairs=(), by_slice={}, slices=frozenset())
     )
     assert duplicates(train) == ((3, 1), (5, 0))
 
@@ -103,7 +103,7 @@ class TestSetting:
 
     def test_warn(self, caplog):
         with caplog.at_level(logging.INFO):
-            assert _apart(self.TRAIN, self.HELD_OUT, DataConfig()) == (self.TRAIN, 1)
+            assert _apart(self.TRAIN, self.HELD_OUT, DataConfig()) == (self.TRAIN, {"s": 1})
         assert [record.getMessage() for record in caplog.records] == [
             "1 training prompts are also held-out prompts (a:1 is b:0): "
             "--data.overlap drop leaves them out of training",
@@ -115,10 +115,11 @@ class TestSetting:
         with caplog.at_level(logging.INFO):
             _apart(self.TRAIN, self.HELD_OUT, DataConfig(headline=headline))
         assert [record.levelname for record in caplog.records] == [level, "INFO"]
+        assert ("only of s, which the headline leaves out" in caplog.text) == (level == "INFO")
 
     def test_drop(self, caplog):
         kept, repeated = _apart(self.TRAIN, self.HELD_OUT, DataConfig(overlap="drop"))
-        assert repeated == 0
+        assert repeated == {}
         assert [row.prompt for row in kept.rows] == ["a", "c", "C!"]
         assert "1 training prompts are also held-out prompts (a:1 is b:0): left out of training" in caplog.text
         with pytest.raises(InputError, match="leaves nothing to train on"):
@@ -129,7 +130,7 @@ class TestSetting:
             InputError, match=r"1 training prompts are also held-out .*a:1 is b:0.: .*--data.overlap drop"
         ):
             _apart(self.TRAIN, self.HELD_OUT, DataConfig(overlap="error"))
-        assert _apart(self.TRAIN, table("x"), DataConfig(overlap="error")) == (self.TRAIN, 0)
+        assert _apart(self.TRAIN, table("x"), DataConfig(overlap="error")) == (self.TRAIN, {})
 
     def test_a_run_heeds_it(self, tmp_path):
         """The held-out rows are trained on by mistake, and one small problem is in both splits: drop takes them out."""
@@ -147,5 +148,5 @@ class TestSetting:
         )
         assert len(run.trainer.collector.table) == 40 - 1
         assert len(run.eval_table) == 12
-        assert run.repeated == 0
-        assert tiny_run.build(both, tmp_path / "both").repeated == 13
+        assert run.repeated == {}
+        assert sum(tiny_run.build(both, tmp_path / "both").repeated.values()) == 13

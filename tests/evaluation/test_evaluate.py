@@ -338,16 +338,17 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(capsys: Any, monkeypatch: pytest.MonkeyPatch, *words: object) -> dict[str, Any]:
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words), "--json", "-"])
     main()
-    lines = capsys.readouterr().out.splitlines()
-    assert max(len(line) for line in lines[:-1] if " INFO " not in line) <= 100
-    return json.loads(lines[-1])
+    out, told = capsys.readouterr()
+    assert max(len(line) for line in told.splitlines() if " INFO " not in line) <= 100
+    assert "held-out accuracy" in told
+    return json.loads(out)
 
 
 def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder: Path, capsys: Any, monkeypatch: Any) -> None:
     run = run_folder / "run"
-    found = command(capsys, monkeypatch, run, "--samples", 8, "--json", run_folder / "found.json")
+    found = command(capsys, monkeypatch, run, "--samples", 8)
     assert {k: found[k] for k in ("temperature", "top_p", "max_completion_tokens", "samples", "prompts")} == {
         "temperature": 0.7,
         "top_p": 0.9,
@@ -355,7 +356,6 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder: Path, capsys: Any
         "samples": 8,
         "prompts": 12,
     }
-    assert json.loads((run_folder / "found.json").read_text()) == found
     assert found["model"] == str(run / "checkpoints" / "step_000002" / "policy")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     own = [record["eval"] for record in records if "eval" in record]
@@ -364,7 +364,10 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder: Path, capsys: Any
     assert own[0].keys() - own[1].keys() == {"prompt_slices", "prompt_ids"}
     assert [len(own[0][name]) for name in ("prompt_accuracy", "prompt_slices", "prompt_ids")] == [12] * 3
     assert len(own[1]["prompt_accuracy"]) == 12
+    slices = records[0]["overlap"].pop("slices")
     assert records[0]["overlap"] == {"repeated": 1, "training_prompts": 40}
+    assert list(slices.values()) == [1]
+    assert slices.keys() <= own[0]["slices"].keys()
     assert all("overlap" not in record for record in records[1:])
     assert all(evaluated[k] == found[k] for evaluated in own for k in ("temperature", "top_p"))
     assert all(evaluated["max_completion_tokens"] == 4 and evaluated["tokens_mean"] <= 4 for evaluated in own)
@@ -377,6 +380,22 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder: Path, capsys: Any
 
 
 @pytest.mark.process
+def test_figures_are_for_programs_only_where_they_are_asked_for(
+    run_folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [run_folder / "run", "--samples", 2]
+    found = command(capsys, monkeypatch, *words)
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words), "--json", str(run_folder / "found.json")])
+    main()
+    out, told = capsys.readouterr()
+    assert "held-out accuracy" in out
+    assert "{" not in out
+    assert "held-out accuracy" not in told
+    saved = json.loads((run_folder / "found.json").read_text())
+    timed = ("seconds", "tokens_per_second")
+    assert {k: v for k, v in saved.items() if k not in timed} == {k: v for k, v in found.items() if k not in timed}
+
+
 def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path, capsys: Any, monkeypatch: Any) -> None:
     source = f"task:signed_sums?split=eval&size=9&slice=sums&reward={run_folder / 'rewards.py'}:odd"
     words = [run_folder / "run" / "initial", "--benchmarks", "aime24", "--sources", source, "--data-dir", run_folder]

@@ -33,8 +33,10 @@ KERNEL_USERS = {
 }
 HOMES = {
     "vllm": {"generation.vllm_engine"},
-    "wandb": {"run.record.loggers"},
-    "tensorboard": {"run.record.loggers"},
+    "wandb": {"run.record.sinks"},
+    "tensorboard": {"run.record.sinks"},
+    "trackio": {"run.record.sinks"},
+    "mlflow": {"run.record.sinks"},
     "transformers": {
         *(f"policy.{name}" for name in ("attention", "gradient_checkpointing", "liger", "loading", "lora", "policy")),
         *("policy.saving", "policy.stored_checks", "data.prompts.tokenizers", "generation.reading"),

@@ -97,15 +97,17 @@ def browse(page: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
 
 
-def probed(page: Path, *arguments: str, screenshot: Path | None = None) -> dict[str, Any]:
-    """What a script at the end of a copy of the page finds; optionally a picture of that same copy."""
+def probed(
+    page: Path, *arguments: str, screenshot: Path | None = None, probe: str = PROBE, text: str | None = None
+) -> dict[str, Any]:
+    """What a script at the end of a copy of the page, or of `text`, finds; optionally a picture of that same copy."""
     copy = page.with_name("probed.html")
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8") if text is None else text
     digest = base64.b64encode(
-        hashlib.sha256(PROBE.removeprefix("<script>").removesuffix("</script>").encode()).digest()
+        hashlib.sha256(probe.removeprefix("<script>").removesuffix("</script>").encode()).digest()
     )
     text = text.replace("script-src &#39;", f"script-src &#39;sha256-{digest.decode()}&#39; &#39;", 1)
-    copy.write_text(text.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+    copy.write_text(text.replace("</body>", f"{probe}</body>"), encoding="utf-8")
     if screenshot is not None:
         browse(copy, *arguments, f"--screenshot={screenshot}")
     dom = browse(copy, *arguments, "--dump-dom")
@@ -199,6 +201,40 @@ def test_dark_and_light_follow_the_reader(seen: tuple[dict[str, Any], NDArray[np
     assert brightness(light["page"]) > 230
     assert brightness(dark["page"]) < 40
     assert dark["color"] != light["color"]
+
+
+RELOADED = """<script>
+(function () {
+  const visit = Number(sessionStorage.getItem('visits') || 0) + 1;
+  sessionStorage.setItem('visits', visit);
+  const part = document.querySelectorAll('#health details')[1], wrong = document.getElementById('show-wrong');
+  const health = document.getElementById('health');
+  addEventListener('load', () => setTimeout(() => {
+    if (visit === 1) {
+      part.open = wrong.checked = true;
+      scrollTo({top: health.offsetTop + 77, behavior: 'instant'});
+      document.querySelector('.tiles').insertAdjacentHTML('beforebegin', '<p>a note that the next page lacks</p>');
+      return;
+    }
+    document.getElementById('pause').checked = true;
+    const out = document.createElement('output');
+    out.id = 'probe';
+    out.style.display = 'none';
+    out.textContent = JSON.stringify(
+      {visit, under: scrollY - health.offsetTop, open: part.open, wrong: wrong.checked});
+    document.body.append(out);
+  }, 50));
+})();
+</script>"""
+
+
+def test_a_page_that_loads_itself_again_stays_where_it_is(run_dir: Path, page: Path) -> None:
+    text = run_page.report_of(read_run(run_dir), refresh=1)[0].encode("utf-8", "backslashreplace").decode()
+    small = "--window-size=1400,900"  # in the tall one of the other tests there is nothing to scroll
+    found = probed(page, small, "--virtual-time-budget=1600", probe=RELOADED, text=text)
+    assert found["visit"] == 2
+    assert abs(found["under"] - 77) <= 2, "the same section at the same place, though the page above it changed"
+    assert (found["open"], found["wrong"]) == (True, True)
 
 
 def test_nothing_sticks_out_on_a_phone(page: Path, run_dir: Path) -> None:

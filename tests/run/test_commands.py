@@ -31,7 +31,7 @@ def test_every_command_has_a_main_and_a_line_of_help(capsys: pytest.CaptureFixtu
     for name in ("train", "evaluate", "export", "report", "list", "doctor"):
         assert re.search(rf"^  {name} +[A-Z].*\.$", text, re.MULTILINE), name
     assert set(front.COMMANDS) == {"train", "evaluate", "export", "report", "list", "doctor"}
-    assert PROJECT["scripts"] == {"paced-fast": "paced_fast.__main__:main"}
+    assert PROJECT["scripts"] == {"paced-fast": "paced_fast.__main__:script"}
     front.main(["--version"])
     assert capsys.readouterr().out == f"paced-fast {paced_fast.__version__}\n"
 

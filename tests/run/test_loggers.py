@@ -16,40 +16,15 @@ from typing import Any
 import pytest
 import steady
 import tiny_policy
+from loggers_alike import Wandb
 from tiny_run import config, quiet, write_rewards
 
 from paced_fast import train
 from paced_fast.errors import InputError
 from paced_fast.run.record import journal, loggers
 from paced_fast.run.record.journal import Journal
+from paced_fast.run.record.sinks import RunInfo
 from paced_fast.run.record.writer import MetricsWriter
-
-
-class Wandb:
-    """Stands for the package: what was asked of it, and which calls fail."""
-
-    def __init__(self, *, failing: tuple[str, ...] = ()) -> None:
-        self.failing, self.asked = set(failing), list[tuple[str, Any]]()
-        self.id = "run-1"
-        self.__spec__ = object()  # as an installed package has one
-
-    def _take(self, name: str, given: Any) -> None:
-        self.asked.append((name, given))
-        if name in self.failing:
-            raise ConnectionError(f"{name}:\nno network")
-
-    def init(self, **given: Any) -> Wandb:
-        self._take("init", given)
-        return self
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        self._take("log", step)
-
-    def finish(self) -> None:
-        self._take("finish", None)
-
-    def count(self, name: str) -> int:
-        return sum(asked == name for asked, _ in self.asked)
 
 
 @pytest.fixture
@@ -133,7 +108,7 @@ def test_a_logger_that_returns_late_is_asked_again(
         log(scalars, step)
 
     monkeypatch.setattr(loggers, "_SECONDS", 0.05)
-    made = loggers.Logger("wandb", tmp_path, {})
+    made = loggers.Logger("wandb", RunInfo(folder=tmp_path))
     made.open()
     monkeypatch.setattr(wandb, "log", late)
     made.log({"loss": 1.0}, 1)

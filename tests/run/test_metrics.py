@@ -140,8 +140,8 @@ def test_atomic_json_keeps_the_old_file_when_writing_fails(tmp_path: Path, monke
 
 
 def test_sinks_are_named_and_a_missing_one_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"unknown logger 'mlflow': choose from wandb, tensorboard"):
-        MetricsWriter(tmp_path / "run", sinks=["mlflow"])
+    with pytest.raises(InputError, match=r"unknown logger 'neptune': choose from wandb, tensorboard, trackio, mlflow"):
+        MetricsWriter(tmp_path / "run", sinks=["neptune"])
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now raises ImportError
     with pytest.raises(InputError, match=r"pip install 'paced-fast\[wandb\]'"):
         MetricsWriter(tmp_path / "run", sinks=["wandb"])
@@ -154,7 +154,7 @@ def test_sinks_receive_flat_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
     with MetricsWriter(tmp_path, sinks=["wandb"]) as writer:
         writer.write({"step": 7, "loss": math.nan, "seconds": {"update": 0.5}, "value_fresh": [0.1], "done": True})
-    assert logged == [({"step": 7.0, "seconds/update": 0.5}, 7), "end"]
+    assert logged == [({"time/update": 0.5}, 7), "end"]
 
 
 class Clock:
@@ -196,51 +196,6 @@ def test_phases_add_up_to_the_step_and_nest_without_counting_twice() -> None:
     assert phases.take() == {"other": 3.0}, "a step starts from nothing"
 
 
-def _progress(num_steps: int, clock: Clock, **options: int) -> terminal.Progress:
-    return terminal.Progress(num_steps, console=Console(file=io.StringIO()), clock=clock, interval_s=5.0, **options)
-
-
-def test_progress_without_a_terminal_logs_every_few_seconds(caplog: pytest.LogCaptureFixture) -> None:
-    clock = Clock()
-    with caplog.at_level(logging.INFO, "paced_fast"), _progress(10, clock) as progress:
-        for step in range(1, 11):
-            clock.now += 2
-            record: dict[str, object] = {"step": step, "reward_mean": 0.5, "mixed_group_share": 0.25}
-            progress.update(record | ({"eval": {"accuracy": 0.125 * step}} if step == 3 else {}))
-    steps = [message.split(",")[0] for message in caplog.messages]
-    assert steps == ["step 1/10", "step 3/10", "step 6/10", "step 9/10", "step 10/10"]
-    assert caplog.messages[1] == "step 3/10, reward 0.500, accuracy 0.375, mixed groups 25%, eta 0:00:14"
-
-
-def test_a_slow_run_logs_each_step_and_a_resumed_one_knows_its_pace(caplog: pytest.LogCaptureFixture) -> None:
-    clock = Clock()
-    with caplog.at_level(logging.INFO, "paced_fast"), _progress(104, clock, start_step=100) as progress:
-        for step in (101, 102):
-            clock.now += 30
-            progress.update(
-                {"step": step, "value_brier": 0.1, "value_rank_correlation": None, "tokens_per_second": 1e4}
-            )
-    assert [m.rsplit("eta ", 1)[1] for m in caplog.messages] == ["0:01:30", "0:01:00"]
-    assert caplog.messages[1].startswith("step 102/104, value brier 0.100, 10,000 tokens/s")
-
-
-def test_progress_on_a_terminal_draws_the_last_record_and_logs_nothing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "paced_fast")
-    for name in ("TERM", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=120)
-    with terminal.Progress(4, console=console, clock=Clock()) as progress:
-        progress.update({"status": "warm start 3/9"})
-        progress.update({"step": 0, "eval": {"accuracy": 0.1}})
-        progress.update({"step": 2, "reward_mean": 0.75, "eval": {"accuracy": 0.2}})
-    assert caplog.messages == []
-    assert "step 2/4" in out.getvalue()
-    assert "reward 0.750  accuracy 0.200 (first 0.100)" in out.getvalue()
-
-
 def test_configured_logging_reaches_the_console_once() -> None:
     out = io.StringIO()
     for _ in range(2):
@@ -271,6 +226,9 @@ def test_tables_show_the_numbers() -> None:
     assert "0.142 -> 0.291" in final
     assert "- -> -" in final, "a missing key is a dash, not an error"
     assert "runs/x" in final
+    assert "slices that fell" not in final
+    fell = {"forgetting": [{"slice": "trivial", "before": 0.98, "after": 0.787}]}
+    assert "trivial 0.980 -> 0.787" in _text(terminal.final_table(fell, run_dir="x"))
 
 
 @pytest.mark.process

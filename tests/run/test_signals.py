@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from steady import LIMIT_SECONDS, wait_for
 
 from paced_fast import train
 from paced_fast.data.distributed import ALONE, World
-from paced_fast.errors import StopRequested
+from paced_fast.errors import StopRequested, interrupts_in_one_line
+from paced_fast.evaluation import held_out
+from paced_fast.policy import warm_start
 from paced_fast.run.start import signals
 from paced_fast.run.start.signals import HEARD, StopRequest
 
@@ -82,6 +85,30 @@ def test_other_signals_are_left_alone() -> None:
         signal.signal(signal.SIGUSR2, before)
 
 
+def test_before_training_a_signal_stops_where_the_run_is() -> None:
+    stopped = r"^SIGINT: stopped before the first step: start it again with the same command$"
+    with pytest.raises(StopRequested, match=stopped), StopRequest(at_once=True):  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_for(lambda: False)
+        except Exception as error:  # such as a reader that would try another format
+            raise AssertionError("an ordinary handler holds it up") from error
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest(at_once=True) as stop:
+        stop.waits()
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: stop.name)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_is_a_second_request_unless_a_launcher_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert signals._same_request_seconds(signal.SIGINT) == signals.SAME_KEY_SECONDS
+    assert signals._same_request_seconds(signal.SIGTERM) == signals.SAME_REQUEST_SECONDS
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert signals._same_request_seconds(signal.SIGINT) == signals.SAME_REQUEST_SECONDS
+
+
 def test_a_thread_can_train_without_hearing_signals() -> None:
     found: list[bool] = []
 
@@ -138,16 +165,17 @@ def _start(*words: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.process
-def test_a_process_that_hangs_in_c_leaves_at_the_second_signal() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_hangs_in_c_leaves_at_the_second_signal(number: signal.Signals) -> None:
     process = _start(_HUNG)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(LIMIT_SECONDS) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(LIMIT_SECONDS) == 128 + number
     finally:
         process.kill()
         process.communicate()
@@ -178,7 +206,8 @@ def test_a_signal_ends_a_run_of_one_process_with_a_checkpoint(tmp_path: Path) ->
             return step()
 
         run.stepper.step = signalled  # type: ignore[method-assign]
-        with pytest.raises(StopRequested, match=r"^SIGTERM: stopped after step 3: continue with --resume auto$"):
+        how = f"continue with the same command and --resume auto --run-dir {tmp_path / 'run'}"
+        with pytest.raises(StopRequested, match=f"^SIGTERM: stopped after step 3, which is saved: {re.escape(how)}$"):
             train.train(run, tiny_run.quiet(), stop)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000003"]
     whole, rest = (
@@ -189,3 +218,75 @@ def test_a_signal_ends_a_run_of_one_process_with_a_checkpoint(tmp_path: Path) ->
         for name in ("run_dir", "train_seconds", "curve"):
             del summary[name]
     assert whole == rest
+
+
+@pytest.mark.parametrize("place", ["warm start", "first evaluation"])
+def test_ctrl_c_before_the_first_step_ends_the_run_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    settings = tiny_run.config(
+        tiny_run.write_rewards(tmp_path), steps=2, warm_start__first__steps=3, run_dir=str(tmp_path / "run")
+    )
+    module, name = {"warm start": (warm_start, "_run_phase"), "first evaluation": (held_out, "_sample")}[place]
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: False)
+
+    with monkeypatch.context() as during:
+        during.setattr(module, name, interrupted)
+        with pytest.raises(StopRequested, match=r"^SIGINT: stopped before the first step: ") as stopped:
+            train.run(settings, tiny_run.quiet())
+    assert str(stopped.value).endswith(
+        "with the same command" if place == "warm start" else f"--resume auto --run-dir {tmp_path / 'run'}"
+    )
+    assert (tmp_path / "run").exists() == (place == "first evaluation")
+    assert not list(tmp_path.glob("cache/*.partial"))
+    assert train.run(dataclasses.replace(settings, resume="auto"), tiny_run.quiet())["steps"] == 2
+
+
+def test_a_command_leaves_with_the_status_of_a_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(train, "run", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train.main(["tiny"])
+        os.kill(os.getpid(), signal.SIGINT)  # pressed again while the process ends
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == os.EX_TEMPFAIL
+    assert capsys.readouterr().err == f"{signals.TOO_EARLY}\n"
+
+
+def test_other_commands_end_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended, interrupts_in_one_line():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "SIGINT: stopped, nothing was written\n"
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to see what is imported")
+@pytest.mark.parametrize(("command", "words"), [("train", "tiny"), ("evaluate", "none"), ("export", "none out")])
+def test_ctrl_c_while_a_command_imports_is_one_line(command: str, words: str, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"paced_fast.{command}", *words.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(lambda: "libtorch" in maps.read_text() or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=LIMIT_SECONDS)
+    assert (process.returncode, told) == (os.EX_TEMPFAIL, f"{signals.TOO_EARLY}\n")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from paced_fast.data.records import PromptRow, PromptTable
@@ -26,6 +28,8 @@ class Overlap:
     """Held-out rows that have such a training row."""
     pairs: tuple[tuple[str, str], ...]
     """Names of the first few such training rows, each with its held-out row."""
+    by_slice: Mapping[str, int]
+    """Such training rows by the slice of their held-out row; a row that is in several counts in the first."""
     slices: frozenset[str]
     """Slices of those held-out rows."""
 
@@ -47,6 +51,7 @@ def overlap(train: PromptTable, held_out: PromptTable) -> Overlap:
     return Overlap(
         train=tuple(i for i, _ in found),
         eval_rows=len(places_found),
+        by_slice=Counter(held_out.rows[others[0]].slice for _, others in found),
         slices=frozenset(held_out.rows[place].slice for place in places_found),
         pairs=tuple((train.rows[i].where, held_out.rows[others[0]].where) for i, others in found[:_SHOWN]),
     )

@@ -23,8 +23,23 @@ def learning_lead(run: Run) -> str:
         return "Measured on the held-out prompts."
     if not repeated:
         return "Measured on prompts that training never sees."
-    are = "is one of them" if repeated == 1 else "are among them"
-    return f"Measured on the held-out prompts; {repeated:,.0f} of {prompts:,.0f} training prompts {are}."
+    count = f"{repeated:,.0f} of {prompts:,.0f} training prompts"
+    slices = {str(name): int(found) for name, n in mapping(overlap.get("slices")).items() if (found := number(n))}
+    if not slices:
+        are = "is one of them" if repeated == 1 else "are among them"
+        return f"Measured on the held-out prompts; {count} {are}."
+    names = ", ".join(f"{name} ({n:,})" if len(slices) > 1 else name for name, n in sorted(slices.items()))
+    of = f"held-out prompts of {'slice' if len(slices) == 1 else 'slices'} {names}"
+    headline = next((e.figures.get("headline") for e in run.evaluations), None)
+    if isinstance(headline, list) and headline and slices.keys().isdisjoint(map(str, headline)):
+        return (
+            f"The headline is measured on prompts that training never sees. {count} are also {of}, which the headline "
+            "leaves out: this is no contamination."
+        )
+    return (
+        f"Measured on the held-out prompts; {count} are also {of}, so this accuracy is not that of unseen prompts. "
+        "--data.overlap drop leaves them out of training."
+    )
 
 
 def measured(figures: Record, key: str) -> float | None:

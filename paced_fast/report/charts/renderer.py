@@ -79,7 +79,13 @@ def _drawn(jobs: Sequence[tuple[str, Spec]]) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     try:
         done = subprocess.run(
-            command, input=json.dumps(jobs), capture_output=True, text=True, timeout=_SECONDS, check=False
+            command,
+            input=json.dumps(jobs),
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+            start_new_session=True,  # Ctrl-C is for the run, which decides what it ends
         )
         told = f"status {done.returncode}: {' '.join(done.stderr.split())[:400]}"
         found += map(json.loads, done.stdout.splitlines())
@@ -266,11 +272,12 @@ def _columns(chart: Chart, colors: Mapping[str, str]) -> Iterator[Spec]:
 
 def _curve(line: Line, color: str, up: Ends) -> Iterator[Spec]:
     """Marks of a curve, its interval and its dots."""
-    points = {"x": line.x, "y": np.clip(line.y, *up) if line.style == "raw" else line.y}
+    points = {"x": line.x, "y": np.clip(line.y, *up)}  # a page clips nothing: a spike would cross other charts
     look = {"strokeWidth": _WIDTHS[line.style], "opacity": _OPACITIES.get(line.style, 1)}
     if line.low is not None and line.high is not None:
         known = np.isfinite(line.low) & np.isfinite(line.high)
-        interval = {"x": line.x[known], "low": line.low[known], "high": line.high[known]}
+        low, high = np.clip(line.low[known], *up), np.clip(line.high[known], *up)
+        interval = {"x": line.x[known], "low": low, "high": high}
         if line.style in ("bubbles", "bars") or known.sum() == 1:
             yield _mark("rule", color, interval, _FROM_LOW_TO_HIGH, **look)
         else:

@@ -1,33 +1,24 @@
-"""Loggers that mirror a run's figures: wandb and TensorBoard. A failing logger never ends a run."""
+"""Loggers that mirror a run's figures, completions and report (`sinks`). A failing logger never ends a run."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
-import json
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from paced_fast.errors import InputError
+from paced_fast.run.record.sinks import KINDS, Row, RunInfo, Sink
 
 logger = logging.getLogger(__name__)
-
-Sink = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
-"""Functions of a sink: log one step's scalars, close."""
-
-WANDB_FILE = "wandb.json"
-"""File in a run folder with the id of its wandb run."""
 
 _MOST_DOUBLINGS = 7
 
 _SECONDS = 300.0  # far above what a sink needs: wandb itself waits 90 s for its server
-
-_SINK_MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 
 
 def require_sinks(names: Sequence[str]) -> None:
@@ -39,8 +30,8 @@ def require_sinks(names: Sequence[str]) -> None:
 
 
 def _require_known(name: str) -> None:
-    if name not in _SINK_MODULES:
-        raise InputError(f"--run.loggers: unknown logger {name!r}: choose from {', '.join(_SINK_MODULES)}")
+    if name not in KINDS:
+        raise InputError(f"--run.loggers: unknown logger {name!r}: choose from {', '.join(KINDS)}")
 
 
 def _is_installed(name: str) -> bool:
@@ -56,7 +47,7 @@ def _not_installed(name: str) -> InputError:
 def _module(name: str) -> Any:
     _require_known(name)
     try:
-        module = importlib.import_module(_SINK_MODULES[name])
+        module = importlib.import_module(KINDS[name].module)
     except Exception as error:  # of a package that is not ours, and of versions that do not go together
         if isinstance(error, ModuleNotFoundError) and not _is_installed(name):
             raise _not_installed(name) from error
@@ -113,12 +104,12 @@ class _Caller:
 class Logger:
     """A sink whose failures lose its figures only: one warning, then retries at growing intervals."""
 
-    def __init__(self, name: str, run_dir: Path, config: object) -> None:
-        """The sink `name` of a run, whose settings are `config` in JSON's own types; nothing is opened yet.
+    def __init__(self, name: str, info: RunInfo) -> None:
+        """The sink `name` for a run; nothing is opened yet.
 
         Raises InputError for an unknown sink, or naming the extra to install when its package is missing.
         """
-        self._name, self._module, self._run_dir, self._config = name, _module(name), run_dir, config
+        self._name, self._module, self._info = name, _module(name), info
         self._caller = _Caller()
         self._sink: Sink | None = None
         self._failures = self._skipping = 0
@@ -127,21 +118,31 @@ class Logger:
         """Open the sink, if that is possible."""
         self._try(lambda: None)
 
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        """Show the scalars of a step, unless the sink failed and it is too early to try again."""
+    def log(self, figures: Mapping[str, float], step: int, histograms: Mapping[str, Sequence[float]] = {}) -> None:
+        """Show the figures of a step, unless the sink failed and it is too early to try again."""
         if self._skipping:
             self._skipping -= 1
             return
-        self._try(lambda: self._opened()[0](scalars, step))
+        self._try(lambda: self._opened().log(figures, histograms, step))
+
+    def table(self, name: str, rows: Sequence[Row], step: int) -> None:
+        """Show rows as a table, unless the sink does not work at present."""
+        if rows and not self._failures:
+            self._try(lambda: self._opened().table(name, rows, step))
+
+    def artifact(self, path: Path, kind: str) -> None:
+        """Keep a file with the run, unless the sink does not work at present."""
+        if not self._failures:
+            self._try(lambda: self._opened().artifact(path, kind))
 
     def close(self) -> None:
         """Close the sink, if it was opened."""
         if self._sink is not None:
-            self._try(self._sink[1])
+            self._try(self._sink.close)
 
     def _opened(self) -> Sink:
         if self._sink is None:
-            self._sink = _open_sink(self._name, self._module, self._run_dir, self._config)
+            self._sink = KINDS[self._name].open(self._module, self._info)
         return self._sink
 
     def _try(self, act: Callable[[], object]) -> None:
@@ -161,46 +162,3 @@ class Logger:
         if self._failures:
             logger.warning("logger %s works again after %d failed attempts", self._name, self._failures)
         self._failures = 0
-
-
-def _open_sink(name: str, module: Any, run_dir: Path, config: object) -> Sink:
-    if name == "wandb":
-        known = run_dir / WANDB_FILE
-        same = _known_run(known)
-        if same and not _takes(module.init, "resume"):
-            logger.warning("this version of wandb cannot resume a run: metrics go to a new wandb run")
-            same = {}
-        run = module.init(project="paced_fast", name=run_dir.name, dir=str(run_dir), config=config, **same)
-        if not same:
-            _remember(known, str(getattr(run, "id", "")))
-        return lambda scalars, step: run.log(scalars, step=step), run.finish
-    writer = module.SummaryWriter(str(run_dir / "tensorboard"))
-
-    def log(scalars: dict[str, float], step: int) -> None:
-        for key, value in scalars.items():
-            writer.add_scalar(key, value, step)
-
-    return log, writer.close
-
-
-def _takes(function: Callable[..., Any], name: str) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # not to be read: then it is asked
-        return True
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _remember(path: Path, name: str) -> None:
-    try:
-        path.write_text(json.dumps({"id": name}) if name else "{}")
-    except OSError as error:
-        logger.warning("%s cannot be written (%s): after a resume, metrics go to a new wandb run", path, error)
-
-
-def _known_run(path: Path) -> dict[str, str]:
-    """Arguments with which wandb continues the run that a file names; empty without one."""
-    try:
-        return {"id": str(json.loads(path.read_text())["id"]), "resume": "allow"}
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 from collections import Counter
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paced_fast.config import Config
+from paced_fast.evaluation.forgetting import fallen_slices
 from paced_fast.run.record.files import write_json_atomic
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,22 @@ def write_summary(folder: Path, config: Config) -> dict[str, Any]:
         return {}
 
 
+def evaluated_accuracies(folder: Path, last_step: int) -> list[float]:
+    """Accuracies of the evaluations up to `last_step` in a run's metrics, in order; a broken line is left out."""
+    found: list[float] = []
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        if '"eval"' in line:
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                record = json.loads(line)
+                if record["step"] <= last_step and isinstance(record["eval"]["accuracy"], float):
+                    found.append(record["eval"]["accuracy"])
+    return found
+
+
 def summarise(folder: Path, config: Config) -> dict[str, Any]:
     """Content of summary.json, from the metrics of a finished run."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -49,6 +68,7 @@ def summarise(folder: Path, config: Config) -> dict[str, Any]:
         "train_seconds": last.get("train_seconds", 0.0),
         **{f"{name}_before": before.get(name) for name in _COMPARED},
         **{f"{name}_after": after.get(name) for name in _COMPARED},
+        "forgetting": [dataclasses.asdict(fall) for fall in fallen_slices(before, after)] if before else [],
         "value_brier": value.get("brier"),
         "value_ece": value.get("ece"),
         "value_rank_correlation": value.get("rank_correlation"),

@@ -1,4 +1,4 @@
-"""Terminal output: the live line of a run, and tables before and after it.
+"""Terminal output: log lines, and tables before and after a run; `progress` has the live line.
 
 It takes plain records and depends on nothing else in the package.
 """
@@ -8,28 +8,24 @@ from __future__ import annotations
 import logging
 import re
 import sys
-import time
-from collections.abc import Callable, Mapping
-from types import TracebackType
+from collections.abc import Mapping
 
 from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
-    "Progress",
     "announce",
     "config_table",
     "configure_logging",
     "evaluation_tables",
     "final_table",
     "memory_plan_table",
+    "settings_table",
 ]
 
 
@@ -58,101 +54,26 @@ def announce(what: str) -> None:
         logger.info("%s: loading PyTorch and transformers", what)
 
 
-class Progress:
-    """Progress of a run: live on a terminal, else one log line every `interval_s` seconds.
-
-    Use as a context manager and feed every metrics record to `update`. The first, the last and every evaluation record
-    are always logged, so a slow run logs each step. `start_step` is the step a resumed run continues after.
-    """
-
-    def __init__(
-        self,
-        num_steps: int,
-        *,
-        start_step: int = 0,
-        console: Console | None = None,
-        interval_s: float = 5.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._num_steps = num_steps
-        self._start_step = self._step = start_step
-        self._interval_s = interval_s
-        self._clock = clock
-        self._start = clock()
-        self._last_line = float("-inf")
-        self._record: dict[str, object] = {}
-        self._accuracies: list[float] = []
-        console = console or Console()
-        self._live: Live | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
-
-    def __enter__(self) -> Progress:
-        self._start = self._clock()
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def update(self, record: Mapping[str, object]) -> None:
-        """Update with a metrics record, or part of one; missing keys keep their last value.
-
-        A key `status` shows its text until the next step ends: what a long start-up is doing, for example.
-        """
-        step = record.get("step")
-        self._record = {**self._record, "status": None, **record}
-        self._step = step if isinstance(step, int) else self._step
-        evaluation = record.get("eval")
-        if isinstance(evaluation, Mapping) and isinstance(evaluation.get("accuracy"), float):
-            self._accuracies.append(evaluation["accuracy"])
-        if self._live is not None:
-            return
-        due = self._clock() - self._last_line >= self._interval_s
-        if due or evaluation is not None or "status" in record or self._step >= self._num_steps:
-            self._last_line = self._clock()
-            logger.info("%s", self.line())
-
-    def line(self) -> str:
-        """The current state as one plain line."""
-        return ", ".join([f"step {self._step}/{self._num_steps}", *self._fields(), f"eta {self._eta()}"])
-
-    def _fields(self) -> list[str]:
-        show = self._record
-        fields = [show["status"]] if isinstance(show.get("status"), str) else []
-        if (reward := _number(show, "reward_mean")) is not None:
-            fields.append(f"reward {reward:.3f}")
-        if self._accuracies:
-            before = f" (first {self._accuracies[0]:.3f})" if len(self._accuracies) > 1 else ""
-            fields.append(f"accuracy {self._accuracies[-1]:.3f}{before}")
-        brier, rank = _number(show, "value_brier"), _number(show, "value_rank_correlation")
-        if brier is not None:
-            fields.append(f"value brier {brier:.3f}" + (f" rank {rank:.2f}" if rank is not None else ""))
-        if (mixed := _number(show, "mixed_group_share")) is not None:
-            fields.append(f"mixed groups {mixed:.0%}")
-        if (rate := _number(show, "tokens_per_second")) is not None:
-            fields.append(f"{rate:,.0f} tokens/s")
-        return [str(field) for field in fields]
-
-    def _eta(self) -> str:
-        done, left = self._step - self._start_step, max(0, self._num_steps - self._step)
-        return _duration((self._clock() - self._start) / done * left) if done > 0 else "-:--"
-
-    def _render(self) -> RenderableType:
-        head = Table.grid(padding=(0, 1))
-        head.add_row(
-            Text(f"step {self._step}/{self._num_steps}", style="bold"),
-            ProgressBar(total=max(1, self._num_steps), completed=self._step, width=40),
-            Text(f"eta {self._eta()}", style="dim"),
-        )
-        return Group(head, Text("  ".join(self._fields())))
-
-
 def config_table(flat: Mapping[str, object], *, title: str = "configuration") -> Table:
     """The resolved configuration, dotted field name -> value."""
     return _two_columns(title, {name: str(value) for name, value in flat.items()})
+
+
+def settings_table(changed: Mapping[str, tuple[object, object]], *, preset: str) -> Table:
+    """Settings that differ from their preset, dotted name -> (preset's value, run's value)."""
+    title = f"settings that differ from preset {preset}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title) + 2)
+    for name in ("setting", "this run", "preset"):
+        table.add_column(name, style="dim" if name == "preset" else "", no_wrap=name == "setting", overflow="fold")
+    for name, (default, value) in changed.items():
+        table.add_row(Text(name), Text(_setting(value)), Text(_setting(default)))
+    if not changed:
+        table.add_row("none", "", "")
+    return table
+
+
+def _setting(value: object) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
 
 
 def memory_plan_table(plan: Mapping[str, int], *, available_bytes: int | None = None) -> Table:
@@ -167,15 +88,25 @@ def memory_plan_table(plan: Mapping[str, int], *, available_bytes: int | None = 
 def final_table(summary: Mapping[str, object], *, run_dir: str) -> Table:
     """Results of a finished run, from the keys of `summary.json`; missing or null ones show as a dash."""
 
-    def shown(key: str, spec: str = ".3f") -> str:
-        value = _number(summary, key)
+    def shown_of(found: Mapping[str, object], key: str, spec: str = ".3f") -> str:
+        value = _number(found, key)
         return "-" if value is None else format(value, spec)
 
+    def shown(key: str, spec: str = ".3f") -> str:
+        return shown_of(summary, key, spec)
+
+    falls = summary.get("forgetting")
+    fell = [
+        f"{fall.get('slice')} {shown_of(fall, 'before')} -> {shown_of(fall, 'after')}"
+        for fall in (falls if isinstance(falls, list) else [])
+        if isinstance(fall, Mapping)
+    ]
     return _two_columns(
         f"{summary.get('preset', 'run')}, {summary.get('algorithm', '-')}",
         {
             "accuracy": f"{shown('accuracy_before')} -> {shown('accuracy_after')}",
             "pass@8": f"{shown('pass_at_8_before')} -> {shown('pass_at_8_after')}",
+            **({"slices that fell": ", ".join(fell)} if fell else {}),
             "distinct correct answers": shown("distinct_correct_after", ".2f"),
             "value brier, ece": f"{shown('value_brier')}, {shown('value_ece')}",
             "value rank correlation": shown("value_rank_correlation", ".2f"),
@@ -280,9 +211,3 @@ def _two_columns(title: str, rows: Mapping[str, str], *, justify_right: bool = F
 def _number(record: Mapping[str, object], key: str) -> float | None:
     value = record.get(key)
     return float(value) if isinstance(value, int | float) and value == value else None
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

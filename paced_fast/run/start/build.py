@@ -44,8 +44,8 @@ class PreparedRun:
     tokenizer: PreTrainedTokenizerBase
     eval_table: PromptTable
     eval_embeddings: Tensor | None
-    repeated: int
-    """Training prompts that are held-out prompts."""
+    repeated: Mapping[str, int]
+    """Training prompts that are held-out prompts, by the slice of those."""
     resumed: bool
     identity: dict[str, str]
     """Hashes of data and tokenizer, and the stop tokens; a resumed run must match them."""

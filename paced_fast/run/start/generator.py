@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from paced_fast.run import checkpoint
 from paced_fast.run.plan import memory
 from paced_fast.run.start.model import TrainedPolicy
 from paced_fast.run.start.tables import Data
+
+logger = logging.getLogger(__name__)
 
 
 def make_generator(
@@ -51,6 +54,7 @@ def vllm_generator(
     config, policy, model = data.config, made.policy, made.policy.model
     shape = shape_of(model)
     random_state = checkpoint.random_state()
+    logger.info("starting the vLLM engine")
     generator = VLLMGenerator(
         EngineSettings(
             path=str(weights),

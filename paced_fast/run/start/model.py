@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from paced_fast.config import Config, ModelConfig, stream_seed
 from paced_fast.data import prompts
@@ -31,6 +30,7 @@ from paced_fast.policy.warm_start import warm_start
 from paced_fast.run import checkpoint
 from paced_fast.run.plan import memory
 from paced_fast.run.record import terminal
+from paced_fast.run.record.progress import Waiting
 from paced_fast.run.start.run_folder import RunLock, claim
 from paced_fast.run.start.tables import Data, read_table
 
@@ -56,7 +56,7 @@ def make_trained_policy(
     With `newest`, a checkpoint's folder, its parameters are those. Prints the memory plan to the console.
     """
     config, home = data.config, _home(data.config, world)
-    model = _first_model(data, folder, newest is None, home, lock, world)
+    model = _first_model(data, folder, newest is None, home, lock, world, console)
     checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
     shape, as_planned = _trained_shape(config, model), planned(config, model.config)
     layout = _layout(as_planned, shape, len(data.table), world)
@@ -68,6 +68,7 @@ def make_trained_policy(
         policy, initial = _policies(config, model, world, is_sharded)
     embeddings = eval_embeddings = None
     if config.uses_head:
+        logger.info("embedding %d prompts for log Z", len(data.table) + len(data.eval_table))
         with policy.whole():
             tables, with_last = (data.table, data.eval_table), config.log_z.embedding == "mean_and_last"
             embeddings, eval_embeddings = (
@@ -89,13 +90,13 @@ def make_trained_policy(
 
 
 def _first_model(
-    data: Data, folder: Path, is_new: bool, home: ModelConfig, lock: RunLock, world: World
+    data: Data, folder: Path, is_new: bool, home: ModelConfig, lock: RunLock, world: World, console: Console
 ) -> PreTrainedModel:
     """Model before training: rank 0 makes it for a new run, and the other ranks read it from the run folder."""
     model = None
     with world.agreement(patient=True):
         if is_new and world.is_rank0:
-            model = _begin(data, folder, home, lock)
+            model = _begin(data, folder, home, lock, console)
     with world.agreement(patient=True):
         if model is None:
             model = load_model(home, str(folder / "initial"))
@@ -104,12 +105,12 @@ def _first_model(
     return model
 
 
-def _begin(data: Data, folder: Path, home: ModelConfig, lock: RunLock) -> PreTrainedModel:
+def _begin(data: Data, folder: Path, home: ModelConfig, lock: RunLock, console: Console) -> PreTrainedModel:
     """Make the first model and then the run folder, with its weights in `initial`."""
     config, tables = data.config, (data.table, data.eval_table)
     warm = config.warm_start.first.steps or config.warm_start.second.steps
     placed = config if warm else dataclasses.replace(config, model=home)
-    model = _initial_model(data.path, data.tokenizer, placed, data.stops, tables)
+    model = _initial_model(data, placed, tables, console)
     if config.generator == "vllm":
         memory.engine_tokens(shape_of(model), config)
         require_head_size(shape_of(model).head_size, config.model.device)
@@ -175,11 +176,11 @@ def _policies(
     return policy, initial
 
 
-def _initial_model(
-    path: str, tokenizer: PreTrainedTokenizerBase, config: Config, stops: prompts.Stops, tables: Sequence[PromptTable]
-) -> Any:
+def _initial_model(data: Data, config: Config, tables: Sequence[PromptTable], console: Console) -> Any:
     """Make the model before training, including its warm start; first checks that it has an embedding for every prompt
     token."""
+    path, tokenizer, stops = data.path, data.tokenizer, data.stops
+    logger.info("loading the model %s", config.model.name)
     if path == "tiny":
         pad_id = tokenizer.pad_token_id
         assert isinstance(pad_id, int)
@@ -197,14 +198,12 @@ def _initial_model(
         )
     admit(config, model, tables)
     _trained_shape(config, model)  # check that adapters are possible before the warm start
-    started = time.perf_counter()
-    result = warm_start(
-        model,
-        tokenizer,
-        config,
-        load=lambda sources: read_table(sources, tokenizer, config),
-        stops=stops,
-        report=logger.info,
-    )
-    logger.info("warm start: done after %.0f s", time.perf_counter() - started)
-    return result
+    with Waiting(console) as waiting:
+        return warm_start(
+            model,
+            tokenizer,
+            config,
+            load=lambda sources: read_table(sources, tokenizer, config),
+            stops=stops,
+            report=waiting.update,
+        )

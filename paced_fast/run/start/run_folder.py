@@ -15,14 +15,16 @@ from pathlib import Path
 from paced_fast.config import Config
 from paced_fast.errors import InputError
 from paced_fast.run.record import files
-from paced_fast.run.record.loggers import WANDB_FILE
+from paced_fast.run.record.groups_file import GROUPS_FILE
+from paced_fast.run.record.origin import ORIGIN_FILE
 from paced_fast.run.record.rollouts_file import FILE_NAME
+from paced_fast.run.record.sinks import ID_FILES
 
 logger = logging.getLogger(__name__)
 
 OWN_NAMES = (
     *("metrics.jsonl", "checkpoints", "config.json", "initial", "rollouts.jsonl", FILE_NAME),
-    *("summary.json", "report.html", WANDB_FILE),
+    *("summary.json", "report.html", GROUPS_FILE, ORIGIN_FILE, *ID_FILES),
 )
 """Files of a run folder; a folder with any of these is not written into unless the user says so."""
 

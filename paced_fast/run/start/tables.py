@@ -42,7 +42,7 @@ class Data:
     shaper: Shaper
     table: PromptTable
     eval_table: PromptTable
-    repeated: int  # training prompts that are held-out prompts
+    repeated: Mapping[str, int]  # training prompts that are held-out prompts, by their slice
     recorded: RecordedRollouts | None  # in place of sampling
     identity: dict[str, str]  # of data, tokenizer and stop tokens
 
@@ -69,10 +69,11 @@ def read_data(
     config = _dated(config, folder, tokenizer, world)
     with world.agreement():
         config, stops, decode = read_ends(config, path, tokenizer)
-    scorer = Scorer(settings=config.reward, functions=functions)
-    shaper = Shaper(config.reward)
+    scorer, shaper = Scorer(settings=config.reward, functions=functions), Shaper(config.reward)
+    logger.info("reading and tokenizing the prompts")
     with world.agreement():
         table, eval_table, repeated = read_tables(config, tokenizer, scorer, shaper)
+    logger.info("%d prompts to train on, %d held out", len(table), len(eval_table))
     with world.agreement():
         ids = prompts.num_ids(tokenizer)
         recorded = None if replay is None else RecordedRollouts(replay, config, table, ids)
@@ -173,8 +174,9 @@ def without_missing(config: Config) -> Config:
 
 def read_tables(
     config: Config, tokenizer: PreTrainedTokenizerBase, scorer: Scorer, shaper: Shaper
-) -> tuple[PromptTable, PromptTable, int]:
-    """Prompts to train on, held-out prompts, and how many of the former are among the latter; all rewards tried."""
+) -> tuple[PromptTable, PromptTable, Mapping[str, int]]:
+    """Prompts to train on, held-out prompts, and how many of the former are among the latter, by slice; all rewards
+    tried."""
     table, eval_table = (
         read_table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
     )
@@ -213,17 +215,18 @@ def read_table(
     )
 
 
-def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple[PromptTable, int]:
-    """The training rows, without those that are held-out prompts where the settings drop them, and how many are left
-    that are held-out prompts; the log counts repeats among the rows."""
+def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple[PromptTable, Mapping[str, int]]:
+    """The training rows, without those that are held-out prompts where the settings drop them, and by slice how many
+    are left that are held-out prompts; the log counts repeats among the rows."""
     same, policy = prompts.overlap(train, held_out), data.overlap
-    repeated = len(same.train)
+    repeated = same.by_slice
     if same.train and policy == "error":
         raise InputError(f"{same}: remove them, or set --data.overlap drop")
     if same.train and policy == "warn":
-        counts = not data.headline or not same.slices.isdisjoint(data.headline)
-        level = logging.WARNING if counts else logging.INFO  # slices beside the headline may share small problems
-        logger.log(level, "%s: --data.overlap drop leaves them out of training", same)
+        if not data.headline or not same.slices.isdisjoint(data.headline):
+            logger.warning("%s: --data.overlap drop leaves them out of training", same)
+        else:  # slices beside the headline may share small problems
+            logger.info("%s: only of %s, which the headline leaves out", same, ", ".join(sorted(same.slices)))
     if same.train and policy == "drop":
         if len(same.train) == len(train):
             raise InputError(
@@ -232,7 +235,7 @@ def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple
         logger.warning("%s: left out of training", same)
         dropped = set(same.train)
         train = PromptTable(rows=tuple(row for i, row in enumerate(train.rows) if i not in dropped))
-        repeated = 0
+        repeated = {}
     if repeats := prompts.duplicates(train):
         one, first = (train.rows[i].where for i in repeats[0])
         logger.info(
