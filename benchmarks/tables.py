@@ -21,17 +21,18 @@ from benchmarks.loss import compile_kernels, report
 from benchmarks.rewards import sandbox as sandbox_case
 from benchmarks.training.efficiency import sections, suites, table
 from benchmarks.training.efficiency.sections import RunFiles
+from benchmarks.training.efficiency.summary import Row
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-READMES = (
-    ROOT / "README.md",
-    ROOT / "kernels" / "README.md",
-    ROOT / "docs" / "model-types.md",
-    ROOT / "docs" / "results.md",
+_PAGES = (
+    *("data-and-rewards", "evaluation", "model-types", "other-trainers", "results"),
+    *("scaling-and-reliability", "vllm"),
 )
+READMES = (ROOT / "README.md", ROOT / "kernels" / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
+"""Pages with generated sections."""
 
 
 def _environment(result: dict[str, Any]) -> str:
@@ -287,6 +288,14 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), width=120, break_long_words=False, break_on_hyphens=False)
 
 
+def comparison(suites_rows: dict[str, list[Row]]) -> str:
+    """Format the short comparison of the algorithms, with the learning curves of the first suite that has a picture."""
+    pictures = (sections.ROOT / f"{name}.png" for name, rows in suites_rows.items() if rows)
+    path = next((path for path in pictures if path.is_file()), None)
+    text = table.short(suites_rows)
+    return text if path is None else f"{text}\n\n![learning curves]({path.relative_to(ROOT).as_posix()})"
+
+
 @dataclass(frozen=True)
 class Section:
     """Part of a README that is generated from the result of a case."""
@@ -318,7 +327,7 @@ class Section:
 
 
 SECTIONS: dict[str, Section | RunFiles] = {
-    "sample_efficiency": RunFiles(suites.NAMES, table.short),
+    "sample_efficiency": RunFiles(suites.NAMES, comparison),
     **{f"sample_efficiency_{name}": RunFiles((name,), sections.suite_table) for name in suites.NAMES},
     "tiny": Section("train_tiny", train_run),
     "smollm2": Section("train_smollm2", train_run),

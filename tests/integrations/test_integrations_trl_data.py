@@ -360,7 +360,7 @@ def test_options_that_ask_for_what_the_loss_does_change_nothing(tmp_path: Path, 
         assert torch.equal(p, q)
 
 
-def test_the_readme_names_every_option_that_is_refused() -> None:
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    section = text[text.index("### TRL, verl and others") : text.index("In verl, ")]
+def test_the_page_of_other_trainers_names_every_option_that_is_refused() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "other-trainers.md").read_text(encoding="utf-8")
+    section = text[text.index("## TRL") : text.index("## verl")]
     assert [name for name in REFUSED if f"`{name}`" not in section] == []
