@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import run as benchmark
 from paced_fast.config import Config, WarningName, flatten
+from paced_fast.config.paced import ALGORITHMS, RULES
 from paced_fast.data.sources.spec import KEYS, KINDS, parse_source
 from paced_fast.rewards.loading import BUILT_IN
 
@@ -22,8 +23,10 @@ PAGES = [*(ROOT / name for name in OTHERS), *sorted(DOCS.glob("*.md"))]
 BASES = (ROOT, ROOT / "paced_fast", ROOT / "kernels", ROOT / "kernels" / "paced_kernels")
 """Folders that paths in the text may be relative to, besides that of the page."""
 ENDINGS = (".py", ".md", ".toml", ".sh", ".css", ".txt", "/")
-FOLDERS_OF_USERS = ("runs", "data", "checkpoints", "plots", "path", "package", "my", ".cache", "...", "tests/verdicts")
+NOT_HERE = ("runs", "data", "checkpoints", "plots", "path", "package", "my", ".cache", "...")
 """First parts of paths that belong to a user's own folder."""
+MADE = ("benchmarks/results/sample_efficiency/",)
+"""Folders that are not there before the first result."""
 
 _FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 _SPAN = re.compile(r"`([^`\n]+)`")
@@ -76,7 +79,7 @@ def missing_paths(page: Path) -> Iterator[str]:
     for span in _SPAN.findall(prose(page.read_text(encoding="utf-8"))):
         for word in span.split():
             is_path = "/" in word.rstrip("/") and word.endswith(ENDINGS) and re.fullmatch(r"[\w./{},*-]+", word)
-            if not is_path or word.startswith(("/", "~", *FOLDERS_OF_USERS)):
+            if not is_path or word.startswith(("/", "~", *NOT_HERE)) or word in MADE:
                 continue
             for path in spread(word):
                 if not any(any(base.glob(path.rstrip("/"))) for base in (*BASES, page.parent)):
@@ -100,19 +103,18 @@ def wrong_commands(page: Path) -> Iterator[str]:
         name = words[0].rstrip(".,:;)") if words else ""
         if module == "benchmarks.run" and name.islower() and name not in benchmark.CASES:
             yield f"python -m benchmarks.run {name}: no such case"
-        if module == "paced_fast" and name.islower() and not (ROOT / "paced_fast" / name).is_dir():
-            if name not in ("list", "doctor"):
-                yield f"python -m paced_fast {name}: no such command"
+        known = ("list", "doctor", *(path.parent.name for path in (ROOT / "paced_fast").glob("*/__main__.py")))
+        if module == "paced_fast" and name.islower() and name not in known:
+            yield f"python -m paced_fast {name}: no such command"
 
 
 def wrong_options(page: Path) -> Iterator[str]:
     """Options with a dot in their name that are no settings."""
     known = {"--" + name.replace("_", "-") for name in flatten(Config())}
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]*\.[a-z.*-]+", page.read_text(encoding="utf-8"))):
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*\.[a-z\d.*-]+", page.read_text(encoding="utf-8")):
         option = option.rstrip(".-")
-        pattern = re.escape(option).replace(r"\*", "[a-z.-]+")
-        option_or_group = re.compile(pattern.removeprefix(r"\-\-no") if option.startswith("--no-") else pattern)
-        if not any(option_or_group.fullmatch(name) for name in known):
+        pattern = re.escape(option.replace(".no-", ".")).replace(r"\*", "[a-z.-]+")
+        if not any(re.fullmatch(pattern, name) for name in known):
             yield option
 
 
@@ -169,7 +171,7 @@ def test_readme_is_short_and_leads_to_every_page() -> None:
 
 def test_every_key_and_kind_of_a_source_has_an_example_that_is_read() -> None:
     text = (DOCS / "data-and-rewards.md").read_text(encoding="utf-8")
-    examples = [span for span in _SPAN.findall(text) if re.match(rf"({'|'.join(KINDS)}):", span)]
+    examples = [span for span in _SPAN.findall(text) if re.match(rf"({'|'.join(KINDS)}):.", span)]
     read = [parse_source(spec) for spec in examples]
     assert {source.kind for source in read} == set(KINDS)
     without = [key for key in KEYS if f"| `{key}=` |" not in text or not any(f"{key}=" in spec for spec in examples)]
@@ -179,6 +181,21 @@ def test_every_key_and_kind_of_a_source_has_an_example_that_is_read() -> None:
 def test_every_reward_is_listed() -> None:
     text = (DOCS / "data-and-rewards.md").read_text(encoding="utf-8")
     assert [name for name in BUILT_IN if not re.search(rf"^\| .*`{name}`.* \|", text, re.MULTILINE)] == []
+
+
+# The page of the method
+
+
+def test_the_table_of_algorithms_is_that_of_the_settings() -> None:
+    text = (DOCS / "method.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE))
+    assert rows.keys() == ALGORITHMS.keys()
+    for name, traits in ALGORITHMS.items():
+        _, intercept, prompts, replay = rows[name].split(" | ")
+        assert replay == {"on": "yes", "off": "no"}[traits.replay], name
+        assert ("memory" in intercept) == (traits.remembers and traits.intercepts[0] == "value"), name
+        assert ("uniform" in prompts) == (traits.rule == "uniform"), name
+    assert [rule for rule in RULES if f"`{rule}`" not in text] == []
 
 
 # The page of messages
@@ -201,8 +218,9 @@ def strings() -> list[str]:
 
 def is_said(message: str) -> bool:
     """Whether the package has this message; `...` stands for anything."""
-    pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("...")), re.DOTALL)
-    return any(pattern.search(text) for text in strings())
+    parts = [part.strip() for part in message.split("...")]
+    pattern, longest = re.compile(".*".join(map(re.escape, parts)), re.DOTALL), max(parts, key=len)
+    return any(longest in text and pattern.search(text) for text in strings())
 
 
 def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
