@@ -1,8 +1,8 @@
 """Write the tables of the READMEs from the committed results: `python -m benchmarks.tables`.
 
-`--check` only compares. `--stale` lists the tables whose code has changed since they were measured. A section is the
-text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; it is left unchanged if its result file is missing. The
-tables of sample_efficiency are made from the files of its runs, and say which suites have none.
+The learning curves are drawn too. `--check` only compares. `--stale` lists the tables whose code has changed since they
+were measured. A section is the text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; it is left unchanged if its
+result file is missing. The tables of sample_efficiency are made from the files of its runs, and say which have none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import run, stale
+from benchmarks import pictures, run, stale
 from benchmarks.loss import compile_kernels, report
 from benchmarks.rewards import sandbox as sandbox_case
 from benchmarks.training.efficiency import sections, suites, table
@@ -288,11 +288,9 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), width=120, break_long_words=False, break_on_hyphens=False)
 
 
-def comparison(suites_rows: dict[str, list[Row]]) -> str:
+def comparison(found: dict[str, list[Row]]) -> str:
     """Format the short comparison of the algorithms, with the learning curves of the first suite that has a picture."""
-    pictures = (sections.ROOT / f"{name}.png" for name, rows in suites_rows.items() if rows)
-    path = next((path for path in pictures if path.is_file()), None)
-    text = table.short(suites_rows)
+    text, path = table.short(found), pictures.first(found)
     return text if path is None else f"{text}\n\n![learning curves]({path.relative_to(ROOT).as_posix()})"
 
 
@@ -379,6 +377,8 @@ def main() -> None:
     if "--stale" in sys.argv:
         print("\n".join(stale_lines()) or "every table was measured with the present code")
         return
+    if "--check" not in sys.argv:
+        pictures.draw_all()
     is_current = True
     for path in READMES:
         old = path.read_text()
