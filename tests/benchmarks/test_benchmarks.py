@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import options, run, tables
+from benchmarks import options, pictures, run, tables
 from benchmarks.training import sample_efficiency
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,3 +30,14 @@ def test_readme_tables_are_generated_from_the_committed_results():
         assert tables.render(path.read_text()) == path.read_text(), path
     readme = (ROOT / "README.md").read_text()
     assert "accuracy goes from" in readme, "the section of one run of tiny has been written"
+
+
+def test_every_suite_with_runs_has_a_picture_and_readme_shows_the_first(monkeypatch, tmp_path):
+    section = tables.SECTIONS["sample_efficiency"]
+    with_runs = [name for name, runs in section.read().items() if runs]
+    assert with_runs
+    assert [name for name in with_runs if not pictures.place(name).is_file()] == []
+    link = f"![learning curves](benchmarks/results/sample_efficiency/{with_runs[0]}.png)"
+    assert section.text().endswith(link)
+    monkeypatch.setattr(pictures, "place", lambda suite: tmp_path / f"{suite}.png")
+    assert "![" not in section.text()
