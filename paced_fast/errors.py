@@ -2,10 +2,12 @@
 
 import contextlib
 import difflib
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, requires
 
 EVERYWHERE = "raised on every rank"
 """Note on an error that all ranks raise together, so that only one of them reports it."""
@@ -38,6 +40,17 @@ def interrupts_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("SIGINT: stopped, nothing was written\n")
         raise SystemExit(INTERRUPTED) from None
+
+
+def pip_install(extra: str) -> str:
+    """Command that installs the packages of an optional part, by the metadata of this package, which is on no index."""
+    try:
+        wanted = requires("paced-fast") or []
+    except PackageNotFoundError:  # run from a folder that was not installed
+        wanted = []
+    part = re.compile(rf"extra == ['\"]{re.escape(extra)}['\"]")
+    names = [f"'{one.partition(';')[0].strip()}'" for one in wanted if part.search(one)]
+    return f"pip install {' '.join(names) or extra}"
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

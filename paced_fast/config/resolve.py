@@ -21,7 +21,7 @@ from paced_fast.data.sources import (
     rewarded,
     template_arguments,
 )
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, pip_install
 
 
 def resolve(config: Config) -> Config:
@@ -182,9 +182,7 @@ def _check(config: Config) -> None:
             "padded or packed-sdpa"
         )
     if config.lora.rank > 0 and util.find_spec("peft") is None:
-        raise InputError(
-            f"--lora.rank {config.lora.rank} needs PEFT: pip install 'paced-fast[lora]', or give --lora.rank 0"
-        )
+        raise InputError(f"--lora.rank {config.lora.rank} needs PEFT: {pip_install('lora')}, or give --lora.rank 0")
     if config.lora.rank > 0 and not config.lora.targets:
         raise InputError("--lora.targets names no layer: give names of linear layers, or all-linear")
     if config.lora.rank > 0 and config.weight_sync.mode == "shared" and config.generator == "vllm":

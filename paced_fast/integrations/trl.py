@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, pip_install
 from paced_fast.generation.vllm_engine import plain_matrices
 from paced_fast.integrations import trl_data
 from paced_fast.integrations.losses import Balance, group_log_z, loss_from_hidden, loss_from_logprobs
@@ -43,7 +43,7 @@ try:
     from trl.trainer.grpo_trainer import GRPOTrainer
     from trl.trainer.utils import get_config_model_id
 except ImportError as error:
-    raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
+    raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): {pip_install('trl')}") from error
 
 __all__ = ["PacedConfig", "PacedTrainer"]
 

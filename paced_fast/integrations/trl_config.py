@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, pip_install
 
 try:
     from trl.trainer.grpo_config import GRPOConfig
 except ImportError as error:
-    raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
+    raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): {pip_install('trl')}") from error
 
 REFUSED = {
     "beta": "is the weight of GRPO's KL term; trajectory balance has tb_beta",

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset as Rows
 
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, pip_install
 
 try:
     from datasets import Dataset
 except ImportError as error:
-    raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): pip install 'paced-fast[trl]'") from error
+    raise ImportError(f"paced_fast.integrations.trl needs TRL ({error}): {pip_install('trl')}") from error
 
 # Field with the number of the prompt; reward functions do not see it.
 INDEX = "paced_prompt_index"

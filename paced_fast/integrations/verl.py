@@ -46,13 +46,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, pip_install
 from paced_fast.integrations.losses import Balance, group_log_z, loss_from_logprobs, one_a_row
 
 try:
     from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 except ImportError as error:
-    raise ImportError(f"paced_fast.integrations.verl needs verl ({error}): pip install 'paced-fast[verl]'") from error
+    raise ImportError(f"paced_fast.integrations.verl needs verl ({error}): {pip_install('verl')}") from error
 
 _REDUCTIONS = {"seq-mean-token-sum": "sum", "seq-mean-token-mean": "mean"}
 _FLOWRL_SCALE = 15.0

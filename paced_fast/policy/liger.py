@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, pip_install
 
 _KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose norm multiplies by the weight itself and whose MLP is SwiGLU of three linear layers."""
@@ -61,7 +61,7 @@ def _lacks(model: PreTrainedModel, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "its kernels need a GPU"
     if util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed (pip install 'paced-fast[liger]')"
+        return f"liger-kernel is not installed ({pip_install('liger')})"
     if model.config.model_type not in _KNOWN:
         return f"models of type {model.config.model_type} are not supported, only {', '.join(_KNOWN)}"
     return None

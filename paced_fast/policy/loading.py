@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from paced_fast.config import ModelConfig
 from paced_fast.data import hub
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, pip_install
 from paced_fast.policy.shape import KNOWN
 from paced_fast.policy.stored_checks import check_files, check_report, check_settings, refused
 
@@ -177,7 +177,7 @@ def smollm2_folder(cache_dir: Path) -> Path:
         quantised, info = _loaded(files[0].parent, gguf_file=files[0].name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
     except ImportError as error:
-        raise InputError("--model.name smollm2 needs gguf and accelerate: pip install 'paced-fast[smollm2]'") from error
+        raise InputError(f"--model.name smollm2 needs gguf and accelerate: {pip_install('smollm2')}") from error
     check_report(info, quantised, "smollm2")
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)

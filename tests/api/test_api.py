@@ -234,7 +234,7 @@ def test_a_second_interrupt_leaves_the_process_alive(model: str, here: Path, mon
 
 
 def test_rows_come_from_many_places(model: str, here: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'paced-fast[data]'")
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install -e '.[data]'")
     pandas = pytest.importorskip("pandas", reason="needs pandas")
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     files = set()

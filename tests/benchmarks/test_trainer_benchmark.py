@@ -61,7 +61,7 @@ def test_a_process_that_dies_says_why() -> None:
 
 @pytest.mark.slow
 def test_both_trainers_make_their_updates_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("trl", reason="needs trl: pip install 'paced-fast[trl]'")
+    pytest.importorskip("trl", reason="needs trl: pip install -e '.[trl]'")
     path = tmp_path / "trainer.json"
     words = ["--model", "toy", "--prompts", "2", "--completions", "4", "--sequences", "4", "--repeats", "1"]
     words += ["--threads", "1", "--device", "cpu", "--methods", "paced_fast", "trl"]

@@ -84,7 +84,7 @@ def test_the_last_part_of_several_settings_names_all_of_them() -> None:
         assert suggestion(option, KNOWN) == "--help-all lists all options", option
 
 
-@pytest.mark.skipif(util.find_spec("trl") is None, reason="needs TRL: pip install 'paced-fast[trl]'")
+@pytest.mark.skipif(util.find_spec("trl") is None, reason="needs TRL: pip install -e '.[trl]'")
 def test_no_option_of_trl_is_taken_for_another_setting() -> None:
     from trl import GRPOConfig, ModelConfig, ScriptArguments
 

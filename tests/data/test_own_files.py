@@ -207,7 +207,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_hub")
 def test_a_folder_is_no_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'paced-fast[data]'")
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install -e '.[data]'")
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "in" / "table")
     (tmp_path / "plain").mkdir()
     put(tmp_path / "plain" / "train.jsonl", *ROWS)

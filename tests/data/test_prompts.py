@@ -491,7 +491,7 @@ class TestHub:
 
     def test_missing_package_and_failure(self, chat, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(InputError, match=r"hf:a/b needs datasets: .*paced-fast\[data\]"):
+        with pytest.raises(InputError, match=r"hf:a/b needs datasets: pip install 'datasets>=4.0' 'pyarrow>=20'"):
             load("hf:a/b", chat)
 
         def load_dataset(*args, **kwargs):

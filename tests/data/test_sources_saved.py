@@ -10,7 +10,7 @@ from paced_fast.data import hub
 from paced_fast.data.sources import read_drafts
 from paced_fast.errors import InputError
 
-datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'paced-fast[data]'")
+datasets = pytest.importorskip("datasets", reason="needs datasets: pip install -e '.[data]'")
 
 
 @pytest.fixture

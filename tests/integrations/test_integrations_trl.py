@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from trl_beside_ours import GROUP, assert_same, free_port, launch, our_parameters
 
-pytest.importorskip("trl", reason="needs trl: pip install 'paced-fast[trl]'")
+pytest.importorskip("trl", reason="needs trl: pip install -e '.[trl]'")
 
 import tiny_policy
 import tiny_trl

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs trl: pip install 'paced-fast[trl]'")
+pytest.importorskip("trl", reason="needs trl: pip install -e '.[trl]'")
 
 import tiny_policy
 import tiny_trl

@@ -12,7 +12,7 @@ import pytest
 import torch
 from trl_alike import alike, chat_tokenizer, moved, run
 
-pytest.importorskip("trl", reason="needs trl: pip install 'paced-fast[trl]'")
+pytest.importorskip("trl", reason="needs trl: pip install -e '.[trl]'")
 
 import tiny_policy
 import tiny_trl

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("trl", reason="needs trl: pip install 'paced-fast[trl]'")
+pytest.importorskip("trl", reason="needs trl: pip install -e '.[trl]'")
 
 import tiny_trl_sharded
 from trl_beside_ours import assert_same, launch, our_parameters
@@ -70,7 +70,7 @@ def chosen(request: pytest.FixtureRequest) -> set[str]:
 
 @pytest.fixture(scope="module")
 def fsdp(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    pytest.importorskip("peft", reason="needs peft: pip install 'paced-fast[trl]'")
+    pytest.importorskip("peft", reason="needs peft: pip install -e '.[trl]'")
     names = chosen(request)
     runs = {name: changes for name, changes in FSDP_RUNS.items() if name in names}
     runs["learned"] = {**FSDP2, "log_z": "learned"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("trl", reason="needs trl: pip install 'paced-fast[trl]'")
+pytest.importorskip("trl", reason="needs trl: pip install -e '.[trl]'")
 
 import tiny_policy
 import tiny_trl

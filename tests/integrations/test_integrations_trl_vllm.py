@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("trl", reason="needs trl: pip install 'paced-fast[trl]'")
+pytest.importorskip("trl", reason="needs trl: pip install -e '.[trl]'")
 
 import tiny_policy
 import tiny_trl

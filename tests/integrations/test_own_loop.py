@@ -269,7 +269,7 @@ def test_other_modules_are_refused() -> None:
 
 
 def test_adapters_of_peft_are_trained_in_their_wrapper() -> None:
-    peft = pytest.importorskip("peft", reason="needs peft: pip install 'paced-fast[lora]'")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install -e '.[lora]'")
     inputs = batch("both", tiny_policy.VOCAB)
     settings = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     model = peft.get_peft_model(made("plain"), settings).eval()

@@ -232,7 +232,7 @@ def test_what_cannot_be_adapted_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(InputError, match=r"^--weight-sync.mode shared does not work .* give push$"):
         tiny_policy.settings(lora__rank=2, weight_sync__mode="shared", generator="vllm")
     monkeypatch.setattr(resolve.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"^--lora.rank 2 needs PEFT: pip install 'paced-fast\[lora\]'"):
+    with pytest.raises(InputError, match=r"^--lora.rank 2 needs PEFT: pip install 'peft>=0.21'"):
         tiny_policy.settings(lora__rank=2)
 
 

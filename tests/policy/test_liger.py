@@ -126,7 +126,7 @@ def test_what_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert use_liger("off", made) == "off"
     gpu = types.SimpleNamespace(device=torch.device("cuda"), config=types.SimpleNamespace(model_type="gemma3_text"))
     monkeypatch.setattr(liger.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"liger-kernel is not installed \(pip install 'paced-fast\[liger\]'\)"):
+    with pytest.raises(InputError, match=r"liger-kernel is not installed \(pip install 'liger-kernel>=0.8'\)"):
         use_liger("on", gpu)  # type: ignore[arg-type]
     monkeypatch.setattr(liger.util, "find_spec", lambda name: object())
     with pytest.raises(

@@ -82,7 +82,7 @@ def test_the_hugging_face_trainer_names_what_it_lacks(monkeypatch: pytest.Monkey
 @pytest.fixture
 def tiny_folder(tmp_path: Path) -> str:
     """A model of a few weights and a tokenizer with a chat template, as `save_pretrained` leaves them."""
-    tiny_trl = pytest.importorskip("tiny_trl", reason="needs trl: pip install 'paced-fast[trl]'")
+    tiny_trl = pytest.importorskip("tiny_trl", reason="needs trl: pip install -e '.[trl]'")
     tokenizer = tiny_trl.tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path)

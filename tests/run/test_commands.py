@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 
 import paced_fast
 from paced_fast import __main__ as front
-from paced_fast import train
+from paced_fast import errors, train
 from paced_fast.config.paced import ALGORITHMS
 from paced_fast.config.presets import BASES
 from paced_fast.data.sources.benchmarks import BENCHMARKS
 from paced_fast.data.sources.spec import _KEYS, KINDS
+from paced_fast.errors import pip_install
 from paced_fast.policy.attention import lacking_here
 from paced_fast.rewards.loading import BUILT_IN
 from paced_fast.run import catalogue, doctor
@@ -166,3 +168,20 @@ def test_a_gpu_is_told_with_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["--model.attention auto"].startswith(
         "shared (packed-flash4: the kernel needs compute capability 9.x to 12.x, and the GPU has 7.x; "
     )
+
+
+@pytest.mark.parametrize("extra", ["vllm", "lora", "trl", "verl", "data", "smollm2", "wandb", "trackio"])
+def test_what_an_optional_part_needs_is_named_by_its_packages(extra: str) -> None:
+    """The package itself is on no index, so an extra of it could not be installed by name."""
+    wanted = PROJECT["optional-dependencies"][extra]
+    assert pip_install(extra) == f"pip install {' '.join(map(repr, wanted))}"
+    for path in (ROOT / "paced_fast").rglob("*.py"):
+        assert "paced-fast[" not in path.read_text(encoding="utf-8"), path
+
+
+def test_what_an_optional_part_needs_is_named_without_metadata_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(errors, "requires", absent)
+    assert pip_install("wandb") == "pip install wandb"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import util
 
 from paced_fast.data.sources import find_file, looked_at, parse_source
-from paced_fast.errors import InputError, nearest
+from paced_fast.errors import InputError, nearest, pip_install
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def benchmark_sources(names: Sequence[str], data_dir: str | None) -> tuple[str, 
         if util.find_spec("datasets") is None:
             raise InputError(
                 f"benchmark {name}: no such file {source.name} (looked for {looked_at(source, data_dir)}): give its "
-                "folder by --data-dir, or pip install 'paced-fast[data]' to read it from the Hugging Face hub"
+                f"folder by --data-dir, or {pip_install('data')} to read it from the Hugging Face hub"
             )
         logger.warning(
             "benchmark %s: no such file %s (looked for %s; --data-dir names its folder): reading %s instead",

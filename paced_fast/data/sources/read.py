@@ -17,7 +17,7 @@ from paced_fast.data.sources.faults import BadRow
 from paced_fast.data.sources.spec import Source, parse_source
 from paced_fast.data.sources.whole_files import CsvRows, JsonList, is_list
 from paced_fast.data.tasks import reasoning_gym_rows, signed_sums_demonstrations, signed_sums_rows
-from paced_fast.errors import InputError, nearest
+from paced_fast.errors import InputError, nearest, pip_install
 
 Row = dict[str, Any]
 
@@ -161,7 +161,7 @@ class ParquetRows:
             import pyarrow
             from pyarrow import parquet
         except ImportError as error:
-            raise InputError(f"reading {path} needs pyarrow: pip install 'paced-fast[data]'") from error
+            raise InputError(f"reading {path} needs pyarrow: {pip_install('data')}") from error
         self.path = path
         self._failures = (pyarrow.ArrowException, OSError)
         try:
@@ -229,7 +229,7 @@ class HubRows:
         try:
             import datasets
         except ImportError as error:
-            raise InputError(f"hf:{source.name} needs datasets: pip install 'paced-fast[data]'") from error
+            raise InputError(f"hf:{source.name} needs datasets: {pip_install('data')}") from error
         is_saved = folder is not None and any((folder / name).is_file() for name in _OF_SAVE_TO_DISK)
         if folder is None:
             _ask_hub(source.name)

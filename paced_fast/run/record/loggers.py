@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, pip_install
 from paced_fast.run.record.sinks import KINDS, Row, RunInfo, Sink
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _not_installed(name: str) -> InputError:
-    return InputError(f"--run.loggers: the package of {name!r} is not installed: pip install 'paced-fast[{name}]'")
+    return InputError(f"--run.loggers: the package of {name!r} is not installed: {pip_install(name)}")
 
 
 def _module(name: str) -> Any:
@@ -53,7 +53,7 @@ def _module(name: str) -> Any:
             raise _not_installed(name) from error
         raise InputError(
             f"--run.loggers: the package of {name!r} cannot be imported ({_line(error)}): install versions that fit "
-            f"together with pip install --upgrade 'paced-fast[{name}]', or leave it out"
+            f"together with {pip_install(name)} --upgrade, or leave it out"
         ) from error
     if getattr(module, "__file__", "") is None:
         raise _not_installed(name)
