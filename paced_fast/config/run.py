@@ -108,11 +108,11 @@ class Config:
     preset: str = "tiny"
     """Name of the preset that these settings started from; give it as the first word, not as an option."""
     algorithm: Algorithm = "paced"
-    """`paced` (trajectory balance whose learned log Z schedules prompts and replay), `paced_paper` (arXiv 2602.12642 to
-    the letter: the head fitted once to the groups of each step, prompts nearest tau from a random pool), `tb`
-    (trajectory balance with a learned log Z and uniform prompts), `tb_group` (with the group's mean reward in place of
-    log Z), `flowrl` (trajectory balance to rewards normalised within the group) or `grpo` (clipped policy gradient with
-    the group's mean and deviation as baseline)."""
+    """`paced` (trajectory balance whose learned log Z schedules prompts and replay), `paced_paper` (the same
+    with the head of arXiv 2602.12642 alone, fitted once to the groups of each step), `tb` (trajectory balance with a
+    learned log Z and uniform prompts), `tb_group` (with the group's mean reward in place of log Z), `flowrl`
+    (trajectory balance to rewards normalised within the group) or `grpo` (clipped policy gradient with the group's mean
+    and deviation as baseline)."""
     steps: Annotated[int, Bounds(0, 10**9)] = 150
     """Steps of training."""
     seed: Annotated[int, Bounds(0, 2**63 - 1)] = 0
