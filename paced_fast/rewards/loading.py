@@ -23,6 +23,8 @@ GIVEN = "given:"
 
 BUILT_IN = ("exact", "number", "math", "math_strict", "code", "reasoning_gym", "signed_sums")
 """Names of the rewards of this package."""
+TARGETS = ("signed_sums",)
+"""Rewards for which a row's answer is what a completion must come to, not what it must say."""
 
 
 def load_reward(

@@ -156,3 +156,11 @@ def test_own_model_data_and_reward_train_resume_and_are_named(folder: Path, caps
         "it out to continue the run (--resume runs/model-paced-0 needs nothing else), or start a new run with --config "
         "runs/model-paced-0/config.json\n"
     )
+
+
+def test_a_target_is_not_taken_for_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    """A row of signed_sums names the number that an expression must come to; the number itself is no expression."""
+    text = told(capsys, "tiny")
+    assert "\n  a right completion comes to " in text
+    assert "WARNING" not in text
+    assert "expected answer" not in text

@@ -206,7 +206,7 @@ def test_a_signal_ends_a_run_of_one_process_with_a_checkpoint(tmp_path: Path) ->
             return step()
 
         run.stepper.step = signalled  # type: ignore[method-assign]
-        how = f"continue with the same command and --resume auto --run-dir {tmp_path / 'run'}"
+        how = f"continue with --resume {tmp_path / 'run'}, which stands for all other options"
         with pytest.raises(StopRequested, match=f"^SIGTERM: stopped after step 3, which is saved: {re.escape(how)}$"):
             train.train(run, tiny_run.quiet(), stop)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000003"]
@@ -238,7 +238,9 @@ def test_ctrl_c_before_the_first_step_ends_the_run_with_one_line(
         with pytest.raises(StopRequested, match=r"^SIGINT: stopped before the first step: ") as stopped:
             train.run(settings, tiny_run.quiet())
     assert str(stopped.value).endswith(
-        "with the same command" if place == "warm start" else f"--resume auto --run-dir {tmp_path / 'run'}"
+        "with the same command"
+        if place == "warm start"
+        else f"--resume {tmp_path / 'run'}, which stands for all other options"
     )
     assert (tmp_path / "run").exists() == (place == "first evaluation")
     assert not list(tmp_path.glob("cache/*.partial"))

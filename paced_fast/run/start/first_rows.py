@@ -14,6 +14,7 @@ from paced_fast.config.resolve import resolve
 from paced_fast.data.distributed import ALONE
 from paced_fast.data.records import PromptRow
 from paced_fast.rewards import Scorer
+from paced_fast.rewards.loading import TARGETS
 from paced_fast.run.start.tables import Data, read_data, without_missing
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,9 @@ def _lines(row: PromptRow, data: Data, longest: int | None, kind: str) -> Iterat
     answer = _written(row.columns.get("answer"))
     if answer is None:
         yield f"  expected answer: no column of one; the reward {row.reward} judges by {', '.join(row.columns)}"
+        return
+    if row.reward in TARGETS:
+        yield f"  a right completion comes to {answer}, by the reward {row.reward}"
         return
     yield f"  expected answer: {answer if len(answer) <= _LONGEST else answer[:_LONGEST] + '...'}"
     yield f"  {_verdict(row, answer, data.scorer)}"

@@ -71,7 +71,7 @@ def ignore_interrupts() -> None:
 
 def how_to_resume(folder: Path) -> str:
     """Words that continue the run in `folder`, or start it again if it has no checkpoint yet."""
-    return f"continue with the same command and --resume auto --run-dir {shlex.quote(str(folder))}"
+    return f"continue with --resume {shlex.quote(str(folder))}, which stands for all other options"
 
 
 class StopRequest:
