@@ -197,6 +197,14 @@ def _text(table: RenderableType) -> str:
     return capture.get()
 
 
+def test_settings_of_an_own_model_are_told_too() -> None:
+    """`own` is no preset with a task, and a run that begins there changes settings all the same."""
+    config = preset("own")
+    config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, prompts_per_step=2))
+    changed, _ = changed_settings(flatten(config))
+    assert changed == {"generation.prompts_per_step": (16, 2)}
+
+
 def test_the_table_of_settings_holds_what_differs_from_the_preset() -> None:
     config = dataclasses.replace(preset("tiny"), steps=7, run_dir="elsewhere", seed=5)
     changed, decided = changed_settings(flatten(config))

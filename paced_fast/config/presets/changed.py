@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from paced_fast.config import flatten
-from paced_fast.config.presets import PRESETS
+from paced_fast.config.presets import BASES
 
 Changes = dict[str, tuple[object, object]]
 """(value of the preset, value of the run) by dotted name."""
@@ -22,11 +22,11 @@ def changed_settings(config: Mapping[str, object]) -> tuple[Changes, Changes]:
     preset that this version does not know.
     """
     preset = config.get("preset")
-    if not isinstance(preset, str) or preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in BASES:
         return {}, {}
     changed: Changes = {}
     decided: Changes = {}
-    for name, default in flatten(PRESETS[preset]()).items():
+    for name, default in flatten(BASES[preset]()).items():
         if name in config and name != "run_dir" and _plain(config[name]) != _plain(default):
             found = decided if default in ("auto", ("auto",)) or name in _DECIDED else changed
             found[name] = (_plain(default), _plain(config[name]))

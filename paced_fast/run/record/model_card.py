@@ -38,7 +38,7 @@ def model_card(run: Path, step: int, name: str) -> str | None:
             [
                 f"# {_text(name)}",
                 _about(config, base, step),
-                _usage(name),
+                _usage(name, is_chat=config.get("data.template") == "chat"),
                 *_results(first, last, at),
                 *_data(config),
                 *_settings(config),
@@ -107,8 +107,13 @@ def _about(config: Mapping[str, Any], base: str, step: int) -> str:
     )
 
 
-def _usage(name: str) -> str:
+def _usage(name: str, *, is_chat: bool) -> str:
     folder = name.replace("\\", "/")
+    inputs = 'tokenizer("PROMPT", return_tensors="pt")'
+    if is_chat:
+        chat = '[{"role": "user", "content": "PROMPT"}]'
+        options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        inputs = f"tokenizer.apply_chat_template({chat}, {options})"
     return f"""## Use
 
 ```python
@@ -116,11 +121,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-inputs = tokenizer("PROMPT", return_tensors="pt")
+inputs = {inputs}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))
 ```
 
-`vllm serve {folder}` serves it. A model with a chat template is asked by `tokenizer.apply_chat_template`."""
+`vllm serve {folder}` serves it."""
 
 
 def _results(first: Mapping[str, Any], last: Mapping[str, Any], at: int) -> Iterator[str]:
