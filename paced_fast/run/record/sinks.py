@@ -54,7 +54,28 @@ class Sink(Protocol):
         ...
 
 
-class Wandb:
+class _OwnTypes:
+    """Figures, histograms and tables for a module that has classes of its own for the last two."""
+
+    _module: Any
+    _run: Any
+
+    def log(self, figures: Mapping[str, float], histograms: Mapping[str, Sequence[float]], step: int) -> None:
+        """See `Sink.log`."""
+        drawn = {
+            name: self._module.Histogram(np_histogram=(list(counts), _edges(counts)))
+            for name, counts in histograms.items()
+        }
+        self._run.log({**figures, **drawn}, step=step)
+
+    def table(self, name: str, rows: Sequence[Row], step: int) -> None:
+        """See `Sink.table`."""
+        columns = list(rows[0])
+        data = [[_cell(row.get(column)) for column in columns] for row in rows]
+        self._run.log({name: self._module.Table(columns=columns, data=data)}, step=step)
+
+
+class Wandb(_OwnTypes):
     """A wandb run; group, tags and the id of a resumed run are given where this version takes them."""
 
     def __init__(self, module: Any, info: RunInfo) -> None:
@@ -71,20 +92,6 @@ class Wandb:
         self._run = module.init(project=info.project, name=folder.name, dir=str(folder), config=info.config, **more)
         if known is None:
             remember(folder, "wandb", str(getattr(self._run, "id", "")))
-
-    def log(self, figures: Mapping[str, float], histograms: Mapping[str, Sequence[float]], step: int) -> None:
-        """See `Sink.log`."""
-        drawn = {
-            name: self._module.Histogram(np_histogram=(list(counts), _edges(counts)))
-            for name, counts in histograms.items()
-        }
-        self._run.log({**figures, **drawn}, step=step)
-
-    def table(self, name: str, rows: Sequence[Row], step: int) -> None:
-        """See `Sink.table`."""
-        columns = list(rows[0])
-        data = [[_cell(row.get(column)) for column in columns] for row in rows]
-        self._run.log({name: self._module.Table(columns=columns, data=data)}, step=step)
 
     def artifact(self, path: Path, kind: str) -> None:
         """See `Sink.artifact`."""
@@ -137,7 +144,7 @@ class Tensorboard:
         self._writer.close()
 
 
-class Trackio:
+class Trackio(_OwnTypes):
     """A trackio run. Its runs are continued by name, so the name gets a suffix that no other folder has."""
 
     def __init__(self, module: Any, info: RunInfo) -> None:
@@ -150,20 +157,6 @@ class Trackio:
         self._run = module.init(project=info.project, name=name, config=config, **more)
         if known is None:
             remember(info.folder, "trackio", name)
-
-    def log(self, figures: Mapping[str, float], histograms: Mapping[str, Sequence[float]], step: int) -> None:
-        """See `Sink.log`."""
-        drawn = {
-            name: self._module.Histogram(np_histogram=(list(counts), _edges(counts)))
-            for name, counts in histograms.items()
-        }
-        self._run.log({**figures, **drawn}, step=step)
-
-    def table(self, name: str, rows: Sequence[Row], step: int) -> None:
-        """See `Sink.table`."""
-        columns = list(rows[0])
-        data = [[_cell(row.get(column)) for column in columns] for row in rows]
-        self._run.log({name: self._module.Table(columns=columns, data=data)}, step=step)
 
     def artifact(self, path: Path, kind: str) -> None:
         """See `Sink.artifact`; versions before 0.30 keep none."""
