@@ -71,6 +71,8 @@ def settings(folder: Path) -> Config:
         "scheduler": {"warmup_steps": 3, "max_visits": 1},
         "replay": {"mode": "on", "capacity": 24, "insert_per_step": 5, "draw_per_step": 4},
         "reward": {"shaping": ("0.1*length",)},
+        # A gap in every step, and fewer steps than patience: counted, never said.
+        "guard": {"max_value_gap": 0.0, "patience": 2 * STEPS},
         "evaluation": {"every": 3, "samples": 1, "final_samples": 1},
         "run": {"checkpoint_every": 1, "keep_checkpoints": 99, "threads": 1, "report": False},
     }
