@@ -109,8 +109,9 @@ def install(fault: Fault) -> None:
     fault.before(Scorer, "score", "reward")
     fault.before(PolicyOptimizer, "clip_and_step", "update")
     fault.before(Policy, "embed", "build")
-    # Rank 0 fails in its writing thread, after the policy is on disk; only the main thread can exit.
-    if os.environ.get("RANK", "0") == "0" and fault.kind != "exit":
+    # Rank 0 fails in its writing thread, after the policy is on disk. Only the main thread can exit; a signal comes
+    # while it is there, because the thread may write when the last step is under way, which no signal stops.
+    if os.environ.get("RANK", "0") == "0" and fault.kind in ("kill", "stop", "raise", "hang"):
         _in_the_writing_thread(fault)
     else:
         fault.before(save.Saver, "save", "save")
