@@ -59,7 +59,7 @@ class Suite:
 
 _SUITES = (
     Suite(name="tiny", preset="tiny", steps=150, eval_every=25, seeds=10, easiest="trivial"),
-    Suite(name="small", preset="small", eval_every=25, seeds=5, table_at=("end",)),
+    Suite(name="small", preset="small", eval_every=30, seeds=5, table_prompts=500, table_at=("end",)),
     Suite(
         name="smollm2",
         preset="smollm2",
