@@ -70,8 +70,9 @@ rows or more, as in a table that nobody has filtered."""
 def small() -> Config:
     """Letters and numbers on a CPU: a 2.3M-parameter model, tasks of reasoning-gym of every difficulty.
 
-    The first phase of the warm start teaches the tasks. The second shows answers with wrong characters, none in the easy
-    levels and many in the harder ones, so that the policy knows more than it does reliably. The hardest are not taught.
+    The first phase of the warm start teaches the tasks. The second shows answers with wrong characters, none in the
+    easy levels and many in the harder ones, so that the policy knows more than it does reliably. The hardest levels are
+    not taught.
     """
     return Config(
         preset="small",
