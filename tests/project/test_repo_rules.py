@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -436,22 +437,29 @@ def _project() -> dict[str, object]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def _constraints() -> dict[str, Version]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def _constraints(name: str = "constraints.txt") -> dict[str, Version]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     assert all(len(pin.specifier) == 1 and str(pin.specifier).startswith("==") for pin in pins)
     return {pin.name: Version(str(pin.specifier).removeprefix("==")) for pin in pins}
 
 
-def test_the_tested_set_pins_what_an_install_asks_for() -> None:
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("constraints.txt", ["dev", "smollm2"]),
+        ("constraints-gpu.txt", ["dev", "smollm2", "vllm", "liger", "lora"]),
+    ],
+)
+def test_a_set_of_versions_pins_what_an_install_asks_for(name: str, chosen: list[str]) -> None:
     project = _project()
     extras = project["optional-dependencies"]
     assert isinstance(extras, dict)
     assert isinstance(project["dependencies"], list)
-    pins = _constraints()
-    for line in [*project["dependencies"], *extras["dev"], *extras["smollm2"]]:
+    pins = _constraints(name)
+    for line in [*project["dependencies"], *itertools.chain.from_iterable(extras[each] for each in chosen)]:
         wanted = Requirement(line)
-        assert wanted.name in pins, f"{wanted.name} has no tested version in constraints.txt"
+        assert wanted.name in pins, f"{wanted.name} has no version in {name}"
         assert pins[wanted.name] in wanted.specifier, f"{wanted} excludes the tested {pins[wanted.name]}"
 
 
@@ -483,7 +491,12 @@ def test_make_targets_run_the_documented_commands() -> None:
     assert "-m paced_fast.train smollm2 --steps 10" in commands("train", "PRESET=smollm2", "ARGS=--steps 10")
     for tier in ("check", "test", "test-all"):  # what they are made of: tests/project/test_suite.py
         assert commands(tier, "ARGS=-x").splitlines()[-1] == f".venv/bin/python .ci/suite.py {tier} -x"
-    install = commands("install", "-B", "TORCH_INDEX=URL")
+    on_gpu = commands("install", "-B", "GPU=yes")
+    assert "cat constraints-gpu.txt > .venv/constraints.txt" in on_gpu
+    assert "pip install -c .venv/constraints.txt -e '.[dev,smollm2,vllm,liger,lora]'" in on_gpu
+    install = commands("install", "-B", "GPU=", "TORCH_INDEX=URL")
+    assert "grep -v '^triton==' constraints.txt > .venv/constraints.txt" in install
+    assert "pip install -c .venv/constraints.txt -e '.[dev,smollm2]'" in install
     assert [line for line in install.splitlines() if "extra-index-url" in line] == [
         ".venv/bin/python -m pip install --extra-index-url 'URL' -c .venv/constraints.txt torch"
     ], "the extra index is asked for torch alone"
