@@ -125,7 +125,8 @@ class LogZConfig:
     cache_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the cached prompt embeddings; the head computes in float32."""
     scored_per_step: Annotated[int, Bounds(0, 10**9)] = 0
-    """Number of prompts whose value is recomputed per step, in turn, besides those drawn; 0: all."""
+    """Number of prompts whose value is recomputed per step, in turn, besides the pool of the draw and the batch; 0: all
+    of a table of up to 65,536 prompts, and so many of a larger one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,18 +20,21 @@ from paced_kernels import PriorityTree
 
 # Prompts scored at once, so that the head's float32 activations stay small for any table size.
 _BLOCK = 8192
+# Prompts whose value is recomputed per step unless the setting says how many: all of most tables.
+_WINDOW = 65_536
 
 
 class LogZ:
     """3-layer MLP on frozen prompt embeddings, with an optimiser of its own, and the outcomes of each prompt.
 
-    N = prompts, H = embedding size, P = groups, G = completions per group. `values` f32[N] are the latest estimates;
-    with `scored_per_step` below N only a rotating window is recomputed per step.
+    N = prompts, H = embedding size, P = groups, G = completions per group. `values` f32[N] are the latest estimates; of
+    a table larger than `window` only so many are recomputed per step, in turn.
     """
 
     def __init__(self, embeddings: Tensor, config: LogZConfig, *, seed: int, bounded: bool) -> None:
         """`embeddings` f32[N, H]; `bounded` puts a sigmoid on the output (value), else it is a raw log Z."""
         self.config, self.bounded = config, bounded
+        self.window = config.scored_per_step or _WINDOW
         self.mean = embeddings.mean(0)
         self.scale = embeddings.std(0, correction=0).clamp(min=1e-6)  # so that a table of one prompt works too
         self.inputs = self._standardise(embeddings)
@@ -68,8 +71,8 @@ class LogZ:
     @torch.no_grad()
     def score(self) -> Tensor:
         """Recompute `values`, all of them or the next window, and return them."""
-        count, size = len(self.inputs), self.config.scored_per_step
-        if not 0 < size < count:
+        count, size = len(self.inputs), self.window
+        if not self.is_windowed:
             self.values.copy_(self.all_values())
             return self.values
         window = (self.cursor + torch.arange(size, device=self.cursor.device)) % count
@@ -77,10 +80,14 @@ class LogZ:
         self.cursor.copy_((self.cursor + size) % count)
         return self.values
 
+    @property
+    def is_windowed(self) -> bool:
+        """Whether `score` leaves prompts out, so that `values` has older ones."""
+        return self.window < len(self.inputs)
+
     def rescore(self, prompt_index: Tensor) -> None:
         """Recompute the `values` of prompts i64[B], which the window of `score` may have left out."""
-        if 0 < self.config.scored_per_step < len(self.inputs):
-            self.values.index_copy_(0, prompt_index, self.value(prompt_index))
+        self.values.index_copy_(0, prompt_index, self.value(prompt_index))
 
     @torch.no_grad()
     def value(self, prompt_index: Tensor) -> Tensor:

@@ -29,8 +29,20 @@ class Draw:
     now: Tensor  # i64[], the step
     round_: int
     is_warmup: Tensor  # bool[]
-    values: Tensor | None  # f32[N], tau during the warm-up; None for a rule that does not read them
+    tau: float
+    values: Tensor | None  # f32[N]; None for a rule that does not read them
+    refresh: Callable[[Tensor], None] | None  # computes the `values` of prompts i64[K] anew
     allowed: Tensor | None  # bool[N]; None for all
+
+    def estimates(self, pool: Tensor | None = None) -> Tensor:
+        """Values f32[N] of all prompts, or newly computed f32[K] of a `pool` i64[K]; tau during the warm-up."""
+        assert self.values is not None
+        values = self.values
+        if pool is not None:
+            if self.refresh is not None:
+                self.refresh(pool)
+            values = values[pool]
+        return torch.where(self.is_warmup, self.tau, values)
 
 
 class PromptScheduler:
@@ -49,23 +61,28 @@ class PromptScheduler:
         if RULES[config.rule].counts_outcomes:
             self.posterior = BetaPosterior(num_prompts, seed=seed, device=device)
 
-    def draw(self, count: int, step: int | Tensor, values: Tensor | None, round_: int = 0) -> Tensor:
+    def draw(
+        self,
+        count: int,
+        step: int | Tensor,
+        values: Tensor | None,
+        round_: int = 0,
+        refresh: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         """Draw `count` distinct prompts i64[count]; `values` f32[N] are the estimated accuracies of all prompts.
 
         `step` counts from 1, on the host or as i64[] on the device. `round_` numbers repeated draws within one step
-        (`dynamic`). With `count` above N prompts repeat, evenly.
+        (`dynamic`). With `count` above N prompts repeat, evenly. A rule that reads the values of a pool only has
+        `refresh` compute them anew, in place, for these prompts i64[K].
         """
         now = self._now(step)
         if count > self.num_prompts:
             return self._repeated(count, now, round_)
         allowed, is_warmup = self._allowed(count), now <= self.config.warmup_steps
-        rule, estimate = self.config.rule, None
-        if RULES[rule].reads_value:
-            if values is None:
-                rule = "uniform"
-            else:
-                estimate = torch.where(is_warmup, self.config.tau, values)
-        index = DRAWS[rule](self, Draw(count, now, round_, is_warmup, estimate, allowed))
+        rule = self.config.rule
+        if RULES[rule].reads_value and values is None:
+            rule = "uniform"
+        index = DRAWS[rule](self, Draw(count, now, round_, is_warmup, self.config.tau, values, refresh, allowed))
         if self.config.max_visits:
             self.epoch_draws.index_add_(0, index, torch.ones_like(index))
         return index
@@ -149,17 +166,15 @@ class PromptScheduler:
 
 def near_tau(scheduler: PromptScheduler, draw: Draw) -> Tensor:
     """`tree`: the weight of a prompt is a bell around tau of its value; a share of the draws explores."""
-    assert draw.values is not None
-    scheduler.tree.rebuild(scheduler.bell, draw.values, allowed=draw.allowed)
+    scheduler.tree.rebuild(scheduler.bell, draw.estimates(), allowed=draw.allowed)
     return scheduler.race(draw)
 
 
 def nearest_of_pool(scheduler: PromptScheduler, draw: Draw) -> Tensor:
     """`greedy`: the prompts nearest tau in a random pool (the rule of the paper); the same share explores the rest."""
-    assert draw.values is not None
     count, pool = draw.count, scheduler.pool(draw)
     explore = min(round(scheduler.config.exploration * count), count)
-    values = draw.values[pool.clamp(min=0)]
+    values = draw.estimates(pool.clamp(min=0))
     is_known = (pool >= 0) & ~values.isnan()
     order = is_known.long().argsort(descending=True, stable=True)  # no prompt is drawn whose value is NaN
     pool, values = torch.where(is_known, pool, -1)[order], values[order]

@@ -80,7 +80,7 @@ class Trainer:
         collected()
         rollouts = fresh.rollouts if replayed is None else packing.concat(fresh.rollouts, replayed)
         with self.phase("head"):
-            self._rescore(rollouts)
+            self._rescore(rollouts.prompt_index)
         with self.phase("old_logprobs"):
             targets = make_targets(config, self.policy, self.initial, rollouts, fresh, values, self.world)
         with self.phase("update"):
@@ -124,10 +124,10 @@ class Trainer:
         self.world.broadcast_(values)
         return values
 
-    def _rescore(self, rollouts: Rollouts) -> None:
-        """Recompute the values of this batch's prompts with the current head."""
-        if self.log_z is not None:
-            self.log_z.rescore(rollouts.prompt_index)
+    def _rescore(self, prompt_index: Tensor) -> None:
+        """Recompute the values of prompts i64[K] with the current head where the table's may be of an older one."""
+        if self.log_z is not None and self.log_z.is_windowed:
+            self.log_z.rescore(prompt_index)
             self.world.broadcast_(self.log_z.values)
 
     def _collect(self, step: int, values: Tensor | None) -> tuple[Fresh, Rollouts | None]:
@@ -154,7 +154,8 @@ class Trainer:
             with self.phase("replay"):
                 wanted["slots"], wanted["lengths"], wanted["prompts"] = self.replay.choose(len(values), self.now)
         with self.phase("schedule"):
-            wanted["drawn"] = self.scheduler.draw(self.config.generation.prompts_per_step, self.now, values, round_)
+            size = self.config.generation.prompts_per_step
+            wanted["drawn"] = self.scheduler.draw(size, self.now, values, round_, self._rescore)
             host = to_host(wanted)
         if min(host["drawn"]) < 0:
             raise TrainingError(

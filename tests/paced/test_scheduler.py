@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 import torch
 from torch import Tensor
 
@@ -232,3 +234,31 @@ def test_the_state_restores_the_next_batch(rule: str) -> None:
         assert torch.equal(tensor, state[name]), name
     assert torch.equal(one.draw(8, 5, values), two.draw(8, 5, values))
     assert torch.equal(two.visits, one.visits)
+
+
+def test_greedy_asks_for_the_values_of_its_pool_and_of_no_other_prompt() -> None:
+    chooser = scheduler(200, rule="greedy", exploration=0.0, pool_factor=4)
+    values, current, asked = torch.zeros(200), spread(200), []
+
+    def refresh(pool: Tensor) -> None:
+        asked.append(pool)
+        values[pool] = current[pool]
+
+    drawn = chooser.draw(8, 1, values, refresh=refresh)
+    (pool,) = asked
+    assert pool.unique().numel() == 32
+    nearest = (current[pool] - 0.5).abs().sort().values[:8]
+    assert torch.equal((current[drawn] - 0.5).abs(), nearest)
+
+
+def test_values_of_a_window_draw_what_all_values_draw(tmp_path: Path) -> None:
+    rewards, drawn = tiny_run.write_rewards(tmp_path), {}
+    for window in (0, 3):
+        config = tiny_run.config(rewards, log_z__scored_per_step=window, scheduler__pool_factor=2)
+        run = tiny_run.build(config, tmp_path / str(window))
+        log_z = run.trainer.log_z
+        assert log_z is not None
+        assert log_z.is_windowed == bool(window)
+        steps = [run.stepper.step().result.fresh.prompt_index.tolist() for _ in range(6)]
+        drawn[window] = steps, log_z.all_values().tolist()
+    assert drawn[0] == drawn[3]

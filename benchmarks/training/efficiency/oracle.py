@@ -23,6 +23,7 @@ class MeasuredValues:
         assert run.trainer.log_z is not None
         self.run, self.samples, self.head = run, samples, run.trainer.log_z
         self.values = torch.zeros(len(run.collector.table), device=self.head.values.device)
+        self.is_windowed = False
         self.measure()
 
     def __getattr__(self, name: str) -> Any:
@@ -39,9 +40,6 @@ class MeasuredValues:
     def score(self) -> Tensor:
         """Measured accuracies f32[N]."""
         return self.values
-
-    def rescore(self, prompt_index: Tensor) -> None:
-        """Nothing to do: no value is stale."""
 
     def all_values(self) -> Tensor:
         """Measured accuracies f32[N]."""
