@@ -14,8 +14,9 @@ from typing import Any, Literal, cast
 
 from paced_fast.api import given
 from paced_fast.api.process import as_found
-from paced_fast.api.result import Evaluated, Result, frame
+from paced_fast.api.result import Evaluated, Result
 from paced_fast.api.settings import base, in_python, with_settings
+from paced_fast.api.tables import table
 from paced_fast.config import Config
 from paced_fast.config.saved import load_config
 from paced_fast.errors import InputError, StopRequested, nearest
@@ -33,6 +34,8 @@ _GIVEN = "given"
 """Folder inside a run folder with what Python handed over."""
 _OF_THE_COMMAND = {"run_or_model", "benchmarks", "sources", "json", "save_samples"}
 """Options of the command that are arguments of `evaluate`, or files in place of what it returns."""
+_SAMPLES = ("slice", "prompt", "completion", "reward", "answer", "tokens")
+"""Columns of the completions of an evaluation that are shown where not all have room, the most important first."""
 _ARGUMENTS = {"data.train": "data", "data.eval": "eval_data", "model.name": "model", "resume": "resume=True"}
 """Settings that are arguments of `train`."""
 
@@ -207,9 +210,9 @@ def evaluate_given(
         fields: dict[str, Any] = {key: str(it) if isinstance(it, Path) else it for key, it in options.items()}
         arguments = EvaluateArguments(run_or_model=target, benchmarks=tuple(benchmarks), sources=sources, **fields)
         figures = evaluate_target(arguments, samples.extend, functions=functions)
-        for table in terminal.evaluation_tables(figures):
-            console.print(table)
-    return Evaluated(figures=figures, samples=frame([_row(sample) for sample in samples]))
+        for shown in terminal.evaluation_tables(figures):
+            console.print(shown)
+    return Evaluated(figures=figures, samples=table([_row(sample) for sample in samples], _SAMPLES))
 
 
 def _row(sample: Sample) -> dict[str, Any]:

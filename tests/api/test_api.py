@@ -89,6 +89,16 @@ def test_the_result_has_figures_charts_rollouts_and_the_policy(result: Result, t
     assert exported.config.vocab_size == result.model.config.vocab_size
 
 
+def test_printed_tables_have_the_columns_that_matter(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    head = str(result.metrics).splitlines()[0]
+    assert head.split() == ["step", "rollouts", "reward_mean", "eval.accuracy", "loss", "mixed_group_share"]
+    assert str(result.rollouts).splitlines()[0].split()[:5] == ["step", "prompt", "completion", "reward", "value"]
+    evaluated = evaluate(result, samples=1, progress=False)
+    assert str(evaluated.table).splitlines()[0].split()[:3] == ["slice", "prompts", "accuracy"]
+    assert str(evaluated.samples).splitlines()[0].split()[:4] == ["slice", "prompt", "completion", "reward"]
+
+
 def test_the_policy_answers_in_the_template_of_its_run(result: Result) -> None:
     one = result.generate("1+2=", max_completion_tokens=6)
     assert isinstance(one, str)

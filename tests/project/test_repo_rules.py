@@ -46,7 +46,7 @@ HOMES = {
     "flash_attn": {"policy.attention"},
     "vl_convert": {"report.charts.render_process"},
     "jinja2": {"report.html"},
-    "pandas": {"api.result"},
+    "pandas": {"api.frames"},
     "yaml": {"config.files"},
 }
 """Third-party packages and the only modules of `paced_fast` that may name them; integrations are adapters and free."""
