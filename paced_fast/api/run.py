@@ -101,7 +101,7 @@ def _configured(settings: Mapping[str, Any], model: Any, *, resume: bool) -> Con
 def _folder(config: Config, run_dir: str | Path | None, *, resume: bool) -> Iterator[Path]:
     """The folder of the run, which is there from now on; removed again if the run does not get as far as to use it."""
     if resume and run_dir is None:
-        raise InputError("resume=True continues a run: give its folder as run_dir=")
+        raise InputError('resume=True continues a run: give its folder, as in run_dir="runs/first"')
     folder = _free(config) if run_dir is None else Path(run_dir).expanduser()
     if not resume and not config.run.overwrite and (found := _taken(folder)):
         raise InputError(
@@ -146,7 +146,9 @@ def _free(config: Config) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            raise InputError(f"{folder} cannot be created ({error.strerror}): give run_dir=") from error
+            raise InputError(
+                f'{folder} cannot be created ({error.strerror}): give another folder, as in run_dir="FOLDER"'
+            ) from error
 
 
 def _with_data(config: Config, data: Any, eval_data: Any, reward: str | None, folder: Path) -> Config:

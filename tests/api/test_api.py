@@ -318,7 +318,7 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "tokenizer": (lambda: bad(tokenizer=object()), "tokenizer= is for a model object, .*: leave it out"),
     "model": (lambda: bad(model=torch.nn.Linear(2, 2)), "model is a Linear: give a causal language model"),
     "path": (lambda: bad(model="./nowhere"), "nowhere"),
-    "resume": (lambda: bad(resume=True), "resume=True continues a run: give its folder as run_dir="),
+    "resume": (lambda: bad(resume=True), 'resume=True continues a run: give its folder, as in run_dir="runs/first"'),
 }
 
 
@@ -333,7 +333,7 @@ def test_wrong_input_is_named_with_its_remedy_and_leaves_nothing(case: str, mode
 
 def test_a_model_object_needs_its_tokenizer(model: str, here: Path) -> None:
     mine = AutoModelForCausalLM.from_pretrained(model)
-    with pytest.raises(InputError, match="model is an object, which has no tokenizer: give tokenizer="):
+    with pytest.raises(InputError, match="model is an object, which has no tokenizer: give tokenizer=AutoTokenizer"):
         train(mine, ROWS, reward=odd, steps=1)
 
 
