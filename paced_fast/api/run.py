@@ -81,7 +81,7 @@ def train_given(
         if stopped:
             logger.warning("%s", stopped)
         elif summary:
-            console.print(terminal.final_table(summary, run_dir=str(folder)))
+            console.print(terminal.final_table(summary, run_dir=str(folder), held_out="eval_data=ROWS"))
     return Result(folder, stopped=stopped, reward=name, functions=functions)
 
 
