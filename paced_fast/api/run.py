@@ -106,7 +106,7 @@ def _folder(config: Config, run_dir: str | Path | None, *, resume: bool) -> Iter
     if not resume and not config.run.overwrite and (found := _taken(folder)):
         raise InputError(
             f"run_dir {folder} already holds a run (it has {found[0]}): resume=True continues it, "
-            "{'run.overwrite': True} replaces it, or give another run_dir"
+            "{'run.overwrite': True} replaces it, another run_dir keeps both"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -369,3 +369,13 @@ def test_pictures_are_named(result: Result) -> None:
         result.plot("learning")
     with pytest.raises(InputError, match="compare is given 1 runs: give two run folders"):
         compare(result)
+
+
+def test_a_run_without_held_out_rows_is_told_how_to_evaluate_it_in_python(model: str, here: Path) -> None:
+    made = train(model, ROWS, reward=lambda completions, **_: odd(completions, completions), steps=1, settings=SMALL)
+    with pytest.raises(InputError, match="because this run has no held-out prompts") as caught:
+        evaluate(made, progress=False)
+    remedy = "give benchmarks='gsm8k,math500,aime24,aime25,amc23', or prompts of yours, as in data="
+    assert str(caught.value).endswith(f"{remedy}'held_out.jsonl?prompt=question'")
+    Path("held_out.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in HELD_OUT))
+    assert evaluate(made, "held_out.jsonl?prompt=question", samples=1, progress=False).figures["prompts"] == 6
