@@ -22,6 +22,7 @@ from paced_fast.config import Config
 from paced_fast.config.presets import preset
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
+from paced_fast.paced.scheduler import PromptScheduler
 from paced_fast.paced.trainer import Trainer
 from paced_fast.policy import Policy
 from paced_fast.run import checkpoint
@@ -159,6 +160,23 @@ def test_half_a_run_and_its_continuation_are_the_whole_run(rewards: Path, tmp_pa
     (halves / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert_same_run(whole, halves, 8)
     assert json.loads((halves / "config.json").read_text())["steps"] == 8
+
+
+def test_a_checkpoint_that_was_saved_with_the_steps_of_last_visits_is_read(
+    rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions kept `last_visit` among the tensors of the scheduler."""
+    settings = config(rewards, reward="odd_with_noise", steps=2, data__eval=(), run__report=False)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    go(settings, whole)
+    state_dict = PromptScheduler.state_dict
+    with monkeypatch.context() as patch:
+        before = {"last_visit": torch.arange(40)}
+        patch.setattr(PromptScheduler, "state_dict", lambda self: {**state_dict(self), **before})
+        go(settings, halves, steps=1)
+    assert "scheduler.last_visit" in everything(halves, 1)
+    go(settings, halves, resume="auto")
+    assert_same_run(whole, halves, 2)
 
 
 @pytest.mark.parametrize("variant", ["paced", "grpo"])
