@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         near = difflib.get_close_matches(first, (*COMMANDS, *BASES), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        sys.stderr.write(f"error: unknown command {first[:80]!r}: {hint}the commands are {', '.join(COMMANDS)}\n")
+        names = f"the commands are {', '.join(COMMANDS)}, and the presets of train {', '.join(BASES)}"
+        sys.stderr.write(f"error: unknown command {first[:80]!r}: {hint}{names}\n")
         raise SystemExit(2)
 
 

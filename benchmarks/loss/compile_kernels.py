@@ -144,8 +144,8 @@ def tree_kernels(level_counts: tuple[int, ...]) -> list[Build]:
         for is_bell, has_allowed in ((False, False), (False, True), (True, True)):
             constants = {**levels, "IS_FLOAT": True, "IS_BELL": is_bell, "HAS_ALLOWED": has_allowed}
             found.append(Build(kernels.tree_rebuild_kernel, name, constants, 4, 3, {}, "fp32", fuses=False))
-        for is_mixed, has_explored in ((False, False), (True, False), (True, True)):
-            constants = {**levels, "IS_MIXED": is_mixed, "HAS_EXPLORED": has_explored, "BLOCK": launches.RACE_BLOCK}
+        for is_mixed in (False, True):
+            constants = {**levels, "IS_MIXED": is_mixed, "BLOCK": launches.RACE_BLOCK}
             found.append(Build(kernels.tree_race_kernel, name, constants, 4, 3, {}, "fp32", fuses=False))
         for has_index in (True, False):
             constants = {**update, "HAS_INDEX": has_index}

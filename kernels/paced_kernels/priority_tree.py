@@ -215,9 +215,7 @@ class PriorityTree:
         return self._finish_sample(idx, total)
 
     @torch.no_grad()
-    def sample_distinct(
-        self, B: int, method: str = "first", *, exploration: float = 0.0, explored: Tensor | None = None
-    ) -> Sample:
+    def sample_distinct(self, B: int, method: str = "first", *, exploration: float = 0.0) -> Sample:
         """Draw B different leaves by successive sampling without replacement, and advance the step.
 
         first: the first B distinct values of 1.5 B + 32 iid draws; cheap while B is well below the number of leaves
@@ -225,38 +223,32 @@ class PriorityTree:
         leaves of positive probability. Both have exactly the distribution of drawing one leaf at a time,
         without replacement.
 
-        A race can mix in another distribution: it draws from p = (1 - exploration) q / sum q + exploration e / sum e
-        over the leaves of positive weight.
+        A race can mix in even draws: it draws from p = (1 - exploration) q / sum q + exploration / L over the L leaves
+        of positive weight.
 
         Args:
             B: number of draws, 0 or more.
             method: "first" or "race".
-            exploration: share of the other distribution in a race, from 0 to 1.
-            explored: [N] int64, the e above, at least 0; None = 1 for every leaf.
+            exploration: share of the even draws in a race, from 0 to 1.
 
         Returns:
             Sample as in `sample`; `prob` is q / total, not the inclusion probability. If fewer than B leaves are
             found, the rest of idx is -1 with q and prob 0, and the status counts the call as `short`.
 
         Raises:
-            ValueError: B is negative, the method is unknown, or `exploration` or `explored` is invalid.
+            ValueError: B is negative, the method is unknown, or `exploration` is invalid.
         """
         self._check_draws(B)
         if method not in DISTINCT_METHODS:
             raise ValueError(f"method must be one of {DISTINCT_METHODS}, got {method!r}")
         if not 0.0 <= exploration <= 1.0 or (exploration > 0.0 and method != "race"):
             raise ValueError(f"exploration must be from 0 to 1, and 0 unless the method is 'race', got {exploration!r}")
-        if explored is not None:
-            _checks.check_tensor("explored", explored, 1, (torch.int64,))
-            _checks.check_same_device("explored", explored, "the tree", self.leaf)
-            self._check_length("explored", explored)
         if method == "race":
-            mixture = {"exploration": exploration, "explored": None if explored is None else explored.contiguous()}
             if self._kernels is not None:
-                keys, total = self._kernels.race(self._counters(), self.status_counts, **mixture)
+                keys, total = self._kernels.race(self._counters(), self.status_counts, exploration=exploration)
             else:
                 effective, total = self._effective_weights()
-                keys = tree_reference.race_keys(effective, **self._random_state(), **mixture)
+                keys = tree_reference.race_keys(effective, **self._random_state(), exploration=exploration)
             idx = tree_reference.race_winners(keys, B)
         else:
             num_candidates = B + B // 2 + 32

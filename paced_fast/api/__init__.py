@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from paced_fast.api.result import Comparison, Evaluated, Result, frame, run_path
+from paced_fast.api.result import Comparison, Evaluated, Result, run_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +29,8 @@ Data: TypeAlias = str | Path | Sequence[str] | Iterable[Mapping[str, Any]]
 """A source, several sources, or rows: a list of dictionaries, a `datasets.Dataset`, or anything that yields rows."""
 Reward: TypeAlias = str | Callable[..., Any]
 """Name of a reward, a weighted sum of names, or a function `reward(prompts, completions, **columns)`."""
+_COMPARED = ("run", "algorithm", "seed", "accuracy_before", "accuracy_after", "rollouts", "train_seconds", "steps")
+"""Columns of a comparison that are shown where not all have room, the most important first."""
 
 
 def train(
@@ -141,6 +143,7 @@ def compare(*runs: str | Path | Result, out: str | Path | None = None) -> Compar
     Raises:
         InputError: a folder is not a run folder, or is given twice.
     """
+    from paced_fast.api.tables import table
     from paced_fast.errors import InputError
     from paced_fast.report import compare as write_comparison
 
@@ -150,7 +153,7 @@ def compare(*runs: str | Path | Result, out: str | Path | None = None) -> Compar
     page = write_comparison(folders, out)
     rows = [{"run": str(folder), **Result(folder).summary} for folder in folders]
     plain = [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in rows]
-    return Comparison(page=page, table=frame(plain))
+    return Comparison(page=page, table=table(plain, _COMPARED))
 
 
 def report(run: str | Path | Result) -> Path:

@@ -167,7 +167,9 @@ def save_given_model(model: Any, tokenizer: Any, folder: Path) -> None:
             "model has adapters of PEFT: give model.merge_and_unload(), and the setting lora.rank to train new ones"
         )
     if tokenizer is None:
-        raise InputError("model is an object, which has no tokenizer: give tokenizer=")
+        raise InputError(
+            "model is an object, which has no tokenizer: give tokenizer=AutoTokenizer.from_pretrained(NAME)"
+        )
     if not hasattr(tokenizer, "save_pretrained"):
         raise InputError(f"tokenizer is a {type(tokenizer).__name__}: give a tokenizer of transformers")
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,10 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from paced_fast.api.tables import table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, str]]
 
 
-def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Return the rows as a pandas.DataFrame where pandas is installed, else as a list of dictionaries."""
-    if util.find_spec("pandas") is None:
-        return [dict(row) for row in rows]
-    import pandas
-
-    return pandas.DataFrame(list(rows))
+METRICS = (
+    *("step", "rollouts", "reward_mean", "eval.accuracy", "loss", "mixed_group_share", "truncated_share"),
+    *("grad_norm", "value_rank_correlation", "mean_length", "entropy", "learning_rate", "train_seconds"),
+)
+"""Columns of the table of metrics that are shown where not all have room, as `main` of `tables.table`."""
+_ROLLOUTS = ("step", "prompt", "completion", "answer", "reward", "value", "slice")
+_EVALUATED = ("slice", "prompts", "accuracy", "accuracy_interval", "pass_at_8", "truncated_share", "tokens_mean")
 
 
 def run_path(run: str | Path | Result) -> Path:
@@ -75,11 +76,12 @@ class Result:
         """The table of metrics, one row per step: columns with dots are figures of a part, such as `eval.accuracy`.
 
         A pandas.DataFrame where pandas is installed, else a list of dictionaries. Lists of figures are left out.
+        Printed are the main columns that have room; all of them are in the table.
         """
         from paced_fast.report.read_run import flatten, read_run
 
         rows = [flatten(record) for record in read_run(self.folder).records]
-        return frame([{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows])
+        return table([{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows], METRICS)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -95,7 +97,7 @@ class Result:
         """The sample rollouts of the run, as a table: step, prompt, completion, reward, value."""
         from paced_fast.report.read_run import read_run
 
-        return frame(read_run(self.folder).rollouts)
+        return table(read_run(self.folder).rollouts, _ROLLOUTS)
 
     @property
     def config(self) -> Config:
@@ -222,8 +224,10 @@ class Evaluated:
     def table(self) -> Any:
         """The main figures by slice, as a table."""
         rows = {"all": self.figures, **self.figures.get("slices", {})}
-        names = ("prompts", "accuracy", "accuracy_interval", "pass_at_8", "truncated_share", "tokens_mean", "unscored")
-        return frame([{"slice": name, **{key: row.get(key) for key in names}} for name, row in rows.items()])
+        names = (*_EVALUATED[1:], "unscored")
+        return table(
+            [{"slice": name, **{key: row.get(key) for key in names}} for name, row in rows.items()], _EVALUATED
+        )
 
     def __repr__(self) -> str:
         """Say the accuracy and its interval."""

@@ -14,8 +14,9 @@ from typing import Any, Literal, cast
 
 from paced_fast.api import given
 from paced_fast.api.process import as_found
-from paced_fast.api.result import Evaluated, Result, frame
+from paced_fast.api.result import Evaluated, Result
 from paced_fast.api.settings import base, in_python, with_settings
+from paced_fast.api.tables import table
 from paced_fast.config import Config
 from paced_fast.config.saved import load_config
 from paced_fast.errors import InputError, StopRequested, nearest
@@ -33,6 +34,8 @@ _GIVEN = "given"
 """Folder inside a run folder with what Python handed over."""
 _OF_THE_COMMAND = {"run_or_model", "benchmarks", "sources", "json", "save_samples"}
 """Options of the command that are arguments of `evaluate`, or files in place of what it returns."""
+_SAMPLES = ("slice", "prompt", "completion", "reward", "answer", "tokens")
+"""Columns of the completions of an evaluation that are shown where not all have room, the most important first."""
 _ARGUMENTS = {"data.train": "data", "data.eval": "eval_data", "model.name": "model", "resume": "resume=True"}
 """Settings that are arguments of `train`."""
 
@@ -78,7 +81,7 @@ def train_given(
         if stopped:
             logger.warning("%s", stopped)
         elif summary:
-            console.print(terminal.final_table(summary, run_dir=str(folder)))
+            console.print(terminal.final_table(summary, run_dir=str(folder), held_out="eval_data=ROWS"))
     return Result(folder, stopped=stopped, reward=name, functions=functions)
 
 
@@ -98,12 +101,12 @@ def _configured(settings: Mapping[str, Any], model: Any, *, resume: bool) -> Con
 def _folder(config: Config, run_dir: str | Path | None, *, resume: bool) -> Iterator[Path]:
     """The folder of the run, which is there from now on; removed again if the run does not get as far as to use it."""
     if resume and run_dir is None:
-        raise InputError("resume=True continues a run: give its folder as run_dir=")
+        raise InputError('resume=True continues a run: give its folder, as in run_dir="runs/first"')
     folder = _free(config) if run_dir is None else Path(run_dir).expanduser()
     if not resume and not config.run.overwrite and (found := _taken(folder)):
         raise InputError(
             f"run_dir {folder} already holds a run (it has {found[0]}): resume=True continues it, "
-            "{'run.overwrite': True} replaces it, or give another run_dir"
+            "{'run.overwrite': True} replaces it, another run_dir keeps both"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +146,9 @@ def _free(config: Config) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            raise InputError(f"{folder} cannot be created ({error.strerror}): give run_dir=") from error
+            raise InputError(
+                f'{folder} cannot be created ({error.strerror}): give another folder, as in run_dir="FOLDER"'
+            ) from error
 
 
 def _with_data(config: Config, data: Any, eval_data: Any, reward: str | None, folder: Path) -> Config:
@@ -207,9 +212,9 @@ def evaluate_given(
         fields: dict[str, Any] = {key: str(it) if isinstance(it, Path) else it for key, it in options.items()}
         arguments = EvaluateArguments(run_or_model=target, benchmarks=tuple(benchmarks), sources=sources, **fields)
         figures = evaluate_target(arguments, samples.extend, functions=functions)
-        for table in terminal.evaluation_tables(figures):
-            console.print(table)
-    return Evaluated(figures=figures, samples=frame([_row(sample) for sample in samples]))
+        for shown in terminal.evaluation_tables(figures):
+            console.print(shown)
+    return Evaluated(figures=figures, samples=table([_row(sample) for sample in samples], _SAMPLES))
 
 
 def _row(sample: Sample) -> dict[str, Any]:

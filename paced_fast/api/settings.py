@@ -15,6 +15,10 @@ from paced_fast.config.presets import preset
 from paced_fast.config.saved import config_from_dict
 from paced_fast.errors import InputError
 
+_ARGUMENTS = {"sources": "data", "benchmarks": "benchmarks"}
+"""Options of the command `evaluate` and the arguments that are given for them."""
+_LISTS = re.compile(r"--(sources|benchmarks) (?:'([^']*)'|(\S+?))(?=[,;.:]?(?:\s|$))")
+
 
 def base(name: str | None = None) -> Config:
     """The settings that a run from Python begins with: of a preset by name, else nothing of a demonstration."""
@@ -77,12 +81,19 @@ def _suggestion(name: str, known: list[str]) -> str:
 
 
 def in_python(message: str) -> str:
-    """The message with the options of the command line written as the settings of `train`."""
+    """The message with the options of the command line written as the settings of `train` and the arguments of
+    `evaluate`."""
     known = settings(Config)
 
     def spelled(match: re.Match[str]) -> str:
         name = match[1].replace("-", "_")
         return name if name in known else match[0]
 
+    message = _LISTS.sub(lambda match: f"{_ARGUMENTS[match[1]]}={(match[2] or match[3])!r}", message)
+    message = re.sub(
+        r"--resume ('[^']*'|\S+), which stands for all other options",
+        lambda match: f"train(..., run_dir={match[1].strip(chr(39))!r}, resume=True)",
+        message,
+    )
     message = message.replace("--resume auto", "resume=True").replace("--run.overwrite", '{"run.overwrite": True}')
     return re.sub(r"--([a-z][a-z0-9_-]*(?:\.[a-z][a-z0-9_-]*)*)", spelled, message)

@@ -21,7 +21,7 @@ from paced_fast.config import modes as launch
 from paced_fast.config.bounds import settings
 from paced_fast.config.files import SHORT, read_config
 from paced_fast.config.foreign_names import counterpart, suggestion
-from paced_fast.config.presets import BASES, preset
+from paced_fast.config.presets import BASES, known, preset
 from paced_fast.config.resolve import check, check_files, check_value
 from paced_fast.config.resuming import differences, remedy
 from paced_fast.config.run import OWN
@@ -54,7 +54,10 @@ def parse(arguments: Sequence[str]) -> Config:
     _check_words(words, {f"--{field.replace('_', '-')}": field for field in flatten(default)})
     config = read(words, lambda: tyro.cli(Config, args=words, default=default, prog=PROG))
     if config.preset != default.preset:
-        raise InputError(f"--preset {config.preset}: give the preset as the first word, before every option")
+        first = "the preset is the first word, before every option"
+        if config.preset not in BASES:
+            raise InputError(f"--preset {config.preset[:80]}: unknown preset: {known(config.preset)}; {first}")
+        raise InputError(f"--preset {config.preset}: {first}, as in {PROG} {config.preset}")
     if resumed is not None and (changed := differences(default, config)):
         raise InputError(f"--resume {resumed}: {remedy(resumed, changed)}")
     return config

@@ -7,6 +7,7 @@ import datetime
 import difflib
 import logging
 import random
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from paced_fast.data.sources import parse_day, template_arguments
 from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
 from paced_fast.errors import InputError
 from paced_fast.evaluate.arguments import EvaluateArguments, check
+from paced_fast.evaluate.example import held_out_like
 from paced_fast.evaluation.held_out import Sample, evaluate
 from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.policy import load_model, smollm2_folder
@@ -65,7 +67,11 @@ def evaluate_target(
     names = [name for word in arguments.benchmarks for name in word.split(",") if name]
     given = (*benchmark_sources(names, data_dir), *arguments.sources)
     if not given and not config.data.eval:
-        name, remedy = arguments.run_or_model, f"give --benchmarks {','.join(BENCHMARKS)}, or --sources"
+        name = arguments.run_or_model
+        remedy = (
+            f"give --benchmarks {','.join(BENCHMARKS)}, or prompts of yours, as in --sources "
+            f"{shlex.quote(held_out_like(next(iter(config.data.train), '')))}"
+        )
         if not target.is_run and not Path(target.path).is_dir():
             raise InputError(
                 f"no such run or model folder {name}; if you mean a model of the Hugging Face hub, {remedy}"

@@ -275,7 +275,7 @@ class PromptMemory:
         known = scored.view(-1, self.group_size).any(1).cpu()
         self.observed += 1
         first = slice(None, None, self.group_size)
-        self.scheduler.observe(every_index[first].cpu(), accuracy[first].cpu(), self.observed, known)
+        self.scheduler.observe(every_index[first].cpu(), accuracy[first].cpu(), known)
         output["prompt_index"], output["is_fresh"] = index, torch.ones_like(index, dtype=torch.bool)
         if self.table is None or not self.args.replay:
             return None

@@ -55,7 +55,6 @@ class PromptScheduler:
         self.bell = Bell(config.tau, config.bandwidth)
         self.last_accuracy = torch.full((num_prompts,), 0.5, device=device)
         self.visits = torch.zeros(num_prompts, dtype=torch.int64, device=device)
-        self.last_visit = torch.zeros(num_prompts, dtype=torch.int64, device=device)  # step; 0 is never
         self.epoch_draws = torch.zeros(num_prompts, dtype=torch.int64, device=device)
         self.posterior: BetaPosterior | None = None
         if RULES[config.rule].counts_outcomes:
@@ -117,8 +116,8 @@ class PromptScheduler:
         self.epoch_draws.mul_((~is_over).long())
         return self.epoch_draws < self.config.max_visits
 
-    def observe(self, prompt_index: Tensor, accuracy: Tensor, step: int | Tensor, scored: Tensor | None = None) -> None:
-        """Record the group accuracy f32[P] of prompts i64[P] measured in `step`.
+    def observe(self, prompt_index: Tensor, accuracy: Tensor, scored: Tensor | None = None) -> None:
+        """Record the measured group accuracy f32[P] of prompts i64[P].
 
         `scored` i64[P] are the completions that it is the mean of: without any it is not known. None stands for one
         each.
@@ -131,7 +130,6 @@ class PromptScheduler:
             accuracy = torch.where(scored > 0, accuracy, self.last_accuracy[prompt_index])
         self.last_accuracy[prompt_index] = accuracy
         self.visits.index_add_(0, prompt_index, torch.ones_like(prompt_index))
-        self.last_visit.index_copy_(0, prompt_index, self._now(step).expand_as(prompt_index))
 
     def _now(self, step: int | Tensor) -> Tensor:
         return step if isinstance(step, Tensor) else torch.full((), step, device=self.visits.device)
@@ -142,13 +140,13 @@ class PromptScheduler:
         return {**tree, **self._statistics()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict()`."""
+        """Restore `state_dict()`; what an older version saved beside it is left aside."""
         self.tree.load_state_dict({k.removeprefix("tree."): v for k, v in state.items() if k.startswith("tree.")})
         for name, tensor in self._statistics().items():
             tensor.copy_(state[name])
 
     def _statistics(self) -> dict[str, Tensor]:
-        found = {name: getattr(self, name) for name in ("last_accuracy", "visits", "last_visit", "epoch_draws")}
+        found = {name: getattr(self, name) for name in ("last_accuracy", "visits", "epoch_draws")}
         if self.posterior is not None:
             found |= {"posterior.alpha": self.posterior.alpha, "posterior.beta": self.posterior.beta}
         return found

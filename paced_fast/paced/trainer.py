@@ -98,7 +98,7 @@ class Trainer:
             head = fit_log_z(self.log_z, config, rollouts, fresh, targets, update) if self.log_z is not None else None
         with self.phase("schedule"):
             scored = fresh.scored.view(-1, config.generation.group_size).sum(1)
-            self.scheduler.observe(fresh.prompt_index, fresh.accuracy, self.now, scored)
+            self.scheduler.observe(fresh.prompt_index, fresh.accuracy, scored)
         with self.phase("replay"):
             if self.replay is not None and values is not None:
                 accuracy = fresh.accuracy.repeat_interleave(config.generation.group_size)

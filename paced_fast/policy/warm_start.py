@@ -56,7 +56,7 @@ def warm_start(
 
     `load` turns sources into rows; `report` receives what is under way, the steps made and the number of all steps.
     Raises InputError when a row has no demonstration, one that goes on behind a stop token, or a token that the model
-    has no embedding for.
+    has no embedding for. A KeyboardInterrupt says where it stopped, and that nothing is kept.
     """
     phases = [phase for phase in (config.warm_start.first, config.warm_start.second) if phase.steps > 0]
     if not phases:
@@ -73,11 +73,15 @@ def warm_start(
         made += 1
         report(f"warm start: step {made:,} of {total:,}, {text}", made, total)
 
-    for number, phase in enumerate(phases, start=1):
-        table = load(phase.sources)
-        completions = _demonstrations(table, tokenizer, stops)
-        _check_embedded(table, completions, tokenizer, policy.model)
-        _run_phase(policy, phase, config, number, table, completions, reported)
+    try:
+        for number, phase in enumerate(phases, start=1):
+            table = load(phase.sources)
+            completions = _demonstrations(table, tokenizer, stops)
+            _check_embedded(table, completions, tokenizer, policy.model)
+            _run_phase(policy, phase, config, number, table, completions, reported)
+    except KeyboardInterrupt:
+        place = f"in the warm start after {made:,} of {total:,} steps"
+        raise KeyboardInterrupt(f"{place}, which are not kept, so that it starts over next time") from None
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     save_model(model, temporary)
     tokenizer.save_pretrained(temporary)

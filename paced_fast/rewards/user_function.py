@@ -100,13 +100,20 @@ class Call:
 
     def _failure(self, error: BaseException) -> InputError:
         place = self._place(traceback.extract_tb(error.__traceback__)[1:])
-        return InputError(f"the reward function {self.name!r} failed: {reason(error)}{f' ({place})' if place else ''}")
+        at = f" ({place})" if place else ""
+        remedy = "correct it, or let it return None for what it cannot judge"
+        return InputError(f"the reward function {self.name!r} failed: {reason(error)}{at}: {remedy}")
 
     def _place(self, stack: Sequence[traceback.FrameSummary]) -> str:
-        """Return the position of a call: the innermost line of the stack in the function's own file, else in any."""
+        """Return the position of a call: the innermost line of the stack in the function's own file, else in any.
+
+        Without a stack the call itself failed, and its definition is named.
+        """
         function = inspect.unwrap(getattr(self.function, "origin", self.function))
         code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
         own = [one for one in stack if code is not None and one.filename == code.co_filename]
+        if not stack and code is not None:
+            return f"defined at {code.co_filename}:{code.co_firstlineno}"
         return "".join(f"at {one.filename}:{one.lineno} in {one.name}" for one in (own or stack)[-1:])
 
     def _arguments(self) -> dict[str, Any]:

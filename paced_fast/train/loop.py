@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from paced_fast.config.presets.changed import changed_settings
 from paced_fast.config.resolve import placed, resolve
 from paced_fast.data.distributed import World
 from paced_fast.data.step_record import ABSENT, StartRecord
-from paced_fast.errors import StopRequested
+from paced_fast.errors import InputError, StopRequested
 from paced_fast.evaluation.held_out import prompt_columns
 from paced_fast.rewards.loading import RewardFunction
 from paced_fast.run import checkpoint
@@ -49,16 +49,18 @@ def train(
         watch(run, watchdog)
     with contextlib.closing(make_saver(run)) as saver, Outputs(run, console) as outputs:
         _stop_if_asked(run, saver, stop, began)
-        _begin(run, outputs)
+        with _told_with_step(run):
+            _begin(run, outputs)
         if stop is not None:
             stop.waits()
         outputs.watch(stepper.phases)
         while stepper.counters.step < config.steps:
             _stop_if_asked(run, saver, stop, began)
-            record, shown, result = stepper.step()
-            step = stepper.counters.step
-            outputs.keep(step, result.fresh)
-            outputs.write(dataclasses.replace(record, **evaluation_due(run, step)), shown)
+            with _told_with_step(run):
+                record, shown, result = stepper.step()
+                step = stepper.counters.step
+                outputs.keep(step, result.fresh)
+                outputs.write(dataclasses.replace(record, **evaluation_due(run, step)), shown)
             stepper.guards.stop(step)
             if step == config.steps or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
                 save(run, saver, last=step == config.steps)
@@ -90,6 +92,17 @@ def _begin(run: PreparedRun, outputs: Outputs) -> None:
         record = dataclasses.replace(record, eval=evaluated, overlap=overlap)
     if before is not None or parity:
         outputs.write(record)
+
+
+@contextlib.contextmanager
+def _told_with_step(run: PreparedRun) -> Iterator[None]:
+    """Context of a step: an error of the user's, such as in a reward function, says at which step, and how to go on."""
+    try:
+        yield
+    except InputError as error:  # the same object, because of its notes
+        how = signals.how_to_resume(run.folder)
+        error.args = (f"step {run.stepper.counters.step}: {error}; then {how}",)
+        raise
 
 
 def _stop_if_asked(run: PreparedRun, saver: checkpoint.Saver, stop: StopRequest | None, began: int) -> None:

@@ -89,6 +89,16 @@ def test_the_result_has_figures_charts_rollouts_and_the_policy(result: Result, t
     assert exported.config.vocab_size == result.model.config.vocab_size
 
 
+def test_printed_tables_have_the_columns_that_matter(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    head = str(result.metrics).splitlines()[0]
+    assert head.split() == ["step", "rollouts", "reward_mean", "eval.accuracy", "loss", "mixed_group_share"]
+    assert str(result.rollouts).splitlines()[0].split()[:5] == ["step", "prompt", "completion", "reward", "value"]
+    evaluated = evaluate(result, samples=1, progress=False)
+    assert str(evaluated.table).splitlines()[0].split()[:3] == ["slice", "prompts", "accuracy"]
+    assert str(evaluated.samples).splitlines()[0].split()[:4] == ["slice", "prompt", "completion", "reward"]
+
+
 def test_the_policy_answers_in_the_template_of_its_run(result: Result) -> None:
     one = result.generate("1+2=", max_completion_tokens=6)
     assert isinstance(one, str)
@@ -308,7 +318,7 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "tokenizer": (lambda: bad(tokenizer=object()), "tokenizer= is for a model object, .*: leave it out"),
     "model": (lambda: bad(model=torch.nn.Linear(2, 2)), "model is a Linear: give a causal language model"),
     "path": (lambda: bad(model="./nowhere"), "nowhere"),
-    "resume": (lambda: bad(resume=True), "resume=True continues a run: give its folder as run_dir="),
+    "resume": (lambda: bad(resume=True), 'resume=True continues a run: give its folder, as in run_dir="runs/first"'),
 }
 
 
@@ -323,7 +333,7 @@ def test_wrong_input_is_named_with_its_remedy_and_leaves_nothing(case: str, mode
 
 def test_a_model_object_needs_its_tokenizer(model: str, here: Path) -> None:
     mine = AutoModelForCausalLM.from_pretrained(model)
-    with pytest.raises(InputError, match="model is an object, which has no tokenizer: give tokenizer="):
+    with pytest.raises(InputError, match="model is an object, which has no tokenizer: give tokenizer=AutoTokenizer"):
         train(mine, ROWS, reward=odd, steps=1)
 
 
@@ -359,3 +369,13 @@ def test_pictures_are_named(result: Result) -> None:
         result.plot("learning")
     with pytest.raises(InputError, match="compare is given 1 runs: give two run folders"):
         compare(result)
+
+
+def test_a_run_without_held_out_rows_is_told_how_to_evaluate_it_in_python(model: str, here: Path) -> None:
+    made = train(model, ROWS, reward=lambda completions, **_: odd(completions, completions), steps=1, settings=SMALL)
+    with pytest.raises(InputError, match="because this run has no held-out prompts") as caught:
+        evaluate(made, progress=False)
+    remedy = "give benchmarks='gsm8k,math500,aime24,aime25,amc23', or prompts of yours, as in data="
+    assert str(caught.value).endswith(f"{remedy}'held_out.jsonl?prompt=question'")
+    Path("held_out.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in HELD_OUT))
+    assert evaluate(made, "held_out.jsonl?prompt=question", samples=1, progress=False).figures["prompts"] == 6

@@ -97,7 +97,7 @@ def test_history_draws_in_proportion_to_the_last_variance() -> None:
     """Accuracies 0, 1/4, 1/2, 1, unseen: p (1 - p) is 0, 3/16, 1/4, 0, 1/4, up to a factor of 4."""
     config = settings("history").scheduler
     chooser = PromptScheduler(5, config, seed=0, device=CPU)
-    chooser.observe(torch.arange(4), torch.tensor([0.0, 0.25, 0.5, 1.0]), 6)
+    chooser.observe(torch.arange(4), torch.tensor([0.0, 0.25, 0.5, 1.0]))
     chooser.draw(2, config.warmup_steps + 1, None)
     weights = chooser.tree.get(torch.arange(5)).double() / 2**27
     assert weights.tolist() == pytest.approx([0.0, 0.75, 1.0, 0.0, 1.0], abs=1e-7)
@@ -107,7 +107,7 @@ def test_mopps_has_the_papers_numbers() -> None:
     config = settings("mopps").scheduler
     assert (config.rule, config.pool_factor, config.tau) == ("mopps", 16, 0.5)
     chooser = PromptScheduler(2, config, seed=0, device=CPU)
-    chooser.observe(torch.tensor([1]), torch.tensor([0.75]), 1, torch.tensor([4]))
+    chooser.observe(torch.tensor([1]), torch.tensor([0.75]), torch.tensor([4]))
     assert chooser.posterior is not None
     # lambda 1 + (1 - lambda) 1 + 3 and + 1
     assert (float(chooser.posterior.alpha[1]), float(chooser.posterior.beta[1])) == (4.0, 2.0)

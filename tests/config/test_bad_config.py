@@ -133,7 +133,12 @@ def test_sources_are_read_with_the_settings(name: str, spec: str) -> None:
     ("words", "message"),
     [
         (["--data.template", "Q:"], "--data.template 'Q:' must be chat, plain or text with {prompt} in it"),
-        (["--preset", "smollm2"], "--preset smollm2: give the preset as the first word, before every option"),
+        (["--preset", "smollm2"], "--preset smollm2: the preset is the first word, before every option, as in"),
+        (
+            ["--preset=smolm2"],
+            "--preset smolm2: unknown preset: did you mean smollm2? the presets are own, tiny, sma",
+        ),
+        (["--preset", "x"], "--preset x: unknown preset: the presets are own, tiny, small, smollm2, qwen_math_1_5b, "),
         (["--model.hidden-size", "97"], "--model.hidden-size 97 is not a multiple of --model.num-heads 4"),
         (["--run.report", "no"], "--run.report 'no': a switch takes no value: give --run.report or --run.no-report"),
         (["--no-steps", "1"], "unknown option --no-steps: did you mean --steps?"),

@@ -90,7 +90,11 @@ def test_the_gpu_preset_is_refused_in_one_line(
     assert stop.value.code == 2
     lines = "".join(capsys.readouterr()).splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("error: preset qwen_math_1_5b needs a GPU")
+    assert lines[0].startswith("error: preset qwen_math_1_5b needs a GPU (--model.device cuda), and torch finds none: ")
+    # Those that the message names are the ones that are placed on a CPU, wherever they are.
+    named = set(re.findall(r"\w+", lines[0].partition("that needs none (")[2].partition(")")[0]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert named == {name for name in PRESETS if resolve(preset(name)).model.device == "cpu"} >= {"tiny", "small"}
     assert not list(tmp_path.iterdir())
 
 

@@ -186,9 +186,9 @@ def test_a_column_makes_the_slices(tmp_path: Path, caplog: pytest.LogCaptureFixt
     )
     with pytest.raises(InputError, match="has both slice= and slice_by=: give one of them"):
         parse_source(f"{path}?slice=a&slice_by=level")
-    with pytest.raises(InputError, match=r"a.jsonl:1 has no field 'lvl', only .*: name the field by slice_by="):
+    with pytest.raises(InputError, match=r"a.jsonl:1 has no field 'lvl', only .*: name another, as in slice_by=FIELD"):
         drafts(f"{path}?slice_by=lvl")
-    with pytest.raises(InputError, match=r"a.jsonl:1: 'of' is .*, which names no slice: give a text or number"):
+    with pytest.raises(InputError, match=r"a.jsonl:1: 'of' is .*, which names no slice: name a field of texts"):
         drafts(f"{path}?slice_by=of")
 
 

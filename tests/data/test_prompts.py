@@ -386,7 +386,7 @@ class TestFiles:
             (
                 ({**GOOD}, {"query": "b"}),
                 "",
-                "a.jsonl:2 has no field 'prompt', only query: name the field by prompt=",
+                "a.jsonl:2 has no field 'prompt', only query: name another, as in prompt=FIELD",
             ),
             (
                 ({"prompt": "a", "x": 1},),
@@ -399,13 +399,13 @@ class TestFiles:
             (
                 (GOOD,),
                 "demonstration=d",
-                "a.jsonl:1 has no field 'd', only prompt, answer: name the field by demonstration=",
+                "a.jsonl:1 has no field 'd', only prompt, answer: name another, as in demonstration=FIELD",
             ),
             (({**GOOD, "d": 5},), "demonstration=d", "a.jsonl:1: the demonstration in 'd' is 5: give text"),
             (
                 ({**GOOD, "answer": "72"},),
                 "answer_after=####",
-                "a.jsonl:1: the answer in 'answer' does not contain '####'",
+                "a.jsonl:1: the answer in 'answer' is '72', without '####': name the mark",
             ),
             (({**GOOD, "prompt": "  "},), "", "a.jsonl:1: the prompt in 'prompt' is empty"),
             (({**GOOD, "prompt": 5},), "", "a.jsonl:1: the prompt in 'prompt' is neither text nor a list"),

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import sys
 from importlib import util
 from pathlib import Path
@@ -22,10 +23,11 @@ from rich.console import Console
 from paced_fast import train
 from paced_fast.data.distributed import ALONE
 from paced_fast.data.records import Completion, PromptRow, PromptTable
-from paced_fast.data.sources import parse_source
+from paced_fast.data.sources import parse_source, read_drafts
 from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
 from paced_fast.errors import InputError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target, main
+from paced_fast.evaluate.example import held_out_like
 from paced_fast.evaluation import held_out
 from paced_fast.evaluation.held_out import Evaluation, Sample, evaluate, prompt_columns
 from paced_fast.generation import Sampling
@@ -501,6 +503,64 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, content: str | None, c
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=complaint):
         evaluate_target(EvaluateArguments(run_or_model=str(tmp_path)))
+
+
+def refusal_of(run_or_model: Path) -> str:
+    """The example of `--sources` in the refusal to evaluate without prompts."""
+    with pytest.raises(InputError, match=r"because (this run|a model) has no held-out prompts") as caught:
+        evaluate_target(EvaluateArguments(run_or_model=str(run_or_model)))
+    told, _, example = str(caught.value).partition("--sources ")
+    assert told.endswith("give --benchmarks gsm8k,math500,aime24,aime25,amc23, or prompts of yours, as in ")
+    (example,) = shlex.split(example)
+    return example
+
+
+@pytest.mark.parametrize("target", ["run", "model"])
+def test_the_example_for_what_has_no_held_out_prompts_works(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"frage": f"{a}+{b}=", "antwort": str(a + b)} for a in range(4) for b in range(4)]
+    for name, chosen in (("a.jsonl", rows[:12]), ("held_out.jsonl", rows[12:])):
+        Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in chosen))
+    settings = tiny_run.config(
+        tiny_run.write_rewards(tmp_path),
+        steps=1,
+        data__train=("jsonl:a.jsonl?prompt=frage&answer=antwort&reward=rewards.py:odd&share=0:0.9&slice=mine",),
+        data__eval=(),
+        run__report=False,
+    )
+    train.run(dataclasses.replace(settings, run_dir="run"), tiny_run.quiet())
+    place = Path("run") if target == "run" else Path("run", "initial")
+    example = refusal_of(place)
+    if target == "run":
+        assert example == "held_out.jsonl?prompt=frage&answer=antwort&reward=rewards.py:odd"
+    else:  # a model says nothing of its rows: they have the usual names, and numbers as answers
+        named = [{"question": row["frage"], "answer": row["antwort"]} for row in rows[12:]]
+        Path("held_out.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in named))
+    figures = evaluate_target(
+        EvaluateArguments(run_or_model=str(place), sources=(example,), samples=1, max_completion_tokens=4)
+    )
+    assert (figures["prompts"], figures["unscored"]) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "example"),
+    [
+        ("csv:a/b.csv?rows=0:9&answer_after=%3A&size=3&seed=1", "held_out.csv?answer_after=%3A"),
+        ("parquet:a.parquet", "held_out.parquet"),
+        ("hf:a/b?split=train&config=main&format=gsm8k", "held_out.jsonl?format=gsm8k"),
+        ("a.jsonl?reward=given:mine&slice=data&template=plain", "held_out.jsonl?template=plain"),
+        ("task:signed_sums?split=train&size=9&reward=number", "task:signed_sums?reward=number&split=eval&size=50"),
+        ("rg:gcd?size=20&seed=4&max_value=999", "rg:gcd?max_value=999&seed=5&size=50"),
+        ("broken", "held_out.jsonl?reward=number"),
+    ],
+)
+def test_an_example_of_held_out_rows_is_read_as_those_of_training(spec: str, example: str) -> None:
+    assert held_out_like(spec) == example
+    if parse_source(example).kind in ("task", "rg"):
+        trained, made = ({draft.prompt for draft in read_drafts(one, None)[1]} for one in (spec, example))
+        assert made - trained
 
 
 def test_what_is_neither_a_run_nor_a_model_here_is_said_first(tmp_path: Path, monkeypatch: Any) -> None:

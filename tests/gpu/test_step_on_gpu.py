@@ -69,7 +69,7 @@ class Schedule:
         groups, eight = index[::GROUP], torch.full_like(accuracy, GROUP)
         self.head.observe(groups, accuracy * GROUP, eight, accuracy)
         loss, norm = self.head.fit(index, rewards, groups=len(groups))
-        self.scheduler.observe(drawn, accuracy, self.now)
+        self.scheduler.observe(drawn, accuracy)
         self.replay.insert(rollouts, values, accuracy.repeat_interleave(GROUP))
         return drawn, chosen, values, loss, norm
 

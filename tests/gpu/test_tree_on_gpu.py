@@ -82,24 +82,14 @@ def test_draws_and_writes_equal_the_reference_on_the_cpu(capacity: int) -> None:
     assert_same_state(*trees)
     for num_draws in (1, 20, DRAWS):
         assert_same_sample(*(tree.sample_distinct(num_draws) for tree in trees))
-    statistics, ages = 1.5 * weights_of(capacity, 3) - 0.2, torch.arange(capacity) % 97
+    statistics = 1.5 * weights_of(capacity, 3) - 0.2
     statistics[0] = float("nan")
     for tree in trees:
         where = tree.device
         tree.rebuild(Bell(0.4, 0.07), statistics.to(where), allowed=(statistics > -0.1).to(where))
     assert_same_state(*trees)
     for exploration in (0.0, 0.2):
-        for explored in (None, ages):
-            samples = [
-                tree.sample_distinct(
-                    20,
-                    "race",
-                    exploration=exploration,
-                    explored=None if explored is None else explored.to(tree.device),
-                )
-                for tree in trees
-            ]
-            assert_same_sample(*samples)
+        assert_same_sample(*(tree.sample_distinct(20, "race", exploration=exploration) for tree in trees))
     assert_same_state(*trees)
 
 
@@ -166,14 +156,13 @@ def step_of(tree: PriorityTree) -> Callable[[], list[Tensor]]:
 def test_the_host_never_waits() -> None:
     tree = pair(STEP_CAPACITY)[0]
     step, weights = step_of(tree), weights_of(STEP_CAPACITY, 6).to(DEVICE)
-    ages = torch.arange(STEP_CAPACITY, device=DEVICE)
 
     def everything() -> None:
         step()
         tree.rebuild(weights)
         tree.rebuild(torch.square, weights)
         tree.rebuild(Bell(0.5, 0.1), weights, allowed=weights > 0.2)
-        tree.sample_distinct(20, "race", exploration=0.1, explored=ages)
+        tree.sample_distinct(20, "race", exploration=0.1)
         tree.sample_distinct(20, "race")
         tree.write_range(3, weights[:10])
         tree.get(torch.arange(5, device=DEVICE))

@@ -98,7 +98,7 @@ def test_the_scheduler_weighs_draws_and_observes_without_waiting() -> None:
 
         def operations(scheduler: PromptScheduler = scheduler, values: Tensor = values, step: Tensor = step) -> None:
             index = scheduler.draw(8, step, values)
-            scheduler.observe(index, values[index], step, torch.full((8,), 4))
+            scheduler.observe(index, values[index], torch.full((8,), 4))
             scheduler.draw(70, step, values)
 
         assert waiting_operators(operations) == set()

@@ -71,12 +71,12 @@ def test_everything_equals_the_reference(capacity: int) -> None:
         tree.write_range(torch.tensor(capacity - 1), values)
     assert_same_state(trees)
     assert_same_sample(*(tree.sample_distinct(20) for tree in trees))
-    allowed, explored = weights_of_bell(capacity) > 0.1, torch.arange(capacity) % 7
+    allowed = weights_of_bell(capacity) > 0.1
     for tree in trees:
         tree.rebuild(Bell(0.4, 0.07), weights_of_bell(capacity), allowed=allowed)
     assert_same_state(trees)
-    for mixture in ({}, {"exploration": 0.2}, {"exploration": 0.7, "explored": explored}):
-        assert_same_sample(*(tree.sample_distinct(20, "race", **mixture) for tree in trees))
+    for exploration in (0.0, 0.2, 0.7):
+        assert_same_sample(*(tree.sample_distinct(20, "race", exploration=exploration) for tree in trees))
     assert_same_state(trees)
 
 
@@ -107,17 +107,15 @@ def test_exp_and_log_have_the_bits_of_the_reference() -> None:
     assert torch.equal(logs, log_of_unit(u))
 
 
-@pytest.mark.parametrize(
-    ("exploration", "explored"), [(0.0, None), (0.3, None), (0.3, torch.arange(3000) % 11), (1.0, torch.arange(3000))]
-)
-def test_keys_of_a_race_are_those_of_the_reference_to_the_last_bit(exploration: float, explored: Tensor | None) -> None:
+@pytest.mark.parametrize("exploration", [0.0, 0.3, 1.0])
+def test_keys_of_a_race_are_those_of_the_reference_to_the_last_bit(exploration: float) -> None:
     tree = pair(3000, seed=2**63 + 1, stream=9)[0]
     tree.rebuild(random_weights(3000, 5))
     tree.step.fill_(2**33 + 5)
     assert tree._kernels is not None
-    keys, total = tree._kernels.race(tree._counters(), tree.status_counts, exploration=exploration, explored=explored)
+    keys, total = tree._kernels.race(tree._counters(), tree.status_counts, exploration=exploration)
     q = tree.get(torch.arange(3000))
-    wanted = arithmetic.race_keys(q, **tree._random_state(), exploration=exploration, explored=explored)
+    wanted = arithmetic.race_keys(q, **tree._random_state(), exploration=exploration)
     assert torch.equal(keys, wanted)
     assert total == q.sum()
 
@@ -139,8 +137,8 @@ def test_an_empty_tree_races_its_live_prefix_with_and_without_exploration() -> N
     for size in (50, 7, 0):
         for tree in trees:
             tree.size.fill_(size)
-        for mixture in ({}, {"exploration": 0.4}, {"exploration": 0.4, "explored": torch.arange(50)}):
-            assert_same_sample(*(tree.sample_distinct(9, "race", **mixture) for tree in trees))
+        for exploration in (0.0, 0.4, 1.0):
+            assert_same_sample(*(tree.sample_distinct(9, "race", exploration=exploration) for tree in trees))
     assert_same_state(trees)
     assert trees[0].status()["empty"] == 9
 

@@ -48,7 +48,7 @@ def test_a_prompt_drawn_twice_counts_both_groups_and_one_without_a_verdict_none(
 def test_the_scheduler_counts_scored_completions() -> None:
     """Accuracy 3/4 of 4 scored, of none, and of 8: 3 and 1, nothing, 6 and 2."""
     chooser = PromptScheduler(3, SchedulerConfig(rule="mopps"), seed=0, device=CPU)
-    chooser.observe(torch.arange(3), torch.full((3,), 0.75), 1, torch.tensor([4, 0, 8]))
+    chooser.observe(torch.arange(3), torch.full((3,), 0.75), torch.tensor([4, 0, 8]))
     assert chooser.posterior is not None
     assert chooser.posterior.alpha.tolist() == [1 + 3, 1, 1 + 6]
     assert chooser.posterior.beta.tolist() == [1 + 1, 1, 1 + 2]
@@ -94,7 +94,7 @@ def test_the_rule_takes_the_draws_nearest_to_tau_of_its_pool() -> None:
             assert set(index.tolist()) == set((drawn - 0.3).abs().argsort()[:16].tolist())
             gaps = (drawn[index] - 0.3).abs().tolist()
             assert all(a <= b for a, b in pairwise(gaps))
-        chooser.observe(index, torch.rand(16, generator=source), step, torch.full((16,), 8))
+        chooser.observe(index, torch.rand(16, generator=source), torch.full((16,), 8))
     part = PromptScheduler(400, SchedulerConfig(rule="mopps", pool_factor=4, tau=0.3), seed=3, device=CPU)
     index = part.draw(16, 1, None)
     assert part.posterior is not None
@@ -111,6 +111,6 @@ def test_prompts_of_the_wanted_accuracy_are_drawn_more_and_more() -> None:
         index = chooser.draw(8, step, None)
         near.append(float(((truth[index] - 0.5).abs() < 0.1).float().mean()))
         right = torch.rand(8, 8, generator=source) < truth[index][:, None]
-        chooser.observe(index, right.float().mean(1), step, torch.full((8,), 8))
+        chooser.observe(index, right.float().mean(1), torch.full((8,), 8))
     assert sum(near[100:]) / 100 > 0.4
     assert sum(near[:5]) / 5 < 0.4

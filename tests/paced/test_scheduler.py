@@ -50,7 +50,7 @@ def test_few_prompts_with_all_the_weight_do_not_leave_places_empty(rule: str, ex
     values = torch.full((2000,), 1.0)
     values[[3, 1500]] = 0.5
     chooser = scheduler(2000, rule=rule, bandwidth=0.01, exploration=exploration)
-    chooser.observe(torch.arange(2000), values, 1)
+    chooser.observe(torch.arange(2000), values)
     for step in range(1, 6):
         drawn = chooser.draw(64, step, values).tolist()
         assert len(set(drawn)) == 64
@@ -154,7 +154,7 @@ def test_the_warm_up_is_uniform_and_as_long_as_it_says(rule: str) -> None:
     values[:6] = 0.5
     chooser = scheduler(60, rule=rule, warmup_steps=40, exploration=0.0, pool_factor=10, bandwidth=0.05)
     uniform = scheduler(60, rule="uniform")
-    chooser.observe(torch.arange(60), values, 1)
+    chooser.observe(torch.arange(60), values)
     for step in range(1, 41):
         assert torch.equal(chooser.draw(6, step, values), uniform.draw(6, step, None))
     assert sorted(chooser.draw(6, 41, values).tolist()) == list(range(6))
@@ -168,9 +168,8 @@ def test_uniform_draws_are_uniform() -> None:
 
 def test_history_weighs_by_the_last_measured_variance() -> None:
     chooser = scheduler(6, rule="history", exploration=0.0)
-    chooser.observe(torch.tensor([0, 1, 2, 3]), torch.tensor([0.5, 0.5, 0.5, 0.5]), 1)
-    chooser.observe(torch.tensor([0, 1, 2]), torch.tensor([0.0, 1.0, 0.25]), 2)
-    assert chooser.last_visit.tolist() == [2, 2, 2, 1, 0, 0]
+    chooser.observe(torch.tensor([0, 1, 2, 3]), torch.tensor([0.5, 0.5, 0.5, 0.5]))
+    chooser.observe(torch.tensor([0, 1, 2]), torch.tensor([0.0, 1.0, 0.25]))
     assert chooser.visits.tolist() == [2, 2, 2, 1, 0, 0]
     seen = torch.zeros(6)
     for step in range(1, 2001):
@@ -209,7 +208,7 @@ def test_an_epoch_draws_no_prompt_more_often_than_allowed(rule: str, max_visits:
             index = one.draw(5, step, values)
             assert len(set(index.tolist())) == 5
             assert int(index.min()) >= 0
-            one.observe(index, values[index], step)
+            one.observe(index, values[index])
             drawn.append(index)
 
     def most(drawn: list[Tensor]) -> int:
@@ -226,7 +225,7 @@ def test_the_state_restores_the_next_batch(rule: str) -> None:
     one = scheduler(50, rule=rule)
     for step in range(1, 5):
         drawn = one.draw(8, step, values)
-        one.observe(drawn, torch.rand(8), step)
+        one.observe(drawn, torch.rand(8))
     two = scheduler(50, rule=rule)
     state = {name: tensor.clone() for name, tensor in one.state_dict().items()}
     two.load_state_dict(state)
@@ -262,3 +261,15 @@ def test_values_of_a_window_draw_what_all_values_draw(tmp_path: Path) -> None:
         steps = [run.stepper.step().result.fresh.prompt_index.tolist() for _ in range(6)]
         drawn[window] = steps, log_z.all_values().tolist()
     assert drawn[0] == drawn[3]
+
+
+def test_a_state_that_was_saved_with_the_steps_of_last_visits_is_read() -> None:
+    """Earlier versions kept `last_visit`, which nothing read."""
+    values, one, two = spread(50), scheduler(50, rule="history"), scheduler(50, rule="history")
+    one.observe(one.draw(8, 1, values), torch.rand(8))
+    state = one.state_dict()
+    two.load_state_dict({**state, "last_visit": torch.arange(50)})
+    assert "last_visit" not in state
+    assert two.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in two.state_dict().items())
+    assert torch.equal(one.draw(8, 2, values), two.draw(8, 2, values))

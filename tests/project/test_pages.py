@@ -217,7 +217,11 @@ def strings() -> list[str]:
 
 
 def is_said(message: str) -> bool:
-    """Whether the package has this message; `...` stands for anything."""
+    """Whether the package has this message; `...` stands for anything. One that begins with an option is whole: its
+    remedy too is that of the code, word for word."""
+    if message.startswith("--"):
+        whole = re.compile("\0".join(map(re.escape, message.split("..."))))
+        return any(whole.fullmatch(text) for text in strings())
     parts = [part.strip() for part in message.split("...")]
     pattern, longest = re.compile(".*".join(map(re.escape, parts)), re.DOTALL), max(parts, key=len)
     return any(longest in text and pattern.search(text) for text in strings())
@@ -230,6 +234,9 @@ def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
     assert len(messages) >= 30
     assert [message for message in messages if not is_said(message)] == []
     assert not is_said("there is no such message ... at all")
+    whole = next(message for message in messages if message.startswith("--run-dir"))
+    assert not is_said(whole.replace("keeps both", "keeps them")), "the remedy is compared too"
+    assert not is_said(whole.rpartition(",")[0]), "and no part of it is left out"
 
 
 def test_every_warning_is_explained() -> None:

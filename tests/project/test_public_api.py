@@ -97,7 +97,7 @@ def test_signatures_of_the_tree() -> None:
         "write_range": "(start, w)",
         "rebuild": "(w, stats=None, *, allowed=None)",
         "sample": "(B, mode='systematic')",
-        "sample_distinct": "(B, method='first', *, exploration=0.0, explored=None)",
+        "sample_distinct": "(B, method='first', *, exploration=0.0)",
         "get": "(idx)",
         "total": "()",
         "status": "()",
@@ -250,8 +250,6 @@ def test_errors_of_the_tree() -> None:
         (lambda: tree.rebuild(torch.ones(4), allowed=torch.ones(3) > 0), "allowed and the tree disagree on N: 3 vs 4"),
         (lambda: tree.sample_distinct(2, "race", exploration=1.5), "exploration must be from 0 to 1, and 0 unless"),
         (lambda: tree.sample_distinct(2, exploration=0.1), "exploration must be from 0 to 1, and 0 unless the method"),
-        (lambda: tree.sample_distinct(2, "race", explored=torch.ones(4)), "explored has dtype torch.float32"),
-        (lambda: tree.sample_distinct(2, "race", explored=integers), "explored and the tree disagree on N: 2 vs 4"),
         (lambda: tree.load_state_dict({}), "state lacks weights, step, seed, stream, size"),
         (lambda: tree.load_state_dict(PriorityTree(5, seed=0).state_dict()), r"shape \(5,\), expected \(4,\)"),
     ]

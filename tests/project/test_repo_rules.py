@@ -47,7 +47,7 @@ HOMES = {
     "flash_attn": {"policy.attention"},
     "vl_convert": {"report.charts.render_process"},
     "jinja2": {"report.html"},
-    "pandas": {"api.result"},
+    "pandas": {"api.frames"},
     "yaml": {"config.files"},
 }
 """Third-party packages and the only modules of `paced_fast` that may name them; integrations are adapters and free."""
@@ -198,6 +198,21 @@ def sources_are_ascii(module: Module) -> Iterator[str]:
             yield f"line {number} is not ASCII"
 
 
+def errors_end_with_a_value(module: Module) -> Iterator[str]:
+    """A remedy such as `give format=` leaves the reader to find out what may stand there."""
+    for node in ast.walk(module.tree):
+        if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
+            continue
+        for text in node.exc.args:
+            last = text.values[-1] if isinstance(text, ast.JoinedStr) else text
+            if (
+                isinstance(last, ast.Constant)
+                and isinstance(last.value, str)
+                and last.value.rstrip(" .)").endswith("=")
+            ):
+                yield f"line {text.lineno} ends with a key without a value"
+
+
 WAITING_CALLS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "unique", "masked_select", "synchronize"}
 HOT_MODULES = {
     *(
@@ -225,6 +240,7 @@ RULES: list[Callable[[Module], Iterator[str]]] = [
     public_names_have_docstrings,
     files_and_functions_are_short,
     sources_are_ascii,
+    errors_end_with_a_value,
 ]
 
 
@@ -338,6 +354,9 @@ DOC = '"""d"""\n'
         (files_and_functions_are_short, "paced_fast", "x", "def f():\n" + " a = 1\n" * 89 + "b = 1\n" * 310, None),
         (files_and_functions_are_short, "paced_fast", "x", 'def f():\n """d' + "\n" * 99 + '"""\n a = 1\n', None),
         (sources_are_ascii, "paced_fast", "x", "a = 1\n# \u03b2", "line 2 is not ASCII"),
+        (errors_end_with_a_value, "paced_fast", "x", "raise E(f'{a}: ' 'or give b=')", "line 1 ends with a key"),
+        (errors_end_with_a_value, "paced_fast", "x", "raise E('give b=')", "line 1 ends with a key"),
+        (errors_end_with_a_value, "paced_fast", "x", "raise E(f'give b={c}')\nraise E('give b=NAME')", None),
     ],
 )
 def test_each_rule_sees_the_module_that_breaks_it(

@@ -82,15 +82,15 @@ assert Path(paced_fast.__file__).is_relative_to(folder), paced_fast.__file__
 rewards = tiny_run.write_rewards(folder)
 changed = {
     "algorithm": {"algorithm": "reinforce"},
-    "schedule": {"scheduler__rule": "oldest"},
+    "schedule": {"scheduler__rule": "rarest"},
     "generation engine": {"generator": "even"},
 }
 for name, changes in changed.items():
     settings = tiny_run.config(rewards, **{"steps": 2, "scheduler__warmup_steps": 0} | changes)
     train.run(dataclasses.replace(settings, run_dir=str(folder / name)), tiny_run.quiet())
 
-scheduler = PromptScheduler(3, SchedulerConfig(rule="oldest", exploration=0.0), seed=0, device=torch.device("cpu"))
-scheduler.observe(torch.tensor([0]), torch.tensor([1.0]), 9)
+scheduler = PromptScheduler(3, SchedulerConfig(rule="rarest", exploration=0.0), seed=0, device=torch.device("cpu"))
+scheduler.observe(torch.zeros(9, dtype=torch.int64), torch.ones(9))
 print(sum(scheduler.draw(1, 10, None, k).tolist() == [0] for k in range(2000)))
 """
 
@@ -119,12 +119,12 @@ def test_runs_train_with_what_the_examples_add(tmp_path: Path) -> None:
     kept = {name: json.loads((root / name / "config.json").read_text()) for name in MOST}
     summary = json.loads((root / "algorithm" / "summary.json").read_text())
     assert kept["algorithm"]["algorithm"] == summary["algorithm"] == "reinforce"
-    assert kept["schedule"]["scheduler"]["rule"] == "oldest"
+    assert kept["schedule"]["scheduler"]["rule"] == "rarest"
     assert kept["generation engine"]["generator"] == "even"
     # A third of what a model that knows nothing says is right, so some group is mixed and pulls at the policy.
     assert all(record["grad_norm"] > 0 for record in steps["algorithm"])
     assert all(record["skipped_steps"] == 0 for records in steps.values() for record in records)
-    # One prompt was visited a step ago, two ten steps ago: one draw of 21 is the first one's.
+    # One prompt was visited nine times, two never: one draw of 21 is the first one's.
     share = 1 / 21
     assert abs(int(done.stdout) - 2000 * share) < 4.5 * math.sqrt(2000 * share * (1 - share))
     # Uniformly drawn tokens have one log-prob, which is not the trainer's.

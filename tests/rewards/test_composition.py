@@ -398,7 +398,7 @@ def test_the_replay_ring_takes_nothing_without_a_verdict_and_keeps_the_shaping()
 def test_the_schedule_learns_nothing_from_a_group_without_a_verdict() -> None:
     scheduler = PromptScheduler(4, SchedulerConfig(rule="history"), seed=0, device=torch.device("cpu"))
     index, known = torch.tensor([1, 3]), torch.tensor([True, False])
-    scheduler.observe(index, torch.tensor([0.9, 0.0]), 1, known)
+    scheduler.observe(index, torch.tensor([0.9, 0.0]), known)
     assert scheduler.last_accuracy.tolist() == pytest.approx([0.5, 0.9, 0.5, 0.5])
     assert scheduler.visits.tolist() == [0, 1, 0, 1]
 

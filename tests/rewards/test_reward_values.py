@@ -109,12 +109,15 @@ def test_functions_of_other_trainers_may_be_async_and_return_tensors(own, name, 
         ("infinite", r"returned tensor\(inf\) for completion 0"),
         ("columns", r"returned \[1\.0\] for completion 0: return a number in \[0, 1\], or None"),
         ("texts", r"returned 'x{499}\.\.\. for completion 0"),
-        ("evil", r"failed: RuntimeError: evil \(at .*own\.py:7 in tolist\)$"),
-        ("evil_length", r"failed: RuntimeError: evil \(at .*own\.py:9 in __len__\)$"),
-        ("evil_text", r"failed: RuntimeError: evil \(at .*own\.py:11 in __repr__\)$"),
-        ("no_text", r"failed: NoText: \(its message cannot be read\) \(at .*own\.py:\d+ in no_text\)$"),
-        ("long_text", r"failed: ValueError: x{488}\.\.\. \(at .*own\.py:\d+ in long_text\)$"),
-        ("cancels", r"failed: CancelledError: \(at .*own\.py:\d+ in cancels\)$"),
+        ("evil", r"failed: RuntimeError: evil \(at .*own\.py:7 in tolist\): correct it, or let"),
+        ("evil_length", r"failed: RuntimeError: evil \(at .*own\.py:9 in __len__\): correct it, or let"),
+        ("evil_text", r"failed: RuntimeError: evil \(at .*own\.py:11 in __repr__\): correct it, or let"),
+        (
+            "no_text",
+            r"failed: NoText: \(its message cannot be read\) \(at .*own\.py:\d+ in no_text\): correct it, or let",
+        ),
+        ("long_text", r"failed: ValueError: x{488}\.\.\. \(at .*own\.py:\d+ in long_text\): correct it, or let"),
+        ("cancels", r"failed: CancelledError: \(at .*own\.py:\d+ in cancels\): correct it, or let"),
         (
             "decorated",
             r"returned a coroutine instead of 2 numbers: define it, or the function that decorates it, by `async def`$",
@@ -132,7 +135,7 @@ def test_other_values_and_failures_are_named_in_one_line(own, name, said):
     ("name", "said"),
     [
         ("no_score", r"returned a dict without 'score': \['1', 'a'\]$"),
-        ("fails", r"failed: KeyError: 'key' \(at .*own\.py:\d+ in fails\)$"),
+        ("fails", r"failed: KeyError: 'key' \(at .*own\.py:\d+ in fails\): correct it, or let"),
     ],
 )
 def test_failures_in_a_function_of_verl_are_named_with_its_own_line(own, name, said):

@@ -331,10 +331,12 @@ def run_refusing(
     opened("fork_server", workers=1).close()
     setup = (
         "from paced_fast.errors import InputError\n"
-        "from paced_fast.rewards.sandbox import linux, open_sandbox, seccomp\n"
-        f"linux.forbid_new_privileges()\nlinux.apply_filter(seccomp.refusing_filter({refused!r}))\n"
+        "from paced_fast.rewards.sandbox import linux, open_sandbox\n"
+        "from refused_calls import refusing_filter\n"
+        f"linux.forbid_new_privileges()\nlinux.apply_filter(refusing_filter({refused!r}))\n"
     )
-    given = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment}
+    places = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
+    given = {"PATH": os.environ["PATH"], "PYTHONPATH": places, **environment}
     words = [sys.executable, "-c", setup + code]
     return subprocess.run(words, env=given, capture_output=True, text=True, check=False, timeout=600)
 

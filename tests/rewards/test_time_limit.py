@@ -88,7 +88,8 @@ def test_a_function_that_fails_or_leaves_is_named_with_its_line(keyword, body, s
     name = written(tmp_path, body, keyword)
     own = re.escape(name.removesuffix(":judge"))
     with pytest.raises(
-        InputError, match=rf"^the reward function '{own}:judge' failed: {said} ?\(at {own}:5 in judge\)$"
+        InputError,
+        match=rf"^the reward function '{own}:judge' failed: {said} ?\(at {own}:5 in judge\): correct it, or",
     ):
         score(name)
 

@@ -62,8 +62,9 @@ def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str], word
         front.main([word])
     assert stop.value.code == 2
     told = capsys.readouterr()
-    commands = "train, evaluate, export, report, list, doctor"
-    assert (told.out, told.err) == ("", f"error: unknown command {word!r}: {hint}the commands are {commands}\n")
+    commands = "train, evaluate, export, report, list, doctor, and the presets of train own, tiny, small, smollm2, "
+    gpu = "qwen_math_1_5b, qwen_math_1_5b_lora, qwen_math_7b, qwen3_4b, deepcoder_1_5b"
+    assert (told.out, told.err) == ("", f"error: unknown command {word!r}: {hint}the commands are {commands}{gpu}\n")
 
 
 def listed(capsys: pytest.CaptureFixture[str], kind: str) -> dict[str, str]:

@@ -224,11 +224,32 @@ def test_tables_show_the_numbers() -> None:
         terminal.final_table({"accuracy_before": 0.142, "accuracy_after": 0.291, "steps": 150}, run_dir="runs/x")
     )
     assert "0.142 -> 0.291" in final
-    assert "- -> -" in final, "a missing key is a dash, not an error"
+    assert [line.split("\u2502")[1].strip() for line in final.splitlines() if "\u2502" in line] == [
+        "accuracy",
+        "steps, rollouts",
+        "run folder",
+    ], "what is missing or null has no line"
+    assert "150, -" in final
     assert "runs/x" in final
-    assert "slices that fell" not in final
     fell = {"forgetting": [{"slice": "trivial", "before": 0.98, "after": 0.787}]}
     assert "trivial 0.980 -> 0.787" in _text(terminal.final_table(fell, run_dir="x"))
+
+
+@pytest.mark.parametrize(
+    ("summary", "accuracy"),
+    [
+        (
+            {"accuracy_before": None, "pass_at_8_after": None},
+            "not measured: give held-out rows by --eval-data A",
+        ),
+        ({"accuracy_after": None, "curve": [{"accuracy": None}]}, "not measured: no completion was scored"),
+        ({"accuracy_after": 0.5, "curve": [{"accuracy": 0.5}]}, "- -> 0.500"),
+    ],
+)
+def test_a_table_says_why_accuracy_is_missing(summary: dict[str, object], accuracy: str) -> None:
+    rows = _text(terminal.final_table({"steps": 3, **summary}, run_dir="x", held_out="--eval-data A")).splitlines()
+    cells = [[cell.strip() for cell in row.split("\u2502")[1:3]] for row in rows if "\u2502" in row]
+    assert cells == [["accuracy", accuracy], ["steps, rollouts", "3, -"], ["run folder", "x"]]
 
 
 @pytest.mark.process

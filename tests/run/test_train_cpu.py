@@ -22,6 +22,7 @@ from paced_fast.config import Config
 from paced_fast.config.presets import preset
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
+from paced_fast.paced.scheduler import PromptScheduler
 from paced_fast.paced.trainer import Trainer
 from paced_fast.policy import Policy
 from paced_fast.run import checkpoint
@@ -159,6 +160,23 @@ def test_half_a_run_and_its_continuation_are_the_whole_run(rewards: Path, tmp_pa
     (halves / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert_same_run(whole, halves, 8)
     assert json.loads((halves / "config.json").read_text())["steps"] == 8
+
+
+def test_a_checkpoint_that_was_saved_with_the_steps_of_last_visits_is_read(
+    rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions kept `last_visit` among the tensors of the scheduler."""
+    settings = config(rewards, reward="odd_with_noise", steps=2, data__eval=(), run__report=False)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    go(settings, whole)
+    state_dict = PromptScheduler.state_dict
+    with monkeypatch.context() as patch:
+        before = {"last_visit": torch.arange(40)}
+        patch.setattr(PromptScheduler, "state_dict", lambda self: {**state_dict(self), **before})
+        go(settings, halves, steps=1)
+    assert "scheduler.last_visit" in everything(halves, 1)
+    go(settings, halves, resume="auto")
+    assert_same_run(whole, halves, 2)
 
 
 @pytest.mark.parametrize("variant", ["paced", "grpo"])
@@ -546,6 +564,39 @@ def test_wrong_input_is_one_line_and_no_run_folder(
     assert not (tmp_path / "deep").exists()
 
 
+FAILS_LATER = """from pathlib import Path
+
+def late(completions, **columns):
+    run = Path(__file__).parent / "run"
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().count("\\n") if metrics.is_file() else 0
+    if (run / "config.json").is_file() and lines == AFTER:
+        return [float(columns["gone"][0])]
+    return [float(len(text) % 2) for text in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "step", "changes"), [(2, 3, {"data__eval": ()}), (0, 0, {})], ids=["step", "held-out"]
+)
+def test_a_reward_that_fails_later_is_told_with_its_step_and_the_run_goes_on_once_it_is_mended(
+    tmp_path: Path, lines: int, step: int, changes: dict[str, Any]
+) -> None:
+    own, folder = tmp_path / "own.py", tmp_path / "run"
+    own.write_text(FAILS_LATER.replace("AFTER", str(lines)))
+    settings = config(own, reward="late", steps=4, run__checkpoint_every=2, run__report=False, **changes)
+    with pytest.raises(InputError) as raised:
+        go(settings, folder)
+    assert str(raised.value) == (
+        f"step {step}: the reward function '{own}:late' failed: KeyError: 'gone' (at {own}:8 in late): correct it, or "
+        "let it return None for what it cannot judge; then continue with "
+        f"--resume {folder}, which stands for all other options"
+    )
+    own.write_text(FAILS_LATER.replace("AFTER", "99"))
+    go(settings, folder, resume="auto")
+    assert [record["step"] for record in records(folder) if record["step"]] == [1, 2, 3, 4]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -562,7 +613,9 @@ def test_a_folder_in_use_is_left_alone(rewards: Path, tmp_path: Path) -> None:
     go(settings, done)
     for folder in (foreign, named, done):
         before = contents(folder)
-        with pytest.raises(InputError, match=r"already holds a run \(it has .*\): --resume auto .*--run.overwrite"):
+        with pytest.raises(
+            InputError, match=r"already holds a run \(it has .*\): --resume .* continues it, --run.overwrite"
+        ):
             go(settings, folder)
         assert contents(folder) == before
     for folder in (foreign, named):

@@ -639,10 +639,12 @@ def run_all(backend: Any, threads: int = 3, every: int = 1) -> dict[str, list[st
 
 def refuse_namespaces() -> None:
     """From here on this process and its children can have no new namespaces, as in many containers."""
-    from paced_fast.rewards.sandbox import linux, seccomp
+    from refused_calls import refusing_filter
+
+    from paced_fast.rewards.sandbox import linux
 
     linux.forbid_new_privileges()
-    linux.apply_filter(seccomp.refusing_filter({"unshare": (272, 97), "mount": (165, 40)}))
+    linux.apply_filter(refusing_filter({"unshare": (272, 97), "mount": (165, 40)}))
 
 
 def leave_the_machine_alone() -> None:

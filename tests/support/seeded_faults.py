@@ -258,9 +258,9 @@ TREE = (
     Fault(
         "exploration of what weighs nothing",
         "_tree/launches",
-        "else torch.where(is_live, explored, 0)).sum()",
-        "else explored).sum()",
-        KEYS,
+        'state["size"], q > 0)',
+        'state["size"], q >= 0)',
+        f"{KEYS}[0.3]",
     ),
     Fault(
         "shares of a mixture exchanged",

@@ -127,21 +127,19 @@ def race_keys(
     stream: Tensor,
     step: Tensor,
     exploration: float = 0.0,
-    explored: Tensor | None = None,  # [N] i64, at least 0
 ) -> Tensor:
     """Return keys i64 [N] in the order of Exp(1) / p over the leaves with q > 0; `NO_KEY` for the others.
 
-    p = (1 - exploration) q / sum q + exploration e / sum e, with e = `explored`, or 1, where q > 0. The counter of a
-    leaf is its index, so shards agree. A key is the bit pattern of the float64 quotient, whose order is that of the
-    positive numbers. Its lowest bits are replaced by the index, so keys are distinct and their order is deterministic.
+    p = (1 - exploration) q / sum q + exploration / L, with L leaves of q > 0. The counter of a leaf is its index, so
+    shards agree. A key is the bit pattern of the float64 quotient, whose order is that of the positive numbers. Its
+    lowest bits are replaced by the index, so keys are distinct and their order is deterministic.
     """
     leaves = torch.arange(q.shape[0], device=q.device)
     is_live = q > 0
     weight = q.double()
     if exploration > 0.0:
-        other = is_live.long() if explored is None else torch.where(is_live, explored, 0)
         near = (weight / q.sum().clamp(min=1).double()) * (1.0 - exploration)
-        weight = near + (other.double() / other.sum().clamp(min=1).double()) * exploration
+        weight = near + (is_live.double() / is_live.sum().clamp(min=1).double()) * exploration
     uniform = unit_interval(random_bits(leaves, seed=seed, stream=stream, step=step))
     is_live &= weight > 0.0
     keys = (0.0 - log_of_unit(uniform)) / torch.where(is_live, weight, 1.0)

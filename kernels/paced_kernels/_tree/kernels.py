@@ -354,8 +354,7 @@ def tree_race_kernel(
     size_ptr,
     ticket_ptr,  # i32
     status_ptr,
-    explored_ptr,  # [N] i64, with HAS_EXPLORED
-    explored_sum_ptr,  # [] i64, over the leaves of positive weight, with IS_MIXED
+    num_live_ptr,  # [] i64, leaves of positive weight, with IS_MIXED
     keys_ptr,  # [N] i64, out
     total_ptr,  # [] i64, out
     capacity,  # i64
@@ -363,7 +362,6 @@ def tree_race_kernel(
     exploration_bits,  # bits of float64
     NUM_LEVELS: tl.constexpr,
     IS_MIXED: tl.constexpr,
-    HAS_EXPLORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Keys of a race as in `arithmetic.race_keys`, BLOCK leaves per program; an empty tree uses its live prefix."""
@@ -379,14 +377,10 @@ def tree_race_kernel(
     weight = q.to(tl.float64)
     if IS_MIXED:
         exploration = float64_of(exploration_bits)
-        if HAS_EXPLORED:
-            other = tl.load(explored_ptr + leaves, mask=mask & (q > 0), other=0)
-        else:
-            other = (q > 0).to(tl.int64)
         sum_q = tl.maximum(tl.where(is_empty, size, total), 1).to(tl.float64)
-        sum_other = tl.maximum(tl.load(explored_sum_ptr), 1).to(tl.float64)
+        num_live = tl.maximum(tl.load(num_live_ptr), 1).to(tl.float64)
         near = (weight / sum_q) * (1.0 - exploration)
-        weight = near + (other.to(tl.float64) / sum_other) * exploration
+        weight = near + ((q > 0).to(tl.float64) / num_live) * exploration
     bits = random_bits(leaves, tl.load(seed_ptr), tl.load(stream_ptr), tl.load(step_ptr))
     uniform = ((bits >> 11).to(tl.int64) + 1).to(tl.float64) * UNIT
     is_live = (q > 0) & (weight > 0.0)

@@ -61,20 +61,18 @@ class TritonTree:
             enable_fp_fusion=False,
         )
 
-    def race(
-        self, state: dict[str, Tensor], status: Tensor, *, exploration: float, explored: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def race(self, state: dict[str, Tensor], status: Tensor, *, exploration: float) -> tuple[Tensor, Tensor]:
         """Return keys i64 [N] of a race, and the total []; counts an empty tree and does not advance the step."""
         device, capacity = self.leaf.device, self.leaf.shape[0]
         keys = torch.empty(capacity, dtype=torch.int64, device=device)
         total = torch.empty((), dtype=torch.int64, device=device)
         is_mixed = exploration > 0.0
-        explored_sum = total  # not read
+        num_live = total  # not read
         if is_mixed:
             q = self.leaf & kernels.WEIGHT_MASK.value
             # An empty tree uses its live prefix, every leaf of which counts as positive.
             is_live = torch.where(self.total() == 0, torch.arange(capacity, device=device) < state["size"], q > 0)
-            explored_sum = (is_live if explored is None else torch.where(is_live, explored, 0)).sum()
+            num_live = is_live.sum()
         launch(
             kernels.tree_race_kernel,
             (triton.cdiv(capacity, RACE_BLOCK),),
@@ -86,8 +84,7 @@ class TritonTree:
             size_ptr=state["size"],
             ticket_ptr=self.tickets[1:],
             status_ptr=status,
-            explored_ptr=self.leaf if explored is None else explored,
-            explored_sum_ptr=explored_sum,
+            num_live_ptr=num_live,
             keys_ptr=keys,
             total_ptr=total,
             capacity=capacity,
@@ -95,7 +92,6 @@ class TritonTree:
             exploration_bits=float64_bits(exploration),
             NUM_LEVELS=self.num_levels,
             IS_MIXED=is_mixed,
-            HAS_EXPLORED=explored is not None,
             BLOCK=RACE_BLOCK,
             enable_fp_fusion=False,
         )

@@ -12,7 +12,7 @@ from paced_fast.config.presets.own import own
 from paced_fast.config.presets.small import small
 from paced_fast.errors import InputError
 
-__all__ = ["BASES", "PRESETS", "preset"]
+__all__ = ["BASES", "PRESETS", "known", "preset", "without_gpu"]
 
 PRESETS: dict[str, Callable[[], Config]] = {
     make.__name__: make
@@ -26,7 +26,16 @@ BASES: dict[str, Callable[[], Config]] = {own.__name__: own, **PRESETS}
 def preset(name: str) -> Config:
     """The settings of a preset. Raises InputError naming the known ones."""
     if name not in BASES:
-        near = difflib.get_close_matches(name, BASES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"unknown preset {name!r}: {hint}the presets are {', '.join(BASES)}")
+        raise InputError(f"unknown preset {name!r}: {known(name)}")
     return BASES[name]()
+
+
+def known(name: str) -> str:
+    """For a message about an unknown preset: the one whose name is near, and all there are."""
+    near = difflib.get_close_matches(name, BASES, n=1)
+    return f"{f'did you mean {near[0]}? ' if near else ''}the presets are {', '.join(BASES)}"
+
+
+def without_gpu() -> list[str]:
+    """The presets that need no GPU."""
+    return [name for name, make in PRESETS.items() if make().model.device != "cuda"]

@@ -55,7 +55,9 @@ def read_drafts(
     start, stop = source.rows[0] or 0, source.rows[1]
     total = reader.count(stop)
     if stop is not None and total < stop:
-        raise InputError(f"source {spec!r} asks for rows up to {stop}, but has {total} rows: lower rows=")
+        raise InputError(
+            f"source {spec!r} asks for rows up to {stop}, but has {total} rows: rows= stops at {total} at most"
+        )
     candidates = range(start, max(start, total))
     layout = _layout(source, reader, candidates[:_FIRST_ROWS])
     order = _selected(source, reader, layout, bad_rows, candidates)
@@ -118,7 +120,9 @@ def _selected(
         random.Random(source.seed).shuffle(drawn)  # type: ignore[arg-type]  # any mutable sequence will do
         order = drawn
     if source.size is not None and len(order) < source.size:
-        raise InputError(f"source {source.spec!r} asks for size={source.size}, but has {len(order)} rows: lower size=")
+        raise InputError(
+            f"source {source.spec!r} asks for size={source.size}, but has {len(order)} rows: give that size at most"
+        )
     return order[: source.size]
 
 
@@ -215,7 +219,10 @@ def _without_reply(prompt: Messages, layout: Layout, data: Row, where: str) -> t
     if prompt[-1]["role"] != "assistant":
         return prompt, data
     if len(prompt) == 1:
-        raise BadRow(f"{where}: the prompt in 'messages' is a reply only: name the prompt's column by prompt=")
+        raise BadRow(
+            f"{where}: the prompt in 'messages' is a reply only: name the prompt's field, as in prompt=FIELD (the "
+            f"fields are {', '.join(map(str, data))})"
+        )
     if all(_find_field(data, name) is None for name in layout.answers):
         data = {**data, layout.answers[0]: prompt[-1]["content"]}
     return prompt[:-1], data
@@ -227,7 +234,10 @@ def _slice(value: Any, column: str, where: str) -> str:
         return value
     if isinstance(value, bool | int | float):
         return f"{column} {value}"
-    raise BadRow(f"{where}: {column!r} is {value!r:.80}, which names no slice: give a text or number by slice_by=")
+    raise BadRow(
+        f"{where}: {column!r} is {value!r:.80}, which names no slice: name a field of texts or numbers, as in "
+        "slice_by=FIELD"
+    )
 
 
 def _with_starter(prompt: str | Messages, code: Any) -> str | Messages:
@@ -251,7 +261,10 @@ def _answer(source: Source, layout: Layout, data: Row, where: str) -> Any:
     after = source.answer_after or (layout.answer_after if source.answer is None else None)
     if after is not None:
         if not isinstance(answer, str) or after not in answer:
-            raise BadRow(f"{where}: the answer in {name!r} does not contain {after!r}: change answer_after=")
+            raise BadRow(
+                f"{where}: the answer in {name!r} is {answer!r:.80}, without {after!r}: name the mark before the "
+                "answer, as in answer_after=MARK, or a field with the answer alone, as in answer=FIELD"
+            )
         answer = answer.rpartition(after)[2].strip()
     if judges_without_answer(source.reward):
         return answer  # what the user's own function is given is between the two
@@ -299,5 +312,7 @@ def _find_field(data: Mapping[str, Any], name: str) -> Any:
 def _lookup(data: Row, name: str, where: str, key: str) -> Any:
     value = _find_field(data, name)
     if value is None:
-        raise BadRow(f"{where} has no field {name!r}, only {', '.join(map(str, data))}: name the field by {key}=")
+        raise BadRow(
+            f"{where} has no field {name!r}, only {', '.join(map(str, data))}: name another, as in {key}=FIELD"
+        )
     return value

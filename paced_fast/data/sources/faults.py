@@ -92,7 +92,7 @@ def checked_prompt(prompt: Any, name: str, where: str) -> str | Messages:
     if not all(isinstance(text, str) for text in texts):
         raise BadRow(
             f"{where}: the prompt in {name!r} is neither text nor a list of messages, each with a role "
-            f"({', '.join(ROLES)}) and text as content: fix the row, or name another field by prompt="
+            f"({', '.join(ROLES)}) and text as content: fix the row, or name another field, as in prompt=FIELD"
         )
     # A role comes out of the template between control tokens, so only known ones are let through.
     wrong = [message["role"] for message in result if message["role"] not in ROLES] if result is not prompt else []
@@ -122,7 +122,9 @@ def checked_answer(answer: Any, name: str, where: str) -> Any:
     """The answer, when it is text or a finite number. Raises BadRow for anything else and for a blank text."""
     if isinstance(answer, str):
         if _BLANK.fullmatch(answer):
-            raise BadRow(f"{where}: the answer in {name!r} is empty: drop the row, or name the field by answer=")
+            raise BadRow(
+                f"{where}: the answer in {name!r} is empty: drop the row, or name another field, as in answer=FIELD"
+            )
         _check_characters(answer, "answer", name, where, _MAX_ANSWER_CHARACTERS)
     elif isinstance(answer, float | Decimal) and not math.isfinite(answer):
         raise BadRow(f"{where}: the answer in {name!r} is {answer}: give a finite number")

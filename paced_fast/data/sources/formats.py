@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paced_fast.data.sources.spec import Source
+from paced_fast.data.sources.spec import FORMAT_NAMES, Source
 from paced_fast.errors import InputError
 
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input", "query", "messages")
@@ -92,7 +92,8 @@ def layout_of(source: Source, row: Mapping[str, Any]) -> tuple[Layout, bool]:
                 what, query = "field of the answer", "answer=FIELD"
             raise InputError(
                 f"source {source.spec!r}: no known format has the fields {', '.join(map(str, row))}: name the {what}, "
-                f"as in {source.kind}:{source.name}?{query}, or give format="
+                f"as in {source.kind}:{source.name}?{query}, or give format=NAME, one of "
+                f"{', '.join(FORMAT_NAMES)}"
             )
         layout, recognised = found, True
     if layout.tests and source.reward in _REWARDS_OF_ANSWERS:

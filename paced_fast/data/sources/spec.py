@@ -164,7 +164,10 @@ def parse_source(spec: str) -> Source:
                 f"the keys of {kind} are {', '.join(_KEYS[kind])}"
             )
     if values.get("noise") and "demonstration" not in values:
-        raise InputError(f"source {spec!r} has noise= without demonstration=, whose characters it replaces")
+        raise InputError(
+            f"source {spec!r} has noise= without the demonstration whose characters it replaces: "
+            f"give demonstration=FIELD, {' or '.join(_COMPUTED)}"
+        )
     if "slice" in values and "slice_by" in values:
         raise InputError(f"source {spec!r} has both slice= and slice_by=: give one of them")
     return Source(spec=spec, kind=kind, name=name, params=params, **values)

@@ -117,7 +117,8 @@ class MathReward:
         gold = _gold(answer)
         if not gold.strip():
             raise InputError(
-                f"reward {self.name!r}: a row has an empty answer: drop the row, or name another field by answer="
+                f"reward {self.name!r}: a row has an empty answer: drop the row, or name another field, as in "
+                "answer=FIELD"
             )
         if self.name == "math":
             return gold, final_answer(completion)

@@ -208,15 +208,6 @@ def starting_filter(machine: str = "") -> bytes:
     return _assemble(machine or platform.machine(), {**_ALLOWED, **_STARTING}, None)
 
 
-def refusing_filter(numbers: dict[str, tuple[int, int]], machine: str = "") -> bytes:
-    """Return a filter under which only these calls fail (EPERM), to test messages on a kernel that forbids them."""
-    machine = machine or platform.machine()
-    code = _load(0)
-    for number in numbers.values():
-        code += [(_EQUAL, 0, 1, number[_COLUMN[machine]]), (_RETURN, 0, 0, _EPERM)]
-    return _pack([*code, (_RETURN, 0, 0, _ALLOW)])
-
-
 _Code = list[tuple[int, int, int, int]]  # operation, jump if true, jump if false, constant
 
 

@@ -85,37 +85,39 @@ def memory_plan_table(plan: Mapping[str, int], *, available_bytes: int | None = 
     return _two_columns("memory plan (GiB)", rows, justify_right=True)
 
 
-def final_table(summary: Mapping[str, object], *, run_dir: str) -> Table:
-    """Results of a finished run, from the keys of `summary.json`; missing or null ones show as a dash."""
+def final_table(summary: Mapping[str, object], *, run_dir: str, held_out: str = "--eval-data FILE") -> Table:
+    """Results of a finished run, from the keys of `summary.json`; what was not measured has no line.
 
-    def shown_of(found: Mapping[str, object], key: str, spec: str = ".3f") -> str:
+    `held_out` is how held-out prompts are given, for a run that had none.
+    """
+
+    def shown(key: str, spec: str = ".3f", found: Mapping[str, object] = summary) -> str:
         value = _number(found, key)
         return "-" if value is None else format(value, spec)
 
-    def shown(key: str, spec: str = ".3f") -> str:
-        return shown_of(summary, key, spec)
-
     falls = summary.get("forgetting")
     fell = [
-        f"{fall.get('slice')} {shown_of(fall, 'before')} -> {shown_of(fall, 'after')}"
+        f"{fall.get('slice')} {shown('before', found=fall)} -> {shown('after', found=fall)}"
         for fall in (falls if isinstance(falls, list) else [])
         if isinstance(fall, Mapping)
     ]
-    return _two_columns(
-        f"{summary.get('preset', 'run')}, {summary.get('algorithm', '-')}",
-        {
-            "accuracy": f"{shown('accuracy_before')} -> {shown('accuracy_after')}",
-            "pass@8": f"{shown('pass_at_8_before')} -> {shown('pass_at_8_after')}",
-            **({"slices that fell": ", ".join(fell)} if fell else {}),
-            "distinct correct answers": shown("distinct_correct_after", ".2f"),
-            "value brier, ece": f"{shown('value_brier')}, {shown('value_ece')}",
-            "value rank correlation": shown("value_rank_correlation", ".2f"),
-            "mixed groups": shown("mixed_group_share", ".0%"),
-            "steps, rollouts": f"{shown('steps', ',.0f')}, {shown('rollouts', ',.0f')}",
-            "training seconds": shown("train_seconds", ",.1f"),
-            "run folder": run_dir,
-        },
-    )
+    rows = {
+        "accuracy": f"{shown('accuracy_before')} -> {shown('accuracy_after')}",
+        "pass@8": f"{shown('pass_at_8_before')} -> {shown('pass_at_8_after')}",
+        "slices that fell": ", ".join(fell) or "-",
+        "distinct correct answers": shown("distinct_correct_after", ".2f"),
+        "value brier, ece": f"{shown('value_brier')}, {shown('value_ece')}",
+        "value rank correlation": shown("value_rank_correlation", ".2f"),
+        "mixed groups": shown("mixed_group_share", ".0%"),
+        "steps, rollouts": f"{shown('steps', ',.0f')}, {shown('rollouts', ',.0f')}",
+        "training seconds": shown("train_seconds", ",.1f"),
+        "run folder": run_dir,
+    }
+    measured = {name: text for name, text in rows.items() if name == "run folder" or set(text) - set("->, ")}
+    if "accuracy" not in measured:
+        why = "no completion was scored" if summary.get("curve") else f"give held-out rows by {held_out}"
+        measured = {"accuracy": f"not measured: {why}", **measured}
+    return _two_columns(f"{summary.get('preset', 'run')}, {summary.get('algorithm', '-')}", measured)
 
 
 def evaluation_tables(record: Mapping[str, object], *, max_columns: int = 8) -> list[Table]:

@@ -118,7 +118,7 @@ def _verdict(row: PromptRow, answer: str, scorer: Scorer) -> str:
         return f"{told}; {other} it is 1, so the prompt should ask for that (--data.system-prompt, or --data.template)"
     return (
         f"WARNING: {told}, where 1 is expected: either the reward wants more than the answer, or the wrong column is "
-        "taken for the answer (answer= of the source) or the wrong reward (--reward)"
+        "taken for the answer (name it, as in answer=FIELD of the source), or the wrong reward is named (--reward NAME)"
     )
 
 

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import logging
 import os
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -142,8 +143,8 @@ def _require_free(folder: Path, config: Config) -> None:
     found = [name for name in OWN_NAMES if (folder / name).exists()]
     if config.resume == "never" and found and not config.run.overwrite:
         raise InputError(
-            f"--run-dir {folder} already holds a run (it has {found[0]}): --resume auto continues it, "
-            "--run.overwrite replaces it"
+            f"--run-dir {folder} already holds a run (it has {found[0]}): --resume {shlex.quote(str(folder))} "
+            "continues it, --run.overwrite replaces it, another --run-dir keeps both"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from paced_fast.config import Config
+from paced_fast.config.presets import without_gpu
 from paced_fast.config.run import OWN
 from paced_fast.data import distributed
 from paced_fast.data.distributed import World
@@ -36,7 +37,7 @@ def ranks_of_run(config: Config, console: Console) -> Iterator[tuple[World, Cons
             raise InputError("--model.device cuda: torch finds no GPU on this machine: give auto or cpu")
         raise InputError(
             f"preset {config.preset} needs a GPU (--model.device cuda), and torch finds none: "
-            "use the preset tiny or smollm2, or --model.device cpu"
+            f"use one that needs none ({', '.join(without_gpu())}), or --model.device cpu"
         )
     world = distributed.start(config.model.device, config.distributed.timeout_seconds)
     if world.size > 1:

@@ -125,7 +125,8 @@ class StopRequest:
         self._thread.join()
         self._theirs.close()
         if self._is_stopping and isinstance(error, KeyboardInterrupt):
-            raise StopRequested(f"{self.name}: stopped before the first step: {self.remedy}") from None
+            where = str(error) or "before the first step"
+            raise StopRequested(f"{self.name}: stopped {where}: {self.remedy}") from None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         """The interpreter runs this when it can; the thread hears the signal in any case."""
