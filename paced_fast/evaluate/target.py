@@ -67,17 +67,7 @@ def evaluate_target(
     names = [name for word in arguments.benchmarks for name in word.split(",") if name]
     given = (*benchmark_sources(names, data_dir), *arguments.sources)
     if not given and not config.data.eval:
-        name = arguments.run_or_model
-        remedy = (
-            f"give --benchmarks {','.join(BENCHMARKS)}, or prompts of yours, as in --sources "
-            f"{shlex.quote(held_out_like(next(iter(config.data.train), '')))}"
-        )
-        if not target.is_run and not Path(target.path).is_dir():
-            raise InputError(
-                f"no such run or model folder {name}; if you mean a model of the Hugging Face hub, {remedy}"
-            )
-        kind = "this run has no held-out prompts" if target.is_run else "a model has no held-out prompts of its own"
-        raise InputError(f"no prompts to evaluate {name} on, because {kind}: {remedy}")
+        raise _without_prompts(arguments.run_or_model, target)
     if (config.model.device, config.model.dtype) == ("cpu", "float32"):
         require_float32_products()
     tokenizer = prompts.load_tokenizer(target.path)
@@ -232,6 +222,18 @@ def _room(model: PreTrainedModel, sampling: Sampling) -> int:
             "that a prompt fits too"
         )
     return room
+
+
+def _without_prompts(name: str, target: _Target) -> InputError:
+    """Error for a run or model `name` without prompts to evaluate on, with sources that work."""
+    remedy = (
+        f"give --benchmarks {','.join(BENCHMARKS)}, or prompts of yours, as in --sources "
+        f"{shlex.quote(held_out_like(next(iter(target.config.data.train), '')))}"
+    )
+    if not target.is_run and not Path(target.path).is_dir():
+        return InputError(f"no such run or model folder {name}; if you mean a model of the Hugging Face hub, {remedy}")
+    kind = "this run has no held-out prompts" if target.is_run else "a model has no held-out prompts of its own"
+    return InputError(f"no prompts to evaluate {name} on, because {kind}: {remedy}")
 
 
 def _limited(table: PromptTable, limit: int, seed: int) -> PromptTable:
