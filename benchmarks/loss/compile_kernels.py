@@ -20,7 +20,8 @@ from paced_fast.errors import InputError
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
 """Most bytes per program on each architecture; 86 = consumer chips, which use the sm_80 configuration."""
 
-# Arguments on which a launch specialises: multiples of 16 for aligned tensors.
+# Arguments that are multiples of 16 for aligned tensors, with all pointers and descriptors; a launch tells the compiler
+# so where the kernel lets it.
 ALIGNED = ("stride_hidden", "stride_weight", "stride_out", "stride", "hidden_size")
 INTEGERS = ("num_rows", "vocab_size", "hidden_size", "vocab_start", "num_parts")
 
@@ -184,7 +185,12 @@ def compile_one(build: Build, arch: int) -> dict[str, Any]:
     names = build.kernel.arg_names
     signature = {name: "constexpr" if name in build.constants else argument_type(name, build) for name in names}
     positions = {name: (names.index(name),) for name in names}
-    aligned = [name for name in names if name.endswith("_ptr") or name in ALIGNED or signature[name].startswith("*")]
+    aligned = [
+        param.name
+        for param in build.kernel.params
+        if (param.name in ALIGNED or signature[param.name].startswith("*"))
+        and not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+    ]
     source = ASTSource(
         build.kernel,
         signature,

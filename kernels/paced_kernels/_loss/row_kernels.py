@@ -17,6 +17,7 @@ T = rows, H = hidden size, V = rows of the weight (of this rank's shard, where t
 import triton
 import triton.language as tl
 
+from .._grid import batch_kernel
 from .gemm_kernels import LOG2_E, narrow
 
 # Below this log-prob, exponentials relative to the target are too large (1e19), and p_y times a hidden state comes too
@@ -38,7 +39,7 @@ def exp(x):
     return tl.exp2(x * LOG2_E)
 
 
-@triton.jit
+@batch_kernel
 def target_logits_kernel(
     hidden_ptr,  # [T, H]
     weight_ptr,  # [V, H]
@@ -93,7 +94,7 @@ def merge_part(top, total, weighted, part_top, part_total, part_weighted):
     return new_top, scale * total + part_scale * part_total, weighted
 
 
-@triton.jit
+@batch_kernel
 def finish_rows_kernel(
     sums_ptr,  # [P, T] f32
     weighted_ptr,  # [P, T] f32
@@ -177,7 +178,7 @@ def finish_rows_kernel(
                 tl.store(entropy_ptr + o_rows, weighted, mask=m_rows)
 
 
-@triton.jit
+@batch_kernel
 def row_parts_kernel(
     logits_ptr,  # [T, stride] f32, hidden W^T
     bias_ptr,  # [V]
@@ -225,7 +226,7 @@ def row_parts_kernel(
         tl.store(weighted_ptr + i_row, weighted)
 
 
-@triton.jit
+@batch_kernel
 def row_probabilities_kernel(
     logits_ptr,  # [T, stride] f32, hidden W^T
     out_ptr,  # [T, stride_out]; may be the same memory, in a dtype that is not wider
@@ -260,7 +261,7 @@ def row_probabilities_kernel(
         )
 
 
-@triton.jit
+@batch_kernel
 def patch_targets_kernel(
     out_ptr,  # [T, stride_out], E
     token_ptr,  # [T]
@@ -284,7 +285,7 @@ def patch_targets_kernel(
     tl.store(out_ptr + o_rows.to(tl.int64) * stride_out + target, narrow(patch, out_ptr.dtype.element_ty), mask=m_rows)
 
 
-@triton.jit
+@batch_kernel
 def entropy_gradient_kernel(
     out_ptr,  # [T, stride_out], E in, dloss/dz out
     token_ptr,  # [T]

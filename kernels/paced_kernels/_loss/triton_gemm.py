@@ -96,25 +96,30 @@ class GemmRows(TritonRows):
         return self.floats(3, self.config.num_parts(self.vocab_size), rows.stop - rows.start)
 
     def _target_logits(self, rows: slice) -> Tensor:
-        target = self.floats(rows.stop - rows.start)
+        hidden, target = self._states(rows), self.floats(rows.stop - rows.start)
         block_t = 16
         launch(
             kernels.target_logits_kernel,
             (triton.cdiv(target.shape[0], block_t),),
-            hidden_ptr=self.hidden[rows],
+            hidden_ptr=hidden,
             weight_ptr=self.head.weight,
             token_ptr=self.token_ids[rows],
             target_ptr=target,
             num_rows=target.shape[0],
-            hidden_size=self.hidden.shape[1],
+            hidden_size=hidden.shape[1],
             vocab_start=self.head.start,
-            stride_hidden=self.hidden.stride(0),
+            stride_hidden=hidden.stride(0),
             stride_weight=self.head.weight.stride(0),
             BLOCK_T=block_t,
             BLOCK_H=256,
             **self.head_arguments,
         )
         return self.head.sum_over_ranks(target)
+
+    def _states(self, rows: slice) -> Tensor:
+        """Return the [R, H] hidden states of a chunk, at an aligned address: others would need kernels of their own."""
+        hidden = self.hidden[rows]
+        return hidden if tiles.is_aligned(hidden) else hidden.clone(memory_format=torch.contiguous_format)
 
     def _num_programs(self, num_tiles: int) -> int:
         device = self.hidden.device
@@ -133,8 +138,10 @@ class GemmRows(TritonRows):
         gate: Tensor | None = None,
     ) -> None:
         """Launch `project_kernel` on a chunk; without a matrix only partial sums are stored."""
-        config, hidden, weight = self.config, self.hidden[rows], self.head.weight
+        config, hidden, weight = self.config, self._states(rows), self.head.weight
         num_rows, hidden_size = hidden.shape
+        if num_rows == 0:  # no sequence, or an empty one alone: TMA has no descriptor of nothing
+            return
         sums, weighted, maxima = parts
         out = parts if matrix is None else matrix
         operands: dict[str, Any] = {"hidden": hidden, "weight": weight, "out": out}
@@ -163,7 +170,7 @@ class GemmRows(TritonRows):
             vocab_start=self.head.start,
             stride_hidden=hidden.stride(0),
             stride_weight=weight.stride(0),
-            stride_out=out.stride(0),
+            stride_out=tiles.row_stride(self.vocab_size),
             KIND=kind,
             BLOCK_T=config.block_t,
             BLOCK_V=config.block_v,
