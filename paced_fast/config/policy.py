@@ -31,7 +31,7 @@ class ModelConfig:
     ] = "auto"
     """Layout of attention in training: `shared` (each prompt is computed once for all its completions), `packed-...`
     (sequences one after another without padding, with PyTorch's or flash-attn's kernels), `padded` (one row per
-    sequence, exact for every causal model), or `auto`: shared on a CPU, packed with the newest installed kernel on a
+    sequence, exact for every causal model), or `auto`: shared on a CPU, packed with the best installed kernel on a
     GPU, padded for models on which the others are not known to be exact (docs/model-types.md)."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, about a third more
