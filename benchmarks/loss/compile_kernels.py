@@ -69,8 +69,8 @@ def builds(arch: int, *, widest: bool = False) -> list[Build]:
     are the same on all.
     """
     if not widest:
-        return [*projections(arch, (False, True)), *row_kernels(), *tree_kernels((2, 3))]
-    return [*projections(arch, (True,)), *([*row_kernels(), *tree_kernels((3,))] if arch == 90 else [])]
+        return [*projections(arch, (False, True)), *targets(arch), *row_kernels(), *tree_kernels((2, 3))]
+    return [*projections(arch, (True,)), *targets(arch), *([*row_kernels(), *tree_kernels((3,))] if arch == 90 else [])]
 
 
 def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:
@@ -109,6 +109,25 @@ def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:
     return found
 
 
+def targets(arch: int) -> list[Build]:
+    """Builds of `target_logits_kernel`, with the inner blocks and stages of each configuration of the products."""
+    from paced_kernels._loss import row_kernels as kernels
+    from paced_kernels._loss.tiles import SHIPPED
+
+    shapes = dict.fromkeys((config.block_h, config.num_stages) for config in SHIPPED[arch])
+    return [
+        Build(
+            kernels.target_logits_kernel,
+            f"64x64x{block_h}",
+            {"HAS_BIAS": True, "BLOCK_T": 64, "BLOCK_H": block_h, "UPCAST": False},
+            4,
+            num_stages,
+            {},
+        )
+        for block_h, num_stages in shapes
+    ]
+
+
 def row_kernels() -> list[Build]:
     """Builds of the row kernels, with the constants that their launchers use and all options on."""
     from paced_kernels._loss import row_kernels as kernels
@@ -121,7 +140,6 @@ def row_kernels() -> list[Build]:
     again = {"HAS_MAXIMA": True, "FLAG": False, "GATED": True, "FINAL": True}
     part = {"HAS_MAXIMA": True, "FLAG": False, "GATED": False, "FINAL": False}
     return [
-        build(kernels.target_logits_kernel, "", HAS_BIAS=True, BLOCK_T=16, BLOCK_H=256),
         build(kernels.finish_rows_kernel, "flags", **finish, **first),
         build(kernels.finish_rows_kernel, "gated", **finish, **again),
         build(kernels.finish_rows_kernel, "one of several ranks", **finish, **part),

@@ -24,8 +24,8 @@ class ModelConfig:
     for a GPU."""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "highest"
     """Precision of float32 matrix products on a GPU, as in `torch.set_float32_matmul_precision`: below `highest` their
-    inputs are rounded; `auto`: high on a GPU. Only `highest` is accepted on a CPU, because rounding there depends on
-    the processor."""
+    inputs are rounded, but for those of the fused log-probs and loss, which never are; `auto`: high on a GPU. Only
+    `highest` is accepted on a CPU, because rounding there depends on the processor."""
     attention: Literal[
         "auto", "shared", "padded", "packed-sdpa", "packed-torch", "packed-flash2", "packed-flash3", "packed-flash4"
     ] = "auto"

@@ -1,10 +1,10 @@
 """Stage 2 of the row engine: the vocabulary projection and the exponentials in one Triton kernel.
 
-Exponentials are relative to the logit of the target, E_v = exp(z_v - z_y). z_y is computed before the projection, with
-one dot product per row, so that one pass over the logits suffices. p_v = p_y E_v, and log-probs near 0 are log1p of a
-small sum. A row with a log-prob below -44 would leave the range of low precision: such rows are flagged on the device
-and their row tiles computed again, relative to their log-sum-exp, by launches that return at once if nothing is
-flagged. Nothing saturates, and the host never synchronises.
+Exponentials are relative to the logit of the target, E_v = exp(z_v - z_y). z_y is computed before the projection, so
+that one pass over the logits suffices, and by the instructions of the projection, so that what tensor cores cut off
+cancels. p_v = p_y E_v, and log-probs near 0 are log1p of a small sum. A row with a log-prob below -44 would leave the
+range of low precision: such rows are flagged on the device and their row tiles computed again, relative to their
+log-sum-exp, by launches that return at once if nothing is flagged. Nothing saturates, and the host never synchronises.
 
 T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk, P = partial sums per row.
 """
@@ -97,7 +97,7 @@ class GemmRows(TritonRows):
 
     def _target_logits(self, rows: slice) -> Tensor:
         hidden, target = self._states(rows), self.floats(rows.stop - rows.start)
-        block_t = 16
+        block_t = 64  # the fewest rows of a tensor-core instruction
         launch(
             kernels.target_logits_kernel,
             (triton.cdiv(target.shape[0], block_t),),
@@ -111,7 +111,10 @@ class GemmRows(TritonRows):
             stride_hidden=hidden.stride(0),
             stride_weight=self.head.weight.stride(0),
             BLOCK_T=block_t,
-            BLOCK_H=256,
+            BLOCK_H=self.config.block_h,
+            UPCAST=is_interpreted(),
+            num_warps=4,
+            num_stages=self.config.num_stages,
             **self.head_arguments,
         )
         return self.head.sum_over_ranks(target)
