@@ -2,21 +2,26 @@
 
     python -m benchmarks.run gpu_visit --out DIR --minutes 9
 
-Runs tests, the profile of a step, configurations of our projection, the priority tree, the training phase against
-TRL's, the tables of both operations (most important first), and the decision gates. Each part is a separate process
-with a time limit. A part that hangs or loses the GPU is ended and continued without the method it was measuring.
-Results are written as soon as they are known; DIR gets nine files.
+Compiles the kernels side by side, runs tests, the profile of a step, configurations of our projection, the priority
+tree, the training phase against TRL's, the tables of both operations (most important first), and the decision gates.
+Each part is a separate process with a time limit. A part that hangs or loses the GPU is ended and continued without the
+method it was measuring. DIR gets two files: visit.json, a summary, and visit.tar.gz with everything, which is replaced
+every few seconds, so that what is known survives whatever ends the visit. A second visit to DIR starts from what is in
+it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +39,11 @@ from paced_fast.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 MAX_RESTARTS = 4
 STALL_S = 75.0
+PACK_EVERY_S = 10.0
+GRACE_S = 15.0
+"""Time in which a part that is ended may write what it knows."""
 ENTRY = [sys.executable, "-m", "benchmarks.run"]
-PARTS = ("tests", "phases", "sweep", "priority_tree", "trainer", "trajectory_balance", "logprobs")
+PARTS = ("precompile", "tests", "phases", "sweep", "priority_tree", "trainer", "trajectory_balance", "logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,8 @@ class Arguments:
     tests: tuple[str, ...] = ()
     """Files for pytest; none means tests/gpu and every test of the kernels."""
     parts: tuple[str, ...] = PARTS
-    """Parts to run, in this order: tests, phases, sweep, priority_tree, trainer, trajectory_balance, logprobs."""
+    """Parts to run, in this order: precompile, tests, phases, sweep, priority_tree, trainer, trajectory_balance,
+    logprobs."""
     only: tuple[str, ...] = ()
     """Methods whose name contains one of these words; none means all."""
     commit: str = ""
@@ -70,6 +79,13 @@ class Part:
     """Share of the remaining time that it may use."""
     options: tuple[str, ...] = ()
     resumable: bool = False
+
+
+def precompilation(arguments: Arguments) -> list[Part]:
+    """Return what comes before the tests, which would compile one kernel after the other."""
+    toy = ("--heads", "2") if arguments.device == "cpu" else ()
+    part = Part(name="precompile", case="precompile", share=0.2, options=toy)
+    return [part] if part.name in arguments.parts else []
 
 
 def parts(arguments: Arguments) -> list[Part]:
@@ -107,32 +123,81 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     deadline = time.monotonic() + 60 * arguments.minutes - min(10.0, 6 * arguments.minutes)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {"settings": asdict(arguments), "device": environment.device(device)}
-    summary["environment"] = environment.describe() | ({"commit": arguments.commit} if arguments.commit else {})
-    summary |= {"parts": {}, "gates": evaluate_gates(out)}
-
-    def save() -> None:
-        environment.write_json(out / "visit.json", environment.headed("gpu_visit", summary))
-
-    save()
-    if "tests" in arguments.parts:
-        (out / "tests.txt").write_text("")
-        for name, files in test_groups(arguments).items():
-            limit = 0.15 * (deadline - time.monotonic())
-            summary["parts"][name] = run_tests(files, out / "tests.txt", limit, side_by_side=name == "kernel tests")
-            save()
-    report = out / "report.txt"
-    report.write_text("")
-    for part in parts(arguments):
-        seconds = part.share * (deadline - time.monotonic())
-        summary["parts"][part.name] = run_part(part, arguments, out, seconds)
-        summary["gates"] = evaluate_gates(out)
-        save()
-    text = summary_text(summary, out)
-    with report.open("a") as file:
-        file.write(f"\n{text}\n")
-    print(text)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        unpack(out, folder)
+        summary: dict[str, Any] = {"settings": asdict(arguments), "device": environment.device(device)}
+        summary["environment"] = environment.describe() | ({"commit": arguments.commit} if arguments.commit else {})
+        summary |= {"parts": {}, "gates": evaluate_gates(folder)}
+        for fresh in ("report.txt", "tests.txt", "failures.txt"):
+            (folder / fresh).write_text("")
+        visit = _Visit(arguments, out, folder, summary, deadline)
+        visit.save()
+        try:
+            visit.run()
+        finally:
+            visit.save()
     return summary
+
+
+@dataclass
+class _Visit:
+    """The parts of one visit, and what is known so far."""
+
+    arguments: Arguments
+    out: Path
+    folder: Path
+    summary: dict[str, Any]
+    deadline: float
+
+    def save(self) -> None:
+        self.summary["gates"] = evaluate_gates(self.folder)
+        for folder in (self.folder, self.out):
+            environment.write_json(folder / "visit.json", environment.headed("gpu_visit", self.summary))
+        pack(self.folder, self.out)
+
+    def run(self) -> None:
+        known = self.summary["parts"]
+        for part in precompilation(self.arguments):
+            self._measure(part)
+        if "tests" in self.arguments.parts:
+            for name, files in test_groups(self.arguments).items():
+                limit = (0.15 if name == "kernel tests" else 0.3) * self._left()
+                known[name] = run_tests(files, self.folder, limit, self._pack)
+                self.save()
+        for part in parts(self.arguments):
+            self._measure(part)
+        text = summary_text(self.summary, self.folder)
+        with (self.folder / "report.txt").open("a") as file:
+            file.write(f"\n{text}\n")
+        print(text)
+
+    def _measure(self, part: Part) -> None:
+        seconds = part.share * self._left()
+        self.summary["parts"][part.name] = run_part(part, self.arguments, self.folder, seconds, self._pack)
+        self.save()
+
+    def _left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def _pack(self) -> None:
+        pack(self.folder, self.out)
+
+
+def pack(folder: Path, out: Path) -> None:
+    """Replace OUT/visit.tar.gz by the files of a folder, at once: whoever reads it meanwhile finds a whole one."""
+    part = out / "visit.tar.gz.part"
+    with tarfile.open(part, "w:gz", compresslevel=1) as archive:
+        for path in sorted(folder.iterdir()):
+            archive.add(path, path.name)
+    os.replace(part, out / "visit.tar.gz")
+
+
+def unpack(out: Path, folder: Path) -> None:
+    """Fill a folder with what an earlier visit to OUT found, if there was one."""
+    if (out / "visit.tar.gz").is_file():
+        with tarfile.open(out / "visit.tar.gz") as archive:
+            archive.extractall(folder, filter="data")
 
 
 def test_groups(arguments: Arguments) -> dict[str, list[str]]:
@@ -149,20 +214,31 @@ def test_groups(arguments: Arguments) -> dict[str, list[str]]:
     return groups
 
 
-def run_tests(files: list[str], log: Path, limit_s: float, *, side_by_side: bool) -> dict[str, Any]:
-    """Run pytest in a separate process; return counts and names of failed tests from its XML report."""
-    with tempfile.TemporaryDirectory() as folder:
-        xml = Path(folder) / "junit.xml"
+def run_tests(files: list[str], folder: Path, limit_s: float, tick: Callable[[], None]) -> dict[str, Any]:
+    """Run pytest in a separate process, on eight workers where there are as many cores.
+
+    Its output goes to tests.txt and each failure at once to failures.txt. Returns the counts and the names of failed
+    tests from its XML report; where it was ended without one, how many failures it had written.
+    """
+    log, failures = folder / "tests.txt", folder / "failures.txt"
+    with tempfile.TemporaryDirectory() as scratch:
+        xml = Path(scratch) / "junit.xml"
         options = ["-v", "-p", "no:cacheprovider", "-m", "gpu or not slow", f"--junitxml={xml}", "--tb=short"]
-        cores = os.cpu_count() or 1
-        if side_by_side and cores >= 8 and importlib.util.find_spec("xdist") is not None:
+        options += ["-p", "benchmarks.failures_as_they_happen", "--failures", str(failures)]
+        if (os.cpu_count() or 1) >= 8 and importlib.util.find_spec("xdist") is not None:
             options += ["-n", "8"]
         command = [sys.executable, "-m", "pytest", *options, *files]
-        started = time.monotonic()
+        started, before = time.monotonic(), _written(failures)
         with log.open("a") as sink:
-            status = _watch(command, sink.fileno(), limit_s, None, limit_s)
+            status = _watch(command, sink.fileno(), limit_s, None, limit_s, tick)
         found = {"status": status, "seconds": time.monotonic() - started, "files": [Path(f).name for f in files]}
-        return found | (read_junit(xml) if xml.is_file() else {"tests": None})
+        if xml.is_file():
+            return found | read_junit(xml)
+        return found | {"tests": None, "failures_written": _written(failures) - before}
+
+
+def _written(failures: Path) -> int:
+    return sum(line.startswith("FAILED ") for line in failures.read_text().splitlines()) if failures.is_file() else 0
 
 
 def read_junit(path: Path) -> dict[str, Any]:
@@ -182,7 +258,9 @@ def read_junit(path: Path) -> dict[str, Any]:
     return {**counts, "failed": failed}
 
 
-def run_part(part: Part, arguments: Arguments, out: Path, limit_s: float) -> dict[str, Any]:
+def run_part(
+    part: Part, arguments: Arguments, out: Path, limit_s: float, tick: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Run one part until it or its time ends; restart it without a method that hung or broke the GPU."""
     started, excluded, restarts = time.monotonic(), [], 0
     result = out / f"{part.name}.json"
@@ -195,7 +273,7 @@ def run_part(part: Part, arguments: Arguments, out: Path, limit_s: float) -> dic
             if part.resumable:
                 command += ["--resume", *(["--exclude", *excluded] if excluded else [])]
             with (out / "report.txt").open("a") as sink:
-                status = _watch(command, sink.fileno(), left, progress, arguments.stall_seconds)
+                status = _watch(command, sink.fileno(), left, progress, arguments.stall_seconds, tick)
             culprit = progress.read_text().rsplit(" (", 1)[0] if progress.is_file() else ""
             if status in ("done", "out of time") or not part.resumable or not culprit or restarts == MAX_RESTARTS:
                 break
@@ -211,9 +289,14 @@ def run_part(part: Part, arguments: Arguments, out: Path, limit_s: float) -> dic
     }
 
 
-def _watch(command: list[str], sink: int, limit_s: float, progress: Path | None, stall_s: float) -> str:
-    """Run until it ends, its time is over, or `progress` is unchanged for `stall_s`; then kill its process group."""
-    started = time.monotonic()
+def _watch(
+    command: list[str], sink: int, limit_s: float, progress: Path | None, stall_s: float, tick: Callable[[], None]
+) -> str:
+    """Run until it ends, its time is over, or `progress` is unchanged for `stall_s`; calls `tick` now and then.
+
+    What is not over by then is interrupted, has `GRACE_S` to say what it knows, and its process group is killed.
+    """
+    started = ticked = time.monotonic()
     child = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -237,7 +320,15 @@ def _watch(command: list[str], sink: int, limit_s: float, progress: Path | None,
             status = "out of time"
         elif progress is not None and now - changed > stall_s:
             status = f"no progress for {stall_s:.0f} s"
-    os.killpg(child.pid, signal.SIGKILL)
+        elif now - ticked > PACK_EVERY_S:
+            tick()
+            ticked = time.monotonic()
+    # The first process alone: it ends its own workers, whose interruptions it would take for failures.
+    child.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     return status
 
@@ -258,6 +349,8 @@ def summary_text(summary: dict[str, Any], out: Path) -> str:
         if part.get("tests") is not None:
             line += f", {part['tests']} tests, {part['failures'] + part['errors']} failed, {part['skipped']} skipped"
             line += "".join(f"\n  FAILED {test['name']}: {test['message']}" for test in part["failed"][:10])
+        if part.get("failures_written"):
+            line += f", ended with {part['failures_written']} failures, which failures.txt has"
         if part.get("excluded"):
             line += f", left out after hanging or losing the GPU: {', '.join(part['excluded'])}"
         if part.get("not_reached"):

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "compile": ("loss.compile_kernels", ()),
     "gemm_sweep": ("loss.gemm_sweep", ()),
     "phases": ("loss.phases", ()),
+    "precompile": ("loss.precompile", ()),
     "model_types": ("models.model_types", ()),
     "gpu_visit": ("gpu_visit", ()),
     "integrations": ("training.integrations", ()),

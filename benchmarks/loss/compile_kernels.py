@@ -20,7 +20,8 @@ from paced_fast.errors import InputError
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
 """Most bytes per program on each architecture; 86 = consumer chips, which use the sm_80 configuration."""
 
-# Arguments on which a launch specialises: multiples of 16 for aligned tensors.
+# Arguments that are multiples of 16 for aligned tensors, with all pointers and descriptors; a launch tells the compiler
+# so where the kernel lets it.
 ALIGNED = ("stride_hidden", "stride_weight", "stride_out", "stride", "hidden_size")
 INTEGERS = ("num_rows", "vocab_size", "hidden_size", "vocab_start", "num_parts")
 
@@ -68,8 +69,8 @@ def builds(arch: int, *, widest: bool = False) -> list[Build]:
     are the same on all.
     """
     if not widest:
-        return [*projections(arch, (False, True)), *row_kernels(), *tree_kernels((2, 3))]
-    return [*projections(arch, (True,)), *([*row_kernels(), *tree_kernels((3,))] if arch == 90 else [])]
+        return [*projections(arch, (False, True)), *targets(arch), *row_kernels(), *tree_kernels((2, 3))]
+    return [*projections(arch, (True,)), *targets(arch), *([*row_kernels(), *tree_kernels((3,))] if arch == 90 else [])]
 
 
 def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:
@@ -108,6 +109,25 @@ def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:
     return found
 
 
+def targets(arch: int) -> list[Build]:
+    """Builds of `target_logits_kernel`, with the inner blocks and stages of each configuration of the products."""
+    from paced_kernels._loss import row_kernels as kernels
+    from paced_kernels._loss.tiles import SHIPPED
+
+    shapes = dict.fromkeys((config.block_h, config.num_stages) for config in SHIPPED[arch])
+    return [
+        Build(
+            kernels.target_logits_kernel,
+            f"64x64x{block_h}",
+            {"HAS_BIAS": True, "BLOCK_T": 64, "BLOCK_H": block_h, "UPCAST": False},
+            4,
+            num_stages,
+            {},
+        )
+        for block_h, num_stages in shapes
+    ]
+
+
 def row_kernels() -> list[Build]:
     """Builds of the row kernels, with the constants that their launchers use and all options on."""
     from paced_kernels._loss import row_kernels as kernels
@@ -120,7 +140,6 @@ def row_kernels() -> list[Build]:
     again = {"HAS_MAXIMA": True, "FLAG": False, "GATED": True, "FINAL": True}
     part = {"HAS_MAXIMA": True, "FLAG": False, "GATED": False, "FINAL": False}
     return [
-        build(kernels.target_logits_kernel, "", HAS_BIAS=True, BLOCK_T=16, BLOCK_H=256),
         build(kernels.finish_rows_kernel, "flags", **finish, **first),
         build(kernels.finish_rows_kernel, "gated", **finish, **again),
         build(kernels.finish_rows_kernel, "one of several ranks", **finish, **part),
@@ -184,7 +203,12 @@ def compile_one(build: Build, arch: int) -> dict[str, Any]:
     names = build.kernel.arg_names
     signature = {name: "constexpr" if name in build.constants else argument_type(name, build) for name in names}
     positions = {name: (names.index(name),) for name in names}
-    aligned = [name for name in names if name.endswith("_ptr") or name in ALIGNED or signature[name].startswith("*")]
+    aligned = [
+        param.name
+        for param in build.kernel.params
+        if (param.name in ALIGNED or signature[param.name].startswith("*"))
+        and not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+    ]
     source = ASTSource(
         build.kernel,
         signature,

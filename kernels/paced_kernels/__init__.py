@@ -14,6 +14,7 @@ from .logprobs import linear_logprobs
 from .priority_tree import Bell, PriorityTree, Sample
 from .reference import TBOutput
 from .trajectory_balance import trajectory_balance_from_logprobs, trajectory_balance_loss
+from .warm_up import warm_up
 
 __all__ = [
     "Bell",
@@ -27,4 +28,5 @@ __all__ = [
     "segment_sum",
     "trajectory_balance_from_logprobs",
     "trajectory_balance_loss",
+    "warm_up",
 ]

@@ -24,14 +24,14 @@ class ModelConfig:
     for a GPU."""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "highest"
     """Precision of float32 matrix products on a GPU, as in `torch.set_float32_matmul_precision`: below `highest` their
-    inputs are rounded; `auto`: high on a GPU. Only `highest` is accepted on a CPU, because rounding there depends on
-    the processor."""
+    inputs are rounded, but for those of the fused log-probs and loss, which never are; `auto`: high on a GPU. Only
+    `highest` is accepted on a CPU, because rounding there depends on the processor."""
     attention: Literal[
         "auto", "shared", "padded", "packed-sdpa", "packed-torch", "packed-flash2", "packed-flash3", "packed-flash4"
     ] = "auto"
     """Layout of attention in training: `shared` (each prompt is computed once for all its completions), `packed-...`
     (sequences one after another without padding, with PyTorch's or flash-attn's kernels), `padded` (one row per
-    sequence, exact for every causal model), or `auto`: shared on a CPU, packed with the newest installed kernel on a
+    sequence, exact for every causal model), or `auto`: shared on a CPU, packed with the best installed kernel on a
     GPU, padded for models on which the others are not known to be exact (docs/model-types.md)."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, about a third more

@@ -8,6 +8,7 @@ L = tokens of a packed row, A = attention heads, K = key heads, D = size of a he
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -210,7 +211,7 @@ def _torch_varlen() -> Kernel:
     def attend(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float, window: int | None) -> Tensor:
         row, longest = packed.row, max(packed.row.lengths)
         options: dict[str, Any] = {"enable_gqa": True} if takes_groups else {}
-        if not takes_groups:
+        if not takes_groups and not _takes_groups_unasked(function, query.device, query.dtype):
             repeats = query.shape[1] // key.shape[1]
             key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         left = -1 if window is None else window - 1
@@ -229,18 +230,46 @@ def _torch_varlen() -> Kernel:
     return attend
 
 
+@functools.cache
+def _takes_groups_unasked(function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a varlen function without `enable_gqa` is right with fewer heads of keys than of queries.
+
+    The kernel below it may be, and then nothing has to be repeated in every layer. Tried once, on tiny operands, with
+    their gradients.
+    """
+    source = torch.Generator(device).manual_seed(0)
+    query, key, value = (
+        torch.randn(8, heads, 64, generator=source, device=device).to(dtype).requires_grad_() for heads in (4, 2, 2)
+    )
+    offsets = torch.tensor([0, 5, 8], dtype=torch.int32, device=device)
+
+    def results(repeats: int) -> list[Tensor]:
+        all_key, all_value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+        output = function(query, all_key, all_value, offsets, offsets, 5, 5, scale=0.125, window_size=(-1, 0))
+        return [output, *torch.autograd.grad(output.float().square().sum(), (query, key, value))]
+
+    with torch.enable_grad():
+        wanted = results(2)
+        try:
+            found = results(1)
+        except (RuntimeError, ValueError):
+            return False
+    return all(torch.allclose(a.float(), b.float(), rtol=0.05, atol=0.05) for a, b in zip(found, wanted, strict=True))
+
+
 def _flat(*tensors: Tensor) -> list[Tensor]:
     """[1, A, L, D] -> [L, A, D], as varlen kernels have it."""
     return [tensor[0].transpose(0, 1) for tensor in tensors]
 
 
 _VARLEN = {
-    "packed-flash4": _Varlen("flash_attn.cute", "flash-attn-4", 9, 12, _flash("flash_attn.cute")),
     "packed-flash3": _Varlen("flash_attn_interface", "flash-attn-3", 9, 9, _flash("flash_attn_interface")),
+    "packed-flash4": _Varlen("flash_attn.cute", "flash-attn-4", 9, 12, _flash("flash_attn.cute")),
     "packed-flash2": _Varlen("flash_attn.flash_attn_interface", "flash-attn", 8, 12, _flash("flash_attn")),
     "packed-torch": _Varlen("torch.nn.attention.varlen", "torch", 8, 12, _torch_varlen),
 }
-"""Kernels by their name in `model.attention`, in the order in which `auto` prefers them."""
+"""Kernels by their name in `model.attention`, in the order in which `auto` prefers them: flash-attn 3 was written for
+compute capability 9.0 and runs on no other."""
 
 
 def _lacks(name: str, model: PreTrainedModel, device: torch.device) -> str | None:

@@ -55,7 +55,7 @@ from paced_fast.policy.micro_batches import (
 )
 from paced_fast.policy.padded import padded_micro_batches, padded_rows
 from paced_fast.policy.sharding import Shards
-from paced_kernels import linear_logprobs
+from paced_kernels import linear_logprobs, warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -307,6 +307,17 @@ class Policy:
         if self.family.cap is not None:
             return capped_logprobs(hidden, weight, token_ids, bias=bias, cap=self.family.cap, temperature=temperature)
         return linear_logprobs(hidden, weight, token_ids, **linear_options(bias, temperature))
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Compile the kernels of `token_logprobs` and of the loss, which a GPU would do in the middle of a run; where
+        there are none, nothing. All ranks together."""
+        if self.device.type == "cuda" and self.family.cap is None:
+            self.run(self._compile_kernels)
+
+    def _compile_kernels(self) -> None:
+        weight, bias = self.head
+        warm_up(weight.detach(), bias=None if bias is None else bias.detach())
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[tuple[int, ...]], *, with_last: bool = False) -> Tensor:

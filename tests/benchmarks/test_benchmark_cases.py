@@ -25,6 +25,7 @@ WORDS = {
     "trajectory_balance": f"--device cpu --shapes {TOY} --repetitions 1 --no-memory --only ours naive",
     "logprobs": f"--device cpu --shapes {TOY} --repetitions 1 --no-memory",
     "phases": f"--device cpu --shapes {TOY}",
+    "precompile": "--device cpu --heads 1",
     "gemm_sweep": "--device cpu --shapes T16-H16-V96 --repetitions 1",
     "integrations": "--tokens 64 --vocabulary 64 --hidden 64 --layers 1 --repeats 1 --device cpu",
     "sample_efficiency": "--quick --seeds 1 --arms paced --workers 0 --no-sweep",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_visit, tables
-from benchmarks.loss import measure, phases, problems, report
+from benchmarks.loss import measure, phases, precompile, problems, report
 from paced_fast.errors import InputError
 
 TOY = problems.TOY_SHAPE
@@ -197,17 +197,67 @@ def test_a_visit_runs_from_start_to_end_on_a_cpu(tmp_path):
         minutes=4.0,
         tests=(str(quick),),
         only=("naive",),
-        parts=("tests", "trajectory_balance"),
+        parts=("precompile", "tests", "trajectory_balance"),
         commit="abc",
     )
+    out = tmp_path / "out"
     found = gpu_visit.measure(given, tmp_path / "unused.json")
     assert (found["parts"]["tests"]["tests"], found["parts"]["tests"]["failures"]) == (2, 1)
     assert found["parts"]["trajectory_balance"]["cells"] == [f"{TOY.name} peaked"]
-    assert "test_bad FAILED" in (tmp_path / "out" / "tests.txt").read_text()
-    written = json.loads((tmp_path / "out" / "visit.json").read_text())
-    assert written["environment"]["commit"] == "abc"
-    assert {gate["status"] for gate in written["gates"]} <= {"not measured", "lost"}
-    assert len(list((tmp_path / "out").iterdir())) <= 8
+    assert sorted(path.name for path in out.iterdir()) == ["visit.json", "visit.tar.gz"]
+    gpu_visit.unpack(out, tmp_path / "unpacked")
+    assert "test_bad FAILED" in (tmp_path / "unpacked" / "tests.txt").read_text()
+    assert "FAILED " in (tmp_path / "unpacked" / "failures.txt").read_text()
+    compiled = json.loads((tmp_path / "unpacked" / "precompile.json").read_text())
+    assert [job["name"] for job in compiled["jobs"]] == [job.name for job in precompile.jobs()[:2]]
+    assert not [job for job in compiled["jobs"] if "failed" in job]
+    for folder in (out, tmp_path / "unpacked"):
+        written = json.loads((folder / "visit.json").read_text())
+        assert written["environment"]["commit"] == "abc"
+        assert {gate["status"] for gate in written["gates"]} <= {"not measured", "lost"}
+
+
+@pytest.mark.process
+def test_tests_that_hang_are_interrupted_and_leave_their_counts_and_reasons(tmp_path):
+    hangs = tmp_path / "test_hangs.py"
+    hangs.write_text("import time\ndef test_bad(): assert 1 + 1 == 3\ndef test_hangs(): time.sleep(600)\n")
+    packed = []
+    found = gpu_visit.run_tests([str(hangs)], tmp_path, 15.0, lambda: packed.append(True))
+    assert found["status"] == "out of time"
+    assert (found["tests"], found["failures"]) == (1, 1)  # an interrupted pytest still writes its XML
+    assert packed  # what was known was packed meanwhile
+    assert "assert (1 + 1) == 3" in (tmp_path / "failures.txt").read_text()
+
+
+@pytest.mark.process
+def test_tests_that_take_no_interruption_are_killed_and_their_failures_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_visit, "GRACE_S", 1.0)
+    hangs = tmp_path / "test_hangs.py"
+    hangs.write_text(
+        "import signal, time\n"
+        "def test_bad(): assert 0, 'first reason'\n"
+        "def test_hangs():\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    time.sleep(600)\n"
+    )
+    found = gpu_visit.run_tests([str(hangs)], tmp_path, 15.0, lambda: None)
+    assert (found["status"], found["tests"], found["failures_written"]) == ("out of time", None, 1)
+    assert "first reason" in (tmp_path / "failures.txt").read_text()
+    text = gpu_visit.summary_text({"parts": {"tests": found}, "gates": [], "device": {}}, tmp_path)
+    assert "tests: out of time" in text
+    assert "ended with 1 failures, which failures.txt has" in text
+
+
+def test_an_archive_is_whole_at_any_time_and_a_second_visit_starts_from_it(tmp_path):
+    folder, out, later = (tmp_path / name for name in ("folder", "out", "later"))
+    for path in (folder, out, later):
+        path.mkdir()
+    gpu_visit.unpack(out, folder)  # a first visit finds nothing
+    (folder / "sweep.json").write_text("1")
+    gpu_visit.pack(folder, out)
+    (folder / "logprobs.json").write_text("2")
+    gpu_visit.pack(folder, out)
+    assert [path.name for path in out.iterdir()] == ["visit.tar.gz"]
+    gpu_visit.unpack(out, later)
+    assert {path.name: path.read_text() for path in later.iterdir()} == {"sweep.json": "1", "logprobs.json": "2"}
 
 
 # Tables

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import tensor_core_nats, tensor_core_sequence_nats
 from torch import Tensor
 
 from paced_kernels import linear_logprobs, trajectory_balance_loss
@@ -102,6 +103,13 @@ def oracle(case: dict[str, Any]) -> tuple[Tensor, Tensor, list[Tensor]]:
     return logprobs, torch.cat(entropy), [grad_hidden, grad_weight, coefficient]
 
 
+def largest_logits(case: dict[str, Any]) -> Tensor:
+    """[T], by absolute value."""
+    weight = case["head_weight"].detach().float()
+    parts = [(part.float() @ weight.T).abs().amax(1) for part in case["hidden"].detach().split(256)]
+    return torch.cat(parts)
+
+
 def relative_error(value: Tensor, expected: Tensor) -> float:
     return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
 
@@ -123,12 +131,16 @@ def test_loss_and_gradients(
     assert relative_error(found[2], expected[2]) < 1e-5
     offsets = case["cu_seqlens"].tolist()
     sums = torch.stack([logprobs[a:b].sum() for a, b in itertools.pairwise(offsets)])
-    assert (out.seq_logprobs - sums).abs().max() < 1e-4
+    # Products of float32 are formed without tensor cores; those of the others are cut off and not rounded.
+    largest = largest_logits(case).max().item()
+    is_cut = dtype != torch.float32
+    for length, error in zip(case["cu_seqlens"].diff().tolist(), (out.seq_logprobs - sums).abs().tolist(), strict=True):
+        assert error < (tensor_core_sequence_nats(length, hidden_size, largest) if is_cut else 1e-4)
     assert relative_error(out.entropy, entropy) < 1e-5
     scored, scored_entropy = linear_logprobs(
         case["hidden"], case["head_weight"], case["token_ids"], return_entropy=True
     )
-    assert (scored - logprobs).abs().max() < 2e-5
+    assert (scored - logprobs).abs().max() < (tensor_core_nats(hidden_size, largest) if is_cut else 2e-5)
     assert relative_error(scored_entropy, entropy) < 1e-5
 
 
@@ -160,6 +172,33 @@ def test_gradients_of_linear_logprobs_and_entropy(stage: str) -> None:
         assert relative_error(found, expected) < 2e-5
 
 
+def test_float32_is_exact_whatever_the_process_allows_its_products() -> None:
+    case = make_case(300, 512, 50304, torch.float32)
+    logprobs, _, expected = oracle(case)
+    torch.set_float32_matmul_precision("high")
+    try:
+        out = loss_of(case)
+        found = torch.autograd.grad(out.loss, [case["hidden"], case["head_weight"]])
+        scored = linear_logprobs(case["hidden"], case["head_weight"], case["token_ids"])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (scored - logprobs).abs().max() < 2e-5
+    for value, reference in zip(found, expected[:2], strict=True):
+        assert relative_error(value, reference) < 1e-5
+
+
+def test_a_batch_of_nothing_and_an_empty_sequence_alone(stage: str) -> None:
+    case = make_case(40, 64, 32000, torch.bfloat16)
+    per_row = tiles.bytes_per_row(tiles.plan(case["hidden"], case["head_weight"]), 32000, torch.bfloat16)
+    case["cu_seqlens"] = torch.tensor([0, 20, 20, 40, 40])
+    assert loss_of(case, workspace_bytes=20 * per_row).loss.isfinite()
+    none = {"hidden": case["hidden"].detach()[:0].requires_grad_(), "token_ids": case["token_ids"][:0]}
+    none["cu_seqlens"] = torch.tensor([0] * 5)
+    out = loss_of({**case, **none})
+    assert torch.autograd.grad(out.loss, case["head_weight"])[0].abs().max() == 0
+
+
 def test_improbable_targets_are_exact(stage: str) -> None:
     """Rows far below and near the border where exponentials relative to the target end, beside ordinary ones."""
     case = make_case(256, 1024, 32000, torch.bfloat16)
@@ -172,7 +211,8 @@ def test_improbable_targets_are_exact(stage: str) -> None:
     out = loss_of(case)
     found = torch.autograd.grad(out.loss, [case["hidden"], case["head_weight"]])
     scored = linear_logprobs(case["hidden"], case["head_weight"], case["token_ids"])
-    assert ((scored - logprobs).abs() / logprobs.abs().clamp(min=25) * 25).max() < 5e-5
+    bounds = [tensor_core_nats(1024, largest) for largest in largest_logits(case).tolist()]
+    assert ((scored - logprobs).abs() < torch.tensor(bounds, device=DEVICE)).all()
     for value, reference in zip(found, expected[:2], strict=True):
         assert relative_error(value, reference) < 4e-3
 
@@ -215,7 +255,10 @@ def test_offsets_beyond_int32() -> None:
     tail["hidden"] = tail["hidden"].detach().requires_grad_()
     tail["cu_seqlens"] = torch.tensor([0, 32])
     alone = torch.autograd.grad(loss_of({**case, **tail}, denominator=1.0).loss, tail["hidden"])[0]
-    assert torch.equal(whole[-32:], alone)
+    # The library may take another kernel for 32 rows than for 14400, so sums may round differently; another row's
+    # gradient is far away.
+    assert relative_error(whole[-32:], alone) < 4e-3
+    assert relative_error(whole[-64:-32], alone) > 0.5
 
 
 def test_two_runs_and_any_batch_are_bit_equal(stage: str) -> None:

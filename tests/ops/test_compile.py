@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from paced_kernels._loss import tiles
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
+MULTIPLYING = {"project_kernel", "target_logits_kernel"}
 SOURCES = [Path(__file__), Path(compile_kernels.__file__), ROOT / "benchmarks" / "run.py"]
 
 
@@ -63,7 +65,7 @@ def test_every_kernel_and_configuration_is_there(rows: list[dict[str, Any]], cho
     }
     for arch, configs in tiles.SHIPPED.items():
         here = [row for row in rows if row["arch"] == arch]
-        assert {row["kernel"] for row in here} == (launched if choice == "all" or arch == 90 else {"project_kernel"})
+        assert {row["kernel"] for row in here} == (launched if choice == "all" or arch == 90 else MULTIPLYING)
         projections = [row for row in here if row["kernel"] == "project_kernel"]
         assert len(projections) == (2 if choice == "widest" else 8) * len(configs)
 
@@ -81,15 +83,26 @@ def test_nothing_spills_and_shared_memory_fits(rows: list[dict[str, Any]]) -> No
 def test_products_use_the_tensor_cores_of_the_chip_and_add_in_float32(rows: list[dict[str, Any]]) -> None:
     prefix = {80: "mma.sync.aligned.m16n8k16", 90: "wgmma.mma_async.sync.aligned.m64n", 100: "tcgen05.mma"}
     for row in rows:
-        if row["kernel"] == "project_kernel":
+        if row["kernel"] in MULTIPLYING:
             assert row["products"], row
             assert all(name.startswith(prefix[row["arch"]]) for name in row["products"]), row
             assert row["accumulates_f32"] is True, row
             assert row["uses_tma"] == ("TMA" in row["variant"]), row
         else:
             assert not row["products"], row
+    for arch in prefix:
+        # Both logits of a difference have to lose alike what tensor cores cut off.
+        used = {
+            kernel: {re.sub(r"n\d+", "n", name) for row in rows for name in row["products"] if is_of(row, kernel, arch)}
+            for kernel in MULTIPLYING
+        }
+        assert used["target_logits_kernel"] == used["project_kernel"]
     hopper = [row for row in rows if row["kernel"] == "project_kernel" and row["arch"] == 90]
     assert any(row["uses_tma"] for row in hopper)
+
+
+def is_of(row: dict[str, Any], kernel: str, arch: int) -> bool:
+    return (row["kernel"], row["arch"]) == (kernel, arch)
 
 
 def test_what_must_have_the_bits_of_the_reference_fuses_no_product_into_a_sum(

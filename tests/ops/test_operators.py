@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import INTERPRETED
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -66,7 +67,13 @@ def opcheck(operator: Callable[..., object], *arguments: object) -> None:
     torch.library.opcheck(operator, arguments)
 
 
-BACKENDS = [("reference", torch.float32), ("reference", torch.float64), ("triton", torch.float32)]
+# The tensors are on the CPU, where only the interpreter can reach them; where there is a GPU it is off.
+IN_TRITON = pytest.param("triton", marks=INTERPRETED)
+BACKENDS = [
+    ("reference", torch.float32),
+    ("reference", torch.float64),
+    pytest.param("triton", torch.float32, marks=INTERPRETED),
+]
 
 
 @pytest.mark.real_empty
@@ -163,7 +170,7 @@ def run_step(step: Callable[..., Tensor], model: nn.Module, lengths: list[int], 
 
 
 @pytest.mark.real_empty
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", IN_TRITON])
 def test_a_compiled_step_has_one_graph_and_the_results_of_eager(backend: str) -> None:
     torch._dynamo.reset()
     model = Step()
@@ -219,6 +226,7 @@ def test_values_are_checked_when_compiled_code_runs() -> None:
                 function(*bad)
 
 
+@INTERPRETED[0]
 @pytest.mark.parametrize("stage", [1, 2])
 def test_strided_arguments_give_what_their_copies_give(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Gradients of sums are expanded scalars, and slices of a [T, 2] batch of tokens have stride 2.
@@ -265,7 +273,7 @@ def test_autocast_joins_two_dtypes_and_gradients_keep_those_of_the_leaves() -> N
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", IN_TRITON])
 def test_no_gradient_modes_give_the_same_numbers(mode: Callable[[], Any], backend: str) -> None:
     case = make_case()
     arguments = {"bias": case["bias"], "return_entropy": True, "backend": backend}
@@ -317,7 +325,7 @@ def test_a_tied_weight_collects_the_gradients_of_all_its_uses() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", IN_TRITON])
 def test_a_second_derivative_is_refused(backend: str) -> None:
     case = make_case()
     first = gradients(trajectory_balance_loss(**case, backend=backend).loss, case, create_graph=True)
@@ -386,6 +394,52 @@ def test_triton_without_a_gpu_or_interpreter_says_what_to_do() -> None:
         'ValueError: backend="triton" needs hidden on a CUDA device, got cpu; use backend="auto", or set TRITON_INT'
     )
     assert message in done.stderr
+
+
+@pytest.mark.process
+def test_without_the_interpreter_nothing_here_gives_the_kernels_tensors_of_a_cpu() -> None:
+    """As on a machine with a GPU: what needs the interpreter skips itself."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    chosen = ["-k", "triton and not without or strided"]
+    done = subprocess.run(
+        [*command, *chosen], env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "runs kernels in Triton's interpreter" in done.stdout
+
+
+@pytest.mark.parametrize("backend", ["reference", IN_TRITON])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_float32_is_multiplied_in_float32_whatever_the_process_allows(
+    backend: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 products would move log-probs by 1e-3; on this machine the settings tell, whose products they hold for."""
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    allowed = []
+
+    def note(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noting(*arguments: Any, **options: Any) -> Tensor:
+            allowed.extend(setting.fp32_precision for setting in products)
+            return operation(*arguments, **options)
+
+        return noting
+
+    monkeypatch.setattr(torch, "mm", note(torch.mm))
+    monkeypatch.setattr(Tensor, "addmm_", note(Tensor.addmm_))
+    monkeypatch.setattr(tiles, "choose_config", lambda *_: None)
+    case = make_case()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = [setting.fp32_precision for setting in products]
+        logprobs = linear_logprobs(case["hidden"], case["head_weight"], case["token_ids"], backend=backend)
+        gradients(logprobs.sum() + trajectory_balance_loss(**case, backend=backend).loss, case, allow_unused=True)
+        assert [setting.fp32_precision for setting in products] == before != ["ieee", "ieee"]
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(allowed) >= 2 * 7  # logits, hidden states and weight in both, logits again for the gradient of the first
+    assert set(allowed) == {"ieee"}
 
 
 def test_the_head_is_a_linear_with_two_more_calls() -> None:

@@ -238,16 +238,40 @@ def flash(returns_more: bool) -> Any:
     return types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
 
 
-def torch_varlen(takes_groups: bool) -> Any:
+def torch_varlen(takes_groups: bool, unasked: str = "refuses") -> Any:
+    """PyTorch's function, with or without the option for grouped heads; without it, what groups lead to."""
+
     def grouped(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):  # type: ignore[no-untyped-def]
-        assert enable_gqa or q.shape[1] == k.shape[1]
+        if not enable_gqa and q.shape[1] != k.shape[1]:
+            raise ValueError("heads differ")
         assert max_q == max_k == int(cu_q.diff().max())
         return varlen(q, k, v, cu_q, cu_k, scale, *window_size)
 
     def plain(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
-        return grouped(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+        if unasked == "wrong" and q.shape[1] != k.shape[1]:
+            k = k.flip(1)
+        seen_heads.append((q.shape[1], k.shape[1]))
+        is_taken = unasked != "refuses"
+        return grouped(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=is_taken)
 
-    return types.SimpleNamespace(varlen_attn=grouped if takes_groups else plain)
+    seen_heads: list[tuple[int, int]] = []
+    return types.SimpleNamespace(varlen_attn=grouped if takes_groups else plain, seen_heads=seen_heads)
+
+
+@pytest.mark.parametrize(("unasked", "is_repeated"), [("takes", False), ("refuses", True), ("wrong", True)])
+def test_keys_are_repeated_only_where_the_kernel_is_not_right_without(
+    unasked: str, is_repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = torch_varlen(takes_groups=False, unasked=unasked)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", stand_in)
+    made, rollouts = tiny_families.model("llama"), batch()
+    wanted = tiny_policy.naive_logprobs(made, rollouts).detach()
+    kernel = attention._VARLEN["packed-torch"].load()
+    policy = Policy(made, max_tokens=4096, attention=Attention("packed-torch", "a stand-in", kernel))
+    torch.testing.assert_close(policy.logprobs(rollouts, 1.0), wanted, rtol=1e-4, atol=1e-4)
+    queries, keys = stand_in.seen_heads[-1]
+    assert made.config.num_key_value_heads < made.config.num_attention_heads == queries
+    assert keys == (queries if is_repeated else made.config.num_key_value_heads)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-window"])
@@ -299,7 +323,8 @@ FLASH2, FLASH3, FLASH4 = "flash_attn.flash_attn_interface", "flash_attn_interfac
 @pytest.mark.parametrize(
     ("major", "installed", "expected"),
     [
-        (9, (FLASH2, FLASH3, FLASH4), "packed-flash4"),
+        (9, (FLASH2, FLASH3, FLASH4), "packed-flash3"),
+        (9, (FLASH2, FLASH4), "packed-flash4"),
         (9, (FLASH2, FLASH3), "packed-flash3"),
         (9, (FLASH2,), "packed-flash2"),
         (10, (FLASH2, FLASH3, FLASH4), "packed-flash4"),
@@ -310,7 +335,7 @@ FLASH2, FLASH3, FLASH4 = "flash_attn.flash_attn_interface", "flash_attn_interfac
         (7, (FLASH2, FLASH3, FLASH4), "shared"),
     ],
 )
-def test_auto_takes_the_newest_kernel_the_gpu_can_run(
+def test_auto_takes_the_kernel_that_was_written_for_the_gpu(
     major: int, installed: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu(monkeypatch, major, *installed)

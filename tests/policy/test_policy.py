@@ -20,6 +20,7 @@ from transformers import (
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
 from paced_fast.policy import Policy, build_tiny, load_model
+from paced_fast.policy import policy as policy_module
 from paced_fast.policy.micro_batches import forward_rows
 
 
@@ -39,6 +40,20 @@ def test_the_temperature_divides_the_bias_of_the_output_layer_too(temperature: f
     policy = Policy(tiny_policy.biased(), max_tokens=4096)
     wanted = tiny_policy.naive_logprobs(policy.model, batch, temperature).detach()
     torch.testing.assert_close(policy.logprobs(batch, temperature), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_compiles_the_kernels_of_the_head_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(policy_module, "warm_up", lambda weight, *, bias: given.append((weight, bias)))
+    policy = Policy(tiny_policy.biased(), max_tokens=4096)
+    policy.warm_up()
+    assert given == []  # a CPU has none
+    monkeypatch.setattr(Policy, "device", torch.device("cuda"))
+    policy.warm_up()
+    ((weight, bias),) = given
+    assert torch.equal(weight, policy.head[0])
+    assert torch.equal(bias, policy.head[1])
+    assert not weight.requires_grad
 
 
 def sliding_model(family: str) -> PreTrainedModel:

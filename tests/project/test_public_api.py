@@ -52,6 +52,7 @@ def test_exports() -> None:
         "segment_sum",
         "trajectory_balance_from_logprobs",
         "trajectory_balance_loss",
+        "warm_up",
     ]
 
 

@@ -151,7 +151,7 @@ def test_the_machine_is_told_by_what_a_run_would_use(monkeypatch: pytest.MonkeyP
     assert found["loss and priority tree"] == "PyTorch; Triton kernels are for GPUs"
     assert found["--generator auto"].startswith("transformers (")
     reasons = lacking_here(torch.device("cpu"))
-    assert list(reasons) == ["packed-flash4", "packed-flash3", "packed-flash2", "packed-torch"]
+    assert list(reasons) == ["packed-flash3", "packed-flash4", "packed-flash2", "packed-torch"]
     assert set(reasons.values()) == {"the kernel needs a GPU, and the model is on the cpu"}
 
 
@@ -167,7 +167,7 @@ def test_a_gpu_is_told_with_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["GPU"] == "T4, 15 GiB, compute capability 7.5"
     assert found["--model.device auto"] == "cuda, in bfloat16"
     assert found["--model.attention auto"].startswith(
-        "shared (packed-flash4: the kernel needs compute capability 9.x to 12.x, and the GPU has 7.x; "
+        "shared (packed-flash3: the kernel needs compute capability 9.x to 9.x, and the GPU has 7.x; "
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from paced_fast.run.record.files import write_json_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = sorted((ROOT / "kernels" / "paced_kernels").glob("*.py"))
+KERNELS = sorted((ROOT / "kernels" / "paced_kernels").rglob("*.py"))
 
 
 def kept(name: str, sources: Iterable[Path], choice: Any, find: Callable[[], Any]) -> Any:

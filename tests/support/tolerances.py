@@ -37,6 +37,26 @@ def sequence_nats(length: int, largest_logit: float = 0.0) -> float:
     return max(SEQUENCE_NATS, 4 * SEQUENCE_NATS * math.sqrt(length / 4096)) * max(1.0, largest_logit / LOGIT_SCALE)
 
 
+def cut_off(hidden_size: int, largest_logit: float) -> float:
+    """Most that a logit loses on tensor cores of compute capability 9.0: a unit in the last place every 16 products."""
+    return hidden_size / 16 * 2.0 ** (math.frexp(largest_logit)[1] - 24)
+
+
+def tensor_core_nats(hidden_size: int, largest_logit: float) -> float:
+    """Bound on the error of a log-prob from low-precision operands on tensor cores.
+
+    It is a mean, weighted by probabilities, of differences between what the target and what another logit lost. Losses
+    are half a unit of a sum on the way from 0 on average, a quarter of `cut_off`, and differences scatter about as much
+    again. `test_truncating_products` finds up to a quarter.
+    """
+    return max(logprob_nats(largest_logit), cut_off(hidden_size, largest_logit) / 2)
+
+
+def tensor_core_sequence_nats(length: int, hidden_size: int, largest_logit: float) -> float:
+    """Bound on the error of a sum of `length` such log-probs, all of whose errors may have the same mean."""
+    return sequence_nats(length, largest_logit) + length * cut_off(hidden_size, largest_logit) / 4
+
+
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of the expected value; 0 where both are 0."""
     difference = (value.double() - expected.double()).norm().item()

@@ -1,5 +1,7 @@
 """Build the row engine from the arguments of an operator, and set the torch state in which it runs."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -76,11 +78,29 @@ def _resolve_group(name: str) -> Any:
     return distributed_c10d._resolve_process_group(name)  # pyright: ignore
 
 
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply float32 in float32, whatever the process allows (`torch.set_float32_matmul_precision`): with TF32
+    log-probs would be off by 1e-3."""
+    changed = []
+    for settings in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        before = settings.fp32_precision
+        if before not in ("ieee", "none"):
+            settings.fp32_precision = "ieee"
+            changed.append((settings, before))
+    try:
+        yield
+    finally:
+        for settings, before in changed:
+            settings.fp32_precision = before
+
+
 class Guard:
-    """Context for arithmetic inside an operator: no autocast, no gradient, the CUDA device of the inputs."""
+    """Context for arithmetic inside an operator: no autocast, no gradient, exact float32, the CUDA device of the
+    inputs."""
 
     def __init__(self, device: torch.device) -> None:
-        self._contexts: list[Any] = [torch.no_grad(), torch.autocast(device.type, enabled=False)]
+        self._contexts: list[Any] = [torch.no_grad(), torch.autocast(device.type, enabled=False), exact_products()]
         if device.type == "cuda":
             self._contexts.append(torch.cuda.device(device))
 

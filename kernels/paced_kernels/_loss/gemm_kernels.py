@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from .._grid import batch_kernel
+
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 SUMS: tl.constexpr = tl.constexpr(0)
 EXPONENTIALS: tl.constexpr = tl.constexpr(1)
@@ -158,7 +160,7 @@ def store_exponentials(
             tl.store(out_ptrs, b_out, mask=m_rows[:, None] & m_columns[None, :])
 
 
-@triton.jit
+@batch_kernel
 def project_kernel(
     hidden,  # [T, H], pointer or TMA descriptor of [BLOCK_T, BLOCK_H]
     weight,  # [V, H], pointer or TMA descriptor of [BLOCK_V, BLOCK_H]

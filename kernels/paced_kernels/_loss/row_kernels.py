@@ -17,6 +17,7 @@ T = rows, H = hidden size, V = rows of the weight (of this rank's shard, where t
 import triton
 import triton.language as tl
 
+from .._grid import batch_kernel
 from .gemm_kernels import LOG2_E, narrow
 
 # Below this log-prob, exponentials relative to the target are too large (1e19), and p_y times a hidden state comes too
@@ -38,7 +39,7 @@ def exp(x):
     return tl.exp2(x * LOG2_E)
 
 
-@triton.jit
+@batch_kernel
 def target_logits_kernel(
     hidden_ptr,  # [T, H]
     weight_ptr,  # [V, H]
@@ -55,23 +56,36 @@ def target_logits_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    UPCAST: tl.constexpr,  # as in `project_kernel`
 ):
-    """Logit of the target of each row, 0 where another shard owns it. One program per BLOCK_T rows."""
+    """Logit of the target of each row, 0 where another shard owns it. One program per BLOCK_T rows.
+
+    The diagonal of a product of the rows with their targets' rows of the weight, by the instructions and in the steps
+    of `project_kernel`: tensor cores cut sums off instead of rounding them, and what both logits of a difference lose
+    alike cancels. 2 T H BLOCK_T operations, BLOCK_T / V of the projection's.
+    """
     o_rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_rows = o_rows < num_rows
     target = tl.load(token_ptr + o_rows, mask=m_rows, other=-1).to(tl.int64) - vocab_start
     m_owned = m_rows & (target >= 0) & (target < vocab_size)
     target = tl.where(m_owned, target, 0)
-    products = tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32)
+    o_inner = tl.arange(0, BLOCK_H)
+    hidden_ptrs = hidden_ptr + o_rows.to(tl.int64)[:, None] * stride_hidden + o_inner[None, :]
+    weight_ptrs = weight_ptr + target[:, None] * stride_weight + o_inner[None, :]
+    products = tl.zeros((BLOCK_T, BLOCK_T), dtype=tl.float32)
     for start in range(0, hidden_size, BLOCK_H):
-        o_inner = start + tl.arange(0, BLOCK_H)
-        mask = m_owned[:, None] & (o_inner < hidden_size)[None, :]
-        b_hidden = tl.load(
-            hidden_ptr + o_rows.to(tl.int64)[:, None] * stride_hidden + o_inner[None, :], mask, other=0.0
-        )
-        b_weight = tl.load(weight_ptr + target[:, None] * stride_weight + o_inner[None, :], mask, other=0.0)
-        products += b_hidden.to(tl.float32) * b_weight.to(tl.float32)
-    logits = tl.sum(products, axis=1) * inv_temperature
+        mask = m_owned[:, None] & (o_inner < hidden_size - start)[None, :]
+        b_hidden = tl.load(hidden_ptrs, mask=mask, other=0.0)
+        b_weight = tl.load(weight_ptrs, mask=mask, other=0.0)
+        hidden_ptrs += BLOCK_H
+        weight_ptrs += BLOCK_H
+        if UPCAST:
+            b_hidden = b_hidden.to(tl.float32)
+            b_weight = b_weight.to(tl.float32)
+        products = tl.dot(b_hidden, tl.trans(b_weight), products, input_precision="ieee")
+    o_own = tl.arange(0, BLOCK_T)
+    is_own = o_own[:, None] == o_own[None, :]
+    logits = tl.sum(tl.where(is_own, products, 0.0), axis=1) * inv_temperature
     if HAS_BIAS:
         logits += tl.load(bias_ptr + target, mask=m_owned, other=0.0).to(tl.float32)
     tl.store(target_ptr + o_rows, tl.where(m_owned, logits, 0.0), mask=m_rows)
@@ -93,7 +107,7 @@ def merge_part(top, total, weighted, part_top, part_total, part_weighted):
     return new_top, scale * total + part_scale * part_total, weighted
 
 
-@triton.jit
+@batch_kernel
 def finish_rows_kernel(
     sums_ptr,  # [P, T] f32
     weighted_ptr,  # [P, T] f32
@@ -177,7 +191,7 @@ def finish_rows_kernel(
                 tl.store(entropy_ptr + o_rows, weighted, mask=m_rows)
 
 
-@triton.jit
+@batch_kernel
 def row_parts_kernel(
     logits_ptr,  # [T, stride] f32, hidden W^T
     bias_ptr,  # [V]
@@ -225,7 +239,7 @@ def row_parts_kernel(
         tl.store(weighted_ptr + i_row, weighted)
 
 
-@triton.jit
+@batch_kernel
 def row_probabilities_kernel(
     logits_ptr,  # [T, stride] f32, hidden W^T
     out_ptr,  # [T, stride_out]; may be the same memory, in a dtype that is not wider
@@ -260,7 +274,7 @@ def row_probabilities_kernel(
         )
 
 
-@triton.jit
+@batch_kernel
 def patch_targets_kernel(
     out_ptr,  # [T, stride_out], E
     token_ptr,  # [T]
@@ -284,7 +298,7 @@ def patch_targets_kernel(
     tl.store(out_ptr + o_rows.to(tl.int64) * stride_out + target, narrow(patch, out_ptr.dtype.element_ty), mask=m_rows)
 
 
-@triton.jit
+@batch_kernel
 def entropy_gradient_kernel(
     out_ptr,  # [T, stride_out], E in, dloss/dz out
     token_ptr,  # [T]

@@ -115,12 +115,14 @@ def plan(hidden: Tensor, weight: Tensor) -> GemmConfig | None:
     return choose_config(capability, hidden.dtype, hidden.shape[1], weight.shape[0], hidden.shape[0])
 
 
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+
+
 def adapt_to_alignment(config: GemmConfig, hidden: Tensor, weight: Tensor) -> GemmConfig:
     """Return `config`, or the one without TMA for slices of a larger tensor that start at unaligned addresses."""
-    is_aligned = all(
-        value.data_ptr() % 16 == 0 and value.stride(0) * value.element_size() % 16 == 0 for value in (hidden, weight)
-    )
-    if not config.use_tma or is_aligned:
+    if not config.use_tma or (is_aligned(hidden) and is_aligned(weight)):
         return config
     return shipped_config(device_facts(hidden.device.index or 0)[0], is_aligned=False)
 

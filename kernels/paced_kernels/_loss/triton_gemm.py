@@ -1,10 +1,10 @@
 """Stage 2 of the row engine: the vocabulary projection and the exponentials in one Triton kernel.
 
-Exponentials are relative to the logit of the target, E_v = exp(z_v - z_y). z_y is computed before the projection, with
-one dot product per row, so that one pass over the logits suffices. p_v = p_y E_v, and log-probs near 0 are log1p of a
-small sum. A row with a log-prob below -44 would leave the range of low precision: such rows are flagged on the device
-and their row tiles computed again, relative to their log-sum-exp, by launches that return at once if nothing is
-flagged. Nothing saturates, and the host never synchronises.
+Exponentials are relative to the logit of the target, E_v = exp(z_v - z_y). z_y is computed before the projection, so
+that one pass over the logits suffices, and by the instructions of the projection, so that what tensor cores cut off
+cancels. p_v = p_y E_v, and log-probs near 0 are log1p of a small sum. A row with a log-prob below -44 would leave the
+range of low precision: such rows are flagged on the device and their row tiles computed again, relative to their
+log-sum-exp, by launches that return at once if nothing is flagged. Nothing saturates, and the host never synchronises.
 
 T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk, P = partial sums per row.
 """
@@ -96,25 +96,33 @@ class GemmRows(TritonRows):
         return self.floats(3, self.config.num_parts(self.vocab_size), rows.stop - rows.start)
 
     def _target_logits(self, rows: slice) -> Tensor:
-        target = self.floats(rows.stop - rows.start)
-        block_t = 16
+        hidden, target = self._states(rows), self.floats(rows.stop - rows.start)
+        block_t = 64  # the fewest rows of a tensor-core instruction
         launch(
             kernels.target_logits_kernel,
             (triton.cdiv(target.shape[0], block_t),),
-            hidden_ptr=self.hidden[rows],
+            hidden_ptr=hidden,
             weight_ptr=self.head.weight,
             token_ptr=self.token_ids[rows],
             target_ptr=target,
             num_rows=target.shape[0],
-            hidden_size=self.hidden.shape[1],
+            hidden_size=hidden.shape[1],
             vocab_start=self.head.start,
-            stride_hidden=self.hidden.stride(0),
+            stride_hidden=hidden.stride(0),
             stride_weight=self.head.weight.stride(0),
             BLOCK_T=block_t,
-            BLOCK_H=256,
+            BLOCK_H=self.config.block_h,
+            UPCAST=is_interpreted(),
+            num_warps=4,
+            num_stages=self.config.num_stages,
             **self.head_arguments,
         )
         return self.head.sum_over_ranks(target)
+
+    def _states(self, rows: slice) -> Tensor:
+        """Return the [R, H] hidden states of a chunk, at an aligned address: others would need kernels of their own."""
+        hidden = self.hidden[rows]
+        return hidden if tiles.is_aligned(hidden) else hidden.clone(memory_format=torch.contiguous_format)
 
     def _num_programs(self, num_tiles: int) -> int:
         device = self.hidden.device
@@ -133,8 +141,10 @@ class GemmRows(TritonRows):
         gate: Tensor | None = None,
     ) -> None:
         """Launch `project_kernel` on a chunk; without a matrix only partial sums are stored."""
-        config, hidden, weight = self.config, self.hidden[rows], self.head.weight
+        config, hidden, weight = self.config, self._states(rows), self.head.weight
         num_rows, hidden_size = hidden.shape
+        if num_rows == 0:  # no sequence, or an empty one alone: TMA has no descriptor of nothing
+            return
         sums, weighted, maxima = parts
         out = parts if matrix is None else matrix
         operands: dict[str, Any] = {"hidden": hidden, "weight": weight, "out": out}
@@ -163,7 +173,7 @@ class GemmRows(TritonRows):
             vocab_start=self.head.start,
             stride_hidden=hidden.stride(0),
             stride_weight=weight.stride(0),
-            stride_out=out.stride(0),
+            stride_out=tiles.row_stride(self.vocab_size),
             KIND=kind,
             BLOCK_T=config.block_t,
             BLOCK_V=config.block_v,

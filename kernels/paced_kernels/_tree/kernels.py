@@ -24,6 +24,7 @@ N = capacity, B = elements per call.
 import triton
 import triton.language as tl
 
+from .._grid import batch_kernel
 from . import exact
 from .arithmetic import BELL_END as BELL_END_VALUE
 from .arithmetic import NO_KEY as NO_KEY_VALUE
@@ -134,7 +135,7 @@ def log_of_unit(u):
     return e * LN2_HIGH + (s * series + e * LN2_LOW)
 
 
-@triton.jit
+@batch_kernel
 def tree_rebuild_kernel(
     weights_ptr,  # [N] weights, or the statistics of a bell
     allowed_ptr,  # [N] bool, with HAS_ALLOWED: leaves that may weigh anything
@@ -142,8 +143,8 @@ def tree_rebuild_kernel(
     sums_ptr,  # all levels, i64; those above the second are zero
     status_ptr,
     capacity,  # i64
-    center_bits,  # bits of float64: a float argument would arrive as float32
-    width_bits,
+    center_bits: tl.int64,  # bits of float64: a float argument would arrive as float32
+    width_bits: tl.int64,
     NUM_LEVELS: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     IS_BELL: tl.constexpr,
@@ -181,7 +182,7 @@ def tree_rebuild_kernel(
         node = node // FANOUT
 
 
-@triton.jit
+@batch_kernel
 def tree_update_kernel(
     idx_ptr,  # [B]; without HAS_INDEX one integer, the first leaf of a range that goes round at the end
     weights_ptr,  # [B]
@@ -264,7 +265,7 @@ def pick(weights, target):
     return column, target - tl.max(tl.where(is_before, prefix, 0), axis=1)
 
 
-@triton.jit
+@batch_kernel
 def tree_sample_kernel(
     leaf_ptr,  # [N] i64
     sums_ptr,  # all levels, i64
@@ -344,7 +345,7 @@ def tree_sample_kernel(
         tl.store(status_ptr + STATUS_EMPTY, tl.load(status_ptr + STATUS_EMPTY) + is_empty.to(tl.int64))
 
 
-@triton.jit
+@batch_kernel
 def tree_race_kernel(
     leaf_ptr,  # [N] i64
     sums_ptr,  # all levels, i64
@@ -359,7 +360,7 @@ def tree_race_kernel(
     total_ptr,  # [] i64, out
     capacity,  # i64
     index_mask,  # i64
-    exploration_bits,  # bits of float64
+    exploration_bits: tl.int64,  # bits of float64
     NUM_LEVELS: tl.constexpr,
     IS_MIXED: tl.constexpr,
     BLOCK: tl.constexpr,

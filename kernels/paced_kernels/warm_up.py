@@ -1,0 +1,61 @@
+"""Compilation of the kernels behind the fused operations before a run needs them: `warm_up`.
+
+H = hidden size, V = vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._backend import resolve_backend
+from ._loss.engine import Guard, make_engine, make_head
+from ._loss.operators import shard_options
+from ._shard import VocabShard
+
+
+def warm_up(
+    head_weight: Tensor,  # [V, H]
+    *,
+    bias: Tensor | None = None,  # [V]
+    with_weights: bool = True,
+    with_entropy: bool = False,
+    backend: str = "auto",
+    shard: VocabShard | None = None,
+) -> None:
+    """Compile every kernel that the fused operations can need for a head, by running them on two rows of zeros.
+
+    Without it the first calls compile: about a minute altogether, and a kernel that only a long sequence needs as late
+    as that sequence comes. Numbers and lengths of sequences, temperature and the other options change no kernel, nor do
+    values of the weight, which stay as they are. On the reference backend there is nothing to compile.
+
+    Args:
+        head_weight: [V, H], as the operations will get it; its dtype and its strides count.
+        bias: [V], if there will be one.
+        with_weights: the loss will be given `weights`.
+        with_entropy: entropies will be asked for (`return_entropy` or `entropy_bonus`).
+        backend: as in `linear_logprobs`.
+        shard: as in `linear_logprobs`; every rank of the group must then call this.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong; the message names the argument.
+    """
+    _checks.check_tensor("head_weight", head_weight, 2, _checks.FLOAT_DTYPES)
+    num_rows = 2
+    hidden = head_weight.new_zeros(num_rows, head_weight.shape[1])
+    token_ids = torch.zeros(num_rows, dtype=torch.int64, device=head_weight.device)
+    _checks.check_linear_args(hidden, head_weight, token_ids, bias, 1.0, None, shard)
+    if resolve_backend(backend, hidden) == "reference":
+        return
+    group, start, _ = shard_options(shard, head_weight)
+    rows, live = slice(0, num_rows), torch.ones(num_rows, dtype=torch.bool, device=hidden.device)
+    with Guard(hidden.device):
+        head = make_head(head_weight, bias, 1.0, group, start)
+        for has_entropy in (False, True) if with_entropy else (False,):
+            engine = make_engine(head, hidden, token_ids, has_entropy, None, "triton")
+            known = engine.score(rows)
+            engine.exponentials(rows, live, known)  # the backward pass of log-probs always says which rows count
+            chunk = engine.exponentials(rows, live if with_weights else None)
+            if has_entropy:
+                engine.entropy_gradient(chunk, rows, chunk.stats.logprobs, chunk.stats.logprobs)
+            if not with_weights:  # the second pass over a sequence of several chunks
+                engine.exponentials(rows, None, known)
