@@ -169,8 +169,8 @@ OTHERS = (
     Fault(
         "accumulators not cleared",
         "_loss/gradients",
-        "return torch.zeros(value.shape, dtype=dtype",
-        "return torch.empty(value.shape, dtype=dtype",
+        "engine.add_outer(self._value, matrix, rows, begins=self._is_empty)",
+        "engine.add_outer(self._value, matrix, rows, begins=False)",
         f"{OPTIONS}[plain-whole]",
     ),
     Fault(
@@ -182,9 +182,9 @@ OTHERS = (
     ),
     Fault(
         "a streamed sequence without its coefficient",
-        "_loss/fused_pass",
-        "total.addcmul_(part, coefficient)",
-        "total.add_(part)",
+        "_loss/gradients",
+        "self._value.addcmul_(other.value, scale)",
+        "self._value.add_(other.value)",
         f"{MODES}[streamed-whole]",
     ),
     Fault(

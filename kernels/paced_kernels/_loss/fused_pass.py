@@ -158,9 +158,11 @@ class FusedPass:
         coefficient = self._finish(group, stats)[0]
         if self.gradients.hidden is not None:
             self.gradients.hidden[group.rows].mul_(coefficient)
-        for total, part in zip((self.gradients.weight, self.gradients.bias), own, strict=True):
-            if total is not None and part is not None:
-                total.addcmul_(part, coefficient)
+        own_weight, own_bias = own
+        if self.gradients.weight_sum is not None and own_weight is not None:
+            self.gradients.weight_sum.add_scaled(own_weight, coefficient)
+        if self.gradients.bias is not None and own_bias is not None:
+            self.gradients.bias.addcmul_(own_bias, coefficient)
 
     def _live_rows(self, group: SequenceGroup) -> Tensor | None:
         """Return [R], False in rows of sequences of weight 0; None if the caller gave no weights."""

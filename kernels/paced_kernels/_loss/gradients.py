@@ -40,7 +40,7 @@ class RowEngine(Protocol):
         self, chunk: Exponentials, rows: slice, coefficient: Tensor, entropy_coefficient: Tensor
     ) -> None: ...
     def back_project(self, matrix: Tensor) -> Tensor: ...
-    def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor) -> None: ...
+    def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor, *, begins: bool = False) -> None: ...
 
 
 def score_rows(engine: RowEngine, rows: slice) -> RowStats:
@@ -64,13 +64,47 @@ class Wanted(NamedTuple):
     bias: bool
 
 
+class WeightSum:
+    """Sum of products of the size of the weight, which begins with the first: no zeros are written or read before."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self._value = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        self._is_empty = True
+
+    @property
+    def value(self) -> Tensor:
+        """[V, H], zeros if nothing was added."""
+        if self._is_empty:
+            self._value.zero_()
+            self._is_empty = False
+        return self._value
+
+    def add_outer(self, engine: RowEngine, matrix: Tensor, rows: Tensor) -> None:
+        """Add matrix^T [V, R] @ rows [R, H]."""
+        engine.add_outer(self._value, matrix, rows, begins=self._is_empty)
+        self._is_empty = False
+
+    def add_scaled(self, other: "WeightSum", scale: Tensor) -> None:
+        """Add another sum times a number."""
+        if self._is_empty:
+            torch.mul(other.value, scale, out=self._value)
+            self._is_empty = False
+        else:
+            self._value.addcmul_(other.value, scale)
+
+
 class Gradients:
     """Accumulators: rows of `hidden` are written once, in its dtype; `weight` and `bias` are sums in a wider dtype."""
 
     def __init__(self, engine: RowEngine, wanted: Wanted) -> None:
         hidden = engine.hidden
         self.hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wanted.hidden else None
-        self.weight, self.bias = new_accumulators(engine.head, wanted, engine.weight_gradient_dtype)
+        self.weight_sum, self.bias = new_accumulators(engine.head, wanted, engine.weight_gradient_dtype)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """[V, H], or None if not wanted."""
+        return None if self.weight_sum is None else self.weight_sum.value
 
     def add(
         self,
@@ -80,10 +114,10 @@ class Gradients:
         coefficient: Tensor,  # [R], dloss / dlogprobs
         live: Tensor | None,  # [R] bool, as given to `engine.exponentials`
         entropy_coefficient: Tensor | None = None,  # [R], dloss / dentropy
-        into: tuple[Tensor | None, Tensor | None] | None = None,  # other accumulators of (weight, bias)
+        into: tuple[WeightSum | None, Tensor | None] | None = None,  # other accumulators of (weight, bias)
     ) -> None:
         """Add one chunk, overwriting its matrix. A row that is not live adds exactly 0, whatever its state is."""
-        weight, bias = (self.weight, self.bias) if into is None else into
+        weight, bias = (self.weight_sum, self.bias) if into is None else into
         scale = -coefficient * chunk.factor
         if entropy_coefficient is not None:
             engine.entropy_gradient(chunk, rows, coefficient, entropy_coefficient)
@@ -95,18 +129,15 @@ class Gradients:
             torch.mul(engine.back_project(chunk.matrix), inner_scale, out=self.hidden[rows])
         if weight is not None:
             hidden = engine.hidden[rows] if live is None else engine.hidden[rows].masked_fill(~live[:, None], 0.0)
-            engine.add_outer(weight, chunk.matrix, hidden * inner_scale)
+            weight.add_outer(engine, chunk.matrix, hidden * inner_scale)
         if bias is not None:
             engine.add_outer(bias[:, None], chunk.matrix, scale[:, None])
 
 
 def new_accumulators(
     head: Head, wanted: Wanted, weight_dtype: torch.dtype | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return zeros for the gradients of weight and bias; None if not wanted."""
-
-    def zeros(value: Tensor | None, is_wanted: bool, dtype: torch.dtype) -> Tensor | None:
-        return torch.zeros(value.shape, dtype=dtype, device=value.device) if is_wanted and value is not None else None
-
-    weight = zeros(head.weight, wanted.weight, weight_dtype or head.accumulate)
-    return weight, zeros(head.bias, wanted.bias, head.accumulate)
+) -> tuple[WeightSum | None, Tensor | None]:
+    """Return empty sums for the gradients of weight and bias; None if not wanted."""
+    weight = WeightSum(head.weight, weight_dtype or head.accumulate) if wanted.weight else None
+    bias = head.bias if wanted.bias else None
+    return weight, None if bias is None else torch.zeros(bias.shape, dtype=head.accumulate, device=bias.device)

@@ -41,9 +41,17 @@ def mm_float32(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor
     return torch.mm(left.float(), right.float(), out=out)
 
 
-def addmm_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [M, N] += left [M, K] @ right [K, N], accumulated in float32 and rounded to the dtype of `total`."""
-    if total.dtype == left.dtype:
+def addmm_(total: Tensor, left: Tensor, right: Tensor, *, begins: bool = False) -> None:
+    """total [M, N] += left [M, K] @ right [K, N], accumulated in float32 and rounded to the dtype of `total`.
+
+    With `begins` total is the product, whatever it held before: nothing has to fill it with zeros or read those.
+    """
+    if begins:
+        if total.dtype == left.dtype:
+            torch.mm(left, right, out=total)
+        else:
+            mm_float32(left, right, out=total)
+    elif total.dtype == left.dtype:
         total.addmm_(left, right)
     elif left.device.type != "cuda":
         total.add_(mm_float32(left, right))

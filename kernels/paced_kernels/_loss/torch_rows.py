@@ -176,9 +176,10 @@ class TorchRows:
             out.addmm_(matrix[:, columns], block)
         return self.head.sum_over_ranks(out)
 
-    def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor) -> None:
-        """Add matrix^T [V, R] @ rows [R, N] to accumulator [V, N]; rows are in the accumulation dtype."""
-        accumulator.addmm_(matrix.T, rows)
+    def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor, *, begins: bool = False) -> None:
+        """Add matrix^T [V, R] @ rows [R, N] to accumulator [V, N], or write it there if the sum begins with it; rows
+        are in the accumulation dtype."""
+        accumulator.addmm_(matrix.T, rows, beta=0 if begins else 1)
 
     def _chunks(self, rows: slice) -> Iterator[slice]:
         return row_chunks(rows.start, rows.stop, self.rows_per_chunk)

@@ -89,20 +89,26 @@ class TritonRows:
         """Return [R, H] float32 matrix @ weight, summed over the ranks of a split vocabulary."""
         return self.head.sum_over_ranks(matmul.mm_float32(matrix, self.head.weight))
 
-    def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor) -> None:
-        """Add matrix^T [V, R] @ rows [R, N] to accumulator [V, N]; rows are rounded to the dtype of the matrix."""
+    def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor, *, begins: bool = False) -> None:
+        """Add matrix^T [V, R] @ rows [R, N] to accumulator [V, N], or write it there if the sum begins with it; rows
+        are rounded to the dtype of the matrix."""
         if rows.shape[1] == 1 and matrix.dtype == torch.bfloat16:
             # Gradient of the bias: the rounding error is carried in a second column, at no cost.
             rounded = rows.to(torch.bfloat16)
             pair = torch.cat([rounded, (rows - rounded).to(torch.bfloat16)], dim=1)
+            assert not begins
             accumulator += matmul.mm_float32(matrix.T, pair).sum(dim=1, keepdim=True)
             return
         if matrix.dtype != torch.float16:
-            matmul.addmm_(accumulator, matrix.T, rows.to(matrix.dtype))
+            matmul.addmm_(accumulator, matrix.T, rows.to(matrix.dtype), begins=begins)
             return
         # float16's range is too small for arbitrary coefficients: scale the largest row entry to 1.
         largest = rows.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-        accumulator.addcmul_(matmul.mm_float32(matrix.T, (rows / largest).half()), largest)
+        product = matmul.mm_float32(matrix.T, (rows / largest).half())
+        if begins:
+            torch.mul(product, largest, out=accumulator)
+        else:
+            accumulator.addcmul_(product, largest)
 
     def matrix_view(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return an [R, V] view of the shared buffer, with aligned rows."""
