@@ -166,11 +166,11 @@ def math_rewards(result: dict[str, Any]) -> str:
             + " |"
         )
     note = f"""
-        {table["rows"]} pairs of answer key and completion, of {len(table["kinds"])} kinds, labelled by hand for each
-        mode (`tests/verdicts/math.jsonl`); {table["held_out"]} of them (held-out) were written after the rules were
-        fixed. math-verify {result["math_verify"]} reads the raw completion and is compared with the labels of `math`
-        and with those of `math_strict`. Speed: median (smallest to largest) of {speeds["repeats"]} interleaved batches
-        of {speeds["answers"]} answers, half of them right; math-verify in one process; load average
+        Judged were {table["rows"]} pairs of answer key and completion, of {len(table["kinds"])} kinds, labelled by hand
+        for each mode (`tests/verdicts/math.jsonl`); {table["held_out"]} of them (held-out) were written after the rules
+        were fixed. math-verify {result["math_verify"]} reads the raw completion and is compared with the labels of
+        `math` and with those of `math_strict`. Speed: median (smallest to largest) of {speeds["repeats"]} interleaved
+        batches of {speeds["answers"]} answers, half of them right; math-verify in one process; load average
         {result["load"]:.1f} on {speeds["cores"]} cores. {_environment(result)}."""
     return "\n".join([*lines, "", *rates, "", _wrapped(note)])
 

@@ -22,6 +22,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before any kernel module
 
+# Files of data that are not part of the project may lie beside it.
+os.environ.setdefault("PACED_FAST_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data"))
+
 # Of processes that tests start, too: several tests run at once.
 os.environ["OMP_NUM_THREADS"] = "1"
 # The shapes here are too small to share among threads, and sums in one order repeat to the bit.

@@ -6,17 +6,20 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from paced_fast.data.sources import parse_source
 from paced_fast.errors import InputError
 from paced_fast.rewards.loading import GIVEN
 
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input", "query", "messages")
 """Columns of prompts, the likeliest first."""
+_ROW = 'give one dictionary per row, such as {"prompt": "2+3=", "answer": "5"}'
 _KINDS = {".jsonl": "jsonl", ".parquet": "parquet"}
 
 
@@ -34,12 +37,41 @@ def sources_of(name: str, data: Any, reward: str | None, folder: Path) -> tuple[
     if isinstance(data, str | Path):
         return (_rewarded(_source(data), reward),)
     if isinstance(data, Sequence) and data and all(isinstance(one, str | Path) for one in data):
+        if _is_text(data[0]):
+            raise InputError(f"{name}[0] is the text {data[0]!r:.60}, which names no source: {_ROW}")
         return tuple(_rewarded(_source(one), reward) for one in data)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         what = "a dictionary" if isinstance(data, Mapping) else f"a {type(data).__name__}"
         hint = f": give one split of it, such as {name}['train']" if "train" in _keys(data) else ""
         raise InputError(f"{name} is {what}{hint or ': give a source, or rows as a list of dictionaries'}")
     return (_rewarded(_written(name, data, folder, reward), reward),)
+
+
+def _is_text(one: str | Path) -> bool:
+    """Whether this is a prompt where a source or a row is asked for."""
+    if isinstance(one, Path):
+        return False
+    try:
+        source = parse_source(one)
+    except InputError:
+        return re.match(r"\w+:", one) is None  # else a kind that is mistyped
+    return source.kind == "hf" and not one.startswith("hf:") and " " in one and not Path(source.name).exists()
+
+
+def in_rows(message: str, folder: Path) -> str:
+    """The message with the names of files in `folder`, which Python's rows were written into, as those of the rows.
+
+    `data, row 61` is the sixty-first. Remedies that change a source become such that change a row.
+    """
+    file = rf"(?:jsonl:)?{re.escape(str(folder.absolute()))}/(data|eval_data)-[0-9a-f]{{16}}\.jsonl"
+    if re.search(file, message) is None:
+        return message
+    message = re.sub(rf", as in {file}\?prompt=FIELD&answer=FIELD, or give format=", " 'prompt' and 'answer'", message)
+    message = re.sub(rf", as in {file}\?answer=FIELD, or give format=", " 'answer'", message)
+    message = re.sub(rf"{file}:(\d+)", r"\1, row \2", message)
+    message = re.sub(rf"(['\"]?){file}(?:\?[^'\"\s]*[^'\"\s:,)])?\1", r"\2", message)
+    message = re.sub(r"name a part of it with a dot, as in answer=\S+", "give one of its parts", message)
+    return re.sub(r"name (?:the|another) field by (\w+)=", r"name its column '\1'", message)
 
 
 def _keys(data: Any) -> tuple[Any, ...]:
@@ -73,10 +105,7 @@ def _written(name: str, rows: Iterable[Any], folder: Path, reward: str | None) -
         with partial.open("wb") as file:
             for count, row in enumerate(rows, start=1):
                 if not isinstance(row, Mapping):
-                    raise InputError(
-                        f"{name}[{count - 1}] is a {type(row).__name__}: give one dictionary per row, such as "
-                        '{"prompt": "2+3=", "answer": "5"}'
-                    )
+                    raise InputError(f"{name}[{count - 1}] is a {type(row).__name__}: {_ROW}")
                 first = first or dict(row)
                 line = _line(f"{name}[{count - 1}]", row)
                 digest.update(line)

@@ -7,6 +7,7 @@ that is still going.
 from __future__ import annotations
 
 import functools
+import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -245,3 +246,33 @@ class Comparison:
     """The page with their curves laid over each other."""
     table: Any
     """Their summaries, one row per run."""
+
+    def __repr__(self) -> str:
+        """Give the page and every figure, one line each, with a column per run."""
+        lines = self._lines()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shown = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+        return "\n".join([f"Comparison of {len(lines[0]) - 1} runs, {self.page}", *(line.rstrip() for line in shown)])
+
+    def _repr_html_(self) -> str:
+        head, *body = [[html.escape(cell) for cell in line] for line in self._lines()]
+        rows = "".join(
+            f"<tr><th>{line[0]}</th>{''.join(f'<td>{cell}</td>' for cell in line[1:])}</tr>" for line in body
+        )
+        titles = "".join(f"<th>{cell}</th>" for cell in head)
+        page = html.escape(str(self.page))
+        return f'<p>Curves: <a href="{page}">{page}</a></p><table><tr>{titles}</tr>{rows}</table>'
+
+    def _lines(self) -> list[list[str]]:
+        """Figures by run, as text; the first line has the folders."""
+        rows = self.table if isinstance(self.table, list) else self.table.to_dict("records")
+        return [
+            [name, *(_figure(row.get(name)) for row in rows)] for name in dict.fromkeys(k for row in rows for k in row)
+        ]
+
+
+def _figure(value: Any) -> str:
+    """A figure with four digits; a dash for one that a run does not have."""
+    if value is None or value != value:  # a frame has NaN there
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

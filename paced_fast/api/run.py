@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 from paced_fast.api import given
 from paced_fast.api.process import as_found
 from paced_fast.api.result import Evaluated, Result
-from paced_fast.api.settings import base, in_python, with_settings
+from paced_fast.api.settings import base, foreign_option, in_python, with_settings
 from paced_fast.api.tables import table
 from paced_fast.config import Config
 from paced_fast.config.saved import load_config
@@ -41,12 +41,19 @@ _ARGUMENTS = {"data.train": "data", "data.eval": "eval_data", "model.name": "mod
 
 
 @contextlib.contextmanager
-def _told_in_python() -> Iterator[None]:
-    """Tell wrong input in the words of `train`, without the calls that led to it."""
+def _told_in_python() -> Iterator[list[Path]]:
+    """Tell wrong input in the words of `train`, without the calls that led to it.
+
+    The list takes the folders that rows were written into, which messages do not name.
+    """
+    folders: list[Path] = []
     try:
-        yield
+        yield folders
     except InputError as error:
-        raise InputError(in_python(str(error))) from None
+        told = str(error)
+        for folder in folders:
+            told = given.in_rows(told, folder)
+        raise InputError(in_python(told)) from None
 
 
 def train_given(
@@ -62,12 +69,13 @@ def train_given(
     settings: Mapping[str, Any],
 ) -> Result:
     """Train; see `paced_fast.api.train`."""
-    with _told_in_python(), as_found(progress=progress) as console:
+    with _told_in_python() as written, as_found(progress=progress) as console:
         config = _configured(settings, model, resume=resume)
         name, functions = given.reward_of(reward)
         summary: dict[str, Any] = {}
         stopped = ""
         with _folder(config, run_dir, resume=resume) as folder:
+            written.append(folder / _GIVEN)
             config = _with_data(config, data, eval_data, name, folder)
             config = _with_model(config, model, tokenizer, folder)
             try:
@@ -190,7 +198,7 @@ def evaluate_given(
     for name in options:
         if name not in known:
             raise InputError(
-                f"evaluate has no option {name!r}{nearest(name, sorted(known))}: the options are "
+                f"evaluate has no option {name!r}{_nearest_option(name, known)}: the options are "
                 f"{', '.join(sorted(known))}"
             )
     name, functions = given.reward_of(reward)
@@ -198,10 +206,11 @@ def evaluate_given(
         functions = {**model.functions, **functions}
         name = name or model.reward
     with (
-        _told_in_python(),
+        _told_in_python() as written,
         as_found(progress=progress) as console,
         tempfile.TemporaryDirectory(prefix="paced_fast-") as place,
     ):
+        written.append(Path(place))
         if isinstance(model, str | Path | Result):
             target = str(model.folder if isinstance(model, Result) else model)
         else:
@@ -215,6 +224,14 @@ def evaluate_given(
         for shown in terminal.evaluation_tables(figures):
             console.print(shown)
     return Evaluated(figures=figures, samples=table([_row(sample) for sample in samples], _SAMPLES))
+
+
+def _nearest_option(name: str, known: set[str]) -> str:
+    """Option of `evaluate` that stands for another trainer's, else the nearest one."""
+    foreign = foreign_option(name)
+    names = [in_python(option).rpartition(".")[2] for option in foreign.options] if foreign is not None else []
+    same = next((option for option in names if option in known), None)
+    return nearest(name, sorted(known)) if same is None else f" (did you mean {same!r}?)"
 
 
 def _row(sample: Sample) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from paced_fast.config import Config
 from paced_fast.config.bounds import settings
+from paced_fast.config.files import SHORT
+from paced_fast.config.foreign_names import Counterpart, counterpart
 from paced_fast.config.presets import preset
 from paced_fast.config.saved import config_from_dict
 from paced_fast.errors import InputError
@@ -18,6 +20,8 @@ from paced_fast.errors import InputError
 _ARGUMENTS = {"sources": "data", "benchmarks": "benchmarks"}
 """Options of the command `evaluate` and the arguments that are given for them."""
 _LISTS = re.compile(r"--(sources|benchmarks) (?:'([^']*)'|(\S+?))(?=[,;.:]?(?:\s|$))")
+_NEAR = 0.8
+"""Least similarity of a suggestion, as on the command line."""
 
 
 def base(name: str | None = None) -> Config:
@@ -66,18 +70,32 @@ def _plain(value: Any, *, is_many: bool) -> Any:
 
 
 def _suggestion(name: str, known: list[str]) -> str:
-    """Settings of the same last name, else those of a similar name."""
+    """What another trainer's option is called here, else settings of the same last name, else of a similar one."""
     last = name.rpartition(".")[2]
+    foreign = foreign_option(name)
+    if foreign is not None:
+        options = " or ".join(repr(in_python(option)) for option in foreign.options)
+        asks = f"did you mean {options}?" if options else ""
+        return f": {f'{asks} {in_python(foreign.note)}'.strip()} docs/settings.md lists all settings"
     same = [full for full in known if full.rpartition(".")[2] == last]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [
+    close = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR) or [
         full
-        for near in difflib.get_close_matches(last, [full.rpartition(".")[2] for full in known], n=1, cutoff=0.7)
+        for near in difflib.get_close_matches(last, [full.rpartition(".")[2] for full in known], n=1, cutoff=_NEAR)
         for full in known
         if full.rpartition(".")[2] == near
     ]
-    found = (same or close)[:4]
+    found = sorted(same or close, key=lambda full: full.count("."))[:4]  # the outer rooms are the likelier
     hint = f": did you mean {' or '.join(map(repr, found))}?" if found else ""
     return f"{hint or ':'} docs/settings.md lists all settings"
+
+
+def foreign_option(name: str) -> Counterpart | None:
+    """What stands for another trainer's option, also inside a dictionary: `num_generations`, `optimizer.lr`, `lora.r`.
+
+    None for a name that is in no other trainer.
+    """
+    names = (name, name.replace(".", "-"), name.rpartition(".")[2])
+    return next((found for found in map(counterpart, names) if found is not None), None)
 
 
 def in_python(message: str) -> str:
@@ -87,7 +105,7 @@ def in_python(message: str) -> str:
 
     def spelled(match: re.Match[str]) -> str:
         name = match[1].replace("-", "_")
-        return name if name in known else match[0]
+        return name if name in known or name in SHORT else match[0]
 
     message = _LISTS.sub(lambda match: f"{_ARGUMENTS[match[1]]}={(match[2] or match[3])!r}", message)
     message = re.sub(

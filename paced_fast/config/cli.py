@@ -49,6 +49,7 @@ def parse(arguments: Sequence[str]) -> Config:
         _check_foreign(name)
     if not set(_HELP).isdisjoint(words):
         return _help(words, preset(name or OWN))
+    _check_preset_first(words)
     short = next((word.partition("=")[0] for word in arguments if _full(word) != word), None)
     default, words, resumed = _start(words, name, short)
     _check_words(words, {f"--{field.replace('_', '-')}": field for field in flatten(default)})
@@ -61,6 +62,20 @@ def parse(arguments: Sequence[str]) -> Config:
     if resumed is not None and (changed := differences(default, config)):
         raise InputError(f"--resume {resumed}: {remedy(resumed, changed)}")
     return config
+
+
+def _check_preset_first(words: Sequence[str]) -> None:
+    """Raises InputError for the name of a preset behind options, where it is not the one value of one."""
+    kinds = {f"--{name.replace('_', '-')}": setting.kind for name, setting in settings(Config).items()}
+    for i, word in enumerate(words):
+        if word not in BASES:
+            continue
+        option = next((j for j in reversed(range(i)) if words[j].startswith("--")), None)
+        given, equals, _ = ("", "", "") if option is None else words[option].partition("=")
+        kind = kinds.get(given.replace("_", "-"), str)
+        takes = 0 if kind is bool or equals or typing.get_origin(kind) is tuple else 1  # of several none is a preset
+        if option is None or i - option > takes:
+            raise InputError(f"the preset {word} comes first, before every option: train {word} ...")
 
 
 def _full(word: str) -> str:

@@ -36,7 +36,7 @@ class DataConfig:
     text."""
     dir: str | None = None
     """Folder in which relative paths of jsonl and parquet sources are looked up first, before the working directory;
-    none: the working directory, then `data`, then `../shared/data`."""
+    none: the working directory, then `data`, then the folders in PACED_FAST_DATA."""
     max_prompt_tokens: Annotated[int, Bounds(1, 10**7)] = 1024
     """Maximum length of a prompt, in tokens, template included."""
     too_long: Literal["error", "skip", "keep_start", "keep_end"] = "error"

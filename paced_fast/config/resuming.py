@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from paced_fast.config import Config, flatten
@@ -28,8 +29,19 @@ def differences(old: Config, new: Config) -> list[str]:
         if name == "data.template" and value == "auto":  # decided by the tokenizer, which is compared
             continue
         if not name.startswith(FREE_ON_RESUME) and before[name] != value:
-            found.append(f"--{name.replace('_', '-')} was {before[name]} in that run and is {value} now")
+            option = f"--{name.replace('_', '-')}"
+            found.append(f"{option} was {_typed(before[name])} in that run and is {_typed(value)} now")
     return found
+
+
+def _typed(value: object) -> str:
+    """A value as one types it on the command line; `none` for nothing."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value in (None, (), ""):
+        return "none"
+    words = value if isinstance(value, tuple) else (value,)
+    return " ".join(shlex.quote(str(word)) for word in words)
 
 
 def remedy(folder: Path, found: list[str]) -> str:

@@ -39,7 +39,7 @@ def text(default: Config, prog: str) -> str:
     lines = [
         f"usage: {prog} --model NAME --data FILE [--reward REWARD] [--eval-data FILE] [--option value ...]",
         f"       {prog} [PRESET] [--option value ...]",
-        f"       {prog} --resume RUN_DIR",
+        f"       {prog} --resume {_METAVARS['resume']}",
         "",
         "Post-train a language model by PACED-RL.",
         "",
@@ -92,10 +92,10 @@ def _kind(name: str) -> str:
     item = typing.get_args(kind)[0] if many else kind
     if item is bool:
         return ""
-    if typing.get_origin(item) is Literal:
-        word = "|".join(map(str, typing.get_args(item)))
-    elif name in _METAVARS:
+    if name in _METAVARS:
         word = _METAVARS[name]
+    elif typing.get_origin(item) is Literal:
+        word = "|".join(map(str, typing.get_args(item)))
     else:
         word = {int: "N", float: "X"}.get(item, "TEXT")
     return f" {word}{' ...' if many else ''}"
@@ -107,6 +107,7 @@ _METAVARS = {
     "data.eval": "SOURCE",
     "reward.name": "REWARD",
     "run_dir": "FOLDER",
+    "resume": "auto|never|RUN_DIR",
 }
 
 

@@ -5,6 +5,7 @@ The hub is asked once, with a short time limit, because its own client retries f
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 import re
@@ -62,12 +63,24 @@ def place_of(name: str, what: str, kind: Literal["model", "dataset"] = "model") 
         return name
     cached = _cached(name, kind)
     if cached is None:
+        first = f"{what}: {no_folder(name)}, it is not" if kind == "model" else f"{what} is not"
         raise InputError(
-            f"{what} is not in the cache, and {constants.ENDPOINT} cannot be reached ({reason}): give a local path, or "
+            f"{first} in the cache, and {constants.ENDPOINT} cannot be reached ({reason}): give a local path, or "
             "download it on a machine with a network into the cache named by HF_HOME and set HF_HUB_OFFLINE=1"
         )
     logger.warning("%s cannot be reached (%s): reading %s from the cache, %s", constants.ENDPOINT, reason, name, cached)
     return str(cached)
+
+
+def no_folder(name: str) -> str:
+    """Words for a name that is no folder, with one beside it that has nearly the same name."""
+    folder = Path(name).expanduser()
+    try:
+        beside = [one.name for one in folder.parent.iterdir() if one.is_dir()]
+    except OSError:
+        beside = []
+    near = difflib.get_close_matches(folder.name, beside, n=1, cutoff=0.75)
+    return f"there is no such folder (did you mean {folder.parent / near[0]}?)" if near else "there is no such folder"
 
 
 def _cached(name: str, kind: str) -> Path | None:

@@ -63,7 +63,7 @@ class EvaluateArguments:
     """Maximum number of sequences decoded at once; default: that of the run, or 256 for a model."""
     data_dir: str | None = None
     """Folder in which files are looked up first; default: that of the run, or the working directory, then `data`, then
-    `../shared/data`."""
+    the folders in PACED_FAST_DATA."""
     json: str | None = None
     """File to which the figures are written, as one JSON object; `-`: standard output, and everything else goes to
     standard error; default: none."""

@@ -70,7 +70,7 @@ def evaluate_target(
         raise _without_prompts(arguments.run_or_model, target)
     if (config.model.device, config.model.dtype) == ("cpu", "float32"):
         require_float32_products()
-    tokenizer = prompts.load_tokenizer(target.path)
+    tokenizer = prompts.load_tokenizer(target.path, target.path)
     stops = prompts.find_stops(tokenizer, config.generation.stop_tokens, prompts.declared_stop_ids(target.path))
     decode = prompts.Decoder(tokenizer, stops.ids, config.data.keep_special_tokens)
     model = load_model(config.model, target.path)

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from paced_fast.errors import InputError
-from paced_fast.rewards.user_function import is_async, missing_column, parameters_of
+from paced_fast.rewards.user_function import is_async, parameters_of
 
 
 class VerlReward:
@@ -78,11 +78,6 @@ class TRLChatReward:
         self.origin = function
         self.is_async = is_async(function)
         self._names = parameters_of(function)
-
-    def problem(self, columns: Mapping[str, Any]) -> str | None:
-        """Return a message if the row lacks a column that the function needs, else None."""
-        name = missing_column(self._function, columns)
-        return None if name is None else f"reward {self._name!r} needs a column {name!r}, which the row lacks"
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> Any:
         given = {

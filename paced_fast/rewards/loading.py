@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +58,8 @@ def load_reward(
         raise InputError(
             f"reward {name!r} names no function: give {name}package.module:function or {name}file.py:function"
         )
+    if name.removesuffix(":").endswith(".py"):
+        raise _without_function(name, "reward")
     for prefix, adapter in (("verl:", VerlReward), ("trl:", TRLChatReward)):
         if name.startswith(prefix):
             return adapter(name, import_function(name.removeprefix(prefix), "reward"))
@@ -74,15 +77,40 @@ def import_function(name: str, kind: str) -> RewardFunction:
     Raises:
         InputError: there is no such module, file or function, or importing the module fails.
     """
+    if name.removesuffix(":").endswith(".py"):
+        raise _without_function(name, kind)
     module_name, _, function_name = name.rpartition(":")
     if not module_name or not function_name:
         raise InputError(f"{kind} {name!r} is neither package.module:function nor path/to/file.py:function")
     function: Any = getattr(_import(module_name, f"{kind} {name!r}"), function_name, None)
     if not callable(function):
-        raise InputError(f"{kind} {name!r}: {module_name} has no function {function_name!r}")
+        known = _functions_in(module_name)
+        hint = f"{nearest(function_name, known)}: it has {', '.join(known)}" if known else ""
+        raise InputError(f"{kind} {name!r}: {module_name} has no function {function_name!r}{hint}")
     if isinstance(function, type):
         raise InputError(f"{kind} {name!r} is a class: name an instance of it, created in {module_name}")
     return cast(RewardFunction, function)
+
+
+def _without_function(name: str, kind: str) -> InputError:
+    """The error for a file that is named without a function; it names those that the file has."""
+    file = name.removesuffix(":")
+    path = file.removeprefix("verl:").removeprefix("trl:")
+    if not Path(path).expanduser().is_file():
+        return InputError(f"{kind} {name!r}: no such file {str(Path(path).expanduser().absolute())!r}")
+    known = _functions_in(path)
+    told = f"the file has {', '.join(known)}" if known else "the file has no function yet"
+    return InputError(f"{kind} {name!r} names no function: give {file}:{known[0] if known else 'FUNCTION'} ({told})")
+
+
+def _functions_in(module_name: str) -> list[str]:
+    """Names of the functions of a file that do not begin with _, without running it; none for a module."""
+    try:
+        body = ast.parse(Path(module_name).expanduser().read_bytes()).body
+    except (OSError, ValueError, SyntaxError):
+        return []
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [one.name for one in body if isinstance(one, kinds) and not one.name.startswith("_")]
 
 
 def _import(module_name: str, who: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from paced_fast.config import RewardConfig
 from paced_fast.data.records import Completion, PromptRow
+from paced_fast.data.sources import MissingColumn
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.rewards.loading import BUILT_IN, RewardFunction, load_reward
 from paced_fast.rewards.terms import Term, parse_reward
@@ -45,7 +46,7 @@ class Scorer:
         for name in names:
             self._terms(name)
 
-    def problem(self, name: str, columns: Mapping[str, Any]) -> str | None:
+    def problem(self, name: str, columns: Mapping[str, Any]) -> str | MissingColumn | None:
         """Return the reason why the reward `name` can never judge a row with these columns, or None if it can."""
         for term in self._terms(name):
             function = self._functions[term.name]
@@ -57,11 +58,12 @@ class Scorer:
                     raise
                 except (Exception, SystemExit) as error:  # a user's own object may answer
                     raise InputError(f"reward {term.name!r}: its method `problem` failed: {reason(error)}") from error
-            else:
-                lacks = missing_column(function, columns)
-                found = None if lacks is None else f"reward {term.name!r} needs a column {lacks!r}, which the row lacks"
-            if found is not None:
-                return str(found)
+                if found is not None:
+                    return str(found)
+                continue
+            lacks = missing_column(getattr(function, "origin", function), columns)
+            if lacks is not None:
+                return MissingColumn(term.name, lacks)
         return None
 
     def take_counts(self) -> dict[str, dict[str, int]]:

@@ -23,6 +23,11 @@ from paced_fast.rewards.workers.time_limit import TookTooLong, limited, stack_of
 # A column named `self` would collide with the object if the function is a method.
 _RESERVED_COLUMNS = ("self", "prompts", "completions")
 _MOST_SHOWN = 500  # characters of foreign text in a message
+_OF_TEXT_READ_AS_MESSAGES = (
+    "string indices must be",
+    "string index out of range",
+    "'str' object has no attribute 'get'",
+)
 _LATE_SECONDS = 10.0  # extra time for an event loop to end after the time limit of its functions
 
 
@@ -102,7 +107,15 @@ class Call:
         place = self._place(traceback.extract_tb(error.__traceback__)[1:])
         at = f" ({place})" if place else ""
         remedy = "correct it, or let it return None for what it cannot judge"
-        return InputError(f"the reward function {self.name!r} failed: {reason(error)}{at}: {remedy}")
+        return InputError(f"the reward function {self.name!r} failed: {reason(error)}{at}{self._reads_chats(error)}: {remedy}")
+
+    def _reads_chats(self, error: BaseException) -> str:
+        """Hint for a function that reads messages, as some of TRL's do, where completions are texts."""
+        adapted = self.is_ours or self.name.startswith(("trl:", "verl:"))
+        if adapted or not any(words in str(error) for words in _OF_TEXT_READ_AS_MESSAGES):
+            return ""
+        name = "FILE.py:FUNCTION" if self.name.startswith("given:") else self.name
+        return f": completions are texts here; a function of TRL that reads messages is named trl:{name}"
 
     def _place(self, stack: Sequence[traceback.FrameSummary]) -> str:
         """Return the position of a call: the innermost line of the stack in the function's own file, else in any.
@@ -238,6 +251,7 @@ def parameters_of(function: Callable[..., Any]) -> list[str] | None:
 def missing_column(function: Callable[..., Any], columns: Mapping[str, Any]) -> str | None:
     """Return the first parameter without a default that no column of a row fills, or None.
 
+    An answer of None fills none: it stands for a row without one.
     For a decorated function the parameters of the outermost wrapper count: a decorator may supply others itself.
     """
     try:
@@ -246,7 +260,8 @@ def missing_column(function: Callable[..., Any], columns: Mapping[str, Any]) -> 
         return None
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     needed = [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
-    return next((name for name in needed if name not in ("prompts", "completions") and name not in columns), None)
+    filled = {"prompts", "completions", *columns} - ({"answer"} if columns.get("answer") is None else set())
+    return next((name for name in needed if name not in filled), None)
 
 
 def reason(error: BaseException) -> str:

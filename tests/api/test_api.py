@@ -20,7 +20,8 @@ import torch
 from steady import wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paced_fast.api import Result, compare, evaluate, report, train
+from paced_fast.api import Comparison, Result, compare, evaluate, report, train
+from paced_fast.api.result import frame
 from paced_fast.errors import InputError
 from paced_fast.run.start import signals
 
@@ -278,6 +279,10 @@ def fails(prompts: list[str], completions: list[str], **columns: Any) -> list[fl
     raise KeyError("level")
 
 
+def by_answer(completions: list[str], answer: list[str]) -> list[float]:
+    return [0.0] * len(completions)
+
+
 class Judge:
     """A class, where an instance is asked for."""
 
@@ -290,11 +295,26 @@ def bad(**changes: Any) -> dict[str, Any]:
 
 
 WRONG: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "setting": (lambda: bad(lerning_rate=1), r"unknown setting 'lerning_rate': did you mean '[a-z_.]*learning_rate'"),
+    "setting": (lambda: bad(lerning_rate=1), r"unknown setting 'lerning_rate': did you mean 'optimizer.learning_rate'"),
     "setting of another room": (
         lambda: bad(learning_rate=1e-5),
-        r"unknown setting 'learning_rate': did you mean .*'optimizer.learning_rate'.*\? docs/settings.md lists",
+        r"unknown setting 'learning_rate': did you mean 'optimizer.learning_rate'\? docs/settings.md lists",
     ),
+    "option of another trainer": (
+        lambda: bad(num_generations=4),
+        r"unknown setting 'num_generations': did you mean 'generation.group_size'\? docs/settings.md lists",
+    ),
+    "option of another trainer inside a room": (
+        lambda: bad(optimizer={"lr": 1e-5}),
+        r"unknown setting 'optimizer.lr': did you mean 'optimizer.learning_rate'\? docs",
+    ),
+    "option of PEFT": (lambda: bad(lora={"r": 8}), r"unknown setting 'lora.r': did you mean 'lora.rank'\? docs"),
+    "option that is an argument here": (lambda: bad(model_id="a"), r"'model_id': did you mean 'model'\? docs"),
+    "option that nothing stands for": (
+        lambda: bad(load_in_4bit=True),
+        "'load_in_4bit': Quantised weights .*; lora.rank",
+    ),
+    "nothing near": (lambda: bad(num_workers=4), "unknown setting 'num_workers': docs/settings.md lists all"),
     "kind": (lambda: bad(steps="many"), 'steps is "many", not int'),
     "range": (lambda: bad(**{"optimizer.learning_rate": 5.0}), r"^optimizer.learning_rate is 5.0: give a value from 0"),
     "argument": (lambda: bad(**{"data.train": ["x"]}), "'data.train' is an argument of train: give data"),
@@ -304,6 +324,32 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "number": (lambda: bad(data=3), "data is a int: give a source, or rows as a list of dictionaries"),
     "texts": (lambda: bad(data=[*ROWS, "a"]), r"data\[20\] is a str: give one dictionary per row"),
+    "prompts": (lambda: bad(data=["a", "What is 1/2?"]), r"data\[0\] is the text 'a', .*: give one dictionary per row"),
+    "prompts with a slash": (
+        lambda: bad(data=["Is 1/2 < 1?"]),
+        r"data\[0\] is the text 'Is 1/2 < 1\?', which names no",
+    ),
+    "mistyped kind": (lambda: bad(data=["jsnl:a"]), r"source 'jsnl:a\?reward=\S+' must start with one of"),
+    "row without an answer": (
+        lambda: bad(data=[*ROWS, {"question": "a"}], reward="math"),
+        r"^data, row 21 has no field 'answer', only question: name its column 'answer'$",
+    ),
+    "row that a function cannot judge": (
+        lambda: bad(data=[*ROWS, {"question": "a"}], reward=by_answer),
+        r"^data, row 21 has no field 'answer', only question: the reward '\S+:by_answer' has the parameter",
+    ),
+    "held-out row": (
+        lambda: bad(eval_data=[*HELD_OUT, {"answer": "a"}]),
+        r"^eval_data, row 7 has no field 'question', only answer: name its column 'prompt'$",
+    ),
+    "unknown columns": (
+        lambda: bad(data=[{"text": "a"}], reward="math"),
+        r"^source data: no known format has the fields text: name the fields .* and answer 'prompt' and 'answer'$",
+    ),
+    "list as answer": (
+        lambda: bad(data=[{"question": "a", "answer": ["b"]}], reward="math"),
+        r"^data, row 1: the answer in 'answer' is a list, not one text or number: give one of its parts$",
+    ),
     "nothing": (lambda: bad(data=[]), "data has no rows: give at least one"),
     "object in a row": (
         lambda: bad(data=[{"prompt": "a", "image": object()}]),
@@ -331,6 +377,17 @@ def test_wrong_input_is_named_with_its_remedy_and_leaves_nothing(case: str, mode
     assert not list(here.glob("runs/*")), "nothing of the run is left"
 
 
+@pytest.mark.parametrize(
+    ("option", "ours"),
+    [("num_samples", "samples"), ("max_new_tokens", "max_completion_tokens"), ("sampels", "samples")],
+)
+def test_an_option_of_another_trainer_leads_to_one_of_evaluate(option: str, ours: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"evaluate has no option '{option}' \(did you mean '{ours}'\?\): the options"
+    ):
+        evaluate("nowhere", ROWS, **{option: 3})
+
+
 def test_a_model_object_needs_its_tokenizer(model: str, here: Path) -> None:
     mine = AutoModelForCausalLM.from_pretrained(model)
     with pytest.raises(InputError, match="model is an object, which has no tokenizer: give tokenizer=AutoTokenizer"):
@@ -338,8 +395,28 @@ def test_a_model_object_needs_its_tokenizer(model: str, here: Path) -> None:
 
 
 def test_a_folder_that_is_taken_is_refused_in_words_of_python(result: Result, model: str) -> None:
-    with pytest.raises(InputError, match=r"already holds a run \(it has .*: resume=True continues it, {'run.overwrite"):
+    with pytest.raises(
+        InputError, match=r"already holds a run \(it has .*: give another run_dir, or resume=True .*{'run.overw"
+    ):
         train(model, ROWS, reward=odd, run_dir=result.folder, progress=False)
+
+
+def test_a_comparison_shows_every_figure_of_every_run(tmp_path: Path) -> None:
+    rows = [
+        {"run": "runs/a<b", "steps": 10, "accuracy_after": 0.123456, **{f"figure {i}": i for i in range(40)}},
+        {"run": f"runs/{'long' * 20}", "steps": 20, "accuracy_after": None},
+    ]
+    for table in (rows, frame(rows)):
+        found = Comparison(page=tmp_path / "compare.html", table=table)
+        first, runs, *figures = repr(found).splitlines()
+        assert first == f"Comparison of 2 runs, {tmp_path}/compare.html"
+        assert runs.split() == ["run", "runs/a<b", f"runs/{'long' * 20}"]
+        assert [line.split() for line in figures[:2]] == [["steps", "10", "20"], ["accuracy_after", "0.1235", "-"]]
+        assert len(figures) == 42
+        shown = found._repr_html_()
+        assert f'<a href="{tmp_path}/compare.html">' in shown
+        assert "<th>runs/a&lt;b</th>" in shown
+        assert "<tr><th>accuracy_after</th><td>0.1235</td><td>-</td></tr>" in shown
 
 
 def test_a_rank_of_several_is_refused(model: str, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:

@@ -133,6 +133,14 @@ def test_sources_are_read_with_the_settings(name: str, spec: str) -> None:
     ("words", "message"),
     [
         (["--data.template", "Q:"], "--data.template 'Q:' must be chat, plain or text with {prompt} in it"),
+        (
+            ["--run-dir", "x", "qwen_math_1_5b"],
+            "the preset qwen_math_1_5b comes first, before every option: train qwen_",
+        ),
+        (["--run-dir=x", "tiny"], "the preset tiny comes first, before every option: train tiny ..."),
+        (["--run.overwrite", "tiny"], "the preset tiny comes first, before every option: train tiny ..."),
+        (["--data", "x.jsonl", "tiny", "--steps", "1"], "the preset tiny comes first, before every option: train tiny"),
+        (["--steps", "1", "small"], "the preset small comes first, before every option: train small ..."),
         (["--preset", "smollm2"], "--preset smollm2: the preset is the first word, before every option, as in"),
         (
             ["--preset=smolm2"],

@@ -25,6 +25,13 @@ def test_every_preset_is_read_and_keeps_its_settings(name: str) -> None:
     assert cli.parse([name, "--steps", "7"]).steps == 7
 
 
+def test_help_says_what_resume_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(["--help"])
+    shown = [line.partition("--resume ")[2].split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [words for words in shown if words] == ["auto|never|RUN_DIR", "auto|never|RUN_DIR"]
+
+
 def test_values_reach_their_fields() -> None:
     config = cli.parse(
         [

@@ -192,6 +192,11 @@ def test_resume_with_a_folder_needs_nothing_else(run: Path) -> None:
             r"--resume \S+: --algorithm was grpo in that run and is paced now, --seed was .*, --generation.group-size "
             r"was 8 in that run and is 4 now, and 1 more: leave them out .*",
         ),
+        (
+            ["--data", "a.jsonl", "b c.jsonl", "--data.headline", "k3", "--run.no-report"],
+            r"--resume \S+: --data.train was 'task:signed_sums\S*' in that run and is a.jsonl 'b c.jsonl' now, "
+            r"--data.headline was k3 k4 k5 k6 in that run and is k3 now: leave them out .*",
+        ),
         (["--config", "a.toml"], r"--resume \S+ has its settings in its folder: leave --config out"),
         (["--resume", "auto"], "--resume is given twice: give it once"),
     ],

@@ -75,6 +75,36 @@ def without(*names: str) -> bytes:
     return json.dumps({name: value for name, value in GOOD[0].items() if name not in names}).encode()
 
 
+OWN = """
+def asks(completions, answer): return [1.0] * len(completions)
+def any_row(completions, answer=None, **columns): return [1.0] * len(completions)
+def hinted(prompts, completions, hint): return [1.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "trl:"])
+@pytest.mark.parametrize("lacking", [{}, {"answer": None}])
+def test_a_function_gets_the_columns_that_its_parameters_name(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, prefix: str, lacking: dict[str, Any]
+) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    own = f"reward={prefix}{tmp_path}/own.py"
+    rows = [{"question": "1+1=", "answer": "2"}] * 30 + [{"question": "2+2=", **lacking}]
+    for name, answer in (("answer", ""), ("gold", "&answer=gold")):
+        renamed = [{name if key == "answer" else key: value for key, value in row.items()} for row in rows]
+        (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in renamed))
+        fields = "question" if not lacking else f"question, {name}"
+        with pytest.raises(InputError, match=rf"a.jsonl:31 has no field '{name}', only {fields}: "):
+            load(f"jsonl:a.jsonl?{own}:asks{answer}", tokenizer, tmp_path)
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert len(load(f"jsonl:a.jsonl?{own}:any_row", tokenizer, tmp_path)) == 31
+    words = (
+        "a.jsonl:1 has no field 'hint', only question, answer: the reward .*hinted' has the parameter 'hint' without"
+    )
+    with pytest.raises(InputError, match=words):
+        load(f"jsonl:a.jsonl?{own}:hinted", tokenizer, tmp_path)
+
+
 def message(role: object = "user", content: object = "hi") -> dict[str, object]:
     return {"role": role, "content": content}
 

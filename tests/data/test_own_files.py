@@ -106,6 +106,41 @@ def test_what_a_name_without_a_kind_is(spec: str, kind: str, name: str) -> None:
     assert (source.kind, source.name, source.spec) == (kind, name, spec)
 
 
+def test_a_part_of_an_answer_is_named_with_a_dot(tmp_path: Path) -> None:
+    for answer, part, found in (
+        (["2", "3"], "answer.0", "2"),
+        ({"value": "4", "unit": "m"}, "answer.value", "4"),
+        ([{"value": "5"}], "answer.0.value", "5"),
+    ):
+        path = put(tmp_path / "a.jsonl", {"prompt": "p", "answer": answer})
+        with pytest.raises(InputError, match=r"not one text or number: name a part of it with a dot, as in") as raised:
+            drafts(str(path))
+        named = str(raised.value).rpartition("as in ")[2]
+        assert part.startswith(named.removeprefix("answer="))
+        assert [one.columns["answer"] for one in drafts(f"{path}?answer={part}")] == [found]
+    for part in ("answer.1", "answer.-1", "answer.x", "answer.0.0"):
+        with pytest.raises(InputError, match=rf"has no field '{part}'"):
+            drafts(f"{path}?answer={part}")
+    with pytest.raises(InputError, match="is a list, not one text or number: write it as text"):
+        drafts(str(put(tmp_path / "a.jsonl", {"prompt": "p", "answer": []})))
+
+
+def test_folders_of_data_are_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("PACED_FAST_DATA")
+    for folder in ("shared/data", "a", "b"):
+        (tmp_path / folder).mkdir(parents=True)
+    put(tmp_path / "shared" / "data" / "rows.jsonl", *ROWS)
+    with pytest.raises(InputError, match="no such file") as raised:
+        drafts("rows.jsonl")
+    looked = f"looked for {tmp_path}/here/rows.jsonl and {tmp_path}/here/data/rows.jsonl): correct the path"
+    assert looked in str(raised.value)
+    monkeypatch.setenv("PACED_FAST_DATA", f"{tmp_path}/a:{tmp_path}/b")
+    put(tmp_path / "b" / "rows.jsonl", *ROWS)
+    assert len(drafts("rows.jsonl")) == len(ROWS)
+
+
 def test_a_word_that_is_neither_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "train.jsonl", *ROWS)

@@ -128,7 +128,9 @@ class TestTokenizers:
                 tokenizer("\u00e9")
 
     def test_load_tokenizer_names_what_is_missing(self, tmp_path):
-        with pytest.raises(InputError, match=r"no such folder '.*nowhere'"):
+        with pytest.raises(
+            InputError, match=r"nowhere': there is no such folder: give the folder of a model or its hub id"
+        ):
             load_tokenizer(str(tmp_path / "nowhere"))
         (tmp_path / "empty").mkdir()
         with pytest.raises(InputError, match=r"cannot load the tokenizer '.*empty'") as caught:

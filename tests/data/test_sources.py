@@ -116,7 +116,11 @@ class TestFormats:
         with caplog.at_level(logging.INFO):
             first, _ = drafts(tmp_path)
         line = caplog.records[0].getMessage()
-        assert line.startswith(f"jsonl:a.jsonl: rows of the format {name} (prompt ")
+        column = next(iter(row)) if name == "plain" else FORMATS[name].prompt
+        assert line.startswith(
+            f"jsonl:a.jsonl: prompt from `{column}`, {'tests' if name in PROGRAMS else 'answer'} from "
+        )
+        assert line.endswith("`" if name == "plain" else f" (format {name})")
         expected = {
             "problem": (r"1+1?", r"\frac{1}{2}"),
             "prompt": (WRAPPED, answer),
@@ -124,11 +128,10 @@ class TestFormats:
         }
         if prompt == "":
             # Of the longer rows: the prompt by its field.
-            prompt, answer = expected[line.partition("(prompt ")[2].partition(",")[0]]
+            prompt, answer = expected[column]
         assert (first.prompt, first.columns.get("answer")) == (prompt, answer)
         assert first.reward == ("code" if name in PROGRAMS else "math")
-        field = line.partition("(prompt ")[2].partition(",")[0]
-        assert {**first.columns, "answer": 0} == {**{k: v for k, v in row.items() if k != field}, "answer": 0}
+        assert {**first.columns, "answer": 0} == {**{k: v for k, v in row.items() if k != column}, "answer": 0}
 
     @pytest.mark.parametrize(("name", "row", "prompt", "answer"), LAYOUTS)
     def test_a_name_does_what_recognition_does(self, name, row, prompt, answer, tmp_path, caplog):

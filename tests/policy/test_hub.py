@@ -18,6 +18,7 @@ from paced_fast.data.sources import read_drafts
 from paced_fast.errors import InputError
 from paced_fast.policy import load_model
 from paced_fast.policy.loading import model_settings
+from paced_fast.run.start import tables
 
 
 @pytest.fixture
@@ -53,7 +54,8 @@ def test_whatever_comes_from_the_hub_is_named_in_one_line(endpoint: str, monkeyp
         with pytest.raises(InputError) as told:
             load()
         line = str(told.value)
-        assert line.startswith(f"{what} is not in the cache, and {endpoint} cannot be reached (ConnectError: ")
+        first = f"{what} is not" if what.startswith("hf:") else f"{what}: there is no such folder, it is not"
+        assert line.startswith(f"{first} in the cache, and {endpoint} cannot be reached (ConnectError: ")
         assert "give a local path" in line
         assert "HF_HOME" in line
         assert "HF_HUB_OFFLINE=1" in line
@@ -66,8 +68,27 @@ def test_the_command_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     with pytest.raises(SystemExit) as stop:
         train.main(["tiny", "--model.name", "some/model", "--run-dir", str(tmp_path / "run")])
     assert stop.value.code == 2
-    assert "error: the tokenizer 'some/model' is not in the cache, and http://127.0.0.1:" in capsys.readouterr().err
+    words = "error: --model some/model: there is no such folder, it is not in the cache, and http://127.0.0.1:"
+    assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_folder_with_a_typing_error_in_its_name(
+    endpoint: str, offline: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    for name, words in (
+        ("nomodel", "--model nomodel: there is no such folder, "),
+        ("my-mdel", r"--model my-mdel: there is no such folder (did you mean my-model?), "),
+        ("./my-mdel", r"--model ./my-mdel: there is no such folder (did you mean my-model?): give the folder"),
+    ):
+        with pytest.raises(InputError) as told:
+            tables.read_tokenizer(name)
+        assert str(told.value).startswith(words)
+        assert "\n" not in str(told.value)
 
 
 def test_a_hub_that_takes_calls_and_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from paced_fast.paced.scheduler import PromptScheduler
 from paced_fast.paced.targets import group_accuracy, group_advantage
 from paced_fast.paced.update import make_optimizer, update_policy
 from paced_fast.rewards import Scorer, Shaper
+from paced_fast.rewards.loading import import_function, load_reward
 from paced_fast.rewards.shaping import centred
 from paced_fast.rewards.terms import parse_reward, parse_terms
 
@@ -259,17 +260,63 @@ def needs(completions, gold): return [1.0] * len(completions)
 """
 
 
+OWN = """
+def judge(completions, **columns): return [1.0] * len(completions)
+async def slow(completions): return [1.0] * len(completions)
+def _help(text): return text
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "trl:", "verl:"])
+@pytest.mark.parametrize("end", ["", ":"])
+def test_a_file_without_a_function_names_those_it_has(tmp_path: Path, prefix: str, end: str) -> None:
+    own, gone = tmp_path / "own.py", tmp_path / "gone.py"
+    own.write_text(OWN)
+    with pytest.raises(InputError) as raised:
+        load_reward(f"{prefix}{own}{end}")
+    assert str(raised.value) == (
+        f"reward '{prefix}{own}{end}' names no function: give {prefix}{own}:judge (the file has judge, slow)"
+    )
+    with pytest.raises(InputError, match=rf"gone.py{end}': no such file '{gone}'$"):
+        load_reward(f"{prefix}{gone}{end}")
+    with pytest.raises(InputError, match=r"has no function 'juge' \(did you mean 'judge'\?\): it has judge, slow$"):
+        load_reward(f"{prefix}{own}:juge")
+    own.write_text("rate = None")
+    with pytest.raises(InputError, match=rf"give {prefix}{own}:FUNCTION \(the file has no function yet\)$"):
+        load_reward(f"{prefix}{own}{end}")
+    with pytest.raises(InputError, match=r"shaping '.*own.py' names no function: give"):
+        import_function(str(own), "shaping")
+
+
+CHATS = """
+def content(completions, **columns): return [float("5" in one[0]["content"]) for one in completions]
+def last(completions, **columns): return [float("5" in one[-1].get("content")) for one in completions]
+def other(completions, **columns): return [[1.0][3] for one in completions]
+"""
+
+
+def test_a_function_that_reads_messages_is_led_to_its_adapter(tmp_path: Path) -> None:
+    own = tmp_path / "chats.py"
+    own.write_text(CHATS)
+    for name in ("content", "last"):
+        for text in ("", "it is 5"):
+            with pytest.raises(InputError, match=rf": completions are texts here; .* is named trl:{own}:{name}$"):
+                judged(f"{own}:{name}", text)
+        assert judged(f"trl:{own}:{name}", "it is 5") == [1.0]
+    with pytest.raises(InputError, match=r"IndexError: list index out of range \(at [^)]*\)$"):
+        judged(f"{own}:other", "x")
+    with pytest.raises(InputError, match=r"completions are texts here; .* is named trl:FILE.py:FUNCTION$"):
+        Scorer(functions={"given:f": lambda completions, **_: [one[0]["content"] for one in completions]}).score(
+            [row("given:f")], ["a"]
+        )
+
+
 def test_what_cannot_judge_a_row_is_known_when_rows_are_read(tmp_path: Path) -> None:
     own = tmp_path / "awkward.py"
     own.write_text(AWKWARD)
     scorer = Scorer()
-    assert (
-        scorer.problem(f"{own}:needs", {"answer": 1})
-        == f"reward '{own}:needs' needs a column 'gold', which the row lacks"
-    )
-    assert (
-        scorer.problem(f"trl:{own}:needs", {}) == f"reward 'trl:{own}:needs' needs a column 'gold', which the row lacks"
-    )
+    for name in (f"{own}:needs", f"trl:{own}:needs"):
+        assert scorer.problem(name, {"answer": 1}) == (name, "gold")
     assert scorer.problem(f"{own}:needs", {"gold": 1}) is None
     assert scorer.problem(f"{own}:odd", {}) is None
     with pytest.raises(InputError, match=r"careless': its method `problem` failed: KeyError"):

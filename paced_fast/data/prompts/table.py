@@ -39,7 +39,7 @@ def load_table(
     `template` is `chat` (the tokenizer's chat template with a generation prompt), `plain`, or text with
     `{prompt}` in it; a source's own `template=` comes first. `chat` is what the chat template gets beside the messages;
     a row's own system message comes before that of `chat`. Relative paths are looked up in `data_dir`, then in the
-    working directory; without a `data_dir` also in `data` and `../shared/data`.
+    working directory; without a `data_dir` also in `data` and in the folders of PACED_FAST_DATA.
 
     A prompt of more than `max_prompt_tokens` is refused, left out, or its text is cut at the end (`keep_start`) or at
     the beginning (`keep_end`); of a chat the longest user message is cut. The template stays whole.

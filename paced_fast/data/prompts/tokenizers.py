@@ -63,17 +63,20 @@ def alphabet_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return character_tokenizer(alphabet.characters, pad=alphabet.pad, stop=alphabet.stop)
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, what: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or a hub name; code of the repository is never run.
+
+    `what` names the setting in an error about a model that is not there, such as `--model x`.
 
     Raises:
         InputError: there is none, or it needs its own code.
     """
+    what = what or f"the tokenizer {name_or_path!r}"
     path = Path(name_or_path).expanduser()
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not path.is_dir():
-        raise InputError(f"no such folder {name_or_path!r}: give the folder of a model or its hub id")
-    place = path if path.is_dir() else hub.place_of(name_or_path, f"the tokenizer {name_or_path!r}")
+        raise InputError(f"{what}: {hub.no_folder(name_or_path)}: give the folder of a model or its hub id")
+    place = path if path.is_dir() else hub.place_of(name_or_path, what)
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         if file.suffix in _READ and (what := hub.pointer(file)):
             raise InputError(f"cannot load the tokenizer {name_or_path!r}: {file.name} is {what}")
@@ -84,6 +87,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         if inside:
             raise InputError(
                 f"{name_or_path!r} is a run or a checkpoint, not a model: give the model in it, {inside[0]}"
+            ) from error
+        if not path.is_dir() and isinstance(error, OSError):  # no such repository, or none while offline
+            raise InputError(
+                f"{what}: {hub.no_folder(name_or_path)}, and the hub's client finds no such model "
+                f"({hub.told(error)}): give the folder of a model or its hub id"
             ) from error
         raise InputError(
             f"cannot load the tokenizer {name_or_path!r} ({hub.told(error)}): give the folder of a complete model, "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paced_fast.data.sources.faults import BadRow, BadRows, check_text, checked_answer, checked_prompt
+from paced_fast.data.sources.faults import BadRow, BadRows, MissingColumn, check_text, checked_answer, checked_prompt
 from paced_fast.data.sources.formats import Layout, boxed, judges_without_answer, layout_of
 from paced_fast.data.sources.read import Reader, Row, open_source
 from paced_fast.data.sources.spec import Messages, Source, parse_source
@@ -22,7 +22,7 @@ from paced_fast.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-Check = Callable[[str, Mapping[str, Any]], str | None]
+Check = Callable[[str, Mapping[str, Any]], str | MissingColumn | None]
 """Function of a reward's name and a row's columns; returns why the row could never be scored, or None."""
 
 _FIRST_ROWS = 100
@@ -71,6 +71,8 @@ def read_drafts(
             row = reader.decode(where, raw)
             draft = _draft(source, layout, where, row)
             problem = None if check is None else check(draft.reward, {**draft.columns, "prompt": draft.prompt})
+            if isinstance(problem, MissingColumn):
+                raise BadRow(_lacks(source, layout, where, row, problem))
             if problem is not None:
                 raise BadRow(f"{where}: {problem}")
         except BadRow as bad:
@@ -85,6 +87,17 @@ def read_drafts(
     return source, kept
 
 
+def _lacks(source: Source, layout: Layout, where: str, row: Row, missing: MissingColumn) -> str:
+    """What a row lacks that the function of its reward asks for, and the fields that it has."""
+    name, remedy = missing.column, "complete the row"
+    if name == "answer":  # which may have another name in the row
+        name, remedy = source.answer or layout.answers[0], f"{remedy}, name the field by answer="
+    return (
+        f"{where} has no field {name!r}, only {', '.join(map(str, row))}: the reward {missing.reward!r} has the "
+        f"parameter {missing.column!r} without a default: {remedy}, or give the parameter a default"
+    )
+
+
 def _layout(source: Source, reader: Reader, first: range) -> Layout:
     """The layout of the first row that can be read."""
     for where, raw in reader.stream(first):
@@ -94,9 +107,11 @@ def _layout(source: Source, reader: Reader, first: range) -> Layout:
             continue  # it is read again when its turn comes
         layout, recognised = layout_of(source, row)
         if recognised:
-            answer = " or ".join(layout.answers + ((f"\\boxed{{}} of {layout.boxed}",) if layout.boxed else ()))
-            judged = f"tests {' and '.join(layout.tests)}" if layout.tests else f"answer {answer}"
-            logger.info("%s: rows of the format %s (prompt %s, %s)", source.spec, layout.name, layout.prompt, judged)
+            answers = [f"`{name}`" for name in layout.answers]
+            answer = " or ".join([*answers, f"\\boxed{{}} of `{layout.boxed}`"] if layout.boxed else answers)
+            judged = f"tests from `{'` and `'.join(layout.tests)}`" if layout.tests else f"answer from {answer}"
+            known = "" if layout.name == "plain" else f" (format {layout.name})"
+            logger.info("%s: prompt from `%s`, %s%s", source.spec, layout.prompt, judged, known)
         if source.slice is not None and source.slice in row and source.kind not in ("task", "rg"):
             logger.warning(
                 "%s: slice=%s puts every row into one slice of that name; slice_by=%s makes one of each value",
@@ -300,12 +315,16 @@ def _another(character: str, draw: random.Random) -> str:
 
 
 def _find_field(data: Mapping[str, Any], name: str) -> Any:
-    """The field `name`, which may be dotted; None when there is none."""
+    """The field `name`, which may be dotted, where a number stands for an item of a list; None when there is none."""
     value: Any = data.get(name)
     if value is None:
         value = data
         for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+            if isinstance(value, Mapping):
+                value = value.get(part)
+            else:
+                is_place = isinstance(value, list) and re.fullmatch("[0-9]{1,9}", part) and int(part) < len(value)
+                value = value[int(part)] if is_place else None
     return value
 
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from paced_fast.data.sources.spec import ROLES, Messages
 from paced_fast.errors import InputError
@@ -22,6 +22,13 @@ _SHOWN = 3
 
 class BadRow(InputError):
     """Raised for a row that cannot be used; the message begins with its name."""
+
+
+class MissingColumn(NamedTuple):
+    """A column that a row lacks and the function of its reward has a parameter for, without a default."""
+
+    reward: str
+    column: str
 
 
 class BadRows:
@@ -129,10 +136,11 @@ def checked_answer(answer: Any, name: str, where: str) -> Any:
     elif isinstance(answer, float | Decimal) and not math.isfinite(answer):
         raise BadRow(f"{where}: the answer in {name!r} is {answer}: give a finite number")
     elif not isinstance(answer, bool | int | float | Decimal):
-        raise BadRow(
-            f"{where}: the answer in {name!r} is a {type(answer).__name__}, not one text or number: name a field "
-            "inside it with a dot, as in answer=FIELD.INNER"
+        inner: list[Any] = (
+            [0][: len(answer)] if isinstance(answer, list) else list(answer) if isinstance(answer, Mapping) else []
         )
+        remedy = f"name a part of it with a dot, as in answer={name}.{inner[0]}" if inner else "write it as text"
+        raise BadRow(f"{where}: the answer in {name!r} is a {type(answer).__name__}, not one text or number: {remedy}")
     return answer
 
 

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from paced_fast.errors import InputError, nearest, pip_install
 
 Row = dict[str, Any]
 
-_DATA_FOLDERS = ("data", "../shared/data")
+FOLDERS_VARIABLE = "PACED_FAST_DATA"
+"""Variable of the environment with further folders of data, put together like those of PATH."""
 _MAX_ROW_BYTES = 1 << 26
 _PARQUET_BATCH = 256
 _BOM = b"\xef\xbb\xbf"
@@ -353,7 +355,8 @@ def _places(name: str, data_dir: str | None) -> list[Path]:
         return [path]
     if data_dir is not None:
         return [Path(data_dir).expanduser() / path, path]
-    return [path, *(Path(folder, path) for folder in _DATA_FOLDERS)]
+    more = [folder for folder in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if folder]
+    return [path, *(Path(folder, path) for folder in ("data", *more))]
 
 
 def require_file(source: Source, data_dir: str | None) -> None:

@@ -127,7 +127,7 @@ def read_tokenizer(path: str, alphabet: str = "signed_sums") -> PreTrainedTokeni
     """The tokenizer of a model folder or id; of `tiny`, the characters of `alphabet`."""
     if path == "tiny":
         return prompts.alphabet_tokenizer(alphabet)
-    return prompts.load_tokenizer(path)
+    return prompts.load_tokenizer(path, f"--model {path}")
 
 
 def read_ends(
