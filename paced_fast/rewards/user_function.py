@@ -106,8 +106,8 @@ class Call:
     def _failure(self, error: BaseException) -> InputError:
         place = self._place(traceback.extract_tb(error.__traceback__)[1:])
         at = f" ({place})" if place else ""
-        remedy = "correct it, or let it return None for what it cannot judge"
-        return InputError(f"the reward function {self.name!r} failed: {reason(error)}{at}{self._reads_chats(error)}: {remedy}")
+        remedy = self._reads_chats(error) or "correct it, or let it return None for what it cannot judge"
+        return InputError(f"the reward function {self.name!r} failed: {reason(error)}{at}: {remedy}")
 
     def _reads_chats(self, error: BaseException) -> str:
         """Hint for a function that reads messages, as some of TRL's do, where completions are texts."""
@@ -115,7 +115,7 @@ class Call:
         if adapted or not any(words in str(error) for words in _OF_TEXT_READ_AS_MESSAGES):
             return ""
         name = "FILE.py:FUNCTION" if self.name.startswith("given:") else self.name
-        return f": completions are texts here; a function of TRL that reads messages is named trl:{name}"
+        return f"completions are texts here; a function of TRL that reads messages is named trl:{name}"
 
     def _place(self, stack: Sequence[traceback.FrameSummary]) -> str:
         """Return the position of a call: the innermost line of the stack in the function's own file, else in any.
