@@ -14,11 +14,21 @@ EVERYWHERE = "raised on every rank"
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line that names the thing and the remedy; exit status 2."""
+    """Something the user gave is wrong. The message is one line that names the thing and the remedy; exit status 2.
+
+    What ends with it has trained nothing: a run that has made a step ends with a TrainingError that has the same words.
+    """
 
 
 class TrainingError(RuntimeError):
-    """The run stopped itself (non-finite steps in a row, for example). One line that says why; exit status 3."""
+    """The run stopped itself (non-finite steps in a row, for example). One line that says why; exit status 3.
+
+    Wrong input that shows after a step is one too: the line says after which step, and whether that is saved.
+    """
+
+
+class UnscoredError(TrainingError):
+    """Too few completions of a step have a verdict; raised before anything of the step is trained."""
 
 
 class StopRequested(Exception):

@@ -73,7 +73,8 @@ def train(
 
     Raises:
         InputError: something given is wrong; one line names it and the remedy. Nothing has been trained.
-        TrainingError: the run stopped itself, and says why.
+        TrainingError: the run stopped itself, and says why and after which step. A reward function that fails after the
+            first step ends it so, with a checkpoint of the last whole step: `resume=True` goes on from there.
     """
     return _run_module().train_given(
         model,

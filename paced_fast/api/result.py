@@ -179,11 +179,12 @@ class Result:
         )
         return complete(self.model, self.tokenizer, self.config, prompt, sampling)
 
-    def export(self, folder: str | Path, *, dtype: str = "bfloat16") -> Path:
+    def export(self, folder: str | Path, *, dtype: str = "auto") -> Path:
         """Write the policy as a folder that transformers, vLLM and others load, and return its path.
 
         Args:
-            dtype: data type of the weights, bfloat16 or float32.
+            dtype: data type of the weights, bfloat16 or float32; auto: the most exact that the run has, which is
+                float32 for weights that were trained.
 
         Raises:
             InputError: the folder holds something already, or cannot be written.

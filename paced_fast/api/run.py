@@ -19,7 +19,7 @@ from paced_fast.api.settings import base, foreign_option, in_python, with_settin
 from paced_fast.api.tables import table
 from paced_fast.config import Config
 from paced_fast.config.saved import load_config
-from paced_fast.errors import InputError, StopRequested, nearest
+from paced_fast.errors import InputError, StopRequested, TrainingError, nearest
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
 from paced_fast.evaluation.held_out import Sample
 from paced_fast.export import ExportArguments, export
@@ -42,7 +42,7 @@ _ARGUMENTS = {"data.train": "data", "data.eval": "eval_data", "model.name": "mod
 
 @contextlib.contextmanager
 def _told_in_python() -> Iterator[list[Path]]:
-    """Tell wrong input in the words of `train`, without the calls that led to it.
+    """Tell wrong input, and why a run stopped, in the words of `train`, without the calls that led to it.
 
     The list takes the folders that rows were written into, which messages do not name.
     """
@@ -50,10 +50,16 @@ def _told_in_python() -> Iterator[list[Path]]:
     try:
         yield folders
     except InputError as error:
-        told = str(error)
-        for folder in folders:
-            told = given.in_rows(told, folder)
-        raise InputError(in_python(told)) from None
+        raise InputError(_in_words(error, folders)) from None
+    except TrainingError as error:
+        raise TrainingError(_in_words(error, folders)) from None
+
+
+def _in_words(error: Exception, folders: list[Path]) -> str:
+    told = str(error)
+    for folder in folders:
+        told = given.in_rows(told, folder)
+    return in_python(told)
 
 
 def train_given(
@@ -248,8 +254,8 @@ def _row(sample: Sample) -> dict[str, Any]:
 
 def export_run(run: Path, folder: str | Path, dtype: str) -> Path:
     """Export; see `Result.export`."""
-    if dtype not in ("bfloat16", "float32"):
-        raise InputError(f"dtype is {dtype!r}: give bfloat16 or float32")
-    kind = cast(Literal["bfloat16", "float32"], dtype)
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise InputError(f"dtype is {dtype!r}: give auto, bfloat16 or float32")
+    kind = cast(Literal["auto", "bfloat16", "float32"], dtype)
     with _told_in_python(), as_found(progress=False):
         return export(ExportArguments(run_or_checkpoint=str(run), folder=str(folder), dtype=kind))

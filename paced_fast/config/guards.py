@@ -19,6 +19,7 @@ WarningName = Literal[
     "value_stuck",
     "head_loss",
     "non_finite",
+    "no_signal",
 ]
 
 
@@ -52,7 +53,8 @@ class GuardConfig:
     max_head_loss_growth: Annotated[float, Bounds(1.0, math.inf)] = 10.0
     """`head_loss`: warn if log Z's loss is above 1 and above its median over the last 20 steps times this."""
     patience: Annotated[int, Bounds(1, 10**4)] = 5
-    """Number of steps over which `reward_collapse`, `value_gap` and `value_stuck` are judged."""
+    """Number of steps over which `reward_collapse`, `value_gap`, `value_stuck` and `no_signal` are judged. `no_signal`:
+    warn if none of them has a mixed group, one with right and wrong completions; not with groups of one."""
     repeat_every: Annotated[int, Bounds(1, 10**9)] = 50
     """Steps after which a warning that still holds is logged again."""
     stop_on: tuple[WarningName, ...] = ()

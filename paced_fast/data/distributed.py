@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from paced_fast.errors import EVERYWHERE, InputError, TrainingError
+from paced_fast.errors import EVERYWHERE, InputError, TrainingError, UnscoredError
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +88,13 @@ class World:
         """Raise on every rank if any rank has an error: `kind` with the messages, each with its rank.
 
         Every rank calls this at the same place, with None if it has no error, so that no rank waits for one that
-        failed. An InputError stays one, on every rank.
+        failed. An InputError or UnscoredError stays one, on every rank.
         """
         if self.size == 1:
             if error is not None:
                 raise error
             return
-        mark = "input" if isinstance(error, InputError) else "other"
+        mark = next((name for name, own in _OWN_KINDS.items() if isinstance(error, own)), "other")
         messages = self.gather_text("" if error is None else f"{mark} {str(error) or type(error).__name__}")
         met = {r: message.split(" ", 1) for r, message in enumerate(messages) if message}
         if not met:
@@ -105,7 +105,8 @@ class World:
         whole = "; ".join(
             text if len(who) == self.size else f"rank {', '.join(who)}: {text}" for text, who in ranks.items()
         )
-        failure = (InputError if any(mark == "input" for mark, _ in met.values()) else kind)(whole)
+        marks = {mark for mark, _ in met.values()}
+        failure = next((own for name, own in _OWN_KINDS.items() if name in marks), kind)(whole)
         failure.add_note(EVERYWHERE)
         raise failure from error
 
@@ -144,6 +145,8 @@ class World:
 
 ALONE = World()
 
+_OWN_KINDS: dict[str, type[Exception]] = {"input": InputError, "unscored": UnscoredError}
+"""Errors that stay what they are when ranks agree on them; the first that any rank has."""
 _PATIENCE = datetime.timedelta(days=7)
 _patient: dict[int, Any] = {}
 """gloo group in which ranks wait for rank 0 while it prepares shared inputs; a warm start can take hours."""

@@ -1,9 +1,10 @@
 """Write the policy of a run as a folder that transformers, vLLM and others load.
 
-    python -m paced_fast.export RUN_OR_CHECKPOINT FOLDER [--step N] [--dtype bfloat16|float32]
+    python -m paced_fast.export RUN_OR_CHECKPOINT FOLDER [--step N] [--dtype auto|bfloat16|float32]
 
 RUN_OR_CHECKPOINT is a run folder (its newest checkpoint, or that of --step, 0 being before training) or one checkpoint
-of it. Weights that the optimiser keeps in higher precision than the policy are taken from the optimiser. A model card
+of it. Weights that the optimiser keeps in higher precision than the policy are taken from the optimiser, and
+written in that precision unless --dtype says otherwise. A model card
 (README.md) says what it is, and the run's report.html comes with it.
 """
 
@@ -41,9 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog = "python -m paced_fast.export"
         given = cli.read(words, lambda: tyro.cli(ExportArguments, args=words, prog=prog))
         terminal.announce(f"export of {given.run_or_checkpoint}")
-        import_module("paced_fast.export.write")  # takes seconds, in which an interrupt ends the process at once
+        write = import_module(
+            "paced_fast.export.write"
+        )  # takes seconds, in which an interrupt ends the process at once
         with interrupts_in_one_line():
-            console.print(f"wrote {export(given)}")
+            folder = export(given)
+            console.print(f"wrote {folder}, weights in {write.stored_dtype(folder)}", soft_wrap=True)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None

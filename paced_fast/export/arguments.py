@@ -18,5 +18,6 @@ class ExportArguments:
     """Output folder; it must be empty or not exist."""
     step: int | None = None
     """Step of the run's checkpoint to export; 0: the policy before training; default: the newest checkpoint."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Data type of the weights."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Data type of the weights; `auto`: the most exact that the run has, which is float32 for weights that were
+    trained. bfloat16 halves the size, and rounds away what a short training at a small learning rate changed."""

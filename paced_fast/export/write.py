@@ -8,9 +8,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from paced_fast.config import ModelConfig
 from paced_fast.errors import InputError
@@ -31,11 +32,12 @@ def export(arguments: ExportArguments) -> Path:
     target = _target(arguments.folder)
     # Everything is read before anything is written, so that an error is clearly about one of the two.
     with _reading(source):
-        model = load_model(ModelConfig(device="cpu", dtype=arguments.dtype), str(source))
+        dtype = _most_exact(source) if arguments.dtype == "auto" else arguments.dtype
+        model = load_model(ModelConfig(device="cpu", dtype=dtype), str(source))
         if _is_checkpoint(source):
             _take_exact(source.parent / "tensors", model)
         others = {path.name: path.read_bytes() for path in source.iterdir() if not _holds_weights(path)}
-        others |= _about(source, target.name)
+        others |= _about(source, target.name, dtype)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -53,11 +55,29 @@ def export(arguments: ExportArguments) -> Path:
     return target
 
 
-def _about(source: Path, name: str) -> dict[str, bytes]:
+def stored_dtype(folder: Path) -> Literal["bfloat16", "float32"]:
+    """Data type of the weights in a folder that a run or an export wrote."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if any(file.get_slice(name).get_dtype() == "F32" for name in file.keys()):  # noqa: SIM118 (no mapping)
+                return "float32"
+    return "bfloat16"
+
+
+def _most_exact(source: Path) -> Literal["bfloat16", "float32"]:
+    """Data type in which a run has the weights of a policy: float32 where the optimiser's are kept."""
+    if _is_checkpoint(source):
+        masters = [one for one in checkpoint.tensor_shapes(source.parent / "tensors") if one.startswith("policy.")]
+        if masters and not any(".lora_" in one for one in masters):  # adapters are stored merged into the weights
+            return "float32"
+    return stored_dtype(source)
+
+
+def _about(source: Path, name: str, dtype: str) -> dict[str, bytes]:
     """The model card and the report of the run that a policy comes from, as far as it has them."""
     run, step = (source.parents[2], int(source.parent.name[5:])) if _is_checkpoint(source) else (source.parent, 0)
     found: dict[str, bytes] = {}
-    card = model_card(run, step, name)
+    card = model_card(run, step, name, dtype)
     if card is not None:
         found[CARD_FILE] = card.encode("utf-8", "backslashreplace")
     page = run / "report.html"

@@ -15,7 +15,7 @@ from paced_fast.data import packing, prompts
 from paced_fast.data.distributed import ALONE, World
 from paced_fast.data.records import Completion, Fresh, Group, GroupSource, PromptRow, PromptTable
 from paced_fast.data.transfer import to_device
-from paced_fast.errors import TrainingError
+from paced_fast.errors import EVERYWHERE, UnscoredError
 from paced_fast.generation import Generator, Sampling
 from paced_fast.generation.interface import without_unknown_ids
 from paced_fast.paced.targets import group_accuracy
@@ -62,7 +62,7 @@ class Collector:
         self.device, self.world, self.recorded, self.phase = device, world, recorded, phase
 
     def groups(self, prompt_index: Sequence[int], step: int, round_: int = 0) -> list[Group]:
-        """Sample and score one group per prompt. Raises TrainingError when too many rewards failed."""
+        """Sample and score one group per prompt. Raises UnscoredError when too many rewards failed."""
         if self.recorded is not None:
             return self.recorded.groups(step, round_)
         config, size = self.config.generation, self.config.generation.group_size
@@ -98,14 +98,16 @@ class Collector:
         return rewards, self.shaper.shape(rows, texts, completions, limit) if self.shaper else []
 
     def pack(self, groups: list[Group], dropped: list[Group], step: int) -> Fresh:
-        """Pack the batch of P `groups` on the device. Raises TrainingError when no completion has a verdict."""
+        """Pack the batch of P `groups` on the device. Raises UnscoredError when no completion has a verdict."""
         size = self.config.generation.group_size
         index = [group.prompt_index for group in groups]
         each = [i for i in index for _ in range(size)]
         completions = [completion for group in groups for completion in group.completions]
         rewards = [reward for group in groups for reward in group.rewards]
         if all(reward is None for reward in rewards):
-            raise TrainingError(f"no completion of step {step} could be scored: the warnings above say why")
+            error = UnscoredError(f"no completion of step {step} could be scored: the warnings above say why")
+            error.add_note(EVERYWHERE)  # every rank has all rewards
+            raise error
         shaping = [x for g in groups if g.shaping for x in centred(g.shaping, [r is not None for r in g.rewards])]
         prompt_ids = [self.table.rows[i].token_ids for i in each]
         with self.phase("pack"):

@@ -7,7 +7,8 @@ Between packing and the end of the step everything is a tensor on the policy's d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -69,15 +70,16 @@ class Trainer:
     def step(self, step: int, num_updates: int, collected: Callable[[], None] = lambda: None) -> StepResult:
         """Train step number `step`, counted from 1; `num_updates` optimiser steps were made before it.
 
-        `collected` is called after the batch is complete and before the update. Raises TrainingError, with all state
-        unchanged, if no batch can be formed.
+        `collected` is called after the batch is complete and before the update. Raises TrainingError, or the InputError
+        of a reward function, with all state unchanged, if no batch can be formed.
         """
         config = self.config
         self.now.fill_(step)
-        with self.phase("head"):
-            values = self._values()
-        fresh, replayed = self._collect(step, values)
-        collected()
+        with self._undone_by_errors():
+            with self.phase("head"):
+                values = self._values()
+            fresh, replayed = self._collect(step, values)
+            collected()
         rollouts = fresh.rollouts if replayed is None else packing.concat(fresh.rollouts, replayed)
         with self.phase("head"):
             self._rescore(rollouts.prompt_index)
@@ -114,6 +116,20 @@ class Trainer:
             values=values,
             head=head,
         )
+
+    @contextlib.contextmanager
+    def _undone_by_errors(self) -> Iterator[None]:
+        """Context of the part before the update: an error puts back what a draw changes and the next one depends on."""
+        changed = [self.scheduler.epoch_draws] if self.config.scheduler.max_visits else []
+        if self.log_z is not None and self.log_z.is_windowed:  # else the next draw computes them all anew
+            changed += [self.log_z.values, self.log_z.cursor]
+        before = [tensor.clone() for tensor in changed]
+        try:
+            yield
+        except BaseException:
+            for tensor, old in zip(changed, before, strict=True):
+                tensor.copy_(old)
+            raise
 
     def _values(self) -> Tensor | None:
         """beta * log Z of every prompt, f32[N], broadcast so that choices that depend on them are bit-equal on all

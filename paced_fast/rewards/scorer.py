@@ -9,7 +9,7 @@ from typing import Any
 from paced_fast.config import RewardConfig
 from paced_fast.data.records import Completion, PromptRow
 from paced_fast.data.sources import MissingColumn
-from paced_fast.errors import InputError, TrainingError
+from paced_fast.errors import InputError, UnscoredError
 from paced_fast.rewards.loading import BUILT_IN, RewardFunction, load_reward
 from paced_fast.rewards.terms import Term, parse_reward
 from paced_fast.rewards.user_function import Call, missing_column, reason, run_all
@@ -139,7 +139,7 @@ class Scorer:
                     counts.update(kept)
 
     def check_failures(self) -> None:
-        """Raise TrainingError, naming the reward function, if one left too many of the last completions unscored.
+        """Raise UnscoredError, naming the reward function, if one left too many of the last completions unscored.
 
         The share is computed over the last 256 completions, or over the last call if that had more. Until there are
         256, the missing ones count as scored, so that one unscored completion in a small first batch does not stop a
@@ -153,10 +153,13 @@ class Scorer:
             if missing > limit * max(total, _WINDOW) or (limit < 1.0 and missing == total > 0):
                 kinds = getattr(self._functions[name], "counts", None) or {}
                 verdicts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-                raise TrainingError(
+                remedy = "see its warnings in the log, raise its time limit, or raise the share"
+                if not hasattr(self._functions[name], "counts"):  # it has no log and no limit of its own
+                    what = "all" if missing == total else "these"
+                    remedy = f"it returned None for {what}: return a number for what it can judge, or raise the share"
+                raise UnscoredError(
                     f"reward {name!r} left {missing} of the last {total} completions unscored, more than "
-                    f"--reward.max-unscored-share {limit:g} allows{f' ({verdicts})' if verdicts else ''}: see its "
-                    "warnings in the log, raise its time limit, or raise the share"
+                    f"--reward.max-unscored-share {limit:g} allows{f' ({verdicts})' if verdicts else ''}: {remedy}"
                 )
 
     def _terms(self, name: str) -> tuple[Term, ...]:

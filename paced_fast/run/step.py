@@ -11,10 +11,11 @@ from torch import Tensor
 
 from paced_fast.data.records import StepResult
 from paced_fast.data.step_record import ABSENT, StepRecord
-from paced_fast.errors import TrainingError
+from paced_fast.errors import InputError, TrainingError
 from paced_fast.generation.parity import ParityGuard
 from paced_fast.paced.trainer import Trainer
 from paced_fast.rewards.over_ranks import summed_counts
+from paced_fast.run import checkpoint
 from paced_fast.run.checkpoint import state
 from paced_fast.run.record.guards import Guards
 from paced_fast.run.record.phases import Phases
@@ -49,22 +50,27 @@ class Stepper:
         """`phases` is the clock whose `phase` the trainer enters; `parity` checks an engine."""
         self.trainer, self.phases, self.parity = trainer, phases, parity
         self.config, self.world = trainer.config, trainer.world
-        self.counters, self.guards = Counters(), Guards(trainer.config.guard, speaks=trainer.world.is_rank0)
+        self.counters = Counters()
+        has_groups = trainer.config.generation.group_size > 1
+        self.guards = Guards(trainer.config.guard, speaks=trainer.world.is_rank0, has_groups=has_groups)
 
     def step(self) -> Stepped:
         """Run the next step.
 
         Raises TrainingError if no batch can be formed, and after `max_consecutive_skips` steps without a finite loss
-        and gradient.
+        and gradient; InputError for what is wrong with a reward function. When no batch could be formed, the state is
+        that after the step before, to the bit, and may be saved.
         """
         counters, generator = self.counters, self.trainer.collector.generator
         counters.step += 1
         is_checked = self.parity is not None and self.parity.due(counters.step)
         self.phases.take()
+        ambient = checkpoint.random_state()  # a reward function may draw from these generators
         try:
             result = self.trainer.step(counters.step, counters.num_updates, lambda: self._before_training(is_checked))
-        except TrainingError:
+        except (TrainingError, InputError):
             counters.step -= 1  # nothing was trained, so the step does not count
+            checkpoint.restore_random_state(ambient)
             raise
         with self.phases.phase("metrics"):  # the host waits here, before an engine wakes
             with_replay = result.values is not None and self.config.value_is_accuracy

@@ -16,7 +16,7 @@ from paced_fast.config.presets.changed import changed_settings
 from paced_fast.config.resolve import placed, resolve
 from paced_fast.data.distributed import World
 from paced_fast.data.step_record import ABSENT, StartRecord
-from paced_fast.errors import InputError, StopRequested
+from paced_fast.errors import EVERYWHERE, InputError, StopRequested, TrainingError, UnscoredError
 from paced_fast.evaluation.held_out import prompt_columns
 from paced_fast.rewards.loading import RewardFunction
 from paced_fast.run import checkpoint
@@ -41,7 +41,8 @@ def train(
     """Run the training loop; returns the summary, which is also written to the run folder. With several ranks, only
     rank 0 writes files.
 
-    Raises StopRequested, after saving a checkpoint, at the end of the step in which any rank was asked to stop.
+    Raises StopRequested, after saving a checkpoint, at the end of the step in which any rank was asked to stop;
+    TrainingError, after saving one of the last whole step, for a reward function that fails after the first step.
     """
     config, stepper = run.config, run.stepper
     began = stepper.counters.step
@@ -49,18 +50,22 @@ def train(
         watch(run, watchdog)
     with contextlib.closing(make_saver(run)) as saver, Outputs(run, console) as outputs:
         _stop_if_asked(run, saver, stop, began)
-        with _told_with_step(run):
+        with _told_with_step(run, saver, began, "step {step}"):
             _begin(run, outputs)
         if stop is not None:
             stop.waits()
         outputs.watch(stepper.phases)
         while stepper.counters.step < config.steps:
             _stop_if_asked(run, saver, stop, began)
-            with _told_with_step(run):
+            with _told_with_step(run, saver, began, "step {next}"):
                 record, shown, result = stepper.step()
-                step = stepper.counters.step
-                outputs.keep(step, result.fresh)
-                outputs.write(dataclasses.replace(record, **evaluation_due(run, step)), shown)
+            step = stepper.counters.step
+            outputs.keep(step, result.fresh)
+            with _told_with_step(run, saver, began, "evaluation after step {step}"):
+                try:
+                    record = dataclasses.replace(record, **evaluation_due(run, step))
+                finally:  # an evaluation that fails costs its own figures, not those of the step
+                    outputs.write(record, shown)
             stepper.guards.stop(step)
             if step == config.steps or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
                 save(run, saver, last=step == config.steps)
@@ -95,14 +100,37 @@ def _begin(run: PreparedRun, outputs: Outputs) -> None:
 
 
 @contextlib.contextmanager
-def _told_with_step(run: PreparedRun) -> Iterator[None]:
-    """Context of a step: an error of the user's, such as in a reward function, says at which step, and how to go on."""
+def _told_with_step(run: PreparedRun, saver: checkpoint.Saver, began: int, place: str) -> Iterator[None]:
+    """Context of a part of the loop: an error of the user's, such as in a reward function, says where it was and how to
+    go on, after the steps that are done are saved. `place` may name the last whole `{step}` and the `{next}`."""
     try:
         yield
-    except InputError as error:  # the same object, because of its notes
+    except (InputError, UnscoredError) as error:
+        step = run.stepper.counters.step
+        where = place.format(step=step, next=step + 1)
         how = signals.how_to_resume(run.folder)
-        error.args = (f"step {run.stepper.counters.step}: {error}; then {how}",)
-        raise
+        if step == 0:
+            if isinstance(error, InputError):  # the same object, because of its notes
+                error.args = (f"{where}: {error}; then {how}",)
+            raise
+        kept = "which is saved" if step == began else _kept(run, saver, error)
+        if step == run.config.steps:
+            how = f"evaluate {run.folder}"
+        told = TrainingError(f"{where}: {error}; stopped after step {step}, {kept}: mend this, then {how}")
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note)
+        raise told from error
+
+
+def _kept(run: PreparedRun, saver: checkpoint.Saver, error: Exception) -> str:
+    """Save the last whole step, if all ranks are here to do it, and say in words what became of it."""
+    if run.world.size > 1 and EVERYWHERE not in getattr(error, "__notes__", ()):
+        return "which is not saved, because other ranks go on"
+    try:
+        save(run, saver, last=True)
+    except TrainingError as problem:
+        return f"which is not saved ({problem})"
+    return "which is saved"
 
 
 def _stop_if_asked(run: PreparedRun, saver: checkpoint.Saver, stop: StopRequest | None, began: int) -> None:

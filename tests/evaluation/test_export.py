@@ -60,6 +60,22 @@ def test_the_numbers_are_the_most_exact_there_are(tmp_path: Path, exact: bool) -
         assert [path.name for path in target.parent.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize(("exact", "kind"), [(True, "float32"), (False, "bfloat16")])
+def test_without_a_type_it_is_the_most_exact_of_the_run_and_is_told(
+    tmp_path: Path, exact: bool, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = made(tmp_path / "run", exact=exact)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    out = tmp_path / "out"
+    main([str(tmp_path / "run"), str(out)])
+    assert f"wrote {out}, weights in {kind}\n" in capsys.readouterr().out
+    dtype = getattr(torch, kind)
+    found = loaded(out, dtype)
+    wanted = {name: tensor if exact else tensor.bfloat16() for name, tensor in full.items()}
+    assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
+    assert f"The weights are in {kind}." in (out / "README.md").read_text()
+
+
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made(tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "step_000004"

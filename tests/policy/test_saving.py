@@ -94,7 +94,9 @@ def test_numbers_beside_the_weights_are_exported_as_they_are_read(tmp_path: Path
     made = tiny_types.tiny_model("gemma4")
     bounds = [key for key, tensor in plain_buffers(made) if tensor.is_floating_point()]
     tiny_stored.run_of(made, tmp_path / "run", learn=tiny_stored.learn)
-    out = export(ExportArguments(run_or_checkpoint=str(tmp_path / "run"), folder=str(tmp_path / "out")))
+    out = export(
+        ExportArguments(run_or_checkpoint=str(tmp_path / "run"), folder=str(tmp_path / "out"), dtype="bfloat16")
+    )
     read = read_by_others(out, torch.bfloat16).state_dict()
     for key, tensor in plain_state(made).items():
         assert same(read[key], tensor.to(torch.bfloat16)) or (key not in bounds and torch.equal(read[key], tensor)), key

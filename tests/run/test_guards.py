@@ -24,7 +24,7 @@ from paced_fast.run.record.guards import Guards
 
 NAMES = typing.get_args(WarningName)
 NO_GUARD_READS: dict[str, Any] = {
-    **dict.fromkeys(("learning_rate", "unscored_share", "mixed_group_share", "prompts_visited_share"), math.nan),
+    **dict.fromkeys(("learning_rate", "unscored_share", "prompts_visited_share"), math.nan),
     **dict.fromkeys(("entropy", "mean_length", "tokens_per_second"), math.nan),
     **{f"generator_mismatch_{name}": math.nan for name in ("mean", "max", "sequence_ratio", "outside_share")},
     "unknown_ids": 0,
@@ -50,6 +50,7 @@ def clean_record(
         loss=rng.uniform(0.5, 3.0),
         grad_norm=rng.lognormvariate(1.5, 0.7),
         reward_mean=sum(accuracies) / 16,
+        mixed_group_share=0.5,
         truncated_share=rng.choice([0.0, 0.0, rng.uniform(0.0, 0.6)]),
         kl=rng.lognormvariate(-6.0, 1.2),
         log_ratio_mean=rng.gauss(0.0, 0.03),
@@ -109,6 +110,7 @@ FAULTS: dict[str, tuple[str, Fault, int]] = {
         _change(loss=math.nan, kl=math.nan, log_ratio_mean=math.nan, effective_sample_share=math.nan),
         21,
     ),
+    "every reward is the same": ("no_signal", _change(mixed_group_share=0.0), 25),
     "gradient overflows": ("non_finite", _change(grad_norm=math.inf), 21),
 }
 
@@ -226,6 +228,50 @@ def test_a_checkpoint_older_than_the_guards_starts_them_anew() -> None:
     guards = Guards(GuardConfig())
     guards.load_state_dict({})
     assert guards.check(clean_record(1, random.Random(0))) == []
+
+
+def test_groups_without_a_signal_are_counted_across_checkpoints_and_old_ones_are_read() -> None:
+    rng = random.Random(0)
+    guards = Guards(GuardConfig())
+    for step in (1, 2, 3):
+        assert guards.check(clean_record(step, rng, mixed_group_share=0.0)) == []
+    state = guards.state_dict()
+    old = state | {"scalars": state["scalars"][:3]}
+    found = {}
+    for name, tensors in (("own", state), ("old", old)):
+        resumed = Guards(GuardConfig())
+        resumed.load_state_dict(tensors)
+        resumed_rng = random.Random(1)
+        found[name] = [resumed.check(clean_record(s, resumed_rng, mixed_group_share=0.0)) for s in range(4, 9)]
+    assert found["own"] == [[], *[["no_signal"]] * 4]
+    assert found["old"] == [*[[]] * 4, ["no_signal"]]
+
+
+def test_a_mixed_group_or_groups_of_one_are_no_lack_of_signal() -> None:
+    rng = random.Random(0)
+    guards, single = Guards(GuardConfig()), Guards(GuardConfig(), has_groups=False)
+    for step in range(1, 30):
+        assert guards.check(clean_record(step, rng, mixed_group_share=0.25 if step % 5 == 0 else 0.0)) == []
+        assert single.check(clean_record(step, rng, mixed_group_share=0.0)) == []
+
+
+def test_a_run_whose_reward_is_always_0_says_where_to_look(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("paced_fast"), "propagate", True)
+    rewards = tiny_run.write_rewards(tmp_path)
+    rewards.write_text(rewards.read_text() + "\ndef never(completions, **_):\n    return [0.0] * len(completions)\n")
+    small = {"steps": 3, "guard__patience": 2, "data__eval": (), "evaluation__every": 0, "run__checkpoint_every": 0}
+    settings = tiny_run.config(rewards, reward="never", **small)
+    with caplog.at_level(logging.WARNING):
+        summary = train.train(tiny_run.build(settings, tmp_path / "run"), tiny_run.quiet())
+    assert summary["warnings"]["no_signal"] == 2
+    told = [record.getMessage() for record in caplog.records if "no_signal" in record.getMessage()]
+    assert told == [
+        "step 2, no_signal: no group has been mixed in 2 consecutive steps, and the mean reward is 0; there is nothing "
+        "to learn from: check the reward on sample rollouts, or take easier data; docs/troubleshooting.md#rewards has "
+        "the usual causes"
+    ]
 
 
 def test_a_run_records_its_warnings_and_stops_on_those_it_is_told_to(tmp_path: Path) -> None:

@@ -585,12 +585,13 @@ def test_a_reward_that_fails_later_is_told_with_its_step_and_the_run_goes_on_onc
     own, folder = tmp_path / "own.py", tmp_path / "run"
     own.write_text(FAILS_LATER.replace("AFTER", str(lines)))
     settings = config(own, reward="late", steps=4, run__checkpoint_every=2, run__report=False, **changes)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(TrainingError if step else InputError) as raised:
         go(settings, folder)
+    kept = "stopped after step 2, which is saved: mend this, " if step else ""
     assert str(raised.value) == (
         f"step {step}: the reward function '{own}:late' failed: KeyError: 'gone' (at {own}:8 in late): correct it, or "
-        "let it return None for what it cannot judge; then continue with "
-        f"--resume {folder}, which stands for all other options"
+        f"let it return None for what it cannot judge; {kept}then "
+        f"continue with --resume {folder}, which stands for all other options"
     )
     own.write_text(FAILS_LATER.replace("AFTER", "99"))
     go(settings, folder, resume="auto")

@@ -45,15 +45,16 @@ class Guards:
     step that stops the run is recorded first.
     """
 
-    def __init__(self, config: GuardConfig, *, speaks: bool = True) -> None:
-        """`speaks`: whether this rank logs; all ranks reach the same verdicts."""
-        self.config, self.speaks = config, speaks
+    def __init__(self, config: GuardConfig, *, speaks: bool = True, has_groups: bool = True) -> None:
+        """`speaks`: whether this rank logs; all ranks reach the same verdicts. `has_groups`: whether a group has more
+        than one completion, so that it can be mixed."""
+        self.config, self.speaks, self.has_groups = config, speaks, has_groups
         self.rewards: deque[float] = deque(maxlen=config.patience)
         self.head_losses: deque[float] = deque(maxlen=_HEAD_STEPS)
         self.best_reward = 0.0
         """Highest mean reward over `patience` steps so far."""
-        self.gap_steps = self.stuck_steps = 0
-        """Steps in a row, up to the last, in which the value was off or stuck."""
+        self.gap_steps = self.stuck_steps = self.same_steps = 0
+        """Steps in a row, up to the last, in which the value was off or stuck, or no group was mixed."""
         self.said: dict[str, int] = {}
         """Warnings that held in the last step, and the step in which each was logged last."""
         self._fatal: Finding | None = None
@@ -84,7 +85,7 @@ class Guards:
     def state_dict(self) -> dict[str, Tensor]:
         """State, so that a resumed run gives the same warnings."""
         said = [(float(_NAMES.index(name)), float(step)) for name, step in self.said.items()]
-        scalars = [self.best_reward, float(self.gap_steps), float(self.stuck_steps)]
+        scalars = [self.best_reward, float(self.gap_steps), float(self.stuck_steps), float(self.same_steps)]
         return {
             "rewards": torch.tensor(list(self.rewards), dtype=torch.float64),
             "head_losses": torch.tensor(list(self.head_losses), dtype=torch.float64),
@@ -98,14 +99,14 @@ class Guards:
             return
         self.rewards = deque(state["rewards"].tolist(), maxlen=self.config.patience)
         self.head_losses = deque(state["head_losses"].tolist(), maxlen=_HEAD_STEPS)
-        self.best_reward, gap, stuck = state["scalars"].tolist()
-        self.gap_steps, self.stuck_steps = int(gap), int(stuck)
+        self.best_reward, gap, stuck, *same = state["scalars"].tolist()  # older checkpoints have three
+        self.gap_steps, self.stuck_steps, self.same_steps = int(gap), int(stuck), int(sum(same))
         self.said = {_NAMES[int(number)]: int(step) for number, step in state["said"].tolist()}
 
     def _findings(self, record: StepRecord) -> Iterator[Finding | None]:
         yield from self._update(record)
         checks = (self._generator_mismatch, self._truncated, self._reward_collapse, self._value_gap, self._value_stuck)
-        for check in (*checks, self._head_loss):
+        for check in (*checks, self._head_loss, self._no_signal):
             yield check(record)
 
     def _update(self, record: StepRecord) -> Iterator[Finding | None]:
@@ -152,6 +153,22 @@ class Guards:
         text = f"mean reward over {len(self.rewards)} steps is {mean:.3g}, and has been {self.best_reward:.3g}"
         remedy = "check the rollouts and the reward; --resume auto returns to the last checkpoint"
         return Finding("reward_collapse", text, remedy)
+
+    def _no_signal(self, record: StepRecord) -> Finding | None:
+        self.same_steps = self.same_steps + 1 if self.has_groups and record.mixed_group_share == 0 else 0
+        if self.same_steps < self.config.patience:
+            return None
+        text = (
+            f"no group has been mixed in {self.same_steps} consecutive steps, and the mean reward is "
+            f"{record.reward_mean:.3g}"
+        )
+        cure = (
+            "take harder data, for every completion is right"
+            if record.reward_mean >= 1
+            else "check the reward on sample rollouts, or take easier data"
+        )
+        page = "docs/troubleshooting.md#rewards has the usual causes"
+        return Finding("no_signal", text, f"there is nothing to learn from: {cure}; {page}")
 
     def _value_gap(self, record: StepRecord) -> Finding | None:
         values, accuracies = record.value_fresh, record.accuracy_fresh

@@ -23,8 +23,11 @@ _BUILT_IN = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _FIGURES = {"accuracy": "accuracy (mean@{samples})", "pass_at_8": "pass@8"}
 
 
-def model_card(run: Path, step: int, name: str) -> str | None:
-    """The card of the policy of `run` after `step`, for a folder called `name`; None if the run's settings are gone."""
+def model_card(run: Path, step: int, name: str, dtype: str = "") -> str | None:
+    """The card of the policy of `run` after `step`, for a folder called `name`; None if the run's settings are gone.
+
+    `dtype` is the type of the folder's weights, which the card names if it is given.
+    """
     try:
         config = _flat(read_settings(run))
     except InputError:
@@ -37,7 +40,7 @@ def model_card(run: Path, step: int, name: str) -> str | None:
         text="\n\n".join(
             [
                 f"# {_text(name)}",
-                _about(config, base, step),
+                _about(config, base, step, dtype),
                 _usage(name, is_chat=config.get("data.template") == "chat"),
                 *_results(first, last, at),
                 *_data(config),
@@ -96,7 +99,7 @@ def _license(base: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _about(config: Mapping[str, Any], base: str, step: int) -> str:
+def _about(config: Mapping[str, Any], base: str, step: int, dtype: str) -> str:
     steps = config.get("steps")
     what = "a model made from scratch" if base == "tiny" else f"`{_BUILT_IN.get(base, base)}`"
     so_far = f"{step:,} of {steps:,} steps" if isinstance(steps, int) and step < steps else f"{step:,} steps"
@@ -104,6 +107,7 @@ def _about(config: Mapping[str, Any], base: str, step: int) -> str:
         f"The policy of a run of `paced_fast`: {what} after {so_far} of the algorithm `{config.get('algorithm')}` "
         f"(preset `{config.get('preset')}`, seed {config.get('seed')}). Trained by PACED-RL, arXiv 2602.12642: "
         "trajectory balance whose learned log Z estimates the accuracy of every prompt and chooses the prompts."
+        + (f" The weights are in {dtype}." if dtype else "")
     )
 
 

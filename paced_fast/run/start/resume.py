@@ -56,6 +56,8 @@ def newest_checkpoint(config: Config, folder: Path, lock: RunLock, world: World)
             f"{checkpoint.verify(found[-1])}): to start over, give --resume never --run.overwrite"
         )
     world.agree(error)
+    if newest is None and began:
+        logger.warning("%s has no checkpoint yet, so the run starts over at step 1", folder)
     return newest
 
 
