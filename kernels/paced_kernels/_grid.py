@@ -35,8 +35,8 @@ NARROW_POINTERS = (
 def batch_kernel(function: Callable[..., None]) -> Any:
     """Make a kernel that is compiled once for all batches of a model, whatever their lengths."""
     names = inspect.signature(function).parameters
-    return triton.jit(
-        function,
+    return triton.jit(  # pyright: ignore[reportCallIssue]
+        function,  # pyright: ignore[reportArgumentType]
         do_not_specialize=[name for name in SIZES if name in names],
         do_not_specialize_on_alignment=[name for name in NARROW_POINTERS if name in names],
     )

@@ -83,7 +83,8 @@ def exact_products() -> Iterator[None]:
     """Multiply float32 in float32, whatever the process allows (`torch.set_float32_matmul_precision`): with TF32
     log-probs would be off by 1e-3."""
     changed = []
-    for settings in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+    backends = torch.backends
+    for settings in (backends.cuda.matmul, backends.mkldnn.matmul):  # pyright: ignore[reportAttributeAccessIssue]
         before = settings.fp32_precision
         if before not in ("ieee", "none"):
             settings.fp32_precision = "ieee"

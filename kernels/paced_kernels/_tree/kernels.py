@@ -18,7 +18,7 @@ N = capacity, B = elements per call.
 """
 
 # Kernels are written in Triton's language, which type checkers read as Python.
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportInvalidTypeForm=false
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import triton
