@@ -71,7 +71,8 @@ class RunConfig:
     overwrite: bool = False
     """Replace the results of an earlier run in the same folder."""
     threads: Annotated[int, Bounds(0, 10**4)] = 0
-    """CPU threads of torch per process; 0: the machine's usable cores divided among its processes."""
+    """CPU threads of torch per process; 0: OMP_NUM_THREADS if it is set, else the machine's usable cores divided among
+    its processes."""
     report: bool = True
     """Write the HTML report and its charts when training ends."""
     report_every: Annotated[int, Bounds(0, 10**9)] = 25

@@ -160,6 +160,16 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def threads_of(wanted: int, processes: int = 1) -> int:
+    """Threads of torch for each of `processes` on this machine: `wanted`, or for 0 what OMP_NUM_THREADS says, else the
+    usable cores divided among them. torchrun sets that variable to 1 by itself, so under it nobody is known to have
+    asked."""
+    asked = os.environ.get("OMP_NUM_THREADS", "") if "TORCHELASTIC_RUN_ID" not in os.environ else ""
+    if not wanted and asked.isdecimal():
+        wanted = int(asked)
+    return wanted or max(1, usable_cores() // processes)
+
+
 def start(device: str, timeout_seconds: float) -> World:
     """Join the processes that torchrun started; without torchrun, return a world of size one.
 

@@ -149,5 +149,9 @@ class Outputs:
 
 def _machine(run: PreparedRun) -> dict[str, object]:
     device = run.trainer.policy.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {usable_cores()} cores"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {usable_cores()} cores, threads: {torch.get_num_threads()}"
+    )
     return {"device": name, "ranks": run.world.size, "generator": run.config.generator}

@@ -260,6 +260,21 @@ def test_values_brought_up_to_date_are_the_leads_on_every_rank(tmp_path: Path) -
         assert lead == other
 
 
+def test_threads_are_those_asked_for_else_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "usable_cores", lambda: 6)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [distributed.threads_of(0), distributed.threads_of(0, 4), distributed.threads_of(0, 9)] == [6, 1, 1]
+    assert distributed.threads_of(3, 2) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert [distributed.threads_of(0), distributed.threads_of(5)] == [2, 5]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun set the variable
+    assert distributed.threads_of(0, 2) == 3
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")  # of nested regions, which torch has none of
+    assert distributed.threads_of(0) == 6
+
+
 def test_cores_are_those_that_this_process_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
     assert distributed.usable_cores() == 1

@@ -17,7 +17,7 @@ import torch
 
 from paced_fast.config import Config, stream_seed
 from paced_fast.data import prompts
-from paced_fast.data.distributed import ALONE, EVERYWHERE, World, usable_cores
+from paced_fast.data.distributed import ALONE, EVERYWHERE, World, threads_of
 from paced_fast.data.records import Completion, Group, PromptRow, PromptTable
 from paced_fast.data.step_record import StepRecord
 from paced_fast.errors import InputError
@@ -88,7 +88,7 @@ def measure(config: Config, *, steps: int, lengths: str, world: World = ALONE) -
     config = dataclasses.replace(
         config, generator="transformers", run=dataclasses.replace(config.run, rollouts_per_step=0)
     )
-    torch.set_num_threads(config.run.threads or max(1, usable_cores() // world.local_size))
+    torch.set_num_threads(threads_of(config.run.threads, world.local_size))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     torch.set_flush_denormal(True)
     device = device_here(config.model.device, config.model.dtype)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from paced_fast.config import Config, flatten
 from paced_fast.config.resolve import check_engine_ranks, placed, resolve
-from paced_fast.data.distributed import usable_cores
+from paced_fast.data.distributed import threads_of
 from paced_fast.data.prompts import ALPHABETS
 from paced_fast.data.sources import parse_source
 from paced_fast.errors import InputError
@@ -62,7 +62,7 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
     config = _assume_generator(config, device, notes)
     check_engine_ranks(config, ranks)
     torch.set_float32_matmul_precision(config.model.matmul_precision)
-    torch.set_num_threads(config.run.threads or usable_cores())
+    torch.set_num_threads(threads_of(config.run.threads))
     chip = _device(config, device, notes)
     settings = model_settings(config.model, len(ALPHABETS[config.model.alphabet].characters))
     config = planned(config, settings)

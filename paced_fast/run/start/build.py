@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from paced_fast.config import Config
 from paced_fast.config.resolve import check_engine_ranks
 from paced_fast.data import prompts
-from paced_fast.data.distributed import ALONE, World, usable_cores
+from paced_fast.data.distributed import ALONE, World, threads_of
 from paced_fast.data.records import PromptTable
 from paced_fast.generation import Generator
 from paced_fast.generation.vllm_engine import require_head_size, require_vllm
@@ -120,7 +120,7 @@ def build(
 
 def _prepare_process(config: Config, world: World) -> None:
     """Apply process-wide settings, and check the machine before anything is read."""
-    torch.set_num_threads(config.run.threads or max(1, usable_cores() // world.local_size))
+    torch.set_num_threads(threads_of(config.run.threads, world.local_size))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     if (config.model.device, config.model.dtype) == ("cpu", "float32"):
         require_float32_products()
