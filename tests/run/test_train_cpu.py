@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import random
 from collections.abc import Callable
@@ -722,6 +723,19 @@ def test_a_limit_of_visits_needs_more_prompts_than_a_step_draws(rewards: Path, t
     ):
         build(config(rewards, generation__prompts_per_step=50, scheduler__max_visits=1), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_says_that_it_is_and_how_to_go_on(
+    rewards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, folder = config(rewards, steps=2), tmp_path / "run"
+    go(settings, folder)
+    with caplog.at_level(logging.INFO, logger="paced_fast"):
+        go(settings, folder, resume="auto")
+        assert f"is finished after step 2: --resume {folder} --steps 4 goes on" in caplog.text
+        caplog.clear()
+        go(settings, folder, resume="auto", steps=3)
+    assert "finished" not in caplog.text
 
 
 def test_resume_without_a_checkpoint_starts_anew(rewards: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from pathlib import Path
 
 from paced_fast.config import Config, stream_seed
@@ -35,7 +36,11 @@ def continue_from(stepper: Stepper, folder: Path, newest: Path, identity: dict[s
         checkpoint.restore_random_state(generators)
     if world.is_rank0:
         files.write_json_atomic(folder / "config.json", dataclasses.asdict(config))
-    logger.info("resumed after step %d from %s", stepper.counters.step, newest)
+    step = stepper.counters.step
+    logger.info("resumed after step %d from %s", step, newest)
+    if step >= config.steps:
+        where = shlex.quote(str(folder))
+        logger.info("%s is finished after step %d: --resume %s --steps %d goes on", folder, step, where, 2 * step)
 
 
 def newest_checkpoint(config: Config, folder: Path, lock: RunLock, world: World) -> Path | None:
