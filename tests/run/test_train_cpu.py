@@ -735,7 +735,7 @@ def test_a_finished_run_says_that_it_is_and_how_to_go_on(
         assert f"is finished after step 2: --resume {folder} --steps 4 goes on" in caplog.text
         caplog.clear()
         go(settings, folder, resume="auto", steps=3)
-    assert "finished" not in caplog.text
+    assert "is finished" not in caplog.text
 
 
 def test_resume_without_a_checkpoint_starts_anew(rewards: Path, tmp_path: Path) -> None:
