@@ -66,12 +66,13 @@ def in_rows(message: str, folder: Path) -> str:
     file = rf"(?:jsonl:)?{re.escape(str(folder.absolute()))}/(data|eval_data)-[0-9a-f]{{16}}\.jsonl"
     if re.search(file, message) is None:
         return message
-    message = re.sub(rf", as in {file}\?prompt=FIELD&answer=FIELD, or give format=", " 'prompt' and 'answer'", message)
-    message = re.sub(rf", as in {file}\?answer=FIELD, or give format=", " 'answer'", message)
+    formats = "or give format=NAME, one of .*"
+    message = re.sub(rf", as in {file}\?prompt=FIELD&answer=FIELD, {formats}", " 'prompt' and 'answer'", message)
+    message = re.sub(rf", as in {file}\?answer=FIELD, {formats}", " 'answer'", message)
     message = re.sub(rf"{file}:(\d+)", r"\1, row \2", message)
     message = re.sub(rf"(['\"]?){file}(?:\?[^'\"\s]*[^'\"\s:,)])?\1", r"\2", message)
     message = re.sub(r"name a part of it with a dot, as in answer=\S+", "give one of its parts", message)
-    return re.sub(r"name (?:the|another) field by (\w+)=", r"name its column '\1'", message)
+    return re.sub(r"name (?:the field by (?=\w+=)|another, as in )(\w+)=(?:FIELD)?", r"name its column '\1'", message)
 
 
 def _keys(data: Any) -> tuple[Any, ...]:

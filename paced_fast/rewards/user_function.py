@@ -112,7 +112,7 @@ class Call:
     def _reads_chats(self, error: BaseException) -> str:
         """Hint for a function that reads messages, as some of TRL's do, where completions are texts."""
         adapted = self.is_ours or self.name.startswith(("trl:", "verl:"))
-        if adapted or not any(words in str(error) for words in _OF_TEXT_READ_AS_MESSAGES):
+        if adapted or not any(words in reason(error) for words in _OF_TEXT_READ_AS_MESSAGES):
             return ""
         name = "FILE.py:FUNCTION" if self.name.startswith("given:") else self.name
         return f"completions are texts here; a function of TRL that reads messages is named trl:{name}"

@@ -21,7 +21,7 @@ from steady import wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paced_fast.api import Comparison, Result, compare, evaluate, report, train
-from paced_fast.api.result import frame
+from paced_fast.api.tables import table as as_table
 from paced_fast.errors import InputError
 from paced_fast.run.start import signals
 
@@ -396,7 +396,8 @@ def test_a_model_object_needs_its_tokenizer(model: str, here: Path) -> None:
 
 def test_a_folder_that_is_taken_is_refused_in_words_of_python(result: Result, model: str) -> None:
     with pytest.raises(
-        InputError, match=r"already holds a run \(it has .*: give another run_dir, or resume=True .*{'run.overw"
+        InputError,
+        match=r"already holds a run \(it has .*: resume=True continues it, {'run.overwrite': True} replaces it, an",
     ):
         train(model, ROWS, reward=odd, run_dir=result.folder, progress=False)
 
@@ -406,7 +407,7 @@ def test_a_comparison_shows_every_figure_of_every_run(tmp_path: Path) -> None:
         {"run": "runs/a<b", "steps": 10, "accuracy_after": 0.123456, **{f"figure {i}": i for i in range(40)}},
         {"run": f"runs/{'long' * 20}", "steps": 20, "accuracy_after": None},
     ]
-    for table in (rows, frame(rows)):
+    for table in (rows, as_table(rows, list(rows[0]))):
         found = Comparison(page=tmp_path / "compare.html", table=table)
         first, runs, *figures = repr(found).splitlines()
         assert first == f"Comparison of 2 runs, {tmp_path}/compare.html"

@@ -375,7 +375,9 @@ class TestFiles:
         (tmp_path / "data" / "a.jsonl").unlink()
         (tmp_path / "shared" / "data").mkdir(parents=True)
         write(tmp_path / "shared" / "data" / "a.jsonl", {"prompt": "shared", "answer": 1})
-        monkeypatch.chdir(tmp_path / "data")
+        with pytest.raises(InputError, match="no such file"):
+            load("jsonl:a.jsonl", chat)
+        monkeypatch.setenv("PACED_FAST_DATA", str(tmp_path / "shared" / "data"))
         assert load("jsonl:a.jsonl", chat).rows[0].prompt == "shared"
         with pytest.raises(InputError, match="no such file"):
             load("jsonl:a.jsonl", chat, tmp_path / "data")  # a folder that was named is the only one besides this

@@ -237,6 +237,7 @@ def test_a_whole_step_meets_the_host_at_its_crossings_only(
         allow(importlib.import_module(f"paced_fast.{module}"), "to_device")
     allow(trainer.collector.generator, "generate")
     allow(trainer.collector.scorer, "score")
+    allow(importlib.import_module("paced_fast.run.checkpoint"), "random_state")  # of generators on the host
     # Lengths and plans are the host's own; so are the offsets that the loss is given.
     for owner, name in ((micro_batches, "_layout"), (packing, "token_positions"), (packing, "cu_seqlens")):
         allow(owner, name)

@@ -303,7 +303,7 @@ def test_a_function_that_reads_messages_is_led_to_its_adapter(tmp_path: Path) ->
             with pytest.raises(InputError, match=rf": completions are texts here; .* is named trl:{own}:{name}$"):
                 judged(f"{own}:{name}", text)
         assert judged(f"trl:{own}:{name}", "it is 5") == [1.0]
-    with pytest.raises(InputError, match=r"IndexError: list index out of range \(at [^)]*\)$"):
+    with pytest.raises(InputError, match=r"IndexError: list index out of range \(at [^)]*\): correct it"):
         judged(f"{own}:other", "x")
     with pytest.raises(InputError, match=r"completions are texts here; .* is named trl:FILE.py:FUNCTION$"):
         Scorer(functions={"given:f": lambda completions, **_: [one[0]["content"] for one in completions]}).score(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from paced_fast import train
 from paced_fast.config import Config
 from paced_fast.data.records import Completion, Group, PromptRow, PromptTable
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, TrainingError
 from paced_fast.generation import TransformersGenerator
 from paced_fast.run.record.rollouts_file import FILE_NAME, RecordedRollouts, Recorder, replayed_settings
 
@@ -196,7 +196,7 @@ def test_a_bad_record_of_a_later_step_names_its_line(recorded: tuple[Config, Pat
     config, folder = recorded
     bad = tmp_path / "bad.jsonl"
     bad.write_text(_with(20, num_tokens=1, token_ids=[3], logprobs=[float("-inf")])((folder / FILE_NAME).read_text()))
-    with pytest.raises(InputError, match=r"bad.jsonl: line 21 has the log-prob -Infinity"):
+    with pytest.raises(TrainingError, match=r"step 2: .*bad.jsonl: line 21 has the log-prob -Infinity"):
         replay(config, bad, tmp_path / "again")
 
 

@@ -173,7 +173,8 @@ class GemmRows(TritonRows):
             vocab_start=self.head.start,
             stride_hidden=hidden.stride(0),
             stride_weight=weight.stride(0),
-            stride_out=tiles.row_stride(self.vocab_size),
+            # Without a matrix not read; the same number then, because another would need a kernel of its own.
+            stride_out=tiles.row_stride(self.vocab_size) if matrix is None else matrix.stride(0),
             KIND=kind,
             BLOCK_T=config.block_t,
             BLOCK_V=config.block_v,
