@@ -36,6 +36,7 @@ def log1p(x):
 
 @triton.jit
 def exp(x):
+    """e^x by the power of two that the hardware computes."""
     return tl.exp2(x * LOG2_E)
 
 
