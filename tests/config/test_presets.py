@@ -66,9 +66,7 @@ def check_splits(config: Config, made: dict[str, PromptTable]) -> None:
     assert set(config.data.headline) <= {row.slice for row in made["eval"].rows}
     for row in made["warm start"].rows:
         assert row.demonstration is not None
-        last = row.demonstration.rpartition("=")[2]  # of a bare answer it is all
-        assert float(last.replace(",", "")) == float(str(row.columns["answer"]).replace(",", ""))
-        assert not row.demonstration.endswith(".0")
+        assert len(row.demonstration) == len(str(row.columns["answer"])), "noise replaces characters"
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -110,12 +108,9 @@ def test_smollm2_is_the_same_everywhere(
     assert {parse_source(spec).kind for spec in specs} == {"rg"}, "made on the spot, by a package that it names"
     made = tables(config, tokenizer)
     check_splits(config, made)
-    levels = {"three_digits", "two_numbers", "three_numbers", "large_numbers", "products"}
-    assert {name: {row.slice for row in table.rows} for name, table in made.items()} == {
-        "train": levels | {"beyond"},
-        "eval": levels,
-        "warm start": levels,
-    }
+    slices = {name: {row.slice for row in table.rows} for name, table in made.items()}
+    assert slices["train"] == slices["eval"] > slices["warm start"] > set(config.data.headline)
+    assert not slices["train"] - slices["warm start"] & set(config.data.headline), "the hardest levels are not taught"
     shown = config.warm_start.first.steps * config.warm_start.first.batch_size
     assert len(made["warm start"]) >= shown, "no row is shown twice"
     assert len(made["eval"]) >= 100

@@ -51,7 +51,7 @@ def sweep_jobs(suite: Suite, names: Sequence[str]) -> list[Job]:
     rates = [swept_rate(suite, factor) for factor in FACTORS]
     return [
         Job(suite=suite.name, arm=name, rate=rate, seed=seed)
-        for seed in SWEEP_SEEDS
+        for seed in SWEEP_SEEDS[: suite.sweep_seeds]
         for name in names
         for rate in rates
     ]

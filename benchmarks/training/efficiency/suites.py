@@ -28,6 +28,8 @@ class Suite:
     """Budget between two points of a curve, in the same unit."""
     seeds: int
     """Seeds of the comparison, counted from 0."""
+    sweep_seeds: int = 2
+    """Seeds of the sweep of learning rates, of `files.SWEEP_SEEDS` from the first."""
     easiest: str = ""
     """Slice whose accuracy shows forgetting; empty for the slice of the highest accuracy before training."""
     table_prompts: int = 1000
@@ -63,9 +65,10 @@ _SUITES = (
     Suite(
         name="smollm2",
         preset="smollm2",
-        eval_every=4,
+        eval_every=8,
         seeds=3,
-        easiest="three_digits",
+        sweep_seeds=1,
+        easiest="word_sequence_reversal_2words",
         table_prompts=200,
         table_samples=8,
         table_at=("end",),

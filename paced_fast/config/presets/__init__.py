@@ -6,10 +6,11 @@ import difflib
 from collections.abc import Callable
 
 from paced_fast.config import Config
-from paced_fast.config.presets.cpu import smollm2, tiny
+from paced_fast.config.presets.cpu import tiny
 from paced_fast.config.presets.gpu import deepcoder_1_5b, qwen3_4b, qwen_math_1_5b, qwen_math_1_5b_lora, qwen_math_7b
 from paced_fast.config.presets.own import own
 from paced_fast.config.presets.small import small
+from paced_fast.config.presets.smollm2 import smollm2
 from paced_fast.errors import InputError
 
 __all__ = ["BASES", "PRESETS", "known", "preset", "without_gpu"]

@@ -7,12 +7,9 @@ from paced_fast.config import (
     DataConfig,
     EvaluationConfig,
     GenerationConfig,
-    LogZConfig,
     ModelConfig,
     OptimizerConfig,
-    ReplayConfig,
     RunConfig,
-    SchedulerConfig,
     WarmStartConfig,
     WarmStartPhase,
 )
@@ -48,60 +45,3 @@ def tiny() -> Config:
         evaluation=EvaluationConfig(every=25, samples=8, final_samples=16),
         run=RunConfig(threads=1),  # too small a model for two: they wait for each other, and for whatever else runs
     )
-
-
-def smollm2() -> Config:
-    """SmolLM2-135M on a CPU: sums and products in words, from easy ones to some far too hard for it.
-
-    The raw model solves almost none of them. The warm start shows it answers, hardly any of them twice. No prompt is in
-    two of the three splits.
-    """
-    return Config(
-        preset="smollm2",
-        steps=24,
-        model=ModelConfig(name="smollm2", device="cpu", dtype="float32"),
-        data=DataConfig(
-            train=(
-                *_sums("0.5:0.8", size=220),
-                # Far too hard for this model: prompts for the scheduler to leave alone.
-                "rg:products?size=30&seed=60000&min_digits=3&max_digits=4&slice=beyond&reward=number",
-            ),
-            eval=_sums("0.8:1", size=140),
-            template="{prompt}\nAnswer: ",
-            max_prompt_tokens=120,
-            too_long="skip",
-        ),
-        warm_start=WarmStartConfig(
-            first=WarmStartPhase(
-                sources=_sums("0:0.5", size=960, demonstration="@answer"),
-                steps=60,
-                batch_size=32,
-                learning_rate=3e-4,
-                warmup_steps=5,
-            ),
-        ),
-        generation=GenerationConfig(prompts_per_step=16, group_size=8, max_completion_tokens=12),
-        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=5, micro_batch_tokens=1024),
-        # So few steps: the head makes more of each of them.
-        log_z=LogZConfig(updates_per_step=8),
-        scheduler=SchedulerConfig(warmup_steps=2),
-        replay=ReplayConfig(insert_per_step=32, draw_per_step=16),
-        evaluation=EvaluationConfig(every=12, samples=4, final_samples=8),
-    )
-
-
-_LEVELS = (
-    # Far apart: reasoning-gym makes row i of seed s like row 0 of seed s + i.
-    ("chain_sum?seed=10000&slice=three_digits&min_terms=3&max_terms=3&min_digits=1&max_digits=1", 1.0),
-    ("chain_sum?seed=20000&slice=two_numbers&min_terms=2&max_terms=2&min_digits=2&max_digits=2", 1.0),
-    ("chain_sum?seed=30000&slice=three_numbers&min_terms=3&max_terms=3&min_digits=2&max_digits=2", 1.0),
-    ("chain_sum?seed=40000&slice=large_numbers&min_terms=2&max_terms=2&min_digits=3&max_digits=3", 1.0),
-    ("products?seed=50000&slice=products&min_digits=1&max_digits=1", 0.4),  # there are few
-)
-"""Tasks of reasoning-gym from easy to hard, and their rows as a share of the first one's."""
-
-
-def _sums(share: str, *, size: int, **more: str) -> tuple[str, ...]:
-    """Sums of two and of three numbers and products; about `size` rows a level, of which the share is taken."""
-    keys = "".join(f"&{key}={value}" for key, value in more.items())
-    return tuple(f"rg:{level}&size={round(size * part)}&share={share}&reward=number{keys}" for level, part in _LEVELS)
