@@ -79,6 +79,7 @@ OWN = """
 def asks(completions, answer): return [1.0] * len(completions)
 def any_row(completions, answer=None, **columns): return [1.0] * len(completions)
 def hinted(prompts, completions, hint): return [1.0] * len(completions)
+def of_one(completion, answer): return float(completion == answer)
 """
 
 
@@ -103,6 +104,8 @@ def test_a_function_gets_the_columns_that_its_parameters_name(
     )
     with pytest.raises(InputError, match=words):
         load(f"jsonl:a.jsonl?{own}:hinted", tokenizer, tmp_path)
+    with pytest.raises(InputError, match="of_one' has the parameter 'completion', .* comes as `completions`, a list"):
+        load(f"jsonl:a.jsonl?{own}:of_one", tokenizer, tmp_path)
 
 
 def message(role: object = "user", content: object = "hi") -> dict[str, object]:

@@ -22,6 +22,7 @@ from paced_fast.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+_NAMES_FOR_COMPLETIONS = frozenset(("completion", "response", "responses", "output", "outputs", "text", "texts"))
 Check = Callable[[str, Mapping[str, Any]], str | MissingColumn | None]
 """Function of a reward's name and a row's columns; returns why the row could never be scored, or None."""
 
@@ -89,6 +90,11 @@ def read_drafts(
 
 def _lacks(source: Source, layout: Layout, where: str, row: Row, missing: MissingColumn) -> str:
     """What a row lacks that the function of its reward asks for, and the fields that it has."""
+    if missing.column in _NAMES_FOR_COMPLETIONS:
+        return (
+            f"the reward {missing.reward!r} has the parameter {missing.column!r}, and {where} has no such field: what "
+            "the policy wrote comes as `completions`, a list of texts beside the lists `prompts` and one of each field"
+        )
     name, remedy = missing.column, "complete the row"
     if name == "answer":  # which may have another name in the row
         name, remedy = source.answer or layout.answers[0], f"{remedy}, name the field by answer="
