@@ -88,7 +88,7 @@ def sweep(device: torch.device, shape: Shape, repetitions: int, starting: Callab
     shipped: torch.Tensor | None = None
     for name, config in our_engines.sweep_configs(batch).items():
         starting(f"{name} ({shape.name}, sweep)")
-        entries[name] = {"config": name, "hidden_size": shape.hidden_size, "stage": 1 if config is None else 2}
+        entries[name] = {"config": name, "hidden_size": shape.hidden_size, "stage": our_engines.stage_of(config)}
         made = attempt(functools.partial(_prepare, batch, config, shape.tokens), clock)
         if isinstance(made, Failure):
             entries[name]["failed"] = made.reason

@@ -112,6 +112,8 @@ def our_methods(case: str, device: torch.device, dtype: torch.dtype) -> list[Met
         around = functools.partial(our_engines.planned, None)
         thv = fixed_thv(2, 4, 6) if case == "trajectory_balance" else methods[0].thv
         methods.insert(1, replace(methods[0], name="ours, stage 1", around=around, thv=thv))
+    if our_engines.has_pingpong(device, dtype):  # at every shape, as its peer is
+        methods.insert(1, _our_method(case, "ours, stage 3", {"backend": "pingpong"}))
     return methods
 
 

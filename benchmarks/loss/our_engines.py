@@ -1,7 +1,8 @@
 """Only module of the benchmarks that uses private parts of paced_kernels: variants, launch table, planned work.
 
 Stage 2 is the Triton projection with the exponentials in its epilogue, stage 1 a library GEMM with row kernels over
-its logits. `_loss.tiles.plan` chooses the stage and the block sizes; a variant overrides that choice during a call.
+its logits, stage 3 the ping-pong projection, where its package and its chip are there. `_loss.tiles.plan` chooses among
+the first two, and the block sizes; a variant overrides that choice during a call.
 
 T = packed tokens, H = hidden size, V = vocabulary.
 """
@@ -47,6 +48,8 @@ def planned(config: Any) -> Iterator[None]:
 def make_engine(batch: Batch, options: dict[str, Any]) -> tuple[Any, str]:
     """Return the row engine that a call with these options would use, and the name of its backend."""
     resolved = resolve_backend(options.get("backend", "auto"), batch.hidden)
+    if tiles.plan(batch.hidden, batch.head_weight) == engine.pingpong_plan.CONFIG:  # inside `planned`
+        resolved = resolve_backend("pingpong", batch.hidden)
     own = head.Head(batch.head_weight, None, 1.0)
     workspace = options.get("workspace_bytes")
     return engine.make_engine(own, batch.hidden, batch.token_ids, False, workspace, resolved), resolved
@@ -80,6 +83,8 @@ def sweep_configs(batch: Batch) -> dict[str, Any]:
             config = dataclasses.replace(shipped, **{key: value for key, value in changes.items() if key in known})
             configs.setdefault(describe_config(config), config)
     configs["stage 1, library GEMM"] = None
+    if has_pingpong(batch.hidden.device, batch.hidden.dtype):
+        configs["stage 3, ping-pong"] = engine.pingpong_plan.CONFIG
     return configs
 
 
@@ -105,3 +110,19 @@ def exponentials_call(batch: Batch, config: Any, num_rows: int) -> Callable[[int
             return rows_engine.exponentials(slice(start, start + num_rows), None).stats.logprobs
 
     return call
+
+
+def has_pingpong(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether stage 3 can run here."""
+    try:
+        resolve_backend("pingpong", torch.empty(0, 8, device=device, dtype=dtype))
+    except ValueError:
+        return False
+    return tiles.device_facts(device.index or 0)[0] == (9, 0)
+
+
+def stage_of(config: Any) -> int:
+    """Return the number of the stage that a configuration belongs to."""
+    if config is None:
+        return 1
+    return 3 if config == engine.pingpong_plan.CONFIG else 2

@@ -8,13 +8,15 @@ from torch import Tensor
 from . import _checks
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# An older package of another name has a module `cutlass` too.
+HAS_CUTLASS = all(importlib.util.find_spec(name) is not None for name in ("nvidia_cutlass_dsl", "cutlass"))
 
 
 def resolve_backend(backend: str, hidden: Tensor) -> str:
-    """Return "triton" or "reference"; "auto" is Triton on CUDA devices for every dtype but float64.
+    """Return "triton", "reference" or "pingpong"; "auto" is Triton on CUDA devices for every dtype but float64.
 
     Raises:
-        ValueError: "triton" was requested but is not available.
+        ValueError: "triton" or "pingpong" was requested but is not available.
     """
     _checks.check_backend(backend)
     if backend == "reference":
@@ -22,11 +24,26 @@ def resolve_backend(backend: str, hidden: Tensor) -> str:
     is_float64 = hidden.dtype == torch.float64
     if backend == "auto":
         return "triton" if HAS_TRITON and hidden.device.type == "cuda" and not is_float64 else "reference"
+    if backend == "pingpong":
+        _check_pingpong(hidden)
+        return backend
     if not HAS_TRITON:
         raise ValueError('backend="triton" needs the package triton, which is not installed; use backend="auto"')
     if is_float64:
         raise ValueError('backend="triton" does not take torch.float64, the dtype of hidden; use backend="auto"')
     return backend
+
+
+def _check_pingpong(hidden: Tensor) -> None:
+    """Refuse what can be known without asking the device; the chip is checked where the engine is made."""
+    if not HAS_CUTLASS or not HAS_TRITON:
+        missing = "nvidia-cutlass-dsl" if HAS_TRITON else "triton"
+        raise ValueError(f'backend="pingpong" needs the package {missing}, which is not installed; use backend="auto"')
+    if hidden.device.type != "cuda" or hidden.dtype != torch.bfloat16:
+        raise ValueError(
+            f'backend="pingpong" needs torch.bfloat16 on a CUDA device, got {hidden.dtype} on {hidden.device}; use '
+            'backend="auto"'
+        )
 
 
 def require_kernels(name: str, value: Tensor) -> None:

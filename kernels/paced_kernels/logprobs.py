@@ -78,8 +78,9 @@ def linear_logprobs(
         return_entropy: also return the entropy of each row, differentiable too.
         workspace_bytes: memory for chunks of logits; None = 8192 rows of exponentials with Triton (2.5 GB for bfloat16
             and V = 152k), 144 MiB for the reference. A chunk has at least one row.
-        backend: "auto", "triton" (a CUDA device, or the interpreter with TRITON_INTERPRET=1) or "reference" (plain
-            PyTorch). "auto" is "triton" on CUDA for every dtype but float64, else "reference".
+        backend: "auto", "triton" (a CUDA device, or the interpreter with TRITON_INTERPRET=1), "reference" (plain
+            PyTorch) or "pingpong" (bfloat16 on compute capability 9.0, with the package nvidia-cutlass-dsl; no GPU has
+            run it yet). "auto" is "triton" on CUDA for every dtype but float64, else "reference".
         shard: part of the vocabulary that `head_weight` and `bias` hold; None = all of it.
 
     Returns:

@@ -44,14 +44,15 @@ def warm_up(
     hidden = head_weight.new_zeros(num_rows, head_weight.shape[1])
     token_ids = torch.zeros(num_rows, dtype=torch.int64, device=head_weight.device)
     _checks.check_linear_args(hidden, head_weight, token_ids, bias, 1.0, None, shard)
-    if resolve_backend(backend, hidden) == "reference":
+    backend = resolve_backend(backend, hidden)
+    if backend == "reference":
         return
     group, start, _ = shard_options(shard, head_weight)
     rows, live = slice(0, num_rows), torch.ones(num_rows, dtype=torch.bool, device=hidden.device)
     with Guard(hidden.device):
         head = make_head(head_weight, bias, 1.0, group, start)
         for has_entropy in (False, True) if with_entropy else (False,):
-            engine = make_engine(head, hidden, token_ids, has_entropy, None, "triton")
+            engine = make_engine(head, hidden, token_ids, has_entropy, None, backend)
             known = engine.score(rows)
             engine.exponentials(rows, live, known)  # the backward pass of log-probs always says which rows count
             chunk = engine.exponentials(rows, live if with_weights else None)

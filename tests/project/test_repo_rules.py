@@ -52,6 +52,9 @@ HOMES = {
 }
 """Third-party packages and the only modules of `paced_fast` that may name them; integrations are adapters and free."""
 
+KERNEL_HOMES = {f"_loss.{name}": {"cutlass", "cuda"} for name in ("pingpong", "pingpong_kernel", "pingpong_epilogue")}
+"""The modules of `paced_kernels` that another package than torch and Triton compiles; imported by name only."""
+
 FOR_ANNOTATIONS = {"transformers.PreTrainedModel", "transformers.PreTrainedTokenizerBase"}
 """Names any module may import to say what it is handed."""
 
@@ -109,7 +112,8 @@ def kernels_import_torch_and_triton_only(module: Module) -> Iterator[str]:
     if module.package == "paced_kernels":
         for name in _imports(module):
             top = name.split(".")[0]
-            if top not in {"torch", "triton", "paced_kernels"} | sys.stdlib_module_names:
+            known = {"torch", "triton", "paced_kernels"} | sys.stdlib_module_names
+            if top not in known | KERNEL_HOMES.get(module.name, set()):
                 yield f"imports {name}"
 
 
@@ -263,6 +267,7 @@ DOC = '"""d"""\n'
     ("rule", "package", "name", "text", "expected"),
     [
         (kernels_import_torch_and_triton_only, "paced_kernels", "logprobs", "import numpy", "imports numpy"),
+        (kernels_import_torch_and_triton_only, "paced_kernels", "_loss.tiles", "import cutlass", "imports cutlass"),
         (
             hot_modules_never_ask_the_device,
             "paced_kernels",

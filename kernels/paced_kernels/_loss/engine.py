@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._backend import require_kernels
-from . import tiles
+from . import pingpong_plan, tiles
 from .gradients import RowEngine
 from .head import Head
 from .torch_rows import DEFAULT_WORKSPACE_BYTES, TorchRows
@@ -27,6 +27,10 @@ def make_engine(
     if backend == "reference":
         budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
         return TorchRows(head, hidden, token_ids, with_entropy, budget)
+    if backend == "pingpong":
+        from .pingpong import PingPongRows
+
+        return PingPongRows(head, hidden, token_ids, with_entropy, workspace_bytes)
     require_kernels("hidden", hidden)
     from .triton_gemm import GemmRows
     from .triton_logits import LogitRows
@@ -57,13 +61,15 @@ def even_workspace(
     Ranks with different chunks would deadlock in their collectives. All ranks therefore use the chunk size of an even
     split of the vocabulary, and a larger shard gets proportionally more workspace.
     """
-    if not shard_group or (workspace_bytes is None and backend == "triton"):
+    if not shard_group or (workspace_bytes is None and backend != "reference"):
         return workspace_bytes
     config = tiles.plan(hidden, weight) if backend == "triton" else None
+    if backend == "pingpong":
+        config = pingpong_plan.CONFIG
     workspace = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     itemsize = weight.dtype.itemsize if config else max(4, weight.dtype.itemsize)
     even_row = -(-vocab_size // _resolve_group(shard_group).size()) * itemsize
-    if backend == "triton":
+    if backend != "reference":
         return max(1, workspace // even_row) * tiles.bytes_per_row(config, weight.shape[0], weight.dtype)
     own_row = weight.shape[0] * itemsize
     if weight.dtype.itemsize == itemsize:

@@ -246,7 +246,7 @@ def _(
     dtype = _accumulate(weight)
     num_sequences = cu_seqlens.shape[0] - 1
     weight_dtype = dtype
-    if backend == "triton":
+    if backend != "reference":
         workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, group, vocab_size)
         weight_dtype = tiles.weight_gradient_dtype(hidden, weight, workspace_bytes)
     entropy = hidden.new_empty(hidden.shape[0], dtype=dtype) if with_entropy else hidden.new_empty(0)
