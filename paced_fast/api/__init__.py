@@ -108,7 +108,7 @@ def evaluate(
             that it was trained with.
         tokenizer: of a model object.
         benchmarks: names such as "gsm8k"; see `python -m paced_fast.evaluate --help`.
-        progress: print what is evaluated.
+        progress: print what is evaluated; the figures are in what is returned, which prints them.
         **options: those of the command, such as `samples=32`, `temperature=0.6`, `top_p=0.95`, `limit=100`,
             `max_completion_tokens=512`, `step=50`.
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from paced_fast.config import given
 from paced_fast.data.sources import parse_source
 from paced_fast.errors import InputError
-from paced_fast.rewards.loading import GIVEN
 
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input", "query", "messages")
 """Columns of prompts, the likeliest first."""
@@ -63,7 +63,10 @@ def in_rows(message: str, folder: Path) -> str:
 
     `data, row 61` is the sixty-first. Remedies that change a source become such that change a row.
     """
-    file = rf"(?:jsonl:)?{re.escape(str(folder.absolute()))}/(data|eval_data)-[0-9a-f]{{16}}\.jsonl"
+    place = re.escape(str(folder.absolute()))
+    file = rf"(?:jsonl:)?{place}/{given.ROWS}"
+    message = re.sub(rf"{place}/{given.MODEL}\b", "from Python", message)
+    message = re.sub(rf"\b{given.REWARD}(\w+)", r"\1", message)
     if re.search(file, message) is None:
         return message
     formats = "or give format=NAME, one of .*"
@@ -178,7 +181,7 @@ def reward_of(reward: str | Callable[..., Any] | None) -> tuple[str | None, dict
     is_importable = inspect.isfunction(reward) and getattr(sys.modules.get(str(module)), name, None) is reward
     if is_importable and module != "__main__":
         return f"{module}:{name}", {f"{module}:{name}": reward}
-    full = GIVEN + ("".join(c for c in name if c.isalnum() or c == "_") or "reward")
+    full = given.REWARD + ("".join(c for c in name if c.isalnum() or c == "_") or "reward")
     return full, {full: reward}
 
 

@@ -6,7 +6,8 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,8 +19,10 @@ from paced_fast.run.record import terminal
 
 
 @contextlib.contextmanager
-def as_found(*, progress: bool) -> Iterator[Console]:
-    """Context of one call, with a console; threads, precision, random generators and logging are restored after it.
+def as_found(*, progress: bool, words: Callable[[str], str]) -> Iterator[Console]:
+    """Context of one call, with a console; it and the log lines are told in the `words` of Python.
+
+    Threads, precision, random generators and logging are restored after it.
 
     Raises:
         InputError: the process is one of several ranks, which need the command.
@@ -36,7 +39,7 @@ def as_found(*, progress: bool) -> Iterator[Console]:
     ambient = checkpoint.random_state()
     try:
         with progress_bars_off():
-            yield _console(progress)
+            yield _console(progress, words)
     finally:
         checkpoint.restore_random_state(ambient)
         torch.set_num_threads(threads)
@@ -46,9 +49,25 @@ def as_found(*, progress: bool) -> Iterator[Console]:
         package.setLevel(level)
 
 
-def _console(progress: bool) -> Console:
+class _Told(Console):
+    """A console that prints texts in other words."""
+
+    def __init__(self, words: Callable[[str], str]) -> None:
+        super().__init__()
+        self.words = words
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(self.words(one) if isinstance(one, str) else one for one in objects), **options)
+
+
+def _console(progress: bool, words: Callable[[str], str]) -> Console:
     """The console of the terminal or of the notebook's cell; without progress only warnings are shown."""
-    if progress:
-        return terminal.configure_logging()
-    terminal.configure_logging(rank=1)
-    return Console(file=io.StringIO())
+
+    def told(record: logging.LogRecord) -> bool:
+        record.msg, record.args = words(record.getMessage()), ()
+        return True
+
+    console = terminal.configure_logging(rank=0 if progress else 1, console=_Told(words))
+    for handler in logging.getLogger("paced_fast").handlers:
+        handler.addFilter(told)
+    return console if progress else Console(file=io.StringIO())

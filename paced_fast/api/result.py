@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import html
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ METRICS = (
 """Columns of the table of metrics that are shown where not all have room, as `main` of `tables.table`."""
 _ROLLOUTS = ("step", "prompt", "completion", "answer", "reward", "value", "slice")
 _EVALUATED = ("slice", "prompts", "accuracy", "accuracy_interval", "pass_at_8", "truncated_share", "tokens_mean")
+
+
+_WIDTH = 100
+"""Characters of a line of the tables of an evaluation, as in the output of the command."""
 
 
 def run_path(run: str | Path | Result) -> Path:
@@ -210,7 +215,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """An evaluation: figures with their intervals, overall and by slice, and every completion."""
+    """An evaluation: figures with their intervals, overall and by slice, and every completion; it prints its tables."""
 
     figures: dict[str, Any]
     """Everything that the command writes with --json."""
@@ -232,11 +237,25 @@ class Evaluated:
         )
 
     def __repr__(self) -> str:
-        """Say the accuracy and its interval."""
+        """Say the accuracy and its interval, then the tables that the command prints."""
         accuracy, interval = self.figures["accuracy"], self.figures.get("accuracy_interval")
         shown = "nothing was scored" if accuracy is None else f"accuracy {accuracy:.3f}"
         limits = f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-        return f"Evaluated({self.figures['model']!r}): {shown}{limits}, {self.figures['prompts']:,} prompts"
+        first = f"Evaluated({self.figures['model']!r}): {shown}{limits}, {self.figures['prompts']:,} prompts"
+        return "\n".join([first, *_tables(self.figures)])
+
+
+def _tables(figures: Mapping[str, Any]) -> list[str]:
+    """The tables of the command as lines without trailing blanks."""
+    from rich.console import Console
+
+    from paced_fast.run.record.terminal import evaluation_tables
+
+    console = Console(file=io.StringIO(), width=_WIDTH)
+    with console.capture() as shown:
+        for one in evaluation_tables(figures):
+            console.print(one)
+    return [line.rstrip() for line in shown.get().rstrip().splitlines()]
 
 
 @dataclass(frozen=True, slots=True)

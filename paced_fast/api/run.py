@@ -18,6 +18,7 @@ from paced_fast.api.result import Evaluated, Result
 from paced_fast.api.settings import base, foreign_option, in_python, with_settings
 from paced_fast.api.tables import table
 from paced_fast.config import Config
+from paced_fast.config.given import FOLDER, MODEL
 from paced_fast.config.saved import load_config
 from paced_fast.errors import InputError, StopRequested, TrainingError, nearest
 from paced_fast.evaluate import EvaluateArguments, evaluate_target
@@ -30,9 +31,7 @@ from paced_fast.train import loop as training
 
 logger = logging.getLogger(__name__)
 
-_GIVEN = "given"
-"""Folder inside a run folder with what Python handed over."""
-_OF_THE_COMMAND = {"run_or_model", "benchmarks", "sources", "json", "save_samples"}
+_OF_THE_COMMAND = {"run_or_model", "benchmarks", "data", "reward", "json", "save_samples"}
 """Options of the command that are arguments of `evaluate`, or files in place of what it returns."""
 _SAMPLES = ("slice", "prompt", "completion", "reward", "answer", "tokens")
 """Columns of the completions of an evaluation that are shown where not all have room, the most important first."""
@@ -50,13 +49,13 @@ def _told_in_python() -> Iterator[list[Path]]:
     try:
         yield folders
     except InputError as error:
-        raise InputError(_in_words(error, folders)) from None
+        raise InputError(_in_words(str(error), folders)) from None
     except TrainingError as error:
-        raise TrainingError(_in_words(error, folders)) from None
+        raise TrainingError(_in_words(str(error), folders)) from None
 
 
-def _in_words(error: Exception, folders: list[Path]) -> str:
-    told = str(error)
+def _in_words(told: str, folders: Sequence[Path]) -> str:
+    """A message or a line of progress in the words of Python."""
     for folder in folders:
         told = given.in_rows(told, folder)
     return in_python(told)
@@ -75,13 +74,16 @@ def train_given(
     settings: Mapping[str, Any],
 ) -> Result:
     """Train; see `paced_fast.api.train`."""
-    with _told_in_python() as written, as_found(progress=progress) as console:
+    with (
+        _told_in_python() as written,
+        as_found(progress=progress, words=lambda text: _in_words(text, written)) as console,
+    ):
         config = _configured(settings, model, resume=resume)
         name, functions = given.reward_of(reward)
         summary: dict[str, Any] = {}
         stopped = ""
         with _folder(config, run_dir, resume=resume) as folder:
-            written.append(folder / _GIVEN)
+            written.append(folder / FOLDER)
             config = _with_data(config, data, eval_data, name, folder)
             config = _with_model(config, model, tokenizer, folder)
             try:
@@ -89,7 +91,7 @@ def train_given(
             except StopRequested as stop:
                 stopped = _stopped(folder) or str(stop)
             finally:
-                given.drop_weights(folder / _GIVEN / "model")
+                given.drop_weights(folder / FOLDER / MODEL)
             if stopped and not (folder / "metrics.jsonl").is_file():
                 raise KeyboardInterrupt(stopped)
         if stopped:
@@ -130,7 +132,7 @@ def _folder(config: Config, run_dir: str | Path | None, *, resume: bool) -> Iter
         yield folder
     finally:
         if not _taken(folder):
-            shutil.rmtree(folder / _GIVEN, ignore_errors=True)
+            shutil.rmtree(folder / FOLDER, ignore_errors=True)
             (folder / LOCK_NAME).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it is not empty: there was something before
                 folder.rmdir()
@@ -167,7 +169,7 @@ def _free(config: Config) -> Path:
 
 def _with_data(config: Config, data: Any, eval_data: Any, reward: str | None, folder: Path) -> Config:
     """The settings with the data, of which rows in memory are written into the run folder."""
-    place = folder / _GIVEN
+    place = folder / FOLDER
     sources = given.sources_of("data", data, reward, place)
     held_out = () if eval_data is None else given.sources_of("eval_data", eval_data, reward, place)
     return dataclasses.replace(
@@ -182,7 +184,7 @@ def _with_model(config: Config, model: Any, tokenizer: Any, folder: Path) -> Con
             raise InputError("tokenizer= is for a model object, and a model's name brings its own: leave it out")
         path = str(Path(model).expanduser()) if isinstance(model, Path) else model
     else:
-        place = folder / _GIVEN / "model"
+        place = folder / FOLDER / MODEL
         if not (config.resume == "auto" and _taken(folder)):  # else its weights are those of the checkpoint
             given.save_given_model(model, tokenizer, place)
         path = str(place.absolute())
@@ -213,7 +215,7 @@ def evaluate_given(
         name = name or model.reward
     with (
         _told_in_python() as written,
-        as_found(progress=progress) as console,
+        as_found(progress=progress, words=lambda text: _in_words(text, written)),
         tempfile.TemporaryDirectory(prefix="paced_fast-") as place,
     ):
         written.append(Path(place))
@@ -225,10 +227,8 @@ def evaluate_given(
         sources = () if data is None else given.sources_of("data", data, name, Path(place))
         samples: list[Sample] = []
         fields: dict[str, Any] = {key: str(it) if isinstance(it, Path) else it for key, it in options.items()}
-        arguments = EvaluateArguments(run_or_model=target, benchmarks=tuple(benchmarks), sources=sources, **fields)
+        arguments = EvaluateArguments(run_or_model=target, benchmarks=tuple(benchmarks), data=sources, **fields)
         figures = evaluate_target(arguments, samples.extend, functions=functions)
-        for shown in terminal.evaluation_tables(figures):
-            console.print(shown)
     return Evaluated(figures=figures, samples=table([_row(sample) for sample in samples], _SAMPLES))
 
 
@@ -257,5 +257,5 @@ def export_run(run: Path, folder: str | Path, dtype: str) -> Path:
     if dtype not in ("auto", "bfloat16", "float32"):
         raise InputError(f"dtype is {dtype!r}: give auto, bfloat16 or float32")
     kind = cast(Literal["auto", "bfloat16", "float32"], dtype)
-    with _told_in_python(), as_found(progress=False):
+    with _told_in_python(), as_found(progress=False, words=in_python):
         return export(ExportArguments(run_or_checkpoint=str(run), folder=str(folder), dtype=kind))

@@ -17,9 +17,10 @@ from paced_fast.config.presets import preset
 from paced_fast.config.saved import config_from_dict
 from paced_fast.errors import InputError
 
-_ARGUMENTS = {"sources": "data", "benchmarks": "benchmarks"}
-"""Options of the command `evaluate` and the arguments that are given for them."""
-_LISTS = re.compile(r"--(sources|benchmarks) (?:'([^']*)'|(\S+?))(?=[,;.:]?(?:\s|$))")
+_LISTS = re.compile(
+    r"--(data|eval-data|benchmarks) (?:'([^']*)'|(FILE|(?=[^\s']*[.:/?=,]\w)[^\s']+?))(?=[,;.:]?(?:\s|$))"
+)
+"""Options whose values stand as those of an argument; other words may follow them in a sentence too."""
 _NEAR = 0.8
 """Least similarity of a suggestion, as on the command line."""
 
@@ -107,7 +108,7 @@ def in_python(message: str) -> str:
         name = match[1].replace("-", "_")
         return name if name in known or name in SHORT else match[0]
 
-    message = _LISTS.sub(lambda match: f"{_ARGUMENTS[match[1]]}={(match[2] or match[3])!r}", message)
+    message = _LISTS.sub(lambda match: f"{match[1].replace('-', '_')}={(match[2] or match[3])!r}", message)
     message = re.sub(
         r"--resume ('[^']*'|\S+), which stands for all other options",
         lambda match: f"train(..., run_dir={match[1].strip(chr(39))!r}, resume=True)",

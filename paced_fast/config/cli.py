@@ -12,13 +12,14 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import tyro
 
 from paced_fast.config import Config, flatten, short_help
 from paced_fast.config import modes as launch
 from paced_fast.config.bounds import settings
+from paced_fast.config.command import value_of
 from paced_fast.config.files import SHORT, read_config
 from paced_fast.config.foreign_names import counterpart, suggestion
 from paced_fast.config.presets import BASES, known, preset
@@ -28,9 +29,7 @@ from paced_fast.config.run import OWN
 from paced_fast.config.saved import load_config
 from paced_fast.errors import InputError
 
-__all__ = ["check", "check_files", "parse", "read"]
-
-T = TypeVar("T")
+__all__ = ["check", "check_files", "parse"]
 
 PROG = "paced-fast train"
 _SHORT_OPTIONS = {f"--{name.replace('_', '-')}": f"--{full.replace('_', '-')}" for name, full in SHORT.items()}
@@ -53,7 +52,7 @@ def parse(arguments: Sequence[str]) -> Config:
     short = next((word.partition("=")[0] for word in arguments if _full(word) != word), None)
     default, words, resumed = _start(words, name, short)
     _check_words(words, {f"--{field.replace('_', '-')}": field for field in flatten(default)})
-    config = read(words, lambda: tyro.cli(Config, args=words, default=default, prog=PROG))
+    config = _read(words, lambda: tyro.cli(Config, args=words, default=default, prog=PROG))
     if config.preset != default.preset:
         first = "the preset is the first word, before every option"
         if config.preset not in BASES:
@@ -219,37 +218,16 @@ def _check_values(option: str, field: str, kind: Any, values: Sequence[str]) -> 
     if not values and not is_many:
         raise InputError(f"{option} needs a value")
     for text in values if is_many else values[:1]:
-        check_value(field, _value(option, typing.get_args(kind)[0] if is_many else kind, text))
+        check_value(field, value_of(option, typing.get_args(kind)[0] if is_many else kind, text))
 
 
-def _value(option: str, kind: Any, text: str) -> Any:
-    """The value that a text stands for. Raises InputError when it is none of that kind."""
-    if typing.get_origin(kind) is Literal:
-        choices = {str(choice): choice for choice in typing.get_args(kind)}
-        if text not in choices:
-            near = difflib.get_close_matches(text, choices, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise InputError(f"{option} {text[:80]!r}: {hint}the choices are {', '.join(choices)}")
-        return choices[text]
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except (ValueError, OverflowError):
-            wanted = "a whole number" if kind is int else "a number"
-            raise InputError(f"{option} {text[:80]!r} is not {wanted}") from None
-    return text
-
-
-def read(words: Sequence[str], parse_words: Callable[[], T]) -> T:
+def _read(words: Sequence[str], parse_words: Callable[[], Config]) -> Config:
     """What `parse_words` makes of the command line `words`; a complaint of tyro's becomes an InputError of one line."""
     complaint = io.StringIO()
-    wants_help = "--help" in words or "-h" in words
     try:
-        with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint):
             return parse_words()
-    except SystemExit as stop:
-        if wants_help or stop.code == 0:
-            raise
+    except SystemExit:
         raise InputError(_one_line(complaint.getvalue())) from None
 
 

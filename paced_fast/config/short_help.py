@@ -29,7 +29,6 @@ MOST_USED = (
 """Settings in the short help."""
 
 _WIDTH = 100
-_INDENT = 6
 _OPTIONS = {full: f"--{name.replace('_', '-')}" for name, full in SHORT.items()}
 
 
@@ -52,10 +51,10 @@ def text(default: Config, prog: str) -> str:
     for name in MOST_USED:
         option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
         lines.append(f"  {option}{_kind(name)}  (default: {_shown(flat[name])})")
-        lines += _wrapped(_first_sentence(sentences[name]))
+        lines += wrapped(_first_sentence(sentences[name]))
     lines += ["", "Modes:"]
     for option, told in HELP.items():
-        lines += [f"  {option}", *_wrapped(told)]
+        lines += [f"  {option}", *wrapped(told)]
     return "\n".join(lines) + f"\n\nAll {len(flat)} settings: {prog} --help-all, or docs/settings.md.\n"
 
 
@@ -128,5 +127,6 @@ def _entries(told: dict[str, str]) -> Iterator[str]:
         yield from (f"  {'':<{width}}{line}" for line in more)
 
 
-def _wrapped(words: str) -> list[str]:
-    return textwrap.wrap(words, _WIDTH, initial_indent=" " * _INDENT, subsequent_indent=" " * _INDENT)
+def wrapped(words: str, indent: int = 6) -> list[str]:
+    """The words in lines of the help's width."""
+    return textwrap.wrap(words, _WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)

@@ -1,6 +1,6 @@
 """Evaluate a run's checkpoint, or any model, on benchmarks or other sources of prompts.
 
-python -m paced_fast.evaluate RUN_OR_MODEL [--benchmarks gsm8k,aime24] [--sources SOURCE ...] [--samples 32]
+python -m paced_fast.evaluate RUN_OR_MODEL [--benchmarks gsm8k,aime24] [--data SOURCE ...] [--samples 32]
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
 
-from paced_fast.config import cli
+from paced_fast.config import command
 from paced_fast.errors import InputError, TrainingError, interrupts_in_one_line
-from paced_fast.evaluate.arguments import EvaluateArguments, check
+from paced_fast.evaluate.arguments import COMMAND, EvaluateArguments, check
 from paced_fast.run.record import files, terminal
 
 if TYPE_CHECKING:  # these import PyTorch and transformers, which takes seconds
@@ -45,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of evaluations: tables for people, and with --json one line of JSON for programs."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        prog = "python -m paced_fast.evaluate"
-        given = cli.read(words, lambda: tyro.cli(EvaluateArguments, args=words, prog=prog))
+        given = command.read(COMMAND, EvaluateArguments, words)
         check(given)
         console = terminal.configure_logging(console=Console(stderr=given.json == "-"))
         terminal.announce(f"evaluation of {given.run_or_model}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
+from paced_fast.config.command import Command
 from paced_fast.errors import InputError
 
 
@@ -16,59 +15,91 @@ from paced_fast.errors import InputError
 class EvaluateArguments:
     """Evaluate a run's checkpoint, or any model, on benchmarks or other sources of prompts."""
 
-    run_or_model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
-    """Run folder written by `python -m paced_fast.train`, or a model: a Hugging Face folder or hub id, or `smollm2`."""
+    run_or_model: str
+    """Folder of a run, folder of a model, hub id of a model, or `smollm2` (SmolLM2-135M from a package)."""
     benchmarks: tuple[str, ...] = ()
-    """Benchmarks by name, separated by commas or spaces: gsm8k, math500, aime24, aime25, amc23."""
-    sources: tuple[str, ...] = ()
-    """Sources of prompts, as in `--data.eval`; default, without benchmarks: the held-out prompts of the run."""
+    """Benchmarks by name, separated by commas or spaces: gsm8k, math500, aime24, aime25, amc23. They are read from
+    files, or else from the hub; `paced-fast list benchmarks` names both."""
+    data: tuple[str, ...] = ()
+    """Prompts of your own: files (.jsonl, .json, .csv, .parquet), folders or data sets of the hub, in the same form as
+    for `train --data`. Default, without benchmarks: the held-out prompts of the run."""
+    reward: str | None = None
+    """Reward of the data whose source names none by `reward=`: a built-in one (math, exact, number, ...), or your
+    function as file.py:function. Default: that of the run; for a model, by the format of the rows."""
     samples: int = 16
-    """Completions per prompt."""
+    """Number of completions per prompt."""
     temperature: float | None = None
-    """Sampling temperature; 0: always the likeliest token; default: that of the run's evaluations, or 1 for a model."""
+    """Sampling temperature; 0 takes the likeliest token every time. Default: that of the run's evaluations; for a
+    model, 1."""
     top_p: float | None = None
-    """Share of the probability mass to sample from, likeliest tokens first; default: that of the run's evaluations, or
-    1 for a model."""
+    """Sample from the likeliest tokens only, as many as have this probability together. Default: that of the run's
+    evaluations; for a model, 1, which is all tokens."""
     max_completion_tokens: int | None = None
-    """Maximum length of a completion, in tokens; default: that of the run's evaluations, or 1024 for a model."""
+    """Maximum length of a completion, in tokens. Default: that of the run's evaluations; for a model, 1024."""
     max_prompt_tokens: int | None = None
-    """Maximum length of a prompt, in tokens; default: the run's limit for the run's own prompts, otherwise as many as
-    fit into the model."""
+    """Maximum length of a prompt, in tokens; a longer one is an error. Default: what the model has room for, but for
+    the run's own held-out prompts its limit."""
     template: str | None = None
-    """Text that the model reads for a prompt: a text with {prompt} in it, `plain` (the prompt alone), or `chat`;
-    default: that of the run; for a model, `chat` if it has a chat template, otherwise `plain`."""
+    """Text that the model reads for a prompt: `chat` (the chat template of the tokenizer), `plain` (the prompt alone),
+    or a text with {prompt} in it. Default: that of the run; for a model, `chat` if it has a chat template, otherwise
+    `plain`."""
     system_prompt: str | None = None
-    """System message added to every chat without one; default: that of the run."""
+    """System message that is added to every chat without one. Default: that of the run; for a model, none."""
     template_args: tuple[str, ...] = ()
-    """Arguments of the chat template, each `name=value` or a JSON object; default: those of the run."""
+    """Arguments of the chat template, each `name=value` or a JSON object. Default: those of the run; for a model,
+    none."""
     date: str | None = None
-    """Today's date for the chat template, as YYYY-MM-DD; default: that of the run, or today for a model."""
+    """Today's date for the chat template, as YYYY-MM-DD. Default: that of the run; for a model, today."""
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a completion, by text or id; `auto`: those that the model declares; default: those of the run, or
-    `auto` for a model."""
+    """Tokens that end a completion, by text or id; `auto` stands for those that the model declares. Default: those of
+    the run; for a model, `auto`."""
     keep_special_tokens: tuple[str, ...] = ()
-    """Special tokens that stay in the text that rewards read, as in `--data.keep-special-tokens`; default: those of the
-    run, or `tags` for a model."""
+    """Special tokens that stay in the text that is judged: `tags` (tokens of an answer, such as <think>, but not those
+    that frame a chat), `all`, `none`, or single tokens by their text. Default: those of the run; for a model,
+    `tags`."""
     limit: int | None = None
-    """Maximum number of prompts per slice, chosen by the seed; default: all."""
+    """Number of prompts to take from each slice, chosen by the seed. Default: all."""
     seed: int = 0
     """Seed of the completions and of the choice of prompts."""
     step: int | None = None
-    """Step of the run's checkpoint to evaluate; 0: the policy before training; default: the newest checkpoint."""
+    """Checkpoint of the run, by its step; 0 is the policy before training. Default: the newest one."""
     device: Literal["cpu", "cuda"] | None = None
-    """Device of the model; default: that of the run; for a model, a GPU if there is one."""
+    """Device of the model. Default: that of the run; for a model, a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Data type of the weights; default: that of the run; for a model, bfloat16 on a GPU and float32 on a CPU."""
+    """Data type of the weights. Default: that of the run; for a model, bfloat16 on a GPU and float32 on a CPU."""
     max_batch_sequences: int | None = None
-    """Maximum number of sequences decoded at once; default: that of the run, or 256 for a model."""
+    """Number of sequences that are decoded at once; fewer take less memory. Default: that of the run; for a model,
+    256."""
     data_dir: str | None = None
-    """Folder in which files are looked up first; default: that of the run, or the working directory, then `data`, then
-    the folders in PACED_FAST_DATA."""
+    """Folder in which files are looked up first, before the working directory. Default: that of the run; for a model,
+    none: the working directory, then its folder `data`, then the folders in PACED_FAST_DATA."""
     json: str | None = None
-    """File to which the figures are written, as one JSON object; `-`: standard output, and everything else goes to
-    standard error; default: none."""
+    """Write the figures to this file, as one JSON object; `-` prints them, and the tables go to standard error."""
     save_samples: str | None = None
-    """File to which every completion is written with its reward, one JSON object per line; default: none."""
+    """Write every completion with its reward to this file, one JSON object per line."""
+
+
+COMMAND = Command(
+    name="evaluate",
+    purpose="Measure how often a run's policy, or any model, answers right: on the run's held-out prompts, on prompts "
+    "of your own, or on benchmarks.",
+    words={"run_or_model": "RUN_OR_MODEL"},
+    examples={
+        "paced-fast evaluate runs/first --samples 8": "a run, on the held-out prompts that it was given in training",
+        "paced-fast evaluate runs/first --step 0": "the same policy before it was trained",
+        "paced-fast evaluate runs/first --data test.jsonl": "a run on other prompts, with the reward of its training",
+        "paced-fast evaluate exported --data test.jsonl --reward reward.py:last_number": "a model's folder",
+        "paced-fast evaluate smollm2 --benchmarks gsm8k --limit 20 --samples 4": "20 prompts of a benchmark",
+    },
+    metavars={"benchmarks": "NAME", "data": "SOURCE", "reward": "REWARD", "date": "DATE", "data_dir": "FOLDER"}
+    | dict.fromkeys(("json", "save_samples"), "FILE"),
+    synonyms=dict.fromkeys(("sources", "eval-data", "dataset", "test-file"), "data")
+    | dict.fromkeys(("tasks", "task", "benchmark"), "benchmarks")
+    | dict.fromkeys(("model", "run", "run-dir", "pretrained", "checkpoint-path"), "run_or_model")
+    | dict.fromkeys(("output", "out", "output-path", "output-file", "run-name"), "json")
+    | dict.fromkeys(("batch-size", "micro-batch-tokens", "max-num-seqs"), "max_batch_sequences")
+    | {"checkpoint": "step", "log-samples": "save_samples", "n": "samples", "group-size": "samples"},
+)
 
 
 def check(arguments: EvaluateArguments) -> None:

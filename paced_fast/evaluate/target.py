@@ -21,7 +21,7 @@ from paced_fast.config.resolve import check_chats, named
 from paced_fast.config.saved import parse_config, read_settings
 from paced_fast.data import prompts
 from paced_fast.data.records import PromptTable
-from paced_fast.data.sources import parse_day, template_arguments
+from paced_fast.data.sources import parse_day, rewarded, template_arguments
 from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
 from paced_fast.errors import InputError
 from paced_fast.evaluate.arguments import EvaluateArguments, check
@@ -65,7 +65,9 @@ def evaluate_target(
     config = target.config
     data_dir = arguments.data_dir or config.data.dir
     names = [name for word in arguments.benchmarks for name in word.split(",") if name]
-    given = (*benchmark_sources(names, data_dir), *arguments.sources)
+    reward = arguments.reward or config.reward.name
+    yours = [spec if reward is None else rewarded(spec, reward) for spec in arguments.data]
+    given = (*benchmark_sources(names, data_dir), *yours)
     if not given and not config.data.eval:
         raise _without_prompts(arguments.run_or_model, target)
     if (config.model.device, config.model.dtype) == ("cpu", "float32"):
@@ -227,7 +229,7 @@ def _room(model: PreTrainedModel, sampling: Sampling) -> int:
 def _without_prompts(name: str, target: _Target) -> InputError:
     """Error for a run or model `name` without prompts to evaluate on, with sources that work."""
     remedy = (
-        f"give --benchmarks {','.join(BENCHMARKS)}, or prompts of yours, as in --sources "
+        f"give --benchmarks {','.join(BENCHMARKS)}, or prompts of yours, as in --data "
         f"{shlex.quote(held_out_like(next(iter(target.config.data.train), '')))}"
     )
     if not target.is_run and not Path(target.path).is_dir():

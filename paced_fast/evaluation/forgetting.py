@@ -1,4 +1,4 @@
-"""Slices on which the policy became worse: the first and the last evaluation compared prompt by prompt.
+"""What changed between the first and the last evaluation, prompt by prompt: accuracy, and slices that became worse.
 
 Needs no tensor library, so that a reader of run folders can use it.
 """
@@ -44,17 +44,7 @@ def fallen_slices(first: Mapping[str, object], last: Mapping[str, object]) -> li
     The noise is that of the mean difference over prompts, which holds their sampling too: an interval of 95 % for all
     slices together. Empty if the records cannot be compared.
     """
-    slices, before, after = (
-        _list(first.get("prompt_slices")),
-        *(_list(r.get("prompt_accuracy")) for r in (first, last)),
-    )
-    if not len(slices) == len(before) == len(after):
-        return []
-    pairs: dict[str, list[tuple[float, float]]] = {}
-    for name, old, new in zip(slices, before, after, strict=True):
-        if _is_number(old) and _is_number(new):
-            pairs.setdefault(str(name), []).append((old, new))
-    known = {name: found for name, found in pairs.items() if len(found) >= _FEWEST}
+    known = _known(first, last)
     if not known:
         return []
     z = NormalDist().inv_cdf(1 - (1 - _LEVEL) / 2 / len(known))
@@ -66,6 +56,45 @@ def fallen_slices(first: Mapping[str, object], last: Mapping[str, object]) -> li
             old, new = fmean(old for old, _ in found), fmean(new for _, new in found)
             falls.append(Fall(name, old, new, change - half, change + half))
     return sorted(falls, key=lambda fall: fall.change)
+
+
+def can_compare(first: Mapping[str, object], last: Mapping[str, object]) -> bool:
+    """Whether any slice has enough prompts that both records scored to tell a fall from noise."""
+    return bool(_known(first, last))
+
+
+def change_interval(first: Mapping[str, object], last: Mapping[str, object]) -> tuple[float, float] | None:
+    """Interval of 95 % of the change in accuracy, from the mean difference over prompts that both records scored.
+
+    The prompts are those of the headline slices, or all if the records name none. None if they are too few.
+    """
+    headline = _list(first.get("headline"))
+    pairs = _pairs(first, last)
+    changes = [new - old for name, found in pairs.items() if not headline or name in headline for old, new in found]
+    if len(changes) < _FEWEST:
+        return None
+    half = NormalDist().inv_cdf(1 - (1 - _LEVEL) / 2) * stdev(changes) / math.sqrt(len(changes))
+    return fmean(changes) - half, fmean(changes) + half
+
+
+def _known(first: Mapping[str, object], last: Mapping[str, object]) -> dict[str, list[tuple[float, float]]]:
+    """Those slices of `_pairs` whose spread over prompts says enough."""
+    return {name: found for name, found in _pairs(first, last).items() if len(found) >= _FEWEST}
+
+
+def _pairs(first: Mapping[str, object], last: Mapping[str, object]) -> dict[str, list[tuple[float, float]]]:
+    """Accuracy in both records of each prompt that both scored, by slice; empty if the prompts are not the same."""
+    slices, before, after = (
+        _list(first.get("prompt_slices")),
+        *(_list(r.get("prompt_accuracy")) for r in (first, last)),
+    )
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    if not len(slices) == len(before) == len(after):
+        return pairs
+    for name, old, new in zip(slices, before, after, strict=True):
+        if _is_number(old) and _is_number(new):
+            pairs.setdefault(str(name), []).append((old, new))
+    return pairs
 
 
 def _list(value: object) -> Sequence[object]:

@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-import tyro
-
-from paced_fast.config import cli
+from paced_fast.config import command
 from paced_fast.errors import InputError, interrupts_in_one_line
-from paced_fast.export.arguments import ExportArguments
+from paced_fast.export.arguments import COMMAND, ExportArguments
 from paced_fast.run.record import terminal
 
 __all__ = ["ExportArguments", "export", "main"]
@@ -39,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = terminal.configure_logging()
     try:
         words = sys.argv[1:] if arguments is None else list(arguments)
-        prog = "python -m paced_fast.export"
-        given = cli.read(words, lambda: tyro.cli(ExportArguments, args=words, prog=prog))
+        given = command.read(COMMAND, ExportArguments, words)
         terminal.announce(f"export of {given.run_or_checkpoint}")
         write = import_module(
             "paced_fast.export.write"

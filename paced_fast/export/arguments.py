@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
+from paced_fast.config.command import Command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportArguments:
     """Write the policy of a run as a plain Hugging Face folder."""
 
-    run_or_checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """Run folder, or one of its checkpoints, such as checkpoints/step_000150 in it."""
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
-    """Output folder; it must be empty or not exist."""
+    run_or_checkpoint: str
+    """Folder of a run, or one of its checkpoints, such as runs/first/checkpoints/step_000150."""
+    folder: str
+    """Folder to write; it must not exist yet, or be empty."""
     step: int | None = None
-    """Step of the run's checkpoint to export; 0: the policy before training; default: the newest checkpoint."""
+    """Checkpoint of the run, by its step; 0 is the policy before training. Default: the newest one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Data type of the weights; `auto`: the most exact that the run has, which is float32 for weights that were
-    trained. bfloat16 halves the size, and rounds away what a short training at a small learning rate changed."""
+    """Data type of the weights; `auto` is the most exact that the run has: float32 for weights that were trained, the
+    type of the model for merged adapters. bfloat16 halves the size, and rounds away what a short training at a small
+    learning rate changed."""
+
+
+COMMAND = Command(
+    name="export",
+    purpose="Write the policy of a run as a plain Hugging Face folder, which transformers, vLLM and others load.",
+    words={"run_or_checkpoint": "RUN_OR_CHECKPOINT", "folder": "FOLDER"},
+    examples={
+        "paced-fast export runs/first exported": "the newest checkpoint",
+        "paced-fast export runs/first halved --dtype bfloat16": "in half the size",
+    },
+    synonyms=dict.fromkeys(("run", "run-dir", "model", "checkpoint-path"), "run_or_checkpoint")
+    | dict.fromkeys(("out", "output", "output-dir", "out-dir", "save-dir"), "folder")
+    | {"checkpoint": "step"},
+)

@@ -63,7 +63,7 @@ def document(template: str, bodies: Mapping[str, Markup], *, refresh: int = 0, *
     Its content security policy forbids fetching and any script but the page's own, whatever a completion contains.
     """
     folder = files("paced_fast.report") / "templates"
-    names = ("colors.css", "style.css", "hover.js", "refresh.js")
+    names = ("colors.css", "style.css", "hover.js", "nav.js", "refresh.js")
     colors, style, *scripts = (Markup(folder.joinpath(name).read_text(encoding="utf-8")) for name in names)
     script = Markup("").join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
 
+from paced_fast.config.given import in_words
 from paced_fast.config.presets import PRESETS
 from paced_fast.config.presets.changed import changed_settings
 from paced_fast.errors import InputError
-from paced_fast.evaluation.forgetting import fallen_slices
+from paced_fast.evaluation.forgetting import change_interval, fallen_slices
 from paced_fast.report.charts.chart import Axis, Chart, Line, merged, percent, seconds
 from paced_fast.report.charts.held_out import (
     interval,
@@ -26,9 +28,9 @@ from paced_fast.report.charts.renderer import draw
 from paced_fast.report.charts.training import generator_charts, health_charts, reward_charts, time_charts
 from paced_fast.report.charts.value import replay_charts, schedule_charts, value_charts
 from paced_fast.report.html import Tile, counted, document, pairs_table, part, shown, write_page
-from paced_fast.report.read_run import Run, number, read_run, series
+from paced_fast.report.read_run import Record, Run, number, read_run, series
 from paced_fast.report.sample_rollouts import groups_section, rollouts_section
-from paced_fast.report.warning_tiles import MAX_TOKEN_RATIO, MAX_TRUNCATED, recent_mean, warning_tiles
+from paced_fast.report.warning_tiles import LONGER, MAX_TOKEN_RATIO, MAX_TRUNCATED, recent_mean, warning_tiles
 
 ARROW = "\u2192"
 REFRESH_SECONDS = 15
@@ -154,7 +156,7 @@ def _state(run: Run, *, goes_on: bool) -> Markup:
             "running" if goes_on else "not finished",
             f"step {run.last_step:,}" + (f" of {steps:,.0f}" if steps else ""),
         )
-    facts = [f"{name} {run.config[key]}" for key, name in _FACTS.items() if run.config.get(key) is not None]
+    facts = [f"{name} {in_words(run.config[key])}" for key, name in _FACTS.items() if run.config.get(key) is not None]
     return part("state", badge, text, facts)
 
 
@@ -227,14 +229,32 @@ def _change(run: Run, key: str, name: str) -> list[Tile]:
     subs: list[str] = []
     both = before is not None and len(evaluations) != 1
     if before is not None and both:
-        points = 100 * (after - before)
-        direction = "up" if points >= 0 else "down"
-        subs.append(Markup('<span class="{}">{} points</span>').format(direction, f"{points:+.1f}"))
+        points = round(100 * (after - before), 1) + 0.0  # so that no change is not "-0.0"
+        direction = _direction(evaluations, key)
+        moved = f"{points:+.1f} points" if direction != "" else f"{points:+.1f} points, within the noise"
+        subs.append(Markup('<span class="{}">{}</span>').format(direction, moved) if direction else moved)
     if "nan" not in ends and ends:
         subs.append(f"95% interval: {ends[0]} to {ends[1]}%{' after training' if both else ''}")
     if both and evaluations and scored_prompts(evaluations[0]) != scored_prompts(evaluations[-1]):
         subs.append("on different scored prompts")
     return [Tile(name=name, text=text, sub=Markup("; ").join(subs))]
+
+
+def _direction(evaluations: Sequence[Record], key: str) -> str | None:
+    """Whether a figure went "up" or "down" by more than its noise; "" if it did not, None if its noise is unknown.
+
+    Accuracy is compared prompt by prompt; of other figures the intervals of both evaluations must be apart.
+    """
+    if not evaluations:
+        return None
+    first, last = evaluations[0], evaluations[-1]
+    change = change_interval(first, last) if key == "accuracy" else None
+    if change is None:
+        before, after = interval(first, key), interval(last, key)
+        change = (after[0] - before[1], after[1] - before[0])
+    if not math.isfinite(sum(change)):
+        return None
+    return "up" if change[0] > 0 else "down" if change[1] < 0 else ""
 
 
 def _notes(run: Run) -> list[str]:
@@ -252,7 +272,7 @@ def _notes(run: Run) -> list[str]:
         were = "was" if skipped == 1 else "were"
         lines.append(f"{counted(int(skipped), 'step')} {were} skipped because loss or gradient was not finite.")
     if (share := last_mean("truncated_share")) > MAX_TRUNCATED:
-        lines.append(f"{percent(share)} of the completions of {last} were cut at the length limit.")
+        lines.append(f"{percent(share)} of the completions of {last} were cut at the length limit: {LONGER}.")
     if (ratio := last_mean("generator_mismatch_token_ratio")) > MAX_TOKEN_RATIO:
         lines.append(f"Generator and trainer disagree: token ratio {ratio:.3f} over {last}, above 1.05.")
     if len(run.evaluations) > 1:
@@ -273,4 +293,5 @@ def _configuration(run: Run) -> Markup:
         for found in changed_settings(run.config)
     )
     known = str(run.config.get("preset")) in PRESETS
-    return part("configuration", known, changed, decided, pairs_table(run.config))
+    every = {name: in_words(value) for name, value in run.config.items()}
+    return part("configuration", known, changed, decided, pairs_table(every))

@@ -8,17 +8,21 @@ A callable object may also define `problem(columns) -> str | None`, which return
 judged (called when the data are read, with the row's columns and its `prompt`); `counts`, a Counter of verdicts by
 kind; and `close()`.
 
-    exact            the text equals the answer; white space is ignored, numbers compare by value (43 is 43.0)
-    number           the last number of the text is the answer
-    math             math-verify on the final answer of the text: a box, "the answer is", a closing sentence
-    math_strict      one value in the last \boxed{}, written out and exactly the answer; see `math.reward`
-    code             a program that passes all tests of its row, run in a sandbox
-    reasoning_gym    our own rule for the row's task, or the package's checker in a sandbox; see `procedural.rules`
-    signed_sums      the exact checker of that task
-    file.py:function          your own; package.module:function too
-    verl:file.py:function     a function written for verl, `compute_score`
-    trl:file.py:function      a function written for TRL that expects chats (see `foreign`)
-    0.7*math+0.3*exact        a weighted mean of several
+    exact                     the text is the answer; white space is ignored, numbers compare by value (43 is 43.0)
+    number                    the last number in the text is the answer
+    math                      the final answer of the text (in \boxed{}, after "the answer is", or in a closing
+                              sentence) equals the answer according to math-verify; formatting and units are ignored
+    math_strict               the last \boxed{} of the text holds one value, written out, that is exactly the answer:
+                              1/3, not 0.333; 5, not 10/2
+    code                      the program in the text passes all tests of its row; it is run in a sandbox
+    reasoning_gym             the answer is right for the task of its row; sources rg:TASK have it by themselves
+    signed_sums               the text is an expression that solves its row; task:signed_sums has it by itself
+    file.py:function          a function of yours, from a file
+    package.module:function   a function of yours, from an installed package
+    verl:file.py:function     a function written for verl, with the signature of `compute_score`
+    trl:file.py:function      a function written for TRL that takes completions as lists of messages; one that takes
+                              texts needs no `trl:`
+    0.7*math+0.3*exact        the weighted mean of several rewards
 """
 
 from paced_fast.rewards.loading import RewardFunction, load_reward

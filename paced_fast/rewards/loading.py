@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from paced_fast.config import RewardConfig
+from paced_fast.config import RewardConfig, given
 from paced_fast.errors import InputError, nearest
 from paced_fast.rewards.code.reward import CodeReward
 from paced_fast.rewards.foreign import TRLChatReward, VerlReward
@@ -19,7 +19,7 @@ from paced_fast.rewards.text import exact, number
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
-GIVEN = "given:"
+GIVEN = given.REWARD
 """Prefix of the name of a function that Python handed over and that is in no file."""
 
 BUILT_IN = ("exact", "number", "math", "math_strict", "code", "reasoning_gym", "signed_sums")

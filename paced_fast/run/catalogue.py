@@ -54,8 +54,16 @@ def algorithms() -> str:
 
 def rewards() -> str:
     """Rewards with the lines of their package's docstring, which is read without importing it."""
-    described = re.findall(r"^ {4}(\S+(?:, \S+)*?) {1,}(\S.*)$", _docstring("paced_fast.rewards"), re.MULTILINE)
-    return _table((name.rstrip(","), words) for name, words in described)
+    unwrapped = re.sub(r"\n {8,}", " ", _docstring("paced_fast.rewards"))
+    table = _table(re.findall(r"^ {4}(\S+) +(\S.*)$", unwrapped, re.MULTILINE))
+    return (
+        "--reward NAME judges all data, FILE?reward=NAME the rows of one source; a reward is 1 for right, 0 for wrong"
+        f"\n\n{table}\n"
+        "a function of yours: one number from 0 to 1 per completion, or None where it cannot decide; completions are\n"
+        "texts, and every column of the data is a list with one entry per completion\n"
+        "  def last_word(completions, answer, **columns):\n"
+        "      return [float(text.split()[-1:] == [right]) for text, right in zip(completions, answer)]\n"
+    )
 
 
 def sources() -> str:

@@ -95,7 +95,7 @@ def _begin(run: PreparedRun, outputs: Outputs) -> None:
             "slices": dict(run.repeated),
         }
         record = dataclasses.replace(record, eval=evaluated, overlap=overlap)
-    if before is not None or parity:
+    if before is not None or parity or not run.config.steps:  # a run of no step has a record too, to be summarised
         outputs.write(record)
 
 

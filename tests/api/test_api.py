@@ -21,7 +21,9 @@ from steady import wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paced_fast.api import Comparison, Result, compare, evaluate, report, train
+from paced_fast.api.settings import in_python
 from paced_fast.api.tables import table as as_table
+from paced_fast.config.given import in_words
 from paced_fast.errors import InputError
 from paced_fast.run.start import signals
 
@@ -192,6 +194,68 @@ def test_progress_is_told(model: str, here: Path, capsys: pytest.CaptureFixture[
     told = capsys.readouterr().out
     assert "step 1/1" in told
     assert "run folder" in told
+
+
+def test_what_python_handed_over_is_told_in_its_words(
+    model: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the files that rows and models are written into, nor the names made for functions."""
+
+    def even(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return odd(prompts, completions)
+
+    mine, its = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    made = train(
+        mine, ROWS, tokenizer=its, reward=even, eval_data=ROWS[:5], steps=1, settings=SMALL | {"run.report": True}
+    )
+    told = " ".join(capsys.readouterr().out.split())
+    exported = made.export(here / "exported")
+    card, page = (path.read_text() for path in (exported / "README.md", made.folder / "report.html"))
+    log = told + card + page
+    for made_up in (str(here), "given:", "jsonl:"):
+        assert made_up not in log.replace(f"{exported}", ""), log[max(0, log.find(made_up) - 200) : log.find(made_up)]
+    assert "first training row, data, row 1 (slice data)" in told
+    assert "training prompts are also held-out prompts (data, row 1 is eval_data, row 1;" in told
+    assert "reward even of this answer" in told
+    for place in (card, page):
+        assert "a model from Python" in place
+        assert "rows from Python, given/data-" in place
+        assert ", reward even" in place
+    assert "base_model" not in card, "there is no such repository"
+
+
+def test_a_path_in_a_folder_of_that_name_is_left_alone() -> None:
+    for value in ("jsonl:/mine/given/train.jsonl?reward=number", "/mine/given/model-7b", None, 3, ("a.csv",)):
+        assert in_words(value) == (list(value) if isinstance(value, tuple) else value)
+    assert in_words("a.csv?reward=given:mine&rows=0:3") == "a.csv?reward=mine (a function from Python)&rows=0:3"
+
+
+@pytest.mark.parametrize(
+    ("told", "in_words_of_python"),
+    [
+        ("give --model and --data, and a reward", "give model and data, and a reward"),
+        (
+            "give --benchmarks gsm8k,amc23, or --data 'x.jsonl?a=b'",
+            "give benchmarks='gsm8k,amc23', or data='x.jsonl?a=b'",
+        ),
+        ("as in --data FILE --eval-data 'FILE?rows=0:3'", "as in data='FILE' eval_data='FILE?rows=0:3'"),
+    ],
+)
+def test_options_of_lists_become_arguments(told: str, in_words_of_python: str) -> None:
+    assert in_python(told) == in_words_of_python
+
+
+def test_an_evaluation_prints_its_tables_once(result: Result, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated = evaluate(result, samples=2)
+    assert "pass@k" not in capsys.readouterr().out, "they are in what is returned"
+    first, *tables = repr(evaluated).splitlines()
+    assert first.startswith(
+        f"Evaluated({evaluated.figures['model']!r}): accuracy {evaluated.accuracy:.3f} (95 % interval "
+    )
+    shown = "\n".join(tables)
+    assert [shown.count(title) for title in ("held-out accuracy, 95 % intervals", "pass@k: ", "maj@k: ")] == [1, 1, 1]
+    assert f"eval_data {len(HELD_OUT)} " in " ".join(shown.split())
+    assert max(map(len, tables)) <= 100
 
 
 def test_a_run_in_another_thread(model: str, here: Path) -> None:

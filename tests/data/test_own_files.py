@@ -265,5 +265,5 @@ def test_a_chat_without_a_chat_template_says_what_to_do() -> None:
         (None, "the tokenizer has no chat template: give a model that has one, or name a column of text"),
     ):
         encoder = prompts.encoder.Encoder(tiny_chat.tokenizer(template))
-        with pytest.raises(InputError, match=rf"here: the prompt is a chat of 1 messages: {cure}$"):
+        with pytest.raises(InputError, match=rf"here: the prompt is a chat of 1 message: {cure}$"):
             encoder.encode([chat], "plain", ["here"], refuse=lambda bad: None)

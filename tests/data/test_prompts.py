@@ -422,7 +422,7 @@ class TestFiles:
             (
                 ({**GOOD, "prompt": [{"role": "user", "content": "b"}]},),
                 "",
-                "a.jsonl:1: the prompt is a chat of 1 messages",
+                "a.jsonl:1: the prompt is a chat of 1 message",
             ),
             ((GOOD,), "rows=0:2", "rows up to 2, but has 1"),
             ((GOOD,), "rows=3:", "has no rows"),

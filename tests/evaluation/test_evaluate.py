@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 import sys
 from importlib import util
 from pathlib import Path
@@ -400,7 +401,7 @@ def test_figures_are_for_programs_only_where_they_are_asked_for(
 
 def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path, capsys: Any, monkeypatch: Any) -> None:
     source = f"task:signed_sums?split=eval&size=9&slice=sums&reward={run_folder / 'rewards.py'}:odd"
-    words = [run_folder / "run" / "initial", "--benchmarks", "aime24", "--sources", source, "--data-dir", run_folder]
+    words = [run_folder / "run" / "initial", "--benchmarks", "aime24", "--data", source, "--data-dir", run_folder]
     words += ["--samples", 3, "--max-completion-tokens", 6, "--limit", 4]
     found = command(capsys, monkeypatch, *words, "--save-samples", run_folder / "samples.jsonl")
     assert {name: figures["prompts"] for name, figures in found["slices"].items()} == {"aime24": 4, "sums": 4}
@@ -424,6 +425,33 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
     assert other["tokens"] != found["tokens"]
 
 
+VERDICTS = ("right", "wrong")
+
+
+def test_other_prompts_are_judged_by_the_reward_of_the_run(
+    run_folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in training, a source's own reward comes before `--reward`, which comes before what the run had."""
+    run = tmp_path / "run"
+    shutil.copytree(run_folder / "run", run)
+    settings = json.loads((run / "config.json").read_text())
+    settings["reward"]["name"] = f"{tmp_path / 'mine.py'}:right"
+    (run / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "mine.py").write_text(
+        "".join(f"def {name}(completions, **_): return [{name == 'right'}] * len(completions)\n" for name in VERDICTS)
+    )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1=", "answer": "1"}\n')
+
+    def accuracies(own: str, *words: str) -> dict[str, float]:
+        rows = tmp_path / "rows.jsonl"
+        source = f"{rows}?slice=with_own&reward={tmp_path / 'mine.py'}:{own}"
+        found = command(capsys, monkeypatch, run, "--samples", 2, "--data", rows, source, *words)
+        return {name: figures["accuracy"] for name, figures in found["slices"].items()}
+
+    assert accuracies("wrong") == {"rows": 1.0, "with_own": 0.0}
+    assert accuracies("right", "--reward", f"{tmp_path / 'mine.py'}:wrong") == {"rows": 0.0, "with_own": 1.0}
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -440,9 +468,10 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
             ["run", "--benchmarks", "gms8k"],
             r"unknown benchmark 'gms8k' .did you mean 'gsm8k'.*: the benchmarks are gsm8k, math500",
         ),
-        (["run", "--sources", "jsonl:none.jsonl"], r"source jsonl:none.jsonl: no such file .*"),
+        (["run", "--data", "jsonl:none.jsonl"], r"source jsonl:none.jsonl: no such file .*"),
         (["run", "--json", "no/such/place.json"], "--json no/such/place.json: no such folder"),
-        (["run", "--sampels", "3"], "--sampels"),
+        (["run", "--sampels", "3"], "unknown option --sampels: did you mean --samples[?]$"),
+        (["run", "--data", "task:signed_sums?size=1", "--reward", "none"], "unknown reward 'none'"),
         (
             ["run/initial"],
             "no prompts to evaluate .* because a model has no held-out prompts of its own: give --benchmarks",
@@ -461,7 +490,7 @@ def test_a_model_folder_is_evaluated_on_benchmarks_and_sources(run_folder: Path,
             "--max-completion-tokens is 510, which with the .* the model's 512 pos",
         ),
         (
-            ["run/initial", "--sources", "task:signed_sums?split=eval&size=3", "--max-completion-tokens", "509"],
+            ["run/initial", "--data", "task:signed_sums?split=eval&size=3", "--max-completion-tokens", "509"],
             "--max-completion-tokens is 509, which with the [0-9]+ tokens of .* is above the model's 512 positions",
         ),
         (["run", "--json", "."], "--json . is a folder: give the name of a file in it"),
@@ -506,10 +535,10 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, content: str | None, c
 
 
 def refusal_of(run_or_model: Path) -> str:
-    """The example of `--sources` in the refusal to evaluate without prompts."""
+    """The example of `--data` in the refusal to evaluate without prompts."""
     with pytest.raises(InputError, match=r"because (this run|a model) has no held-out prompts") as caught:
         evaluate_target(EvaluateArguments(run_or_model=str(run_or_model)))
-    told, _, example = str(caught.value).partition("--sources ")
+    told, _, example = str(caught.value).partition("--data ")
     assert told.endswith("give --benchmarks gsm8k,math500,aime24,aime25,amc23, or prompts of yours, as in ")
     (example,) = shlex.split(example)
     return example
@@ -539,7 +568,7 @@ def test_the_example_for_what_has_no_held_out_prompts_works(
         named = [{"question": row["frage"], "answer": row["antwort"]} for row in rows[12:]]
         Path("held_out.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in named))
     figures = evaluate_target(
-        EvaluateArguments(run_or_model=str(place), sources=(example,), samples=1, max_completion_tokens=4)
+        EvaluateArguments(run_or_model=str(place), data=(example,), samples=1, max_completion_tokens=4)
     )
     assert (figures["prompts"], figures["unscored"]) == (4, 0)
 

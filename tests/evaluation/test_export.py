@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import tiny_policy
+import tiny_run
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from paced_fast import train
 from paced_fast.data.prompts import character_tokenizer
 from paced_fast.errors import InputError
 from paced_fast.export import ExportArguments, export, main
@@ -74,6 +77,30 @@ def test_without_a_type_it_is_the_most_exact_of_the_run_and_is_told(
     wanted = {name: tensor if exact else tensor.bfloat16() for name, tensor in full.items()}
     assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
     assert f"The weights are in {kind}." in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_exported_merged_in_the_type_of_the_weights_under_them(tmp_path: Path, dtype: str) -> None:
+    """The optimiser's float32 copies are of the adapters, so that they say nothing of the merged weights' type."""
+    pytest.importorskip("peft", reason="needs peft")
+    kind = getattr(torch, dtype)
+    settings = tiny_run.config(
+        tiny_run.write_rewards(tmp_path), steps=2, lora__rank=2, model__dtype=dtype, data__eval=(), evaluation__every=0
+    )
+    run = tmp_path / "run"
+    train.run(dataclasses.replace(settings, run_dir=str(run)), tiny_run.quiet())
+    merged = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step_000002" / "policy", dtype="auto")
+    start = AutoModelForCausalLM.from_pretrained(run / "initial", dtype="auto").state_dict()
+    export(ExportArguments(run_or_checkpoint=str(run), folder=str(tmp_path / "auto")))
+    assert exporting.stored_dtype(tmp_path / "auto") == dtype
+    found = loaded(tmp_path / "auto", kind)
+    expected = merged.state_dict()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert any(not torch.equal(found[name], start[name].to(kind)) for name in found), "the adapters are in them"
+    assert f"The weights are in {dtype}." in (tmp_path / "auto" / "README.md").read_text()
+    export(ExportArguments(run_or_checkpoint=str(run), folder=str(tmp_path / "wide"), dtype="float32"))
+    wide = loaded(tmp_path / "wide", torch.float32)
+    assert [name for name in expected if not torch.equal(wide[name], expected[name].float())] == []
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

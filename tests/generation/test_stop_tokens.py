@@ -165,7 +165,7 @@ def test_evaluate_ends_where_the_model_says_and_rewards_do_not_see_it(tmp_path: 
         evaluate_target(
             EvaluateArguments(
                 run_or_model=folder,
-                sources=("jsonl:a.jsonl?reward=exact",),
+                data=("jsonl:a.jsonl?reward=exact",),
                 data_dir=str(tmp_path),
                 samples=1,
                 temperature=0.0,

@@ -121,7 +121,7 @@ def evaluation(folder: Path, tokens: int) -> evaluate.EvaluateArguments:
     """Two completions of so many tokens for each of six prompts."""
     return evaluate.EvaluateArguments(
         run_or_model=str(folder / "model"),
-        sources=("task:signed_sums?split=eval&size=6",),
+        data=("task:signed_sums?split=eval&size=6",),
         samples=2,
         max_completion_tokens=tokens,
         device="cpu",

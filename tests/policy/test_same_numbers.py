@@ -114,7 +114,7 @@ def test_a_run_and_an_evaluation_ask_before_anything_is_written(
     model = tiny_policy.model()
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="float32 matrix products on this CPU"):
-        evaluate_target(EvaluateArguments(run_or_model=str(tmp_path / "model"), sources=("rg:chain_sum?size=4",)))
+        evaluate_target(EvaluateArguments(run_or_model=str(tmp_path / "model"), data=("rg:chain_sum?size=4",)))
 
 
 def test_a_run_of_such_a_precision_says_why_it_is_not_resumed(tmp_path: Path) -> None:

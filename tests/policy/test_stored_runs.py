@@ -93,7 +93,7 @@ def test_adapters_that_learn_nothing_change_nothing_in_what_is_kept(tmp_path: Pa
         found = tiny_stored.logits(AutoModelForCausalLM.from_pretrained(folder).eval())
         assert torch.equal(found, wanted)
     run, model = (
-        evaluate_target(EvaluateArguments(run_or_model=str(path), samples=2, sources=settings.data.eval, **more))
+        evaluate_target(EvaluateArguments(run_or_model=str(path), samples=2, data=settings.data.eval, **more))
         for path, more in ((tmp_path / "run", {}), (out, {"max_completion_tokens": 5, "template": "{prompt}"}))
     )
     assert run["accuracy"] == model["accuracy"]

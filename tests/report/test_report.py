@@ -316,7 +316,8 @@ def _charts(charts: list[Chart]) -> dict[str, Chart]:
 def test_learning_curve_draws_the_headline_against_rollouts() -> None:
     chart = _charts(held_out.learning_charts(_run(_records())))["learning_rollouts"]
     headline, *slices = chart.lines
-    assert (headline.name, headline.style) == ("headline", "thick")
+    assert (headline.name, headline.style) == ("held-out", "thick"), "as the tile has it"
+    assert chart.caption == "Thick: all held-out prompts. Thin: every slice."
     assert headline.x.tolist() == [0, 2560, 5120, 7680]
     assert headline.y.tolist() == pytest.approx([0.142, 0.142 + 0.145 / 3, 0.142 + 0.29 / 3, 0.287])
     assert [line.name for line in slices] == ["hard", "k3", "k4", "k5", "k6", "trivial"]
@@ -562,7 +563,7 @@ def test_intervals_of_evaluations_become_bands() -> None:
         if "eval" in row:
             row["eval"] |= {"accuracy_interval": [0.1, 0.4]}  # type: ignore[operator]
     charts = _charts(held_out.learning_charts(_run(rows)))
-    assert [line.name for line in charts["learning_rollouts"].lines if line.low is not None] == ["headline"]
+    assert [line.name for line in charts["learning_rollouts"].lines if line.low is not None] == ["held-out"]
     points = _hover(_page(_run(rows)), "learning_time")["s"][0]["p"]
     assert [p[1] for p in points] == ["0 s", "5 s", "10 s"]
     assert all("[10%, 40%]" in p[2] for p in points)

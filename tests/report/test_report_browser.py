@@ -182,7 +182,7 @@ def test_nothing_is_fetched_and_no_completion_runs(
 
 def test_the_pointer_and_the_choice_of_rollouts_work(seen: tuple[dict[str, Any], NDArray[np.float32]]) -> None:
     found, _ = seen
-    assert re.fullmatch(r"rollouts \d+(headline|\w+): .*", found["tip"])
+    assert re.fullmatch(r"rollouts \d+(held-out|\w+): .*", found["tip"])
     assert found["line"] < 1.5, "the line under the pointer goes through a point"
     counts = found["filtered"]
     assert counts["all"] > counts["right"] > 0

@@ -74,8 +74,37 @@ def test_pass_at_8_and_accuracy_have_the_interval_of_the_end() -> None:
     assert (
         tiles["held-out accuracy"] == '<span class="up">+10.0 points</span>; 95% interval: 28.0 to 33.0% after training'
     )
+    assert tiles["held-out pass@8"].startswith("+20.0 points, within the noise; "), "40 +- 10 % against 60 +- 10 %"
     (alone,) = [t for t in run_page._tiles(_run(_evaluation(0.2))) if t.name == "held-out accuracy"]
     assert alone.sub == "95% interval: 18.0 to 23.0%"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        # 20 prompts; the error of their mean change is its spread / sqrt(20): 1.96 * .205 / 4.47 = .090
+        ([0.2, -0.2] * 9 + [0.2, 0.2], "+2.0 points, within the noise"),
+        ([0.1, 0.1, -0.1, 0.1] * 5, '<span class="up">+5.0 points</span>'),  # .05 +- .039
+        ([-0.1, -0.1, 0.1, -0.1] * 5, '<span class="down">-5.0 points</span>'),
+        ([0.0] * 20, "+0.0 points, within the noise"),
+    ],
+)
+def test_a_change_has_a_colour_only_beyond_its_noise_prompt_by_prompt(changes: list[float], told: str) -> None:
+    """Whatever the intervals of both ends do, which hold the spread of the prompts' difficulty too."""
+    before = [0.3 + 0.02 * i for i in range(20)]
+    first = _evaluation(0.49, prompt_accuracy=[*before, 0.0], prompt_slices=["k3"] * 20 + ["trivial"], headline=["k3"])
+    after = [old + change for old, change in zip(before, changes, strict=True)]
+    last = _evaluation(sum(after) / 20, prompt_accuracy=[*after, 1.0], headline=["k3"])
+    (tile,) = [t for t in run_page._tiles(_run(first, last)) if t.name == "held-out accuracy"]
+    assert tile.sub.startswith(f"{told}; 95% interval: ")
+
+
+def test_the_prompts_of_the_curve_are_named() -> None:
+    run = _run(_evaluation(0.2, headline=["k3", "k4"]), _evaluation(0.3, headline=["k3", "k4"]))
+    charts = {chart.name: chart for chart in held_out.learning_charts(run)}
+    band = "Band: 95% interval over held-out prompts."
+    assert charts["learning_rollouts"].caption == f"Thick: the held-out prompts of slices k3, k4. {band}"
+    assert charts["pass_at_8"].caption == f"On the held-out prompts of slices k3, k4. {band}"
 
 
 def test_what_evaluations_could_not_score_is_said() -> None:

@@ -49,11 +49,15 @@ def evaluated(before: float, after: float) -> list[dict[str, Any]]:
 def test_a_slice_that_was_forgotten_has_a_tile_that_warns_and_a_note() -> None:
     (tile,) = warning_tiles(run_of(evaluated(0.98, 0.787)))
     assert (tile.name, tile.text, tile.warns) == ("forgetting", "98% \u2192 78.7%", True)
-    assert tile.sub == "slice trivial: -19.3 points"
+    assert tile.sub == "slice trivial: -19.3 points; a lower --optimizer.learning-rate forgets less"
     (note,) = run_page._notes(run_of(evaluated(0.98, 0.787)))
     assert note.startswith("Slice trivial fell from 98.0% to 78.7% (")
     (tile,) = warning_tiles(run_of(evaluated(0.9, 0.95)))
     assert (tile.text, tile.warns) == ("none", False)
+    few = evaluated(0.98, 0.787)
+    for record, marks in zip(few, ([0.9, 0.1], [0.1, 0.2]), strict=True):
+        record["eval"] |= {"prompt_slices": ["trivial", "hard"], "prompt_accuracy": marks}
+    assert warning_tiles(run_of(few)) == [], "two prompts do not say that nothing was forgotten"
 
 
 @pytest.mark.parametrize("is_bad", [False, True])
@@ -64,11 +68,14 @@ def test_tiles_warn_beyond_their_bounds(is_bad: bool) -> None:
         "generator_mismatch_token_ratio": (1.001, 1.2),
     }
     accuracy = {"accuracy_fresh": [0.5, 0.5, 0.4, 0.6]}
-    steps = [{"step": s, **{name: pair[is_bad] for name, pair in figures.items()}} | accuracy for s in range(1, 5)]
+    steps = [{"step": s, **{name: pair[is_bad] for name, pair in figures.items()}} | accuracy for s in range(1, 11)]
     tiles = warning_tiles(run_of(steps))
     assert [tile.name for tile in tiles] == ["calibration error", "cut completions", "mismatch"]
     assert [tile.warns for tile in tiles] == [is_bad] * 3
+    assert not warning_tiles(run_of(steps[:9]))[0].warns, "of a head that has hardly begun to learn"
     assert [tile.text for tile in tiles] == (["0.300", "40%", "20%"] if is_bad else ["0.000", "5%", "0.1%"])
+    remedies = ["--log-z.learning-rate", "--generation.max-completion-tokens", "--mismatch.mode"]
+    assert [remedy in tile.sub for remedy, tile in zip(remedies, tiles, strict=True)] == [is_bad] * 3
     shown = str(html.part("tiles", tiles, {}))
     assert shown.count('class="card tile warns"') == 3 * is_bad
     assert shown.count(">look</span>") == 3 * is_bad, "not by colour alone"
@@ -81,8 +88,8 @@ def test_repeated_prompts_are_named_by_slice_and_are_contamination_only_in_the_h
 
     counts: dict[str, Any] = {"repeated": 837, "training_prompts": 4000}
     assert lead(["k4"], **counts, slices={"trivial": 837}) == (
-        "The headline is measured on prompts that training never sees. 837 of 4,000 training prompts are also held-out "
-        "prompts of slice trivial, which the headline leaves out: this is no contamination."
+        "Held-out accuracy is measured on prompts that training never sees. 837 of 4,000 training prompts are also "
+        "held-out prompts of slice trivial, which it leaves out: this is no contamination."
     )
     found = lead([], **counts, slices={"k3": 830, "k4": 7})
     assert "held-out prompts of slices k3 (830), k4 (7), so this accuracy is not that of unseen prompts." in found

@@ -94,7 +94,10 @@ def test_lists_have_every_name_with_words_from_the_code(capsys: pytest.CaptureFi
     assert all(";" in words for words in algorithms.values()), "each is described, and what its auto comes to"
     rewards = listed(capsys, "rewards")
     assert set(rewards) >= {*BUILT_IN, "file.py:function", "verl:file.py:function", "trl:file.py:function"}
-    assert rewards["number"] == "the last number of the text is the answer"
+    assert rewards["number"] == "the last number in the text is the answer"
+    assert rewards["trl:file.py:function"].endswith("one that takes texts needs no `trl:`"), (
+        "a second line belongs to it"
+    )
     sources = listed(capsys, "sources")
     assert set(sources) >= {f"{kind}:" for kind in KINDS} | {f"{key}=" for keys in _KEYS.values() for key in keys}
     assert sources["slice_by="] == "column whose values divide the rows into slices (jsonl, csv, parquet, hf)"

@@ -3,7 +3,9 @@
 Ranks have the environment that torchrun would give them, and a run joins their group.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from paced_fast.errors import InputError, TrainingError
 from paced_fast.generation.over_ranks import gather_completions
 from paced_fast.policy import micro_batches
 from paced_fast.rewards.over_ranks import gather_scores, shared_judge, summed_counts
+from paced_fast.train import loop
 
 import_ahead("pytest", "paced_fast.train.loop", "tiny_run")
 
@@ -93,6 +96,55 @@ def test_sharded_ranks_draw_and_learn_as_one(tmp_path: Path) -> None:
     for record, other in zip(*(lines(tmp_path / name, "metrics.jsonl") for name in ("of1", "of2")), strict=True):
         for key in ("loss", "grad_norm", "kl", "head_loss", "value_mean", "reward_mean"):
             assert other.get(key) == (None if record.get(key) is None else pytest.approx(record[key], abs=1e-4))
+
+
+FAILS_ON_ONE = """
+import os
+
+calls = 0
+
+def own(prompts, completions, **columns):
+    global calls
+    calls += len(completions) > 2  # fewer are what the start tries out
+    if os.environ["RANK"] == "1" and calls == 4:
+        raise KeyError("gone")
+    return [float(sum(map(ord, p + c)) % 3 == 0) for p, c in zip(prompts, completions)]
+"""
+"""A third of what a model says that knows nothing is right; in the fourth step of a process, rank 1 has no answer."""
+
+
+def command(world: World, config: Config) -> tuple[object, str]:
+    """Exit status of the training command with these settings, and what it writes to standard error."""
+    train.run = lambda *_, **__: loop.run(config, tiny_run.quiet())  # this process ends with the test
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            train.main(["tiny"])
+    except SystemExit as ended:
+        return ended.code, told.getvalue()
+    return 0, told.getvalue()
+
+
+@pytest.mark.slow
+def test_a_reward_that_raises_on_one_rank_ends_both_with_a_checkpoint(tmp_path: Path) -> None:
+    own, run = tmp_path / "own.py", tmp_path / "run"
+    own.write_text(FAILS_ON_ONE)
+    small = {"steps": 6, "data__eval": (), "evaluation__every": 0, "run__checkpoint_every": 0}
+    config = tiny_run.config(own, reward="own", run_dir=str(run), **small)
+    (status, told), (other, quiet) = on_ranks(2, command, config, seconds=SECONDS)
+    assert (status, other) == (3, 3)
+    line = told.splitlines()[-1]
+    assert line.startswith(f"stopped: step 4: rank 1: the reward function '{own}:own' failed: KeyError: 'gone' ")
+    assert line.endswith(
+        f"; stopped after step 3, which is saved: mend this, then continue with --resume {run}, which stands for all "
+        "other options"
+    )
+    assert "stopped:" not in quiet, "once is enough"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000003"]
+    own.write_text(FAILS_ON_ONE.replace("calls == 4", "False"))
+    resumed = dataclasses.replace(config, resume="auto")
+    assert [status for status, _ in on_ranks(2, command, resumed, seconds=SECONDS)] == [0, 0]
+    assert [line["step"] for line in lines(run, "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def fails_on_one(world: World, kind: type[Exception]) -> tuple[str, str, list[str]]:

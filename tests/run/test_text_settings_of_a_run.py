@@ -175,7 +175,7 @@ def test_a_tokenizer_may_have_more_ids_than_its_model_where_none_of_them_occurs(
     config = settings(tmp_path, model)
     arguments = EvaluateArguments(
         run_or_model=model,
-        sources=("jsonl:a.jsonl?reward=exact",),
+        data=("jsonl:a.jsonl?reward=exact",),
         data_dir=str(tmp_path),
         samples=1,
         max_completion_tokens=2,

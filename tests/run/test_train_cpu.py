@@ -765,6 +765,19 @@ def test_no_steps_are_an_evaluation(rewards: Path, tmp_path: Path) -> None:
     assert summary["steps"] == summary["rollouts"] == 0
 
 
+@pytest.mark.process
+def test_no_steps_and_nothing_to_evaluate_warn_of_nothing(
+    rewards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is a record without figures, so that summary and report are made as of any run."""
+    with caplog.at_level(logging.WARNING, logger="paced_fast"):
+        summary = go(config(rewards, steps=0, run__report=True, data__eval=()), tmp_path / "run")
+    assert caplog.text == ""
+    assert (summary["steps"], summary["accuracy_after"]) == (0, None)
+    assert [record["step"] for record in records(tmp_path / "run")] == [0]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_automatic_run_folders_get_a_number(rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = config(rewards, "grpo", steps=1, data__eval=())

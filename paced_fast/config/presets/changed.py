@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from paced_fast.config import flatten
+from paced_fast.config.given import in_words
 from paced_fast.config.presets import BASES
 
 Changes = dict[str, tuple[object, object]]
@@ -18,7 +19,8 @@ _DECIDED = ("data.date", "log_z.updates_per_step")
 def changed_settings(config: Mapping[str, object]) -> tuple[Changes, Changes]:
     """Return the settings that the user changed, and those that the preset leaves to the algorithm or the machine.
 
-    `config` has dotted names, as `flatten` makes them or as config.json holds them. Both are empty for settings of a
+    `config` has dotted names, as `flatten` makes them or as config.json holds them; what Python handed over stands in
+    words. Both are empty for settings of a
     preset that this version does not know.
     """
     preset = config.get("preset")
@@ -29,7 +31,7 @@ def changed_settings(config: Mapping[str, object]) -> tuple[Changes, Changes]:
     for name, default in flatten(BASES[preset]()).items():
         if name in config and name != "run_dir" and _plain(config[name]) != _plain(default):
             found = decided if default in ("auto", ("auto",)) or name in _DECIDED else changed
-            found[name] = (_plain(default), _plain(config[name]))
+            found[name] = (_plain(default), in_words(_plain(config[name])))
     return changed, decided
 
 

@@ -150,7 +150,8 @@ class Encoder:
                 cure = "give --data.template chat"
                 if not self.tokenizer.chat_template:
                     cure = "the tokenizer has no chat template: give a model that has one, or name a column of text"
-                raise InputError(f"{where}: the prompt is a chat of {len(prompt)} messages: {cure}")
+                count = f"{len(prompt)} message{'' if len(prompt) == 1 else 's'}"
+                raise InputError(f"{where}: the prompt is a chat of {count}: {cure}")
             return template.replace("{prompt}", prompt)
         return render(self.tokenizer, self._messages(prompt), self.chat, where)
 

@@ -35,7 +35,7 @@ def benchmark_sources(names: Sequence[str], data_dir: str | None) -> tuple[str, 
         if name not in BENCHMARKS:
             raise InputError(
                 f"unknown benchmark {name!r}{nearest(name, list(BENCHMARKS))}: the benchmarks are "
-                f"{', '.join(BENCHMARKS)}; other prompts are given as in --sources held_out.jsonl?reward=number"
+                f"{', '.join(BENCHMARKS)}; other prompts are given as in --data held_out.jsonl?reward=number"
             )
         file, hub = BENCHMARKS[name]
         source = parse_source(file)

@@ -12,6 +12,8 @@ from paced_fast.report.read_run import Evaluated, Record, Run, mapping, number, 
 
 ROLLOUTS = Axis(label="rollouts", low=0.0)
 SECONDS = Axis(label="training time", low=0.0, unit=TIME)
+HELD_OUT = "held-out"
+"""Name of the curve over all prompts that held-out figures are taken over."""
 BAND = "Band: 95% interval over held-out prompts."
 
 
@@ -33,7 +35,7 @@ def learning_lead(run: Run) -> str:
     headline = next((e.figures.get("headline") for e in run.evaluations), None)
     if isinstance(headline, list) and headline and slices.keys().isdisjoint(map(str, headline)):
         return (
-            f"The headline is measured on prompts that training never sees. {count} are also {of}, which the headline "
+            f"Held-out accuracy is measured on prompts that training never sees. {count} are also {of}, which it "
             "leaves out: this is no contamination."
         )
     return (
@@ -103,17 +105,26 @@ def learning_charts(run: Run) -> list[Chart]:
 
 
 def _accuracy(evaluations: Sequence[Evaluated], name: str, axis: Axis) -> list[Chart]:
-    """Charts of accuracy on the headline slices, and on every slice if there are several."""
+    """Charts of held-out accuracy, and of accuracy on every slice if there are several."""
     clock = axis is SECONDS
-    headline = evaluation_line(evaluations, "accuracy", clock=clock, name="headline", color=0)
+    headline = evaluation_line(evaluations, "accuracy", clock=clock, name=HELD_OUT, color=0)
     slices = _slices(evaluations, "accuracy", clock=clock)
     if headline is None and not slices:
         return []
-    words = ["Thick: the headline slices."] if headline is not None else []
+    words = [f"Thick: {_covered(evaluations)}."] if headline is not None else []
     words += [BAND] if headline is not None and headline.low is not None else []
     words += ["Thin: every slice."] if slices else []
     lines = [*([headline] if headline is not None else []), *slices]
     return [_course(lines, axis, name, f"Held-out accuracy against {axis.label}", "accuracy", " ".join(words))]
+
+
+def _covered(evaluations: Sequence[Evaluated]) -> str:
+    """The prompts over which held-out figures are taken."""
+    headline = evaluations[0].figures.get("headline")
+    names = [str(name) for name in headline] if isinstance(headline, list) else []
+    if not names:
+        return "all held-out prompts"
+    return f"the held-out prompts of slice{'' if len(names) == 1 else 's'} {', '.join(names)}"
 
 
 def _slices(evaluations: Sequence[Evaluated], key: str, *, clock: bool) -> list[Line]:
@@ -221,7 +232,7 @@ def _over_time(evaluations: Sequence[Evaluated]) -> list[Chart]:
     ]
     if not lines or max(line.x.size for line in lines) < 2:
         return []
-    words = ["On the headline slices.", *([BAND] if any(line.low is not None for line in lines) else [])]
+    words = [f"On {_covered(evaluations)}.", *([BAND] if any(line.low is not None for line in lines) else [])]
     words += ["Thin: pass@8 of every slice."] if slices else []
     title = " and ".join(line.name for line in lines) + " against rollouts"
     return [_course([*lines, *slices], ROLLOUTS, "pass_at_8", title, "share", " ".join(words))]

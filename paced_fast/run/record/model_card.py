@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
+from paced_fast.config.given import in_words
 from paced_fast.config.presets.changed import changed_settings
 from paced_fast.config.saved import read_settings
 from paced_fast.errors import InputError
@@ -72,7 +73,7 @@ def _head(config: Mapping[str, Any], last: Mapping[str, Any], name: str) -> Mode
         if isinstance(part, dict) and isinstance(part.get("accuracy"), float)
     ]
     return ModelCardData(
-        base_model=hub_id if base != "tiny" and not Path(base).exists() else None,
+        base_model=hub_id if base != "tiny" and in_words(base) == base and not Path(base).exists() else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         license=_license(base),
@@ -102,6 +103,7 @@ def _license(base: str) -> str | None:
 def _about(config: Mapping[str, Any], base: str, step: int, dtype: str) -> str:
     steps = config.get("steps")
     what = "a model made from scratch" if base == "tiny" else f"`{_BUILT_IN.get(base, base)}`"
+    what = what if in_words(base) == base else str(in_words(base))
     so_far = f"{step:,} of {steps:,} steps" if isinstance(steps, int) and step < steps else f"{step:,} steps"
     return (
         f"The policy of a run of `paced_fast`: {what} after {so_far} of the algorithm `{config.get('algorithm')}` "
@@ -158,7 +160,7 @@ def _data(config: Mapping[str, Any]) -> Iterator[str]:
     yield _table(
         ["use", "source"],
         [
-            [use, f"`{_text(str(source))}`"]
+            [use, f"`{_text(str(source))}`" if in_words(source) == source else _text(str(in_words(source)))]
             for use, key in (("training", "data.train"), ("held out", "data.eval"))
             for source in config.get(key) or ()
         ],
@@ -174,8 +176,13 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
     yield f"Those of preset `{config.get('preset')}`, except:"
     yield _table(
         ["setting", "preset", "this run"],
-        [[f"`{name}`", _text(str(default)), _text(str(value))] for name, (default, value) in changed.items()],
+        [[f"`{name}`", _setting(default), _setting(value)] for name, (default, value) in changed.items()],
     )
+
+
+def _setting(value: object) -> str:
+    words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "none" if value is None else _text(words) or "none"
 
 
 def _versions(run: Path) -> Iterator[str]:

@@ -73,7 +73,8 @@ def settings_table(changed: Mapping[str, tuple[object, object]], *, preset: str)
 
 
 def _setting(value: object) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
+    words = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return "none" if value is None else words or "none"
 
 
 def memory_plan_table(plan: Mapping[str, int], *, available_bytes: int | None = None) -> Table:
