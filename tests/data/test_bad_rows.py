@@ -104,7 +104,7 @@ def test_a_function_gets_the_columns_that_its_parameters_name(
     )
     with pytest.raises(InputError, match=words):
         load(f"jsonl:a.jsonl?{own}:hinted", tokenizer, tmp_path)
-    with pytest.raises(InputError, match="of_one' has the parameter 'completion', .* comes as `completions`, a list"):
+    with pytest.raises(InputError, match=r"of_one' has the parameter 'completion', .* comes as `completions`, a list"):
         load(f"jsonl:a.jsonl?{own}:of_one", tokenizer, tmp_path)
 
 
