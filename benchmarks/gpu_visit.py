@@ -1,143 +1,130 @@
-"""All tests and measurements for a short GPU session, in one command and within a few minutes.
+"""All tests and measurements for a short GPU session, in two commands of a few minutes.
 
-    python -m benchmarks.run gpu_visit --out DIR --minutes 9
+    python -m benchmarks.run gpu_visit --visit a --out DIR      # at most six minutes
+    python -m benchmarks.run gpu_visit --visit b --out DIR      # at most five
 
-Compiles the kernels side by side, runs tests, the profile of a step, configurations of our projection, the priority
-tree, the training phase against TRL's, the tables of both operations (most important first), and the decision gates.
-Each part is a separate process with a time limit. A part that hangs or loses the GPU is ended and continued without the
-method it was measuring. DIR gets two files: visit.json, a summary, and visit.tar.gz with everything, which is replaced
-every few seconds, so that what is known survives whatever ends the visit. A second visit to DIR starts from what is in
-it.
+A checks and times the loss, counts, and sweeps configurations; B runs the tests and the tables (`visit.parts`). Each
+part is a process with a time limit: one that crashes, hangs or loses the GPU costs nothing but itself. DIR gets one
+archive for each visit, visit_a.tar.gz, and beside it the summary that is also in it, with every prediction next to its
+measurement. The archive is replaced every few seconds, so that what is known survives whatever ends the visit. The same
+visit to DIR again starts from what is in it. `--rehearse` runs the same on a CPU, at toy shapes, within seconds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import os
 import signal
-import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 
 from benchmarks import environment
 from benchmarks.loss import report as kernel_report
-from benchmarks.loss.problems import TOY_SHAPE
 from benchmarks.training import phase_beside_trl
 from benchmarks.tree import report as tree_report
+from benchmarks.visit import machine, parts, predictions, processes, smoke
+from benchmarks.visit.processes import GRACE_S, Part, Watch
 from paced_fast.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
-MAX_RESTARTS = 4
-STALL_S = 75.0
-PACK_EVERY_S = 10.0
-GRACE_S = 15.0
-"""Time in which a part that is ended may write what it knows."""
-ENTRY = [sys.executable, "-m", "benchmarks.run"]
-PARTS = ("precompile", "tests", "phases", "sweep", "priority_tree", "trainer", "trajectory_balance", "logprobs")
+STALL_S = 60.0
+FRESH = ("report.txt", "tests.txt", "failures.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Test and measure the kernels on this machine's GPU."""
 
+    visit: str = "a"
+    """a (smoke test, counters, sweep) or b (tests, tables, tree, trainer)."""
     out: str = ""
     """Folder for the results; created if missing."""
-    minutes: float = 9.0
-    """Total time limit in minutes."""
-    device: str = "cuda"
-    """cuda, or cpu (the same parts at a toy shape, to check that they run)."""
+    minutes: float = 0.0
+    """Total time limit in minutes; 0 means six for a and five for b, and for a rehearsal as long as it takes."""
+    rehearse: bool = False
+    """Run the same on a CPU at toy shapes, to see that it works; its times say nothing."""
     tests: tuple[str, ...] = ()
-    """Files for pytest; none means tests/gpu and every test of the kernels."""
-    parts: tuple[str, ...] = PARTS
-    """Parts to run, in this order: precompile, tests, phases, sweep, priority_tree, trainer, trajectory_balance,
-    logprobs."""
+    """Files for pytest; none means tests/gpu."""
+    parts: tuple[str, ...] = ()
+    """Parts to run; none means all of the visit."""
     only: tuple[str, ...] = ()
-    """Methods whose name contains one of these words; none means all."""
+    """Methods of the tables whose name contains one of these words; none means all."""
+    packages: str = ""
+    """Folder with packages of other projects to compare with (pip install --target), where there is no network."""
     commit: str = ""
     """Commit to record if the sources come without their git history."""
     stall_seconds: float = STALL_S
     """A part that reports no progress for this many seconds is ended."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Measurement: a case of `benchmarks.run` that writes `NAME.json`."""
-
-    name: str
-    case: str
-    share: float
-    """Share of the remaining time that it may use."""
-    options: tuple[str, ...] = ()
-    resumable: bool = False
+def default_path(arguments: Arguments) -> Path:
+    """The summary, beside the archive."""
+    if not arguments.out:
+        raise InputError("gpu_visit has no folder for its results: give --out DIR")
+    return Path(arguments.out, f"visit_{arguments.visit}.json")
 
 
-def precompilation(arguments: Arguments) -> list[Part]:
-    """Return what comes before the tests, which would compile one kernel after the other."""
-    toy = ("--heads", "2") if arguments.device == "cpu" else ()
-    part = Part(name="precompile", case="precompile", share=0.2, options=toy)
-    return [part] if part.name in arguments.parts else []
-
-
-def parts(arguments: Arguments) -> list[Part]:
-    """Return the measurements after the tests, in order."""
-    toy = arguments.device == "cpu"
-    only = ("--only", *arguments.only) if arguments.only else ()
-    shapes = ("--shapes", TOY_SHAPE.name) if toy else ()
-    cell = ("--repetitions", "2", "--no-memory", "--inputs", "peaked") if toy else ("--cell-seconds", "40")
-    table = (*shapes, *cell, *only)
-    tree = ("--quick",) if toy else ("--cell-seconds", "8")
-    sizes = ("--model", "toy", "--threads", "1", "--repeats", "1")
-    if not toy:
-        sizes = ("--prompts", "16", "--longest", "1024", "--repeats", "5")
-    every = [
-        Part(name="phases", case="phases", share=0.12, options=shapes),
-        Part(name="sweep", case="gemm_sweep", share=0.15, options=(*shapes, "--repetitions", "2" if toy else "20")),
-        Part(name="priority_tree", case="priority_tree", share=0.15, options=(*tree, *only), resumable=True),
-        Part(name="trainer", case="trainer", share=0.15, options=sizes),
-        Part(name="trajectory_balance", case="trajectory_balance", share=0.72, options=table, resumable=True),
-        Part(name="logprobs", case="logprobs", share=1.0, options=table, resumable=True),
-    ]
-    return [part for part in every if part.name in arguments.parts]
+def chosen_parts(arguments: Arguments) -> tuple[Part, ...]:
+    """Return the parts to run. Raises InputError for a visit or a part that does not exist."""
+    if arguments.visit not in parts.VISITS:
+        raise InputError(f"--visit {arguments.visit!r}: the visits are {' and '.join(parts.VISITS)}")
+    every = parts.parts_of(arguments.visit, rehearse=arguments.rehearse, only=arguments.only)
+    names = [part.name for part in every]
+    unknown = [name for name in arguments.parts if name not in names]
+    if unknown:
+        raise InputError(f"--parts {unknown[0]!r}: the parts of visit {arguments.visit} are {', '.join(names)}")
+    return tuple(part for part in every if not arguments.parts or part.name in arguments.parts)
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Run every part and return the summary, which DIR/visit.json also holds at any time."""
-    if arguments.device not in ("cuda", "cpu"):
-        raise InputError(f"--device {arguments.device!r}: give cuda or cpu")
-    unknown = [name for name in arguments.parts if name not in PARTS]
-    if unknown:
-        raise InputError(f"unknown part {unknown[0]!r}: the parts are {', '.join(PARTS)}")
-    if not arguments.out:
-        raise InputError("gpu_visit has no folder for its results: give --out DIR")
-    device = environment.choose_device(arguments.device)
-    deadline = time.monotonic() + 60 * arguments.minutes - min(10.0, 6 * arguments.minutes)
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name:
+    """Run every part and return the summary, which `path` also holds at any time."""
+    chosen = chosen_parts(arguments)
+    if arguments.packages and not Path(arguments.packages).is_dir():
+        raise InputError(f"--packages {arguments.packages}: there is no such folder")
+    if arguments.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        raise InputError("gpu_visit: torch finds no GPU on this machine: give --rehearse to try it on a CPU")
+    started = time.monotonic()
+    unhurried = len(chosen) * parts.UNHURRIED_S / 60
+    minutes = arguments.minutes or (unhurried if arguments.rehearse else parts.MINUTES[arguments.visit])
+    archive = path.parent / f"visit_{arguments.visit}.tar.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name, _interrupted_by_termination():
         folder = Path(name)
-        unpack(out, folder)
-        summary: dict[str, Any] = {"settings": asdict(arguments), "device": environment.device(device)}
-        summary["environment"] = environment.describe() | ({"commit": arguments.commit} if arguments.commit else {})
-        summary |= {"parts": {}, "gates": evaluate_gates(folder)}
-        for fresh in ("report.txt", "tests.txt", "failures.txt"):
+        processes.unpack(archive, folder)
+        for fresh in FRESH:
             (folder / fresh).write_text("")
-        visit = _Visit(arguments, out, folder, summary, deadline)
+        summary: dict[str, Any] = {"settings": asdict(arguments), "parts": {}}
+        summary["environment"] = environment.describe() | ({"commit": arguments.commit} if arguments.commit else {})
+        visit = _Visit(arguments, folder, archive, path, summary, started + 60 * minutes - min(GRACE_S, 6 * minutes))
         visit.save()
         try:
-            visit.run()
+            visit.run(chosen)
         finally:
-            visit.save()
+            visit.finish()
     return summary
+
+
+@contextmanager
+def _interrupted_by_termination() -> Iterator[None]:
+    """A visit that is told to end packs what it knows, and leaves no process behind."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass
@@ -145,231 +132,136 @@ class _Visit:
     """The parts of one visit, and what is known so far."""
 
     arguments: Arguments
-    out: Path
     folder: Path
+    archive: Path
+    path: Path
     summary: dict[str, Any]
     deadline: float
 
     def save(self) -> None:
+        """Write the summary and the archive anew."""
+        given = self.arguments
         self.summary["gates"] = evaluate_gates(self.folder)
-        for folder in (self.folder, self.out):
-            environment.write_json(folder / "visit.json", environment.headed("gpu_visit", self.summary))
-        pack(self.folder, self.out)
+        self.summary["predictions"] = predictions.compared(self.folder, given.visit, given.rehearse)
+        whole = environment.headed("gpu_visit", self.summary)
+        for path in (self.folder / self.path.name, self.path):
+            environment.write_json(path, whole)
+        self.pack()
 
-    def run(self) -> None:
-        known = self.summary["parts"]
-        for part in precompilation(self.arguments):
-            self._measure(part)
-        if "tests" in self.arguments.parts:
-            for name, files in test_groups(self.arguments).items():
-                limit = (0.15 if name == "kernel tests" else 0.3) * self._left()
-                known[name] = run_tests(files, self.folder, limit, self._pack)
-                self.save()
-        for part in parts(self.arguments):
-            self._measure(part)
+    def pack(self) -> None:
+        """Replace the archive."""
+        processes.pack(self.folder, self.archive)
+
+    def run(self, chosen: tuple[Part, ...]) -> None:
+        """Run the parts one after the other."""
+        given = self.arguments
+        paths = (str(Path(given.packages).resolve()),) if given.packages else ()
+        stall_s = parts.UNHURRIED_S if given.rehearse else given.stall_seconds
+        watch = Watch(forks=given.rehearse, stall_s=stall_s, tick=self.pack, paths=paths)
+        for at, part in enumerate(chosen):
+            limit_s = parts.limit_of(part, chosen[at + 1 :], self.deadline - time.monotonic())
+            self.summary["parts"][part.name] = {"status": "running", "limit_s": limit_s}
+            self.summary["parts"][part.name] = self._run(part, limit_s, watch)
+            self.save()
+            sys.stdout.write(part_line(part.name, self.summary["parts"][part.name]) + "\n")
+            sys.stdout.flush()
+
+    def _run(self, part: Part, limit_s: float, watch: Watch) -> dict[str, Any]:
+        given = self.arguments
+        if limit_s <= 1.0:
+            return {"status": "no time left", "seconds": 0.0, "limit_s": limit_s}
+        if part.case != "tests":
+            return processes.run_part(part, "cpu" if given.rehearse else "cuda", self.folder, limit_s, watch)
+        files = given.tests or (str(processes.ROOT / "tests" / "gpu"),)
+        workers = 0 if given.rehearse else parts.test_workers()
+        return processes.run_tests(files, self.folder, limit_s, replace(watch, stall_s=limit_s), workers=workers)
+
+    def finish(self) -> None:
+        """Write what is known, as text too."""
+        self.save()
         text = summary_text(self.summary, self.folder)
         with (self.folder / "report.txt").open("a") as file:
             file.write(f"\n{text}\n")
         print(text)
-
-    def _measure(self, part: Part) -> None:
-        seconds = part.share * self._left()
-        self.summary["parts"][part.name] = run_part(part, self.arguments, self.folder, seconds, self._pack)
-        self.save()
-
-    def _left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def _pack(self) -> None:
-        pack(self.folder, self.out)
+        self.pack()
 
 
-def pack(folder: Path, out: Path) -> None:
-    """Replace OUT/visit.tar.gz by the files of a folder, at once: whoever reads it meanwhile finds a whole one."""
-    part = out / "visit.tar.gz.part"
-    with tarfile.open(part, "w:gz", compresslevel=1) as archive:
-        for path in sorted(folder.iterdir()):
-            archive.add(path, path.name)
-    os.replace(part, out / "visit.tar.gz")
-
-
-def unpack(out: Path, folder: Path) -> None:
-    """Fill a folder with what an earlier visit to OUT found, if there was one."""
-    if (out / "visit.tar.gz").is_file():
-        with tarfile.open(out / "visit.tar.gz") as archive:
-            archive.extractall(folder, filter="data")
-
-
-def test_groups(arguments: Arguments) -> dict[str, list[str]]:
-    """Return name -> test files: those that need the GPU, then those of paced_kernels without the trainer."""
-    if arguments.tests:
-        return {"tests": list(arguments.tests)}
-    folder = ROOT / "tests"
-    groups = {"gpu tests": [str(folder / "gpu")]} if (folder / "gpu").is_dir() else {}
-    groups["kernel tests"] = []
-    for path in sorted(folder.glob("*/test_*.py")):
-        text = path.read_text(encoding="utf-8")
-        if path.parent.name not in ("gpu", "engine") and "paced_kernels" in text and "paced_fast" not in text:
-            groups["kernel tests"].append(str(path))
-    return groups
-
-
-def run_tests(files: list[str], folder: Path, limit_s: float, tick: Callable[[], None]) -> dict[str, Any]:
-    """Run pytest in a separate process, on eight workers where there are as many cores.
-
-    Its output goes to tests.txt and each failure at once to failures.txt. Returns the counts and the names of failed
-    tests from its XML report; where it was ended without one, how many failures it had written.
-    """
-    log, failures = folder / "tests.txt", folder / "failures.txt"
-    with tempfile.TemporaryDirectory() as scratch:
-        xml = Path(scratch) / "junit.xml"
-        options = ["-v", "-p", "no:cacheprovider", "-m", "gpu or not slow", f"--junitxml={xml}", "--tb=short"]
-        options += ["-p", "benchmarks.failures_as_they_happen", "--failures", str(failures)]
-        if (os.cpu_count() or 1) >= 8 and importlib.util.find_spec("xdist") is not None:
-            options += ["-n", "8"]
-        command = [sys.executable, "-m", "pytest", *options, *files]
-        started, before = time.monotonic(), _written(failures)
-        with log.open("a") as sink:
-            status = _watch(command, sink.fileno(), limit_s, None, limit_s, tick)
-        found = {"status": status, "seconds": time.monotonic() - started, "files": [Path(f).name for f in files]}
-        if xml.is_file():
-            return found | read_junit(xml)
-        return found | {"tests": None, "failures_written": _written(failures) - before}
-
-
-def _written(failures: Path) -> int:
-    return sum(line.startswith("FAILED ") for line in failures.read_text().splitlines()) if failures.is_file() else 0
-
-
-def read_junit(path: Path) -> dict[str, Any]:
-    """Return the counts of a JUnit XML file, and the failed tests with the start of their messages."""
-    root = ElementTree.parse(path).getroot()
-    suites = [root] if root.tag == "testsuite" else root.findall("testsuite")
-    counts = {
-        key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
-    }
-    failed = []
-    for test in root.iter("testcase"):
-        for kind in ("failure", "error"):
-            found = test.find(kind)
-            if found is not None:
-                said = " ".join((found.get("message") or "").split())[:200]
-                failed.append({"name": f"{test.get('classname')}.{test.get('name')}", "message": said})
-    return {**counts, "failed": failed}
-
-
-def run_part(
-    part: Part, arguments: Arguments, out: Path, limit_s: float, tick: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    """Run one part until it or its time ends; restart it without a method that hung or broke the GPU."""
-    started, excluded, restarts = time.monotonic(), [], 0
-    result = out / f"{part.name}.json"
-    status = "no time left"
-    with tempfile.TemporaryDirectory() as folder:
-        progress = Path(folder) / "running"
-        while (left := limit_s - (time.monotonic() - started)) > 1.0:
-            command = [*ENTRY, part.case, "--json", str(result), *part.options]
-            command += ["--device", arguments.device, "--progress", str(progress), "--seconds", f"{0.85 * left:.1f}"]
-            if part.resumable:
-                command += ["--resume", *(["--exclude", *excluded] if excluded else [])]
-            with (out / "report.txt").open("a") as sink:
-                status = _watch(command, sink.fileno(), left, progress, arguments.stall_seconds, tick)
-            culprit = progress.read_text().rsplit(" (", 1)[0] if progress.is_file() else ""
-            if status in ("done", "out of time") or not part.resumable or not culprit or restarts == MAX_RESTARTS:
-                break
-            excluded.append(culprit)
-            restarts += 1
-    kept = environment.read_json(result)
-    return {
-        "status": status,
-        "seconds": time.monotonic() - started,
-        "excluded": excluded,
-        "not_reached": kept.get("not_reached", []),
-        "cells": [f"{cell['name']} {cell.get('inputs', '')}".rstrip() for cell in kept.get("cells", [])],
-    }
-
-
-def _watch(
-    command: list[str], sink: int, limit_s: float, progress: Path | None, stall_s: float, tick: Callable[[], None]
-) -> str:
-    """Run until it ends, its time is over, or `progress` is unchanged for `stall_s`; calls `tick` now and then.
-
-    What is not over by then is interrupted, has `GRACE_S` to say what it knows, and its process group is killed.
-    """
-    started = ticked = time.monotonic()
-    child = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment.child_environment(),
-        stdout=sink,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    status = ""
-    seen, changed = "", started
-    while not status:
-        try:
-            code = child.wait(timeout=0.2)
-            return "done" if code == 0 else f"exit status {code}"
-        except subprocess.TimeoutExpired:
-            now = time.monotonic()
-        text = progress.read_text() if progress is not None and progress.is_file() else ""
-        if text != seen:
-            seen, changed = text, now
-        if now - started > limit_s:
-            status = "out of time"
-        elif progress is not None and now - changed > stall_s:
-            status = f"no progress for {stall_s:.0f} s"
-        elif now - ticked > PACK_EVERY_S:
-            tick()
-            ticked = time.monotonic()
-    # The first process alone: it ends its own workers, whose interruptions it would take for failures.
-    child.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(timeout=GRACE_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    return status
-
-
-def evaluate_gates(out: Path) -> list[dict[str, str]]:
+def evaluate_gates(folder: Path) -> list[dict[str, str]]:
     """Evaluate the decision gates on the results written so far."""
-    cells = environment.read_json(out / "trajectory_balance.json").get("cells", [])
-    swept = environment.read_json(out / "sweep.json").get("shapes", [])
+    results = predictions.Results(folder)
+    swept = results.of("sweep").get("shapes", [])
     first_gemm = [entry for shape in swept for entry in shape["entries"] if entry["stage"] == 2]
-    return kernel_report.gates(cells, first_gemm)
+    return kernel_report.gates(results.of("trajectory_balance").get("cells", []), first_gemm)
 
 
-def summary_text(summary: dict[str, Any], out: Path) -> str:
-    """Format parts, gates, and every comparison with the fastest peer, including those we lose."""
+def part_line(name: str, part: dict[str, Any]) -> str:
+    """Describe how a part ended, with the first tests that failed."""
+    line = f"{name}: {part['status']}, {part.get('seconds', 0.0):.0f} of {part['limit_s']:.0f} s"
+    if part.get("tests") is not None:
+        line += f", {part['tests']} tests, {part['failures'] + part['errors']} failed, {part['skipped']} skipped"
+        line += "".join(f"\n  FAILED {test['name']}: {test['message']}" for test in part["failed"][:10])
+    if part.get("failures_written"):
+        line += f", ended with {part['failures_written']} failures, which failures.txt has"
+    if part.get("excluded"):
+        line += f", left out after hanging or losing the GPU: {', '.join(part['excluded'])}"
+    if part.get("not_reached"):
+        line += f"\n  not reached: {', '.join(part['not_reached'])}"
+    return line
+
+
+def summary_text(summary: dict[str, Any], folder: Path) -> str:
+    """Format parts, predictions, gates, and every comparison with the fastest peer, including those we lose."""
+    results = predictions.Results(folder)
+    found = [part_line(name, part) for name, part in summary["parts"].items()]
+    if summary["settings"]["rehearse"]:
+        found.insert(0, "REHEARSAL on a CPU at toy shapes: times say nothing")
+    versions = summary["environment"]["versions"]
+    found.append("versions: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    sections: list[Callable[[predictions.Results], list[str]]] = [_machine, _smoke, _losses, _trainer, _tree]
+    for section in sections:
+        found += section(results)
+    found.append("\n" + predictions.text(summary["predictions"]))
+    found += [f"{gate['gate']}: {gate['status'].upper()} ({gate['detail']})" for gate in summary["gates"]]
+    return "\n".join(found)
+
+
+def _machine(results: predictions.Results) -> list[str]:
+    found = results.of("machine")
+    return [machine.text(found)] if found else []
+
+
+def _smoke(results: predictions.Results) -> list[str]:
+    found = results.of("smoke")
+    lines = [smoke.accuracy_line(entry) for entry in found.get("accuracy", [])]
+    lines += [
+        f"bias of log-probs, H{row['hidden_size']}, {row['stage']}: {row['mean_nats']:+.1e} nats (standard error "
+        f"{row['standard_error_nats']:.0e}), largest {row['largest_nats']:.1e}"
+        for row in found.get("bias", [])
+    ]
+    return lines + [f"smoke test, {row['name']} failed: {row['reason']}" for row in found.get("failed", [])]
+
+
+def _losses(results: predictions.Results) -> list[str]:
     lines = []
-    for name, part in summary["parts"].items():
-        line = f"{name}: {part['status']}, {part['seconds']:.0f} s"
-        if part.get("tests") is not None:
-            line += f", {part['tests']} tests, {part['failures'] + part['errors']} failed, {part['skipped']} skipped"
-            line += "".join(f"\n  FAILED {test['name']}: {test['message']}" for test in part["failed"][:10])
-        if part.get("failures_written"):
-            line += f", ended with {part['failures_written']} failures, which failures.txt has"
-        if part.get("excluded"):
-            line += f", left out after hanging or losing the GPU: {', '.join(part['excluded'])}"
-        if part.get("not_reached"):
-            line += f"\n  not reached: {', '.join(part['not_reached'])}"
-        lines.append(line)
     for case in ("trajectory_balance", "logprobs"):
-        cells = environment.read_json(out / f"{case}.json").get("cells", [])
+        cells = results.of(case).get("cells", [])
         lines += [kernel_report.cell_text(case, cell) for cell in cells[:1]]
         for cell in cells[1:]:
             lines += [f"{case} {kernel_report.verdict(cell, mode)}" for mode in kernel_report.SHOWN_MODES]
-    trained = environment.read_json(out / "trainer.json")
-    lines += phase_beside_trl.lines(trained.get("rows", [])) + [
-        f"trainer: {text}" for text in trained.get("left_out", [])
+    return lines
+
+
+def _trainer(results: predictions.Results) -> list[str]:
+    found = results.of("trainer")
+    lines = phase_beside_trl.lines(found.get("rows", []))
+    lines += [
+        f"attention of {row['method']}: {row['attention']}" for row in found.get("rows", []) if "attention" in row
     ]
-    tree = environment.read_json(out / "priority_tree.json")
-    if tree.get("cells"):
-        lines.append(tree_report.summary_text(tree))
-        lines += [tree_report.quality_text(entry) for entry in tree["quality"][:1]]
-    lines += [f"{gate['gate']}: {gate['status'].upper()} ({gate['detail']})" for gate in summary["gates"]]
-    gpu = summary["device"].get("gpu")
-    lines.append(f"on {gpu or 'a CPU'}, torch {torch.__version__}")
-    return "\n".join(lines)
+    return lines + [f"trainer: {text}" for text in found.get("left_out", [])]
+
+
+def _tree(results: predictions.Results) -> list[str]:
+    found = results.of("priority_tree")
+    if not found.get("cells"):
+        return []
+    return [tree_report.summary_text(found), *(tree_report.quality_text(entry) for entry in found["quality"][:1])]

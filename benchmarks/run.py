@@ -32,6 +32,9 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "precompile": ("loss.precompile", ()),
     "model_types": ("models.model_types", ()),
     "gpu_visit": ("gpu_visit", ()),
+    "visit_machine": ("visit.machine", ()),
+    "visit_smoke": ("visit.smoke", ()),
+    "visit_counters": ("visit.counters", ()),
     "integrations": ("training.integrations", ()),
     "sample_efficiency": ("training.sample_efficiency", ()),
     "step": ("training.share_of_phases", ()),
@@ -69,10 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
         del words[at : at + 2]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parsed = options.parse(module.Arguments, words, f"python -m benchmarks.run {name}")
-    if path is None:
-        path = _default_path(name, module, parsed)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path = path or _default_path(name, module, parsed)
+        path.parent.mkdir(parents=True, exist_ok=True)
         result = functools.partial(module.measure, *first)(parsed, path)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -82,9 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _default_path(name: str, module: Any, parsed: Any) -> Path:
-    """Path of the result: in the folder `out` of the options, where the case says, or in the folder of results."""
-    if folder := getattr(parsed, "out", ""):
-        return Path(folder, "visit.json")
+    """Path of the result: where the case says, or in the folder of results."""
     if hasattr(module, "default_path"):
         return module.default_path(parsed)
     return Path(__file__).parent / "results" / f"{name}.json"

@@ -61,6 +61,7 @@ _LONGEST = (
     "test_reasoning_gym",
     "test_cli",
     "test_gpu_visit",
+    "test_visit_rehearsal",
     "test_vllm_train",
 )
 """Modules of tests that take long, the longest first; each of the others takes seconds."""

@@ -56,16 +56,17 @@ def default_shapes(device: torch.device) -> list[Shape]:
     return [Shape(tokens=8192, hidden_size=size, vocab_size=151936) for size in (4096, 2048, 896, 3584, 5120)]
 
 
-def compile_side_by_side(names: list[str]) -> None:
+def compile_side_by_side(names: list[str], done: Callable[[str], None]) -> None:
     """Compile configurations in parallel processes into Triton's cache; on one core this would take minutes.
 
-    Failures are ignored here; the sweep encounters and records them.
+    `done` is called with the name of each that is over. Failures are ignored here; the sweep meets and records them.
     """
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(len(names), (os.cpu_count() or 2) - 1))
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for future in [pool.submit(_compile_one, name) for name in names]:
+        for name, future in [(name, pool.submit(_compile_one, name)) for name in names]:
             future.exception()
+            done(f"{name} (compiled)")
 
 
 def _compile_one(name: str) -> None:
@@ -101,7 +102,9 @@ def sweep(device: torch.device, shape: Shape, repetitions: int, starting: Callab
             entries[name]["failed"] = f"wrong: log-probs off by {gap:.2g} nats"
             continue
         calls[name] = call
-    results = interleave(calls, clock, repetitions=repetitions, min_repetitions=min(5, repetitions))
+    warm_ups = 1 if device.type == "cuda" else 0
+    few = min(5, repetitions)
+    results = interleave(calls, clock, repetitions=repetitions, min_repetitions=few, warm_ups=warm_ups)
     for name, result in results.items():
         if isinstance(result, Failure):
             entries[name]["failed"] = result.reason
@@ -136,14 +139,14 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     started = time.perf_counter()
     result: dict[str, Any] = {"settings": asdict(arguments), "device": environment.device(device), "shapes": []}
     result["not_reached"] = []
-    if device.type == "cuda":
-        batch = make_batch(TOY_SHAPE, make_weight(TOY_SHAPE, device, torch.bfloat16, 0), "peaked", 1)
-        compile_side_by_side(list(our_engines.sweep_configs(batch)))
 
     def starting(name: str) -> None:
         if arguments.progress:
             Path(arguments.progress).write_text(name)
 
+    if device.type == "cuda":
+        batch = make_batch(TOY_SHAPE, make_weight(TOY_SHAPE, device, torch.bfloat16, 0), "peaked", 1)
+        compile_side_by_side(list(our_engines.sweep_configs(batch)), starting)
     for shape in shapes:
         if arguments.seconds and time.perf_counter() - started > arguments.seconds:
             result["not_reached"].append(shape.name)

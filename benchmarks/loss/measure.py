@@ -71,7 +71,7 @@ class Arguments:
     modes: tuple[str, ...] = MODES
     """full, forward, frozen (no gradient of the head), or several."""
     only: tuple[str, ...] = ()
-    """Keep the methods whose name contains one of these words; none means all."""
+    """Keep the methods whose name contains one of these words, and with `ceiling` the bounds; none means all."""
     exclude: tuple[str, ...] = ()
     """Exclude the methods with exactly these names."""
     dtype: str = "auto"
@@ -259,7 +259,7 @@ class Measurement:
             name: functools.partial(step, method) for name, method in working.items()
         }
         bounds = {}
-        if mode == "full" and not self.arguments.only:
+        if mode == "full" and (not self.arguments.only or "ceiling" in self.arguments.only):
             made = attempt(lambda: ceilings(batches[0]), self.clock)
             bounds = {} if isinstance(made, Failure) else made
         calls |= {name: functools.partial(_ignore_turn, call) for name, (call, _) in bounds.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.loss.problems import Batch
 from paced_kernels._backend import resolve_backend
-from paced_kernels._loss import engine, fused_pass, gradients, head, tiles
+from paced_kernels._loss import engine, fused_pass, gradients, head, matmul, tiles
 
 GEMM_VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -86,6 +86,55 @@ def sweep_configs(batch: Batch) -> dict[str, Any]:
     if has_pingpong(batch.hidden.device, batch.hidden.dtype):
         configs["stage 3, ping-pong"] = engine.pingpong_plan.CONFIG
     return configs
+
+
+def stages(batch: Batch) -> dict[str, tuple[Any, str]]:
+    """Return name -> (configuration, backend) of every stage that runs here: "table", and those that only a name takes.
+
+    A stage beyond the first two is a backend of its own.
+    """
+    found = {"table": (tiles.plan(batch.hidden, batch.head_weight), "triton")}
+    for name, config in sweep_configs(batch).items():
+        if name.startswith("stage "):
+            stage = name.split(",")[0]
+            found[stage] = config, "triton" if stage == "stage 1" else "pingpong"
+    return found
+
+
+def product_calls(batch: Batch, config: Any) -> dict[str, Callable[[int], object]]:
+    """Return name -> call of the large products of the loss, each over all rows as one chunk: 2 THV.
+
+    "logits and exp" masks rows as the trainer does, "sums" only gives log-probs; "dX" and "dW" multiply the
+    exponentials.
+    """
+    with planned(config):
+        rows_engine, _ = make_engine(batch, {})
+    rows, hidden, weight = slice(0, batch.shape.tokens), batch.hidden, batch.head_weight
+    live = torch.ones(batch.shape.tokens, dtype=torch.bool, device=hidden.device)
+    total = torch.zeros(weight.shape, dtype=rows_engine.weight_gradient_dtype, device=weight.device)
+    with torch.no_grad():
+        matrix = rows_engine.exponentials(rows, live).matrix
+    calls: dict[str, Callable[[], object]] = {
+        "logits and exp": lambda: rows_engine.exponentials(rows, live),
+        "sums": lambda: rows_engine.score(rows),
+        "dX": lambda: rows_engine.back_project(matrix),
+        "dW": lambda: rows_engine.add_outer(total, matrix, hidden, begins=True),
+    }
+
+    def without_gradient(call: Callable[[], object]) -> Callable[[int], object]:
+        def run(turn: int) -> object:
+            del turn
+            with torch.no_grad():
+                return call()
+
+        return run
+
+    return {name: without_gradient(call) for name, call in calls.items()}
+
+
+def products_in_float32() -> dict[str, bool]:
+    """Return whether torch multiplies bfloat16 on this GPU into float32 (mm), and adds it up there (addmm)."""
+    return {"mm": matmul._has_mm_out_dtype(), "addmm": matmul._has_addmm_out_dtype()}
 
 
 def describe_config(config: Any) -> str:

@@ -6,11 +6,12 @@ else of a shape: small heads lead to the kernels of large ones.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +28,11 @@ class Arguments:
     device: str = "cuda"
     """cuda, or cpu (the same calls, which find nothing to compile there)."""
     workers: int = 16
-    """Most processes at once; never more than cores."""
+    """Most processes at once; never more than cores. 0 compiles in this process."""
     heads: int = 0
     """Only the first so many heads; 0 means all."""
+    only: tuple[str, ...] = ()
+    """Heads with exactly these names; none means all."""
     seconds: float = 0.0
     """Begin no further head after this many seconds; 0 means no limit."""
     progress: str = ""
@@ -85,12 +88,9 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     environment.choose_device(arguments.device)
     started = time.monotonic()
     found: dict[str, Any] = {"jobs": [], "not_reached": []}
-    workers = max(1, min(arguments.workers, os.cpu_count() or 1))
-    chosen = jobs()[: arguments.heads or None]
-    context = multiprocessing.get_context("spawn")
-    # One head a process: what stage 1 replaces must not meet another head.
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        waiting = {job: pool.submit(compile_job, job, arguments.device) for job in chosen}
+    chosen = [job for job in jobs() if not arguments.only or job.name in arguments.only][: arguments.heads or None]
+    with contextlib.ExitStack() as stack:
+        waiting = _submitted(chosen, arguments, stack)
         for job, future in waiting.items():
             if arguments.seconds and time.monotonic() - started > arguments.seconds and future.cancel():
                 found["not_reached"].append(job.name)
@@ -104,3 +104,14 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     failed = [f"{row['name']}: {row['failed']}" for row in found["jobs"] if "failed" in row]
     print("\n".join([f"{len(found['jobs'])} heads compiled in {found['seconds']:.0f} s", *failed]))
     return found
+
+
+def _submitted(chosen: list[Job], arguments: Arguments, stack: contextlib.ExitStack) -> dict[Job, Future[float]]:
+    """The jobs under way: a process for each, because what stage 1 replaces must not meet another head."""
+    if arguments.workers:
+        workers = max(1, min(arguments.workers, os.cpu_count() or 1))
+        context = multiprocessing.get_context("spawn")
+        pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1))
+        return {job: pool.submit(compile_job, job, arguments.device) for job in chosen}
+    pool = stack.enter_context(ThreadPoolExecutor(1))
+    return {job: pool.submit(compile_job, job, arguments.device) for job in chosen}

@@ -63,6 +63,11 @@ QUICK_SHAPE = Shape(tokens=256, hidden_size=128, vocab_size=8192)
 TOY_SHAPE = Shape(tokens=96, hidden_size=64, vocab_size=512)
 
 
+def toy_of(shape: Shape) -> Shape:
+    """Stand-in for a shape of a GPU on a CPU; different shapes have different ones."""
+    return Shape(tokens=shape.tokens // 512, hidden_size=shape.hidden_size // 64, vocab_size=shape.vocab_size // 512)
+
+
 def gpu_grid() -> list[Shape]:
     """Return all GPU shapes, most important first: the headline, then hidden sizes, lengths, the other vocabulary."""
     sizes = [

@@ -237,7 +237,7 @@ def run_ours(arguments: Arguments) -> None:
     from paced_fast.data import packing
     from paced_fast.data.records import Completion, Targets
     from paced_fast.paced.update import make_optimizer, update_policy
-    from paced_fast.policy import Policy
+    from paced_fast.policy import Policy, choose_attention
 
     device = environment.choose_device(arguments.device)
     turns = Turns(device)
@@ -247,12 +247,16 @@ def run_ours(arguments: Arguments) -> None:
     micro_batch = arguments.sequences * (max(map(len, batch.prompts)) + max(map(len, batch.completions)))
     optimizer_settings = OptimizerConfig(minibatches=arguments.updates, micro_batch_tokens=micro_batch)
     config = dataclasses.replace(resolve(preset("tiny")), algorithm="paced", optimizer=optimizer_settings)
-    policy = Policy(model.to(device).eval(), max_tokens=micro_batch)
+    model = model.to(device).eval()
+    # What a run takes: on a GPU packed rows and the best kernel there is for them.
+    attention = choose_attention("auto", model, device)
+    policy = Policy(model, max_tokens=micro_batch, attention=attention)
     optimizer = make_optimizer(policy, config.optimizer)
     completions = [Completion(token_ids=ids, logprobs=[0.0] * len(ids), stopped=True) for ids in batch.completions]
     prompts = [tuple(ids) for ids in batch.prompts]
     index = [i // arguments.completions for i in range(len(prompts))]
-    turns.ready(**_said(arguments, batch, str(dtype).removeprefix("torch."), weights))
+    said = _said(arguments, batch, str(dtype).removeprefix("torch."), weights)
+    turns.ready(**said, attention=f"{attention.name} ({attention.reason})")
     step = 0
     while True:
         turns.begin()

@@ -41,7 +41,10 @@ WORDS = {
 ELSEWHERE = {
     "priority_tree": "benchmarks/test_tree_benchmark.py",
     "trainer": "benchmarks/test_trainer_benchmark.py",
-    "gpu_visit": "benchmarks/test_gpu_visit.py",
+    "gpu_visit": "benchmarks/test_visit_rehearsal.py",
+    "visit_machine": "benchmarks/test_visit_rehearsal.py",
+    "visit_smoke": "benchmarks/test_visit_rehearsal.py",
+    "visit_counters": "benchmarks/test_visit_rehearsal.py",
     "compile": "ops/test_compile.py",
     "faults_processes": "run/test_faults_processes.py",
     "weight_sync": "engine/test_weight_sync_case.py",

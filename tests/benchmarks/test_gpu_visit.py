@@ -1,18 +1,14 @@
-"""Reports of the kernel benchmarks, decision gates, the GPU visit and the tables made from results."""
+"""Reports of the kernel benchmarks, decision gates, processes of a GPU visit and the tables made from results."""
 
-import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import visit_standin
 
 from benchmarks import gpu_visit, tables
-from benchmarks.loss import measure, phases, precompile, problems, report
-from paced_fast.errors import InputError
-
-TOY = problems.TOY_SHAPE
-
+from benchmarks.loss import measure, phases, problems, report
+from benchmarks.visit import processes
 
 # Reports and gates
 
@@ -131,7 +127,7 @@ def test_junit_counts_and_names_failures(tmp_path):
         '<testcase classname="t" name="good"/><testcase classname="t" name="bad"><failure message="1 != 2"/></testcase>'
         '<testcase classname="t" name="left"><skipped/></testcase></testsuite></testsuites>'
     )
-    assert gpu_visit.read_junit(tmp_path / "junit.xml") == {
+    assert processes.read_junit(tmp_path / "junit.xml") == {
         "tests": 3,
         "failures": 1,
         "errors": 0,
@@ -142,87 +138,38 @@ def test_junit_counts_and_names_failures(tmp_path):
 
 @pytest.mark.process
 def test_a_part_that_hangs_is_ended_and_named_and_restarted_without_its_culprit(monkeypatch, tmp_path):
-    # Stands in for a case of the benchmarks: hangs on "bad" unless told to leave it out.
-    script = tmp_path / "part.py"
-    script.write_text(
-        "import json, sys, time\n"
-        "words = sys.argv[1:]\n"
-        "progress, result = (words[words.index(name) + 1] for name in ('--progress', '--json'))\n"
-        "open(progress, 'w').write('bad (T1-H1-V1, full)')\n"
-        "if '--exclude' not in words: time.sleep(600)\n"
-        "json.dump({'cells': [], 'not_reached': words[words.index('--exclude') + 1:][:1]}, open(result, 'w'))\n"
-    )
-    monkeypatch.setattr(gpu_visit, "ENTRY", [sys.executable, str(script)])
-    part = gpu_visit.Part(name="logprobs", case="logprobs", share=1.0, resumable=True)
-    found = gpu_visit.run_part(part, gpu_visit.Arguments(stall_seconds=5.0), tmp_path, 300.0)
-    assert (found["status"], found["excluded"], found["not_reached"]) == ("done", ["bad"], ["bad"])
+    monkeypatch.setattr(processes, "ENTRY", "visit_standin")
+    part = processes.Part(name="logprobs", case="hangs_on_bad", seconds=1.0, exclude=("slow one",), resumable=True)
+    found = processes.run_part(part, "cpu", tmp_path, 300.0, processes.Watch(stall_s=3.0))
+    assert (found["status"], found["excluded"]) == ("done", ["bad"])
     assert found["seconds"] < 300
-
-
-def test_parts_that_do_not_exist_are_named(tmp_path):
-    with pytest.raises(InputError, match="unknown part 'tets'"):
-        gpu_visit.measure(gpu_visit.Arguments(out=str(tmp_path), device="cpu", parts=("tets",)), tmp_path / "x.json")
-
-
-def test_the_tree_has_its_share_of_the_time_and_can_go_on_after_a_crash():
-    found = {part.name: part for part in gpu_visit.parts(gpu_visit.Arguments())}
-    assert list(found) == ["phases", "sweep", "priority_tree", "trainer", "trajectory_balance", "logprobs"]
-    tree = found["priority_tree"]
-    assert (tree.case, tree.share, tree.resumable) == ("priority_tree", 0.15, True)
-    assert tree.options == ("--cell-seconds", "8")
-    assert [part.name for part in gpu_visit.parts(gpu_visit.Arguments(parts=("priority_tree",)))] == ["priority_tree"]
+    words = json.loads((tmp_path / "logprobs.json").read_text())["words"]
+    assert words[words.index("--exclude") :] == ["--exclude", "slow one", "bad"]
 
 
 @pytest.mark.process
-def test_the_tree_runs_as_a_part_of_a_visit_on_a_cpu(tmp_path):
-    given = gpu_visit.Arguments(out=str(tmp_path), device="cpu", parts=("priority_tree",), only=("rescan", "numpy"))
-    (part,) = gpu_visit.parts(given)
-    small = ("--cells", "N100-B8", "--operations", "update random", "--draws", "64", "--repeats", "1")
-    part = dataclasses.replace(part, options=(*part.options, *small))
-    found = gpu_visit.run_part(part, given, tmp_path, 60.0)
-    assert (found["status"], found["cells"], found["not_reached"]) == ("done", ["N100-B8"], [])
-    summary = {"parts": {"priority_tree": found}, "gates": [], "device": {}}
-    text = gpu_visit.summary_text(summary, tmp_path)
-    assert "of 1 comparisons with the fastest peer won" in text
-    assert "N100, errors (of the worst mode" in text
-
-
-@pytest.mark.slow
-def test_a_visit_runs_from_start_to_end_on_a_cpu(tmp_path):
-    quick = tmp_path / "test_two.py"
-    quick.write_text("def test_good(): pass\ndef test_bad(): assert 0\n")
-    given = gpu_visit.Arguments(
-        out=str(tmp_path / "out"),
-        device="cpu",
-        minutes=4.0,
-        tests=(str(quick),),
-        only=("naive",),
-        parts=("precompile", "tests", "trajectory_balance"),
-        commit="abc",
-    )
-    out = tmp_path / "out"
-    found = gpu_visit.measure(given, tmp_path / "unused.json")
-    assert (found["parts"]["tests"]["tests"], found["parts"]["tests"]["failures"]) == (2, 1)
-    assert found["parts"]["trajectory_balance"]["cells"] == [f"{TOY.name} peaked"]
-    assert sorted(path.name for path in out.iterdir()) == ["visit.json", "visit.tar.gz"]
-    gpu_visit.unpack(out, tmp_path / "unpacked")
-    assert "test_bad FAILED" in (tmp_path / "unpacked" / "tests.txt").read_text()
-    assert "FAILED " in (tmp_path / "unpacked" / "failures.txt").read_text()
-    compiled = json.loads((tmp_path / "unpacked" / "precompile.json").read_text())
-    assert [job["name"] for job in compiled["jobs"]] == [job.name for job in precompile.jobs()[:2]]
-    assert not [job for job in compiled["jobs"] if "failed" in job]
-    for folder in (out, tmp_path / "unpacked"):
-        written = json.loads((folder / "visit.json").read_text())
-        assert written["environment"]["commit"] == "abc"
-        assert {gate["status"] for gate in written["gates"]} <= {"not measured", "lost"}
+def test_packages_of_other_projects_are_imported_first(monkeypatch, tmp_path):
+    (tmp_path / "visit_standin.py").write_text("raise SystemExit(7)\n")
+    monkeypatch.setattr(processes, "ENTRY", "visit_standin")
+    part = processes.Part(name="logprobs", case="good", seconds=1.0)
+    watch = processes.Watch(paths=(str(tmp_path),))
+    assert processes.run_part(part, "cpu", tmp_path, 60.0, watch)["status"] == "exit status 7"
 
 
 @pytest.mark.process
-def test_tests_that_hang_are_interrupted_and_leave_their_counts_and_reasons(tmp_path):
+def test_tests_that_hang_are_interrupted_and_leave_their_counts_and_reasons(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "PACK_EVERY_S", 0.2)
     hangs = tmp_path / "test_hangs.py"
-    hangs.write_text("import time\ndef test_bad(): assert 1 + 1 == 3\ndef test_hangs(): time.sleep(600)\n")
+    hangs.write_text(
+        "import pathlib, time\ndef test_bad(): assert 1 + 1 == 3\n"
+        f"def test_hangs():\n    pathlib.Path({str(tmp_path / 'marks' / 'one')!r}).touch()\n    time.sleep(600)\n"
+    )
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    monkeypatch.setattr(processes, "time", visit_standin.JumpingClock(marks))
     packed = []
-    found = gpu_visit.run_tests([str(hangs)], tmp_path, 15.0, lambda: packed.append(True))
+    watch = processes.Watch(tick=lambda: packed.append(True))
+    found = processes.run_tests([str(hangs)], tmp_path, 300.0, watch)
     assert found["status"] == "out of time"
     assert (found["tests"], found["failures"]) == (1, 1)  # an interrupted pytest still writes its XML
     assert packed  # what was known was packed meanwhile
@@ -231,32 +178,49 @@ def test_tests_that_hang_are_interrupted_and_leave_their_counts_and_reasons(tmp_
 
 @pytest.mark.process
 def test_tests_that_take_no_interruption_are_killed_and_their_failures_counted(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_visit, "GRACE_S", 1.0)
+    monkeypatch.setattr(processes, "GRACE_S", 1.0)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    monkeypatch.setattr(processes, "time", visit_standin.JumpingClock(marks))
     hangs = tmp_path / "test_hangs.py"
     hangs.write_text(
-        "import signal, time\n"
+        "import pathlib, signal, time\n"
         "def test_bad(): assert 0, 'first reason'\n"
-        "def test_hangs():\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    time.sleep(600)\n"
+        "def test_hangs():\n    signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"    pathlib.Path({str(marks / 'one')!r}).touch()\n    time.sleep(600)\n"
     )
-    found = gpu_visit.run_tests([str(hangs)], tmp_path, 15.0, lambda: None)
+    found = processes.run_tests([str(hangs)], tmp_path, 300.0, processes.Watch())
     assert (found["status"], found["tests"], found["failures_written"]) == ("out of time", None, 1)
     assert "first reason" in (tmp_path / "failures.txt").read_text()
-    text = gpu_visit.summary_text({"parts": {"tests": found}, "gates": [], "device": {}}, tmp_path)
-    assert "tests: out of time" in text
-    assert "ended with 1 failures, which failures.txt has" in text
+    text = gpu_visit.part_line("tests", found)
+    assert text == f"tests: out of time, {found['seconds']:.0f} of 300 s, ended with 1 failures, which failures.txt has"
+
+
+@pytest.mark.process
+def test_failures_of_every_worker_are_streamed(tmp_path):
+    pytest.importorskip("xdist")
+    for name in ("one", "two"):
+        (tmp_path / f"test_{name}.py").write_text(f"def test_{name}(): assert 0, 'reason {name}'\n")
+    found = processes.run_tests([str(tmp_path)], tmp_path, 300.0, processes.Watch(), workers=2)
+    assert (found["status"], found["tests"], found["failures"]) == ("exit status 1", 2, 2)
+    written = (tmp_path / "failures.txt").read_text()
+    assert "reason one" in written
+    assert "reason two" in written
+    assert "2 workers" in (tmp_path / "tests.txt").read_text()
 
 
 def test_an_archive_is_whole_at_any_time_and_a_second_visit_starts_from_it(tmp_path):
-    folder, out, later = (tmp_path / name for name in ("folder", "out", "later"))
-    for path in (folder, out, later):
-        path.mkdir()
-    gpu_visit.unpack(out, folder)  # a first visit finds nothing
+    folder, later, archive = (tmp_path / name for name in ("folder", "later", "out.tar.gz"))
+    folder.mkdir()
+    later.mkdir()
+    processes.unpack(archive, folder)  # a first visit finds nothing
     (folder / "sweep.json").write_text("1")
-    gpu_visit.pack(folder, out)
+    processes.pack(folder, archive)
     (folder / "logprobs.json").write_text("2")
-    gpu_visit.pack(folder, out)
-    assert [path.name for path in out.iterdir()] == ["visit.tar.gz"]
-    gpu_visit.unpack(out, later)
+    (folder / "trainer.json.part").write_text("half")  # a part is writing it
+    processes.pack(folder, archive)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "later", "out.tar.gz"}
+    processes.unpack(archive, later)
     assert {path.name: path.read_text() for path in later.iterdir()} == {"sweep.json": "1", "logprobs.json": "2"}
 
 
@@ -280,11 +244,3 @@ def test_kernel_section_is_written_from_results_and_left_alone_without(monkeypat
     assert "gone (not here)" in made
     assert "old" not in made
     assert Path("README.md").name in {path.name for path in tables.READMES}
-
-
-def test_visited_tests_are_those_of_the_kernels():
-    groups = gpu_visit.test_groups(gpu_visit.Arguments())
-    names = {Path(file).name for file in groups["kernel tests"]}
-    assert {"test_reference.py", "test_priority_tree.py"} <= names
-    assert "test_kernel_benchmarks.py" not in names
-    assert "test_update.py" not in names

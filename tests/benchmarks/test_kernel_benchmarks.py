@@ -296,8 +296,8 @@ def test_options_come_from_the_sentences_under_the_fields(capsys):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["gpu_visit", "--out", "unused"], "--device cuda: torch finds no GPU on this machine: give --device cpu"),
-        (["gpu_visit", "--device", "cpu"], "gpu_visit has no folder for its results: give --out DIR"),
+        (["gpu_visit", "--out", "unused"], "torch finds no GPU on this machine: give --rehearse to try it on a CPU"),
+        (["gpu_visit", "--rehearse", "--visit", "c"], "--visit 'c': the visits are a and b"),
         (["trajectory_balance", "--shapes", "16384"], "T16384-H4096-V151936"),
         (["logprobs", "--modes", "backward"], "modes are full, forward, frozen"),
     ],

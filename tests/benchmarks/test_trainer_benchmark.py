@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_visit, run, tables
+from benchmarks import options, run, tables
 from benchmarks.training import integrations, phase_beside_trl
 from benchmarks.turns import Process
+from benchmarks.visit import parts
 from paced_fast.errors import InputError
 
 GIVEN = phase_beside_trl.Arguments(model="toy", prompts=2, completions=4, sequences=4, repeats=1, threads=("1",))
@@ -116,10 +117,11 @@ def vars_of(arguments: phase_beside_trl.Arguments) -> dict:
 
 
 def test_a_visit_to_a_gpu_measures_the_trainer_too() -> None:
-    found = {part.name: part for part in gpu_visit.parts(gpu_visit.Arguments(device="cpu"))}
-    assert found["trainer"].options[:2] == ("--model", "toy")
-    names = list(found)
-    assert names.index("trainer") < names.index("trajectory_balance")
+    *_, trainer = parts.parts_of("b")
+    assert (trainer.name, trainer.case) == ("trainer", "trainer")
+    options.parse(phase_beside_trl.Arguments, [*trainer.options, "--device", "cuda"], "trainer")
+    *_, rehearsed = parts.parts_of("b", rehearse=True)
+    assert rehearsed.options[:2] == ("--model", "toy")
 
 
 def test_the_losses_take_turns_too(tmp_path: Path) -> None:
