@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "logprobs": ("loss.measure", ("logprobs",)),
     "priority_tree": ("tree.measure", ()),
     "compile": ("loss.compile_kernels", ()),
+    "cycle_model": ("loss.cycle_model", ()),
     "gemm_sweep": ("loss.gemm_sweep", ()),
     "phases": ("loss.phases", ()),
     "precompile": ("loss.precompile", ()),

@@ -179,7 +179,11 @@ def compiled(result: dict[str, Any]) -> str:
     """Format the compiler's figures of every kernel as Markdown."""
     where = result["environment"]
     note = f"Compiled without a GPU, {where['date']}, commit {where['commit']}, triton {where['versions']['triton']}."
-    return "\n".join([*compile_kernels.table(result["rows"]), "", note])
+    lines = [*compile_kernels.table(result["rows"]), ""]
+    if any("tile" in row for row in result["rows"]):
+        words = "Instructions of one warp for a tile, and those of them that take the half-rate ALU pipe:"
+        lines += [words, "", *compile_kernels.tile_table(result["rows"]), ""]
+    return "\n".join([*lines, note])
 
 
 def sandbox(result: dict[str, Any]) -> str:

@@ -11,10 +11,12 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.loss import disassembly
 from paced_fast.errors import InputError
 
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
@@ -51,38 +53,45 @@ class Build:
 
 
 def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """Return rows of name, variant, architecture, registers, spills, shared memory and instructions."""
+    """Return rows of name, variant, architecture, registers, spills, shared memory and instructions.
+
+    Rows of the projection on sm_90 have, as `tile`, what a warp executes for a tile: see `disassembly.tile_counts`.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise InputError("TRITON_INTERPRET is 1, so Triton would interpret the kernels: unset it to compile them")
     del path
     architectures = [int(name) for name in arguments.architectures]
     rows = [compile_one(build, arch) for arch in architectures for build in builds(arch, widest=arguments.widest)]
     for row in rows:
-        print("  ".join(str(value) for value in row.values()))
+        print("  ".join(str(value) for name, value in row.items() if name != "tile"))
     return {"rows": rows}
 
 
 def builds(arch: int, *, widest: bool = False) -> list[Build]:
     """Return all builds for a chip of this architecture, or only the `widest` of each kind.
 
-    Those are the products on every chip, whose configurations differ, and on sm_90 the other kernels, whose constants
-    are the same on all.
+    Those are the products on every chip, whose configurations differ, and on sm_90 those of a trainer's default and the
+    other kernels, whose constants are the same on all. Launches behind a gate have one epilogue and are left out.
     """
     if not widest:
-        return [*projections(arch, (False, True)), *targets(arch), *row_kernels(), *tree_kernels((2, 3))]
-    return [*projections(arch, (True,)), *targets(arch), *([*row_kernels(), *tree_kernels((3,))] if arch == 90 else [])]
+        every = tuple(itertools.product((False, True), repeat=2))
+        return [*projections(arch, every), *targets(arch), *row_kernels(), *tree_kernels((2, 3))]
+    options: tuple[tuple[bool, bool], ...] = ((True, False),)
+    if arch != 90:
+        return [*projections(arch, options), *targets(arch)]
+    return [*projections(arch, ((False, False), *options)), *targets(arch), *row_kernels(), *tree_kernels((3,))]
 
 
-def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:
-    """Builds of `project_kernel` in the configurations of the static table, for each of `options_on`."""
+def projections(arch: int, choices: Sequence[tuple[bool, bool]]) -> list[Build]:
+    """Builds of `project_kernel` in the configurations of the static table, for all `choices` of (options, gate)."""
     from paced_kernels._loss import gemm_kernels as gemm
     from paced_kernels._loss.tiles import SHIPPED
 
     found = []
     for config in SHIPPED[arch]:
-        for kind, is_full, is_gated in itertools.product((gemm.EXPONENTIALS, gemm.SUMS), options_on, options_on):
+        for kind, (is_full, is_gated) in itertools.product((gemm.EXPONENTIALS, gemm.SUMS), choices):
             options = ["exponentials" if kind is gemm.EXPONENTIALS else "sums"]
-            options += ["entropy, bias" + (", live" if kind is gemm.EXPONENTIALS else "")] * is_full
+            options += ["entropy, bias"] * is_full
             options += ["gated"] * is_gated
             constants = {
                 "KIND": kind.value,
@@ -92,9 +101,10 @@ def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:
                 "PIECES": config.pieces,
                 "GROUP_V": config.group_v,
                 "USE_TMA": config.use_tma,
+                "FLAT": config.is_flat and not is_gated,
+                "SPLIT": config.is_split and not is_gated,
                 "UPCAST": False,
                 "HAS_BIAS": is_full,
-                "HAS_LIVE": is_full and kind is gemm.EXPONENTIALS,
                 "WITH_ENTROPY": is_full,
                 "GATED": is_gated,
             }
@@ -103,10 +113,15 @@ def projections(arch: int, options_on: tuple[bool, ...]) -> list[Build]:
                 blocks = {"hidden": (config.block_t, config.block_h), "weight": (config.block_v, config.block_h)}
                 if kind is gemm.EXPONENTIALS:
                     blocks["out"] = (config.block_t, config.width)
-            loads = "TMA" if config.use_tma else "pointers"
-            shape = f"{config.block_t}x{config.block_v}x{config.block_h} {loads}: {', '.join(options)}"
+            shape = f"{config.block_t}x{config.block_v}x{config.block_h} {way_of(config)}: {', '.join(options)}"
             found.append(Build(gemm.project_kernel, shape, constants, config.num_warps, config.num_stages, blocks))
     return found
+
+
+def way_of(config: Any) -> str:
+    """What else distinguishes a configuration."""
+    words = ["TMA" if config.use_tma else "pointers", "flat" * config.is_flat, "plain" * (not config.is_split)]
+    return " ".join(word for word in words if word)
 
 
 def targets(arch: int) -> list[Build]:
@@ -147,6 +162,7 @@ def row_kernels() -> list[Build]:
         build(kernels.row_probabilities_kernel, "bfloat16", 8, HAS_BIAS=True, HAS_LIVE=True, BLOCK_V=8192),
         build(kernels.row_probabilities_kernel, "float32", 8, "fp32", HAS_BIAS=True, HAS_LIVE=True, BLOCK_V=8192),
         build(kernels.patch_targets_kernel, "", HAS_LIVE=True, BLOCK_T=128),
+        build(kernels.clear_dead_rows_kernel, "", 8, BLOCK_V=8192),
         build(kernels.entropy_gradient_kernel, "", 8, BLOCK_V=4096),
     ]
 
@@ -218,7 +234,7 @@ def compile_one(build: Build, arch: int) -> dict[str, Any]:
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": build.fuses}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack, local = resources(compiled.asm["cubin"])
-    return {
+    found = {
         "kernel": build.kernel.__name__,
         "variant": build.variant,
         "arch": arch,
@@ -232,6 +248,10 @@ def compile_one(build: Build, arch: int) -> dict[str, Any]:
         "fused_float64": len(re.findall(r"\bfma\.rn\.f64\b", compiled.asm["ptx"])),
         "accumulates_f32": accumulates_in_float32(compiled.asm["ptx"], compiled.asm["ttgir"]),
     }
+    if build.kernel.__name__ == "project_kernel" and arch == 90:
+        counts = disassembly.tile_counts(disassembly.disassemble(compiled.asm["cubin"]))
+        found["tile"] = {name: part._asdict() for name, part in counts.items()}
+    return found
 
 
 def resources(cubin: bytes) -> tuple[int, int, int]:
@@ -292,4 +312,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             ", ".join(f"`{name}`" for name in members[0]["products"]),
         )
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return lines
+
+
+def tile_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Format as Markdown what a warp executes for a tile; launches behind a gate, which hardly ever run, stay out."""
+    lines = [
+        "| `project_kernel`, sm_90 | stages | registers | a step | epilogue | the same with masks | rest of a tile |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "tile" not in row or "gated" in row["variant"]:
+            continue
+        parts = (row["tile"][name] for name in ("step", "epilogue", "masked", "begin"))
+        cells = [f"{part['instructions']:,} / {part['alu']:,}" for part in parts]
+        lines.append(f"| {row['variant']} | {row['num_stages']} | {row['registers']} | {' | '.join(cells)} |")
     return lines

@@ -24,8 +24,11 @@ from paced_kernels._loss import engine, fused_pass, gradients, head, matmul, til
 
 GEMM_VARIANTS: tuple[dict[str, Any], ...] = (
     {},
+    {"is_flat": False, "num_stages": 3, "is_split": False},
+    {"is_flat": False, "num_stages": 3},
+    {"is_split": False},
+    {"num_stages": 3},
     {"block_t": 128, "block_v": 256, "block_h": 64, "pieces": 1, "num_warps": 8, "num_stages": 3},
-    {"block_t": 128, "block_v": 256, "block_h": 64, "pieces": 2, "num_warps": 8, "num_stages": 4},
     {"block_t": 256, "block_v": 128, "block_h": 64, "pieces": 1, "num_warps": 8, "num_stages": 3},
     {"block_t": 128, "block_v": 128, "block_h": 64, "pieces": 1, "num_warps": 8, "num_stages": 4},
     {"block_t": 128, "block_v": 128, "block_h": 128, "pieces": 1, "num_warps": 8, "num_stages": 3},

@@ -58,5 +58,3 @@ def warm_up(
             chunk = engine.exponentials(rows, live if with_weights else None)
             if has_entropy:
                 engine.entropy_gradient(chunk, rows, chunk.stats.logprobs, chunk.stats.logprobs)
-            if not with_weights:  # the second pass over a sequence of several chunks
-                engine.exponentials(rows, None, known)

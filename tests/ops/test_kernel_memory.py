@@ -95,6 +95,7 @@ VARIANTS = [(name, stage) for name, (_, kept) in DTYPES.items() for stage in kep
 @pytest.mark.parametrize("rows", [14, 1000])
 def test_nothing_beyond_inputs_and_outputs_is_touched(dtype: str, stage: str, rows: int) -> None:
     case = make_case([5, 0, 9, 2, 19], 33, 131, DTYPES[dtype][0])
+    case["token_ids"] %= 64  # columns 64 to 127 are a piece without a target, which has stores of its own
     options: dict[str, Any] = {"workspace_bytes": workspace(STAGES[stage], case, rows)}
     if rows == 14:
         options["entropy_bonus"] = 0.3

@@ -5,6 +5,7 @@ T = packed tokens, B = sequences, H = hidden size, V = vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +20,7 @@ from kernel_cases import (
     STAGES,
     Case,
     assert_accurate,
+    assert_equal,
     default_rows,
     forced,
     make_case,
@@ -56,6 +58,31 @@ OPTIONS = {
     "denominator": {"denominator": torch.tensor(2.5), "entropy_bonus": -1.0},
     "grad_output 3": {"grad_scale": 3.0},
 }
+
+
+WAYS = {"flat": (True, True), "flat, plain": (True, False), "nested": (False, True)}
+"""Whether one loop runs over the steps of all tiles, and whether pieces that need no masks are spared them."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_loop_and_epilogue_gives_the_same_bits(way: str) -> None:
+    is_flat, is_split = WAYS[way]
+    halves = STAGES["halves"]
+    assert halves is not None
+    plain = dataclasses.replace(halves, is_flat=False, is_split=False)
+    # Three row tiles and three vocabulary tiles of two pieces on two programs. In the first row tile only the second
+    # piece has targets, in the second all pieces, in the third none but the one at the edge.
+    case = make_case([20, 12, 5, 27, 9], 130, 330)
+    case["token_ids"][:32] = 64 + case["token_ids"][:32] % 64
+    case["token_ids"][64:] = 329
+    with forced(plain):
+        wanted = run(case, temperature=0.7, entropy_bonus=0.3)
+        logprobs = linear_logprobs(case["hidden"], case["head_weight"], case["token_ids"], backend="triton").detach()
+    assert_accurate(wanted, oracle(case, temperature=0.7, entropy_bonus=0.3), case)
+    with forced(dataclasses.replace(plain, is_flat=is_flat, is_split=is_split)):
+        assert_equal(run(case, temperature=0.7, entropy_bonus=0.3), wanted)
+        found = linear_logprobs(case["hidden"], case["head_weight"], case["token_ids"], backend="triton").detach()
+    assert torch.equal(found, logprobs)
 
 
 @stages

@@ -37,7 +37,7 @@ LEAVES = ("hidden", "head_weight", "bias", "log_z")
 # Stage 1 is a library GEMM and row kernels. The others are stage 2 with small tiles in two pieces, and with one piece.
 STAGES: dict[str, GemmConfig | None] = {
     "logits": None,
-    "halves": GemmConfig(32, 128, 64, pieces=2, num_warps=4, num_stages=1, use_tma=False, group_v=2),
+    "halves": GemmConfig(32, 128, 64, pieces=2, num_warps=4, num_stages=1, use_tma=False, group_v=2, is_flat=True),
     "whole": GemmConfig(128, 128, 32, pieces=1, num_warps=4, num_stages=1, use_tma=False),
 }
 

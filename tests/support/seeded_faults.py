@@ -20,6 +20,7 @@ PACKAGE = ROOT / "kernels" / "paced_kernels"
 OPTIONS = "ops/test_triton_rows.py::test_every_option_in_one_chunk"
 MODES = "ops/test_triton_rows.py::test_every_mode"
 SIZES = "ops/test_kernel_edges.py::test_sizes_around_a_block"
+WAYS = "ops/test_triton_rows.py::test_every_loop_and_epilogue_gives_the_same_bits"
 GUARDS = "ops/test_kernel_memory.py::test_nothing_beyond_inputs_and_outputs_is_touched"
 FAR = "ops/test_kernel_memory.py::test_offsets_beyond_32_bits"
 
@@ -39,15 +40,15 @@ CONTROLS = (
     Fault(
         "logits rounded to bfloat16",
         "_loss/gemm_kernels",
-        "    logits = logits * inv_temperature\n",
-        "    logits = (logits * inv_temperature).to(tl.bfloat16).to(tl.float32)\n",
+        "products = tl.fma(products, inv_temperature, bias",
+        "products = tl.fma(products, inv_temperature, 0.0).to(tl.bfloat16).to(tl.float32) + (bias",
         f"{OPTIONS}[plain-halves]",
     ),
     Fault(
         "a column of the vocabulary dropped",
         "_loss/gemm_kernels",
-        "    m_columns = o_columns < vocab_size\n    logits =",
-        "    m_columns = o_columns < vocab_size - 1\n    logits =",
+        "    m_columns = o_columns < vocab_size\n    is_counted =",
+        "    m_columns = o_columns < vocab_size - 1\n    is_counted =",
         f"{OPTIONS}[plain-whole]",
     ),
     Fault(
@@ -134,8 +135,8 @@ OTHERS = (
     Fault(
         "load beyond the hidden size",
         "_loss/gemm_kernels",
-        "mask=m_rows[:, None] & m_inner[None, :], other=0.0",
-        "mask=m_rows[:, None] & (o_inner >= 0)[None, :], other=0.0",
+        "m_inner = (o_inner < hidden_size)[None, :]",
+        "m_inner = (o_inner >= 0)[None, :]",
         f"{GUARDS}[1000-float32-whole]",
     ),
     Fault(
@@ -154,9 +155,9 @@ OTHERS = (
     ),
     Fault(
         "dead rows kept",
-        "_loss/gemm_kernels",
-        "exponentials = tl.where(is_live[:, None], exponentials, 0.0)",
-        "exponentials = exponentials + 0.0 * is_live[:, None].to(tl.float32)",
+        "_loss/row_kernels",
+        "if tl.load(live_ptr + i_row) == 0:",
+        "if tl.load(live_ptr + i_row) == 2:",
         "ops/test_kernel_edges.py::test_weight_zero_removes_a_sequence_whatever_it_holds[0.0-whole]",
     ),
     Fault(
@@ -230,10 +231,38 @@ OTHERS = (
         f"{OPTIONS}[plain-halves]",
     ),
     Fault(
+        "a target of the second piece not seen",
+        "_loss/gemm_kernels",
+        "ones = tl.where(offset < WIDTH, 1, 1 << 16)",
+        "ones = tl.where(offset < WIDTH, 1, 0)",
+        f"{WAYS}[flat]",
+    ),
+    Fault(
+        "an edge not seen",
+        "_loss/gemm_kernels",
+        "tl.maximum(first + WIDTH - vocab_size, 0) > 0",
+        "tl.maximum(first - vocab_size, 0) > 0",
+        f"{WAYS}[flat]",
+    ),
+    Fault(
+        "products of the tile before",
+        "_loss/gemm_kernels",
+        "                products = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)\n    else:",
+        "    else:",
+        f"{WAYS}[flat]",
+    ),
+    Fault(
+        "store of a tile without masks beyond the last row",
+        "_loss/gemm_kernels",
+        "tl.store(out_ptrs, b_out, mask=m_rows[:, None])",
+        "tl.store(out_ptrs, b_out, mask=(o_rows >= 0)[:, None])",
+        f"{GUARDS}[14-float32-halves]",
+    ),
+    Fault(
         "second piece of a tile over the first",
         "_loss/gemm_kernels",
-        "i_vocab * PIECES + i_piece,",
-        "i_vocab * PIECES,",
+        "i_part = first // WIDTH",
+        "i_part = column_start // WIDTH",
         f"{OPTIONS}[plain-halves]",
     ),
     Fault(

@@ -276,6 +276,23 @@ def row_probabilities_kernel(
 
 
 @batch_kernel
+def clear_dead_rows_kernel(
+    out_ptr,  # [T, stride_out], E
+    live_ptr,  # [T] u8
+    vocab_size,
+    stride_out,
+    BLOCK_V: tl.constexpr,
+):
+    """Set E = 0 in rows that are not live, one program per row; whatever their hidden states made of them."""
+    i_row = tl.program_id(0).to(tl.int64)
+    if tl.load(live_ptr + i_row) == 0:
+        for start in range(0, vocab_size, BLOCK_V):
+            o_columns = start + tl.arange(0, BLOCK_V)
+            zeros = tl.zeros((BLOCK_V,), dtype=out_ptr.dtype.element_ty)
+            tl.store(out_ptr + i_row * stride_out + o_columns, zeros, mask=o_columns < vocab_size)
+
+
+@batch_kernel
 def patch_targets_kernel(
     out_ptr,  # [T, stride_out], E
     token_ptr,  # [T]

@@ -35,6 +35,8 @@ class GemmConfig:
     num_stages: int
     use_tma: bool
     group_v: int = 8
+    is_flat: bool = False  # one loop over the steps of all tiles instead of one for each tile
+    is_split: bool = True  # an epilogue of its own for pieces that hold no target and no edge
 
     @property
     def width(self) -> int:
@@ -48,15 +50,17 @@ class GemmConfig:
 
 # tests/ops/test_compile.py compiles each for its architecture: no spills, shared memory within the chip's limit.
 AMPERE = GemmConfig(128, 128, 32, pieces=1, num_warps=8, num_stages=4, use_tma=False)
-HOPPER = GemmConfig(128, 256, 64, pieces=2, num_warps=8, num_stages=3, use_tma=True)
+HOPPER = GemmConfig(128, 256, 64, pieces=2, num_warps=8, num_stages=4, use_tma=True, is_flat=True)
+HOPPER_PLAIN = GemmConfig(128, 256, 64, pieces=2, num_warps=8, num_stages=3, use_tma=True, is_split=False)
 HOPPER_UNALIGNED = GemmConfig(128, 128, 64, pieces=1, num_warps=8, num_stages=4, use_tma=False)
 BLACKWELL = GemmConfig(128, 128, 64, pieces=1, num_warps=8, num_stages=4, use_tma=True)
 BLACKWELL_UNALIGNED = GemmConfig(128, 128, 64, pieces=1, num_warps=8, num_stages=3, use_tma=False)
 
-# Configurations per architecture; the first one that fits the alignment is used.
+# Configurations per architecture; the first one that fits the alignment is used. HOPPER_PLAIN has neither the loop over
+# all tiles nor the second epilogue: in front of HOPPER it takes its place, should a chip or a version disappoint.
 SHIPPED: dict[int, tuple[GemmConfig, ...]] = {
     80: (AMPERE,),
-    90: (HOPPER, HOPPER_UNALIGNED),
+    90: (HOPPER, HOPPER_PLAIN, HOPPER_UNALIGNED),
     100: (BLACKWELL, BLACKWELL_UNALIGNED),
 }
 
@@ -65,7 +69,7 @@ def interpreter_config(vocab_size: int, num_rows: int) -> GemmConfig:
     """Return blocks for the interpreter, which takes about equally long for small and large programs."""
     block_t = 16 if num_rows <= 64 else 128
     block_v = 64 if vocab_size <= 1024 else 2048
-    return GemmConfig(block_t, block_v, 64, pieces=2, num_warps=4, num_stages=1, use_tma=False)
+    return GemmConfig(block_t, block_v, 64, pieces=2, num_warps=4, num_stages=1, use_tma=False, is_flat=True)
 
 
 def architecture_of(capability: tuple[int, int]) -> int:

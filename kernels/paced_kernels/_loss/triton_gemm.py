@@ -64,31 +64,44 @@ class GemmRows(TritonRows):
         matrix = self.matrix_view(rows, self.hidden.dtype)
         parts = self._new_parts(rows)
         if known is not None:
-            self._project(rows, parts, gemm.EXPONENTIALS.value, matrix=matrix, reference=known.lse, live=live)
+            self._project(rows, parts, gemm.EXPONENTIALS.value, matrix=matrix, reference=known.lse)
             stats, factor, patch = known, torch.ones_like(known.logprobs), torch.expm1(known.logprobs)
         else:
             stats = self.empty_stats(rows.stop - rows.start)
-            is_direct = self._exponentials_of_target(rows, parts, matrix, stats, live)
+            is_direct = self._exponentials_of_target(rows, parts, matrix, stats)
             factor = torch.where(is_direct, stats.logprobs.exp(), 1.0)
             patch = torch.where(is_direct, -torch.expm1(-stats.logprobs), torch.expm1(stats.logprobs))
         self.patch_targets(rows, matrix, patch, live)
+        if live is not None:
+            self._clear_dead_rows(matrix, live)
         return Exponentials(stats, matrix, factor)
 
-    def _exponentials_of_target(
-        self, rows: slice, parts: Tensor, matrix: Tensor, stats: RowStats, live: Tensor | None
-    ) -> Tensor:
+    def _clear_dead_rows(self, matrix: Tensor, live: Tensor) -> None:
+        """Zero them afterwards: in the projection every element would be chosen, for rows that are rarely there."""
+        launch(
+            kernels.clear_dead_rows_kernel,
+            (matrix.shape[0],),
+            out_ptr=matrix,
+            live_ptr=live.view(torch.uint8),
+            vocab_size=self.vocab_size,
+            stride_out=matrix.stride(0),
+            BLOCK_V=8192,
+            num_warps=8,
+        )
+
+    def _exponentials_of_target(self, rows: slice, parts: Tensor, matrix: Tensor, stats: RowStats) -> Tensor:
         """Store exponentials relative to the target, recompute rows out of range; return True for the other rows."""
         target = self._target_logits(rows)
         num_tiles = triton.cdiv(rows.stop - rows.start, self.config.block_t)
         gate = torch.zeros(1 + num_tiles, dtype=torch.int32, device=self.hidden.device)
-        self._project(rows, parts, gemm.EXPONENTIALS.value, matrix=matrix, reference=target, live=live)
+        self._project(rows, parts, gemm.EXPONENTIALS.value, matrix=matrix, reference=target)
         self.finish(parts, target, stats, has_maxima=False, gate=gate)
         # NaN compares false: such a row is not recomputed, so its NaN stays visible.
         is_direct = ~(stats.logprobs < kernels.LOWEST_DIRECT_LOGPROB.value)
         self._project(rows, parts, gemm.SUMS.value, gate=gate)
         self.finish(parts, target, stats, has_maxima=True, gate=gate, is_gated=True)
         reference = torch.where(is_direct, target, stats.lse)
-        self._project(rows, parts, gemm.EXPONENTIALS.value, matrix=matrix, reference=reference, live=live, gate=gate)
+        self._project(rows, parts, gemm.EXPONENTIALS.value, matrix=matrix, reference=reference, gate=gate)
         return is_direct
 
     def _new_parts(self, rows: slice) -> Tensor:
@@ -137,7 +150,6 @@ class GemmRows(TritonRows):
         *,
         matrix: Tensor | None = None,  # [R, V]
         reference: Tensor | None = None,  # [R]
-        live: Tensor | None = None,  # [R] bool
         gate: Tensor | None = None,
     ) -> None:
         """Launch `project_kernel` on a chunk; without a matrix only partial sums are stored."""
@@ -163,7 +175,6 @@ class GemmRows(TritonRows):
             **operands,
             token_ptr=self.token_ids[rows],
             reference_ptr=sums if reference is None else reference,
-            live_ptr=sums if live is None else live.view(torch.uint8),
             gate_ptr=sums if gate is None else gate,
             sums_ptr=sums,
             weighted_ptr=weighted,
@@ -183,7 +194,8 @@ class GemmRows(TritonRows):
             GROUP_V=config.group_v,
             USE_TMA=config.use_tma,
             UPCAST=is_interpreted(),
-            HAS_LIVE=live is not None,
+            FLAT=config.is_flat and gate is None,
+            SPLIT=config.is_split and gate is None,
             WITH_ENTROPY=self.with_entropy,
             GATED=gate is not None,
             num_warps=config.num_warps,
