@@ -81,7 +81,7 @@ def _complete(
     stops = prompts.find_stops(tokenizer, config.generation.stop_tokens, ())
     decode = prompts.Decoder(tokenizer, stops.ids, config.data.keep_special_tokens)
     generator = TransformersGenerator(
-        model, stop_ids=stops.ids, max_batch_sequences=config.generation.max_batch_sequences
+        model, stop_ids=stops.ids, max_batch_sequences=config.generation.batch_sequences()
     )
     texts = [decode(completion.token_ids) for completion in generator.generate(ids, sampling)]
     return [texts[i : i + sampling.samples] for i in range(0, len(texts), sampling.samples)]

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 from paced_fast.config.bounds import Bounds
 
+_BATCH, _LARGE_BATCH = 256, 1024
+"""Sequences decoded at once; the larger number is vLLM's on a GPU with much memory."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationConfig:
@@ -24,8 +27,13 @@ class GenerationConfig:
     stop_tokens: tuple[str, ...] = ("auto",)
     """Tokens that end a completion, by text or id; `auto`: every end token declared by the model's generation settings,
     its configuration, its tokenizer or its chat template. The run folder records the tokens found."""
-    max_batch_sequences: Annotated[int, Bounds(1, 10**6)] = 256
-    """Maximum number of sequences decoded at once."""
+    max_batch_sequences: Annotated[int, Bounds(0, 10**6)] = 0
+    """Maximum number of sequences that a rank decodes at once; 0: vLLM's own default for the GPU (1024 from 70 GiB on,
+    except on an A100), otherwise 256."""
+
+    def batch_sequences(self, *, large_engine: bool = False) -> int:
+        """Sequences decoded at once; `large_engine`: by vLLM on a GPU for which its own default is the larger one."""
+        return self.max_batch_sequences or (_LARGE_BATCH if large_engine else _BATCH)
 
 
 SyncMode = Literal["auto", "shared", "push"]

@@ -33,9 +33,9 @@ class ModelConfig:
     (sequences one after another without padding, with PyTorch's or flash-attn's kernels), `padded` (one row per
     sequence, exact for every causal model), or `auto`: shared on a CPU, packed with the best installed kernel on a
     GPU, padded for models on which the others are not known to be exact (docs/model-types.md)."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, about a third more
-    computation."""
+    computation; `auto`: on a GPU where the memory plan does not fit without it, otherwise off."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Use of liger-kernel's RMSNorm, SwiGLU and rotary embedding; `auto`: on, if it is installed and the policy is on a
     GPU."""

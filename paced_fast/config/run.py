@@ -95,6 +95,15 @@ class DistributedConfig:
     mode: Literal["auto", "replicated", "sharded"] = "auto"
     """`replicated` (every rank holds all parameters and its part of the optimiser state), `sharded` (FSDP2: parameters
     are split too), or `auto`: replicated if it fits in memory, otherwise sharded; the memory plan has the numbers."""
+    gradients: Literal["auto", "whole", "split"] = "auto"
+    """Gradients of replicated parameters: `whole` on every rank, summed over the ranks once per optimiser step;
+    `split`, summed after every micro-batch, so that a rank keeps its part (less memory, more exchange); or `auto`:
+    split where whole ones do not fit in memory."""
+    prompts: Literal["queue", "parts"] = "queue"
+    """How ranks share a step's prompts for sampling: `queue` (a rank takes the next ones whenever it has room, so that
+    none idles while others have prompts waiting) or `parts` (each has an equal part). With vLLM, which prompts are
+    decoded side by side then depends on timing, and with that the rounding of log-probs; `parts` avoids this. Engines
+    split over ranks have parts."""
     timeout_seconds: Annotated[float, Bounds(1.0, 86400.0)] = 600.0
     """Maximum wait for another rank in a collective, in seconds; beyond it the run stops."""
     stall_seconds: Annotated[float, Bounds(1.0, 86400.0)] = 300.0

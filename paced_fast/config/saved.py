@@ -29,6 +29,8 @@ def config_from_dict(kind: Any, raw: Any, name: str = "") -> Any:
         if key not in raw and full not in _BEFORE:
             continue
         value = raw[key] if key in raw else _BEFORE[full]
+        if isinstance(value, bool) and {"on", "off"} <= set(typing.get_args(hint)):
+            value = "on" if value else "off"  # a switch, before it had a third value
         if dataclasses.is_dataclass(hint):
             value = config_from_dict(hint, value, full)
         elif not fits(value, hint):

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,10 +139,46 @@ class World:
         assert isinstance(group, dist.ProcessGroup)  # every rank is in it
         return dataclasses.replace(self, group=group)
 
+    def queue(self) -> Queue:
+        """A queue that the ranks share; every rank calls this at the same place.
+
+        Between two queues the ranks exchange something, so that nobody takes from the one before the last any more.
+        """
+        if self.size == 1:
+            return Queue()
+        number = next(_numbers)
+        if self.is_rank0 and number > 1:
+            _queues[0].delete_key(str(number - 2))
+        return Queue(self.size, _queues[0], str(number))
+
     def wait(self) -> None:
         """Wait, without a time limit, until every rank has arrived; fails on the others if a rank dies."""
         if self.size > 1:
             dist.barrier(_patient[0])
+
+
+class Queue:
+    """Work that the ranks share: each item is taken by one rank, whenever that one has room for it."""
+
+    def __init__(self, ranks: int = 1, store: Any = None, name: str = "") -> None:
+        """`store` holds under `name` how many items were taken, for all `ranks`; None for one process."""
+        self.ranks = ranks
+        self._store, self._name, self._taken = store, name, 0
+
+    def share(self, count: int) -> int:
+        """Part of `count` items that a rank would have if all took as many, rounded up."""
+        return -(-count // self.ranks)
+
+    def take(self, most: int, count: int) -> range:
+        """The next `most` of `count` items, fewer at the end; no other rank gets them. Waits for no other rank."""
+        if self._taken >= count:
+            return range(0)
+        self._taken = self._taken + most if self._store is None else int(self._store.add(self._name, most))
+        return range(min(self._taken - most, count), min(self._taken, count))
+
+    def close(self) -> None:
+        """Leave nothing to take, on any rank."""
+        self.take(_ALL, _ALL)
 
 
 ALONE = World()
@@ -148,6 +186,12 @@ ALONE = World()
 _OWN_KINDS: dict[str, type[Exception]] = {"input": InputError, "unscored": UnscoredError}
 """Errors that stay what they are when ranks agree on them; the first that any rank has."""
 _PATIENCE = datetime.timedelta(days=7)
+_ALL = 1 << 40
+"""More items than any queue has; every rank of a run may add as many without an overflow."""
+_queues: dict[int, Any] = {}
+"""Store that holds what was taken from each queue, under 0."""
+_numbers = itertools.count()
+"""Numbers of queues, the same on every rank."""
 _patient: dict[int, Any] = {}
 """gloo group in which ranks wait for rank 0 while it prepares shared inputs; a warm start can take hours."""
 
@@ -196,10 +240,12 @@ def start(device: str, timeout_seconds: float) -> World:
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         wait = datetime.timedelta(seconds=timeout_seconds)
-        dist.init_process_group(
-            backend, timeout=wait, store=_store(world, wait), rank=world.rank, world_size=world.size
-        )
+        store = _store(world, wait)
+        dist.init_process_group(backend, timeout=wait, store=store, rank=world.rank, world_size=world.size)
         _patient[0] = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        # torchrun keeps the store through its restarts, and a queue must not begin where an earlier attempt left it.
+        attempt = int(world.gather(torch.tensor([secrets.randbits(62)]))[0])
+        _queues[0] = dist.PrefixStore(f"queues {attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
     started = joined(world.gather(torch.tensor([local_size])))
     if len(set(started)) > 1:
         raise InputError(
@@ -227,6 +273,7 @@ def stop() -> None:
     if _patient and dist.is_initialized():
         dist.destroy_process_group()
     _patient.clear()
+    _queues.clear()
 
 
 def joined(parts: Sequence[Tensor]) -> list[Any]:

@@ -115,7 +115,7 @@ def evaluate_target(
     generator = TransformersGenerator(
         model,
         stop_ids=stops.ids,
-        max_batch_sequences=arguments.max_batch_sequences or config.generation.max_batch_sequences,
+        max_batch_sequences=arguments.max_batch_sequences or config.generation.batch_sequences(),
     )
     logger.info(
         "%s: %d prompts, %d completions per prompt, temperature %g, top-p %g, up to %d tokens, stop tokens %s",

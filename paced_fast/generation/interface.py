@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from paced_fast.data.distributed import Queue
 from paced_fast.data.records import Completion
 
 
@@ -37,6 +38,16 @@ class Generator(Protocol):
 
         `first` is the position of the first of these prompts in a larger batch. What is sampled depends on seed and
         position only, so a batch can be split over several calls or ranks.
+        """
+        ...
+
+    def generate_taken(
+        self, queue: Queue, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, first: int = 0
+    ) -> dict[int, list[Completion]]:
+        """Sample the part of the prompts that this rank takes from the `queue`, as `generate` would.
+
+        The next prompts are taken when there is room for them, so that a rank whose completions are short takes more.
+        Returns completions by their prompt's position.
         """
         ...
 

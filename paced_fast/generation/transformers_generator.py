@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from paced_fast.data.distributed import Queue
 from paced_fast.data.records import Completion
 from paced_fast.generation.interface import Sampling
 from paced_fast.generation.reading import Reading, reading_of
@@ -34,9 +35,20 @@ class TransformersGenerator:
         self.progress: Callable[[], object] = lambda: None
         self._reading: Reading | None = None
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, first: int = 0) -> list[Completion]:
         """See `Generator.generate`. Raises InputError for a prompt that leaves no room for a completion."""
+        found = self.generate_taken(Queue(), prompts, sampling, first=first)
+        return [completion for i in range(len(prompts)) for completion in found[i]]
+
+    @torch.inference_mode()
+    def generate_taken(
+        self, queue: Queue, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, first: int = 0
+    ) -> dict[int, list[Completion]]:
+        """See `Generator.generate_taken`. Which prompts make a batch depends on their lengths and the number of ranks
+        only, so that a completion is the same to the bit whichever rank samples it.
+
+        Raises InputError for a prompt that leaves no room for a completion.
+        """
         longest = max(map(len, prompts), default=0) + sampling.max_completion_tokens
         check_length(self.limit, longest, "lower the maximum length of prompts or completions")
         if self._reading is None:
@@ -44,18 +56,21 @@ class TransformersGenerator:
         source = torch.Generator().manual_seed(sampling.seed)
         shape = (first + len(prompts), sampling.samples, sampling.max_completion_tokens)
         uniforms = torch.rand(shape, generator=source, dtype=torch.float64)[first:].to(self.model.device)
-        per_call = max(1, self.max_batch_sequences // sampling.samples)
+        per_call = max(1, min(self.max_batch_sequences // sampling.samples, queue.share(len(prompts))))
         part = min(sampling.samples, self.max_batch_sequences)
         # Prompts of similar length are batched together for less padding; the result keeps the caller's order.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        result: list[list[Completion]] = [[] for _ in prompts]
-        for chosen in self._reading.batches(order, [len(prompt) for prompt in prompts], per_call):
+        batches = list(self._reading.batches(order, [len(prompt) for prompt in prompts], per_call))
+        result: dict[int, list[Completion]] = {}
+        while taken := queue.take(1, len(batches)):
+            chosen = batches[taken.start]
+            result |= {i: [] for i in chosen}
             for numbers in uniforms[chosen].split(part, dim=1):
                 options = (numbers, sampling, self.stop_ids, self._reading)
                 completions = _Batch(self.model, [prompts[i] for i in chosen], *options).run(self.progress)
                 for k, i in enumerate(chosen):
                     result[i] += completions[k * numbers.shape[1] : (k + 1) * numbers.shape[1]]
-        return [completion for group in result for completion in group]
+        return result
 
     def before_training(self) -> None:
         """See `Generator.before_training`; the cache of keys and values is freed at the end of each call."""

@@ -107,6 +107,7 @@ def start(settings: EngineSettings) -> Any:
     """Start an engine whose model lives in this process, without its tokenizer."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import register_model_loader
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor.abstract import Executor
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -148,9 +149,16 @@ def start(settings: EngineSettings) -> Any:
         arguments["tensor_parallel_size"] = settings.tensor_parallel_size
     arguments |= _quiet({field.name for field in dataclasses.fields(EngineArgs)})
     with _torch_as_it_was():
-        config = EngineArgs(**arguments).create_engine_config()
+        # The context of vLLM's own LLM class. Without one a pass takes at most 2048 tokens, on a large GPU an eighth
+        # of vLLM's default.
+        context = UsageContext.LLM_CLASS
+        config = EngineArgs(**arguments).create_engine_config(usage_context=context)
         engine = LLMEngine(
-            vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False
+            vllm_config=config,
+            executor_class=Executor.get_class(config),
+            log_stats=False,
+            usage_context=context,
+            multiprocess_mode=False,
         )
     # A failing step logs the whole batch as an error. Starting the engine resets log levels, so this comes after.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
@@ -187,6 +195,19 @@ def settle(engine: Any) -> None:
         if core is None or not (core.scheduler.has_requests() or getattr(core, "batch_queue", None)):
             return
     raise TrainingError("vllm still has requests after sampling, so its prefix cache cannot be cleared: update vllm")
+
+
+def num_waiting(engine: Any) -> int:
+    """Requests that were added and are not decoded yet, for want of room; 0 where the engine does not tell."""
+    core = getattr(engine.engine_core, "engine_core", None)
+    return 0 if core is None else int(core.scheduler.get_request_counts()[1])
+
+
+def cache_tokens(engine: Any) -> int | None:
+    """Tokens that the key-value cache has room for; None where the engine does not tell."""
+    cache = engine.vllm_config.cache_config
+    told = getattr(cache, "kv_cache_size_tokens", None)  # newer versions; right for models of several kinds of layers
+    return told or (cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None)
 
 
 def _quiet(options: set[str]) -> dict[str, Any]:

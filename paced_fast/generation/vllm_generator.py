@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from paced_fast.config import stream_seed
+from paced_fast.data.distributed import Queue
 from paced_fast.data.records import Completion
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.generation import vllm_engine
@@ -20,6 +21,8 @@ from paced_fast.generation.interface import Sampling
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 30.0
+_Request = tuple[tuple[int, ...], Any]
+"""A prompt and the parameters of its sample."""
 
 
 class Sync(Protocol):
@@ -46,7 +49,7 @@ class VLLMGenerator:
         self.settings, self.stop_ids = settings, list(stop_ids)
         self.can_sleep = settings.device == "cuda"
         self.sync: Sync | None = None
-        self.calls = 0
+        self.calls = self.begun = 0
         self.progress: Callable[[], object] = lambda: None
         self._buffers: dict[str, Tensor] = {}
         started = time.perf_counter()
@@ -55,7 +58,8 @@ class VLLMGenerator:
             self.tensor_parallel_size = int(self.engine.vllm_config.parallel_config.tensor_parallel_size)
             # A kernel that does not support this model fails at its first token, so sample one before the run starts.
             probe = Sampling(samples=1, max_completion_tokens=1, temperature=0.0)
-            self._run([(0,)], [self._options(probe, probe.seed)])
+            requests = [[((0,), self._options(probe, probe.seed))]]
+            self._run(lambda _: requests.pop() if requests else [])
         except vllm_engine.FAILURES as error:
             raise InputError(vllm_engine.start_failure(error, settings)) from error
         logger.info("vllm: ready after %.0f s", time.perf_counter() - started)
@@ -76,6 +80,28 @@ class VLLMGenerator:
 
         Raises InputError for a prompt that does not fit, TrainingError when the engine fails midway.
         """
+        found = self._sample(Queue(), prompts, sampling, first=first, keep_cache=keep_cache)
+        return [completion for i in range(len(prompts)) for completion in found[i]]
+
+    def generate_taken(
+        self, queue: Queue, prompts: Sequence[tuple[int, ...]], sampling: Sampling, *, first: int = 0
+    ) -> dict[int, list[Completion]]:
+        """See `Generator.generate_taken`. Which prompts are decoded side by side depends on when the ranks take them,
+        and rounding depends on that.
+
+        Raises InputError for a prompt that does not fit, TrainingError when the engine fails midway.
+        """
+        return self._sample(queue, prompts, sampling, first=first)
+
+    def _sample(
+        self,
+        queue: Queue,
+        prompts: Sequence[tuple[int, ...]],
+        sampling: Sampling,
+        *,
+        first: int,
+        keep_cache: bool = False,
+    ) -> dict[int, list[Completion]]:
         for prompt in prompts:
             if len(prompt) + sampling.max_completion_tokens > self.settings.max_tokens:
                 raise InputError(
@@ -87,15 +113,38 @@ class VLLMGenerator:
         if not keep_cache:
             # Otherwise a call would depend on earlier calls through the prefix cache, and a resumed run would differ.
             self.reset_prefix_cache()
-        places, each = range(first, first + len(prompts)), range(sampling.samples)
-        seeds = [stream_seed(sampling.seed, i, f"sample/{j}") for i in places for j in each]
-        options = [self._options(sampling, seed) for seed in seeds]
-        outputs = self._answer([prompt for prompt in prompts for _ in each], options)
-        return [self._completion(output.outputs[0]) for output in outputs]
+        samples, most = sampling.samples, len(prompts)
+        if queue.ranks > 1:
+            most = max(1, min(queue.share(len(prompts)), self._room(prompts, sampling) // samples))
+        taken: list[int] = []
+
+        def more(in_flight: int) -> list[_Request]:
+            """Requests of the prompts that there is room for, `in_flight` requests being unfinished."""
+            room = most - -(-in_flight // samples)
+            if room <= 0 or (in_flight and vllm_engine.num_waiting(self.engine)):
+                return []
+            new = queue.take(room, len(prompts))
+            taken.extend(new)
+            return [
+                (prompts[i], self._options(sampling, stream_seed(sampling.seed, first + i, f"sample/{j}")))
+                for i in new
+                for j in range(samples)
+            ]
+
+        completions = [self._completion(output.outputs[0]) for output in self._answer(more)]  # fills `taken`
+        return {i: completions[k * samples : (k + 1) * samples] for k, i in enumerate(taken)}
+
+    def _room(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> int:
+        """Sequences that can be decoded at once: those that the batch has room for and, at half of a completion's
+        length on average, the key-value cache."""
+        tokens = vllm_engine.cache_tokens(self.engine)
+        longest = max(map(len, prompts), default=0) + -(-sampling.max_completion_tokens // 2)
+        return min(self.settings.max_sequences, self.settings.max_sequences if tokens is None else tokens // longest)
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
         """Log-probs of every token but the first, at temperature 1, computed without the prefix cache."""
-        outputs = self._answer(sequences, [vllm_engine.scoring()] * len(sequences))
+        requests = [[(sequence, vllm_engine.scoring()) for sequence in sequences]]
+        outputs = self._answer(lambda _: requests.pop() if requests else [])
         return [
             [float(output.prompt_logprobs[t][ids[t]].logprob) for t in range(1, len(ids))]
             for ids, output in zip(sequences, outputs, strict=True)
@@ -183,13 +232,13 @@ class VLLMGenerator:
             seed=seed,
         )
 
-    def _answer(self, prompts: Sequence[tuple[int, ...]], options: Sequence[Any]) -> list[Any]:
+    def _answer(self, more: Callable[[int], list[_Request]]) -> list[Any]:
         """Call `_run`; on a failure, drop the requests in flight and raise a TrainingError of one line."""
         try:
-            return self._run(prompts, options)
+            return self._run(more)
         except vllm_engine.FAILURES as error:
             with contextlib.suppress(*vllm_engine.FAILURES):  # the first failure is the one to report
-                self.engine.abort_request([f"{self.calls}-{i}" for i in range(len(prompts))])
+                self.engine.abort_request([f"{self.calls}-{i}" for i in range(self.begun)])
             raise TrainingError(
                 f"vllm failed while sampling ({vllm_engine.first_line(error)}): this step is discarded; "
                 "--resume auto continues from the last checkpoint, and a lower --generation.max-batch-sequences needs "
@@ -204,14 +253,19 @@ class VLLMGenerator:
             stopped=output.finish_reason == "stop" or (bool(ids) and ids[-1] in self.stop_ids),
         )
 
-    def _run(self, prompts: Sequence[tuple[int, ...]], options: Sequence[Any]) -> list[Any]:
-        """Finished requests, in the order of the prompts."""
-        self.calls += 1
+    def _run(self, more: Callable[[int], list[_Request]]) -> list[Any]:
+        """Finished requests, in the order in which `more` gave them; it is told the number of unfinished ones, before
+        every pass."""
+        self.calls, self.begun = self.calls + 1, 0
         found: dict[int, Any] = {}
-        for i, (prompt, asked) in enumerate(zip(prompts, options, strict=True)):
-            self.engine.add_request(f"{self.calls}-{i}", vllm_engine.rendered(self.engine, prompt), asked)
         started = told = time.perf_counter()
-        while self.engine.has_unfinished_requests():
+        while True:
+            for prompt, asked in more(self.begun - len(found)):
+                request = vllm_engine.rendered(self.engine, prompt)
+                self.engine.add_request(f"{self.calls}-{self.begun}", request, asked)
+                self.begun += 1
+            if not self.engine.has_unfinished_requests():
+                break
             self.progress()
             for output in self.engine.step():
                 if output.finished:
@@ -219,5 +273,5 @@ class VLLMGenerator:
             now = time.perf_counter()
             if now - told > _PROGRESS_SECONDS:
                 told = now
-                logger.info("vllm: %d of %d completions after %.0f s", len(found), len(prompts), now - started)
-        return [found[i] for i in range(len(prompts))]
+                logger.info("vllm: %d of %d completions after %.0f s", len(found), self.begun, now - started)
+        return [found[i] for i in range(self.begun)]

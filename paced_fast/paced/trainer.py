@@ -42,15 +42,17 @@ class Trainer:
         collector: Collector,
         embeddings: Tensor | None,
         world: World = ALONE,
+        split_gradients: bool = False,
     ) -> None:
         """`initial` is the policy before training, for algorithms that keep it as their reference; `embeddings`
-        f32[N, H] are the prompts' embeddings, for algorithms that learn log Z.
+        f32[N, H] are the prompts' embeddings, for algorithms that learn log Z. `split_gradients`: a rank keeps its part
+        of replicated parameters' gradients only.
         """
         self.config, self.policy, self.initial, self.world = config, policy, initial, world
         self.collector, self.phase = collector, collector.phase
         num_prompts, device = len(collector.table), policy.device
         mesh = None if policy.lockstep else replicas_mesh(world, device)  # sharded parameters know theirs
-        self.optimizer = make_optimizer(policy, config.optimizer, mesh)
+        self.optimizer = make_optimizer(policy, config.optimizer, mesh, split_gradients=split_gradients)
         self.now = torch.zeros((), dtype=torch.int64, device=device)  # the step, for everything on the device
         self.scheduler = PromptScheduler(num_prompts, config.scheduler, seed=config.seed, device=device)
         self.log_z: LogZ | None = None

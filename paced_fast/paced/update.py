@@ -23,15 +23,18 @@ from paced_fast.policy import Policy, micro_batches
 from paced_fast.policy.optimizer import PolicyOptimizer
 
 
-def make_optimizer(policy: Policy, config: OptimizerConfig, mesh: DeviceMesh | None = None) -> PolicyOptimizer:
+def make_optimizer(
+    policy: Policy, config: OptimizerConfig, mesh: DeviceMesh | None = None, *, split_gradients: bool = False
+) -> PolicyOptimizer:
     """Make AdamW on the policy's parameters with the settings of the run; `mesh` are the ranks that each hold all of
-    them."""
+    them, and with `split_gradients` a part of the gradients only."""
     return PolicyOptimizer(
         policy.named_parameters(),
         learning_rate=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
         mesh=mesh,
+        split_gradients=split_gradients,
     )
 
 
@@ -75,6 +78,13 @@ def passes(
         yield list(sequences[:1]), False
 
 
+def _most_passes(policy: Policy, rollouts: Rollouts, sequences: Sequence[int], config: Config, world: World) -> int:
+    """Backward passes of the rank that makes most of them."""
+    tokens = config.optimizer.micro_batch_tokens
+    dealt = micro_batches.deal(rollouts, sequences, world.size, tokens)
+    return max(len(policy.micro_batches(rollouts, part, tokens)) for part in dealt)
+
+
 def update_policy(
     policy: Policy,
     optimizer: PolicyOptimizer,
@@ -114,6 +124,9 @@ def update_policy(
                 if counts:
                     loss += out.loss.detach()
                     own.index_copy_(1, part.sequences, torch.stack([out.log_ratio, out.weight]))
+            if optimizer.split_gradients:
+                for _ in range(_most_passes(policy, rollouts, sequences, config, world) - len(mine)):
+                    optimizer.skip_backward()
             optimizer.learning_rate.copy_(learning_rate(config.optimizer, num_updates + taken))
             made = optimizer.clip_and_step(loss, config.optimizer.max_grad_norm)
             world.sum_(own)

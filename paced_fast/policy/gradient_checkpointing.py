@@ -20,10 +20,15 @@ _ARMED = "_computes_again"
 """Attribute of a layer whose next forward pass keeps its input only."""
 
 
+def can_recompute(model: PreTrainedModel) -> bool:
+    """Whether the model has layers that can be computed again."""
+    return bool(_layers(model)) and model.supports_gradient_checkpointing
+
+
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Prepare the model's layers for `checkpoint_next_forward`. Raises InputError when it has none that can."""
     layers = _layers(model)
-    if not layers or not model.supports_gradient_checkpointing:
+    if not can_recompute(model):
         raise InputError(
             f"--model.gradient-checkpointing: {type(model).__name__} has no layers that can be recomputed: "
             "leave the option out"

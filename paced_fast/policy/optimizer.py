@@ -3,21 +3,23 @@
 R = ranks. What AdamW steps are float32 masters: the parameters themselves where they are float32, else copies, from
 which the parameters are rounded. Replicated parameters have their masters and moments split over the ranks by rows
 (ZeRO stage 1, arXiv:1910.02054): each rank gets the sum of its rows' gradients, steps them, and all ranks gather the
-result into the parameters where they lie. The host never waits for the device.
+result into the parameters where they lie. Gradients are summed over the ranks once per step, or after every
+micro-batch, so that a rank keeps those of its rows only (ZeRO stage 2). The host never waits for the device.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor
+
+from paced_fast.policy.optimizer_parts import Part, all_gather, all_reduce, own_rows, part_of, reduce_scatter
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -60,28 +62,17 @@ class Step(NamedTuple):
     taken: Tensor  # bool[], False where either is not finite and nothing has changed
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Part of one parameter that one rank updates."""
+class _Sent(NamedTuple):
+    """A gradient that is being summed over the ranks."""
 
-    name: str
-    parameter: nn.Parameter  # what the model computes with
-    master: Tensor  # f32: the rows of this rank, or all; a view of the parameter where that is float32
-    mesh: DeviceMesh | None  # None: this rank has all of it
-    placements: tuple[Placement, ...]
-    rows: tuple[tuple[int, int], ...]  # of every rank, first and past the last; empty unless a replica is split
+    work: dist.Work
+    part: Part
+    own: Tensor  # this rank's rows of the sum, once `work` has ended
+    whole: Tensor  # kept until then
 
-    @property
-    def is_even(self) -> bool:
-        """Whether every rank has the same number of rows."""
-        return self.parameter.shape[0] % len(self.rows) == 0
 
-    def spread(self, local: Tensor) -> Tensor:
-        """A tensor shaped as `master`, as part of one shaped as the parameter."""
-        if self.mesh is None:
-            return local
-        shape, stride = self.parameter.shape, self.parameter.stride()
-        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+_MOST_IN_FLIGHT = 1
+"""Whole gradients that are being summed while the next one is computed."""
 
 
 class PolicyOptimizer(GuardedAdamW):
@@ -98,7 +89,8 @@ class PolicyOptimizer(GuardedAdamW):
     As torch's AdamW has it, a parameter without a gradient (on any rank) is not stepped, so it is not decayed either.
 
     Between the last `before_backward` and `clip_and_step` no other exchange between ranks may be begun: a rank without
-    a micro-batch sends its gradients later than the others.
+    a micro-batch sends its gradients later than the others. With `split_gradients` that holds from the first
+    `before_backward` on, and every rank makes as many backward passes: `skip_backward` stands for one.
     """
 
     def __init__(
@@ -109,14 +101,19 @@ class PolicyOptimizer(GuardedAdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         mesh: DeviceMesh | None = None,
+        split_gradients: bool = False,
     ) -> None:
         """AdamW on `parameters` by name. `mesh`: the ranks, in one dimension, that each have all of them.
+
+        With `split_gradients` a rank of the mesh keeps its part of the gradients only; each is summed over the ranks as
+        soon as a backward pass has computed it.
 
         Parameters that are sharded know their ranks themselves. Gradients are made to be float32, whatever the type of
         the parameter, so that micro-batches add up without rounding.
         """
         self._mesh = mesh if mesh is not None and mesh.size() > 1 else None
-        self._parts = [_part(name, parameter, self._mesh) for name, parameter in parameters.items()]
+        self.split_gradients = split_gradients and self._mesh is not None
+        self._parts = [part_of(name, parameter, self._mesh) for name, parameter in parameters.items()]
         super().__init__(
             [part.master for part in self._parts], learning_rate=learning_rate, betas=betas, weight_decay=weight_decay
         )
@@ -129,6 +126,9 @@ class PolicyOptimizer(GuardedAdamW):
         # The last layers' gradients come first; the order is the same on ranks that make none.
         self._split = [part for part in reversed(self._parts) if part.rows]
         self._final: set[str] = set()
+        self._found: set[str] = set()  # parameters that had a gradient in this step
+        self._in_flight: deque[_Sent] = deque()
+        self._is_begun = False  # a backward pass whose gradients are not all sent
         self._num_sent = 0
         self._works: list[dist.Work] = []
         self._is_last = False
@@ -141,12 +141,33 @@ class PolicyOptimizer(GuardedAdamW):
         for part in self._parts:
             part.parameter.grad = part.master.grad = None
         self._final.clear()
+        self._found.clear()
         self._works.clear()
-        self._num_sent, self._is_last = 0, False
+        self._in_flight.clear()
+        self._num_sent, self._is_last, self._is_begun = 0, False, False
 
     def before_backward(self, *, is_last: bool) -> None:
         """Say whether the next backward pass is the last of this step on this rank."""
-        self._is_last = is_last
+        if self.split_gradients:
+            self._finish_pass()
+            self._is_begun = True
+        self._is_last = is_last or self.split_gradients
+
+    def skip_backward(self) -> None:
+        """Stand for a backward pass that other ranks make and this one, for want of micro-batches, does not; with
+        `split_gradients` only."""
+        assert self.split_gradients
+        self._finish_pass()
+        self._is_begun = True
+        self._finish_pass()
+
+    def _finish_pass(self) -> None:
+        """Send what the last backward pass has not: zeros for parameters that it did not reach."""
+        if self._is_begun:
+            while self._num_sent < len(self._split):
+                self._send()
+        self._final.clear()
+        self._num_sent, self._is_begun = 0, False
 
     def clip_and_step(self, loss: Tensor, max_norm: float) -> Step:
         """Sum gradients and the ranks' parts f32[] of the loss, scale the gradient down to `max_norm`, and step.
@@ -188,12 +209,12 @@ class PolicyOptimizer(GuardedAdamW):
         """Write the masters into the parameters, in place: rounded, and gathered from all ranks."""
         for part in self._parts:
             if part.master.dtype != part.parameter.dtype:
-                _own_rows(part, part.parameter).copy_(part.master)
+                own_rows(part, part.parameter).copy_(part.master)
         works = []
         for part in self._split:
             whole = part.parameter.detach()
             if part.is_even:
-                works.append(_all_gather(whole, _own_rows(part, whole)))
+                works.append(all_gather(whole, own_rows(part, whole)))
                 continue
             for rank, (start, stop) in enumerate(part.rows):
                 if start < stop:
@@ -213,7 +234,7 @@ class PolicyOptimizer(GuardedAdamW):
         ]
         return mesh.size() // shards[0]
 
-    def _counted(self) -> list[_Part]:
+    def _counted(self) -> list[Part]:
         """Parts whose gradient this rank adds to the norm; a part that every rank updates is counted by one of them."""
         is_first = self._mesh is None or self._mesh.get_local_rank() == 0
         return [part for part in self._parts if is_first or part.rows]
@@ -234,13 +255,33 @@ class PolicyOptimizer(GuardedAdamW):
         grad = part.parameter.grad
         if grad is None:
             grad = torch.zeros_like(part.parameter, dtype=torch.float32)
+        else:
+            self._found.add(part.name)
         grad = grad.contiguous()
         if part.is_even:
-            part.master.grad = torch.empty_like(part.master)
-            self._works.append(_reduce_scatter(part.master.grad, grad))
+            own = torch.empty_like(part.master)
+            work = reduce_scatter(own, grad)
         else:
-            self._works.append(_all_reduce(grad))
-            part.master.grad = _own_rows(part, grad)
+            work = all_reduce(grad)
+            own = own_rows(part, grad)
+        if not self.split_gradients:
+            self._works.append(work)
+            part.master.grad = own
+            return
+        part.parameter.grad = None
+        self._in_flight.append(_Sent(work, part, own, grad))
+        while len(self._in_flight) > _MOST_IN_FLIGHT:
+            self._receive()
+
+    def _receive(self) -> None:
+        """Add the oldest gradient in flight to this rank's part of the sum; the whole one is given back."""
+        sent = self._in_flight.popleft()
+        sent.work.wait()
+        master = sent.part.master
+        if master.grad is None:
+            master.grad = sent.own if sent.part.is_even else sent.own.clone()  # a view keeps the whole gradient
+        else:
+            master.grad.add_(sent.own)
 
     def _collect(self) -> None:
         """Give every master its gradient, summed over the ranks."""
@@ -250,9 +291,16 @@ class PolicyOptimizer(GuardedAdamW):
                 part.master.grad = grad.to_local() if isinstance(grad, DTensor) else grad
             return
         # Told from host to host: nobody waits for a device. A rank without a micro-batch has no gradient of any.
-        counts = torch.tensor([part.parameter.grad is not None for part in self._parts], dtype=torch.int32)
-        while self._num_sent < len(self._split):
-            self._send()
+        if self.split_gradients:
+            self._finish_pass()
+            while self._in_flight:
+                self._receive()
+        else:
+            while self._num_sent < len(self._split):
+                self._send()
+        counts = torch.tensor(
+            [part.name in self._found or part.parameter.grad is not None for part in self._parts], dtype=torch.int32
+        )
         small = [part for part in self._parts if not part.rows]
         if small:
             grads = [part.parameter.grad for part in small]
@@ -260,10 +308,10 @@ class PolicyOptimizer(GuardedAdamW):
                 torch.zeros_like(part.master) if grad is None else grad for part, grad in zip(small, grads, strict=True)
             ]
             flat = torch.cat([grad.flatten() for grad in filled])
-            self._works.append(_all_reduce(flat))
+            self._works.append(all_reduce(flat))
             for part, grad in zip(small, flat.split([part.master.numel() for part in small]), strict=True):
                 part.master.grad = grad.view_as(part.master)
-        self._works.append(_all_reduce(counts))
+        self._works.append(all_reduce(counts))
         for work in self._works:
             work.wait()
         for part, is_found in zip(self._parts, _are_found(counts), strict=True):
@@ -273,57 +321,9 @@ class PolicyOptimizer(GuardedAdamW):
             part.parameter.grad = None  # before the step: the whole gradients are R times what the masters need
 
 
-def _part(name: str, parameter: nn.Parameter, mesh: DeviceMesh | None) -> _Part:
-    """Part of a parameter that this rank updates: its own rows of a matrix, all of a vector, its shard of a sharded
-    one."""
-    if isinstance(parameter, DTensor):
-        local = parameter.to_local().detach()
-        assert local.dtype == torch.float32, f"{name}: sharded parameters are their own masters"
-        return _Part(name, parameter, local, parameter.device_mesh, tuple(parameter.placements), ())
-    is_master = parameter.dtype in (torch.float32, torch.float64)
-    if mesh is None or parameter.dim() < 2 or parameter.shape[0] < mesh.size():
-        master = parameter if is_master else parameter.detach().float()
-        return _Part(name, parameter, master, None, (), ())
-    assert parameter.is_contiguous(), f"{name}: rows that are gathered in place must lie together"
-    count, size = parameter.shape[0], -(-parameter.shape[0] // mesh.size())  # as torch.chunk and DTensor split
-    starts = [min(rank * size, count) for rank in range(mesh.size() + 1)]
-    rows = tuple(itertools.pairwise(starts))
-    start, stop = rows[mesh.get_local_rank()]
-    master = parameter.detach()[start:stop]
-    return _Part(name, parameter, master if is_master else master.float(), mesh, (Shard(0),), rows)
-
-
-def _own_rows(part: _Part, whole: Tensor) -> Tensor:
-    """This rank's rows of a tensor shaped as the parameter."""
-    if not part.rows:
-        return whole
-    assert part.mesh is not None
-    start, stop = part.rows[part.mesh.get_local_rank()]
-    return whole[start:stop]
-
-
 def _are_found(counts: Tensor) -> list[bool]:
     """Whether each of the counts, which lie on the host, is above 0."""
     return [count > 0 for count in counts.tolist()]
-
-
-def _all_reduce(tensor: Tensor) -> dist.Work:
-    return _begun(dist.all_reduce(tensor, async_op=True))
-
-
-def _reduce_scatter(own: Tensor, whole: Tensor) -> dist.Work:
-    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name before torch 2.13
-    return _begun(reduce(own, whole, async_op=True))
-
-
-def _all_gather(whole: Tensor, own: Tensor) -> dist.Work:
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return _begun(gather(whole, own, async_op=True))
-
-
-def _begun(work: dist.Work | None) -> dist.Work:
-    assert work is not None
-    return work
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

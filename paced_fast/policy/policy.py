@@ -365,7 +365,7 @@ def make_policy(model: PreTrainedModel, config: Config) -> Policy:
         model,
         max_tokens=config.optimizer.micro_batch_tokens,
         attention=choose_attention(config.model.attention, model, torch.device(config.model.device)),
-        checkpoint=config.model.gradient_checkpointing,
+        checkpoint=config.model.gradient_checkpointing == "on",
     )
 
 

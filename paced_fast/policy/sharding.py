@@ -7,8 +7,8 @@ policy never lies on one device, and every pass gathers one layer after the othe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,37 +22,6 @@ from paced_fast.errors import InputError
 from paced_fast.policy.shape import layer_list
 
 T = TypeVar("T")
-
-SHARE_OF_DEVICE = 0.85
-"""Share of a device's memory that the plan may use; the rest is for fragmentation, communication buffers and graphs."""
-
-
-class Choice(NamedTuple):
-    """Choice of how parameters are distributed, with the reason in a sentence."""
-
-    is_sharded: bool
-    reason: str
-
-
-def choose_mode(mode: str, *, ranks: int, plan: Mapping[str, int], device_bytes: int) -> Choice:
-    """Whether to shard. `plan`: bytes by purpose that one of `ranks` holds when replicated; `mode` as configured."""
-    if ranks == 1:
-        return Choice(False, "replicated: one process holds everything")
-    if mode != "auto":
-        return Choice(mode == "sharded", f"{mode}, as --distributed.mode says")
-    needed, limit = sum(plan.values()), int(SHARE_OF_DEVICE * device_bytes)
-    largest = max(plan, key=lambda name: plan[name])
-    does_fit = needed <= limit
-    return Choice(
-        not does_fit,
-        f"{'replicated' if does_fit else 'sharded'}: all parameters and 1/{ranks} of the optimiser's state need "
-        f"{_gib(needed)} per rank ({_gib(plan[largest])} of it for {largest}), "
-        f"{'within' if does_fit else 'more than'} {_gib(limit)}, {SHARE_OF_DEVICE:.0%} of the device's memory",
-    )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
 
 
 def replicas_mesh(world: World, device: torch.device) -> DeviceMesh | None:

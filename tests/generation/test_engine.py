@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import io
 import math
+import sys
 import types
 from importlib import machinery, util
 from typing import Any
@@ -15,7 +18,7 @@ from rich.console import Console
 
 from paced_fast import train
 from paced_fast.errors import InputError, TrainingError
-from paced_fast.generation import VLLMGenerator
+from paced_fast.generation import VLLMGenerator, vllm_engine
 from paced_fast.generation.vllm_engine import EngineSettings, require_head_size, require_vllm, settle
 from paced_fast.policy.shape import shape_of
 from paced_fast.run.plan import memory
@@ -91,6 +94,80 @@ def test_the_engine_is_given_room_for_a_step_and_a_check() -> None:
     assert memory.engine_tokens(made, longer) == 312, "an evaluation's completions must fit as well"
     with pytest.raises(InputError, match=r"lower --data.max-prompt-tokens or --evaluation.max-completion-tokens"):
         memory.engine_tokens(made, tiny_policy.replaced(config, evaluation__max_completion_tokens=600))
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("gib", "capability", "wanted"),
+    [(24, (8, 9), 256), (69, (9, 0), 256), (70, (9, 0), 1024), (79, (8, 0), 256), (79, (9, 0), 1024)],
+)
+def test_a_large_gpu_decodes_as_many_sequences_as_vllm_would_by_itself(
+    gib: int, capability: tuple[int, int], wanted: int
+) -> None:
+    """vLLM: 1024 from 70 GiB on unless the device is an A100, else 256; tests/engine compares with its own function."""
+    config = tiny_policy.settings(generator="vllm", model__device="cuda")
+    layout = memory.Layout(device_bytes=gib * GIB, capability=capability)
+    assert memory.batch_sequences(config, layout) == wanted
+    assert memory.batch_sequences(tiny_policy.replaced(config, generation__max_batch_sequences=7), layout) == 7
+    assert memory.batch_sequences(tiny_policy.replaced(config, generator="transformers"), layout) == 256
+
+
+class _Context(enum.Enum):
+    LLM_CLASS = "LLM_CLASS"
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Modules of the names that `start` imports from vLLM; what they are given is kept in the dict returned."""
+    given: dict[str, Any] = {}
+
+    @dataclasses.dataclass
+    class Arguments:
+        logging_config: Any = None
+
+        def __init__(self, **arguments: Any) -> None:
+            given["arguments"] = arguments
+
+        def create_engine_config(self, usage_context: Any = None) -> str:
+            given["config_context"] = usage_context
+            return "config"
+
+    def engine(**arguments: Any) -> str:
+        given["engine"] = arguments
+        return "engine"
+
+    own = {
+        "engine.arg_utils": {"EngineArgs": Arguments},
+        "model_executor.model_loader": {"register_model_loader": None},
+        "usage.usage_lib": {"UsageContext": _Context},
+        "v1.engine.llm_engine": {"LLMEngine": engine},
+        "v1.executor.abstract": {"Executor": types.SimpleNamespace(get_class=lambda config: "executor")},
+        "v1.executor.uniproc_executor": {"UniProcExecutor": object},
+        "config.logging": {"LoggingConfig": dict},
+    }
+    for name, contents in own.items():
+        parts = f"vllm.{name}".split(".")
+        for depth in range(1, len(parts)):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), types.ModuleType(parts[depth - 1]))
+        module = types.ModuleType(parts[-1])
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, ".".join(parts), module)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * GIB, 80 * GIB))
+    return given
+
+
+def test_on_a_gpu_the_engine_starts_with_the_defaults_of_vllms_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = _stand_in(monkeypatch)
+    settings = EngineSettings(
+        path="m", dtype="bfloat16", device="cuda", max_tokens=4096, max_sequences=1024, kv_cache_bytes=1 << 30
+    )
+    assert vllm_engine.start(settings) == "engine"
+    assert given["config_context"] is _Context.LLM_CLASS
+    assert given["engine"]["usage_context"] is _Context.LLM_CLASS
+    assert given["arguments"]["max_num_seqs"] == 1024
+    assert "max_num_batched_tokens" not in given["arguments"], "left to vLLM, which knows the card"
+    assert given["arguments"]["kv_cache_memory_bytes"] == 1 << 30
 
 
 class _Queue:

@@ -195,7 +195,7 @@ def chosen_mode(world: World, folder: Path) -> tuple[str, int | None]:
     """How a run would be spread where rank 1 has little memory."""
     config = resolve(tiny_run.config(folder / "rewards.py"))
     memory.available = lambda device: (1 << 40) if world.rank == 0 else 200_000
-    layout = model_of_run._layout(config, shape_of(tiny_policy.model()), 40, world)
+    layout = model_of_run._fit(config, shape_of(tiny_policy.model()), 40, world).layout
     return layout.mode, layout.device_bytes
 
 
@@ -203,6 +203,30 @@ def chosen_mode(world: World, folder: Path) -> tuple[str, int | None]:
 def test_the_least_memory_of_the_ranks_decides_for_all(tmp_path: Path) -> None:
     tiny_run.write_rewards(tmp_path)
     assert on_ranks(2, chosen_mode, tmp_path) == [("sharded", 100_000)] * 2
+
+
+def embedded(world: World, prompts: list[tuple[int, ...]]) -> tuple[list[int], list[list[float]]]:
+    """Prompts that this rank has embedded, by length, and the embeddings of all."""
+    policy, calls = tiny_policy.policy(), []
+    embed = policy.embed
+
+    def counted(own: Sequence[tuple[int, ...]], **options: Any) -> Any:
+        calls.extend(map(len, own))
+        return embed(own, **options)
+
+    policy.embed = cast(Any, counted)
+    return calls, model_of_run._embeddings(policy, prompts, world, with_last=True).tolist()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_each_rank_embeds_a_part_of_the_prompts(ranks: int) -> None:
+    prompts = [tuple(range(1, 2 + i)) for i in range(7)]
+    wanted = tiny_policy.policy().embed(prompts, with_last=True)
+    found = on_ranks(ranks, embedded, prompts)
+    assert [calls for calls, _ in found] == [[1 + i for i in range(7)][rank::ranks] for rank in range(ranks)]
+    assert all(values == found[0][1] for _, values in found), "to the bit"
+    torch.testing.assert_close(torch.tensor(found[0][1]), wanted, rtol=0, atol=1e-6)
 
 
 def first_home(world: World, config: Config) -> tuple[str, list[str]]:

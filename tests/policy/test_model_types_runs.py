@@ -33,7 +33,7 @@ def settings(folder: Path, name: str, changes: dict[str, Any], **more: Any) -> C
     ("name", "changes", "more", "layout"),
     [
         ("gpt2", {}, {}, "shared"),
-        ("lfm2", {}, {"model__gradient_checkpointing": True}, "padded"),
+        ("lfm2", {}, {"model__gradient_checkpointing": "on"}, "padded"),
         ("gemma2", {}, {}, "padded"),
         ("mamba2", {}, {"algorithm": "flowrl"}, "padded"),
         ("granite", {"logits_scaling": 8.0}, {"lora__rank": 2, "algorithm": "grpo"}, "shared"),

@@ -30,7 +30,7 @@ from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.paced.update import _micro_loss, make_optimizer
 from paced_fast.policy import Policy, adapt, plain_parameters
 from paced_fast.policy.optimizer import GuardedAdamW, PolicyOptimizer
-from paced_fast.policy.sharding import choose_mode, replicas_mesh, shards_mesh
+from paced_fast.policy.sharding import replicas_mesh, shards_mesh
 from paced_fast.run.plan import memory
 
 import_ahead("pytest", "tiny_policy", "paced_fast.paced.update", "paced_fast.generation", "torch._dynamo")
@@ -52,9 +52,9 @@ def made_policy(*, tied: bool, dtype: torch.dtype = torch.float32) -> Policy:
     return Policy(model, max_tokens=4096)
 
 
-def made_optimizer(policy: Policy, mesh: Any = None) -> PolicyOptimizer:
+def made_optimizer(policy: Policy, mesh: Any = None, *, split_gradients: bool = False) -> PolicyOptimizer:
     config = tiny_policy.settings(optimizer__learning_rate=RATE, optimizer__weight_decay=0.1).optimizer
-    return make_optimizer(policy, config, mesh)
+    return make_optimizer(policy, config, mesh, split_gradients=split_gradients)
 
 
 def backward(policy: Policy, optimizer: Any, rank: int, size: int, poison: float = 1.0, is_last: bool = True) -> Tensor:
@@ -81,6 +81,12 @@ def backward(policy: Policy, optimizer: Any, rank: int, size: int, poison: float
         optimizer.before_backward(is_last=is_last and k == len(mine))
         out.loss.backward()
         total += out.loss.detach()
+        if getattr(optimizer, "split_gradients", False):
+            whole_ones = [p for p in policy.parameters() if p.dim() > 1 and p.shape[0] >= size and p.grad is not None]
+            assert not whole_ones, "a rank keeps its part of a sum and no whole gradient"
+    if getattr(optimizer, "split_gradients", False):
+        for _ in range(-(-len(MICRO_BATCHES) // size) - len(mine)):
+            optimizer.skip_backward()
     return total
 
 
@@ -116,8 +122,9 @@ def reference(*, tied: bool, dtype: torch.dtype, steps: int = STEPS) -> tuple[li
 def spread(world: World, way: str, *, tied: bool, dtype: torch.dtype) -> tuple[Policy, PolicyOptimizer]:
     """The same policy over all ranks."""
     policy = made_policy(tied=tied, dtype=dtype)
-    if way == "replicated":
-        return policy, made_optimizer(policy, replicas_mesh(world, policy.device))
+    if way in REPLICATED:
+        mesh = replicas_mesh(world, policy.device)
+        return policy, made_optimizer(policy, mesh, split_gradients=way == "split gradients")
     if way == "hybrid":
         half = world.size // 2
         world = World(world.rank, world.size, world.rank % half, half)
@@ -140,6 +147,7 @@ def assert_same_on_all_ranks(tensors: dict[str, Tensor]) -> None:
 
 
 rest = partial(pytest.param, marks=pytest.mark.exhaustive)
+REPLICATED = ("replicated", "split gradients")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
@@ -154,7 +162,7 @@ def check_same_steps(world: World, way: str, tied: bool, dtype: torch.dtype) -> 
     assert_near(found, state, TOLERANCE[dtype])
     parameters = whole(dict(policy.named_parameters()))
     assert_same_on_all_ranks(parameters)
-    if way == "replicated":
+    if way in REPLICATED:
         assert_near(parameters, whole(dict(alone.named_parameters())), TOLERANCE[dtype])
         assert before == {name: parameter.data_ptr() for name, parameter in policy.named_parameters().items()}
     for name, parameter in parameters.items():
@@ -167,6 +175,8 @@ def check_same_steps(world: World, way: str, tied: bool, dtype: torch.dtype) -> 
     [
         ("replicated", 2, torch.float32, True),
         ("replicated", 4, torch.bfloat16, True),
+        ("split gradients", 2, torch.float32, True),
+        ("split gradients", 4, torch.bfloat16, False),
         ("sharded", 2, torch.bfloat16, True),
         ("sharded", 4, torch.float32, True),
         ("hybrid", 4, torch.bfloat16, False),
@@ -253,7 +263,7 @@ def snapshot(optimizer: PolicyOptimizer, policy: Policy) -> dict[str, Tensor]:
 
 def check_poison(world: World, way: str) -> None:
     """A loss, then a gradient, that is not finite on rank 1 leaves every rank as it was."""
-    policy, optimizer = spread(world, way, tied=True, dtype=torch.bfloat16 if way == "replicated" else torch.float32)
+    policy, optimizer = spread(world, way, tied=True, dtype=torch.bfloat16 if way in REPLICATED else torch.float32)
     trained(policy, optimizer, world.rank, world.size, steps=1)
     before, is_bad = snapshot(optimizer, policy), world.rank == 1
     for poison, spoils_gradient in ((math.nan, False), (math.inf, False), (1.0, True)):
@@ -276,7 +286,7 @@ def check_poison(world: World, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "size"), [("replicated", 2), ("sharded", 2), ("hybrid", 4)])
+@pytest.mark.parametrize(("way", "size"), [("replicated", 2), ("split gradients", 2), ("sharded", 2), ("hybrid", 4)])
 def test_a_number_that_is_not_finite_on_one_rank_stops_the_step_of_all(way: str, size: int) -> None:
     on_ranks(size, check_poison, way)
 
@@ -302,6 +312,8 @@ def trained_with_idle(policy: Policy, optimizer: PolicyOptimizer, rank: int, siz
             extra = policy.run(lambda share=share: (share * model.late.square().sum(),))[0]
             optimizer.before_backward(is_last=True)
             extra.backward()
+        elif step == 1 and optimizer.split_gradients:
+            optimizer.skip_backward()
         assert bool(optimizer.clip_and_step(loss, MAX_NORM).taken)
 
 
@@ -315,8 +327,9 @@ def check_idle(world: World, way: str) -> None:
         assert wanted[f"optimizer.{name}.step"] == 0
     assert wanted["optimizer.late.step"] == 1
     policy = with_idle_parameters(made_policy(tied=False))
-    if way == "replicated":
-        optimizer = made_optimizer(policy, replicas_mesh(world, policy.device))
+    if way in REPLICATED:
+        mesh = replicas_mesh(world, policy.device)
+        optimizer = made_optimizer(policy, mesh, split_gradients=way == "split gradients")
     else:
         policy.shard(shards_mesh(world, policy.device), torch.float32)
         optimizer = made_optimizer(policy)
@@ -325,7 +338,9 @@ def check_idle(world: World, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "size"), [rest("replicated", 2), ("replicated", 4), ("sharded", 2)])
+@pytest.mark.parametrize(
+    ("way", "size"), [rest("replicated", 2), ("replicated", 4), ("split gradients", 4), ("sharded", 2)]
+)
 def test_a_parameter_without_a_gradient_is_left_alone_in_every_mode(way: str, size: int) -> None:
     """As torch's AdamW leaves it: no decay, no step counted. Of four ranks one has no gradient at all."""
     on_ranks(size, check_idle, way)
@@ -491,29 +506,6 @@ def test_rows_of_an_engines_matrix_are_stepped_where_they_lie(rows: tuple[int, i
     on_ranks(1, check_slices, torch.float32, rows)
 
 
-GIB = 2**30
-
-
-@pytest.mark.parametrize(
-    ("mode", "ranks", "plan", "device", "is_sharded", "said"),
-    [
-        ("auto", 1, {"weights": 900}, 80, False, "replicated: one process holds everything"),
-        ("sharded", 1, {"weights": 900}, 80, False, "one process"),
-        ("replicated", 8, {"weights": 900}, 80, False, "replicated, as --distributed.mode says"),
-        ("sharded", 8, {"weights": 1}, 80, True, "sharded, as --distributed.mode says"),
-        ("auto", 8, {"weights": 14, "gradients": 28, "rest": 26}, 80, False, "need 68.0 GiB per rank (28.0 GiB of it"),
-        ("auto", 8, {"weights": 14, "gradients": 28, "rest": 27}, 80, True, "more than 68.0 GiB, 85% of the device"),
-    ],
-)
-def test_the_mode_follows_from_sizes(
-    mode: str, ranks: int, plan: dict[str, int], device: int, is_sharded: bool, said: str
-) -> None:
-    sizes = {name: size * GIB for name, size in plan.items()}
-    choice = choose_mode(mode, ranks=ranks, plan=sizes, device_bytes=device * GIB)
-    assert choice.is_sharded == is_sharded
-    assert said in choice.reason
-
-
 @pytest.mark.parametrize(
     ("itemsize", "split", "is_sharded", "wanted"),
     [  # bytes a parameter: what computes, gradients with the rank's sum of them, moments, masters
@@ -528,3 +520,6 @@ def test_the_mode_follows_from_sizes(
 def test_bytes_of_a_parameter_by_mode(itemsize: int, split: int, is_sharded: bool, wanted: list[int]) -> None:
     found = memory.state_bytes(1000, 1000, itemsize, split=split, is_sharded=is_sharded)
     assert [size // 1000 for size in found.values()] == wanted
+    if split > 1 and not is_sharded:
+        less = memory.state_bytes(1000, 1000, itemsize, split=split, is_sharded=False, in_flight=500)
+        assert less == found | {"gradients": 4 * 500 + 4 * 1000 // split}

@@ -223,7 +223,8 @@ HOT_MODULES = {
         f"paced.{name}"
         for name in ("collect", "log_z", "losses", "posterior", "replay", "scheduler", "targets", "trainer", "update")
     ),
-    *("data.packing", "policy.optimizer", "policy.micro_batches", "generation.mismatch", "run.step"),
+    *("data.packing", "policy.optimizer", "policy.optimizer_parts", "policy.micro_batches", "generation.mismatch"),
+    "run.step",
     *("run.record.step_figures", "run.record.shown_rollouts"),
 }
 """Modules of `paced_fast` that run between the crossings; those themselves are in `data.transfer`."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_policy
 import torch
+from rich.console import Console
 from torch.utils import _device
 from transformers import LlamaForCausalLM
 
@@ -21,7 +22,7 @@ from paced_fast.config.resolve import resolve
 from paced_fast.errors import InputError
 from paced_fast.policy.loading import model_settings, skeleton
 from paced_fast.policy.shape import KNOWN, shape_of
-from paced_fast.run.plan import devices, dry_run, memory, roofline
+from paced_fast.run.plan import devices, dry_run, idle, memory, roofline
 from paced_fast.run.plan.devices import DEVICES
 
 pytestmark = pytest.mark.real_empty  # models on the meta device: `torch.device` knows the functions it was given first
@@ -129,6 +130,9 @@ def test_bytes_of_a_rank_by_hand() -> None:
 
     assert held() == [2000, 4000, 8000, 4000]
     assert held(ranks=4) == [2000, 4000 + 1000, 2000, 1000], "weights and gradients everywhere, the rest shared"
+    # Of whole gradients only the head's 2 * 10 and a layer's 100 numbers are held, with a quarter of their sum.
+    assert held(ranks=4, gradients="split") == [2000, 4 * (120 + 30) + 1000, 2000, 1000]
+    assert held(gradients="split") == held(), "one rank has all of them"
     gathered = (2 + 4) * (2 * 20 + 2 * 100)
     assert held(ranks=4, mode="sharded") == [1000, 1000, 2000, gathered], "the shards are the masters"
     assert held(ranks=8, nodes=2, mode="sharded") == [1000, 1000, 2000, gathered], "split within a machine"
@@ -141,12 +145,54 @@ def test_bytes_of_a_rank_by_hand() -> None:
 def test_auto_replicates_where_the_plan_fits_and_says_why() -> None:
     big, small = (dry_run.make_plan(preset("qwen_math_7b"), ranks=4, device=name) for name in ("h200", "a100"))
     assert (big.layout.mode, big.layout.shards) == ("replicated", 1)
-    assert (small.layout.mode, small.layout.shards) == ("sharded", 4)
-    assert "sharded: all parameters and 1/4 of the optimiser's state need " in small.why
-    assert sum(memory.at_a_time(small.parts).values()) < 79 << 30
+    assert (big.layout.gradients, small.layout.gradients) == ("split", "split")
+    assert (small.layout.mode, small.layout.shards) == ("replicated", 1)
+    assert small.why.startswith("replicated, with split gradients: all parameters and 1/4 of gradients and optimiser's")
+    assert (big.recompute[:4], small.recompute[:4]) == ("off:", "on: ")
+    assert sum(memory.at_a_time(small.parts).values()) < 67 << 30
+    least = dry_run.make_plan(preset("qwen_math_7b"), ranks=4, device="l40s")
+    assert (least.layout.mode, least.layout.shards) == ("sharded", 4)
+    assert "sharded: all parameters and 1/4 of gradients and optimiser's state need " in least.why
+    assert "more than 37.4 GiB, 85% of the device's memory" in least.why
     told = dry_run.make_plan(tiny_policy.replaced(preset("qwen_math_7b"), distributed__mode="sharded"), ranks=4)
     assert told.layout.mode == "sharded"
     assert dry_run.make_plan(preset("qwen_math_7b"), ranks=1, device="4090").layout.mode == "replicated"
+
+
+def test_a_dry_run_shows_how_many_sequences_are_decoded_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """1024 sequences of a step on one H200: in one wave instead of four, in less time."""
+    base = preset("qwen_math_1_5b")
+    plans = [
+        dry_run.make_plan(tiny_policy.replaced(base, generation__max_batch_sequences=most), ranks=1, device="h200")
+        for most in (0, 256)
+    ]
+    for plan, at_once, limit in zip(plans, (1024, 256), (1024, 256), strict=True):
+        dry_run.show(plan, Console(width=200))
+        text = capsys.readouterr().out
+        assert f"1024 sequences per rank, {at_once} at once (up to {limit} by vllm's limit)" in text
+    assert plans[0].seconds["generate"] < plans[1].seconds["generate"]
+
+
+def test_a_dry_run_shows_what_the_queue_saves(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = dry_run.make_plan(preset("qwen3_4b"), ranks=2, device="h100")
+    dry_run.show(plan, Console(width=300))
+    text = capsys.readouterr().out
+    found = idle.shares(plan.config, 2, roofline.decoded_at_once(plan.shape, plan.config, plan.layout))
+    assert (
+        f"idle for {found['queue']:.1%} of it with prompts from a shared queue, {found['parts']:.1%} with equal" in text
+    )
+    assert found["queue"] < found["parts"]
+    assert "idle" not in dry_run._generation(dry_run.make_plan(preset("qwen3_4b"), ranks=1, device="h100"))
+
+
+def test_embeddings_of_prompts_are_shared_out() -> None:
+    """40 prompts of 12 tokens, 2 operations a parameter of the body; half of 1e9 operations a second."""
+    shape, slow = shape_of(tiny_policy.model()), dataclasses.replace(DEVICES["h100"], float32_flops=1e9)
+    config = tiny_policy.settings()
+    for ranks in (1, 4):
+        found = roofline.embedding_seconds(shape, config, memory.Layout(ranks=ranks), slow, 40)
+        assert found == pytest.approx(40 * 12 * 2 * shape.body_parameters / 0.5e9 / ranks)
+    assert roofline.embedding_seconds(shape, tiny_policy.settings("grpo"), memory.Layout(), slow, 40) == 0.0
 
 
 def test_what_is_held_at_a_time_by_hand() -> None:
@@ -309,10 +355,10 @@ def test_packed_rows_and_layers_computed_again_by_hand() -> None:
     assert roofline.step_work(packed) == roofline.Work(row_tokens=200, completion_tokens=104, seen=12.5)
     parts = memory.plan(shape, packed, 1, layout)
     assert parts["attention mask of a micro-batch"] == 0
-    assert parts["activations of a micro-batch"] == 200 * 2 * (12 * 16 + 3 * 24) * 4
-    again = tiny_policy.replaced(packed, model__gradient_checkpointing=True)
+    assert parts["activations of a micro-batch"] == 200 * 2 * (17 * 16 + 4 * 24) * 4
+    again = tiny_policy.replaced(packed, model__gradient_checkpointing="on")
     parts = memory.plan(shape, again, 1, layout)
-    assert parts["activations of a micro-batch"] == 200 * (2 * 16 + 12 * 16 + 3 * 24) * 4
+    assert parts["activations of a micro-batch"] == 200 * (2 * 16 + 17 * 16 + 4 * 24) * 4
     shared = memory.plan(shape, config, 1)
     assert shared["attention mask of a micro-batch"] == 116 * 116 * (4 + 2)
     fast = dataclasses.replace(DEVICES["h100"], memory_bandwidth=1e30)

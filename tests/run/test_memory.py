@@ -44,11 +44,11 @@ def test_flowrl_holds_a_second_copy_of_the_weights() -> None:
 def test_packed_rows_have_no_mask_and_layers_computed_again_keep_their_input() -> None:
     shape = shape_of(tiny_policy.model())
     config = tiny_policy.replaced(resolve(preset("tiny")), model__device="cuda")
-    again = tiny_policy.replaced(config, model__gradient_checkpointing=True)
+    again = tiny_policy.replaced(config, model__gradient_checkpointing="on")
     layout = memory.Layout(capability=(9, 0))
     full, little = (memory.plan(shape, each, 1, layout) for each in (config, again))
     name = "activations of a micro-batch"
-    layer = 12 * 16 + 3 * 24
+    layer = 17 * 16 + 4 * 24
     assert little[name] * 2 * layer == full[name] * (2 * 16 + layer)
     assert full["attention mask of a micro-batch"] == 0
 

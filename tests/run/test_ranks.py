@@ -147,6 +147,25 @@ def test_a_reward_that_raises_on_one_rank_ends_both_with_a_checkpoint(tmp_path: 
     assert [line["step"] for line in lines(run, "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_ranks_with_split_gradients_learn_as_one(tmp_path: Path, size: int) -> None:
+    """In micro-batches so small that ranks have several, and not equally many."""
+    few = {"optimizer__micro_batch_tokens": 32, "distributed__gradients": "split"}
+    for name, ranks in (("of1", 1), ("split", size)):
+        config = dataclasses.replace(settings(tmp_path, name, "paced", **few), steps=3)
+        assert on_ranks(ranks, trained, config, seconds=SECONDS) == ["done"] * ranks
+    policies = [
+        load_file(tmp_path / name / "checkpoints" / "step_000003" / "policy" / "model.safetensors")
+        for name in ("of1", "split")
+    ]
+    for name, tensor in policies[0].items():
+        torch.testing.assert_close(policies[1][name], tensor, atol=1e-4, rtol=0)
+    one, several = (lines(tmp_path / name, "rollouts.jsonl") for name in ("of1", "split"))
+    for key in ("step", "prompt", "completion", "reward", "replayed"):
+        assert [rollout[key] for rollout in several] == [rollout[key] for rollout in one], key
+
+
 def fails_on_one(world: World, kind: type[Exception]) -> tuple[str, str, list[str]]:
     try:
         with world.agreement():

@@ -27,7 +27,6 @@ _ON_GPU: dict[str, Any] = {
     "device": "cuda",
     "dtype": "bfloat16",
     "matmul_precision": "high",
-    "gradient_checkpointing": True,
 }
 _BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 _MATH_FIELDS = "prompt=problem&answer=answer&reward=math"
@@ -37,7 +36,7 @@ _MATH_EVAL = (
     f"jsonl:amc23.jsonl?{_MATH_FIELDS}&optional=true",
     f"hf:HuggingFaceH4/MATH-500?split=test&{_MATH_FIELDS}&size=100&seed=0",
 )
-_PAPER_OPTIMIZER = OptimizerConfig(learning_rate=1e-6, weight_decay=0.1, minibatches=4)
+_PAPER_OPTIMIZER = OptimizerConfig(learning_rate=1e-6, weight_decay=0.1, minibatches=4, micro_batch_tokens=8192)
 _PAPER_GENERATION = GenerationConfig(prompts_per_step=128, group_size=8, max_completion_tokens=3072, temperature=1.0)
 
 
@@ -80,7 +79,6 @@ def qwen_math_7b() -> Config:
         small,
         preset="qwen_math_7b",
         model=dataclasses.replace(small.model, name="Qwen/Qwen2.5-Math-7B"),
-        optimizer=dataclasses.replace(small.optimizer, micro_batch_tokens=8192),
     )
 
 
@@ -152,6 +150,6 @@ def qwen_math_1_5b_lora() -> Config:
         whole,
         preset="qwen_math_1_5b_lora",
         lora=LoraConfig(rank=32, alpha=64),
-        optimizer=dataclasses.replace(whole.optimizer, learning_rate=1e-5, micro_batch_tokens=8192),
+        optimizer=dataclasses.replace(whole.optimizer, learning_rate=1e-5),
         weight_sync=WeightSyncConfig(mode="push", sleep_level=2, kv_cache_gib=8.0),
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from paced_fast.config import Config, stream_seed
 from paced_fast.data import prompts
@@ -25,10 +26,11 @@ from paced_fast.generation import TransformersGenerator
 from paced_fast.paced.collect import Collector
 from paced_fast.paced.trainer import Trainer
 from paced_fast.policy import make_policy, prepare
+from paced_fast.policy.gradient_checkpointing import can_recompute
 from paced_fast.policy.loading import model_settings, random_model
 from paced_fast.policy.shape import ModelShape, shape_of
 from paced_fast.rewards import Scorer, Shaper
-from paced_fast.run.plan import memory, roofline
+from paced_fast.run.plan import fit, memory, roofline
 from paced_fast.run.plan.devices import Device, device_here
 from paced_fast.run.record import terminal
 from paced_fast.run.record.phases import Phases, clock_of, probe
@@ -94,6 +96,7 @@ def measure(config: Config, *, steps: int, lengths: str, world: World = ALONE) -
     device = device_here(config.model.device, config.model.dtype)
     stepper, rollouts = _stepper(config, lengths, world)
     trainer = stepper.trainer
+    config = trainer.config  # with the gradient checkpointing that was chosen
     shape = shape_of(trainer.policy.model)
     records, work = [], []
     for step in range(1, steps + 1):
@@ -109,6 +112,7 @@ def _stepper(config: Config, lengths: str, world: World) -> tuple[Stepper, Rando
     tokenizer = prompts.alphabet_tokenizer(config.model.alphabet)
     settings = model_settings(config.model, len(tokenizer))
     model = random_model(config.model, settings, seed=stream_seed(config.seed, 0, "initial weights"))
+    config, layout = _fitted(config, model, world)
     policy = make_policy(model, config)
     initial = policy.frozen_copy() if config.traits.keeps_initial_policy else None
     prepare(policy, config)
@@ -135,8 +139,30 @@ def _stepper(config: Config, lengths: str, world: World) -> tuple[Stepper, Rando
         recorded=rollouts,
         phase=phases.phase,
     )
-    trainer = Trainer(config, policy=policy, initial=initial, collector=collector, embeddings=embeddings, world=world)
+    trainer = Trainer(
+        config,
+        policy=policy,
+        initial=initial,
+        collector=collector,
+        embeddings=embeddings,
+        world=world,
+        split_gradients=layout.gradients == "split",
+    )
     return Stepper(trainer, phases), rollouts
+
+
+def _fitted(config: Config, model: PreTrainedModel, world: World) -> tuple[Config, memory.Layout]:
+    """The settings with the gradient checkpointing of a run, and the ranks with its gradients; parameters are
+    replicated."""
+    device = torch.device(config.model.device)
+    own = memory.available(device) // (1 if device.type == "cuda" else world.local_size)
+    layout = memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=own)
+    replicated = dataclasses.replace(config, distributed=dataclasses.replace(config.distributed, mode="replicated"))
+    num_prompts = _TABLE_FACTOR * config.generation.prompts_per_step
+    chosen = fit.choose(replicated, shape_of(model), num_prompts, layout, can_recompute=can_recompute(model))
+    recompute = chosen.config.model.gradient_checkpointing
+    model_config = dataclasses.replace(config.model, gradient_checkpointing=recompute)
+    return dataclasses.replace(config, model=model_config), chosen.layout
 
 
 def _totals(table: PromptTable, groups: list[Group]) -> _Totals:
@@ -190,6 +216,7 @@ def _figures(
         "device": _device_name(config),
         "ranks": world.size,
         "mode": "replicated",
+        "gradient_checkpointing": config.model.gradient_checkpointing,
         "steps": len(records),
         "lengths": lengths,
         "prompts_per_step": config.generation.prompts_per_step,

@@ -17,10 +17,10 @@ from paced_fast.data.sources import parse_source
 from paced_fast.errors import InputError
 from paced_fast.policy import adapt
 from paced_fast.policy.families import planned
+from paced_fast.policy.gradient_checkpointing import can_recompute
 from paced_fast.policy.loading import model_settings, skeleton
 from paced_fast.policy.shape import ModelShape, Positions, positions, shape_of, text_settings
-from paced_fast.policy.sharding import choose_mode
-from paced_fast.run.plan import memory, roofline
+from paced_fast.run.plan import fit, idle, memory, roofline
 from paced_fast.run.plan.devices import DEVICES, Device, device_here, device_named
 from paced_fast.run.record import terminal
 
@@ -40,10 +40,15 @@ class Plan:
     layout: memory.Layout
     device: Device
     why: str
+    """Reason of the layout."""
+    recompute: str
+    """Whether gradient checkpointing is on, with the reason."""
     parts: dict[str, int]
     """Bytes that one rank holds, by purpose."""
     seconds: dict[str, float]
     """Seconds per step by phase."""
+    embedding_seconds: float
+    """Seconds before the first step for the embeddings of all prompts."""
     notes: list[str]
 
 
@@ -73,9 +78,8 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
     shape = shape_of(model)
     num_prompts = _num_prompts(config, notes)
     layout = memory.Layout(ranks=ranks, nodes=nodes, device_bytes=chip.memory_bytes, capability=chip.capability)
-    parts = memory.at_a_time(memory.plan(shape, config, num_prompts, layout))
-    choice = choose_mode(config.distributed.mode, ranks=ranks, plan=parts, device_bytes=chip.memory_bytes)
-    layout = dataclasses.replace(layout, mode="sharded" if choice.is_sharded else "replicated")
+    chosen = fit.choose(config, shape, num_prompts, layout, can_recompute=can_recompute(model))
+    config, layout = chosen.config, chosen.layout
     if chip.name == "cpu":
         notes.append("every rank has a CPU of its own (ranks that share one are slower)")
     if config.model.attention == "auto" and config.model.device == "cuda":
@@ -91,10 +95,29 @@ def make_plan(config: Config, *, ranks: int, nodes: int | None = None, device: s
         shape=shape,
         layout=layout,
         device=chip,
-        why=choice.reason,
+        why=chosen.mode,
+        recompute=chosen.recompute,
         parts=memory.plan(shape, config, num_prompts, layout),
         seconds=roofline.estimate(shape, config, layout, chip),
+        embedding_seconds=roofline.embedding_seconds(shape, config, layout, chip, num_prompts),
         notes=notes,
+    )
+
+
+def _generation(plan: Plan) -> str:
+    """How many sequences a rank has to sample in a step and how many of them it decodes at once."""
+    config, layout = plan.config, plan.layout
+    own = -(-config.rollouts_per_step // layout.ranks)
+    at_once = roofline.decoded_at_once(plan.shape, config, layout)
+    limit = memory.batch_sequences(config, layout)
+    text = f"{own} sequences per rank, {at_once} at once (up to {limit} by {config.generator}'s limit)"
+    generators = layout.ranks // config.weight_sync.tensor_parallel
+    if generators == 1:
+        return text
+    found = idle.shares(config, generators, at_once)
+    return (
+        f"{text}; if lengths vary from prompt to prompt, ranks idle for {found['queue']:.1%} of it with prompts from a "
+        f"shared queue, {found['parts']:.1%} with equal parts"
     )
 
 
@@ -124,6 +147,8 @@ def show(plan: Plan, console: Console) -> None:
         f"{_scaled(device.memory_bandwidth)}B/s",
         "ranks": ranks,
     }
+    found["gradient checkpointing"] = plan.recompute
+    found["generation"] = _generation(plan)
     console.print(terminal.config_table(found, title="model and hardware"))
     console.print(terminal.memory_plan_table(plan.parts, available_bytes=device.memory_bytes))
     total = sum(plan.seconds.values())
@@ -131,6 +156,8 @@ def show(plan: Plan, console: Console) -> None:
     tokens = plan.config.rollouts_per_step * plan.config.generation.max_completion_tokens
     rows["step"] = f"{total:,.3g} s, {tokens / total:,.0f} completion tokens/s"
     rows[f"{plan.config.steps} steps"] = f"{plan.config.steps * total / 3600:,.2f} h, without evaluation and start-up"
+    if plan.embedding_seconds:
+        rows["before the first step"] = f"{plan.embedding_seconds:,.3g} s for the prompts' embeddings"
     console.print(terminal.config_table(rows, title="estimated time per step"))
     for note in plan.notes:
         console.print(f"assumed: {note}", highlight=False, soft_wrap=True)

@@ -21,6 +21,9 @@ CHECK_TOKENS = 256
 _SHARE_OF_GPU = 0.85
 """Share of memory for weights, moments and the key-value cache while an engine samples; the rest is for its activations
 and graphs."""
+_LARGE_GPU_BYTES = 70 * 2**30
+_A100 = (8, 0)
+"""Compute capability of the large GPU for which vLLM keeps its smaller defaults."""
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 _GRADIENTS = "gradients"
 _GATHERED = "gathered layers"
@@ -34,6 +37,10 @@ _ENGINE_ASLEEP = f"{_ENGINE}, asleep while the policy trains"
 _TAKE_TURNS = ((_GRADIENTS, _GATHERED, _ACTIVATIONS, _MASK, _HEAD), (_KEYS_AND_VALUES, _ENGINE_ASLEEP))
 
 Mode = Literal["replicated", "sharded"]
+Gradients = Literal["whole", "split"]
+_LAYER_VECTORS = (8, 9, 4)
+"""Vectors of the hidden size, of all heads together and of the MLP's size that a layer keeps per token for its backward
+pass, in the type of the computation: counted for Qwen3 without fused layers; Qwen2 and Llama keep 5 of the heads'."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +50,8 @@ class Layout:
     ranks: int = 1
     nodes: int = 1
     mode: Mode = "replicated"
+    gradients: Gradients = "whole"
+    """Of replicated parameters: whole on every rank, or each rank's part only."""
     device_bytes: int | None = None
     """Memory of a rank's device; None where it is not known."""
     capability: tuple[int, int] | None = None
@@ -58,9 +67,9 @@ def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | N
     """Bytes that one rank holds, by purpose. Activations and key-value cache are upper bounds at the configured limits.
 
     Vocabulary head: chunks of logits or exponentials, and the gradient of its weight before it is rounded.
-    Activations: per token and layer of one micro-batch, about 12 vectors of the hidden size and 3 of the MLP's; where
-    layers are computed again one vector, and those of one layer. Attention mask: rows that share their prompt have a
-    number for every pair of positions.
+    Activations: per token and layer of one micro-batch, up to 8 vectors of the hidden size, 9 of the heads' and 4 of
+    the MLP's; where layers are computed again one vector, and those of one layer. Attention mask: rows that share their
+    prompt have a number for every pair of positions.
     """
     layout = layout or Layout()
     element = _ITEMSIZE[config.model.dtype]
@@ -75,9 +84,10 @@ def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | N
         torch.device(config.model.device),
         capability=layout.capability,
     )
-    per_layer = 12 * shape.hidden_size + 3 * shape.intermediate_size
+    widths = (shape.hidden_size, shape.num_heads * shape.head_size, shape.intermediate_size)
+    per_layer = sum(count * width for count, width in zip(_LAYER_VECTORS, widths, strict=True))
     kept = shape.num_layers * per_layer
-    if config.model.gradient_checkpointing:
+    if config.model.gradient_checkpointing == "on":
         kept = shape.num_layers * shape.hidden_size + per_layer
     result = {
         **training_bytes(shape, config, layout),
@@ -97,11 +107,14 @@ def plan(shape: ModelShape, config: Config, num_prompts: int, layout: Layout | N
     return result
 
 
-def state_bytes(parameters: int, trainable: int, itemsize: int, *, split: int, is_sharded: bool) -> dict[str, int]:
+def state_bytes(
+    parameters: int, trainable: int, itemsize: int, *, split: int, is_sharded: bool, in_flight: int | None = None
+) -> dict[str, int]:
     """Bytes of parameters, gradients and the optimiser's state on one rank, by purpose.
 
     `split`: ranks that share the optimiser's state, and sharded the parameters too. Parameters below float32 have
-    float32 masters; gradients are float32, and a replica holds all of them and the sum of those it steps.
+    float32 masters; gradients are float32, and a replica holds all of them and the sum of those it steps. With
+    `in_flight` it holds the sum of those it steps, and while they are summed so many numbers of whole gradients.
     """
     own = -(-trainable // split)
     if is_sharded:
@@ -109,7 +122,7 @@ def state_bytes(parameters: int, trainable: int, itemsize: int, *, split: int, i
         return {"weights": shards, _GRADIENTS: 4 * own, "optimizer (AdamW, two moments)": 8 * own}
     state = {
         "weights": itemsize * parameters,
-        _GRADIENTS: 4 * trainable + (4 * own if split > 1 else 0),
+        _GRADIENTS: 4 * (trainable if in_flight is None else in_flight) + (4 * own if split > 1 else 0),
         "optimizer (AdamW, two moments)": 8 * own,
     }
     if itemsize < 4:
@@ -124,7 +137,16 @@ def training_bytes(shape: ModelShape, config: Config, layout: Layout) -> dict[st
     """
     element, is_sharded = _ITEMSIZE[config.model.dtype], layout.shards > 1
     split = layout.shards if is_sharded else layout.ranks
-    result = state_bytes(shape.parameters, shape.trainable, element, split=split, is_sharded=is_sharded)
+    # The largest matrix, and those of a layer that are computed meanwhile; each with a rank's rows of the sum.
+    in_flight = min(shape.trainable, shape.head_parameters + shape.largest_layer) * (1 + split) // split
+    result = state_bytes(
+        shape.parameters,
+        shape.trainable,
+        element,
+        split=split,
+        is_sharded=is_sharded,
+        in_flight=in_flight if layout.gradients == "split" and split > 1 else None,
+    )
     if is_sharded:
         outer = shape.head_parameters * (1 if shape.tied else 2)
         result[_GATHERED] = (element + 4) * (outer + 2 * shape.largest_layer)
@@ -185,7 +207,7 @@ def kv_cache_bytes(shape: ModelShape, config: Config, layout: Layout | None = No
     layout = layout or Layout()
     if config.generator == "vllm" and config.weight_sync.kv_cache_gib > 0:
         return int(config.weight_sync.kv_cache_gib * 2**30)
-    batch = min(config.generation.max_batch_sequences, -(-config.rollouts_per_step // layout.ranks))
+    batch = min(batch_sequences(config, layout), -(-config.rollouts_per_step // layout.ranks))
     tokens = batch * (config.data.max_prompt_tokens + config.generation.max_completion_tokens)
     element = _ITEMSIZE[config.model.dtype]
     if config.generator == "vllm":
@@ -204,6 +226,22 @@ def kv_cache_bytes(shape: ModelShape, config: Config, layout: Layout | None = No
         least = ENGINE_BLOCK * (-(-engine_tokens(shape, config) // ENGINE_BLOCK) + 1)
         return max(min(tokens * token_bytes, left), least * token_bytes)
     return tokens * token_bytes
+
+
+def batch_sequences(config: Config, layout: Layout) -> int:
+    """Sequences that a rank decodes at once.
+
+    vLLM's own default depends on the GPU: it is four times as large from 70 GiB of memory on, except on an A100.
+    """
+    on_gpu = config.generator == "vllm" and config.model.device == "cuda"
+    is_large = on_gpu and (layout.device_bytes or 0) >= _LARGE_GPU_BYTES and _capability(layout) != _A100
+    return config.generation.batch_sequences(large_engine=is_large)
+
+
+def _capability(layout: Layout) -> tuple[int, int] | None:
+    if layout.capability is not None or not torch.cuda.is_available():
+        return layout.capability
+    return torch.cuda.get_device_capability()
 
 
 def engine_tokens(shape: ModelShape, config: Config) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from paced_fast.config import Config
 from paced_fast.policy.shape import ModelShape
 from paced_fast.run.plan.devices import Device
-from paced_fast.run.plan.memory import Layout, kv_cache_bytes, row_tokens, shares_prompts
+from paced_fast.run.plan.memory import Layout, batch_sequences, kv_cache_bytes, row_tokens, shares_prompts
 
 MATMUL_SHARE = 0.5
 """Share of the peak that matrix products of whole micro-batches reach."""
@@ -68,7 +68,7 @@ def estimate(shape: ModelShape, config: Config, layout: Layout, device: Device) 
     forward = forward_flops(shape, work) / layout.ranks
     rate = MATMUL_SHARE * device.flops(config.model.dtype)
     backward = 2.0 if shape.trainable == shape.parameters else 1.0 + shape.trainable / shape.parameters
-    again = 1.0 if config.model.gradient_checkpointing else 0.0
+    again = 1.0 if config.model.gradient_checkpointing == "on" else 0.0
     passes = (1.0 + backward + again) * config.optimizer.epochs
     references = 2.0 if config.traits.keeps_initial_policy else 1.0
     seconds = {
@@ -96,16 +96,32 @@ def generation_seconds(shape: ModelShape, config: Config, layout: Layout, device
     element, rate = _ITEMSIZE[dtype], MATMUL_SHARE * device.flops(dtype)
     matmul = 2 * (shape.body_parameters + shape.head_parameters)
     prompts = generation.prompts_per_step * prompt * matmul / layout.ranks / rate
-    own = -(-config.rollouts_per_step // layout.ranks)
     context = prompt + generation.max_completion_tokens / 2
-    room = kv_cache_bytes(shape, config, layout) // int(context * shape.kv_numbers * element)
-    waves = own / max(1, min(own, generation.max_batch_sequences, room))
-    at_once = own / waves
+    at_once = decoded_at_once(shape, config, layout)
+    waves = -(-config.rollouts_per_step // layout.ranks) / at_once
     weights = (shape.body_parameters + shape.head_parameters) * element
     bytes_read = weights + at_once * context * shape.kv_numbers * element
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_size * context
     pass_seconds = max(bytes_read / (BANDWIDTH_SHARE * device.memory_bandwidth), at_once * (matmul + attention) / rate)
     return prompts + waves * generation.max_completion_tokens * pass_seconds
+
+
+def decoded_at_once(shape: ModelShape, config: Config, layout: Layout) -> int:
+    """Sequences that a rank decodes at once: those of its part of a step that the batch and the key-value cache, at
+    half of the completions' length, have room for."""
+    context = config.data.max_prompt_tokens + config.generation.max_completion_tokens / 2
+    dtype = config.weight_sync.dtype if config.generator == "vllm" else config.model.dtype
+    room = kv_cache_bytes(shape, config, layout) // int(context * shape.kv_numbers * _ITEMSIZE[dtype])
+    own = -(-config.rollouts_per_step // layout.ranks)
+    return max(1, min(own, batch_sequences(config, layout), room))
+
+
+def embedding_seconds(shape: ModelShape, config: Config, layout: Layout, device: Device, num_prompts: int) -> float:
+    """Seconds to embed every prompt for log Z before the first step, each rank its part; 0 where nothing learns it."""
+    if not config.uses_head:
+        return 0.0
+    tokens = num_prompts * config.data.max_prompt_tokens / layout.ranks
+    return tokens * 2 * shape.body_parameters / (MATMUL_SHARE * device.flops(config.model.dtype))
 
 
 def _optimizer_seconds(shape: ModelShape, config: Config, layout: Layout, device: Device) -> float:
@@ -118,17 +134,19 @@ def _optimizer_seconds(shape: ModelShape, config: Config, layout: Layout, device
 
 def _exchange_seconds(shape: ModelShape, config: Config, layout: Layout, device: Device) -> float:
     """Seconds to reduce gradients and gather parameters once per optimiser step; sharded, also to gather in every
-    pass."""
+    pass. Split gradients are reduced, in float32, after every micro-batch."""
     if layout.ranks == 1:
         return 0.0
     link = device.network_bandwidth if layout.nodes > 1 else device.link_bandwidth
     steps = config.optimizer.minibatches * config.optimizer.epochs
     element = _ITEMSIZE[config.model.dtype]
-    reduced = 2 * steps * shape.trainable * element * (layout.ranks - 1) / layout.ranks
-    seconds = reduced / (BANDWIDTH_SHARE * link)
+    tokens = step_work(config).row_tokens / layout.ranks
+    micro_batches = max(steps, -(-tokens // config.optimizer.micro_batch_tokens))
+    moved = 2 * steps * shape.trainable * element
+    if layout.mode == "replicated" and layout.gradients == "split":
+        moved = (micro_batches * config.optimizer.epochs * 4 + steps * element) * shape.trainable
+    seconds = moved * (layout.ranks - 1) / layout.ranks / (BANDWIDTH_SHARE * link)
     if layout.shards > 1:
-        tokens = step_work(config).row_tokens / layout.ranks
-        micro_batches = max(steps, -(-tokens // config.optimizer.micro_batch_tokens))
         # A forward pass gathers every layer; a backward pass gathers them again and scatters their gradients.
         gathers = micro_batches * (1 + 3 * config.optimizer.epochs)
         seconds += gathers * shape.parameters * element / (BANDWIDTH_SHARE * device.link_bandwidth)

@@ -101,6 +101,7 @@ def build(
         collector=_collector(data, made.policy, generator, world, phases.phase),
         embeddings=made.embeddings,
         world=world,
+        split_gradients=made.layout.gradients == "split",
     )
     stepper = Stepper(trainer, phases, guard)
     if newest is not None:

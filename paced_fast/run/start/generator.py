@@ -35,7 +35,14 @@ def make_generator(
         return generator, guard
     # An engine has its own weights; to sample from the trainer's model, its shards must be gathered.
     whole = made.policy.whole if config.generator == "transformers" else contextlib.nullcontext
-    return SharedGenerator(generator, world, engine_ranks=config.weight_sync.tensor_parallel, whole=whole), guard
+    shared = SharedGenerator(
+        generator,
+        world,
+        engine_ranks=config.weight_sync.tensor_parallel,
+        whole=whole,
+        deal=config.distributed.prompts,
+    )
+    return shared, guard
 
 
 def transformers_generator(
@@ -43,7 +50,7 @@ def transformers_generator(
 ) -> tuple[Generator, ParityGuard | None]:
     """The trainer's own model."""
     del weights, world
-    size = data.config.generation.max_batch_sequences
+    size = data.config.generation.batch_sequences()
     return TransformersGenerator(made.policy.model, stop_ids=data.stops.ids, max_batch_sequences=size), None
 
 
@@ -61,7 +68,7 @@ def vllm_generator(
             dtype=config.weight_sync.dtype,
             device=config.model.device,
             max_tokens=memory.engine_tokens(shape, config),
-            max_sequences=config.generation.max_batch_sequences,
+            max_sequences=memory.batch_sequences(config, made.layout),
             kv_cache_bytes=memory.kv_cache_bytes(shape, config, made.layout),
             sleep_level=config.weight_sync.sleep_level,
             ranks=world.size,

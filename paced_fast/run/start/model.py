@@ -22,13 +22,14 @@ from paced_fast.errors import InputError
 from paced_fast.generation.vllm_engine import require_head_size, require_pushable_experts
 from paced_fast.policy import Policy, adapt, build_tiny, has_experts, load_model, make_policy, prepare
 from paced_fast.policy.families import admit, planned
+from paced_fast.policy.gradient_checkpointing import can_recompute
 from paced_fast.policy.loading import skeleton
 from paced_fast.policy.saving import generation_settings, save_model
 from paced_fast.policy.shape import ModelShape, shape_of
-from paced_fast.policy.sharding import choose_mode, shards_mesh
+from paced_fast.policy.sharding import shards_mesh
 from paced_fast.policy.warm_start import warm_start
 from paced_fast.run import checkpoint
-from paced_fast.run.plan import memory
+from paced_fast.run.plan import fit, memory
 from paced_fast.run.record import terminal
 from paced_fast.run.record.progress import Waiting
 from paced_fast.run.start.run_folder import RunLock, claim
@@ -59,7 +60,10 @@ def make_trained_policy(
     model = _first_model(data, folder, newest is None, home, lock, world, console)
     checkpoint.seed_random_state(stream_seed(config.seed, 0, "ambient"))
     shape, as_planned = _trained_shape(config, model), planned(config, model.config)
-    layout = _layout(as_planned, shape, len(data.table), world)
+    chosen = _fit(as_planned, shape, len(data.table), world, can_recompute=can_recompute(model))
+    layout, as_planned = chosen.layout, chosen.config
+    recompute = as_planned.model.gradient_checkpointing
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, gradient_checkpointing=recompute))
     is_sharded = layout.mode == "sharded"
     plan = memory.plan(shape, as_planned, len(data.table), layout)
     console.print(terminal.memory_plan_table(plan, available_bytes=layout.device_bytes or 0))
@@ -72,7 +76,8 @@ def make_trained_policy(
         with policy.whole():
             tables, with_last = (data.table, data.eval_table), config.log_z.embedding == "mean_and_last"
             embeddings, eval_embeddings = (
-                policy.embed([row.token_ids for row in table.rows], with_last=with_last) for table in tables
+                _embeddings(policy, [row.token_ids for row in table.rows], world, with_last=with_last)
+                for table in tables
             )
     if newest is not None and config.lora.rank == 0:  # adapters lie beside the weights from before training
         del model  # otherwise a second copy would be held while an engine starts
@@ -87,6 +92,15 @@ def make_trained_policy(
     return TrainedPolicy(
         policy=policy, initial=initial, embeddings=embeddings, eval_embeddings=eval_embeddings, layout=layout
     )
+
+
+def _embeddings(policy: Policy, prompts: Sequence[tuple[int, ...]], world: World, *, with_last: bool) -> Tensor:
+    """`Policy.embed` of all prompts, on every rank the same to the bit; each rank computes every R-th."""
+    own = policy.embed(prompts[world.rank :: world.size], with_last=with_last)
+    result = own.new_zeros(len(prompts), own.shape[1])
+    result[world.rank :: world.size] = own
+    world.sum_(result)  # zeros from the other ranks
+    return result
 
 
 def _first_model(
@@ -145,15 +159,16 @@ def _trained_shape(config: Config, model: PreTrainedModel) -> ModelShape:
     return shape_of(adapted)
 
 
-def _layout(config: Config, shape: ModelShape, num_prompts: int, world: World) -> memory.Layout:
-    """Choose whether parameters are replicated or sharded over the ranks, and log the reason."""
-    device_bytes = _device_bytes(config, world)
-    layout = memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=device_bytes)
-    parts = memory.at_a_time(memory.plan(shape, config, num_prompts, layout))
-    choice = choose_mode(config.distributed.mode, ranks=world.size, plan=parts, device_bytes=device_bytes)
+def _fit(config: Config, shape: ModelShape, num_prompts: int, world: World, *, can_recompute: bool = True) -> fit.Fit:
+    """Choose whether parameters and gradients are split over the ranks and layers computed again, and log the
+    reasons."""
+    layout = memory.Layout(ranks=world.size, nodes=world.nodes, device_bytes=_device_bytes(config, world))
+    chosen = fit.choose(config, shape, num_prompts, layout, can_recompute=can_recompute)
     if world.size > 1:
-        logger.info("%s", choice.reason)
-    return dataclasses.replace(layout, mode="sharded" if choice.is_sharded else "replicated")
+        logger.info("%s", chosen.mode)
+    if config.model.device == "cuda":
+        logger.info("gradient checkpointing %s", chosen.recompute)
+    return chosen
 
 
 def _policies(
