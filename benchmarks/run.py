@@ -25,6 +25,7 @@ from paced_fast.errors import InputError
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "trajectory_balance": ("loss.measure", ("trajectory_balance",)),
     "logprobs": ("loss.measure", ("logprobs",)),
+    "peaked": ("loss.peaked", ()),
     "priority_tree": ("tree.measure", ()),
     "compile": ("loss.compile_kernels", ()),
     "cycle_model": ("loss.cycle_model", ()),

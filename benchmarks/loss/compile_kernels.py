@@ -24,8 +24,11 @@ SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
 
 # Arguments that are multiples of 16 for aligned tensors, with all pointers and descriptors; a launch tells the compiler
 # so where the kernel lets it.
-ALIGNED = ("stride_hidden", "stride_weight", "stride_out", "stride", "hidden_size")
-INTEGERS = ("num_rows", "vocab_size", "hidden_size", "vocab_start", "num_parts")
+ALIGNED = (
+    *("stride_hidden", "stride_weight", "stride_out", "stride_matrix", "stride_rows", "stride"),
+    "hidden_size",
+)
+INTEGERS = ("num_rows", "vocab_size", "hidden_size", "vocab_start", "num_parts", "num_blocks")
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,13 @@ def builds(arch: int, *, widest: bool = False) -> list[Build]:
     """
     if not widest:
         every = tuple(itertools.product((False, True), repeat=2))
-        return [*projections(arch, every), *targets(arch), *row_kernels(), *tree_kernels((2, 3))]
+        kept = [*projections(arch, every), *kept_products(arch)]
+        return [*kept, *targets(arch), *row_kernels(), *tree_kernels((2, 3))]
     options: tuple[tuple[bool, bool], ...] = ((True, False),)
     if arch != 90:
-        return [*projections(arch, options), *targets(arch)]
-    return [*projections(arch, ((False, False), *options)), *targets(arch), *row_kernels(), *tree_kernels((3,))]
+        return [*projections(arch, options), *kept_products(arch), *targets(arch)]
+    kept = [*projections(arch, ((False, False), *options)), *kept_products(arch)]
+    return [*kept, *targets(arch), *row_kernels(), *tree_kernels((3,))]
 
 
 def projections(arch: int, choices: Sequence[tuple[bool, bool]]) -> list[Build]:
@@ -122,6 +127,35 @@ def way_of(config: Any) -> str:
     """What else distinguishes a configuration."""
     words = ["TMA" if config.use_tma else "pointers", "flat" * config.is_flat, "plain" * (not config.is_split)]
     return " ".join(word for word in words if word)
+
+
+def kept_products(arch: int) -> list[Build]:
+    """Builds of the products that pass over blocks, in the configurations of the static table."""
+    from paced_kernels._loss import skipping_kernels as kernels
+    from paced_kernels._loss.tiles import SHIPPED
+    from paced_kernels._loss.triton_skipping import block_constants
+
+    found = []
+    for config in SHIPPED[arch]:
+        constants = {**block_constants(config), "UPCAST": False}
+        inner, block_h = constants["BLOCK_INNER"], constants["BLOCK_H"]
+        sides: dict[Any, tuple[str, dict[str, tuple[int, int]], list[dict[str, Any]]]] = {
+            kernels.kept_rows_kernel: ("weight", {"matrix": (config.block_t, inner)}, [{}]),
+            kernels.kept_columns_kernel: (
+                "rows",
+                {"matrix": (inner, config.width)},
+                [{"BEGINS": True}, {"BEGINS": False}],
+            ),
+        }
+        loads = "TMA" if config.use_tma else "pointers"
+        for kernel, (other, blocks, options) in sides.items():
+            blocks = {**blocks, other: (inner, block_h)} if config.use_tma else {}
+            for option in options:
+                variant = f"{config.block_t}x{block_h}x{inner} {loads}: {option}"
+                found.append(
+                    Build(kernel, variant, {**constants, **option}, config.num_warps, config.num_stages, blocks)
+                )
+    return found
 
 
 def targets(arch: int) -> list[Build]:
@@ -196,13 +230,16 @@ def argument_type(name: str, build: Build) -> str:
     if name in build.descriptors:
         rows, columns = build.descriptors[name]
         return f"tensordesc<{build.dtype}[{rows},{columns}]>"
-    if name in ("hidden", "weight", "out", "hidden_ptr", "weight_ptr", "bias_ptr", "out_ptr"):
+    if name == "out_ptr" and build.kernel.__name__.startswith("kept_"):  # float32 sums are the widest
+        return "*fp32"
+    if name in ("hidden", "weight", "out", "matrix", "rows", "hidden_ptr", "weight_ptr", "bias_ptr", "out_ptr"):
         return f"*{build.dtype}"
     if build.kernel.__name__.startswith("tree_"):
         special = {"weights_ptr": "*fp32", "prob_ptr": "*fp32", "ticket_ptr": "*i32", "allowed_ptr": "*i1"}
         wide = name.endswith("_bits") or name == "index_mask"
         return special.get(name, "*i64" if name.endswith("_ptr") else "i64" if wide else "i32")
     special = {"token_ptr": "*i64", "live_ptr": "*u8", "gate_ptr": "*i32", "inv_temperature": "fp32"}
+    special |= {"lists_ptr": "*i32", "counts_ptr": "*i32"}
     if name in special:
         return special[name]
     if name in INTEGERS:

@@ -49,6 +49,12 @@ def check_finite(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite Python number, got {value!r}")
 
 
+def check_share(name: str, value: float) -> None:
+    """Require a Python number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a Python number of at least 0 and below 1, got {value!r}")
+
+
 def check_workspace(workspace_bytes: int | None) -> None:
     """Require None or a positive number of bytes."""
     if workspace_bytes is None:

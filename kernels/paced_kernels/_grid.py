@@ -26,6 +26,8 @@ NARROW_POINTERS = (
     "log_factor_ptr",
     "coefficient_ptr",
     "entropy_coefficient_ptr",
+    "lists_ptr",
+    "counts_ptr",
     "idx_ptr",
     "weights_ptr",
     "q_ptr",

@@ -46,6 +46,7 @@ def linear_logprobs(
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
     shard: VocabShard | None = None,
+    skipped_share: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return log-probs [T] of the chosen tokens, and entropies [T] if requested; both differentiable."""
     logprobs, entropy = compute_linear_logprobs(
@@ -58,6 +59,7 @@ def linear_logprobs(
         workspace_bytes=workspace_bytes,
         backend="reference",
         shard=shard,
+        skipped_share=skipped_share,
     )
     return logprobs if entropy is None else (logprobs, entropy)
 
@@ -83,6 +85,7 @@ def trajectory_balance_loss(
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
     shard: VocabShard | None = None,
+    skipped_share: float = 0.0,
 ) -> TBOutput:
     """Trajectory-balance loss directly from hidden states; the forward pass computes the gradients."""
     return TBOutput(
@@ -107,6 +110,7 @@ def trajectory_balance_loss(
             workspace_bytes=workspace_bytes,
             backend="reference",
             shard=shard,
+            skipped_share=skipped_share,
         )
     )
 

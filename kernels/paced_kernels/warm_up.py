@@ -8,8 +8,9 @@ from torch import Tensor
 
 from . import _checks
 from ._backend import resolve_backend
-from ._loss.engine import Guard, make_engine, make_head
-from ._loss.operators import shard_options
+from ._loss.engine import Guard, make_engine, make_head, shard_options
+from ._loss.gradients import RowEngine
+from ._loss.torch_rows import Exponentials
 from ._shard import VocabShard
 
 
@@ -21,6 +22,7 @@ def warm_up(
     with_entropy: bool = False,
     backend: str = "auto",
     shard: VocabShard | None = None,
+    skipped_share: float = 0.0,
 ) -> None:
     """Compile every kernel that the fused operations can need for a head, by running them on two rows of zeros.
 
@@ -35,6 +37,7 @@ def warm_up(
         with_entropy: entropies will be asked for (`return_entropy` or `entropy_bonus`).
         backend: as in `linear_logprobs`.
         shard: as in `linear_logprobs`; every rank of the group must then call this.
+        skipped_share: as the operations will get it; above 0 the products that pass over blocks are compiled too.
 
     Raises:
         ValueError: a shape, dtype or device is wrong; the message names the argument.
@@ -44,6 +47,7 @@ def warm_up(
     hidden = head_weight.new_zeros(num_rows, head_weight.shape[1])
     token_ids = torch.zeros(num_rows, dtype=torch.int64, device=head_weight.device)
     _checks.check_linear_args(hidden, head_weight, token_ids, bias, 1.0, None, shard)
+    _checks.check_share("skipped_share", skipped_share)
     backend = resolve_backend(backend, hidden)
     if backend == "reference":
         return
@@ -58,3 +62,18 @@ def warm_up(
             chunk = engine.exponentials(rows, live if with_weights else None)
             if has_entropy:
                 engine.entropy_gradient(chunk, rows, chunk.stats.logprobs, chunk.stats.logprobs)
+            if skipped_share:
+                _multiply_kept(engine, chunk, rows, skipped_share)
+
+
+def _multiply_kept(engine: RowEngine, chunk: Exponentials, rows: slice, share: float) -> None:
+    """Run both products that pass over blocks, the second as the gradient of the weight begins and goes on."""
+    kept = engine.choose(chunk, rows, chunk.factor, share)
+    if kept is None:
+        return
+    engine.back_project(chunk.matrix, kept)
+    states = engine.hidden[rows].float()
+    total = torch.empty(engine.head.weight.shape, dtype=torch.float32, device=states.device)
+    engine.add_outer(total, chunk.matrix, states, begins=True, kept=kept)
+    engine.add_outer(total, chunk.matrix, states, kept=kept)
+    engine.add_outer(total.to(engine.weight_gradient_dtype), chunk.matrix, states, begins=True, kept=kept)

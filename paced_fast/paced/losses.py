@@ -57,7 +57,13 @@ def trajectory_balance(
     else:
         weight, bias = policy.head
         out = trajectory_balance_loss(
-            hidden, weight, micro.token_ids, offsets, **linear_options(bias, temperature), **terms
+            hidden,
+            weight,
+            micro.token_ids,
+            offsets,
+            skipped_share=config.loss.skipped_share,
+            **linear_options(bias, temperature),
+            **terms,
         )
     log_ratio = out.seq_logprobs - old
     importance = log_ratio.clamp(max=math.log(config.loss.importance_cap)).exp()
@@ -71,7 +77,7 @@ def flowrl(
 
     arXiv 2509.15207 as its code has it: means inside the residual, a sum inside the weight.
     """
-    logprobs = policy.token_logprobs(hidden, micro.token_ids, config.generation.temperature)
+    logprobs = _logprobs(hidden, policy, micro, config)
     log_ratio = segment_sum(logprobs.detach() - targets.old_logprobs, micro.cu_seqlens)
     cap = math.log(config.loss.flowrl_importance_cap)
     importance = targets.weights * log_ratio.clamp(max=cap).exp()
@@ -94,7 +100,7 @@ def grpo(
 ) -> MicroOutput:
     """-mean_i w_i mean_t min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = exp(log pi - log pi_old); arXiv 2402.03300,
     eq. 3 without its KL term."""
-    logprobs = policy.token_logprobs(hidden, micro.token_ids, config.generation.temperature)
+    logprobs = _logprobs(hidden, policy, micro, config)
     lengths = micro.cu_seqlens.diff().long()
     advantage = targets.signal.repeat_interleave(lengths, output_size=micro.num_tokens)
     ratio = (logprobs - targets.old_logprobs).exp()
@@ -104,6 +110,12 @@ def grpo(
     loss = -(targets.weights * means).sum() / denominator
     log_ratio = segment_sum(logprobs.detach() - targets.old_logprobs, micro.cu_seqlens)
     return MicroOutput(loss, log_ratio, targets.weights)
+
+
+def _logprobs(hidden: Tensor, policy: Policy, micro: Rollouts, config: Config) -> Tensor:
+    """Log-probs f32[T] at the temperature of sampling, whose gradient may leave out what the settings allow."""
+    share = config.loss.skipped_share
+    return policy.token_logprobs(hidden, micro.token_ids, config.generation.temperature, skipped_share=share)
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {

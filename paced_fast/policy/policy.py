@@ -301,23 +301,27 @@ class Policy:
 
         return self.run(compute)
 
-    def token_logprobs(self, hidden: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
-        """Log-probs f32[T] of `token_ids` i64[T] given what `hidden` returned, differentiable; inside `run`."""
+    def token_logprobs(
+        self, hidden: Tensor, token_ids: Tensor, temperature: float, *, skipped_share: float = 0.0
+    ) -> Tensor:
+        """Log-probs f32[T] of `token_ids` i64[T] given what `hidden` returned, differentiable; inside `run`. Their
+        gradient may leave out `skipped_share`, see `linear_logprobs`, but for a model that bounds its logits."""
         weight, bias = self.head
         if self.family.cap is not None:
             return capped_logprobs(hidden, weight, token_ids, bias=bias, cap=self.family.cap, temperature=temperature)
-        return linear_logprobs(hidden, weight, token_ids, **linear_options(bias, temperature))
+        options = linear_options(bias, temperature)
+        return linear_logprobs(hidden, weight, token_ids, skipped_share=skipped_share, **options)
 
     @torch.no_grad()
-    def warm_up(self) -> None:
+    def warm_up(self, *, skipped_share: float = 0.0) -> None:
         """Compile the kernels of `token_logprobs` and of the loss, which a GPU would do in the middle of a run; where
-        there are none, nothing. All ranks together."""
+        there are none, nothing. `skipped_share` as they will get it. All ranks together."""
         if self.device.type == "cuda" and self.family.cap is None:
-            self.run(self._compile_kernels)
+            self.run(partial(self._compile_kernels, skipped_share))
 
-    def _compile_kernels(self) -> None:
+    def _compile_kernels(self, skipped_share: float) -> None:
         weight, bias = self.head
-        warm_up(weight.detach(), bias=None if bias is None else bias.detach())
+        warm_up(weight.detach(), bias=None if bias is None else bias.detach(), skipped_share=skipped_share)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[tuple[int, ...]], *, with_last: bool = False) -> Tensor:

@@ -24,6 +24,7 @@ TOY = problems.TOY_SHAPE.name
 WORDS = {
     "trajectory_balance": f"--device cpu --shapes {TOY} --repetitions 1 --no-memory --only ours naive",
     "logprobs": f"--device cpu --shapes {TOY} --repetitions 1 --no-memory",
+    "peaked": "--quick --repetitions 1 --temperatures 1",
     "phases": f"--device cpu --shapes {TOY}",
     "precompile": "--device cpu --heads 1",
     "gemm_sweep": "--device cpu --shapes T16-H16-V96 --repetitions 1",

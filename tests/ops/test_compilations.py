@@ -35,7 +35,7 @@ def compiled() -> dict[str, Any]:
 
 @pytest.mark.process
 def test_after_the_warm_up_no_length_compiles_a_kernel(compiled: dict[str, Any]) -> None:
-    assert len(compiled["steps"]) == 7
+    assert len(compiled["steps"]) == 8
     for name, (warm, *steps) in compiled["steps"].items():
         assert len(steps) == 50
         late = {f"{name}, step {i}": kernels for i, kernels in enumerate(steps) if kernels}

@@ -23,7 +23,7 @@ from paced_kernels._loss import tiles
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
-MULTIPLYING = {"project_kernel", "target_logits_kernel"}
+MULTIPLYING = {"project_kernel", "target_logits_kernel", "kept_rows_kernel", "kept_columns_kernel"}
 SOURCES = [Path(__file__), Path(compile_kernels.__file__), ROOT / "benchmarks" / "run.py"]
 
 
@@ -56,7 +56,7 @@ def compiled(choice: str, folder: Path) -> list[dict[str, Any]]:
 def test_every_kernel_and_configuration_is_there(rows: list[dict[str, Any]], choice: str) -> None:
     sources = "".join(
         (ROOT / "kernels" / "paced_kernels" / f"{name}.py").read_text()
-        for name in ("_loss/gemm_kernels", "_loss/row_kernels", "_tree/kernels")
+        for name in ("_loss/gemm_kernels", "_loss/row_kernels", "_loss/skipping_kernels", "_tree/kernels")
     )
     launched = {
         line.split("(")[0].removeprefix("def ")

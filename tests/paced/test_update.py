@@ -18,6 +18,7 @@ from paced_fast.paced.losses import POLICY_LOSSES
 from paced_fast.paced.targets import group_accuracy, group_advantage
 from paced_fast.paced.update import learning_rate, make_optimizer, update_policy
 from paced_fast.policy import Policy
+from paced_fast.policy import policy as policy_module
 from paced_fast.policy.optimizer import GuardedAdamW
 
 LENGTHS = [3, 5, 1, 2, 4, 1, 2, 6]
@@ -73,6 +74,22 @@ def test_the_loss_gets_its_offsets_on_the_host(monkeypatch: pytest.MonkeyPatch) 
     assert seen[0] is not batch.cu_seqlens
     assert seen[0].device.type == "cpu"
     assert torch.equal(seen[0], batch.cu_seqlens)
+
+
+@pytest.mark.parametrize("algorithm", ["paced", "flowrl", "grpo"])
+def test_every_loss_may_leave_out_what_the_settings_say(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, batch = made()
+    seen = []
+
+    def noted(function: Any) -> Any:
+        return lambda *args, **options: seen.append(options["skipped_share"]) or function(*args, **options)
+
+    monkeypatch.setattr(losses, "trajectory_balance_loss", noted(losses.trajectory_balance_loss))
+    monkeypatch.setattr(policy_module, "linear_logprobs", noted(policy_module.linear_logprobs))
+    zeros = torch.zeros(batch.num_tokens)
+    targets = made_targets(signal=batch.rewards, intercept=batch.rewards, old_logprobs=zeros, ref_logprobs=zeros)
+    loss_of(algorithm, policy, batch, targets, tiny_policy.settings(algorithm, loss__skipped_share=0.125))
+    assert seen == [0.125]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

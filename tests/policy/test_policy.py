@@ -44,13 +44,16 @@ def test_the_temperature_divides_the_bias_of_the_output_layer_too(temperature: f
 
 def test_a_gpu_compiles_the_kernels_of_the_head_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
-    monkeypatch.setattr(policy_module, "warm_up", lambda weight, *, bias: given.append((weight, bias)))
+    monkeypatch.setattr(
+        policy_module, "warm_up", lambda weight, *, bias, skipped_share: given.append((weight, bias, skipped_share))
+    )
     policy = Policy(tiny_policy.biased(), max_tokens=4096)
     policy.warm_up()
     assert given == []  # a CPU has none
     monkeypatch.setattr(Policy, "device", torch.device("cuda"))
-    policy.warm_up()
-    ((weight, bias),) = given
+    policy.warm_up(skipped_share=0.25)
+    ((weight, bias, share),) = given
+    assert share == 0.25
     assert torch.equal(weight, policy.head[0])
     assert torch.equal(bias, policy.head[1])
     assert not weight.requires_grad

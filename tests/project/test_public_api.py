@@ -66,6 +66,7 @@ def test_signatures_of_the_functions() -> None:
         ("workspace_bytes", None),
         ("backend", "auto"),
         ("shard", None),
+        ("skipped_share", 0.0),
     ]
     positional, keywords = positional_and_keywords(trajectory_balance_loss)
     assert positional == ["hidden", "head_weight", "token_ids", "cu_seqlens"]
@@ -80,6 +81,7 @@ def test_signatures_of_the_functions() -> None:
         ("backend", "auto"),
         ("entropy_bonus", 0.0),
         ("shard", None),
+        ("skipped_share", 0.0),
     ]
     positional, keywords = positional_and_keywords(trajectory_balance_from_logprobs)
     assert positional == ["logprobs", "cu_seqlens"]
@@ -173,6 +175,10 @@ BAD_LINEAR_ARGUMENTS = [
     ({"temperature": float("nan")}, "temperature must be finite and greater than 0, got nan"),
     ({"temperature": torch.ones(())}, "temperature must be a Python number, got Tensor"),
     ({"workspace_bytes": 0}, "workspace_bytes must be None or a positive int, got 0"),
+    ({"skipped_share": 1.0}, "skipped_share must be a Python number of at least 0 and below 1, got 1.0"),
+    ({"skipped_share": -1e-9}, "skipped_share must be a Python number of at least 0 and below 1, got -1e-09"),
+    ({"skipped_share": float("nan")}, "skipped_share must be a Python number of at least 0 and below 1, got nan"),
+    ({"skipped_share": True}, "skipped_share must be a Python number of at least 0 and below 1, got True"),
     ({"backend": "cuda"}, r"backend must be one of \('auto', 'triton', 'reference'\), got 'cuda'"),
 ]
 

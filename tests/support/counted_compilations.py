@@ -78,11 +78,17 @@ def counted(capability: Capability) -> Iterator[list[tuple[str, bool]]]:
 
 
 def loss_steps(
-    hidden_size: int, vocab_size: int, dtype: torch.dtype, *, with_weights: bool, with_entropy: bool
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    *,
+    with_weights: bool,
+    with_entropy: bool,
+    skipped_share: float = 0.0,
 ) -> Callable[[random.Random], None]:
     """A step of a trainer: log-probs of all tokens, the loss of micro-batches with its gradients, log-probs again."""
     weight = torch.ones(vocab_size, hidden_size, dtype=dtype)
-    warm_up(weight, with_weights=with_weights, with_entropy=with_entropy, backend="triton")
+    warm_up(weight, with_weights=with_weights, with_entropy=with_entropy, skipped_share=skipped_share, backend="triton")
 
     def step(source: random.Random) -> None:
         lengths = [source.choice((0, 1, source.randrange(1, 90))) for _ in range(source.randrange(1, 9))]
@@ -95,6 +101,7 @@ def loss_steps(
         workspace = source.choice((None, per_row * source.randrange(1, 40)))
         temperature = source.choice((1.0, 0.7))
         options: dict[str, Any] = {"backend": "triton", "workspace_bytes": workspace, "temperature": temperature}
+        options["skipped_share"] = skipped_share
         with torch.no_grad():
             linear_logprobs(hidden, weight, token_ids, **options)
         scored = linear_logprobs(hidden, weight, token_ids, **options)
@@ -141,6 +148,10 @@ BOTH = {"with_weights": True, "with_entropy": True}
 SCENARIOS: dict[str, tuple[Capability, Callable[[], Callable[[random.Random], None]]]] = {
     "sm_90, TMA": ((9, 0), lambda: loss_steps(64, 1187, torch.bfloat16, with_weights=True, with_entropy=False)),
     "no weights": ((9, 0), lambda: loss_steps(64, 1187, torch.bfloat16, with_weights=False, with_entropy=True)),
+    "sm_90, skipping": (
+        (9, 0),
+        lambda: loss_steps(64, 1187, torch.bfloat16, with_weights=True, with_entropy=False, skipped_share=2.0**-9),
+    ),
     "sm_90, unaligned": ((9, 0), lambda: loss_steps(70, 1187, torch.bfloat16, **BOTH)),
     "sm_80": ((8, 0), lambda: loss_steps(64, 1184, torch.bfloat16, **BOTH)),
     "float16": ((9, 0), lambda: loss_steps(64, 1184, torch.float16, **BOTH)),

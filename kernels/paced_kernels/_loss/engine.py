@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._backend import require_kernels
+from .._shard import VocabShard
 from . import pingpong_plan, tiles
 from .gradients import RowEngine
 from .head import Head
@@ -46,6 +47,13 @@ def make_head(weight: Tensor, bias: Tensor | None, temperature: float, shard_gro
     """Return the head for one call; operator schemas pass a process group by its name."""
     group = _resolve_group(shard_group) if shard_group else None
     return Head(weight, None if bias is None else bias.contiguous(), temperature, group, shard_start)
+
+
+def shard_options(shard: VocabShard | None, head_weight: Tensor) -> tuple[str, int, int]:
+    """Return name of the group, first id of this rank, and size of the whole vocabulary."""
+    if shard is None:
+        return "", 0, head_weight.shape[0]
+    return shard.group.group_name, shard.start, shard.vocab_size
 
 
 def even_workspace(

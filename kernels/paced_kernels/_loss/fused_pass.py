@@ -72,6 +72,7 @@ class FusedOptions(NamedTuple):
     entropy_bonus: float
     wanted: Wanted
     is_budget_firm: bool  # the workspace also has to hold the accumulator of a streamed sequence
+    skipped_share: float = 0.0  # of the gradient of the logits, see `skipping`
 
 
 class FusedPass:
@@ -87,7 +88,7 @@ class FusedPass:
         num_rows, num_sequences = engine.hidden.shape[0], cu_seqlens.shape[0] - 1
         device = engine.hidden.device
         self.engine, self.cu_seqlens, self.terms, self.options = engine, cu_seqlens, terms, options
-        self.gradients = Gradients(engine, options.wanted)
+        self.gradients = Gradients(engine, options.wanted, options.skipped_share)
         self.entropy = None
         if engine.with_entropy:
             self.entropy = torch.empty(num_rows, dtype=engine.head.accumulate, device=device)

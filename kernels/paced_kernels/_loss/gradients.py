@@ -9,7 +9,7 @@ dloss/dz_v = scale E'_v: the gradient is E' times one number per row, so nothing
 T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,8 +39,11 @@ class RowEngine(Protocol):
     def entropy_gradient(
         self, chunk: Exponentials, rows: slice, coefficient: Tensor, entropy_coefficient: Tensor
     ) -> None: ...
-    def back_project(self, matrix: Tensor) -> Tensor: ...
-    def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor, *, begins: bool = False) -> None: ...
+    def choose(self, chunk: Exponentials, rows: slice, scale: Tensor, share: float) -> Any: ...
+    def back_project(self, matrix: Tensor, kept: Any = None) -> Tensor: ...
+    def add_outer(
+        self, accumulator: Tensor, matrix: Tensor, rows: Tensor, *, begins: bool = False, kept: Any = None
+    ) -> None: ...
 
 
 def score_rows(engine: RowEngine, rows: slice) -> RowStats:
@@ -79,9 +82,9 @@ class WeightSum:
             self._is_empty = False
         return self._value
 
-    def add_outer(self, engine: RowEngine, matrix: Tensor, rows: Tensor) -> None:
-        """Add matrix^T [V, R] @ rows [R, H]."""
-        engine.add_outer(self._value, matrix, rows, begins=self._is_empty)
+    def add_outer(self, engine: RowEngine, matrix: Tensor, rows: Tensor, kept: Any = None) -> None:
+        """Add matrix^T [V, R] @ rows [R, H], of what `engine.choose` kept."""
+        engine.add_outer(self._value, matrix, rows, begins=self._is_empty, kept=kept)
         self._is_empty = False
 
     def add_scaled(self, other: "WeightSum", scale: Tensor) -> None:
@@ -96,8 +99,9 @@ class WeightSum:
 class Gradients:
     """Accumulators: rows of `hidden` are written once, in its dtype; `weight` and `bias` are sums in a wider dtype."""
 
-    def __init__(self, engine: RowEngine, wanted: Wanted) -> None:
+    def __init__(self, engine: RowEngine, wanted: Wanted, skipped_share: float = 0.0) -> None:
         hidden = engine.hidden
+        self.skipped_share = skipped_share
         self.hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wanted.hidden else None
         self.weight_sum, self.bias = new_accumulators(engine.head, wanted, engine.weight_gradient_dtype)
 
@@ -125,11 +129,15 @@ class Gradients:
         if live is not None:
             scale = torch.where(live, scale, 0.0)
         inner_scale = (scale / engine.head.temperature)[:, None]
+        kept = None
+        # A gradient through the entropy is no row scale of E', so nothing is known of its sums.
+        if self.skipped_share and entropy_coefficient is None and (self.hidden is not None or weight is not None):
+            kept = engine.choose(chunk, rows, scale, self.skipped_share)
         if self.hidden is not None:
-            torch.mul(engine.back_project(chunk.matrix), inner_scale, out=self.hidden[rows])
+            torch.mul(engine.back_project(chunk.matrix, kept), inner_scale, out=self.hidden[rows])
         if weight is not None:
             hidden = engine.hidden[rows] if live is None else engine.hidden[rows].masked_fill(~live[:, None], 0.0)
-            weight.add_outer(engine, chunk.matrix, hidden * inner_scale)
+            weight.add_outer(engine, chunk.matrix, hidden * inner_scale, kept)
         if bias is not None:
             engine.add_outer(bias[:, None], chunk.matrix, scale[:, None])
 

@@ -26,6 +26,11 @@ class Head:
         """Dtype of log-probs and of sums: float64 for a float64 head, else float32."""
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that share the vocabulary."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
     def owned_targets(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the local index of each token [R] (0 if another rank owns it) and whether this rank owns it [R]."""
         local = token_ids.long() - self.start

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _checks
 from .._shard import VocabShard
 from . import tiles
-from .engine import Guard, even_workspace, make_engine, make_head
+from .engine import Guard, even_workspace, make_engine, make_head, shard_options
 from .fused_pass import FusedOptions, FusedPass, plan_groups
 from .gradients import Gradients, Wanted, score_rows
 from .sequences import make_terms
@@ -39,8 +39,10 @@ def linear_logprobs(
     shard_group: str,
     shard_start: int,
     vocab_size: int,
+    skipped_share: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probs [T], log-sum-exps [T] and entropies [T] (or [0])."""
+    """Return log-probs [T], log-sum-exps [T] and entropies [T] (or [0]); the backward pass reads `skipped_share`."""
+    del skipped_share
     _checks.check_token_values(token_ids, vocab_size)
     with Guard(hidden.device):
         head = make_head(weight, bias, temperature, shard_group, shard_start)
@@ -84,6 +86,7 @@ def linear_logprobs_backward(
     shard_group: str,
     shard_start: int,
     vocab_size: int,
+    skipped_share: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return gradients of hidden, weight and bias ([0] if not wanted), from log-probs and entropies of the forward."""
@@ -92,7 +95,7 @@ def linear_logprobs_backward(
         with_entropy = grad_entropy is not None
         workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
         engine = make_engine(head, hidden, token_ids, with_entropy, workspace_bytes, backend)
-        gradients = Gradients(engine, Wanted(*wanted))
+        gradients = Gradients(engine, Wanted(*wanted), skipped_share)
         known = RowStats(logprobs, lse, entropy if with_entropy else None)
         # The gradient of a sum is one number with stride 0, but kernels need contiguous rows.
         coefficient = torch.zeros_like(logprobs)
@@ -138,9 +141,9 @@ def _backward_linear(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grad_logprobs, _, grad_entropy = grads
     wanted = ctx.needs_input_grad[:3]
     hidden, weight, bias, token_ids, logprobs, lse, entropy = ctx.saved_tensors
-    temperature, with_entropy, workspace_bytes, backend, group, start, vocab_size = ctx.options
+    temperature, with_entropy, workspace_bytes, backend, group, start, vocab_size, skipped_share = ctx.options
     if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 11
+        return (None,) * 12
     outs = linear_logprobs_backward(
         grad_logprobs,
         grad_entropy if with_entropy else None,
@@ -157,9 +160,10 @@ def _backward_linear(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         group,
         start,
         vocab_size,
+        skipped_share,
         list(wanted),
     )
-    return (*(out if is_wanted else None for out, is_wanted in zip(outs, wanted, strict=True)), *(None,) * 8)
+    return (*(out if is_wanted else None for out, is_wanted in zip(outs, wanted, strict=True)), *(None,) * 9)
 
 
 linear_logprobs.register_autograd(_backward_linear, setup_context=_setup_linear)
@@ -189,6 +193,7 @@ def trajectory_balance(
     shard_group: str,
     shard_start: int,
     vocab_size: int,
+    skipped_share: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss [], residual [B], seq_logprobs [B], entropy [T], and gradients of hidden, weight, bias and log_z."""
@@ -214,7 +219,7 @@ def trajectory_balance(
         workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
         engine = make_engine(head, hidden, token_ids, needs_entropy, workspace_bytes, backend)
         is_budget_firm = workspace_bytes is not None or backend == "reference"
-        options = FusedOptions(reduction, entropy_bonus, Wanted(*wanted), is_budget_firm)
+        options = FusedOptions(reduction, entropy_bonus, Wanted(*wanted), is_budget_firm, skipped_share)
         fused = FusedPass(engine, offsets, terms, options)
         fused.run(plan_groups(cu_seqlens, hidden.shape[0], engine.rows_per_chunk))
         dtype = head.accumulate
@@ -315,6 +320,7 @@ def compute_linear_logprobs(
     workspace_bytes: int | None,
     backend: str,
     shard: VocabShard | None,
+    skipped_share: float,
 ) -> tuple[Tensor, Tensor | None]:
     """`linear_logprobs` for checked arguments and a resolved backend: log-probs, and entropies if requested."""
     group, start, vocab_size = shard_options(shard, head_weight)
@@ -330,6 +336,7 @@ def compute_linear_logprobs(
         group,
         start,
         vocab_size,
+        skipped_share,
     )
     return logprobs, entropy if return_entropy else None
 
@@ -356,6 +363,7 @@ def compute_trajectory_balance(
     workspace_bytes: int | None,
     backend: str,
     shard: VocabShard | None,
+    skipped_share: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`trajectory_balance_loss` for checked arguments and a resolved backend: the fields of `TBOutput`."""
     if isinstance(denominator, (int, float)):
@@ -383,13 +391,7 @@ def compute_trajectory_balance(
         workspace_bytes,
         backend,
         *shard_options(shard, head_weight),
+        skipped_share,
         wanted,
     )
     return loss, residual.detach(), seq_logprobs.detach(), entropy.detach() if return_entropy else None
-
-
-def shard_options(shard: VocabShard | None, head_weight: Tensor) -> tuple[str, int, int]:
-    """Return name of the group, first id of this rank, and size of the whole vocabulary."""
-    if shard is None:
-        return "", 0, head_weight.shape[0]
-    return shard.group.group_name, shard.start, shard.vocab_size

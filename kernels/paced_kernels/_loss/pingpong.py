@@ -23,6 +23,7 @@ from . import pingpong_plan as plan
 from . import tiles
 from .head import Head
 from .pingpong_kernel import ProjectKernel
+from .torch_rows import Exponentials
 from .triton_gemm import GemmRows
 
 CUTLASS_TYPES = {
@@ -58,6 +59,9 @@ class PingPongRows(GemmRows):
                 'use backend="auto"'
             )
         super().__init__(head, hidden, token_ids, with_entropy, workspace_bytes, plan.CONFIG)
+
+    def choose(self, chunk: Exponentials, rows: slice, scale: Tensor, share: float) -> None:
+        """Pass over nothing: its tiles of 192 columns fit no block of the products that can."""
 
     def _project(
         self,

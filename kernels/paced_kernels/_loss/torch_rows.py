@@ -9,7 +9,7 @@ so 1 - p_y is never formed by subtraction, and a gradient is one factor per row 
 buffer. Only a chunk of R rows of logits exists at any time, in float32 (float64 for float64 inputs).
 
 `fused_pass` and `gradients` call a row engine through `rows_per_chunk`, `score`, `exponentials`, `entropy_gradient`,
-`back_project` and `add_outer`. `triton_rows` holds the Triton engines.
+`choose`, `back_project` and `add_outer`. `triton_rows` holds the Triton engines.
 
 T = packed tokens, H = hidden size, V = vocabulary of this rank, R = rows of a chunk.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .head import Head
+from .skipping import TILE_ROWS, Kept, choose_columns, gradient_masses
 
 # Log-probs, head weight gradient and workspace together need less than a quarter of full logits at V = 49152.
 DEFAULT_WORKSPACE_BYTES = 144 * 2**20
@@ -49,6 +50,7 @@ class Exponentials(NamedTuple):
     stats: RowStats
     matrix: Tensor  # [R, V], E'
     factor: Tensor  # [R]
+    sums: Tensor | None = None  # [P, R] of E' over blocks of columns without the target, if an engine has them
 
 
 def row_chunks(start: int, stop: int, num_rows: int) -> Iterator[slice]:
@@ -169,17 +171,76 @@ class TorchRows:
             piece.scatter_(1, where, torch.where(is_owned[block, None], at_target[block, None], piece.gather(1, where)))
             piece.masked_fill_(dead[block, None], 0.0)
 
-    def back_project(self, matrix: Tensor) -> Tensor:
-        """Return [R, H] matrix @ weight in the accumulation dtype, summed over the ranks of a split vocabulary."""
+    def choose(self, chunk: Exponentials, rows: slice, scale: Tensor, share: float) -> list[Kept] | None:
+        """Return what the products of a chunk take if they may leave out `share` of its gradient; None for all.
+
+        `scale` [R] makes dloss / dz of E'. A choice needs numbers on the host: on a GPU everything is kept.
+        """
+        if chunk.matrix.device.type != "cpu":
+            return None
+        masses = gradient_masses(scale, chunk.factor, chunk.stats.logprobs)
+        target, is_owned = self.head.owned_targets(self.token_ids[rows])
+        share = share / self.head.num_ranks  # what ranks leave out adds up
+        return [
+            Kept(
+                part,
+                *choose_columns(chunk.matrix[part], scale[part], masses[part], target[part], is_owned[part], share),
+            )
+            for part in row_chunks(0, scale.shape[0], TILE_ROWS)
+        ]
+
+    def back_project(self, matrix: Tensor, kept: list[Kept] | None = None) -> Tensor:
+        """Return [R, H] matrix @ weight in the accumulation dtype, summed over the ranks of a split vocabulary; with
+        `kept`, what `choose` returned, of those columns only."""
         out = matrix.new_zeros(matrix.shape[0], self.hidden.shape[1])
-        for columns, block in self._vocab_blocks():
-            out.addmm_(matrix[:, columns], block)
+        if kept is None:
+            self._add_product(out, matrix)
+        for part in kept or []:
+            rows, out_rows = matrix[part.rows], out[part.rows]
+            if part.columns is None:
+                self._add_product(out_rows, rows)
+                continue
+            for columns in part.columns.split(self._gathered_columns(rows)):
+                block = self.head.weight.index_select(0, columns).to(out.dtype)
+                out_rows.addmm_(rows.index_select(1, columns), block)
+            mean = out.new_zeros(1, out.shape[1])
+            self._add_product(mean, part.stand_in[None])
+            out_rows.addr_(part.left_out, mean[0])
         return self.head.sum_over_ranks(out)
 
-    def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor, *, begins: bool = False) -> None:
-        """Add matrix^T [V, R] @ rows [R, N] to accumulator [V, N], or write it there if the sum begins with it; rows
-        are in the accumulation dtype."""
-        accumulator.addmm_(matrix.T, rows, beta=0 if begins else 1)
+    def _add_product(self, out: Tensor, matrix: Tensor) -> None:
+        """Add matrix [r, V] @ weight to out [r, H]."""
+        for columns, block in self._vocab_blocks():
+            out.addmm_(matrix[:, columns], block)
+
+    def add_outer(
+        self,
+        accumulator: Tensor,  # [V, N]
+        matrix: Tensor,  # [R, V]
+        rows: Tensor,  # [R, N], in the accumulation dtype
+        *,
+        begins: bool = False,
+        kept: list[Kept] | None = None,
+    ) -> None:
+        """Add matrix^T @ rows to the accumulator, or write it there if the sum begins with it; with `kept`, what
+        `choose` returned, from those columns only."""
+        if kept is None:
+            accumulator.addmm_(matrix.T, rows, beta=0 if begins else 1)
+            return
+        if begins:
+            accumulator.zero_()
+        for part in kept:
+            tile, tile_rows = matrix[part.rows], rows[part.rows]
+            if part.columns is None:
+                accumulator.addmm_(tile.T, tile_rows)
+                continue
+            for columns in part.columns.split(self._gathered_columns(tile)):
+                accumulator.index_add_(0, columns, tile.index_select(1, columns).T @ tile_rows)
+
+    def _gathered_columns(self, matrix: Tensor) -> int:
+        """Return how many columns of a tile [r, V] are gathered at a time, within a quarter of the workspace."""
+        bytes_per_column = (matrix.shape[0] + 2 * self.hidden.shape[1]) * matrix.element_size()
+        return max(1, self.workspace_bytes // (4 * bytes_per_column))
 
     def _chunks(self, rows: slice) -> Iterator[slice]:
         return row_chunks(rows.start, rows.stop, self.rows_per_chunk)

@@ -24,6 +24,7 @@ from .head import Head
 from .tiles import GemmConfig
 from .torch_rows import Exponentials, RowStats, row_chunks
 from .triton_rows import TritonRows
+from .triton_skipping import KeptBlocks, add_kept_blocks, block_means, choose_blocks, multiply_kept_blocks
 
 # Rows per launch that only needs partial sums, if the workspace is not bounded.
 SCORED_ROWS = 16384
@@ -44,6 +45,7 @@ class GemmRows(TritonRows):
         config: GemmConfig,
     ) -> None:
         super().__init__(head, hidden, token_ids, with_entropy, workspace_bytes, config)
+        self._means: Tensor | None = None  # [P, H], mean rows of blocks of the weight
 
     def score(self, rows: slice) -> RowStats:
         """Return log-probs and entropies of a range of rows: 2 R H V operations, nothing of size [R, V] is stored."""
@@ -74,7 +76,48 @@ class GemmRows(TritonRows):
         self.patch_targets(rows, matrix, patch, live)
         if live is not None:
             self._clear_dead_rows(matrix, live)
-        return Exponentials(stats, matrix, factor)
+        return Exponentials(stats, matrix, factor, parts[0])
+
+    def choose(self, chunk: Exponentials, rows: slice, scale: Tensor, share: float) -> KeptBlocks | None:
+        """Return the blocks that the products of a chunk take if they may leave out `share` of its gradient."""
+        if chunk.sums is None or scale.shape[0] == 0:
+            return None
+        target, is_owned = self.head.owned_targets(self.token_ids[rows])
+        at_target = torch.expm1(chunk.stats.logprobs) / chunk.factor
+        is_idle = scale == 0  # such a row may hold anything
+        return choose_blocks(
+            chunk.sums.masked_fill(is_idle, 0.0),
+            scale,
+            at_target.masked_fill(is_idle, 0.0),
+            target // self.config.width,
+            is_owned,
+            share=share / self.head.num_ranks,  # what ranks leave out adds up
+            tile_rows=self.config.block_t,
+        )
+
+    def back_project(self, matrix: Tensor, kept: KeptBlocks | None = None) -> Tensor:
+        """See `TritonRows.back_project`; with `kept` of those blocks only."""
+        if kept is None:
+            return super().back_project(matrix)
+        if self._means is None:
+            self._means = block_means(self.head.weight, self.config.width)
+        product = multiply_kept_blocks(matrix, self.head.weight, kept, self.config, self._means)
+        return self.head.sum_over_ranks(product)
+
+    def add_outer(
+        self,
+        accumulator: Tensor,
+        matrix: Tensor,
+        rows: Tensor,
+        *,
+        begins: bool = False,
+        kept: KeptBlocks | None = None,
+    ) -> None:
+        """See `TritonRows.add_outer`; with `kept` from those blocks only."""
+        if kept is None:
+            super().add_outer(accumulator, matrix, rows, begins=begins)
+        else:
+            add_kept_blocks(accumulator, matrix, rows.to(matrix.dtype), kept, self.config, begins=begins)
 
     def _clear_dead_rows(self, matrix: Tensor, live: Tensor) -> None:
         """Zero them afterwards: in the projection every element would be chosen, for rows that are rarely there."""

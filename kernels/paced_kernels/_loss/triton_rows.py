@@ -85,13 +85,21 @@ class TritonRows:
             num_warps=8,
         )
 
-    def back_project(self, matrix: Tensor) -> Tensor:
+    def choose(self, chunk: Exponentials, rows: slice, scale: Tensor, share: float) -> Any:
+        """Leave nothing out: this engine has no sums of blocks, which would cost a pass of their own."""
+        del chunk, rows, scale, share
+
+    def back_project(self, matrix: Tensor, kept: Any = None) -> Tensor:
         """Return [R, H] float32 matrix @ weight, summed over the ranks of a split vocabulary."""
+        assert kept is None
         return self.head.sum_over_ranks(matmul.mm_float32(matrix, self.head.weight))
 
-    def add_outer(self, accumulator: Tensor, matrix: Tensor, rows: Tensor, *, begins: bool = False) -> None:
+    def add_outer(
+        self, accumulator: Tensor, matrix: Tensor, rows: Tensor, *, begins: bool = False, kept: Any = None
+    ) -> None:
         """Add matrix^T [V, R] @ rows [R, N] to accumulator [V, N], or write it there if the sum begins with it; rows
         are rounded to the dtype of the matrix."""
+        assert kept is None
         if rows.shape[1] == 1 and matrix.dtype == torch.bfloat16:
             # Gradient of the bias: the rounding error is carried in a second column, at no cost.
             rounded = rows.to(torch.bfloat16)

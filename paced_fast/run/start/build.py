@@ -92,7 +92,7 @@ def build(
     made = make_trained_policy(data, folder, newest, lock, world, console)
     # Must precede the trainer's optimiser, because sharing moves the parameters to other memory.
     generator, guard = make_generator(data, made, folder / "initial" if newest is None else newest / "policy", world)
-    made.policy.warm_up()
+    made.policy.warm_up(skipped_share=config.loss.skipped_share)
     phases = Phases(*clock_of(made.policy.device), probe(made.policy.device))
     trainer = Trainer(
         data.config,
