@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sample_efficiency": ("training.sample_efficiency", ()),
     "step": ("training.share_of_phases", ()),
     "trainer": ("training.phase_beside_trl", ()),
+    "end_to_end": ("training.whole_steps", ()),
     "weight_sync": ("training.weight_sync", ()),
     "math_rewards": ("rewards.math_rewards", ()),
     "sandbox": ("rewards.sandbox", ()),

@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks import pictures, run, stale
 from benchmarks.loss import compile_kernels, peaked, report
 from benchmarks.rewards import sandbox as sandbox_case
+from benchmarks.training import whole_steps
 from benchmarks.training.efficiency import sections, suites, table
 from benchmarks.training.efficiency.sections import RunFiles
 from benchmarks.training.efficiency.summary import Row
@@ -286,6 +287,19 @@ def trainer(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _wrapped(note)])
 
 
+def end_to_end(result: dict[str, Any]) -> str:
+    """Format whole steps of ours, of TRL and of PacedTrainer as Markdown."""
+    given, first = result["arguments"], result["rows"][0]
+    waited = ", ".join(f"{row['method']} {row['seconds']:.1f} s" for row in result["rows"])
+    note = f"""
+        {given["prompts"]} prompts ({result["prompt_tokens"]} tokens with each completion's) x {given["completions"]}
+        completions of {given["tokens"]} tokens, {given["updates"]} optimiser steps, {given["model"]}, threads:
+        {given["threads"]}. Seconds of the processor, median (smallest to largest) of {first["turns"]} steps that take
+        turns; tokens are those of completions per second of the processor; memory above the imported libraries. By the
+        clock, with whatever else the machine did: {waited}. {_environment(result)}."""
+    return "\n".join([*whole_steps.table(result), "", _wrapped(note)])
+
+
 def faults(result: dict[str, Any]) -> str:
     """Format the injected faults and their outcomes as Markdown."""
     found, processes = result["checkpoint"], result["processes"]
@@ -370,6 +384,7 @@ SECTIONS: dict[str, Section | RunFiles] = {
     "integrations": Section("integrations", integrations),
     "trainer": Section("trainer", trainer),
     "trainer_longer": Section("trainer", trainer, "trainer_longer.json"),
+    "end_to_end": Section("end_to_end", end_to_end),
     "faults": Section("faults", faults),
 }
 """Sections by the name in their marks."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _checks
 from ._backend import require_kernels, resolve_backend
 from ._tree import arithmetic as tree_reference
+from ._tree import host as tree_host
 from ._tree.arithmetic import DISTINCT_METHODS, MAX_SEQUENCE, MODES, ONE, STATUS_FIELDS, WEIGHT_BITS, WEIGHT_MASK, Bell
 
 __all__ = ["Bell", "PriorityTree", "Sample"]
@@ -79,6 +80,7 @@ class PriorityTree:
         # Upper bound of `sequence`, known to the host without reading the device.
         self._host_sequence = 0
         self._kernels = None
+        self._on_host = self.leaf.device.type == "cpu"  # where reading a number waits for nothing
         if resolve_backend(backend, self.leaf) == "triton":
             require_kernels("the tree", self.leaf)
             from ._tree.launches import TritonTree
@@ -176,6 +178,8 @@ class PriorityTree:
         if self._kernels is not None:
             contiguous = None if allowed is None else allowed.contiguous()
             self._kernels.rebuild(source.detach().contiguous(), self.status_counts, bell=bell, allowed=contiguous)
+        elif self._on_host:
+            tree_host.rebuild(source.detach(), bell, allowed, self.leaf, self.status_counts[:3])
         else:
             weights = source if bell is None else bell(source)
             q, counts = tree_reference.quantise(weights if allowed is None else torch.where(allowed, weights, 0))
@@ -248,6 +252,9 @@ class PriorityTree:
                 keys, total = self._kernels.race(self._counters(), self.status_counts, exploration=exploration)
             else:
                 effective, total = self._effective_weights()
+                if self._on_host:
+                    idx = tree_host.race(effective, B, **self._random_state(), exploration=exploration)
+                    return self._finish_distinct(idx, total)
                 keys = tree_reference.race_keys(effective, **self._random_state(), exploration=exploration)
             idx = tree_reference.race_winners(keys, B)
         else:
@@ -260,8 +267,7 @@ class PriorityTree:
             else:
                 candidates, total = self._draw(num_candidates, "iid")
             idx = tree_reference.first_occurrences(candidates, B)
-        self.status_counts[STATUS_FIELDS.index("short")] += (idx < 0).any()
-        return self._finish_sample(idx, total)
+        return self._finish_distinct(idx, total)
 
     def get(self, idx: Tensor) -> Tensor:
         """Return fixed-point weights (i64, shape of `idx`, 2^27 = 1.0); 0 for an index outside [0, N)."""
@@ -331,6 +337,8 @@ class PriorityTree:
         """Return weights [N] to draw by (the live prefix if all are 0), and their true total []; counts empty draws."""
         q = self.leaf & WEIGHT_MASK
         total = q.sum()
+        if self._on_host and int(total) > 0:
+            return q, total
         is_live = torch.arange(self.capacity, device=self.device) < self.size
         self.status_counts[STATUS_FIELDS.index("empty")] += total == 0
         return torch.where(total == 0, is_live.long(), q), total
@@ -341,6 +349,10 @@ class PriorityTree:
         effective_total = effective.sum()
         targets = tree_reference.draw_targets(mode, num_draws, effective_total, **self._random_state())
         return torch.where(effective_total > 0, tree_reference.select(effective, targets), -1), total
+
+    def _finish_distinct(self, idx: Tensor, total: Tensor) -> Sample:
+        self.status_counts[STATUS_FIELDS.index("short")] += (idx < 0).any()
+        return self._finish_sample(idx, total)
 
     def _finish_sample(self, idx: Tensor, total: Tensor) -> Sample:
         q = torch.where(idx >= 0, self.get(idx), 0)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from paced_fast.data.distributed import Queue
 from paced_fast.data.records import Completion
 from paced_fast.generation.interface import Sampling
+from paced_fast.generation.packed_products import packed_products
 from paced_fast.generation.reading import Reading, reading_of
 from paced_fast.policy.families import check_length, refuse
 from paced_fast.policy.shape import positions, text_settings
@@ -21,7 +22,8 @@ class TransformersGenerator:
 
     A prompt is read once and its cache repeated for the group. Every sequence owns its uniform random numbers, so what
     it samples does not depend on its neighbours in the batch. Finished sequences leave the batch when half have
-    finished. A model that is not exact with a cache or with padding is decoded as `Reading` says.
+    finished. On a CPU a call holds a copy of the weights (`packed_products`). A model that is not exact with a cache or
+    with padding is decoded as `Reading` says.
     """
 
     def __init__(self, model: PreTrainedModel, *, stop_ids: Sequence[int], max_batch_sequences: int) -> None:
@@ -58,18 +60,20 @@ class TransformersGenerator:
         uniforms = torch.rand(shape, generator=source, dtype=torch.float64)[first:].to(self.model.device)
         per_call = max(1, min(self.max_batch_sequences // sampling.samples, queue.share(len(prompts))))
         part = min(sampling.samples, self.max_batch_sequences)
+        rows = min(len(prompts) * sampling.samples, self.max_batch_sequences)
         # Prompts of similar length are batched together for less padding; the result keeps the caller's order.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         batches = list(self._reading.batches(order, [len(prompt) for prompt in prompts], per_call))
         result: dict[int, list[Completion]] = {}
-        while taken := queue.take(1, len(batches)):
-            chosen = batches[taken.start]
-            result |= {i: [] for i in chosen}
-            for numbers in uniforms[chosen].split(part, dim=1):
-                options = (numbers, sampling, self.stop_ids, self._reading)
-                completions = _Batch(self.model, [prompts[i] for i in chosen], *options).run(self.progress)
-                for k, i in enumerate(chosen):
-                    result[i] += completions[k * numbers.shape[1] : (k + 1) * numbers.shape[1]]
+        with packed_products(self.model, rows=rows, tokens=sampling.max_completion_tokens):
+            while taken := queue.take(1, len(batches)):
+                chosen = batches[taken.start]
+                result |= {i: [] for i in chosen}
+                for numbers in uniforms[chosen].split(part, dim=1):
+                    options = (numbers, sampling, self.stop_ids, self._reading)
+                    completions = _Batch(self.model, [prompts[i] for i in chosen], *options).run(self.progress)
+                    for k, i in enumerate(chosen):
+                        result[i] += completions[k * numbers.shape[1] : (k + 1) * numbers.shape[1]]
         return result
 
     def before_training(self) -> None:

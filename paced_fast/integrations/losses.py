@@ -35,6 +35,26 @@ class Balance(NamedTuple):
     entropy: Tensor | None  # f32[T]
 
 
+def sums_to_log(
+    balance: Balance,
+    trained: Tensor,  # bool[B]
+) -> Tensor:
+    """Return f32[6], sums to add up over processes: over the trained sequences their number, squared residuals, log
+    ratios and weights; over all tokens their number and entropies."""
+    assert balance.entropy is not None
+    zero = torch.zeros((), device=trained.device)
+    return torch.stack(
+        [
+            trained.float().sum(),
+            torch.where(trained, balance.residual.float().square(), zero).sum(),
+            torch.where(trained, balance.log_ratio, zero).sum(),
+            torch.where(trained, balance.weight, zero).sum(),
+            torch.full_like(zero, float(balance.entropy.numel())),
+            balance.entropy.float().sum(),
+        ]
+    )
+
+
 def group_log_z(
     targets: Tensor,  # [B]
     groups: Sequence[Hashable],

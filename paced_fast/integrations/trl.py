@@ -32,10 +32,11 @@ from transformers.trainer_callback import TrainerState
 from paced_fast.errors import InputError, pip_install
 from paced_fast.generation.vllm_engine import plain_matrices
 from paced_fast.integrations import trl_data
-from paced_fast.integrations.losses import Balance, group_log_z, loss_from_hidden, loss_from_logprobs
+from paced_fast.integrations.losses import Balance, group_log_z, loss_from_hidden, loss_from_logprobs, sums_to_log
 from paced_fast.integrations.trl_config import PacedConfig
 from paced_fast.integrations.trl_head import FUSED, HOST, LOGITS, Completions, add_state_call, find_head, scores
 from paced_fast.integrations.trl_memory import PromptMemory, ReduceTable
+from paced_fast.integrations.trl_rows import add_old_logprobs, can_share, handed_to_model, regrouped
 from paced_fast.policy import linear_options
 from paced_kernels import linear_logprobs
 
@@ -116,8 +117,10 @@ class PacedTrainer(GRPOTrainer):
             is_whole=not (self.is_deepspeed_enabled or self.is_fsdp_enabled),
             has_router_loss=self.aux_loss_enabled,
         )
+        self.shares_prompts = self._is_generating = False
         if self.head.way == FUSED and args.fused:
             add_state_call(base)
+            self.shares_prompts = can_share(self.accelerator.unwrap_model(self.model), base)
         elif self.head.way == FUSED:
             self.head = self.head._replace(way=HOST, why="fused=False")
         elif args.fused or self.head.way == LOGITS:
@@ -169,6 +172,28 @@ class PacedTrainer(GRPOTrainer):
             if self.memory is not None:
                 self.memory.load(Path(checkpoint))
 
+    def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.shares_prompts or self._mode != "train" or self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = regrouped(self._buffered_inputs)
+        if self._defers_old_logprobs:
+            add_old_logprobs(self, self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    @property
+    def _defers_old_logprobs(self) -> bool:
+        """Whether log-probs of the old policy are computed in the rows of the loss, so that both round alike."""
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction  # needs them before the batch is split
+        return self.shares_prompts and self._mode == "train" and not corrects and self._scores_itself
+
+    @property
+    def _scores_itself(self) -> bool:
+        """Whether no subclass has log-probs of its own."""
+        used = getattr(self._get_per_token_logps_and_entropies, "__func__", None)
+        return used is PacedTrainer._get_per_token_logps_and_entropies
+
     # ---- raw rewards and log Z --------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -183,8 +208,12 @@ class PacedTrainer(GRPOTrainer):
             makes_prompts=self.environment_factories is not None,
             adds_fields=self.rollout_func is not None,
         )
-        with trl_data.kept_rewards(self) as kept:
-            output = super()._generate_and_score_completions(inputs)
+        self._is_generating = True
+        try:
+            with trl_data.kept_rewards(self) as kept:
+                output = super()._generate_and_score_completions(inputs)
+        finally:
+            self._is_generating = False
         per_function = kept[-1]  # [processes * B, functions], NaN = not scored
         scored = ~per_function.isnan().all(1)
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
@@ -238,7 +267,7 @@ class PacedTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
         **options: Any,
-    ) -> tuple[Tensor, Any, Any]:
+    ) -> tuple[Any, Any, Any]:
         """Return log-probs and, if requested, entropies [B, C] and the router loss.
 
         Log-probs of the old policy are rounded in the same way as those in the loss. TRL's own are not, in bfloat16:
@@ -250,6 +279,8 @@ class PacedTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, **options
             )
+        if self._is_generating and self._defers_old_logprobs:
+            return None, None, None  # `_prepare_inputs` makes up for it
         size, found, router = batch_size or len(input_ids), [], []
         for ids, shown in zip(input_ids.split(size), attention_mask.split(size), strict=True):
             rows = Completions(ids[:, -logits_to_keep:], shown[:, -logits_to_keep:])
@@ -273,7 +304,7 @@ class PacedTrainer(GRPOTrainer):
         with_router_loss: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return log-probs, entropies [B, C] and the router loss, from the fused op or the model's own logits."""
-        handed = {"input_ids": input_ids, "attention_mask": attention_mask}
+        handed: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.head.way == LOGITS:
             handed |= {"output_router_logits": True} if with_router_loss else {}
             with self.accelerator.autocast():
@@ -286,6 +317,7 @@ class PacedTrainer(GRPOTrainer):
             options["return_entropy"] = with_entropy
             return linear_logprobs(rows.states(hidden, weight.dtype), weight, rows.token_ids, **options)
 
+        handed = handed_to_model(self, input_ids, attention_mask, rows)
         with self.accelerator.autocast():
             values, router = model(**handed, state_call=scores_of, router_loss=with_router_loss)
         logprobs, entropy = values if with_entropy else (values, None)
@@ -319,8 +351,7 @@ class PacedTrainer(GRPOTrainer):
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         old = inputs.get("old_per_token_logps")
         rows = Completions(inputs["completion_ids"], mask)
-        used = getattr(self._get_per_token_logps_and_entropies, "__func__", None)
-        if self.head.way == FUSED and used is PacedTrainer._get_per_token_logps_and_entropies:  # not overridden
+        if self.head.way == FUSED and self._scores_itself:
 
             def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Balance:
                 return loss_from_hidden(
@@ -333,7 +364,7 @@ class PacedTrainer(GRPOTrainer):
                     **settings,
                 )
 
-            handed = {"input_ids": input_ids, "attention_mask": attention_mask}
+            handed = handed_to_model(self, input_ids, attention_mask, rows)
             out, router_loss = model(**handed, state_call=loss_of, router_loss=self.aux_loss_enabled)
         else:
             logprobs, entropy, router_loss = self._get_per_token_logps_and_entropies(
@@ -358,19 +389,7 @@ class PacedTrainer(GRPOTrainer):
         return loss
 
     def _log_balance(self, out: Balance, trained: Tensor, mode: str) -> None:
-        assert out.entropy is not None
-        zero = torch.zeros((), device=trained.device)
-        sums = torch.stack(
-            [
-                trained.float().sum(),
-                torch.where(trained, out.residual.float().square(), zero).sum(),
-                torch.where(trained, out.log_ratio, zero).sum(),
-                torch.where(trained, out.weight, zero).sum(),
-                torch.full_like(zero, float(out.entropy.numel())),
-                out.entropy.float().sum(),
-            ]
-        )
-        total = self.accelerator.reduce(sums, reduction="sum")
+        total = self.accelerator.reduce(sums_to_log(out, trained), reduction="sum")
         assert isinstance(total, Tensor)
         count, squares, ratios, weights, tokens, entropy = total.tolist()
         metrics = self._metrics[mode]

@@ -130,9 +130,13 @@ class Completions:
     ) -> None:
         self.mask = mask.bool()
         self.token_ids = packed(completion_ids, self.mask)  # [T]
+        self.index: Tensor | None = None
+        """Where other rows than [B, P + C] have the states of the completion tokens, i64[T]."""
 
-    def states(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:  # [B, P + C, H] -> [T, H]
+    def states(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:  # [B, P + C, H] or [R, L, H] -> [T, H]
         """Return the states that predict the completion tokens."""
+        if self.index is not None:
+            return hidden.flatten(0, 1)[self.index].to(dtype)
         width = self.mask.shape[1]
         return packed(hidden[:, -width - 1 : -1], self.mask).to(dtype)
 

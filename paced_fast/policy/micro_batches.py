@@ -168,8 +168,12 @@ def _places(first: Sequence[int], second: Sequence[int], lengths: Sequence[int])
 
 def longest_row(rollouts: Rollouts, max_row_tokens: int) -> int:
     """The length that `forward_rows` would give its rows."""
-    plan = _plan_rows(rollouts, range(rollouts.num_sequences), max_row_tokens)
-    return max((row.num_tokens for row in plan), default=1)
+    return max(row_lengths(rollouts, max_row_tokens), default=1)
+
+
+def row_lengths(rollouts: Rollouts, max_row_tokens: int) -> list[int]:
+    """Tokens of each row of `forward_rows`, without padding."""
+    return [row.num_tokens for row in _plan_rows(rollouts, range(rollouts.num_sequences), max_row_tokens)]
 
 
 def packed_micro_batches(

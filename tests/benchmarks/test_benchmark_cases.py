@@ -46,6 +46,7 @@ ELSEWHERE = {
     "visit_machine": "benchmarks/test_visit_rehearsal.py",
     "visit_smoke": "benchmarks/test_visit_rehearsal.py",
     "visit_counters": "benchmarks/test_visit_rehearsal.py",
+    "end_to_end": "benchmarks/test_whole_steps_benchmark.py",
     "compile": "ops/test_compile.py",
     "cycle_model": "benchmarks/test_cycle_model.py",
     "faults_processes": "run/test_faults_processes.py",

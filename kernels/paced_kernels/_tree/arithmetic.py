@@ -8,13 +8,14 @@ N = capacity, B = draws.
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from .exact import exp_of_negative, log_of_unit
-from .philox import multiply_high, random_bits, unit_interval
+from .philox import bits_of_range, multiply_high, random_bits, unit_interval
 
 SCALE_BITS = 27
 ONE = 1 << SCALE_BITS
@@ -87,19 +88,19 @@ def draw_targets(mode: str, num_draws: int, total: Tensor, *, seed: Tensor, stre
     uniform target in each (its first integer if the stratum is empty). systematic: floor((o + i total) / B) with one
     uniform offset o in [0, total).
     """
+    bits = functools.partial(bits_of_range, device=total.device, seed=seed, stream=stream, step=step)
     samples = torch.arange(num_draws, device=total.device)  # [B]
     if mode == "iid":
-        return multiply_high(random_bits(samples, seed=seed, stream=stream, step=step), total.expand_as(samples))
+        return multiply_high(bits(num_draws), total.expand_as(samples))
     divisor = max(num_draws, 1)
     # i * total // B, split so that no product exceeds B^2 or total.
     quotient, remainder = total // divisor, total % divisor
     if mode == "systematic":
-        offset = multiply_high(random_bits(samples[:1] * 0, seed=seed, stream=stream, step=step), total.reshape(1))
+        offset = multiply_high(bits(1), total.reshape(1))
         return samples * quotient + (offset + samples * remainder) // divisor
     edges = torch.arange(num_draws + 1, device=total.device)
     edges = edges * quotient + edges * remainder // divisor  # [B + 1]
-    bits = random_bits(samples, seed=seed, stream=stream, step=step)
-    return edges[:-1] + multiply_high(bits, edges[1:] - edges[:-1])
+    return edges[:-1] + multiply_high(bits(num_draws), edges[1:] - edges[:-1])
 
 
 def select(q: Tensor, targets: Tensor) -> Tensor:
