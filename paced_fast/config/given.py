@@ -33,6 +33,7 @@ def in_words(value: object) -> object:
     match = _SOURCE.fullmatch(value)
     if match is None:
         return _FUNCTION.sub(r"reward=\1 (a function from Python)", value)
-    pairs = dict(pair.partition("=")[::2] for pair in (match[3] or "").split("&"))
-    reward = unquote(pairs.get("reward", "")).removeprefix(REWARD)
+    query: str = match[3] or ""
+    rewards = [pair.removeprefix("reward=") for pair in query.split("&") if pair.startswith("reward=")]
+    reward = unquote(rewards[-1]).removeprefix(REWARD) if rewards else ""
     return f"rows from Python, {FOLDER}/{match[1]} in the run folder{f', reward {reward}' if reward else ''}"

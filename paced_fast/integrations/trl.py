@@ -180,7 +180,7 @@ class PacedTrainer(GRPOTrainer):
         self._buffered_inputs = regrouped(self._buffered_inputs)
         if self._defers_old_logprobs:
             add_old_logprobs(self, self._buffered_inputs)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return self._buffered_inputs[self._step % len(self._buffered_inputs)]
 
     @property
     def _defers_old_logprobs(self) -> bool:

@@ -30,7 +30,7 @@ class SharedRows(NamedTuple):
     """What a model is given, and where it returns the states that predict the completion tokens."""
 
     inputs: dict[str, Tensor]
-    index: Tensor  # i64[T], positions in the flattened states [R * L]
+    hidden_index: Tensor  # i64[T], positions in the flattened states [R * L]
 
 
 def can_share(wrapped: Any, base: Any) -> bool:
@@ -57,7 +57,7 @@ def handed_to_model(
         size = trainer.model.config.hidden_size
         found = shared_rows(input_ids, attention_mask, width, hidden_size=size, dtype=dtype)
         if found is not None:
-            rows.index = found.index[rows.mask[attention_mask[:, -width:].bool()]]
+            rows.index = found.hidden_index[rows.mask[attention_mask[:, -width:].bool()]]
             return found.inputs
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
