@@ -264,3 +264,40 @@ def test_a_choice_is_made_in_few_attempts(monkeypatch: pytest.MonkeyPatch) -> No
     assert kept is not None
     monkeypatch.setattr(skipping, "ATTEMPTS", 1)
     assert kept_columns(case, 0.02) is None
+
+
+@pytest.mark.parametrize("coefficients", ["equal", "one heavy", "one light of few", "spread"])
+@pytest.mark.parametrize("steepness", [2.0, 4.0, 9.0])
+def test_both_sums_over_what_is_left_out_are_within_the_share(steepness: float, coefficients: str) -> None:
+    """Counted entry by entry. One heavy row among many light ones makes the first sum the narrower, equal rows neither,
+    and a flat row the second."""
+    rows = 100
+    case = peaked_case([rows], steepness=steepness)
+    with torch.no_grad():
+        case["hidden"][50] = 0.0
+    logits = (case["hidden"] @ case["head_weight"].T + case["bias"]).detach()
+    token_ids = case["token_ids"]
+    matrix = logits.softmax(-1)
+    logprobs = matrix.gather(1, token_ids[:, None])[:, 0].log()
+    matrix.scatter_(1, token_ids[:, None], torch.expm1(logprobs)[:, None])
+    scale = {
+        "equal": torch.ones(rows),
+        "one heavy": torch.full((rows,), 0.05).index_fill_(0, torch.tensor([7]), 1.0),
+        "one light of few": torch.zeros(rows)
+        .index_fill_(0, torch.arange(40, 52), 1.0)
+        .index_fill_(0, torch.tensor([50]), 0.3),
+        "spread": (3 * torch.randn(rows, generator=torch.Generator().manual_seed(3))).exp(),
+    }[coefficients].double() * torch.where(torch.arange(rows) % 3 == 0, -1.0, 1.0)
+    masses = gradient_masses(scale, torch.ones_like(scale), logprobs)
+    owned = torch.ones(rows, dtype=torch.bool)
+    chosen = 0
+    for share in (0.3, 0.05, 0.01):
+        columns = choose_columns(matrix, scale, masses, token_ids, owned, share)[0]
+        if columns is None:
+            continue
+        chosen += 1
+        is_out = torch.ones(matrix.shape[1], dtype=torch.bool).index_fill_(0, columns, False)
+        left_out = ((scale[:, None] * matrix).abs() * is_out).sum(1)
+        assert 0 < left_out.sum() <= share * masses.sum() * (1 + 1e-9)
+        assert left_out.norm() <= share * masses.norm() * (1 + 1e-9)
+    assert chosen
