@@ -81,7 +81,7 @@ BACKENDS = [
 def test_opcheck_of_log_probs(backend: str, dtype: torch.dtype) -> None:
     case = make_case(dtype)
     hidden, weight, bias = (case[name] for name in LEAVES[:3])
-    shard = "", 0, V
+    shard = "", 0, V, 2.0**-8
     opcheck(operators.linear_logprobs, hidden, weight, bias, case["token_ids"], 0.7, True, None, backend, *shard)
     opcheck(operators.linear_logprobs, hidden, weight, None, case["token_ids"], 1.0, False, 4 * 8 * V, backend, *shard)
     opcheck(
@@ -116,7 +116,7 @@ def test_opcheck_of_the_loss(backend: str, dtype: torch.dtype, wanted: tuple[boo
     states = [case[name] if is_wanted else case[name].detach() for name, is_wanted in zip(LEAVES, wanted, strict=False)]
     packed = case["log_z"], case["token_ids"], case["cu_seqlens"], case["rewards"]
     full = case["ref_logprobs"], case["weights"], torch.ones(3), torch.tensor(2.0, dtype=torch.float64)
-    tail = backend, "", 0, V, list(wanted)
+    tail = backend, "", 0, V, 2.0**-8, list(wanted)
     opcheck(operators.trajectory_balance, *states, *packed, *full, 0.3, 2.0, 1.1, "mean", 0.1, True, None, *tail)
     # Two rows of logits fit the workspace: more than one group, and a sequence longer than a chunk.
     small = 2 * V * dtype.itemsize

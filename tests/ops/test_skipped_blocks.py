@@ -34,9 +34,12 @@ def case_in(dtype: torch.dtype, **options: Any) -> Case:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [None, 60])
-def test_errors_are_within_the_bound_and_not_nothing(dtype: torch.dtype, rows: int | None) -> None:
+@pytest.mark.parametrize(("rows", "vocab_size"), [(None, 1500), (60, 1500), (None, 1450)])
+def test_errors_are_within_the_bound_and_not_nothing(dtype: torch.dtype, rows: int | None, vocab_size: int) -> None:
+    """The last half of the last tile of a vocabulary of 1450 is empty."""
     case = case_in(dtype)
+    case |= {name: case[name].detach()[:vocab_size].requires_grad_() for name in ("head_weight", "bias")}
+    case["token_ids"].clamp_(max=vocab_size - 1)
     workspace = None if rows is None else rows * 4 * 1600
     options: dict[str, Any] = {"temperature": 0.8, "workspace_bytes": workspace}
     with forced(CONFIG):
@@ -63,7 +66,7 @@ def random_chunk(num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor
     )
     target = torch.randint(0, vocab_size, (num_rows,))
     matrix.scatter_(1, target[:, None], 0.0)
-    padded = torch.nn.functional.pad(matrix, (0, -vocab_size % 64))
+    padded = torch.nn.functional.pad(matrix, (0, -vocab_size % 128))  # tiles of two blocks
     sums = padded.unflatten(1, (-1, 64)).sum(-1).T.contiguous()
     matrix.scatter_(1, target[:, None], -matrix.sum(1, keepdim=True))
     return matrix, torch.randn(num_rows) * torch.randn(num_rows).exp(), target, sums
@@ -71,7 +74,7 @@ def random_chunk(num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor
 
 def is_kept(kept: KeptBlocks, vocab_size: int, num_rows: int) -> Tensor:
     """[R, V] bool, from the lists of blocks of each row tile."""
-    mask = torch.zeros(num_rows, -(-vocab_size // 64) * 64, dtype=torch.bool)
+    mask = torch.zeros(num_rows, -(-vocab_size // 128) * 128, dtype=torch.bool)
     for tile, (blocks, count) in enumerate(zip(kept.blocks.tolist(), kept.num_blocks.tolist(), strict=True)):
         for block in blocks[:count]:
             mask[32 * tile : 32 * tile + 32, 64 * block : 64 * block + 64] = True
@@ -126,7 +129,7 @@ def test_products_of_kept_blocks(begins: bool) -> None:
     mask = is_kept(kept, vocab_size, num_rows)
     weight, rows = torch.randn(vocab_size, hidden_size), torch.randn(num_rows, hidden_size)
     masked = (matrix * mask).double()
-    means = triton_skipping.block_means(weight, 64)
+    means = triton_skipping.block_means(weight, CONFIG)
     torch.testing.assert_close(means[10], weight[640:].mean(0))
     torch.testing.assert_close(means[3], weight[192:256].mean(0))
     found = multiply_kept_blocks(matrix, weight, kept, CONFIG, means)

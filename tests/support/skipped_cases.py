@@ -35,8 +35,8 @@ def gradient_of_logits(case: Case, **options: Any) -> Tensor:
     wide = {
         **case,
         "hidden": torch.cat([exact["hidden"], bias * options.get("temperature", 1.0)], dim=1),
-        "head_weight": torch.cat([exact["head_weight"], torch.eye(VOCAB, dtype=torch.float64)], dim=1),
-        "bias": torch.zeros(VOCAB, dtype=torch.float64),
+        "head_weight": torch.cat([exact["head_weight"], torch.eye(exact["bias"].shape[0], dtype=torch.float64)], dim=1),
+        "bias": torch.zeros_like(exact["bias"]),
         "log_z": exact["log_z"],
     }
     wide["hidden"] = wide["hidden"].detach().requires_grad_()

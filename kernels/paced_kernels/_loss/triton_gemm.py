@@ -100,7 +100,7 @@ class GemmRows(TritonRows):
         if kept is None:
             return super().back_project(matrix)
         if self._means is None:
-            self._means = block_means(self.head.weight, self.config.width)
+            self._means = block_means(self.head.weight, self.config)
         product = multiply_kept_blocks(matrix, self.head.weight, kept, self.config, self._means)
         return self.head.sum_over_ranks(product)
 

@@ -77,12 +77,14 @@ def _kept_first(is_kept: Tensor) -> tuple[Tensor, Tensor]:
     return order.contiguous(), is_kept.sum(1, dtype=torch.int32)
 
 
-def block_means(weight: Tensor, width: int) -> Tensor:
-    """Return [P, H], the mean row of each block of the weight [V, H]; the last may be narrower."""
-    whole = weight.shape[0] // width * width
-    means = weight[:whole].unflatten(0, (-1, width)).mean(1, dtype=torch.float32)
-    if whole < weight.shape[0]:
-        means = torch.cat([means, weight[whole:].mean(0, keepdim=True, dtype=torch.float32)])
+def block_means(weight: Tensor, config: GemmConfig) -> Tensor:
+    """Return [P, H], the mean row of each block of the weight [V, H]; the last may be narrower, or beyond V and 0."""
+    whole = weight.shape[0] // config.width
+    means = weight.new_zeros(config.num_parts(weight.shape[0]), weight.shape[1], dtype=torch.float32)
+    end = whole * config.width
+    torch.mean(weight[:end].unflatten(0, (whole, config.width)), 1, dtype=torch.float32, out=means[:whole])
+    if end < weight.shape[0]:
+        torch.mean(weight[end:], 0, dtype=torch.float32, out=means[whole])
     return means.to(weight.dtype)
 
 
