@@ -139,7 +139,7 @@ def test_evaluation_takes_the_function_of_its_run_or_another(result: Result) -> 
     )
     assert other.accuracy == 1.0
     assert other.table["prompts"].tolist() == [6, 6]
-    with pytest.raises(InputError, match=r"'given:reward' is a function that was handed over from Python .*: give it"):
+    with pytest.raises(InputError, match=r"reward 'reward' is a function that was handed over from Python .*: give it"):
         evaluate(result.folder, samples=1, progress=False)
     with pytest.raises(InputError, match=r"evaluate has no option 'temprature' \(did you mean 'temperature'\?\)"):
         evaluate(result, temprature=1.0)

@@ -58,7 +58,7 @@ def test_errors_are_within_the_bound_and_not_nothing(dtype: torch.dtype, rows: i
         assert dtype == torch.bfloat16 or error > 10 * before, name
 
 
-def random_chunk(num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def random_chunk(num_rows: int, vocab_size: int, tile_columns: int = 64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """E' with rows of very different size, its scale, its targets, and sums of blocks of 64 without the target."""
     matrix = (
         torch.rand(num_rows, vocab_size)
@@ -66,7 +66,7 @@ def random_chunk(num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor
     )
     target = torch.randint(0, vocab_size, (num_rows,))
     matrix.scatter_(1, target[:, None], 0.0)
-    padded = torch.nn.functional.pad(matrix, (0, -vocab_size % 128))  # tiles of two blocks
+    padded = torch.nn.functional.pad(matrix, (0, -vocab_size % tile_columns))
     sums = padded.unflatten(1, (-1, 64)).sum(-1).T.contiguous()
     matrix.scatter_(1, target[:, None], -matrix.sum(1, keepdim=True))
     return matrix, torch.randn(num_rows) * torch.randn(num_rows).exp(), target, sums
@@ -120,7 +120,8 @@ def test_the_rule_holds_in_every_tile_and_no_further_block_could_go(share: float
 def test_products_of_kept_blocks(begins: bool) -> None:
     """Against a product with the mask; sizes that are no multiple of a block; a tile and a column that keep nothing."""
     num_rows, vocab_size, hidden_size = 75, 700, 150
-    matrix, scale, target, sums = random_chunk(num_rows, vocab_size)
+    matrix, scale, target, sums = random_chunk(num_rows, vocab_size, CONFIG.block_v)  # the last block is empty
+    assert sums.shape[0] == 12
     owned = torch.ones(num_rows, dtype=torch.bool)
     at_target = matrix.gather(1, target[:, None])[:, 0]
     scale[32:64] = 0.0
