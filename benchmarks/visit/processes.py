@@ -180,9 +180,12 @@ def _end(child: Any) -> None:
     """Interrupt what still runs, wait, and kill its process group."""
     if child.returncode is None:
         # The first process alone: it ends its own workers, whose interruptions it would take for failures.
+        until = time.monotonic() + GRACE_S
         child.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=GRACE_S)
+        while time.monotonic() < until:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=POLL_S)
+                break
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

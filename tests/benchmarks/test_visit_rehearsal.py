@@ -245,11 +245,11 @@ def standins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(processes, "time", visit_standin.JumpingClock(marks))
     monkeypatch.setattr(gpu_visit, "time", visit_standin.JumpingClock(marks))
     monkeypatch.setattr(processes, "ENTRY", "visit_standin")
-    monkeypatch.setattr(processes, "GRACE_S", 5.0)
+    monkeypatch.setattr(processes, "GRACE_S", 1e3)
     monkeypatch.setattr(
         processes, "start", lambda words, sink, watch: start(words, sink, dataclasses.replace(watch, forks=False))
     )
-    monkeypatch.setattr(parts, "VISITS", {"a": tuple(Part(name=n, case=n, seconds=300.0) for n in STANDINS)})
+    monkeypatch.setattr(parts, "VISITS", {"a": tuple(Part(name=n, case=n, seconds=3000.0) for n in STANDINS)})
 
 
 STANDINS = ("good", "crashes", "hangs", "deaf", "killed", "last")
@@ -289,10 +289,10 @@ def ended(tmp_path: Path) -> Iterator[subprocess.Popen]:
         "from benchmarks import gpu_visit, run\n"
         "from benchmarks.visit import parts, processes\n"
         "plain = processes.start\n"
-        "processes.ENTRY = 'visit_standin'\n"
+        "processes.ENTRY, processes.GRACE_S = 'visit_standin', 200.0\n"
         "processes.start = lambda words, sink, watch: plain(words, sink, dataclasses.replace(watch, forks=False))\n"
         "names = ('good', 'hangs')\n"
-        "parts.VISITS = {'a': tuple(processes.Part(name=n, case=n, seconds=300.0) for n in names)}\n"
+        "parts.VISITS = {'a': tuple(processes.Part(name=n, case=n, seconds=3000.0) for n in names)}\n"
         "run.main(['gpu_visit', '--rehearse', '--out', sys.argv[1]])\n"
     )
     words = [sys.executable, "-c", script, str(tmp_path / "out")]
