@@ -82,7 +82,7 @@ def run_ours(task: Task) -> None:
         trainer.config, optimizer=dataclasses.replace(trainer.config.optimizer, micro_batch_tokens=limit)
     )
     trainer.policy.max_tokens = limit
-    size = collector.config.generation.max_batch_sequences
+    size = collector.config.generation.batch_sequences()
     collector.generator = TransformersGenerator(trainer.policy.model, stop_ids=[], max_batch_sequences=size)
     trainer.phase = collector.phase = clock.phase
     turns.ready(prompt_tokens=sum(len(row.token_ids) for row in collector.table.rows) * task.completions)

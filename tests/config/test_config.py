@@ -88,7 +88,15 @@ def test_auto_means_what_the_algorithm_says(algorithm: str) -> None:
     assert resolve(config) == config
     # The engine's layout, the machine and the model decide: not known before they are there.
     left = [name for name, value in flatten(config).items() if value == "auto"]
-    assert left == ["model.attention", "model.liger", "reward.sandbox", "weight_sync.mode", "distributed.mode"]
+    assert left == [
+        "model.attention",
+        "model.gradient_checkpointing",
+        "model.liger",
+        "reward.sandbox",
+        "weight_sync.mode",
+        "distributed.mode",
+        "distributed.gradients",
+    ]
 
 
 @pytest.mark.parametrize(
