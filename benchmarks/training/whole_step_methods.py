@@ -167,7 +167,8 @@ def run_trl(task: Task, *, ours: bool, gradient_checkpointing: bool) -> None:
     )
 
     def before_forward(*_: Any) -> None:
-        if clock.current == "other":  # neither sampling nor a loss: the old policy scores its completions
+        # Neither sampling nor a loss: the old policy scores its completions.
+        if clock.current in ("other", "update") and not torch.is_grad_enabled():
             clock.enter("old_logprobs")
 
     def after_forward(*_: Any) -> None:
