@@ -105,7 +105,7 @@ def install(fault: Fault) -> None:
     Trainer.step = counted
     evaluate_policy.evaluate = _while_training(fault, evaluate_policy.evaluate)
     fault.before(evaluate_policy, "evaluate", "evaluate")
-    fault.before(_generator_class(), "generate", "generate")
+    fault.before(_generator_class(), "generate_taken", "generate")  # which `generate` of transformers calls too
     fault.before(Scorer, "score", "reward")
     fault.before(PolicyOptimizer, "clip_and_step", "update")
     fault.before(Policy, "embed", "build")
