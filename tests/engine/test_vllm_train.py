@@ -56,11 +56,16 @@ from paced_fast.generation import VLLMGenerator
 
 plain, calls = VLLMGenerator._run, []
 
-def run(self, prompts, sampling):
+def run(self, more):
     calls.append(1)
-    if len(prompts) == 16 and len(calls) > 8:  # the groups of a step, some steps into the run
-        raise RuntimeError("lost a worker")
-    return plain(self, prompts, sampling)
+
+    def failing(in_flight):
+        requests = more(in_flight)
+        if len(requests) == 16 and len(calls) > 8:  # the groups of a step, some steps into the run
+            raise RuntimeError("lost a worker")
+        return requests
+
+    return plain(self, failing)
 
 VLLMGenerator._run = run
 train.main(sys.argv[1:])
