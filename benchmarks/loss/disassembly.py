@@ -1,9 +1,9 @@
 """What one warp of the projection executes for a tile, counted in the disassembly of its kernel.
 
 A tile is some steps over the inner dimension, then an epilogue, then what the next tile begins with. In the graph of
-basic blocks the step is the loop around the warpgroup products; the epilogue is the path from there to the last store.
-It has branches for pieces of a tile that hold a target or the edge of the vocabulary: the shortest path that computes
-every exponential meets none of them, the longest has all pieces masked.
+basic blocks the step is the loop around the warpgroup products; the epilogue is the path from there to the last store
+or sum. It has branches for pieces of a tile that hold a target or the edge of the vocabulary: the shortest path that
+computes every exponential meets none of them, the longest has all pieces masked.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def tile_counts(text: str) -> dict[str, Counts]:
 
     after = paths(blocks, last, {outer_end})
     shortest, longest = after[max(after)]
-    epilogue, rest = _at_last_store(operations(shortest[1:]))
-    masked, _ = _at_last_store(operations(longest[1:]))
+    epilogue, rest = _at_last_use(operations(shortest[1:]))
+    masked, _ = _at_last_use(operations(longest[1:]))
     step = operations(to_product(inner_head)[0])
     if inner_head == outer_head:  # one loop: a step may begin a tile, and leaves the epilogue out
         begin = _difference(operations(to_product(outer_head)[1]), step) + rest
@@ -158,9 +158,10 @@ def tile_counts(text: str) -> dict[str, Counts]:
     return {name: count(names) for name, names in found.items()}
 
 
-def _at_last_store(operations: list[str]) -> tuple[list[str], list[str]]:
-    """Split after the last store."""
-    at = 1 + max(i for i, name in enumerate(operations) if name.startswith(STORES))
+def _at_last_use(operations: list[str]) -> tuple[list[str], list[str]]:
+    """Split after the last store or sum: the shortest path jumps over a store whose rows are all past the end."""
+    used = (*STORES, *FLOAT)
+    at = 1 + max(i for i, name in enumerate(operations) if name.startswith(used))
     return operations[:at], operations[at:]
 
 

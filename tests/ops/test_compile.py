@@ -87,9 +87,8 @@ def test_pieces_without_masks_are_spared_them_and_rounded_alike(rows: list[dict[
         epilogue, masked = row["tile"]["epilogue"], row["tile"]["masked"]
         assert epilogue["instructions"] < 0.7 * masked["instructions"], row
         assert epilogue["alu"] < masked["alu"] / 2, row
-        # A row must not notice that a neighbour's target is in its tile. A sum may begin with its first term or with 0.
-        assert epilogue["floats"][1:] == masked["floats"][1:], row
-        assert 0 <= masked["floats"][0] - epilogue["floats"][0] <= 4, row
+        # A row must not notice that a neighbour's target is in its tile.
+        assert epilogue["floats"] == masked["floats"], row
     (usual,) = (row for row in split if row["variant"] == "128x256x64 TMA flat: exponentials")
     assert usual["tile"]["epilogue"]["instructions"] <= 775, usual  # 128 a warp are exponentials, 388 their arithmetic
     assert usual["tile"]["epilogue"]["alu"] <= 150, usual
