@@ -190,6 +190,11 @@ def _check(config: Config) -> None:
             "--weight-sync.mode shared does not work with --lora.rank, because the engine needs the adapters merged "
             "into the weights: give push"
         )
+    if config.distributed.mode == "sharded" and config.distributed.gradients == "whole":
+        raise InputError(
+            "--distributed.gradients whole keeps all gradients on every rank, and --distributed.mode sharded splits them "
+            "with the parameters: leave one of the two at auto"
+        )
     if config.generator == "vllm" and hottest > 2.0:
         raise InputError(f"--generator vllm samples at temperatures up to 2, not {hottest:g}: lower the temperature")
     if config.generator == "vllm" and coldest < 0.01:

@@ -98,7 +98,7 @@ class DistributedConfig:
     gradients: Literal["auto", "whole", "split"] = "auto"
     """Gradients of replicated parameters: `whole` on every rank, summed over the ranks once per optimiser step;
     `split`, summed after every micro-batch, so that a rank keeps its part (less memory, more exchange); or `auto`:
-    split where whole ones do not fit in memory."""
+    split where whole ones do not fit in memory. Sharded parameters always have split gradients."""
     prompts: Literal["queue", "parts"] = "queue"
     """How ranks share a step's prompts for sampling: `queue` (a rank takes the next ones whenever it has room, so that
     none idles while others have prompts waiting) or `parts` (each has an equal part). With vLLM, which prompts are

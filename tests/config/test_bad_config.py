@@ -148,6 +148,10 @@ def test_sources_are_read_with_the_settings(name: str, spec: str) -> None:
         ),
         (["--preset", "x"], "--preset x: unknown preset: the presets are own, tiny, small, smollm2, qwen_math_1_5b, "),
         (["--model.hidden-size", "97"], "--model.hidden-size 97 is not a multiple of --model.num-heads 4"),
+        (
+            ["--distributed.mode", "sharded", "--distributed.gradients", "whole"],
+            "--distributed.gradients whole keeps all gradients on every rank, and --distributed.mode sharded splits",
+        ),
         (["--run.report", "no"], "--run.report 'no': a switch takes no value: give --run.report or --run.no-report"),
         (["--no-steps", "1"], "unknown option --no-steps: did you mean --steps?"),
         (

@@ -378,6 +378,7 @@ def run_forked(folder: Path, tests: list[str]) -> int:
 
 def main(folder: Path, *names: str) -> None:
     """Run the tests of every fault of those names, all without one, on a copy that has it, and on one that has none."""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch
