@@ -223,6 +223,22 @@ def test_tuned_runs_are_those_at_the_chosen_rate() -> None:
     assert (row.rate, row.tuning, row.paired) == (2e-4, "tuned (at the edge)", (0, 1))
 
 
+def test_every_rate_that_was_tried_is_told_with_what_it_costs() -> None:
+    runs = two_arms() + swept("grpo", 1e-4) + swept("paced", 2e-4)
+    runs += [run_file("paced", seed, 0.8, rate=2e-4) for seed in range(2)]
+    rows = summary.rows("tiny", runs)
+    low, middle, high = rows[1].tried
+    assert (low.rate, low.sweep_accuracy, low.seeds, low.accuracy, low.gain.mean) == (5e-5, 0.2, 0, None, None)
+    assert (middle.seeds, middle.sweep_accuracy) == (3, 0.2)
+    assert middle.gain.mean == pytest.approx(0.15), "against the base at its own rate, seed by seed"
+    assert (high.seeds, high.sweep_accuracy) == (2, 0.5)
+    assert high.pass_gain.mean == pytest.approx(0.8 - (0.25 + 0.3) / 2)
+    text = table.full("tiny", rows)
+    assert "| PACED-RL | 0.0002 (chosen) | 0.500 | 1.000 | 2 | 0.800 | +0.525 [" in text
+    assert "| GRPO | 0.0001 (chosen) | 0.500 | 1.000 | 3 | 0.300 |  |  |  |" in text
+    assert "Every learning rate" not in table.full("tiny", summary.rows("tiny", two_arms())), "only one was run"
+
+
 @pytest.mark.parametrize(("text", "wanted"), [("", list(range(10))), ("3", [0, 1, 2]), ("3:6", [3, 4, 5])])
 def test_seeds_are_a_number_or_a_range(text: str, wanted: list[int]) -> None:
     assert schedule.seeds_of(text, TINY) == wanted

@@ -21,8 +21,6 @@ from benchmarks.training.efficiency.files import SWEEP_SEEDS, Job
 from benchmarks.training.efficiency.suites import Suite
 from paced_fast.errors import InputError
 
-FACTORS = (0.5, 1.0, 2.0)
-"""Learning rates of the sweep, as multiples of the preset's."""
 _PAUSE = 2.0
 """Seconds between two looks for work while other processes hold every claim."""
 
@@ -48,7 +46,7 @@ class Plan:
 
 def sweep_jobs(suite: Suite, names: Sequence[str]) -> list[Job]:
     """The runs of the sweep: every arm with the same rates and seeds."""
-    rates = [swept_rate(suite, factor) for factor in FACTORS]
+    rates = [swept_rate(suite, factor) for factor in suite.factors]
     return [
         Job(suite=suite.name, arm=name, rate=rate, seed=seed)
         for seed in SWEEP_SEEDS[: suite.sweep_seeds]
@@ -82,7 +80,7 @@ def tuned_rate(suite: Suite, sweep: Sequence[dict[str, Any]]) -> float | None:
     by_rate: dict[float, list[float]] = {}
     for run in sweep:
         by_rate.setdefault(run["rate"], []).append(final_accuracy(run))
-    nearness = {swept_rate(suite, factor): -abs(factor - 1.0) for factor in FACTORS}
+    nearness = {swept_rate(suite, factor): -abs(factor - 1.0) for factor in suite.factors}
     return max(by_rate, key=lambda rate: (sum(by_rate[rate]) / len(by_rate[rate]), nearness.get(rate, -1.0)))
 
 

@@ -28,6 +28,8 @@ class Suite:
     """Budget between two points of a curve, in the same unit."""
     seeds: int
     """Seeds of the comparison, counted from 0."""
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Learning rates of the sweep, as multiples of the preset's."""
     sweep_seeds: int = 2
     """Seeds of the sweep of learning rates, of `files.SWEEP_SEEDS` from the first."""
     easiest: str = ""
@@ -67,6 +69,7 @@ _SUITES = (
         preset="smollm2",
         eval_every=8,
         seeds=3,
+        factors=(0.25, 0.5, 1.0, 2.0),
         sweep_seeds=1,
         easiest="word_sequence_reversal_2words",
         table_prompts=200,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,23 @@ Run = dict[str, Any]
 
 _GRID = 25
 """Points at which curves are compared, from 0 to the rollout budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """An arm at one learning rate: means over the seeds of the sweep, and of the comparison if it was run there."""
+
+    rate: float
+    sweep_accuracy: float | None
+    """At the rollout budget; a run that failed counts as 0."""
+    sweep_pass_at_8: float | None
+    seeds: int
+    """Seeds of the comparison."""
+    accuracy: float | None
+    gain: Interval
+    """Accuracy above `BASE` at the rate chosen for it, at equal rollouts."""
+    pass_gain: Interval
+    distinct_gain: Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +74,8 @@ class Row:
     """Training time of the rollout budget."""
     value: dict[str, float | None]
     """Mean errors of the estimate at the rollout budget, by names such as `table band rank`."""
+    tried: tuple[Tried, ...]
+    """Every rate at which the arm was run, in order."""
 
 
 def rows(suite_name: str, runs: Sequence[Run]) -> list[Row]:
@@ -69,8 +88,9 @@ def rows(suite_name: str, runs: Sequence[Run]) -> list[Row]:
         return []
     base = chosen[BASE][2]
     slice_name = easiest_slice(suite, base.values())
+    tried = {arm: _tried([run for run in runs if run["arm"] == arm], base) for arm in chosen}
     return [
-        _row(arm, rate, tuning, mine, base, suite=suite, slice_name=slice_name)
+        _row(arm, rate, tuning, mine, base, suite=suite, slice_name=slice_name, tried=tried[arm])
         for arm, (rate, tuning, mine) in chosen.items()
         if set(mine) & set(base)
     ]
@@ -122,15 +142,12 @@ def _row(
     *,
     suite: Suite,
     slice_name: str,
+    tried: tuple[Tried, ...],
 ) -> Row:
     pairs = _pairs(mine, base)
     gains = [final(mine[seed])["accuracy"] - final(base[seed])["accuracy"] for seed in pairs]
     grid = np.linspace(0, suite.rollouts, _GRID)
     curves, base_curves = (np.stack([statistics.at(runs[s], "rollouts", grid) for s in pairs]) for runs in (mine, base))
-
-    def against(figure: Callable[[Run], float | None]) -> Interval:
-        both = [(figure(mine[seed]), figure(base[seed])) for seed in pairs]
-        return statistics.paired([a - b for a, b in both if a is not None and b is not None])
 
     def easiest(point: Run) -> float | None:
         return point["slices"].get(slice_name)
@@ -151,15 +168,43 @@ def _row(
         ),
         gain_at_tokens=statistics.paired([_at_tokens(mine[seed], base[seed]) for seed in pairs]),
         pass_at_8=_mean(final(run)["pass_at_8"] for run in mine.values()),
-        pass_gain=against(lambda run: final(run)["pass_at_8"]),
+        pass_gain=_against(mine, base, "pass_at_8"),
         distinct=_mean(final(run)["distinct_correct"] for run in mine.values()),
-        distinct_gain=against(lambda run: final(run)["distinct_correct"]),
+        distinct_gain=_against(mine, base, "distinct_correct"),
         easiest=_mean(easiest(final(run)) for run in mine.values()),
         easiest_change=statistics.paired([a - b for a, b in changes if a is not None and b is not None]),
         mixed=_mean(run["mixed_group_share"] for run in mine.values()),
         seconds=float(np.mean([final(run)["train_seconds"] for run in mine.values()])),
         value=_value(mine.values()),
+        tried=tried,
     )
+
+
+def _tried(mine: Sequence[Run], base: dict[int, Run]) -> tuple[Tried, ...]:
+    """All runs of an arm by their rate."""
+    found = []
+    for rate in sorted({run["rate"] for run in mine}):
+        sweep = [run for run in mine if run["rate"] == rate and run["seed"] >= SWEEP_SEEDS[0]]
+        compared = {run["seed"]: run for run in mine if run["rate"] == rate and run["seed"] in base}
+        found.append(
+            Tried(
+                rate=rate,
+                sweep_accuracy=_mean(schedule.final_accuracy(run) for run in sweep),
+                sweep_pass_at_8=_mean(final(run)["pass_at_8"] for run in sweep),
+                seeds=len(compared),
+                accuracy=_mean(final(run)["accuracy"] for run in compared.values()),
+                gain=gain(compared, base),
+                pass_gain=_against(compared, base, "pass_at_8"),
+                distinct_gain=_against(compared, base, "distinct_correct"),
+            )
+        )
+    return tuple(found)
+
+
+def _against(mine: Mapping[int, Run], base: Mapping[int, Run], figure: str) -> Interval:
+    """A figure at the rollout budget less that of `base`, of the pairs that have both."""
+    both = [(final(mine[seed])[figure], final(base[seed])[figure]) for seed in _pairs(mine, base)]
+    return statistics.paired([a - b for a, b in both if a is not None and b is not None])
 
 
 def _pairs(mine: Mapping[int, Run], others: Mapping[int, Run]) -> list[int]:

@@ -50,6 +50,17 @@ _VALUE_COLUMNS = (
     "rank",
     "rank in the band",
 )
+_TRIED_COLUMNS = (
+    "arm",
+    "learning rate",
+    "sweep: accuracy",
+    "pass@8",
+    "seeds",
+    "accuracy",
+    "above GRPO",
+    "pass@8 above GRPO",
+    "distinct above GRPO",
+)
 _VALUE_KEYS = tuple(
     f"{place} {figure}"
     for place in ("held_out", "table")
@@ -68,6 +79,7 @@ def full(suite_name: str, rows: list[Row], picture: str = "") -> str:
         "\n".join(_wrapped(f"* {ARMS[row.arm].title}: {ARMS[row.arm].words}.", "  ") for row in rows),
         _markdown(_VALUE_COLUMNS, [cells for row in rows if (cells := _value_cells(row))]),
         _goals(suite_name, rows),
+        *_tried(rows),
     ]
     warnings = _warnings(rows)
     parts += ["\n".join(f"* {line}" for line in warnings)] if warnings else []
@@ -141,6 +153,31 @@ def _value_cells(row: Row) -> list[str]:
     if all(figure is None for figure in figures):
         return []
     return [ARMS[row.arm].title, *(_optional(figure, ".3f") for figure in figures)]
+
+
+def _tried(rows: list[Row]) -> list[str]:
+    """Every rate of every arm, if any was run at a second one."""
+    if all(len(row.tried) < 2 for row in rows):
+        return []
+    cells = [
+        (
+            ARMS[row.arm].title,
+            f"{one.rate:g}{' (chosen)' * (one.rate == row.rate)}",
+            _optional(one.sweep_accuracy, ".3f"),
+            _optional(one.sweep_pass_at_8, ".3f"),
+            f"{one.seeds or '-'}",
+            _optional(one.accuracy, ".3f"),
+            *(
+                "" if (row.arm, one.rate) == (BASE, row.rate) else shown(each, "+.3f")
+                for each in (one.gain, one.pass_gain, one.distinct_gain)
+            ),
+        )
+        for row in rows
+        for one in row.tried
+    ]
+    words = """Every learning rate that was tried. The sweep, on seeds of its own, chooses by accuracy alone; `seeds`
+        and what follows are runs of the comparison, against GRPO at its chosen rate."""
+    return [_wrapped(words), _markdown(_TRIED_COLUMNS, cells)]
 
 
 def _goals(suite_name: str, rows: list[Row]) -> str:
