@@ -373,7 +373,6 @@ SECTIONS: dict[str, Section | RunFiles] = {
     "sample_efficiency": RunFiles(suites.NAMES, comparison),
     **{f"sample_efficiency_{name}": RunFiles((name,), sections.suite_table) for name in suites.NAMES},
     "tiny": Section("train_tiny", train_run),
-    "smollm2": Section("train_smollm2", train_run),
     "kernels": Section("trajectory_balance", kernels),
     "peaked": Section("peaked", peaked_policies),
     "compile": Section("compile", compiled),
