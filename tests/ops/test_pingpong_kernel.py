@@ -30,16 +30,14 @@ assert TRITON is not None
 assert TRITON.origin is not None
 BINARIES = Path(TRITON.origin).parent / "backends" / "nvidia" / "bin"
 
-EVERYTHING = plan.Options(stores=True, has_bias=True, has_live=True, with_entropy=True, gated=True)
-STORES = plan.Options(stores=True, has_bias=False, has_live=False, with_entropy=False, gated=False)
-TRAINER = plan.Options(stores=True, has_bias=False, has_live=True, with_entropy=False, gated=False)
-SUMS = plan.Options(stores=False, has_bias=False, has_live=False, with_entropy=False, gated=False)
-SUMS_TOO = plan.Options(stores=False, has_bias=True, has_live=False, with_entropy=True, gated=True)
+EVERYTHING = plan.Options(stores=True, has_bias=True, with_entropy=True, gated=True)
+STORES = plan.Options(stores=True, has_bias=False, with_entropy=False, gated=False)
+SUMS = plan.Options(stores=False, has_bias=False, with_entropy=False, gated=False)
+SUMS_TOO = plan.Options(stores=False, has_bias=True, with_entropy=True, gated=True)
 EVERY = [
-    plan.Options(stores, has_bias, has_live, with_entropy, gated)
+    plan.Options(stores, has_bias, with_entropy, gated)
     for stores in (False, True)
     for has_bias in (False, True)
-    for has_live in ((False, True) if stores else (False,))
     for with_entropy in (False, True)
     for gated in (False, True)
 ]
@@ -100,10 +98,12 @@ def test_registers_memory_and_instructions(options: plan.Options, made: Any, tmp
 
     used = compiled.resources()
     assert used["REG"] * plan.THREADS <= 65536  # at the launch; the warp groups then trade
-    assert (used["STACK"], used["LOCAL"]) == (0, 0)
-    assert count(r"\b(STL|LDL)\b") == 0
+    # With everything on, two numbers wait in local memory while the bias is on its way; nothing else ever does.
+    spilled = 2 if options.stores and options.has_bias and options.with_entropy else 0
+    assert (used["STACK"], used["LOCAL"]) == (4 * spilled, 0)
+    assert (count(r"\bSTL\b"), count(r"\bLDL\b")) == (spilled, spilled)
     said = compiled.warnings(tmp_path)
-    assert "0 bytes spill stores, 0 bytes spill loads" in said
+    assert f"{4 * spilled} bytes spill stores, {4 * spilled} bytes spill loads" in said
     assert "serialized" not in said  # products that wait for each other
     products = count(r"HGMMA\.64x192x16\.F32\.BF16")
     assert products > 0
@@ -134,7 +134,6 @@ class Problem:
         self.bias = torch.randn(vocab_size).bfloat16()
         self.first = first  # the target's ids start here; some are another shard's
         self.tokens = torch.randint(0, vocab_size + first, (num_rows,))
-        self.live = torch.rand(num_rows) > 0.2
         self.gate = np.ones(1 + -(-num_rows // plan.BLOCK_T), dtype=np.int32)
         self.temperature = 1.5
         self.num_parts = -(-vocab_size // plan.BLOCK_V)
@@ -160,15 +159,16 @@ class Result:
         self.sums, self.weighted, self.maxima = np.full((3, problem.num_parts, num_rows), np.nan, dtype=np.float32)
         self.matrix = np.full((num_rows, -(-vocab_size // 64) * 64), 0x7FC0, dtype=np.uint16)
         out = TensorMap(self.matrix[:, :vocab_size], plan.PIECE[0])
-        addresses = [bits(problem.bias), problem.tokens.numpy(), problem.reference.numpy()]
-        addresses += [problem.live.numpy().view(np.uint8), problem.gate, self.sums, self.weighted, self.maxima]
+        padded = torch.nn.functional.pad(problem.bias, (0, -vocab_size % plan.BLOCK_V), value=7.0)  # any finite number
+        addresses = [bits(padded), problem.tokens.numpy(), problem.reference.numpy()]
+        addresses += [problem.gate, self.sums, self.weighted, self.maxima]
         values: dict[int, Any] = {
             0: TensorMap(bits(problem.hidden), plan.BLOCK_T),
             2: TensorMap(bits(problem.weight), plan.BLOCK_V // plan.CLUSTER),
             4: out if options.stores else TensorMap(bits(problem.hidden), plan.PIECE[0]),
             **dict(enumerate(addresses, 8)),
-            **dict(enumerate((num_rows, vocab_size, problem.hidden.shape[1], problem.first), 16)),
-            20: 1 / problem.temperature,
+            **dict(enumerate((num_rows, vocab_size, problem.hidden.shape[1], problem.first), 15)),
+            19: 1 / problem.temperature,
         }
         self.machine = Machine(compiled.ptx, values, threads=plan.THREADS, cluster=plan.CLUSTER, seed=seed)
         self.machine.run(num_clusters)
@@ -199,8 +199,6 @@ def check(problem: Problem, result: Result, options: plan.Options, rows: slice =
         return
     vocab_size = problem.weight.shape[0]
     stored = expected.flatten(1)[:, :vocab_size]
-    if options.has_live:
-        stored = stored * problem.live[:, None]
     found = result.exponentials[:, :vocab_size]
     assert torch.allclose(found[rows], stored[rows], rtol=2.0**-8, atol=0)
     assert result.exponentials[:, vocab_size:].isnan().all()  # padding of rows is nobody's
@@ -213,12 +211,12 @@ def check(problem: Problem, result: Result, options: plan.Options, rows: slice =
     ("options", "num_rows", "vocab_size", "hidden_size", "num_clusters"),
     [
         (EVERYTHING, 300, 700, 136, 2),  # an edge in every direction; 3 steps a tile, so the ring turns within tiles
-        (TRAINER, 513, 400, 72, 1),  # the last cluster has one row tile; 9 tiles in one cluster
+        (STORES, 513, 400, 72, 1),  # the last cluster has one row tile; 9 tiles in one cluster
         (STORES, 1, 5, 8, 3),  # one row, one block, one tile for three clusters
         (SUMS, 129, 193, 392, 1),  # 7 steps: more than the ring holds
         (SUMS_TOO, 256, 1600, 64, 2),  # one step a tile; two groups of vocabulary tiles
     ],
-    ids=["all-options", "trainer", "one-row", "sums", "sums-all-options"],
+    ids=["all-options", "many-tiles", "one-row", "sums", "sums-all-options"],
 )
 def test_the_compiled_program_computes_exponentials_and_sums(
     options: plan.Options, num_rows: int, vocab_size: int, hidden_size: int, num_clusters: int, made: Any
@@ -234,7 +232,7 @@ def test_the_compiled_program_computes_exponentials_and_sums(
 
 def test_the_order_of_warps_changes_no_bit(made: Any) -> None:
     problem = Problem(300, 500, 200)
-    runs = [Result(problem, made(TRAINER), options=TRAINER, num_clusters=1, seed=seed).bits() for seed in range(3)]
+    runs = [Result(problem, made(STORES), options=STORES, num_clusters=1, seed=seed).bits() for seed in range(3)]
     assert runs[0] == runs[1] == runs[2]
 
 
@@ -253,14 +251,12 @@ def test_only_flagged_row_tiles_are_computed(made: Any) -> None:
     )
 
 
-def test_a_dead_row_is_stored_as_zeros_whatever_its_hidden_state_is(made: Any) -> None:
+def test_a_row_that_is_no_number_stays_alone(made: Any) -> None:
     problem = Problem(40, 100, 64)
     problem.hidden[7] = torch.nan
-    problem.live[:] = True
-    problem.live[7] = False
-    result = Result(problem, made(TRAINER), options=TRAINER, num_clusters=1, seed=0)
-    assert (result.exponentials[7, :100] == 0).all()
+    result = Result(problem, made(STORES), options=STORES, num_clusters=1, seed=0)
     assert np.isnan(result.sums[:, 7]).all()
+    assert not np.isnan(result.sums[:, [6, 8]]).any()
     assert not result.exponentials[[6, 8], :100].isnan().any()
 
 
@@ -294,7 +290,7 @@ def test_a_launch_takes_the_arguments_it_was_compiled_for(made: Any) -> None:
     dtypes = {**pingpong.DTYPES, "bias": torch.bfloat16, "tokens": torch.int64}
     addresses = [pingpong.pointer(name, torch.zeros(64, dtype=dtypes[name])) for name in pingpong.NAMES]
     arguments = (*addresses, 300, 151936, 896, 0, 896, 896, 151936, 1.0, 66, driver.CUstream(0))
-    prepared, _ = made(TRAINER).function.generate_execution_args(*arguments)
+    prepared, _ = made(STORES).function.generate_execution_args(*arguments)
     assert len(prepared) == len(arguments)
     with pytest.raises(Exception, match=r"argument|mismatch"):
-        made(TRAINER).function.generate_execution_args(*arguments[:-1])
+        made(STORES).function.generate_execution_args(*arguments[:-1])

@@ -18,6 +18,7 @@ from cuda.bindings import driver
 from cutlass import cute
 from cutlass.cute.runtime import make_fake_stream, make_ptr
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import pingpong_plan as plan
 from . import tiles
@@ -31,7 +32,6 @@ CUTLASS_TYPES = {
     torch.float32: cutlass.Float32,
     torch.int32: cutlass.Int32,
     torch.int64: cutlass.Int64,
-    torch.uint8: cutlass.Uint8,
 }
 
 
@@ -59,6 +59,7 @@ class PingPongRows(GemmRows):
                 'use backend="auto"'
             )
         super().__init__(head, hidden, token_ids, with_entropy, workspace_bytes, plan.CONFIG)
+        self._bias = None if head.bias is None else pad(head.bias, (0, -self.vocab_size % plan.BLOCK_V))
 
     def choose(self, chunk: Exponentials, rows: slice, scale: Tensor, share: float) -> None:
         """Pass over nothing: its tiles of 192 columns fit no block of the products that can."""
@@ -71,7 +72,6 @@ class PingPongRows(GemmRows):
         *,
         matrix: Tensor | None = None,  # [R, V]
         reference: Tensor | None = None,  # [R]
-        live: Tensor | None = None,  # [R] bool
         gate: Tensor | None = None,
     ) -> None:
         """See `GemmRows._project`; the kind follows from the matrix."""
@@ -82,7 +82,6 @@ class PingPongRows(GemmRows):
         options = plan.Options(
             stores=matrix is not None,
             has_bias=head.bias is not None,
-            has_live=live is not None,
             with_entropy=self.with_entropy,
             gated=gate is not None,
         )
@@ -90,10 +89,9 @@ class PingPongRows(GemmRows):
             "hidden": hidden,
             "weight": head.weight,
             "out": hidden if matrix is None else matrix,
-            "bias": head.weight if head.bias is None else head.bias,
+            "bias": head.weight if self._bias is None else self._bias,
             "tokens": self.token_ids[rows],
             "reference": sums if reference is None else reference,
-            "live": self._no_bytes if live is None else live.view(torch.uint8),
             "gate": self._no_gate if gate is None else gate,
             "sums": sums,
             "weighted": weighted,
@@ -116,10 +114,6 @@ class PingPongRows(GemmRows):
         kernel(*(pointer(name, tensor) for name, tensor in tensors.items()), *numbers, stream)
 
     @functools.cached_property
-    def _no_bytes(self) -> Tensor:
-        return torch.empty(1, dtype=torch.uint8, device=self.hidden.device)
-
-    @functools.cached_property
     def _no_gate(self) -> Tensor:
         return torch.empty(1, dtype=torch.int32, device=self.hidden.device)
 
@@ -129,13 +123,12 @@ WIDE = ("hidden", "weight", "out")
 DTYPES = {
     **dict.fromkeys(WIDE, torch.bfloat16),
     "reference": torch.float32,
-    "live": torch.uint8,
     "gate": torch.int32,
     "sums": torch.float32,
     "weighted": torch.float32,
     "maxima": torch.float32,
 }
-NAMES = (*WIDE, "bias", "tokens", "reference", "live", "gate", "sums", "weighted", "maxima")
+NAMES = (*WIDE, "bias", "tokens", "reference", "gate", "sums", "weighted", "maxima")
 """Arguments of the kernel that are addresses, in order."""
 
 

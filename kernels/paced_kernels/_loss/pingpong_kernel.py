@@ -52,10 +52,9 @@ class ProjectKernel:
         hidden_ptr: cute.Pointer,  # [T, H] bf16
         weight_ptr: cute.Pointer,  # [V, H] bf16
         out_ptr: cute.Pointer,  # [T, stride_out] bf16, E; not touched by SUMS
-        bias_ptr: cute.Pointer,  # [V]
+        bias_ptr: cute.Pointer,  # [V], and finite numbers to the end of the last tile
         token_ptr: cute.Pointer,  # [T], ids of the whole vocabulary
         reference_ptr: cute.Pointer,  # [T] f32
-        live_ptr: cute.Pointer,  # [T] u8, 0 = store zeros
         gate_ptr: cute.Pointer,  # [1 + number of row tiles] i32
         sums_ptr: cute.Pointer,  # [P, T] f32
         weighted_ptr: cute.Pointer,  # [P, T] f32, of E (z - reference)
@@ -122,7 +121,7 @@ class ProjectKernel:
             layout_a,
             layout_b,
             layout_out,
-            (bias_ptr, token_ptr, reference_ptr, live_ptr, gate_ptr, sums_ptr, weighted_ptr, maxima_ptr),
+            (bias_ptr, token_ptr, reference_ptr, gate_ptr, sums_ptr, weighted_ptr, maxima_ptr),
             num_rows,
             vocab_size,
             hidden_size,
@@ -183,7 +182,7 @@ class ProjectKernel:
         vocab_tiles = cute.ceil_div(vocab_size, plan.BLOCK_V)
         num_tiles = row_clusters * vocab_tiles
         num_steps = cute.ceil_div(hidden_size, plan.BLOCK_H)
-        gate = cute.make_tensor(pointers[4], cute.make_layout(1 + num_row_tiles))
+        gate = cute.make_tensor(pointers[3], cute.make_layout(1 + num_row_tiles))
         if cutlass.const_expr(self.options.gated):
             num_tiles = cutlass.select_(gate[0] != 0, num_tiles, cutlass.Int32(0))
 

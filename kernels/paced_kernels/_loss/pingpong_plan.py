@@ -47,7 +47,6 @@ class Options:
     stores: bool
     """EXPONENTIALS, or SUMS."""
     has_bias: bool
-    has_live: bool
     with_entropy: bool
     gated: bool
 
