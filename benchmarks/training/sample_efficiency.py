@@ -54,6 +54,8 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     check_code(root, suite, allowed=arguments.continue_)
     if arguments.sweep:
         schedule.run_all(Plan(jobs=tuple(schedule.sweep_jobs(suite, names)), root=root, cache=cache), arguments.workers)
+        finals = tuple(schedule.final_jobs(suite, names, root))
+        schedule.run_all(Plan(jobs=finals, root=root, cache=cache), arguments.workers)
     else:
         rates = rates_of(arguments, suite, names, root)
         jobs = schedule.comparison_jobs(suite, rates, seeds)

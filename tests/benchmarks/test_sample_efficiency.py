@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,25 @@ def test_the_rate_is_that_of_the_best_mean_of_the_sweep() -> None:
     assert schedule.tuned_rate(TINY, same) == schedule.swept_rate(TINY, 1.0), "of equals the preset's"
     failed = [run | {"at_budget": None} if run["rate"] == double else run for run in swept("paced", double)]
     assert schedule.tuned_rate(TINY, failed) != double
+
+
+def test_a_second_round_decides_between_the_best_rates_of_the_first(tmp_path: Path) -> None:
+    suite = dataclasses.replace(TINY, sweep_seeds=1, finalists=2)
+    ends = {5e-5: 0.4, 1e-4: 0.3, 2e-4: 0.45}
+    first = [run_file("paced", 100, end, rate=rate) for rate, end in ends.items()]
+    assert schedule.tuned_rate(suite, first) is None, "the second round is missing"
+    for run in first:
+        files.write(Job(suite="tiny", arm="paced", rate=run["rate"], seed=100), tmp_path, run)
+    finals = schedule.final_jobs(suite, ["paced", "grpo"], tmp_path)
+    assert [(job.arm, job.rate, job.seed) for job in finals] == [("paced", 2e-4, 101), ("paced", 5e-5, 101)]
+    second = [run_file("paced", 101, end, rate=rate) for rate, end in ((5e-5, 0.5), (2e-4, 0.3))]
+    assert schedule.tuned_rate(suite, first + second[:1]) is None
+    assert schedule.tuned_rate(suite, first + second) == 5e-5
+    # A rate that is no finalist any more is not chosen, however it did on the seed of the second round.
+    assert schedule.tuned_rate(suite, [*first, *second, run_file("paced", 101, 0.99, rate=1e-4)]) == 5e-5
+    for run in second:
+        files.write(Job(suite="tiny", arm="paced", rate=run["rate"], seed=101), tmp_path, run)
+    assert schedule.tuned_rates(suite, ["paced", "grpo"], tmp_path) == {"paced": 5e-5, "grpo": None}
 
 
 def test_every_arm_is_swept_alike_on_seeds_of_its_own() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import environment
 from benchmarks.training.efficiency import arms, files, runs
+from benchmarks.training.efficiency.arms import BASE
 from benchmarks.training.efficiency.files import SWEEP_SEEDS, Job
 from benchmarks.training.efficiency.suites import Suite
 from paced_fast.errors import InputError
@@ -45,13 +46,24 @@ class Plan:
 
 
 def sweep_jobs(suite: Suite, names: Sequence[str]) -> list[Job]:
-    """The runs of the sweep: every arm with the same rates and seeds."""
+    """The runs of the sweep, of its first round: every arm with the same rates and seeds."""
     rates = [swept_rate(suite, factor) for factor in suite.factors]
     return [
         Job(suite=suite.name, arm=name, rate=rate, seed=seed)
         for seed in SWEEP_SEEDS[: suite.sweep_seeds]
         for name in names
         for rate in rates
+    ]
+
+
+def final_jobs(suite: Suite, names: Sequence[str], root: Path) -> list[Job]:
+    """The runs of the sweep's second round, for arms that have finished the first."""
+    if not suite.finalists:
+        return []
+    return [
+        Job(suite=suite.name, arm=name, rate=rate, seed=SWEEP_SEEDS[suite.sweep_seeds])
+        for name in names
+        for rate in _finalists(suite, [job.read(root) for job in sweep_jobs(suite, [name])]) or []
     ]
 
 
@@ -70,18 +82,40 @@ def tuned_rates(suite: Suite, names: Sequence[str], root: Path) -> dict[str, flo
 
     A failed run counts as an accuracy of 0. Of equals the one nearer to the preset's is taken.
     """
-    return {name: tuned_rate(suite, [job.read(root) for job in sweep_jobs(suite, [name])]) for name in names}
+
+    def runs(name: str) -> list[dict[str, Any]]:
+        return [job.read(root) for job in (*sweep_jobs(suite, [name]), *final_jobs(suite, [name], root))]
+
+    return {name: tuned_rate(suite, runs(name)) for name in names}
 
 
 def tuned_rate(suite: Suite, sweep: Sequence[dict[str, Any]]) -> float | None:
-    """Return the best rate of one arm's sweep; None if a run of it is missing."""
-    if not all(sweep):
+    """Return the best rate of one arm's sweep, both rounds; None if a run of it is missing."""
+    rates = _finalists(suite, sweep)
+    if rates is None or not suite.finalists:
+        return rates[0] if rates else None
+    second = {run["rate"] for run in sweep if run and run["seed"] == SWEEP_SEEDS[suite.sweep_seeds]}
+    if not second.issuperset(rates):
         return None
+    return _ranked(suite, [run for run in sweep if run["rate"] in rates])[0]
+
+
+def _finalists(suite: Suite, sweep: Sequence[dict[str, Any]]) -> list[float] | None:
+    """Best rates of the first round; None if a run of it is missing."""
+    found = {(run["rate"], run["seed"]): run for run in sweep if run}
+    first = [found.get((job.rate, job.seed)) for job in sweep_jobs(suite, [BASE])]  # of any arm the same
+    here = [run for run in first if run is not None]
+    return _ranked(suite, here)[: suite.finalists or 1] if len(here) == len(first) else None
+
+
+def _ranked(suite: Suite, sweep: Sequence[dict[str, Any]]) -> list[float]:
+    """Rates by mean final accuracy, the best first."""
     by_rate: dict[float, list[float]] = {}
     for run in sweep:
         by_rate.setdefault(run["rate"], []).append(final_accuracy(run))
     nearness = {swept_rate(suite, factor): -abs(factor - 1.0) for factor in suite.factors}
-    return max(by_rate, key=lambda rate: (sum(by_rate[rate]) / len(by_rate[rate]), nearness.get(rate, -1.0)))
+    order = {rate: (sum(of) / len(of), nearness.get(rate, -1.0)) for rate, of in by_rate.items()}
+    return sorted(order, key=lambda rate: order[rate], reverse=True)
 
 
 def final_accuracy(run: dict[str, Any]) -> float:

@@ -32,6 +32,8 @@ class Suite:
     """Learning rates of the sweep, as multiples of the preset's."""
     sweep_seeds: int = 2
     """Seeds of the sweep of learning rates, of `files.SWEEP_SEEDS` from the first."""
+    finalists: int = 0
+    """Best rates of the sweep that are run on one more seed, which decides between them; 0 for no such round."""
     easiest: str = ""
     """Slice whose accuracy shows forgetting; empty for the slice of the highest accuracy before training."""
     table_prompts: int = 1000
@@ -71,6 +73,7 @@ _SUITES = (
         seeds=3,
         factors=(0.25, 0.5, 1.0, 2.0),
         sweep_seeds=1,
+        finalists=2,
         easiest="word_sequence_reversal_2words",
         table_prompts=200,
         table_samples=8,

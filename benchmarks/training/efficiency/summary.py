@@ -121,8 +121,7 @@ def _of_arm(suite: Suite, arm: str, runs: Sequence[Run]) -> tuple[float, str, di
     """
     mine = [run for run in runs if run["arm"] == arm]
     comparison = [run for run in mine if run["seed"] < SWEEP_SEEDS[0]]
-    by_key = {(run["rate"], run["seed"]): run for run in mine}
-    sweep = [by_key.get((job.rate, job.seed), {}) for job in schedule.sweep_jobs(suite, [arm])]
+    sweep = [run for run in mine if run["seed"] >= SWEEP_SEEDS[0]]
     rate, tuning = schedule.tuned_rate(suite, sweep), "tuned"
     if rate is not None and rate in (min(run["rate"] for run in sweep), max(run["rate"] for run in sweep)):
         tuning = "tuned (at the edge)"
