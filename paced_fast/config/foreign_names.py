@@ -129,6 +129,8 @@ NAMES: dict[str, Counterpart] = {
     "attn-implementation": _ATTENTION,
     "flash-attn": _ATTENTION,
     "use-liger-kernel": _to("--model.liger", note="Give on."),
+    "torch-compile": _to("--model.compile", note="Give on."),
+    "use-torch-compile": _to("--model.compile", note="Give on."),
     "use-liger-loss": _to(note="The loss is always fused with the output layer."),
     "use-vllm": _VLLM,
     "vllm-mode": _VLLM,

@@ -39,6 +39,9 @@ class ModelConfig:
     liger: Literal["auto", "on", "off"] = "auto"
     """Use of liger-kernel's RMSNorm, SwiGLU and rotary embedding; `auto`: on, if it is installed and the policy is on a
     GPU."""
+    compile: Literal["off", "on"] = "off"
+    """torch.compile of the model's norms and MLPs, but for those that liger-kernel has taken; worth a try on a GPU for
+    models that liger-kernel does not know. The first steps take some seconds longer."""
     alphabet: Literal["signed_sums", "ascii"] = "signed_sums"
     """`tiny`: the characters that it reads and writes, one token each: the 17 of the task signed_sums, or `ascii` (the
     95 printable ones)."""

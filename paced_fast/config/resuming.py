@@ -10,7 +10,7 @@ from paced_fast.config import Config, flatten
 # Settings that may differ in a resumed run: its length, what it keeps, and paths.
 # Settings that an error message advises to change must be among them.
 FREE_ON_RESUME = (
-    *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger")),
+    *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger", "compile")),
     *("steps", "resume", "run_dir", "run.", "distributed.", "guard."),
     *("warm_start.cache_dir", "generation.max_batch_sequences"),
     "generation.stop_tokens",  # compared by their resolved value, which the checkpoint has

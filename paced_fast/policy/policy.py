@@ -30,6 +30,7 @@ from paced_fast.policy.attention import (
     sdpa_masks,
 )
 from paced_fast.policy.capped import capped_logprobs
+from paced_fast.policy.compiled import compile_parts
 from paced_fast.policy.families import (
     check_length,
     close,
@@ -377,12 +378,14 @@ def prepare(policy: Policy, config: Config) -> None:
     """Give the policy that is to be trained its adapters and fused layers, and log what was chosen."""
     if config.lora.rank > 0:
         adapt(policy.model, config.lora, seed=stream_seed(config.seed, 0, "adapters"))
-    fused = use_liger(config.model.liger, policy.model, torch.device(config.model.device))
+    device = torch.device(config.model.device)
+    fused = use_liger(config.model.liger, policy.model, device)
+    compiled = compile_parts(config.model.compile, policy.model, device)
     trained, total = (sum(p.numel() for p in own) for own in (policy.parameters(), policy.model.parameters()))
     chosen = policy.attention
     logger.info(
-        "policy: attention %s (%s); liger %s; %s of %s parameters trained",
-        *(chosen.name, chosen.reason, fused, f"{trained:,}", f"{total:,}"),
+        "policy: attention %s (%s); liger %s; compiled %s; %s of %s parameters trained",
+        *(chosen.name, chosen.reason, fused, compiled, f"{trained:,}", f"{total:,}"),
     )
 
 
