@@ -192,8 +192,8 @@ def _check(config: Config) -> None:
         )
     if config.distributed.mode == "sharded" and config.distributed.gradients == "whole":
         raise InputError(
-            "--distributed.gradients whole keeps all gradients on every rank, and --distributed.mode sharded splits them "
-            "with the parameters: leave one of the two at auto"
+            "--distributed.gradients whole keeps all gradients on every rank, and --distributed.mode sharded splits "
+            "them with the parameters: leave one of the two at auto"
         )
     if config.generator == "vllm" and hottest > 2.0:
         raise InputError(f"--generator vllm samples at temperatures up to 2, not {hottest:g}: lower the temperature")
