@@ -138,7 +138,8 @@ class Ours(Peer):
         return level_counts(self.capacity) if self.tree._kernels is not None else []
 
     def state_bytes(self) -> int:
-        return 8 * (self.capacity + sum(self._levels()))
+        host = self.tree._host
+        return 8 * (self.capacity + sum(self._levels())) + (host.nbytes() if host is not None else 0)
 
     def moved_bytes(self, operation: str, num: int) -> int | None:
         if self.tree._kernels is None:

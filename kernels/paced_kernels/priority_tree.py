@@ -15,12 +15,13 @@ from torch import Tensor
 from . import _checks
 from ._backend import require_kernels, resolve_backend
 from ._tree import arithmetic as tree_reference
-from ._tree import host as tree_host
 from ._tree.arithmetic import DISTINCT_METHODS, MAX_SEQUENCE, MODES, ONE, STATUS_FIELDS, WEIGHT_BITS, WEIGHT_MASK, Bell
+from ._tree.host import HostTree
 
 __all__ = ["Bell", "PriorityTree", "Sample"]
 
 MAX_CAPACITY = 2**31
+_WEIGHT_DTYPES = (*_checks.FLOAT_DTYPES, *_checks.INTEGER_DTYPES)
 _STATE_NAMES = ("step", "seed", "stream", "size", "status_counts")
 
 
@@ -80,19 +81,20 @@ class PriorityTree:
         # Upper bound of `sequence`, known to the host without reading the device.
         self._host_sequence = 0
         self._kernels = None
-        self._on_host = self.leaf.device.type == "cpu"  # where reading a number waits for nothing
+        self._host: HostTree | None = None  # on a CPU, where reading a number waits for nothing
         if resolve_backend(backend, self.leaf) == "triton":
             require_kernels("the tree", self.leaf)
             from ._tree.launches import TritonTree
 
             self._kernels = TritonTree(self.leaf)
+        elif self.leaf.device.type == "cpu":
+            self._host = HostTree(self.leaf)
 
     @property
     def device(self) -> torch.device:
         """Device that holds leaves and sums."""
         return self.leaf.device
 
-    @torch.no_grad()
     def update(self, idx: Tensor, w: Tensor) -> None:
         """Set the weights of some leaves; among duplicate indices, the last one in the call wins.
 
@@ -114,7 +116,6 @@ class PriorityTree:
         _checks.check_same_device("idx", idx, "the tree", self.leaf)
         self._write(idx, w)
 
-    @torch.no_grad()
     def write_range(self, start: int | Tensor, w: Tensor) -> None:
         """Set consecutive leaves from `start`, wrapping around at the end of the tree, as in a ring buffer.
 
@@ -178,8 +179,8 @@ class PriorityTree:
         if self._kernels is not None:
             contiguous = None if allowed is None else allowed.contiguous()
             self._kernels.rebuild(source.detach().contiguous(), self.status_counts, bell=bell, allowed=contiguous)
-        elif self._on_host:
-            tree_host.rebuild(source.detach(), bell, allowed, self.leaf, self.status_counts[:3])
+        elif self._host is not None:
+            self._host.rebuild(source.detach(), bell, allowed, self.status_counts[:3])
         else:
             weights = source if bell is None else bell(source)
             q, counts = tree_reference.quantise(weights if allowed is None else torch.where(allowed, weights, 0))
@@ -188,7 +189,6 @@ class PriorityTree:
         self.sequence.zero_()
         self._host_sequence = 0
 
-    @torch.no_grad()
     def sample(self, B: int, mode: str = "systematic") -> Sample:
         """Draw B leaves with probability q / total each, and advance the step.
 
@@ -215,10 +215,11 @@ class PriorityTree:
             return Sample(*self._kernels.sample(B, mode, self._counters(), self.status_counts))
         idx, total = self._draw(B, mode)
         if mode == "systematic":
-            self.status_counts[STATUS_FIELDS.index("repeats")] += ((idx[1:] == idx[:-1]) & (idx[1:] >= 0)).sum()
+            repeats = (idx[1:] == idx[:-1]) & (idx[1:] >= 0)
+            if self._host is None or bool(repeats.any()):
+                self.status_counts[STATUS_FIELDS.index("repeats")] += repeats.sum()
         return self._finish_sample(idx, total)
 
-    @torch.no_grad()
     def sample_distinct(self, B: int, method: str = "first", *, exploration: float = 0.0) -> Sample:
         """Draw B different leaves by successive sampling without replacement, and advance the step.
 
@@ -252,8 +253,9 @@ class PriorityTree:
                 keys, total = self._kernels.race(self._counters(), self.status_counts, exploration=exploration)
             else:
                 effective, total = self._effective_weights()
-                if self._on_host:
-                    idx = tree_host.race(effective, B, **self._random_state(), exploration=exploration)
+                if self._host is not None:
+                    sum_q = total if int(total) > 0 else effective.sum()
+                    idx = self._host.race(effective, sum_q, B, **self._random_state(), exploration=exploration)
                     return self._finish_distinct(idx, total)
                 keys = tree_reference.race_keys(effective, **self._random_state(), exploration=exploration)
             idx = tree_reference.race_winners(keys, B)
@@ -314,30 +316,35 @@ class PriorityTree:
     def _write(self, idx: Tensor, w: Tensor) -> None:
         """Write leaves `idx` [B], or the range that starts at a 0-d `idx`."""
         num_elements = w.shape[0]
+        if w.requires_grad:
+            w = w.detach()
         if self._host_sequence + num_elements > MAX_SEQUENCE:
             self.leaf.bitwise_and_(WEIGHT_MASK)
             self.sequence.zero_()
             self._host_sequence = 0
+        before = self._host_sequence
         self._host_sequence += num_elements
         if self._kernels is not None:
-            self._kernels.update(idx.contiguous(), w.detach().contiguous(), self.sequence, self.status_counts)
+            self._kernels.update(idx.contiguous(), w.contiguous(), self.sequence, self.status_counts)
             return
-        positions = torch.arange(num_elements, device=self.device)
-        idx = (positions + idx.long()) % self.capacity if idx.ndim == 0 else idx.long()
-        is_inside = (idx >= 0) & (idx < self.capacity)
-        self.status_counts[STATUS_FIELDS.index("out_of_range")] += (~is_inside & (idx != -1)).sum()
-        q, counts = tree_reference.quantise(torch.where(is_inside, w, 0))  # unwritten values are not counted
-        self.status_counts[:3] += counts
-        # For ignored elements: a code of 0 at leaf 0 changes nothing, because every code is at least 0.
-        code = torch.where(is_inside, ((positions + 1 + self.sequence) << WEIGHT_BITS) | q, 0)
-        self.leaf.scatter_reduce_(0, torch.where(is_inside, idx, 0), code, "amax")
+        if self._host is None or not self._host.write(idx, w, before):
+            positions = torch.arange(num_elements, device=self.device)
+            idx = (positions + idx.long()) % self.capacity if idx.ndim == 0 else idx.long()
+            is_inside = (idx >= 0) & (idx < self.capacity)
+            self.status_counts[STATUS_FIELDS.index("out_of_range")] += (~is_inside & (idx != -1)).sum()
+            q, counts = tree_reference.quantise(torch.where(is_inside, w, 0))  # unwritten values are not counted
+            self.status_counts[:3] += counts
+            # For ignored elements: a code of 0 at leaf 0 changes nothing, because every code is at least 0.
+            code = torch.where(is_inside, ((positions + 1 + self.sequence) << WEIGHT_BITS) | q, 0)
+            self.leaf.scatter_reduce_(0, torch.where(is_inside, idx, 0), code, "amax")
         self.sequence += num_elements
 
     def _effective_weights(self) -> tuple[Tensor, Tensor]:
         """Return weights [N] to draw by (the live prefix if all are 0), and their true total []; counts empty draws."""
-        q = self.leaf & WEIGHT_MASK
+        has_sequences = self._host is None or self._host_sequence > 0
+        q = self.leaf & WEIGHT_MASK if has_sequences else self.leaf
         total = q.sum()
-        if self._on_host and int(total) > 0:
+        if self._host is not None and int(total) > 0:
             return q, total
         is_live = torch.arange(self.capacity, device=self.device) < self.size
         self.status_counts[STATUS_FIELDS.index("empty")] += total == 0
@@ -345,19 +352,30 @@ class PriorityTree:
 
     def _draw(self, num_draws: int, mode: str) -> tuple[Tensor, Tensor]:
         """Draw with the reference: return indices [B] (-1 if there is nothing to draw) and the total []."""
+        if self._host is not None:
+            drawn = self._host.sample(num_draws, mode, **self._random_state())
+            if drawn is not None:
+                return drawn
         effective, total = self._effective_weights()
         effective_total = effective.sum()
         targets = tree_reference.draw_targets(mode, num_draws, effective_total, **self._random_state())
         return torch.where(effective_total > 0, tree_reference.select(effective, targets), -1), total
 
     def _finish_distinct(self, idx: Tensor, total: Tensor) -> Sample:
-        self.status_counts[STATUS_FIELDS.index("short")] += (idx < 0).any()
-        return self._finish_sample(idx, total)
+        is_whole = True
+        if self._host is None:
+            self.status_counts[STATUS_FIELDS.index("short")] += (idx < 0).any()
+        elif idx.shape[0] > 0 and int(idx[-1]) < 0:  # what was not found is at the end
+            self.status_counts[STATUS_FIELDS.index("short")] += 1
+            is_whole = False
+        return self._finish_sample(idx, total, is_whole=is_whole)
 
-    def _finish_sample(self, idx: Tensor, total: Tensor) -> Sample:
+    def _finish_sample(self, idx: Tensor, total: Tensor, *, is_whole: bool = True) -> Sample:
+        self.step += 1
+        if self._host is not None and int(total) > 0:
+            return Sample(idx, *self._host.weights_of(idx, total, is_whole=is_whole), total)
         q = torch.where(idx >= 0, self.get(idx), 0)
         weight = torch.where(total == 0, 1, q).double() / torch.where(total == 0, self.size, total).clamp(min=1)
-        self.step += 1
         return Sample(idx=idx, q=q, prob=torch.where(idx >= 0, weight, 0.0).float(), total=total)
 
     def _counters(self) -> dict[str, Tensor]:
@@ -367,7 +385,7 @@ class PriorityTree:
         return {"seed": self.seed, "stream": self.stream, "step": self.step}
 
     def _check_weights(self, name: str, w: Tensor) -> None:
-        _checks.check_tensor(name, w, 1, (*_checks.FLOAT_DTYPES, *_checks.INTEGER_DTYPES))
+        _checks.check_tensor(name, w, 1, _WEIGHT_DTYPES)
         _checks.check_same_device(name, w, "the tree", self.leaf)
 
     def _check_length(self, name: str, tensor: Tensor) -> None:

@@ -6,6 +6,7 @@ so a resumed run draws what the uninterrupted one would have, and so does every 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -88,16 +89,28 @@ class PromptScheduler:
 
     def race(self, draw: Draw) -> Tensor:
         """Draw by the tree's weights, but for the share that explores."""
-        return self._race(draw.count, draw.now, draw.round_, exploration=self.config.exploration)
+        return self._race(self.tree, draw.count, draw.now, draw.round_, exploration=self.config.exploration)
 
-    def _race(self, count: int, now: Tensor, round_: int, *, exploration: float = 0.0) -> Tensor:
-        """Draw by the tree's weights, without replacement even when a few prompts carry nearly all the weight."""
-        self.tree.step.copy_(now + round_ * _ROUND)  # the draw belongs to the step, not to the number of draws before
-        return self.tree.sample_distinct(count, "race", exploration=exploration).idx
+    @staticmethod
+    def _race(tree: PriorityTree, count: int, now: Tensor, round_: int, *, exploration: float = 0.0) -> Tensor:
+        """Draw by a tree's weights, without replacement even when a few prompts carry nearly all the weight."""
+        tree.step.copy_(now + round_ * _ROUND)  # the draw belongs to the step, not to the number of draws before
+        return tree.sample_distinct(count, "race", exploration=exploration).idx
 
     def _uniform(self, count: int, now: Tensor, round_: int, allowed: Tensor | None) -> Tensor:
+        if allowed is None:
+            return self._race(self._even, count, now, round_)
         self.tree.rebuild(torch.ones_like(self.last_accuracy), allowed=allowed)
-        return self._race(count, now, round_)
+        return self._race(self.tree, count, now, round_)
+
+    @functools.cached_property
+    def _even(self) -> PriorityTree:
+        """Tree of equal weights, written once, with the random numbers of `tree`."""
+        even = PriorityTree(self.num_prompts, seed=0, device=self.tree.device)
+        even.seed.copy_(self.tree.seed)
+        even.stream.copy_(self.tree.stream)
+        even.rebuild(torch.ones_like(self.last_accuracy))
+        return even
 
     def _repeated(self, count: int, now: Tensor, round_: int) -> Tensor:
         """Repeat the whole table, each time in another random order."""
@@ -142,6 +155,7 @@ class PromptScheduler:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`; what an older version saved beside it is left aside."""
         self.tree.load_state_dict({k.removeprefix("tree."): v for k, v in state.items() if k.startswith("tree.")})
+        self.__dict__.pop("_even", None)  # it has the seed of before
         for name, tensor in self._statistics().items():
             tensor.copy_(state[name])
 

@@ -30,7 +30,6 @@ from paced_fast.paced.scheduler import PromptScheduler
 from paced_fast.policy import micro_batches
 from paced_kernels import PriorityTree, _checks, linear_logprobs, segment_sum, trajectory_balance_loss
 from paced_kernels._loss import fused_pass
-from paced_kernels._tree import arithmetic, philox
 
 # A value on the host, or a shape that only a value can tell.
 WAITING = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
@@ -43,13 +42,9 @@ def _as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def init(tree: PriorityTree, *args: Any, **options: Any) -> None:
         made(tree, *args, **options)
-        tree._on_host = False
-
-    def bits(num: int, *, device: torch.device, **state: Tensor) -> Tensor:
-        return philox.random_bits(torch.arange(num, device=device), **state)
+        tree._host = None
 
     monkeypatch.setattr(PriorityTree, "__init__", init)
-    monkeypatch.setattr(arithmetic, "bits_of_range", bits)
 
 
 def waiting_operators(function: Callable[[], object]) -> set[str]:

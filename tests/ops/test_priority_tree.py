@@ -14,11 +14,12 @@ from torch import Tensor
 
 from paced_kernels import PriorityTree, Sample
 from paced_kernels._tree import arithmetic as tree_reference
-from paced_kernels._tree.philox import multiply_high, philox4x32, unit_interval
+from paced_kernels._tree.bits import host_bits, host_start, multiply_high, multiply_high_of, random_bits, unit_interval
+from paced_kernels._tree.philox import philox4x32
 
 ONE = 2**27
 MODES = ("systematic", "stratified", "iid")
-MASK32 = 2**32 - 1
+MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 
 
 def python_philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, ...]:
@@ -32,8 +33,25 @@ def python_philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> t
 
 
 def python_bits(sample: int, seed: int, stream: int, step: int) -> int:
-    words = python_philox((sample, stream, step & MASK32, step >> 32), (seed & MASK32, seed >> 32))
-    return words[1] << 32 | words[0]
+    words = python_philox((0, stream, step & MASK32, step >> 32), (seed & MASK32, seed >> 32))
+    return python_splitmix(words[1] << 32 | words[0], sample + 1)
+
+
+def python_splitmix(state: int, calls: int) -> int:
+    """What the last of so many calls of SplitMix64 returns, as its authors wrote it: one call after another."""
+    found = 0
+    for _ in range(calls):
+        state = (state + 0x9E3779B97F4A7C15) & MASK64
+        found = state
+        found = ((found ^ (found >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+        found = ((found ^ (found >> 27)) * 0x94D049BB133111EB) & MASK64
+        found ^= found >> 31
+    return found
+
+
+def python_unit(bits: int) -> float:
+    """The word read as a signed number; the smallest is 2^-53, the largest 1."""
+    return ((((bits + 2**63) & MASK64) >> 11) + 1) * 2.0**-53
 
 
 def python_targets(mode: str, num_draws: int, total: int, seed: int, stream: int, step: int) -> list[int]:
@@ -85,14 +103,66 @@ def test_philox_known_answers() -> None:
         assert tuple(word.item() for word in words) == expected == python_philox(counter, key)
 
 
+def test_splitmix_known_answers() -> None:
+    """The first numbers of the published generator from the seeds 0 and 1234567."""
+    cases = {
+        0: (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F),
+        1234567: (6457827717110365317, 3203168211198807973, 9817491932198370423),
+    }
+    for start, expected in cases.items():
+        assert tuple(host_bits(i, start) for i in range(3)) == expected
+        assert tuple(python_splitmix(start, i) for i in (1, 2, 3)) == expected
+
+
+@given(
+    sample=st.integers(0, 100),
+    seed=st.integers(0, 2**64 - 1),
+    stream=st.integers(0, 2**32 - 1),
+    step=st.integers(0, 2**63 - 1),
+)
+def test_bits_are_a_splitmix_from_a_start_that_philox_makes(sample: int, seed: int, stream: int, step: int) -> None:
+    found = random_bits(torch.tensor([sample]), **state_tensors(seed, stream, step)).item()
+    assert found & MASK64 == python_bits(sample, seed, stream, step)
+    assert found & MASK64 == host_bits(sample, host_start(**state_tensors(seed, stream, step)))
+
+
+def test_bits_are_even_and_neighbours_have_none_in_common() -> None:
+    """Over samples of a step, steps of a stream, streams, and seeds: every bit is set half the time."""
+    along, zero, num = torch.arange(4096), torch.zeros(1, dtype=torch.int64), 4096
+    fixed = {"seed": zero + 5, "stream": zero, "step": zero + 9}
+    places = torch.arange(64)
+    for name in ("samples", "step", "stream", "seed"):
+        samples = along if name == "samples" else zero.expand(num)
+        drawn = random_bits(samples, **(fixed if name == "samples" else fixed | {name: along}))
+        for words in (drawn, drawn[1:] ^ drawn[:-1], drawn[64:] ^ drawn[:-64]):
+            ones = ((words[:, None] >> places) & 1).double().sum(0)
+            # 64 numbers of standard deviation 1, twelve times.
+            assert ((ones - len(words) / 2).abs() / (len(words) / 4) ** 0.5).max() < 4.5, name
+        assert drawn.unique().numel() == num
+
+
 @given(bits=st.integers(0, 2**64 - 1), limit=st.integers(0, 2**62 - 1))
 def test_multiply_high_is_exact(bits: int, limit: int) -> None:
     signed = torch.tensor([bits - 2**64 if bits >= 2**63 else bits])
     assert multiply_high(signed, torch.tensor([limit])).item() == bits * limit >> 64
 
 
+@given(
+    bits=st.one_of(st.just(2**64 - 1), st.integers(0, 2**64 - 1)),
+    most=st.one_of(
+        st.integers(1, 2**62 - 1), st.sampled_from([2**n - k for n in (31, 41, 42, 62) for k in (1, 0)][:-1])
+    ),
+    share=st.integers(0, 4),
+)
+def test_multiply_high_by_a_limit_that_the_host_knows_is_exact(bits: int, most: int, share: int) -> None:
+    signed, limit = torch.tensor([bits - 2**64 if bits >= 2**63 else bits]), most * share // 4
+    assert multiply_high_of(signed, limit, most).item() == bits * limit >> 64
+    assert multiply_high_of(signed, torch.tensor([limit]), most).item() == bits * limit >> 64
+    assert signed.item() & MASK64 == bits, "the bits are as they were"
+
+
 def test_unit_interval_is_open_at_zero() -> None:
-    values = unit_interval(torch.tensor([0, 2**11, -1]))
+    values = unit_interval(torch.tensor([-(2**63), -(2**63) + 2**11, 2**63 - 1]))
     assert values.tolist() == [2.0**-53, 2.0**-52, 1.0]
 
 
@@ -325,7 +395,9 @@ def test_inclusion_probabilities(mode: str) -> None:
     expected = num_draws * weights / weights.sum()
     deviation = (counts / num_calls - expected) / (expected * (1 - expected).clamp(min=0.05) / num_calls).sqrt()
     assert deviation.abs().max() < 4.5
-    assert deviation.square().mean() < 2.0
+    # Mean 1. One offset decides a systematic draw, so leaves deviate together: of 300 seeds of torch's generator,
+    # 7 % are above 2.
+    assert deviation.square().mean() < {"systematic": 4.0, "stratified": 2.0}[mode]
 
 
 @pytest.mark.parametrize("method", ["first", "race"])
@@ -367,7 +439,7 @@ def test_first_takes_the_iid_draws_in_order_and_race_the_smallest_keys() -> None
     tree = integer_tree(weights, seed=2**63 + 5, stream=7, step=3)
     draws = [python_pick(weights, t) for t in python_targets("iid", 40, sum(weights), 2**63 + 5, 7, 3)]
     assert tree.sample_distinct(4).idx.tolist() == list(dict.fromkeys(draws))[:4]
-    units = [((python_bits(i, 2**63 + 5, 7, 4) >> 11) + 1) * 2.0**-53 for i in range(6)]
+    units = [python_unit(python_bits(i, 2**63 + 5, 7, 4)) for i in range(6)]
     keys = {i: -math.log(units[i]) / w for i, w in enumerate(weights) if w}
     assert tree.sample_distinct(5, "race").idx.tolist() == sorted(keys, key=keys.__getitem__)
 
@@ -401,7 +473,7 @@ def test_race_of_shards_merges_to_the_race_of_one_tree() -> None:
         masked[shard] = weights[shard]
         shard_keys = tree_reference.race_keys(masked, **state_tensors(4, 0, 0))
         for index in tree_reference.race_winners(shard_keys, 20).tolist():
-            unit = ((python_bits(index, 4, 0, 0) >> 11) + 1) * 2.0**-53
+            unit = python_unit(python_bits(index, 4, 0, 0))
             keys[index] = -math.log(unit) / weights[index].item()
     assert sorted(keys, key=keys.__getitem__)[:20] == expected
 

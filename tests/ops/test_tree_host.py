@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from paced_kernels import Bell, PriorityTree
-from paced_kernels._tree import arithmetic, host, philox
+from paced_kernels._tree import arithmetic, bits, host, host_race
+from paced_kernels._tree.exact import log_of_unit
 
 STATE = {
     "seed": torch.tensor([-(2**62) - 12345]),
@@ -18,17 +19,25 @@ SIZES = (1, 3, host.BLOCK, host.BLOCK + 1, 140_000)
 """One block, one and a leaf, and so many that candidates come from a sample."""
 
 
-@pytest.mark.parametrize("num", [0, *SIZES])
-def test_random_bits_are_those_of_philox(num: int) -> None:
-    found = philox.bits_of_range(num, device=torch.device("cpu"), **STATE)
-    assert torch.equal(found, philox.random_bits(torch.arange(num), **STATE))
+def start() -> int:
+    return bits.host_start(**STATE)
 
 
-def test_samples_beyond_32_bits_repeat_as_philox_has_them() -> None:
-    start, found = 2**32 - 5, torch.empty(10, dtype=torch.int64)
-    philox.HostPhilox(*(int(value) for value in STATE.values()), 10).write(start, found)
-    assert torch.equal(found, philox.random_bits(torch.arange(start, start + 10), **STATE))
-    assert torch.equal(found[5:], philox.random_bits(torch.arange(5), **STATE))
+@pytest.mark.parametrize("num", [0, 1, 50, 51, 1000])
+def test_first_bits_are_those_of_the_formula(num: int) -> None:
+    """Also of more draws than the arrays have room for, as of a tree with few leaves."""
+    assert torch.equal(bits.HostBits(50).first(start(), num), bits.random_bits(torch.arange(num), **STATE))
+
+
+@pytest.mark.parametrize("first", [0, 2**31 - 5, 2**32 - 5, 2**40])
+def test_bits_of_any_samples_are_those_of_the_formula(first: int) -> None:
+    samples = torch.arange(first, first + 10)
+    wanted = bits.random_bits(samples, **STATE)
+    source = bits.HostBits(10)
+    assert torch.equal(source.at(start(), samples), wanted)
+    unfinished = source.unfinished(start(), first, 10)
+    assert torch.equal(unfinished >> 33, wanted >> 33)
+    assert torch.equal(bits.finish(unfinished), wanted)
 
 
 def weights(kind: str, num: int) -> Tensor:
@@ -51,8 +60,102 @@ def test_a_race_has_the_winners_of_all_keys(num: int, kind: str) -> None:
     for exploration in (0.0, 0.1, 1.0) if num < 10**5 else (0.1,):
         keys = arithmetic.race_keys(q, **STATE, exploration=exploration)
         for draws in (0, 1, 40, 1024, num + 3):
-            found = host.race(q, draws, **STATE, exploration=exploration)
+            found = host.HostTree(q).race(q, q.sum(), draws, **STATE, exploration=exploration)
             assert torch.equal(found, arithmetic.race_winners(keys, draws)), (exploration, draws)
+
+
+@pytest.mark.parametrize("most", [0.0, 2.0**-40, 3e-5, 0.01, 0.125, 0.6, 0.999])
+def test_one_comparison_of_words_keeps_all_that_it_should_and_little_else(most: float) -> None:
+    num = 200_000
+    found = bits.HostBits(num).unfinished(start(), 0, bits.HOST_BLOCK) >= host_race._least_word(most)
+    off = 1.0 - bits.unit_interval(bits.random_bits(torch.arange(bits.HOST_BLOCK), **STATE))
+    assert found[off <= most].all()
+    assert (off[found] <= most + 2.0**-30).all()
+    # At the edge itself: the largest 1 - u that is still in has all open bits of its word at 0.
+    edge = host_race._least_word(most)
+    assert 1.0 - bits.unit_interval(torch.tensor([edge - 1])).item() > most
+
+
+@pytest.mark.parametrize("slack", [-1.5, -0.5, 0.0])
+@pytest.mark.parametrize(("num", "draws"), [(10_000, 1024), (140_000, 1024)])
+def test_a_limit_that_is_too_low_is_noticed(
+    num: int, draws: int, slack: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways to find leaves, with less room for chance than chance takes."""
+    monkeypatch.setattr(host_race.math, "isqrt", lambda wanted: slack * wanted**0.5)
+    q = arithmetic.quantise(weights("even", num))[0]
+    for exploration in (0.0, 0.1):
+        wanted = arithmetic.race_winners(arithmetic.race_keys(q, **STATE, exploration=exploration), draws)
+        assert torch.equal(host.HostTree(q).race(q, q.sum(), draws, **STATE, exploration=exploration), wanted)
+
+
+def test_keys_that_are_nearly_equal_are_ordered_by_the_formula() -> None:
+    """Quotients a few units in the last place apart: the index in the last bits of a key decides, not torch's log."""
+    num = 500
+    found = torch.randperm(num, generator=torch.Generator().manual_seed(1))
+    words = torch.randint(-(2**63), 2**63 - 1, (5,), generator=torch.Generator().manual_seed(2)).repeat(num // 5)
+    p = torch.ones(num, dtype=torch.float64) + (torch.arange(num) % 7) * 2.0**-50
+    keys = (0.0 - log_of_unit(bits.unit_interval(words))) / p
+    keys = (keys.view(torch.int64) & ~arithmetic.index_mask_of(num)) | found
+    for draws in (1, 100, num):
+        assert torch.equal(host_race._winners(words, p, found, draws, float("inf"), num), found[keys.argsort()[:draws]])
+    # A leaf that nobody asked for could be as near as that to the last of them.
+    last = keys.sort().values[99].view(torch.float64).item()
+    assert host_race._winners(words, p, found, 100, last, num) is None
+
+
+@pytest.mark.parametrize("mode", arithmetic.MODES)
+@pytest.mark.parametrize("scale", [1.0, 2.0**-10, 2.0**-27])
+@pytest.mark.parametrize("num", [5, 40_000])
+def test_draws_on_a_cpu_are_those_of_the_formulas(mode: str, scale: float, num: int) -> None:
+    """Totals from five to 2^41: random words are multiplied by them whole, by halves or by thirds."""
+    tree = PriorityTree(num, seed=2**64 - 9, stream=7)
+    tree.rebuild((weights("even", num) * scale).clamp(min=2.0**-27))
+    q = tree.get(torch.arange(num))
+    for draws in (0, 1, 7, 1024, 1000):
+        state = {"seed": tree.seed, "stream": tree.stream, "step": tree.step.clone()}
+        targets = arithmetic.draw_targets(mode, draws, q.sum(), **state)
+        sample = tree.sample(draws, mode)
+        assert torch.equal(sample.idx, arithmetic.select(q, targets))
+        assert torch.equal(sample.q, q[sample.idx])
+        assert torch.equal(sample.prob, (sample.q.double() / q.sum().double()).float())
+
+
+def test_a_draw_after_a_write_is_from_the_sums_of_then() -> None:
+    tree = PriorityTree(100, seed=0)
+    writes = (
+        lambda: tree.rebuild(torch.eye(100)[3]),
+        lambda: tree.update(torch.tensor([3, 50, 50]), torch.tensor([0.0, 0.5, 1.0])),
+        lambda: tree.write_range(50, torch.tensor([0.0, 1.0])),
+        lambda: tree.update(torch.tensor([51, 8, -1]), torch.tensor([0.0, 1.0, 1.0])),
+        lambda: tree.load_state_dict(tree.state_dict() | {"weights": torch.eye(100)[20].mul(2**27).int()}),
+    )
+    for write, leaf in zip(writes, (3, 50, 51, 8, 20), strict=True):
+        write()
+        assert tree.sample(5, "iid").idx.tolist() == [leaf] * 5
+        assert tree.sample(5, "iid").total == arithmetic.ONE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("least", [0.0, 1e-9, 1e-3])
+def test_writes_on_a_cpu_are_those_of_the_formulas(dtype: torch.dtype, least: float) -> None:
+    """Weights below half a unit become one unit, zeros stay; several calls, duplicates, and ranges round the end."""
+    generator = torch.Generator().manual_seed(3)
+    quick, plain = PriorityTree(300, seed=0), PriorityTree(300, seed=0)
+    plain._host = None
+    for call in range(6):
+        idx = torch.randint(0, 300, (200,), generator=generator)
+        w = (torch.rand(200, generator=generator) ** 8).clamp(min=1e-10).to(dtype).clamp(min=least)
+        if least == 0.0:
+            w[::7] = 0.0
+        for tree in (quick, plain):
+            if call % 2:
+                tree.write_range(torch.tensor(250 + call), w)
+            else:
+                tree.update(idx if call else idx.int(), w.requires_grad_())
+        assert torch.equal(quick.leaf, plain.leaf)
+        assert torch.equal(quick.sequence, plain.sequence)
+        assert not quick.leaf.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -71,15 +174,28 @@ def test_a_rebuild_has_the_weights_and_counts_of_the_formulas(dtype: torch.dtype
             made = source if bell is None else bell(source)
             wanted, counts = arithmetic.quantise(made if mask is None else torch.where(mask, made, 0))
             leaf, found = torch.full((num,), -1), torch.zeros(3, dtype=torch.int64)
-            host.rebuild(source, bell, mask, leaf, found)
+            host.HostTree(leaf).rebuild(source, bell, mask, found)
             assert torch.equal(leaf, wanted)
             assert torch.equal(found, counts)
+
+
+def test_weights_at_the_edge_between_two_integers_are_those_of_the_formula() -> None:
+    """Where torch's exp2, off by some 1e-8 of an integer, would round to the other side."""
+    bell = Bell(0.3, 0.07)
+    edges = torch.randint(1, arithmetic.ONE, (20_000,), generator=torch.Generator().manual_seed(0)).double() + 0.5
+    statistics = bell.center + bell.width * (-2.0 * (edges / arithmetic.ONE).log()).sqrt()
+    statistics[7], statistics[8] = float("inf"), -1e200
+    tree = PriorityTree(len(statistics), seed=0)
+    tree.rebuild(bell, statistics)
+    assert torch.equal(tree.leaf, arithmetic.quantise(bell(statistics))[0])
+    near = (bell(statistics) * arithmetic.ONE - edges).abs()
+    assert near.kthvalue(19_000).values < 1e-6
 
 
 def test_whole_weights_are_taken_as_they_are() -> None:
     source = torch.tensor([0, 1, arithmetic.ONE, arithmetic.ONE + 1, -1])
     leaf, found = torch.empty(5, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-    host.rebuild(source, None, None, leaf, found)
+    host.HostTree(leaf).rebuild(source, None, None, found)
     assert leaf.tolist() == [0, 1, arithmetic.ONE, arithmetic.ONE, 0]
     assert found.tolist() == [0, 1, 1]
 

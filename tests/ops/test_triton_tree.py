@@ -18,6 +18,7 @@ from torch import Tensor
 from paced_kernels import Bell, PriorityTree, Sample
 from paced_kernels._tree import arithmetic, launches
 from paced_kernels._tree import kernels as _tree_kernels
+from paced_kernels._tree.bits import random_bits
 from paced_kernels._tree.exact import exp_of_negative, log_of_unit
 
 pytestmark = pytest.mark.skipif(
@@ -105,6 +106,22 @@ def test_exp_and_log_have_the_bits_of_the_reference() -> None:
     exact_kernel[(1,)](t, u, exps, logs, NUM=num, enable_fp_fusion=False)
     assert torch.equal(exps, exp_of_negative(t))
     assert torch.equal(logs, log_of_unit(u))
+
+
+@triton.jit
+def bits_kernel(out_ptr, seed, stream, step, first, NUM: tl.constexpr):
+    o = tl.arange(0, NUM)
+    drawn = _tree_kernels.random_bits(first + o.to(tl.int64), seed, stream, step)
+    tl.store(out_ptr + o, drawn.to(tl.int64, bitcast=True))
+
+
+@pytest.mark.parametrize("first", [0, 2**31 - 9])
+def test_random_bits_are_those_of_the_reference(first: int) -> None:
+    """Draws show the upper bits only."""
+    num, out = 64, torch.zeros(64, dtype=torch.int64)
+    state = {"seed": torch.tensor(-12345), "stream": torch.tensor(2**32 - 5), "step": torch.tensor(2**40 + 3)}
+    bits_kernel[(1,)](out, *(value.item() for value in state.values()), first, NUM=num)
+    assert torch.equal(out, random_bits(torch.arange(first, first + num), **state))
 
 
 @pytest.mark.parametrize("exploration", [0.0, 0.3, 1.0])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from paced_fast.config import SchedulerConfig
 from paced_fast.paced.scheduler import PromptScheduler
+from paced_kernels import PriorityTree
 
 CPU = torch.device("cpu")
 RULES = ["tree", "greedy", "mopps", "history", "uniform", "dynamic"]
@@ -166,6 +167,31 @@ def test_uniform_draws_are_uniform() -> None:
     assert float((seen - 900.0).abs().max()) < 4.5 * math.sqrt(900 * 0.7)
 
 
+@pytest.mark.parametrize("rule", ["uniform", "greedy", "mopps", "tree"])
+def test_a_uniform_draw_writes_no_tree(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are always equal are written once, and are in nobody's way; `tree` draws so beyond its table."""
+    chooser, same = scheduler(20, rule=rule), scheduler(20, rule=rule)
+    count = 25 if rule == "tree" else 4
+    first = chooser.draw(count, 1, spread(20))
+    same._even.load_state_dict(chooser._even.state_dict())
+    rebuilt = []
+    original = PriorityTree.rebuild
+    monkeypatch.setattr(PriorityTree, "rebuild", lambda tree, *given, **named: rebuilt.append(tree))
+    assert torch.equal(chooser.draw(count, 1, spread(20)), first)
+    assert not rebuilt
+    monkeypatch.setattr(PriorityTree, "rebuild", original)
+    # As from a tree of ones that is written anew.
+    same._even.rebuild(torch.ones(20))
+    assert torch.equal(same.draw(count, 1, spread(20)), first)
+
+
+def test_a_state_of_another_seed_brings_its_uniform_draws() -> None:
+    one, other = scheduler(50, rule="uniform"), scheduler(50, rule="uniform", seed=1)
+    assert not torch.equal(one.draw(8, 2, None), other.draw(8, 2, None))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.draw(8, 3, None), other.draw(8, 3, None))
+
+
 def test_history_weighs_by_the_last_measured_variance() -> None:
     chooser = scheduler(6, rule="history", exploration=0.0)
     chooser.observe(torch.tensor([0, 1, 2, 3]), torch.tensor([0.5, 0.5, 0.5, 0.5]))
@@ -186,7 +212,8 @@ def test_a_draw_depends_on_seed_and_step_alone(rule: str) -> None:
     one, two, other = scheduler(50, rule=rule), scheduler(50, rule=rule), scheduler(50, rule=rule, seed=1)
     drawn = [one.draw(8, step, values).tolist() for step in range(1, 9)]
     assert two.draw(8, 5, values).tolist() == drawn[4], "draws that never happened have no part in it"
-    assert len({tuple(d) for d in drawn}) == 8
+    # Seven draws of `greedy` are mostly the same, so two steps may agree.
+    assert len({tuple(d) for d in drawn}) >= (6 if rule == "greedy" else 8)
     assert other.draw(8, 5, values).tolist() != drawn[4]
     again = [one.draw(8, 5, values, round_).tolist() for round_ in (0, 1)]
     assert again[0] == drawn[4]

@@ -231,8 +231,8 @@ HOT_MODULES = {
 
 MAY_ASK_THE_DEVICE = {
     ("priority_tree", "status"): "its docstring says so",
-    ("_tree.host", "race"): "runs on a CPU alone",
-    ("_tree.host", "_candidates"): "runs on a CPU alone",
+    ("_tree.host", "_shape_valid"): "runs on a CPU alone",
+    **{("_tree.host_race", name): "runs on a CPU alone" for name in ("race", "_winners_below", "_few")},
     ("policy.optimizer", "_are_found"): "counts that hosts tell each other, on no device",
     ("paced.update", "_minibatches"): "a permutation that never left the host",
 }

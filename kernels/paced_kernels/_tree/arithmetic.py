@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from .bits import multiply_high, random_bits, unit_interval
 from .exact import exp_of_negative, log_of_unit
-from .philox import bits_of_range, multiply_high, random_bits, unit_interval
 
 SCALE_BITS = 27
 ONE = 1 << SCALE_BITS
@@ -88,19 +88,19 @@ def draw_targets(mode: str, num_draws: int, total: Tensor, *, seed: Tensor, stre
     uniform target in each (its first integer if the stratum is empty). systematic: floor((o + i total) / B) with one
     uniform offset o in [0, total).
     """
-    bits = functools.partial(bits_of_range, device=total.device, seed=seed, stream=stream, step=step)
+    bits = functools.partial(random_bits, seed=seed, stream=stream, step=step)
     samples = torch.arange(num_draws, device=total.device)  # [B]
     if mode == "iid":
-        return multiply_high(bits(num_draws), total.expand_as(samples))
+        return multiply_high(bits(samples), total.expand_as(samples))
     divisor = max(num_draws, 1)
     # i * total // B, split so that no product exceeds B^2 or total.
     quotient, remainder = total // divisor, total % divisor
     if mode == "systematic":
-        offset = multiply_high(bits(1), total.reshape(1))
+        offset = multiply_high(bits(samples[:1]), total.reshape(1))
         return samples * quotient + (offset + samples * remainder) // divisor
     edges = torch.arange(num_draws + 1, device=total.device)
     edges = edges * quotient + edges * remainder // divisor  # [B + 1]
-    return edges[:-1] + multiply_high(bits(num_draws), edges[1:] - edges[:-1])
+    return edges[:-1] + multiply_high(bits(samples), edges[1:] - edges[:-1])
 
 
 def select(q: Tensor, targets: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def race_keys(
 ) -> Tensor:
     """Return keys i64 [N] in the order of Exp(1) / p over the leaves with q > 0; `NO_KEY` for the others.
 
-    p = (1 - exploration) q / sum q + exploration / L, with L leaves of q > 0. The counter of a leaf is its index, so
+    p = (1 - exploration) q / sum q + exploration / L, with L leaves of q > 0. The sample of a leaf is its index, so
     shards agree. A key is the bit pattern of the float64 quotient, whose order is that of the positive numbers. Its
     lowest bits are replaced by the index, so keys are distinct and their order is deterministic.
     """

@@ -1,9 +1,10 @@
-"""The tree's arithmetic on a CPU: the bits of `arithmetic`, `exact` and `philox`, several times as fast.
+"""The tree's writes and draws on a CPU: the bits of `arithmetic`, `exact` and `bits`, many times as fast.
 
-Work goes through blocks that stay in the cache, in place, and with scalars where a value is one for all leaves. A race
-computes the logarithm of the leaves that can win only: -log u is never below 1 - u.
+Work goes through blocks that stay in the cache, in place, and with scalars where a value is one for all leaves. What
+few leaves need is computed for few: the formula of a bell where torch's exp2 comes near the edge between two integers,
+logarithms of a race (`host_race`) for leaves that can win.
 
-N = capacity, B = draws.
+N = capacity, B = elements per call.
 """
 
 from collections.abc import Iterator
@@ -11,13 +12,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .arithmetic import BELL_END, ONE, Bell, index_mask_of, quantise
-from .exact import EXP_TERMS, EXPONENT_BIAS, LN2_HIGH, LN2_LOW, LOG2_E, MANTISSA_BITS, log_of_unit
-from .philox import HOST_BLOCK, HostPhilox
+from .arithmetic import ONE, SCALE_BITS, WEIGHT_BITS, WEIGHT_MASK, Bell, quantise
+from .bits import HOST_BLOCK, HostBits, host_bits, host_start, multiply_high_of
+from .exact import LOG2_E
+from .host_race import race
 
 BLOCK = HOST_BLOCK
-# The bound 1 - u is exact, and a logarithm and a quotient are off by a few units in the last place.
-_MARGIN = 1.0 + 1e-12
+# A float64 from 2^52 on is an integer: adding 2^52 rounds, ties to even, and leaves the integer in the lower bits.
+_ROUNDER = 2.0**52
+_ROUNDER_BITS = 0x433 << 52
+_LEAST = 1.0 / ONE
+# Elements whose places fit beside the weights in the lower 52 bits.
+_MAX_WRITTEN = 2**23 - 1
+# Far above what exp2, its argument and the bell's own formula are off by, together below 3e-7 of an integer.
+_EDGE = 0.5 - 2.0**-20
+
+
+Sampled = tuple[Tensor, Tensor]
 
 
 def blocks(num: int) -> Iterator[slice]:
@@ -26,129 +37,188 @@ def blocks(num: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK, num))
 
 
-def rebuild(
-    source: Tensor,  # [N], weights or the bell's statistics
-    bell: Bell | None,
-    allowed: Tensor | None,  # bool[N]
-    leaf: Tensor,  # i64[N], written
-    counts: Tensor,  # i64[3], added to
-) -> None:
-    """Write quantised weights as `Bell` and `quantise` make them."""
-    shape = _Shape(bell, min(source.shape[0], BLOCK)) if bell is not None else None
-    for block in blocks(source.shape[0]):
-        weights = source[block] if shape is None else shape.weights(source[block])
-        if allowed is not None:
-            weights = torch.where(allowed[block], weights, 0)
-        if not _quantise_valid(weights, leaf[block], may_overwrite=shape is not None):
-            q, found = quantise(weights)
-            leaf[block] = q
-            counts += found
+class HostTree:
+    """Sums and scratch memory of a tree on a CPU; the leaves belong to the `PriorityTree`."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        self.leaf = leaf
+        self.is_summed = False  # whether `_prefix` holds the sums of the leaves as they are
+        self._prefix: Tensor | None = None  # i64[N], from the first draw on
+        self._places = torch.empty(0, dtype=torch.float64)
+        self._rows = torch.empty(2, min(leaf.shape[0], BLOCK), dtype=torch.float64)
+        self._bits = HostBits(leaf.shape[0])
+        # log2 of the largest weight.
+        self._top = torch.tensor(float(SCALE_BITS), dtype=torch.float64)
+
+    def nbytes(self) -> int:
+        """Return the bytes held between calls, without the leaves."""
+        held = (self._places, self._rows, *self._bits.arrays)
+        return self.leaf.nbytes + sum(array.nbytes for array in held)
+
+    def write(self, idx: Tensor, w: Tensor, sequence: int) -> bool:
+        """Write leaves `idx` [B], or the range from a 0-d `idx`, if all are inside and valid; return whether they are.
+
+        `sequence` is the number of elements written before.
+        """
+        self.is_summed = False
+        num, capacity = w.shape[0], self.leaf.shape[0]
+        if not 0 < num <= _MAX_WRITTEN or not w.is_floating_point():
+            return False
+        least, most = map(float, w.aminmax())  # NaN if there is one
+        if not (least >= 0.0 and most <= 1.0):
+            return False
+        if idx.ndim == 1:
+            first, last = idx.aminmax()
+            if int(first) < 0 or int(last) >= capacity:
+                return False
+        if least < _LEAST:
+            w = _at_least(w, least, _LEAST)
+        if self._places.shape[0] != num:
+            self._places = torch.arange(1, num + 1).mul_(1 << WEIGHT_BITS).double().add_(_ROUNDER)
+        rounded = torch.add(self._places, w, alpha=ONE)
+        codes = rounded.view(torch.int64).add_((sequence << WEIGHT_BITS) - _ROUNDER_BITS)
+        if idx.ndim == 1:
+            self.leaf.scatter_reduce_(0, idx.long(), codes, "amax")  # the largest code is the last in the call
+            return True
+        start = int(idx) % capacity
+        before_end = self.leaf[start : start + num]
+        before_end.copy_(codes[: before_end.shape[0]])
+        self.leaf[: num - before_end.shape[0]].copy_(codes[before_end.shape[0] :])
+        return True
+
+    def rebuild(
+        self,
+        source: Tensor,  # [N], weights or the bell's statistics
+        bell: Bell | None,
+        allowed: Tensor | None,  # bool[N]
+        counts: Tensor,  # i64[3], added to
+    ) -> None:
+        """Write quantised weights as `Bell` and `quantise` make them."""
+        self.is_summed = False
+        for block in blocks(source.shape[0]):
+            given, leaf = source[block], self.leaf[block]
+            mask = None if allowed is None else allowed[block]
+            rows = self._rows[:, : given.shape[0]]
+            if bell is None:
+                if mask is not None:
+                    given = torch.where(mask, given, 0)
+                is_done = _quantise_valid(given, rows, leaf)
+            else:
+                is_done = _shape_valid(given, bell, rows, self._top, leaf)
+                if is_done and mask is not None:
+                    leaf.mul_(mask)
+            if not is_done:
+                made = given if bell is None else bell(given)
+                q, found = quantise(made if mask is None else torch.where(mask, made, 0))
+                leaf.copy_(q)
+                counts += found
+
+    def prefix_sums(self) -> Tensor:
+        """Inclusive prefix sums of the weights, i64[N], read only; made anew after a write."""
+        if self._prefix is None:
+            self._prefix = torch.empty_like(self.leaf)
+        if not self.is_summed:
+            torch.bitwise_and(self.leaf, WEIGHT_MASK, out=self._prefix).cumsum_(0)
+            self.is_summed = True
+        return self._prefix
+
+    def sample(self, num_draws: int, mode: str, *, seed: Tensor, stream: Tensor, step: Tensor) -> Sampled | None:
+        """Return indices [B] as `arithmetic.select` of `arithmetic.draw_targets` has them, and the total [].
+
+        None if that is 0.
+        """
+        prefix = self.prefix_sums()
+        sum_q = prefix[-1].clone()
+        total, divisor = int(sum_q), max(num_draws, 1)
+        if total == 0:
+            return None
+        start = host_start(seed=seed, stream=stream, step=step)
+        if mode == "iid":
+            targets = multiply_high_of(self._bits.first(start, num_draws), total, total)
+            return torch.searchsorted(prefix, targets, right=True), sum_q
+        quotient, remainder = divmod(total, divisor)
+        if mode == "systematic":
+            samples = torch.arange(num_draws)
+            offset = host_bits(0, start) * total >> 64
+            targets = (samples * remainder).add_(offset).div_(divisor, rounding_mode="floor")
+            targets.add_(samples.mul_(quotient))
+        else:
+            edges = torch.arange(num_draws + 1)
+            carried = (edges * remainder).div_(divisor, rounding_mode="floor")
+            edges.mul_(quotient).add_(carried)
+            targets = multiply_high_of(self._bits.first(start, num_draws), edges[1:] - edges[:-1], quotient + 1)
+            targets.add_(edges[:-1])
+        return torch.searchsorted(prefix, targets, right=True), sum_q
+
+    def race(
+        self,
+        q: Tensor,  # [N]
+        sum_q: Tensor,  # []
+        num_draws: int,
+        *,
+        seed: Tensor,
+        stream: Tensor,
+        step: Tensor,
+        exploration: float,
+    ) -> Tensor:
+        """Return `race_winners(race_keys(q, ...), num_draws)`, [B]."""
+        start = host_start(seed=seed, stream=stream, step=step)
+        return race(q, int(sum_q), num_draws, self._bits, start, exploration)
+
+    def weights_of(self, idx: Tensor, total: Tensor, *, is_whole: bool) -> tuple[Tensor, Tensor]:
+        """Return the weights i64[B] of leaves, and their shares f32[B] of a positive total; 0 for an index of -1.
+
+        `is_whole`: no index is -1.
+        """
+        q = self.leaf.index_select(0, idx if is_whole else idx.clamp(min=0)).bitwise_and_(WEIGHT_MASK)
+        if not is_whole:
+            q.mul_(idx >= 0)
+        return q, q.double().div_(float(total)).float()
 
 
-def race(
-    q: Tensor,  # [N]
-    num_draws: int,
-    *,
-    seed: Tensor,
-    stream: Tensor,
-    step: Tensor,
-    exploration: float,
-) -> Tensor:
-    """Return `race_winners(race_keys(q, ...), num_draws)`, [B]."""
-    num_leaves = q.shape[0]
-    num_live = total = 0
-    if exploration > 0.0:
-        total, num_live = int(q.sum()), int(q.count_nonzero())
-    source = HostPhilox(int(seed), int(stream), int(step), min(num_leaves, BLOCK))
-    bits, weights = torch.empty(num_leaves, dtype=torch.int64), torch.empty(num_leaves, dtype=torch.float64)
-    bounds = torch.empty(num_leaves, dtype=torch.float64)
-    for block in blocks(num_leaves):
-        uniform, weight, bound = bits[block], weights[block], bounds[block]
-        source.write(block.start, uniform)
-        uniform.bitwise_right_shift_(11).bitwise_and_(2**53 - 1)  # u = (this + 1) / 2^53
-        weight.copy_(q[block])
-        if exploration > 0.0:
-            is_live = None if num_live == num_leaves else weight > 0.0
-            weight.div_(float(max(total, 1))).mul_(1.0 - exploration)
-            even = (1.0 / max(num_live, 1)) * exploration
-            weight.add_(even if is_live is None else is_live.double().mul_(even))
-        bound.copy_(uniform).neg_().add_(float(2**53 - 1)).mul_(2.0**-53).div_(weight)  # (1 - u) / weight
-        # Weights of 0 give infinity, or NaN where u is 1: neither is below a limit.
-    found = _candidates(bounds, weights, min(num_draws, num_leaves))
-    keys = _keys(bits, weights, found, num_leaves)
-    wanted = min(num_draws, keys.shape[0])
-    if wanted:
-        smallest = keys.topk(wanted, largest=False, sorted=True).values
-        limit = (smallest[-1:] | index_mask_of(num_leaves)).view(torch.float64) * _MARGIN
-        more = (bounds <= limit).nonzero()[:, 0]
-        if more.shape[0] > found.shape[0]:
-            smallest = _keys(bits, weights, more, num_leaves).topk(wanted, largest=False, sorted=True).values
-        winners = smallest & index_mask_of(num_leaves)
-    else:
-        winners = keys
-    return torch.nn.functional.pad(winners, (0, num_draws - winners.shape[0]), value=-1)
+def _at_least(w: Tensor, least: float, unit: float) -> Tensor:
+    """Raise positive weights below `unit` to it; the least of all decides whether there are zeros, which stay."""
+    return w.clamp(min=unit) if least > 0.0 else torch.maximum(w, w.sign().mul_(unit))
 
 
-def _candidates(bounds: Tensor, weights: Tensor, num_draws: int) -> Tensor:
-    """Return the indices of at least `num_draws` leaves with the smallest bounds, or of all that can be drawn."""
-    num_leaves = bounds.shape[0]
-    if num_leaves > 64 * 1024 and 8 * num_draws < num_leaves:
-        # The limit that one leaf in 16 suggests, with room for chance; a few more than asked for cost little.
-        sample = bounds[::16]
-        wanted = num_draws // 16 + 4 * int(num_draws**0.5) + 16
-        limit = sample.kthvalue(min(wanted, sample.shape[0])).values
-        found = (bounds <= limit).nonzero()[:, 0]
-        if found.shape[0] >= num_draws and bool(limit < torch.inf):
-            return found
-    found = (weights > 0.0).nonzero()[:, 0]
-    if found.shape[0] > num_draws:
-        found = found[bounds[found].topk(num_draws, largest=False, sorted=False).indices]
-    return found
-
-
-def _keys(bits: Tensor, weights: Tensor, found: Tensor, num_leaves: int) -> Tensor:
-    """Return the keys of the leaves `found`, as `race_keys` has them."""
-    uniform = (bits[found] + 1).double() * 2.0**-53
-    keys = (0.0 - log_of_unit(uniform)) / weights[found]
-    return (keys.view(torch.int64) & ~index_mask_of(num_leaves)) | found
-
-
-def _quantise_valid(weights: Tensor, out: Tensor, *, may_overwrite: bool) -> bool:
-    """Write the fixed-point weights where all are from 0 to 1; return whether they are."""
+def _quantise_valid(weights: Tensor, rows: Tensor, out: Tensor) -> bool:
+    """Write the fixed-point weights where all are valid; return whether they are."""
+    if weights.shape[0] == 0:
+        return True
+    least, most = weights.aminmax()
     if not weights.is_floating_point():
+        if int(least) < 0 or int(most) > ONE:
+            return False
+        out.copy_(weights)
+        return True
+    if not (float(least) >= 0.0 and float(most) <= 1.0):  # NaN if there is one
         return False
-    least, largest = map(float, weights.aminmax())  # NaN if there is one
-    if not (least >= 0.0 and largest <= 1.0):
-        return False
-    scaled = weights.mul_(ONE) if may_overwrite else weights.double() * ONE
-    if least > 0.0:
-        out.copy_(scaled.round_().clamp_(min=1.0))
-    else:
-        is_positive = scaled > 0
-        out.copy_(torch.maximum(scaled.round_(), is_positive.double()))
+    scaled = rows[0].copy_(weights).mul_(ONE)
+    if float(least) < _LEAST:
+        scaled = _at_least(scaled, float(least), 1.0)
+    _integers(scaled, rows[1], out)
     return True
 
 
-class _Shape:
-    """`Bell` for blocks, in arrays that are used again."""
+def _integers(scaled: Tensor, rounded: Tensor, out: Tensor) -> None:
+    """Write float64 from 0 to 2^51, rounded, ties to even, to `rounded` with 2^52 above, and as integers to `out`."""
+    torch.add(scaled, _ROUNDER, out=rounded)
+    torch.bitwise_and(rounded.view(torch.int64), 2**52 - 1, out=out)
 
-    def __init__(self, bell: Bell, size: int) -> None:
-        self.bell = bell
-        self.arrays = [torch.empty(size, dtype=torch.float64) for _ in range(3)]
-        self.exponents = torch.empty(size, dtype=torch.int64)
 
-    def weights(self, statistics: Tensor) -> Tensor:
-        """Return the bell's weights, valid until the next call: `exp_of_negative` in place."""
-        num = statistics.shape[0]
-        r, k, result = (array[:num] for array in self.arrays)
-        exponent = self.exponents[:num]
-        r.copy_(statistics).sub_(self.bell.center).div_(self.bell.width)
-        torch.mul(r, r, out=r).mul_(0.5).clamp_(max=BELL_END)
-        torch.mul(r, LOG2_E, out=k).add_(0.5).floor_()
-        r.sub_(torch.mul(k, LN2_HIGH, out=result)).sub_(torch.mul(k, LN2_LOW, out=exponent.view(torch.float64)))
-        torch.mul(r, EXP_TERMS[0], out=result).add_(EXP_TERMS[1])
-        for term in EXP_TERMS[2:]:
-            result.mul_(r).add_(term)
-        # A NaN is one whatever it is multiplied by.
-        exponent.copy_(k).neg_().add_(EXPONENT_BIAS).bitwise_left_shift_(MANTISSA_BITS)
-        return result.mul_(exponent.view(torch.float64))
+def _shape_valid(statistics: Tensor, bell: Bell, rows: Tensor, top: Tensor, out: Tensor) -> bool:
+    """Write the bell's fixed-point weights where no statistic is NaN; return whether none is."""
+    if statistics.shape[0] == 0:
+        return True
+    scaled, rounded = rows
+    scaled.copy_(statistics).sub_(bell.center).mul_((0.5 * LOG2_E) ** 0.5 / bell.width)
+    torch.addcmul(top, scaled, scaled, value=-1.0, out=scaled).exp2_().clamp_(min=1.0)
+    _integers(scaled, rounded, out)
+    off = rounded.sub_(_ROUNDER).sub_(scaled)
+    least, most = map(float, off.aminmax())
+    if least != least:
+        return False
+    if max(-least, most) > _EDGE:
+        near = (off.abs_() > _EDGE).nonzero()[:, 0]
+        out[near] = quantise(bell(statistics[near]))[0]
+    return True

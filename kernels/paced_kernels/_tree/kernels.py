@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from .._grid import batch_kernel
+from . import bits as bits_module
 from . import exact
 from .arithmetic import BELL_END as BELL_END_VALUE
 from .arithmetic import NO_KEY as NO_KEY_VALUE
@@ -46,8 +47,12 @@ STATUS_REPEATS: tl.constexpr = tl.constexpr(6)
 # Adding and subtracting 2^52 rounds a float64 below it to an integer, ties to even.
 ROUNDER: tl.constexpr = tl.constexpr(4503599627370496.0)
 UNIT: tl.constexpr = tl.constexpr(2.0**-53)
+UNIT_SHIFT: tl.constexpr = tl.constexpr(2**52 + 1)
 BELL_END: tl.constexpr = tl.constexpr(BELL_END_VALUE)
 NO_KEY: tl.constexpr = tl.constexpr(NO_KEY_VALUE)
+GAMMA: tl.constexpr = tl.constexpr(bits_module.GAMMA)
+SHIFTS: tl.constexpr = tl.constexpr(bits_module.SHIFTS)
+MULTIPLIERS: tl.constexpr = tl.constexpr(bits_module.MULTIPLIERS)
 LOG2_E: tl.constexpr = tl.constexpr(exact.LOG2_E)
 LN2_HIGH: tl.constexpr = tl.constexpr(exact.LN2_HIGH)
 LN2_LOW: tl.constexpr = tl.constexpr(exact.LN2_LOW)
@@ -238,16 +243,14 @@ def scaled_share(i, total, num_draws):
 
 @triton.jit
 def random_bits(samples, seed, stream, step):
-    """Return 64 random bits (u64) per sample: key = seed, counter = (sample, stream, step)."""
-    zero = samples.to(tl.uint32) * 0
-    low, high, _, _ = tl.philox(
-        seed,
-        samples.to(tl.uint32),
-        zero + stream.to(tl.uint32),
-        zero + (step & 0xFFFFFFFF).to(tl.uint32),
-        zero + ((step >> 32) & 0xFFFFFFFF).to(tl.uint32),
-    )
-    return (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+    """Return 64 random bits (u64) per sample, as in `bits.random_bits`."""
+    zero = (samples * 0).to(tl.uint32)  # a block: the interpreter warns of scalars whose products wrap
+    step_low, step_high = (step & 0xFFFFFFFF).to(tl.uint32), ((step >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    low, high, _, _ = tl.philox(seed, zero, zero + stream.to(tl.uint32), zero + step_low, zero + step_high)
+    word = ((high.to(tl.uint64) << 32) | low.to(tl.uint64)) + (samples.to(tl.uint64) + 1) * GAMMA
+    for n in tl.static_range(2):
+        word = (word ^ (word >> SHIFTS[n])) * MULTIPLIERS[n]
+    return word ^ (word >> SHIFTS[2])
 
 
 @triton.jit
@@ -382,8 +385,8 @@ def tree_race_kernel(
         num_live = tl.maximum(tl.load(num_live_ptr), 1).to(tl.float64)
         near = (weight / sum_q) * (1.0 - exploration)
         weight = near + ((q > 0).to(tl.float64) / num_live) * exploration
-    bits = random_bits(leaves, tl.load(seed_ptr), tl.load(stream_ptr), tl.load(step_ptr))
-    uniform = ((bits >> 11).to(tl.int64) + 1).to(tl.float64) * UNIT
+    drawn = random_bits(leaves, tl.load(seed_ptr), tl.load(stream_ptr), tl.load(step_ptr)).to(tl.int64, bitcast=True)
+    uniform = ((drawn >> 11) + UNIT_SHIFT).to(tl.float64) * UNIT
     is_live = (q > 0) & (weight > 0.0)
     keys = ((0.0 - log_of_unit(uniform)) / tl.where(is_live, weight, 1.0)).to(tl.int64, bitcast=True)
     tl.store(keys_ptr + leaves, tl.where(is_live, (keys & ~index_mask) | leaves, NO_KEY), mask=mask)
