@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "step": ("training.share_of_phases", ()),
     "trainer": ("training.phase_beside_trl", ()),
     "end_to_end": ("training.whole_steps", ()),
+    "sampling": ("training.sampling", ()),
     "weight_sync": ("training.weight_sync", ()),
     "math_rewards": ("rewards.math_rewards", ()),
     "sandbox": ("rewards.sandbox", ()),

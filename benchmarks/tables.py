@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import pictures, run, stale
 from benchmarks.loss import compile_kernels, peaked, report
 from benchmarks.rewards import sandbox as sandbox_case
-from benchmarks.training import whole_steps
+from benchmarks.training import sampling, whole_steps
 from benchmarks.training.efficiency import sections, suites, table
 from benchmarks.training.efficiency.sections import RunFiles
 from benchmarks.training.efficiency.summary import Row
@@ -76,7 +76,7 @@ KERNEL_COLUMNS = (
 
 
 def kernels(result: dict[str, Any]) -> str:
-    """Format the first cell of the comparison of the trajectory-balance loss with peers as Markdown."""
+    """Format the first cell of a comparison with peers, of the trajectory-balance loss or of log-probs, as Markdown."""
     cell = result["cells"][0]
     lines = [f"| {' | '.join(KERNEL_COLUMNS)} |", "|" + "---|" * len(KERNEL_COLUMNS)]
     lines += [f"| {' | '.join(_kernel_cells(row))} |" for row in report.ordered(cell) if not row["ceiling"]]
@@ -91,8 +91,9 @@ def kernels(result: dict[str, Any]) -> str:
     where = device.get("gpu") or f"{device['threads']} thread{'s' if device['threads'] > 1 else ''}"
     skipped = sorted(f"{row['name']} ({row['reason']})" for row in cell["rows"] if row["status"] == "skipped")
     left_out = f"Not measured: {'; '.join(skipped)}." if skipped else ""
+    what = "Log-probs" if result["case"] == "logprobs" else "Trajectory-balance loss"
     note = f"""
-        Trajectory-balance loss of {shape["tokens"]} tokens, hidden size {shape["hidden_size"]}, vocabulary
+        {what} of {shape["tokens"]} tokens, hidden size {shape["hidden_size"]}, vocabulary
         {shape["vocab_size"]}, {cell["dtype"]}, {where}. Times: median (10th to 90th percentile) of interleaved runs;
         memory: in addition to the inputs; errors: against {cell["oracle"]}. {". ".join(against)}. {left_out}
         {_environment(result)}."""
@@ -300,6 +301,16 @@ def end_to_end(result: dict[str, Any]) -> str:
     return "\n".join([*whole_steps.table(result), "", _wrapped(note)])
 
 
+def sampled(result: dict[str, Any]) -> str:
+    """Format our sampling beside that of transformers as Markdown."""
+    given = result["arguments"]
+    note = f"""
+        {given["prompts"]} prompts of {given["prompt_tokens"]} tokens x {given["completions"]} completions of
+        {given["tokens"]} tokens, float32, threads: {given["threads"]}; seconds of the processor, median (smallest to
+        largest) of {given["repeats"]} calls that alternate. {_environment(result)}."""
+    return "\n".join([*sampling.table(result), "", _wrapped(note)])
+
+
 def faults(result: dict[str, Any]) -> str:
     """Format the injected faults and their outcomes as Markdown."""
     found, processes = result["checkpoint"], result["processes"]
@@ -374,6 +385,7 @@ SECTIONS: dict[str, Section | RunFiles] = {
     **{f"sample_efficiency_{name}": RunFiles((name,), sections.suite_table) for name in suites.NAMES},
     "tiny": Section("train_tiny", train_run),
     "kernels": Section("trajectory_balance", kernels),
+    "logprobs": Section("logprobs", kernels),
     "peaked": Section("peaked", peaked_policies),
     "compile": Section("compile", compiled),
     "weight_sync": Section("weight_sync", weight_sync),
@@ -384,6 +396,7 @@ SECTIONS: dict[str, Section | RunFiles] = {
     "trainer": Section("trainer", trainer),
     "trainer_longer": Section("trainer", trainer, "trainer_longer.json"),
     "end_to_end": Section("end_to_end", end_to_end),
+    "sampling": Section("sampling", sampled),
     "faults": Section("faults", faults),
 }
 """Sections by the name in their marks."""

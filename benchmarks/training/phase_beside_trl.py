@@ -2,7 +2,7 @@
 
 A turn is all work between rewards and new weights: log-probs of the sampling policy, forward and backward passes, and
 optimiser steps. TRL gets its completions from `rollout_func` and is timed by callbacks in its own loop; ours runs
-`Policy.logprobs` and `update_policy` as the trainer does. Each method is a process, and they alternate. The rollouts
+`old_logprobs` and `update_policy` as the trainer does. Each method is a process, and they alternate. The rollouts
 are random token ids with lengths spread evenly on a logarithmic scale, all drawn from the seed.
 
 On a CPU everything is float32. On a GPU the use of bfloat16 differs: TRL keeps float32 weights and casts within
@@ -228,7 +228,7 @@ def _said(arguments: Arguments, batch: Batch, precision: str, weights: str) -> d
 
 
 def run_ours(arguments: Arguments) -> None:
-    """Serve turns of `Policy.logprobs` and `update_policy`, always on the same batch."""
+    """Serve turns of `old_logprobs` and `update_policy`, always on the same batch."""
     import torch
 
     from paced_fast.config import OptimizerConfig
@@ -236,7 +236,7 @@ def run_ours(arguments: Arguments) -> None:
     from paced_fast.config.resolve import resolve
     from paced_fast.data import packing
     from paced_fast.data.records import Completion, Targets
-    from paced_fast.paced.update import make_optimizer, update_policy
+    from paced_fast.paced.update import make_optimizer, minibatches, old_logprobs, update_policy
     from paced_fast.policy import Policy, choose_attention
 
     device = environment.choose_device(arguments.device)
@@ -261,13 +261,16 @@ def run_ours(arguments: Arguments) -> None:
     while True:
         turns.begin()
         rollouts = packing.pack(completions, prompts, index, batch.rewards, step, device)
-        old = policy.logprobs(rollouts, config.generation.temperature)
+        first = frozenset(minibatches(rollouts, config, step=step, epoch=0)[0])
+        others = [i for i in range(rollouts.num_sequences) if i not in first]
+        old = old_logprobs(policy, rollouts, others, config.generation.temperature)
         targets = Targets(
             signal=rollouts.rewards,
             intercept=torch.full_like(rollouts.rewards, 0.5),
             old_logprobs=old,
             ref_logprobs=old,
             weights=torch.ones_like(rollouts.rewards),
+            unscored=first,
         )
         done = update_policy(policy, optimizer, rollouts, targets, config, step=step, num_updates=step)
         turns.end(updates=int(done.taken), grad_norm=float(done.grad_norm))

@@ -50,8 +50,8 @@ class Arguments:
     """Measured turns per method, after one warm-up turn."""
     threads: int = 1
     """CPU threads of every method."""
-    methods: tuple[str, ...] = METHODS
-    """Methods to measure."""
+    methods: tuple[str, ...] = ()
+    """Methods to measure; none means all on a GPU, and on a CPU those without gradient checkpointing."""
     model: str = "smollm2"
     """smollm2 or toy."""
     seed: int = 0
@@ -76,8 +76,9 @@ def measure(arguments: Arguments, path: Path) -> dict[str, Any]:
     """Measure every method; `path` always has the latest."""
     _check(arguments)
     on_gpu = environment.choose_device(arguments.device).type == "cuda"
-    methods = [name for name in arguments.methods if name == OURS or importlib.util.find_spec("trl") is not None]
-    left_out = [f"{name}: trl is not installed" for name in arguments.methods if name not in methods]
+    asked = arguments.methods or [name for name in METHODS if on_gpu or not name.endswith(CHECKPOINTED)]
+    methods = [name for name in asked if name == OURS or importlib.util.find_spec("trl") is not None]
+    left_out = [f"{name}: trl is not installed" for name in asked if name not in methods]
     result: dict[str, Any] = {"arguments": asdict(arguments), "left_out": left_out, "rows": []}
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
     with ExitStack() as stack:

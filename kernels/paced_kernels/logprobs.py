@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks
 from ._backend import resolve_backend
-from ._loss.operators import compute_linear_logprobs
+from ._loss.calls import compute_linear_logprobs
 from ._shard import VocabShard
 
 
@@ -69,7 +69,9 @@ def linear_logprobs(
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
 
     Logits are float32 (float64 for float64 inputs) and exist for a chunk of rows at a time. The backward pass
-    recomputes them: 2 T H V floating-point operations forward, up to 6 T H V backward. A row whose incoming gradient
+    recomputes them: 2 T H V floating-point operations forward, up to 6 T H V backward. On a CPU it does not where the
+    exponentials of all rows fit the workspace, or 512 MiB without a bound, and entropies are not asked for: they are
+    kept until then, and 4 T H V remain. A row whose incoming gradient
     is exactly 0 contributes exactly 0. A frozen head or frozen hidden states cost no gradient work.
 
     Args:

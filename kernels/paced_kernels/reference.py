@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._loss.operators import compute_linear_logprobs, compute_trajectory_balance
+from ._loss.calls import compute_linear_logprobs, compute_trajectory_balance
 from ._loss.sequences import make_terms, reduce_segments, segment_mean, segment_sum
 from ._shard import VocabShard
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._backend import resolve_backend
-from ._loss.operators import compute_trajectory_balance
+from ._loss.calls import compute_trajectory_balance
 from ._shard import VocabShard
 from .reference import TBOutput
 

@@ -169,6 +169,13 @@ class Targets:
     old_logprobs: Tensor  # f32[T], the policy at the start of the step
     ref_logprobs: Tensor  # f32[T], old_logprobs, or the initial policy's where that is the reference
     weights: Tensor  # f32[B], constant factor of each sequence: 1, or what corrects for the policy that sampled it
+    unscored: frozenset[int] = frozenset()
+    """Sequences whose entries of `old_logprobs`, and of `weights`, the first optimiser step of the update writes: there
+    the policy is still the old one, and its own forward pass has them."""
+    from_generator: frozenset[int] = frozenset()
+    """Sequences whose old log-probs are the generator's, which is the policy itself: they say nothing about it."""
+    num_sampled: int = 0
+    """The first so many sequences were sampled in this step; the weights of others stay 1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,8 @@ class StepRecord(_Record):
     effective_sample_share: float
     """Effective sample size of the importance weights, over the number of sequences."""
     generator_mismatch_mean: float
-    """Mean over tokens of |log-prob of the trainer - log-prob of the generator|, in nats."""
+    """Mean over tokens of |log-prob of the trainer - log-prob of the generator|, in nats. These figures leave out
+    sequences whose log-probs were taken over from a generator that decodes with the policy itself."""
     generator_mismatch_max: float
     generator_mismatch_token_ratio: float
     """Mean over tokens of the exponential of that difference's size."""

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from paced_fast.data.distributed import Queue, World, joined
 from paced_fast.data.records import Completion
-from paced_fast.generation import Generator, Sampling
+from paced_fast.generation import Generator, Sampling, TransformersGenerator
 
 Deal = Literal["queue", "parts"]
 
@@ -88,6 +89,14 @@ class SharedGenerator:
     def close(self) -> None:
         """See `Generator.close`."""
         self.own.close()
+
+
+def samples_exactly(generator: Generator, model: PreTrainedModel) -> bool:
+    """Whether a generator's log-probs are those of `model` up to rounding in float32: it decodes with that model on a
+    CPU. A GPU may round the operands of float32 products, and bfloat16 rounds whatever the device."""
+    own = generator.own if isinstance(generator, SharedGenerator) else generator
+    is_same = isinstance(own, TransformersGenerator) and own.model is model
+    return is_same and model.device.type == "cpu" and model.dtype == torch.float32
 
 
 def gather_completions(world: World, own: Sequence[Completion]) -> list[Completion]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from transformers import PreTrainedModel
 
 from paced_fast.config import Config, stream_seed
 from paced_fast.data import packing, prompts
@@ -18,6 +19,7 @@ from paced_fast.data.transfer import to_device
 from paced_fast.errors import EVERYWHERE, UnscoredError
 from paced_fast.generation import Generator, Sampling
 from paced_fast.generation.interface import without_unknown_ids
+from paced_fast.generation.over_ranks import samples_exactly
 from paced_fast.paced.targets import group_accuracy
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.rewards.over_ranks import Scores, gather_scores
@@ -60,6 +62,10 @@ class Collector:
         self.config, self.table, self.decode, self.vocabulary = config, table, decode, vocabulary
         self.generator, self.scorer, self.shaper = generator, scorer, shaper
         self.device, self.world, self.recorded, self.phase = device, world, recorded, phase
+
+    def samples_exactly(self, model: PreTrainedModel) -> bool:
+        """Whether the log-probs of what is sampled are those of `model` up to rounding in float32."""
+        return self.recorded is None and samples_exactly(self.generator, model)
 
     def groups(self, prompt_index: Sequence[int], step: int, round_: int = 0) -> list[Group]:
         """Sample and score one group per prompt. Raises UnscoredError when too many rewards failed."""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from paced_fast.config import Config
+from paced_fast.data import packing
 from paced_fast.data.distributed import ALONE, World
 from paced_fast.data.records import Fresh, Rollouts, Targets, UpdateResult
 from paced_fast.generation.mismatch import sequence_weights
 from paced_fast.paced.log_z import LogZ
-from paced_fast.paced.update import old_logprobs
+from paced_fast.paced.update import minibatches, old_logprobs
 from paced_fast.policy import Policy
 from paced_kernels import segment_sum
 
@@ -42,11 +43,28 @@ def make_targets(
     fresh: Fresh,
     values: Tensor | None,
     world: World = ALONE,
+    *,
+    step: int,
+    generator_is_policy: bool = False,
 ) -> Targets:
-    """Targets of the policy's loss for `rollouts`, whose first sequences are the `fresh` ones."""
+    """Targets of the policy's loss for `rollouts`, whose first sequences are the `fresh` ones, in step number `step`.
+
+    Old log-probs of the first optimiser step's sequences are left to that step, which has them anyway. With
+    `generator_is_policy` those of the other fresh ones are the generator's: both agree to rounding, as the first step
+    goes on measuring. Only what remains takes a pass, and everything where differences are to be corrected.
+    """
     regression, temperature = REGRESSIONS[config.algorithm], config.generation.temperature
     count = fresh.rollouts.num_sequences
-    old = old_logprobs(policy, rollouts, temperature, world)
+    first = next(iter(minibatches(rollouts, config, step=step, epoch=0)), [])
+    unscored = frozenset(first)
+    trusts = generator_is_policy and config.mismatch.mode == "off"
+    taken = frozenset(range(count) if trusts else ()) - unscored
+    others = [i for i in range(rollouts.num_sequences) if i not in unscored and i not in taken]
+    old = old_logprobs(policy, rollouts, others, temperature, world)
+    if taken:
+        tokens = packing.token_positions(rollouts, sorted(taken))
+        old.index_copy_(0, tokens, rollouts.generator_logprobs[tokens])
+    everything = range(rollouts.num_sequences)
     weights = torch.ones_like(rollouts.rewards)
     if config.mismatch.mode != "off":
         sampled, own = fresh.rollouts, old[: fresh.rollouts.num_tokens]
@@ -55,8 +73,11 @@ def make_targets(
         signal=regression.signal(config, rollouts, fresh),
         intercept=regression.intercept(config, rollouts, fresh, values),
         old_logprobs=old,
-        ref_logprobs=old if initial is None else old_logprobs(initial, rollouts, temperature, world),
+        ref_logprobs=old if initial is None else old_logprobs(initial, rollouts, everything, temperature, world),
         weights=weights,
+        unscored=unscored,
+        from_generator=taken,
+        num_sampled=count,
     )
 
 

@@ -86,7 +86,17 @@ class Trainer:
         with self.phase("head"):
             self._rescore(rollouts.prompt_index)
         with self.phase("old_logprobs"):
-            targets = make_targets(config, self.policy, self.initial, rollouts, fresh, values, self.world)
+            targets = make_targets(
+                config,
+                self.policy,
+                self.initial,
+                rollouts,
+                fresh,
+                values,
+                self.world,
+                step=step,
+                generator_is_policy=self.collector.samples_exactly(self.policy.model),
+            )
         with self.phase("update"):
             update = update_policy(
                 self.policy,

@@ -6,6 +6,7 @@ tokens, s = sum of a sequence's log-probs, b = beta.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -18,6 +19,7 @@ from paced_fast.data import packing
 from paced_fast.data.distributed import ALONE, World
 from paced_fast.data.records import Rollouts, Targets, UpdateResult
 from paced_fast.data.transfer import to_device
+from paced_fast.generation.mismatch import sequence_weights
 from paced_fast.paced.losses import POLICY_LOSSES, MicroOutput
 from paced_fast.policy import Policy, micro_batches
 from paced_fast.policy.optimizer import PolicyOptimizer
@@ -45,12 +47,15 @@ def learning_rate(config: OptimizerConfig, num_updates: Tensor) -> Tensor:
     return config.learning_rate * ((num_updates + 1).double() / warmup).clamp(max=1.0)
 
 
-def old_logprobs(policy: Policy, rollouts: Rollouts, temperature: float, world: World = ALONE) -> Tensor:
-    """Log-probs f32[T] of the packed tokens under the current parameters; each rank computes those of its part."""
-    if world.size == 1 and not policy.lockstep:
-        return policy.logprobs(rollouts, temperature)
+def old_logprobs(
+    policy: Policy, rollouts: Rollouts, sequences: Sequence[int], temperature: float, world: World = ALONE
+) -> Tensor:
+    """Log-probs f32[T] of the tokens of `sequences` under the current parameters, 0 elsewhere; each rank computes
+    those of its part."""
     result = torch.zeros(rollouts.num_tokens, dtype=torch.float32, device=policy.device)
-    for chosen, counts in passes(policy, rollouts, range(rollouts.num_sequences), policy.max_tokens, world):
+    if not sequences:
+        return result
+    for chosen, counts in passes(policy, rollouts, sequences, policy.max_tokens, world):
         part = packing.part(rollouts, chosen)
         values = policy.pass_logprobs(part.rollouts, temperature)
         if counts:
@@ -102,6 +107,9 @@ def update_policy(
     its own number of sequences, independent of the split into micro-batches and over ranks. A skipped step does not
     advance the learning-rate schedule; skipping is decided on the device, identically on every rank, without waiting
     for the host.
+
+    Before the first optimiser step the policy is the old one, so the old log-probs of its sequences, where `targets`
+    leaves them unscored, come from its own states; they and the weights that depend on them are written into `targets`.
     """
     log_ratio = torch.zeros_like(targets.signal)
     weight = torch.zeros_like(targets.signal)
@@ -109,8 +117,8 @@ def update_policy(
     norms: list[Tensor] = []
     taken = torch.zeros((), dtype=torch.int64, device=policy.device)
     for epoch in range(config.optimizer.epochs):
-        seed = stream_seed(config.seed, step, f"minibatches/{epoch}")
-        for sequences in _minibatches(rollouts, config.optimizer.minibatches, seed):
+        for sequences in minibatches(rollouts, config, step=step, epoch=epoch):
+            found = torch.zeros_like(targets.old_logprobs) if targets.unscored and not losses else None
             optimizer.zero_grad()
             loss = torch.zeros((), device=policy.device)
             own = torch.zeros(2, len(log_ratio), device=policy.device)  # log ratios and weights of this rank's part
@@ -118,18 +126,26 @@ def update_policy(
             for k, (chosen, counts) in enumerate(mine, start=1):
                 part = packing.part(rollouts, chosen)
                 goal = _select(targets, part)
-                out = policy.run(partial(_micro_loss, policy, part.rollouts, goal, config, len(sequences)))
+                compute = partial(_micro_loss, policy, part.rollouts, goal, config, len(sequences))
+                out, old = policy.run(
+                    partial(compute, sampled=part.sequences < targets.num_sampled, scores=found is not None)
+                )
                 optimizer.before_backward(is_last=k == len(mine))
                 (out.loss if counts else out.loss * 0.0).backward()
                 if counts:
                     loss += out.loss.detach()
                     own.index_copy_(1, part.sequences, torch.stack([out.log_ratio, out.weight]))
+                    if found is not None and old is not None:
+                        found.index_copy_(0, part.tokens, old)
             if optimizer.split_gradients:
                 for _ in range(_most_passes(policy, rollouts, sequences, config, world) - len(mine)):
                     optimizer.skip_backward()
             optimizer.learning_rate.copy_(learning_rate(config.optimizer, num_updates + taken))
             made = optimizer.clip_and_step(loss, config.optimizer.max_grad_norm)
             world.sum_(own)
+            if found is not None:
+                world.sum_(found)
+                _fill_in(targets, rollouts, found, sequences, config)
             index = to_device(sequences, torch.int64, policy.device)
             log_ratio.index_copy_(0, index, own[0, index])
             weight.index_copy_(0, index, own[1, index])
@@ -140,9 +156,48 @@ def update_policy(
     return UpdateResult(torch.stack(losses).mean(), torch.stack(norms).mean(), log_ratio, weight, skipped, taken)
 
 
-def _micro_loss(policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int) -> MicroOutput:
-    """Forward pass and loss, in one call because sharded parameters are gathered around it."""
-    return POLICY_LOSSES[config.algorithm](policy.hidden(micro), policy, micro, targets, config, denominator)
+def _micro_loss(
+    policy: Policy,
+    micro: Rollouts,
+    targets: Targets,
+    config: Config,
+    denominator: int,
+    *,
+    sampled: Tensor,
+    scores: bool,
+) -> tuple[MicroOutput, Tensor | None]:
+    """Forward pass and loss, in one call because sharded parameters are gathered around it.
+
+    With `scores` the policy is the old one: its log-probs of these states are the old ones, returned too, and give the
+    weights of the sequences that were `sampled` (bool[b]) in this step.
+    """
+    hidden, old = policy.hidden(micro), None
+    if scores:
+        with torch.no_grad():
+            old = policy.token_logprobs(hidden.detach(), micro.token_ids, config.generation.temperature)
+        targets = dataclasses.replace(
+            targets,
+            old_logprobs=old,
+            ref_logprobs=targets.ref_logprobs if config.traits.keeps_initial_policy else old,
+            weights=torch.where(sampled, _mismatch_weights(micro, old, config), targets.weights),
+        )
+    return POLICY_LOSSES[config.algorithm](hidden, policy, micro, targets, config, denominator), old
+
+
+def _mismatch_weights(rollouts: Rollouts, old: Tensor, config: Config) -> Tensor:
+    return sequence_weights(rollouts.generator_logprobs, old, rollouts.cu_seqlens, config.mismatch)
+
+
+def _fill_in(targets: Targets, rollouts: Rollouts, found: Tensor, sequences: Sequence[int], config: Config) -> None:
+    """Write old log-probs `found` f32[T] of the first minibatch, and the weights that follow, into `targets`."""
+    part = packing.part(rollouts, sequences)
+    old = found[part.tokens]
+    targets.old_logprobs.index_copy_(0, part.tokens, old)
+    if not config.traits.keeps_initial_policy:
+        targets.ref_logprobs.index_copy_(0, part.tokens, old)
+    sampled = part.sequences < targets.num_sampled
+    corrected = torch.where(sampled, _mismatch_weights(part.rollouts, old, config), targets.weights[part.sequences])
+    targets.weights.index_copy_(0, part.sequences, corrected)
 
 
 def _select(targets: Targets, part: packing.Part) -> Targets:
@@ -153,6 +208,12 @@ def _select(targets: Targets, part: packing.Part) -> Targets:
         ref_logprobs=targets.ref_logprobs[part.tokens],
         weights=targets.weights[part.sequences],
     )
+
+
+def minibatches(rollouts: Rollouts, config: Config, *, step: int, epoch: int) -> list[list[int]]:
+    """The sequences of each optimiser step of an epoch; those without a verdict are in none."""
+    seed = stream_seed(config.seed, step, f"minibatches/{epoch}")
+    return _minibatches(rollouts, config.optimizer.minibatches, seed)
 
 
 def _minibatches(rollouts: Rollouts, count: int, seed: int) -> list[list[int]]:

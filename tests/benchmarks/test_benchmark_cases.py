@@ -31,6 +31,7 @@ WORDS = {
     "integrations": "--tokens 64 --vocabulary 64 --hidden 64 --layers 1 --repeats 1 --device cpu",
     "sample_efficiency": "--quick --seeds 1 --arms paced --workers 0 --no-sweep",
     "step": "--quick --preset tiny --steps 2 --skip 1",
+    "sampling": "--models tiny --prompts 2 --tokens 8 --repeats 1",
     "math_rewards": "--answers 8 --repeats 1 --rows 12",
     "model_types": "--types llama mamba2 bert cpmant",
     "sandbox": "--runs 2 --no-attacks",

@@ -170,6 +170,28 @@ def test_tokens_without_probability_are_never_drawn() -> None:
     assert logprob.tolist() == pytest.approx([-math.log(2)] * 4)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 1000])
+def test_a_token_is_where_the_distribution_passes_the_number_whatever_the_size_of_the_vocabulary(
+    vocabulary: int,
+) -> None:
+    source = torch.Generator().manual_seed(vocabulary)
+    logits = 4 * torch.randn(200, vocabulary, generator=source)
+    if vocabulary > 1:
+        logits[:, ::3] = -math.inf  # the first token, and ends of blocks
+    before = logits.clone()
+    uniforms = torch.rand(200, generator=source, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    token, logprob = _sample(logits, uniforms, 1.0)
+    assert torch.equal(logits, before)
+    mass = logits.double().softmax(-1)
+    after = mass.cumsum(-1).gather(1, token[:, None])[:, 0]
+    own = mass.gather(1, token[:, None])[:, 0]
+    assert bool((own > 0).all())
+    assert bool((uniforms < after + 1e-6).all())
+    assert bool((uniforms >= after - own - 1e-6).all())
+    torch.testing.assert_close(logprob.double(), own.log(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_order_of_the_result_is_the_callers() -> None:
     """Prompts are sorted by length inside; each completion must still belong to its own prompt."""
     made = tiny_policy.model()

@@ -82,15 +82,16 @@ def test_opcheck_of_log_probs(backend: str, dtype: torch.dtype) -> None:
     case = make_case(dtype)
     hidden, weight, bias = (case[name] for name in LEAVES[:3])
     shard = "", 0, V, 2.0**-8
-    opcheck(operators.linear_logprobs, hidden, weight, bias, case["token_ids"], 0.7, True, None, backend, *shard)
-    opcheck(operators.linear_logprobs, hidden, weight, None, case["token_ids"], 1.0, False, 4 * 8 * V, backend, *shard)
-    opcheck(
-        operators.linear_logprobs, hidden.detach(), weight, None, case["token_ids"], 1.0, True, None, backend, *shard
-    )
-    inputs = hidden.detach(), weight.detach(), bias.detach(), case["token_ids"]
-    logprobs, lse, entropy = operators.linear_logprobs(*inputs, 0.7, True, None, backend, *shard)
+    ids, keeps = case["token_ids"], False
+    opcheck(operators.linear_logprobs, hidden, weight, bias, ids, 0.7, True, None, backend, *shard, keeps)
+    opcheck(operators.linear_logprobs, hidden, weight, None, ids, 1.0, False, 4 * 8 * V, backend, *shard, keeps)
+    opcheck(operators.linear_logprobs, hidden.detach(), weight, None, ids, 1.0, True, None, backend, *shard, keeps)
+    if backend == "reference":
+        opcheck(operators.linear_logprobs, hidden, weight, bias, ids, 0.7, False, None, backend, *shard, True)
+    inputs = hidden.detach(), weight.detach(), bias.detach(), ids
+    logprobs, lse, entropy, *kept = operators.linear_logprobs(*inputs, 0.7, True, None, backend, *shard, keeps)
     grads = torch.ones_like(logprobs), torch.ones_like(entropy)
-    rest = 0.7, None, backend, *shard
+    rest = 0.7, None, backend, *shard, *kept
     opcheck(operators.linear_logprobs_backward, *grads, logprobs, lse, entropy, *inputs, *rest, [True, True, True])
     opcheck(
         operators.linear_logprobs_backward, None, grads[1], logprobs, lse, entropy, *inputs, *rest, [False, True, False]

@@ -243,16 +243,24 @@ def test_seconds_follow_the_device_and_the_ranks() -> None:
     slow = dataclasses.replace(DEVICES["h100"], float32_flops=1e9, memory_bandwidth=1e30, link_bandwidth=1e30)
     forward = roofline.forward_flops(shape, roofline.step_work(config))
     seconds = roofline.estimate(shape, config, memory.Layout(), slow)
-    assert seconds["old_logprobs"] == pytest.approx(forward / 0.5e9)
-    assert seconds["update"] == pytest.approx(3 * forward / 0.5e9)
+    # Old log-probs come from the states of the only optimiser step: its 104 tokens are projected once more.
+    assert seconds["old_logprobs"] == 0.0
+    assert seconds["update"] == pytest.approx((3 * forward + 104 * 2 * 11 * 16) / 0.5e9)
+    # Of four optimiser steps the first has them, and three quarters are scored before.
+    config = tiny_policy.replaced(config, generation__prompts_per_step=4, optimizer__minibatches=4)
+    forward = roofline.forward_flops(shape, roofline.step_work(config))
+    seconds = roofline.estimate(shape, config, memory.Layout(), slow)
+    assert seconds["old_logprobs"] == pytest.approx(0.75 * forward / 0.5e9)
+    assert seconds["update"] == pytest.approx((3 * forward + 104 * 2 * 11 * 16) / 0.5e9)
     two = roofline.estimate(shape, config, memory.Layout(ranks=2), slow)
     assert two["old_logprobs"] == pytest.approx(seconds["old_logprobs"] / 2)
     assert "exchange between ranks" in two
     # A reference that is kept is computed beside the old log-probs, and is no part of the update.
     kept = roofline.estimate(shape, dataclasses.replace(config, algorithm="flowrl"), memory.Layout(), slow)
-    assert kept["old_logprobs"] == pytest.approx(2 * forward / 0.5e9)
+    assert kept["old_logprobs"] == pytest.approx(1.75 * forward / 0.5e9)
     assert kept["update"] == seconds["update"]
     # Decoding is bound by memory: 13 passes that read all weights, and keys and values of 8 sequences of 18.5 tokens.
+    config = tiny_policy.replaced(config, generation__prompts_per_step=1, optimizer__minibatches=1)
     narrow = dataclasses.replace(slow, float32_flops=1e30, memory_bandwidth=1e6)
     read = 4 * (shape.body_parameters + shape.head_parameters + 8 * 18.5 * shape.kv_numbers)
     assert roofline.generation_seconds(shape, config, memory.Layout(), narrow) == pytest.approx(13 * read / 0.7e6)

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._shard import VocabShard
 from . import tiles
-from .engine import Guard, even_workspace, make_engine, make_head, shard_options
+from .engine import Guard, even_workspace, make_engine, make_head
 from .fused_pass import FusedOptions, FusedPass, plan_groups
 from .gradients import Gradients, Wanted, score_rows
 from .sequences import make_terms
-from .torch_rows import RowStats, row_chunks
+from .torch_rows import Exponentials, RowStats, TorchRows, kept_bytes, row_chunks
 
 
 def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
@@ -40,16 +39,25 @@ def linear_logprobs(
     shard_start: int,
     vocab_size: int,
     skipped_share: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probs [T], log-sum-exps [T] and entropies [T] (or [0]); the backward pass reads `skipped_share`."""
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return log-probs [T], log-sum-exps [T], entropies [T] (or [0]), and with `keeps` what the backward pass would
+    compute again: E' [T, V] and its factor [T] (or [0]). The backward pass reads `skipped_share`."""
     del skipped_share
     _checks.check_token_values(token_ids, vocab_size)
     with Guard(hidden.device):
         head = make_head(weight, bias, temperature, shard_group, shard_start)
+        nothing = hidden.new_empty(0, dtype=head.accumulate)
+        if keeps:
+            workspace = kept_bytes(hidden.shape[0], weight.shape[0], weight.dtype)
+            all_rows = TorchRows(head, hidden, token_ids.contiguous(), with_entropy, workspace)
+            chunk = all_rows.exponentials(slice(0, hidden.shape[0]), None, keeps_numbers=True)
+            return chunk.stats.logprobs, chunk.stats.lse, nothing, chunk.matrix, chunk.factor
         workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
         engine = make_engine(head, hidden, token_ids, with_entropy, workspace_bytes, backend)
         stats = score_rows(engine, slice(0, hidden.shape[0]))
-        return stats.logprobs, stats.lse, _or_empty(stats.entropy, stats.logprobs)
+        entropy = nothing.clone() if stats.entropy is None else stats.entropy
+        return stats.logprobs, stats.lse, entropy, nothing, nothing.clone()
 
 
 @linear_logprobs.register_fake
@@ -60,13 +68,14 @@ def _(
     token_ids: Tensor,
     temperature: float,
     with_entropy: bool,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _accumulate(weight)
-    num_rows = hidden.shape[0]
-    sizes = num_rows, num_rows, num_rows if with_entropy else 0
-    a, b, c = (hidden.new_empty(size, dtype=dtype) for size in sizes)
-    return a, b, c
+    num_rows, keeps = hidden.shape[0], options[-1]
+    matrix = (num_rows, weight.shape[0]) if keeps else (0,)
+    sizes = (num_rows,), (num_rows,), (num_rows if with_entropy else 0,), matrix, (num_rows if keeps else 0,)
+    a, b, c, d, e = (hidden.new_empty(size, dtype=dtype) for size in sizes)
+    return a, b, c, d, e
 
 
 @torch.library.custom_op("paced_kernels::linear_logprobs_backward", mutates_args=())
@@ -87,9 +96,12 @@ def linear_logprobs_backward(
     shard_start: int,
     vocab_size: int,
     skipped_share: float,
+    matrix: Tensor,
+    factor: Tensor,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients of hidden, weight and bias ([0] if not wanted), from log-probs and entropies of the forward."""
+    """Return gradients of hidden, weight and bias ([0] if not wanted), from log-probs and entropies of the forward, and
+    from its exponentials [T, V] and their factor [T] where it kept them."""
     with Guard(hidden.device):
         head = make_head(weight, bias, temperature, shard_group, shard_start)
         with_entropy = grad_entropy is not None
@@ -105,8 +117,13 @@ def linear_logprobs_backward(
         if grad_entropy is not None:
             grad_entropy = grad_entropy.to(logprobs.dtype).contiguous()
             live = live | (grad_entropy != 0)
-        for rows in row_chunks(0, hidden.shape[0], engine.rows_per_chunk):
-            chunk = engine.exponentials(rows, live[rows], known.narrow(rows.start, rows.stop))
+        is_kept = factor.numel() > 0
+        num_rows = hidden.shape[0] if is_kept else engine.rows_per_chunk
+        for rows in row_chunks(0, hidden.shape[0], num_rows):
+            if is_kept:
+                chunk = Exponentials(known, matrix, factor)
+            else:
+                chunk = engine.exponentials(rows, live[rows], known.narrow(rows.start, rows.stop))
             entropy_rows = None if grad_entropy is None else grad_entropy[rows]
             gradients.add(engine, chunk, rows, coefficient[rows], live[rows], entropy_rows)
         return _rounded(gradients, hidden, weight)
@@ -130,7 +147,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return a, b, c
 
 
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, token_ids, *options = inputs
     ctx.save_for_backward(hidden, weight, bias, token_ids, *output)
     ctx.options = options
@@ -138,12 +155,12 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _backward_linear(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    grad_logprobs, _, grad_entropy = grads
+    grad_logprobs, _, grad_entropy = grads[:3]
     wanted = ctx.needs_input_grad[:3]
-    hidden, weight, bias, token_ids, logprobs, lse, entropy = ctx.saved_tensors
-    temperature, with_entropy, workspace_bytes, backend, group, start, vocab_size, skipped_share = ctx.options
+    hidden, weight, bias, token_ids, logprobs, lse, entropy, matrix, factor = ctx.saved_tensors
+    temperature, with_entropy, workspace_bytes, backend, group, start, vocab_size, skipped_share, _ = ctx.options
     if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 12
+        return (None,) * 13
     outs = linear_logprobs_backward(
         grad_logprobs,
         grad_entropy if with_entropy else None,
@@ -161,9 +178,11 @@ def _backward_linear(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         start,
         vocab_size,
         skipped_share,
+        matrix,
+        factor,
         list(wanted),
     )
-    return (*(out if is_wanted else None for out, is_wanted in zip(outs, wanted, strict=True)), *(None,) * 9)
+    return (*(out if is_wanted else None for out, is_wanted in zip(outs, wanted, strict=True)), *(None,) * 10)
 
 
 linear_logprobs.register_autograd(_backward_linear, setup_context=_setup_linear)
@@ -307,91 +326,3 @@ trajectory_balance.register_autograd(_backward_loss, setup_context=_setup_loss)
 
 def _accumulate(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def compute_linear_logprobs(
-    hidden: Tensor,
-    head_weight: Tensor,
-    token_ids: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    return_entropy: bool,
-    workspace_bytes: int | None,
-    backend: str,
-    shard: VocabShard | None,
-    skipped_share: float,
-) -> tuple[Tensor, Tensor | None]:
-    """`linear_logprobs` for checked arguments and a resolved backend: log-probs, and entropies if requested."""
-    group, start, vocab_size = shard_options(shard, head_weight)
-    logprobs, _, entropy = linear_logprobs(
-        hidden,
-        head_weight,
-        bias,
-        token_ids,
-        temperature,
-        return_entropy,
-        workspace_bytes,
-        backend,
-        group,
-        start,
-        vocab_size,
-        skipped_share,
-    )
-    return logprobs, entropy if return_entropy else None
-
-
-def compute_trajectory_balance(
-    hidden: Tensor,
-    head_weight: Tensor,
-    token_ids: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    rewards: Tensor,
-    log_z: Tensor,
-    beta: float,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
-    behavior_logprobs: Tensor | None,
-    importance_cap: float | None,
-    bias: Tensor | None,
-    temperature: float,
-    reduction: str,
-    denominator: float | Tensor | None,
-    entropy_bonus: float,
-    return_entropy: bool,
-    workspace_bytes: int | None,
-    backend: str,
-    shard: VocabShard | None,
-    skipped_share: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`trajectory_balance_loss` for checked arguments and a resolved backend: the fields of `TBOutput`."""
-    if isinstance(denominator, (int, float)):
-        denominator = torch.full((), denominator, dtype=torch.float64, device=hidden.device)
-    constants = [
-        None if value is None else value.detach()
-        for value in (rewards, ref_logprobs, weights, behavior_logprobs, denominator)
-    ]
-    is_enabled = torch.is_grad_enabled()
-    wanted = [is_enabled and value is not None and value.requires_grad for value in (hidden, head_weight, bias)]
-    loss, residual, seq_logprobs, entropy, *_ = trajectory_balance(
-        hidden,
-        head_weight,
-        bias,
-        log_z,
-        token_ids,
-        cu_seqlens,
-        *constants,
-        beta,
-        importance_cap,
-        temperature,
-        reduction,
-        entropy_bonus,
-        return_entropy,
-        workspace_bytes,
-        backend,
-        *shard_options(shard, head_weight),
-        skipped_share,
-        wanted,
-    )
-    return loss, residual.detach(), seq_logprobs.detach(), entropy.detach() if return_entropy else None

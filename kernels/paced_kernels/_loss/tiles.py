@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .torch_rows import DEFAULT_WORKSPACE_BYTES
+from .torch_rows import DEFAULT_WORKSPACE_BYTES, KEPT_BYTES, kept_bytes
 
 # Rows per chunk without a workspace bound: adding up dweight once per chunk then costs < 3 % (6 THV, any H, V).
 DEFAULT_ROWS = 8192
@@ -172,7 +172,10 @@ def default_workspace_bytes(
         Bytes.
     """
     if device.type != "cuda" or dtype == torch.float64:
-        return DEFAULT_WORKSPACE_BYTES
+        kept = kept_bytes(num_rows, vocab_size, dtype)
+        return (
+            kept if DEFAULT_WORKSPACE_BYTES < kept <= KEPT_BYTES and device.type == "cpu" else DEFAULT_WORKSPACE_BYTES
+        )
     capability = capability or device_facts(device.index or 0)[0]
     config = choose_config(capability, dtype, ROW_ALIGNMENT, vocab_size, num_rows)
     return min(num_rows, DEFAULT_ROWS) * bytes_per_row(config, vocab_size, dtype)

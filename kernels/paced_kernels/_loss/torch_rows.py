@@ -20,15 +20,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .column_scores import LOWEST_SHIFTED_LOGIT, score_by_columns
 from .head import Head
 from .skipping import TILE_ROWS, Kept, choose_columns, gradient_masses
 
 # Log-probs, head weight gradient and workspace together need less than a quarter of full logits at V = 49152.
 DEFAULT_WORKSPACE_BYTES = 144 * 2**20
+# Exponentials on a CPU that take no more than this are kept from the forward pass to the backward pass.
+KEPT_BYTES = 512 * 2**20
 # Elements processed at a time in elementwise work; they fit a CPU's second-level cache.
 CACHED_ELEMENTS = 2**17
-# Below this shifted logit exp() is 0 in every dtype; the clamp keeps 0 * -inf out of the entropy.
-LOWEST_SHIFTED_LOGIT = -1e4
 
 
 class RowStats(NamedTuple):
@@ -51,6 +52,13 @@ class Exponentials(NamedTuple):
     matrix: Tensor  # [R, V], E'
     factor: Tensor  # [R]
     sums: Tensor | None = None  # [P, R] of E' over blocks of columns without the target, if an engine has them
+
+
+def kept_bytes(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """Return the workspace in which `TorchRows` has the exponentials of all rows at once."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    size = num_rows * vocab_size * wide.itemsize
+    return size if dtype == wide else -(-4 * size // 3)
 
 
 def row_chunks(start: int, stop: int, num_rows: int) -> Iterator[slice]:
@@ -97,6 +105,16 @@ class TorchRows:
 
     def score(self, rows: slice) -> RowStats:
         """Return log-probs and entropies of a range of rows, forward only: 2 R H V operations."""
+        if self.hidden.device.type == "cpu":
+            scores = score_by_columns(
+                self.head,
+                self.hidden[rows],
+                self.token_ids[rows],
+                with_entropy=self.with_entropy,
+                workspace_bytes=self.workspace_bytes,
+                buffer=self._buffer,
+            )
+            return RowStats(*scores)
         parts = [self.exponentials(chunk, None).stats for chunk in self._chunks(rows)]
         if not parts:
             none = self.hidden.new_empty(3, 0, dtype=self.head.accumulate)
@@ -113,6 +131,8 @@ class TorchRows:
         rows: slice,
         live: Tensor | None,  # [R] bool; where False, the row of E' is 0 whatever its hidden state is
         known: RowStats | None = None,  # statistics of an earlier pass, which an engine may use
+        *,
+        keeps_numbers: bool = False,  # the row of E' is 0 where it would not be finite; the factor tells
     ) -> Exponentials:
         """Normalise a chunk; the matrix is valid until the next call."""
         del known
@@ -129,6 +149,7 @@ class TorchRows:
                 is_owned[block, None],
                 None if live is None else live[block],
                 None if top is None else top[block],
+                keeps_numbers=keeps_numbers,
             )
             for block in self._blocks(logits)
         ]
@@ -143,6 +164,8 @@ class TorchRows:
         if self.with_entropy:
             at_target = target_exponential * target_shifted.clamp(min=LOWEST_SHIFTED_LOGIT)
             entropy = log_total - (weighted + at_target) / total
+        if keeps_numbers:
+            live = others.isfinite()
         patch = -others if live is None else torch.where(live, -others, 0.0)
         kept = logits.gather(1, target[:, None])
         logits.scatter_(1, target[:, None], torch.where(is_owned[:, None], patch[:, None], kept))
@@ -281,6 +304,8 @@ class TorchRows:
         is_owned: Tensor,  # [r, 1]
         live: Tensor | None,  # [r]
         top: Tensor | None,  # [r], the largest logit of all ranks
+        *,
+        keeps_numbers: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return largest logit, sum of E without target, shifted target logit, sum of E * shifted logits: all [r]."""
         top = logits.amax(dim=1) if top is None else top
@@ -291,6 +316,8 @@ class TorchRows:
         exponentials.scatter_(1, target, torch.where(is_owned, 0.0, exponentials.gather(1, target)))
         others = exponentials.sum(dim=1)
         weighted = torch.zeros_like(others) if products is None else products.mul_(exponentials).sum(dim=1)
+        if keeps_numbers:
+            live = others.isfinite()
         if live is not None:
             exponentials.masked_fill_(~live[:, None], 0.0)
         return top, others, target_shifted.squeeze(1), weighted

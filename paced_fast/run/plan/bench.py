@@ -177,11 +177,11 @@ def _totals(table: PromptTable, groups: list[Group]) -> _Totals:
 
 
 def _model_flops(shape: ModelShape, config: Config, work: _Totals) -> float:
-    """Operations of one forward pass for the old log-probs and, per epoch, one forward and backward pass, without
-    recomputation."""
+    """Operations of one forward pass for the old log-probs of all optimiser steps but the first and, per epoch, one
+    forward and backward pass, without recomputation."""
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_size * work.pairs
     matmul = 2 * (shape.body_parameters * work.row_tokens + shape.head_parameters * work.completion_tokens)
-    references = 2 if config.traits.keeps_initial_policy else 1
+    references = (2 if config.traits.keeps_initial_policy else 1) - 1 / config.optimizer.minibatches
     return (matmul + attention) * (references + config.optimizer.epochs * (2 + shape.trainable / shape.parameters))
 
 
@@ -256,7 +256,7 @@ def tables(result: dict[str, Any]) -> list[Any]:
         parts = [f"{seconds:.4g} s"]
         if name in peaks:
             parts.append(f"peak {peaks[name] / 2**30:.2f} GiB")
-        if name in estimated:
+        if estimated.get(name):  # nothing is expected of a phase that has no pass
             parts.append(f"{seconds / estimated[name]:.2f} times the estimate of {estimated[name]:.3g} s")
         rows[name] = ", ".join(parts)
     peak = result["peak_flops_per_second"]

@@ -71,10 +71,13 @@ def estimate(shape: ModelShape, config: Config, layout: Layout, device: Device) 
     again = 1.0 if config.model.gradient_checkpointing == "on" else 0.0
     passes = (1.0 + backward + again) * config.optimizer.epochs
     references = 2.0 if config.traits.keeps_initial_policy else 1.0
+    # The first optimiser step has the old log-probs of its sequences from its own states: it projects those once more.
+    first = 1 / config.optimizer.minibatches
+    projection = 2 * shape.head_parameters * work.completion_tokens / layout.ranks
     seconds = {
         "generate": generation_seconds(shape, config, layout, device),
-        "old_logprobs": references * forward / rate,
-        "update": passes * forward / rate + _optimizer_seconds(shape, config, layout, device),
+        "old_logprobs": (references - first) * forward / rate,
+        "update": (passes * forward + first * projection) / rate + _optimizer_seconds(shape, config, layout, device),
     }
     exchange = _exchange_seconds(shape, config, layout, device)
     if exchange:

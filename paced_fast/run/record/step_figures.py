@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from paced_fast.data import packing
 from paced_fast.data.records import StepResult
 from paced_fast.data.step_record import ABSENT, StepRecord
 from paced_fast.data.transfer import to_host
@@ -24,8 +25,10 @@ def fetch(result: StepResult, replay: ReplayBuffer | None, *, mismatch_cap: floa
     mismatched."""
     fresh, update = result.fresh, result.update
     sampled = fresh.rollouts.generator_logprobs
-    own = result.targets.old_logprobs[: fresh.rollouts.num_tokens]
-    mismatch = mismatch_metrics(sampled, own, fresh.rollouts.cu_seqlens, cap=mismatch_cap)
+    measured = [i for i in range(fresh.rollouts.num_sequences) if i not in result.targets.from_generator]
+    part = packing.part(fresh.rollouts, measured)
+    own, theirs = result.targets.old_logprobs[part.tokens], part.rollouts.generator_logprobs
+    mismatch = mismatch_metrics(theirs, own, part.rollouts.cu_seqlens, cap=mismatch_cap)
     log_ratio, weight = update.log_ratio[: fresh.rollouts.num_sequences], update.weight
     tensors = {
         "loss": update.loss,
