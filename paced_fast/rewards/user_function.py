@@ -150,7 +150,11 @@ class Call:
                     f"the reward function {self.name!r} returned a coroutine instead of {count} numbers: define it, "
                     "or the function that decorates it, by `async def`"
                 )
-            raise InputError(f"the reward function {self.name!r} returned a {kind}, not a list of {count} numbers")
+            what = "None" if returned is None else f"a {kind}"
+            raise InputError(
+                f"the reward function {self.name!r} returned {what}, not a list: return a list with one number per "
+                "completion, in their order"
+            )
         if len(returned) != count:
             raise InputError(
                 f"the reward function {self.name!r} returned {len(returned)} rewards for {count} completions: return "

@@ -79,6 +79,7 @@ OWN = """
 def asks(completions, answer): return [1.0] * len(completions)
 def any_row(completions, answer=None, **columns): return [1.0] * len(completions)
 def hinted(prompts, completions, hint): return [1.0] * len(completions)
+def of_verl(data_source, solution_str, ground_truth, extra_info=None): return 1.0
 def of_one(completion, answer): return float(completion == answer)
 """
 
@@ -104,6 +105,9 @@ def test_a_function_gets_the_columns_that_its_parameters_name(
     )
     with pytest.raises(InputError, match=words):
         load(f"jsonl:a.jsonl?{own}:hinted", tokenizer, tmp_path)
+    words = "complete the row" if prefix else "write verl:.*own.py:of_verl if it is a function for verl, complete the row"
+    with pytest.raises(InputError, match=f"has no field 'data_source', .* without a default: {words}"):
+        load(f"jsonl:a.jsonl?{own}:of_verl", tokenizer, tmp_path)
     with pytest.raises(InputError, match=r"of_one' has the parameter 'completion', .* comes as `completions`, a list"):
         load(f"jsonl:a.jsonl?{own}:of_one", tokenizer, tmp_path)
 

@@ -188,8 +188,8 @@ class TestScorer:
         ("body", "message"),
         [
             ("return [1.0]", r"own.py:judge' returned 1 rewards for 2 completions"),
-            ("return 1.0", r"own.py:judge' returned a float, not a list of 2 numbers"),
-            ("return None", r"own.py:judge' returned a NoneType"),
+            ("return 1.0", r"own.py:judge' returned a float, not a list: return a list with one number per completion"),
+            ("return None", r"own.py:judge' returned None, not a list: return a list with one number per completion"),
             ("return [1.0, float('nan')]", r"own.py:judge' returned nan for completion 2: return a number in \[0, 1\]"),
             ("return [1.0, float('inf')]", r"returned inf for completion 2"),
             ("return ['1', 1.0]", r"returned '1' for completion 0"),

@@ -35,6 +35,12 @@ def tagged(prompts, completions, answer, **columns):
 def never(prompts, completions, **columns):
     return [0.25] * len(completions)
 
+def for_one(prompts, completions, **columns):
+    return [1.0]
+
+def forgot(completions):
+    scores = [0.0] * len(completions)
+
 def silent(prompts, completions, **columns):
     return [None] * len(completions)
 """
@@ -119,7 +125,24 @@ def test_what_the_rewards_of_mathematics_want(
 def test_a_row_without_an_answer_says_what_the_reward_reads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a.jsonl").write_text('{"prompt": "p", "goal": 3}\n')
     text = told(capsys, "--model", "model", "--data", "a.jsonl", "--reward", "r.py:never")
-    assert "  expected answer: no column of one; the reward r.py:never judges by goal" in text
+    assert (
+        "  expected answer: none in the data; the row has the prompt, goal\n"
+        "  reward r.py:never of the completion '0': 0.25\n"
+    ) in text
+
+
+@pytest.mark.parametrize("row", [{"prompt": "p", "answer": "3"}, {"prompt": "p", "goal": 3}])
+def test_a_function_that_judges_no_group_is_found_before_the_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any]
+) -> None:
+    (folder / "a.jsonl").write_text(json.dumps(row))
+    for name, words in (
+        ("for_one", "returned 1 rewards for 2 completions: return one per completion"),
+        ("forgot", "returned None, not a list: return a list with one number per completion"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main(["--model", "plain", "--data", "a.jsonl", "--reward", f"r.py:{name}", "--check"])
+        assert f"the reward function 'r.py:{name}' {words}" in capsys.readouterr().err
 
 
 def test_a_model_without_a_chat_template_reads_the_text_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from paced_fast.errors import InputError
 logger = logging.getLogger(__name__)
 
 _NAMES_FOR_COMPLETIONS = frozenset(("completion", "response", "responses", "output", "outputs", "text", "texts"))
+_NAMES_OF_VERL = frozenset(("data_source", "solution_str", "extra_info"))
 Check = Callable[[str, Mapping[str, Any]], str | MissingColumn | None]
 """Function of a reward's name and a row's columns; returns why the row could never be scored, or None."""
 
@@ -98,6 +99,8 @@ def _lacks(source: Source, layout: Layout, where: str, row: Row, missing: Missin
     name, remedy = missing.column, "complete the row"
     if name == "answer":  # which may have another name in the row
         name, remedy = source.answer or layout.answers[0], f"{remedy}, name the field by answer="
+    elif name in _NAMES_OF_VERL and ":" in missing.reward and not missing.reward.startswith(("trl:", "verl:")):
+        remedy = f"write verl:{missing.reward} if it is a function for verl, {remedy}"
     return (
         f"{where} has no field {name!r}, only {', '.join(map(str, row))}: the reward {missing.reward!r} has the "
         f"parameter {missing.column!r} without a default: {remedy}, or give the parameter a default"

@@ -14,7 +14,8 @@ from paced_fast.config.resolve import resolve
 from paced_fast.data.distributed import ALONE
 from paced_fast.data.records import PromptRow
 from paced_fast.rewards import Scorer
-from paced_fast.rewards.loading import TARGETS
+from paced_fast.rewards.loading import BUILT_IN, TARGETS
+from paced_fast.rewards.terms import parse_reward
 from paced_fast.run.start.tables import Data, read_data, without_missing
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 _LONGEST = 1500
 """Characters of a prompt that are shown before training; `--check` shows all of them."""
 _WIDTH = 110
+_ANY_TEXT = "0"
+"""Completion on which a function of the user is tried where the data holds no answer: it must judge any text."""
 _FORMS = {"inside \\boxed{}": "\\boxed{%s}", "inside <answer> tags": "<answer>%s</answer>"}
 """Forms that many rewards ask for, tried where the bare answer earns less than 1."""
 
@@ -88,7 +91,11 @@ def _lines(row: PromptRow, data: Data, longest: int | None, kind: str) -> Iterat
             yield "  | " + "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in part)
     answer = _written(row.columns.get("answer"))
     if answer is None:
-        yield f"  expected answer: no column of one; the reward {row.reward} judges by {', '.join(row.columns)}"
+        fields = [name for name in row.columns if name != "answer"]
+        yield f"  expected answer: none in the data; the row has {', '.join(['the prompt', *fields])}"
+        if not all(term.name in BUILT_IN for term in parse_reward(row.reward)):
+            first, _ = data.scorer.try_out([row] * 2, [_ANY_TEXT] * 2)
+            yield f"  reward {row.reward} of the completion {_ANY_TEXT!r}: {_number(first)}"
         return
     if row.reward in TARGETS:
         yield f"  a right completion comes to {answer}, by the reward {row.reward}"
@@ -106,7 +113,7 @@ def _written(answer: object) -> str | None:
 
 def _verdict(row: PromptRow, answer: str, scorer: Scorer) -> str:
     """What the reward gives for the expected answer itself, and what that means."""
-    (earned,) = scorer.try_out([row], [answer])
+    earned, _ = scorer.try_out([row] * 2, [answer] * 2)  # a function that answers for one completion alone fails here
     told = f"reward {row.reward} of this answer: {_number(earned)}"
     other = None
     if earned != 1.0:
