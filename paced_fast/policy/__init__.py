@@ -2,7 +2,7 @@
 
 from paced_fast.policy.attention import SHARED, Attention, choose_attention
 from paced_fast.policy.liger import use_liger
-from paced_fast.policy.loading import build_tiny, load_model, quiet, smollm2_folder
+from paced_fast.policy.loading import build_tiny, check_kind, load_model, quiet, smollm2_folder
 from paced_fast.policy.lora import (
     adapt,
     adapter_state,
@@ -26,6 +26,7 @@ __all__ = [
     "adapt",
     "adapter_state",
     "build_tiny",
+    "check_kind",
     "check_loads",
     "choose_attention",
     "generation_settings",

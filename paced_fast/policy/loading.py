@@ -62,6 +62,14 @@ def build_tiny(config: ModelConfig, vocab_size: int, *, stop_id: int, pad_id: in
     return _placed(model, config)
 
 
+def check_kind(path: str) -> None:
+    """Raises InputError, from the settings alone, unless the model at `path` is a causal one with plain weights."""
+    _check_folder(path)
+    place = hub.place_of(path, f"--model.name {path!r}")
+    with _one_line(path), _silent():
+        check_settings(AutoConfig.from_pretrained(place, trust_remote_code=False), path)
+
+
 def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
     """The model stored at `path`: a folder, or an id of the Hugging Face hub. Code from the folder is never run.
 

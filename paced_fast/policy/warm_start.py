@@ -66,6 +66,11 @@ def warm_start(
         logger.info("warm start: read from the cache (%s)", folder)
         return load_model(config.model, str(folder))
     policy = make_policy(model, config)
+    loaded = [read_demonstrations(phase.sources, tokenizer, load=load, stops=stops) for phase in phases]
+    for table, completions in loaded:  # all of them before the first step, which a fault in the second would waste
+        _check_embedded(table, completions, tokenizer, policy.model)
+        for row, completion in zip(table.rows, completions, strict=True):
+            policy.check_length(len(row.token_ids), len(completion.token_ids))
     made, total = 0, sum(phase.steps for phase in phases)
 
     def reported(text: str) -> None:
@@ -74,10 +79,7 @@ def warm_start(
         report(f"warm start: step {made:,} of {total:,}, {text}", made, total)
 
     try:
-        for number, phase in enumerate(phases, start=1):
-            table = load(phase.sources)
-            completions = _demonstrations(table, tokenizer, stops)
-            _check_embedded(table, completions, tokenizer, policy.model)
+        for number, (phase, (table, completions)) in enumerate(zip(phases, loaded, strict=True), start=1):
             _run_phase(policy, phase, config, number, table, completions, reported)
     except KeyboardInterrupt:
         place = f"in the warm start after {made:,} of {total:,} steps"
@@ -108,8 +110,6 @@ def _run_phase(
     order = torch.cat(
         [torch.randperm(len(table), generator=source) for _ in range(-(-phase.steps * phase.batch_size // len(table)))]
     ).tolist()
-    for row, completion in zip(table.rows, completions, strict=True):
-        policy.check_length(len(row.token_ids), len(completion.token_ids))
     for step in range(phase.steps):
         rising = min(1.0, (step + 1) / max(phase.warmup_steps, 1))
         falling = 1.0 - 0.95 * max(0.0, (step - phase.warmup_steps) / max(phase.steps - phase.warmup_steps, 1))
@@ -146,6 +146,24 @@ def _beside(config: Config, tokenizer: PreTrainedTokenizerBase, stops: prompts.S
     today = [config.data.date] if prompts.reads_date(tokenizer) else []
     ends = [end for end in (stops.text_end, stops.turn_end) if end != tokenizer.eos_token_id]
     return [*today, *ends]
+
+
+def read_demonstrations(
+    sources: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    load: Callable[[tuple[str, ...]], PromptTable],
+    stops: prompts.Stops,
+) -> tuple[PromptTable, list[Completion]]:
+    """The rows of `sources` and the demonstration of each, as a completion.
+
+    Raises InputError as `warm_start` does, whatever the model.
+    """
+    try:
+        table = load(sources)
+    except InputError as error:
+        raise InputError(f"warm start: {error}") from error
+    return table, _demonstrations(table, tokenizer, stops)
 
 
 def _demonstrations(table: PromptTable, tokenizer: PreTrainedTokenizerBase, stops: prompts.Stops) -> list[Completion]:

@@ -125,10 +125,7 @@ def test_what_the_rewards_of_mathematics_want(
 def test_a_row_without_an_answer_says_what_the_reward_reads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a.jsonl").write_text('{"prompt": "p", "goal": 3}\n')
     text = told(capsys, "--model", "model", "--data", "a.jsonl", "--reward", "r.py:never")
-    assert (
-        "  expected answer: none in the data; the row has the prompt, goal\n"
-        "  reward r.py:never of the completion '0': 0.25\n"
-    ) in text
+    assert "  expected answer: none in the data; the reward r.py:never is given the prompt, goal\n" in text
 
 
 @pytest.mark.parametrize("row", [{"prompt": "p", "answer": "3"}, {"prompt": "p", "goal": 3}])
@@ -187,3 +184,20 @@ def test_a_target_is_not_taken_for_an_answer(capsys: pytest.CaptureFixture[str])
     assert "\n  a right completion comes to " in text
     assert "WARNING" not in text
     assert "expected answer" not in text
+
+
+def test_check_refuses_what_the_run_would_refuse_later(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "taught.jsonl").write_text('{"question": "What is 2 + 1?", "answer": "3", "worked": "2 + 1 = 3"}')
+    phases = ("--warm-start.first.sources", "taught.jsonl?demonstration=worked", "--warm-start.first.steps", "1")
+    text = told(capsys, "--model", "model", "--data", "train.jsonl", "--reward", "number", *phases)
+    assert "first row of the warm start, taught.jsonl:1\n  is taught to answer with: 2 + 1 = 3\n" in text
+    second = ("--warm-start.second.sources", "train.jsonl", "--warm-start.second.steps", "1")
+    settings = json.loads((folder / "plain" / "config.json").read_text())
+    (folder / "plain" / "config.json").write_text(json.dumps({**settings, "architectures": ["BertForMaskedLM"]}))
+    for model, words, message in (
+        ("model", (*phases, *second), "warm start: 3 of 3 rows have no demonstration: name the field"),
+        ("plain", (), "a BertForMaskedLM does not generate text): give a causal language model"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main(["--model", model, "--data", "train.jsonl", "--reward", "number", *words, "--check"])
+        assert message in capsys.readouterr().err

@@ -103,6 +103,9 @@ class JsonLines:
             row = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_no_field_twice)
         except RecursionError as error:
             raise BadRow(f"{where} is nested too deeply: drop the row") from error
+        except json.JSONDecodeError as error:  # whose own line number counts within this one line
+            what = f"{error.msg}, at character {error.pos + 1} of the line"
+            raise BadRow(f"{where} is not JSON ({what}): write one JSON object per line") from error
         except ValueError as error:
             raise BadRow(f"{where} is not JSON ({error}): write one JSON object per line") from error
         if not isinstance(row, dict):

@@ -245,8 +245,9 @@ def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple
 
 
 def _try_rewards(scorer: Scorer, shaper: Shaper, rows: Sequence[PromptRow]) -> None:
-    """Score an empty completion of one row per reward, so that a reward that cannot be used fails early."""
-    first = list({row.reward: row for row in reversed(rows)}.values())
+    """Score two empty completions of one row per reward, so that a reward that cannot be used fails early, and one
+    that returns a number for the first completion alone too."""
+    first = [row for row in {row.reward: row for row in reversed(rows)}.values() for _ in range(2)]
     scorer.try_out(first, [""] * len(first))
     empty = Completion(token_ids=[], logprobs=[], stopped=True)
     shaper.shape(first, [""] * len(first), [empty] * len(first), 1)
