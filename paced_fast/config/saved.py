@@ -63,7 +63,10 @@ def load_config(run_dir: Path) -> Config:
 
 
 def parse_config(run_dir: Path, raw: dict[str, Any]) -> Config:
-    """The settings in `raw`, which `read_settings` read. Raises InputError for the first that is none."""
+    """The settings in `raw`, which `read_settings` read. Raises InputError for those of a model, and for the first that
+    is none."""
+    if "model_type" in raw or "architectures" in raw:
+        raise InputError(f"{run_dir} is the folder of a model, not of a run")
     try:
         return config_from_dict(Config, raw)
     except InputError as error:

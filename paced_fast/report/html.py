@@ -8,13 +8,14 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from paced_fast.errors import InputError
 from paced_fast.report.charts.chart import Chart, percent
@@ -42,6 +43,7 @@ def _templates() -> Environment:
 
     loader = PackageLoader("paced_fast.report")
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    templates.filters["options"] = options
     templates.globals |= {
         "levels": range(1, LEVELS + 1),
         "middot": Markup(" &middot; "),
@@ -49,6 +51,15 @@ def _templates() -> Environment:
         "pointer": lambda chart: json.dumps(pointer(chart), separators=(",", ":")),
     }
     return templates
+
+
+def options(text: str) -> Markup:
+    """Escape a text; an option in it is broken at its dots only, since a break behind `--` reads as another word."""
+
+    def whole(found: re.Match[str]) -> str:
+        return "<wbr>".join(f'<span class="option">{word}</span>' for word in re.split(r"(?<=\.)", found[0]))
+
+    return Markup(re.sub(r"--[a-z][a-z0-9-]*(\.[a-z0-9-]+)*", whole, str(escape(text))))
 
 
 def part(name: str, *values: object, **named: object) -> Markup:

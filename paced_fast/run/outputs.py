@@ -23,7 +23,7 @@ from paced_fast.run.record.origin import note_start
 from paced_fast.run.record.phases import Phases
 from paced_fast.run.record.progress import Progress
 from paced_fast.run.record.rollouts_file import Recorder
-from paced_fast.run.record.summary import evaluated_accuracies
+from paced_fast.run.record.summary import past_evaluations
 from paced_fast.run.record.writer import MetricsWriter
 from paced_fast.run.start.build import PreparedRun
 
@@ -53,9 +53,9 @@ class Outputs:
                 tags=config.run.tags,
             )
         )
-        accuracies = evaluated_accuracies(run.folder, step) if run.resumed else ()
+        evaluations = past_evaluations(run.folder, step) if run.resumed else ()
         self._progress = self._open.enter_context(
-            Progress(config.steps, start_step=step, accuracies=accuracies, console=console)
+            Progress(config.steps, start_step=step, evaluations=evaluations, console=console)
         )
         if config.run.report:
             self._groups = GroupsFile(run.folder, run.collector.table, run.collector.decode)

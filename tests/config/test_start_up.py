@@ -60,6 +60,10 @@ WRONG = [
         ["paced_fast.train", "--resume", "runs/absent"],
         "error: --resume 'runs/absent': give a run folder, auto or never",
     ),
+    (
+        ["paced_fast.train", "--resume", "model"],
+        "error: --resume 'model': give a run folder, auto or never (model is the folder of a model, not of a run)",
+    ),
     (["paced_fast.evaluate", "x", "--samples", "0"], "error: --samples is 0: give 1 or more"),
     (["paced_fast", "list", "preset"], "error: nothing to list is called 'preset' (did you mean 'presets'?)"),
 ]
@@ -80,6 +84,8 @@ def fresh(code: str, *arguments: str, folder: Path) -> subprocess.CompletedProce
 @pytest.mark.process
 def test_help_lists_and_errors_import_nothing_that_takes_seconds(tmp_path: Path) -> None:
     commands = [*FINE, *(words for words, _ in WRONG)]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     done = fresh(LIGHT, json.dumps(HEAVY), json.dumps(commands), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -94,7 +100,7 @@ def test_help_lists_and_errors_import_nothing_that_takes_seconds(tmp_path: Path)
         assert (status, loaded, told) == (2, [], 0), (words, complaint)
         assert complaint.startswith(message), complaint
         assert complaint.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["saved.toml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "saved.toml"]
 
 
 FIRST = """

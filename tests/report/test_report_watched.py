@@ -18,6 +18,7 @@ from paced_fast.report.__main__ import main
 from paced_fast.report.charts import renderer
 from paced_fast.report.charts.chart import Axis, Chart, Line
 from paced_fast.report.charts.held_out import learning_lead
+from paced_fast.report.html import options
 from paced_fast.report.read_run import Run, read_run
 from paced_fast.report.sample_rollouts import groups_section, rollouts_section
 from paced_fast.report.warning_tiles import warning_tiles
@@ -225,3 +226,9 @@ def test_no_line_leaves_its_chart(style: Any) -> None:
 def test_what_a_run_of_before_wrote_is_read(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     assert (run.groups, run.starts) == ([], [])
+
+
+def test_an_option_in_a_tile_breaks_at_its_dots_only() -> None:
+    assert options("a < b; lower --log-z.learning-rate") == (
+        'a &lt; b; lower <span class="option">--log-z.</span><wbr><span class="option">learning-rate</span>'
+    )

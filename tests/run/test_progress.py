@@ -50,6 +50,26 @@ def test_progress_without_a_terminal_logs_every_few_seconds(caplog: pytest.LogCa
     assert caplog.messages[1] == "step 3/10, reward 0.500, accuracy 0.375, mixed groups 25%, eta 0:00:14"
 
 
+def test_a_slice_that_falls_is_a_warning_once_also_after_a_resume(caplog: pytest.LogCaptureFixture) -> None:
+    first = {"accuracy": 0.75, "prompt_slices": ["easy"] * 40 + ["hard"] * 40, "prompt_accuracy": [1.0, 0.5] * 40}
+    fallen = {"accuracy": 0.5, "prompt_accuracy": [0.5, 0.0] * 20 + [1.0, 0.5] * 20}
+    words = "forgetting: slice easy fell from 75.0% to 25.0% (-50.0 to -50.0 points) since the first evaluation; lower"
+    for before in ((), (first,)):
+        caplog.clear()
+        with _progress(9, Clock(), evaluations=before) as progress:
+            for step, evaluation in enumerate((first, fallen, fallen, first, fallen)):
+                if not (before and step == 0):
+                    progress.update({"step": step, "eval": evaluation})
+        warned = [message for message in caplog.messages if "forgetting" in message]
+        assert [message.split(",")[0] for message in warned] == ["step 1", "step 4"]
+        assert words in warned[0]
+        assert "hard" not in warned[0]
+    caplog.clear()
+    with _progress(9, Clock(), evaluations=(first, fallen)) as progress:
+        progress.update({"step": 3, "eval": fallen})
+    assert not [message for message in caplog.messages if "forgetting" in message], "it was told before the resume"
+
+
 def test_a_slow_run_logs_each_step_and_a_resumed_one_knows_its_pace(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     with caplog.at_level(logging.INFO, "paced_fast"), _progress(104, clock, start_step=100) as progress:
@@ -128,7 +148,7 @@ def test_the_live_line_shows_the_phase_beside_its_time_in_the_last_step() -> Non
 
 
 def test_a_resumed_run_shows_its_own_first_accuracy() -> None:
-    with _progress(9, Clock(), start_step=4, accuracies=[0.192, 0.3]) as progress:
+    with _progress(9, Clock(), start_step=4, evaluations=[{"accuracy": 0.192}, {"accuracy": 0.3}]) as progress:
         progress.update({"step": 5, "eval": {"accuracy": 0.31}})
     assert "accuracy 0.310 (first 0.192)" in progress.line()
 

@@ -535,7 +535,7 @@ FAILURES: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
     ),
     "reward too short": (
         lambda rewards, _: {"data__eval": (f"task:signed_sums?split=eval&reward={rewards}:too_few",)},
-        "returned 0 rewards for 2 completions",
+        "returned 1 rewards for 2 completions",
     ),
     "reward crashes": (
         lambda rewards, _: {"data__train": (f"task:signed_sums?size=9&reward={rewards}:crashes",)},

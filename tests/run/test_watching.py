@@ -90,7 +90,7 @@ def test_every_start_is_noted_and_a_file_that_cannot_be_written_costs_the_note(
     origin.note_start(tmp_path, torch="2.14")
     starts = json.loads((tmp_path / "origin.json").read_text())
     assert [start["torch"] for start in starts] == ["2.13", "2.14"]
-    assert starts[0]["command"] == "-m paced_fast.train tiny --run-dir 'a b'"
+    assert starts[0]["command"] == "python -m paced_fast.train tiny --run-dir 'a b'"
     assert {"started", "host", "system", "commit"} <= starts[0].keys()
     assert origin.newest_start(tmp_path)["torch"] == "2.14"
     (tmp_path / "origin.json").write_text("torn")

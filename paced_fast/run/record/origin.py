@@ -28,7 +28,7 @@ def note_start(folder: Path, **facts: object) -> None:
     path = folder / ORIGIN_FILE
     start = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": shlex.join(sys.orig_argv[1:]) or "python",
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "host": platform.node(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "commit": commit(Path(__file__).resolve().parents[3]),

@@ -20,6 +20,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from paced_fast.evaluation.forgetting import Fall, fallen_slices
+
 logger = logging.getLogger(__name__)
 
 _STEPS = 50
@@ -43,9 +45,9 @@ class Progress:
     """Progress of a run: live on a terminal, else one log line every `interval_s` seconds.
 
     Use as a context manager and feed every metrics record to `update`. The first, the last and every evaluation record
-    are always logged, so a slow run logs each step. `start_step` is the step a resumed run continues after, and
-    `accuracies` are those of its evaluations so far. The time left is that of the remaining steps by the median of the
-    last ones, and of evaluations at their pace so far.
+    are always logged, so a slow run logs each step; a slice that falls below its first evaluation by more than its
+    noise is a warning. `start_step` is the step a resumed run continues after, and `evaluations` are those so far. The
+    time left is that of the remaining steps by the median of the last ones, and of evaluations at their pace so far.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Progress:
         num_steps: int,
         *,
         start_step: int = 0,
-        accuracies: Sequence[float] = (),
+        evaluations: Sequence[Mapping[str, object]] = (),
         console: Console | None = None,
         interval_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
@@ -65,7 +67,12 @@ class Progress:
         self._step_began = clock()
         self._last_line = float("-inf")
         self._record: dict[str, object] = {}
-        self._accuracies = list(accuracies)
+        self._accuracies: list[float] = []
+        self._first_evaluation: Mapping[str, object] | None = None
+        self._fallen: frozenset[str] = frozenset()
+        """Slices that were below their first evaluation in the last one."""
+        for evaluation in evaluations:
+            self._evaluated(evaluation)
         self._durations: deque[float] = deque(maxlen=_STEPS)
         self._evaluating = 0.0
         """Seconds by which steps with an evaluation were longer than the median."""
@@ -96,8 +103,12 @@ class Progress:
         self._record = {**self._record, "status": None, **record}
         self._step = step if isinstance(step, int) else self._step
         evaluation = record.get("eval")
-        if isinstance(evaluation, Mapping) and isinstance(evaluation.get("accuracy"), float):
-            self._accuracies.append(evaluation["accuracy"])
+        falls = self._evaluated(evaluation) if isinstance(evaluation, Mapping) else []
+        if falls:
+            told = "; ".join(map(str, falls))
+            logger.warning(
+                "step %d, forgetting: %s since the first evaluation; lower --optimizer.learning-rate", self._step, told
+            )
         if "status" not in record:
             self._time_step(self._step > before, evaluation is not None)
         seconds = record.get("seconds")
@@ -109,6 +120,20 @@ class Progress:
         if due or evaluation is not None or "status" in record or self._step >= self._num_steps:
             self._last_line = self._clock()
             logger.info("%s", self.line())
+
+    def _evaluated(self, evaluation: Mapping[str, object]) -> list[Fall]:
+        """Note an evaluation; returns the slices that have fallen since the first one and had not in the last one."""
+        accuracy = evaluation.get("accuracy")
+        if not isinstance(accuracy, float):
+            return []
+        self._accuracies.append(accuracy)
+        if self._first_evaluation is None:
+            self._first_evaluation = evaluation
+            return []
+        falls = fallen_slices(self._first_evaluation, evaluation)
+        new = [fall for fall in falls if fall.slice not in self._fallen]
+        self._fallen = frozenset(fall.slice for fall in falls)
+        return new
 
     def phase(self, name: str) -> None:
         """The step under way enters a phase; in a slow step it gets a line of its own where there is no terminal."""

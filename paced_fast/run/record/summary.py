@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ def write_summary(folder: Path, config: Config) -> dict[str, Any]:
         return {}
 
 
-def evaluated_accuracies(folder: Path, last_step: int) -> list[float]:
-    """Accuracies of the evaluations up to `last_step` in a run's metrics, in order; a broken line is left out."""
-    found: list[float] = []
+def past_evaluations(folder: Path, last_step: int) -> list[Mapping[str, Any]]:
+    """Evaluations with an accuracy up to `last_step` in a run's metrics, in order; a broken line is left out."""
+    found: list[Mapping[str, Any]] = []
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -46,7 +47,7 @@ def evaluated_accuracies(folder: Path, last_step: int) -> list[float]:
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 record = json.loads(line)
                 if record["step"] <= last_step and isinstance(record["eval"]["accuracy"], float):
-                    found.append(record["eval"]["accuracy"])
+                    found.append(record["eval"])
     return found
 
 
