@@ -70,8 +70,8 @@ def in_rows(message: str, folder: Path) -> str:
     if re.search(file, message) is None:
         return message
     formats = "or give format=NAME, one of .*"
-    message = re.sub(rf", as in {file}\?prompt=FIELD&answer=FIELD, {formats}", " 'prompt' and 'answer'", message)
-    message = re.sub(rf", as in {file}\?answer=FIELD, {formats}", " 'answer'", message)
+    message = re.sub(rf", as in '{file}\?prompt=FIELD&answer=FIELD', {formats}", " 'prompt' and 'answer'", message)
+    message = re.sub(rf", as in '{file}\?answer=FIELD', {formats}", " 'answer'", message)
     message = re.sub(rf"{file}:(\d+)", r"\1, row \2", message)
     message = re.sub(rf"(['\"]?){file}(?:\?[^'\"\s]*[^'\"\s:,)])?\1", r"\2", message)
     message = re.sub(r"name a part of it with a dot, as in answer=\S+", "give one of its parts", message)

@@ -204,7 +204,7 @@ def test_the_column_that_is_not_named_is_recognised(tmp_path: Path) -> None:
         drafts(str(path))
     path = put(tmp_path / "c.jsonl", {"x": "p", "gold": "a"})
     with pytest.raises(
-        InputError, match=r"name the fields of prompt and answer, as in jsonl:\S+prompt=FIELD&answer=FIELD"
+        InputError, match=r"name the fields of prompt and answer, as in 'jsonl:\S+prompt=FIELD&answer=FIELD'"
     ):
         drafts(str(path))
 

@@ -169,7 +169,7 @@ class TestFormats:
         write(tmp_path / "a.jsonl", {"frage": "1+1?", "antwort": 2})
         words = (
             "source 'jsonl:a.jsonl': no known format has the fields frage, antwort: name the fields of prompt and "
-            "answer, as in jsonl:a.jsonl?prompt=FIELD&answer=FIELD, or give format=NAME, one "
+            "answer, as in 'jsonl:a.jsonl?prompt=FIELD&answer=FIELD', or give format=NAME, one "
             "of plain, gsm8k, math, dapo, deepscaler, deepcoder, livecodebench, humaneval, taco"
         )
         with pytest.raises(InputError) as caught:

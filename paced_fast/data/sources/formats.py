@@ -92,7 +92,7 @@ def layout_of(source: Source, row: Mapping[str, Any]) -> tuple[Layout, bool]:
                 what, query = "field of the answer", "answer=FIELD"
             raise InputError(
                 f"source {source.spec!r}: no known format has the fields {', '.join(map(str, row))}: name the {what}, "
-                f"as in {source.kind}:{source.name}?{query}, or give format=NAME, one of "
+                f"as in '{source.kind}:{source.name}?{query}', or give format=NAME, one of "
                 f"{', '.join(FORMAT_NAMES)}"
             )
         layout, recognised = found, True
