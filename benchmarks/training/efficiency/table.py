@@ -200,8 +200,8 @@ def _note(suite_name: str, rows: list[Row]) -> str:
         {suite.rollouts:,} rollouts, dropped ones included; {len(base.runs)} seeds, each with a warm start of its own
         that all arms share. `above GRPO`: mean paired difference with its 90 % bootstrap interval over seeds, and what
         the interval says. `rollouts to GRPO's final`: share of all rollouts after which the arm's mean curve is as high
-        as GRPO's at its end; both curves are first made non-decreasing. `equal time`: after the training time of GRPO with the same
-        seed{_clock(first)}.
+        as GRPO's at its end; both curves are first made non-decreasing. `equal time`: after the training time of GRPO
+        with the same seed{_clock(first)}.
         In brackets: pass@8 and distinct correct answers against GRPO, the slice `{slice_name}` against its start.
         The oracle's measurements are not counted, so it is a bound and no competitor. The band are prompts with a
         measured accuracy of .06 to .94. {_scope(rows)}
