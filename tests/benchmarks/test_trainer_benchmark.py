@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import options, run, tables
+from benchmarks import options, run
+from benchmarks.pages import training
 from benchmarks.training import integrations, phase_beside_trl
 from benchmarks.turns import Process
 from benchmarks.visit import parts
@@ -78,7 +79,7 @@ def test_both_trainers_make_their_updates_in_turns(tmp_path: Path, capsys: pytes
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["median_seconds"])
         assert row["peak_bytes"] > 0
         assert row["weights"] == "drawn"
-    assert result["environment"]["commit"] in tables.trainer(result)
+    assert result["environment"]["commit"] in training.trainer(result)
     assert result["comparisons"][0]["speed"] == pytest.approx(theirs["median_seconds"] / ours["median_seconds"])
     assert "trl" in capsys.readouterr().out
 
@@ -106,7 +107,7 @@ def test_the_table_says_what_was_measured() -> None:
         "comparisons": phase_beside_trl.compare(rows),
         "environment": where,
     }
-    text = " ".join(tables.trainer(result).split())
+    text = " ".join(training.trainer(result).split())
     assert "| paced_fast | 1 | 2.00 (1.90 to 2.20) | 500 | 1,024 MiB | |" in text
     assert "| trl | 1 | 5.00 (1.90 to 2.20) | 500 | 2,048 MiB | 2.50 x the speed, 0.50 x the memory |" in text
     assert "1,000 in all, 2,000 with padding" in text

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import run, tables
+from benchmarks import run
+from benchmarks.pages import training
 from benchmarks.training import phase_clock, whole_steps
 from benchmarks.training.whole_step_methods import CHECKPOINTED, OURS, PACED, TRL
 from paced_fast.errors import InputError
@@ -107,7 +108,7 @@ def test_whole_steps_of_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     # A prompt is a character a token, and is repeated for each of its four completions.
     texts = whole_steps.prompts(whole_steps.Arguments())
     assert result["prompt_tokens"] == 4 * sum(map(len, texts))
-    text = tables.end_to_end(result)
+    text = training.end_to_end(result)
     assert result["environment"]["commit"] in text
     assert text.count("|") > 30
     assert f"against {TRL}" in text

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from vllm_sides import tiny_llama
 
-from benchmarks import run, tables
+from benchmarks import run
+from benchmarks.pages import training
 
 
 @pytest.mark.slow
@@ -25,6 +26,6 @@ def test_the_case_weight_sync_runs_and_its_table_can_be_written(
     assert list(result["modes"]) == ["shared"]
     assert result["modes"]["shared"]["bytes"] == 0
     assert result["modes"]["shared"]["largest_difference"] < 1e-4
-    text = tables.weight_sync(result)
+    text = training.weight_sync(result)
     assert result["environment"]["commit"] in text
     assert "| shared | 0 |" in text

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from kept import kept
 
-from benchmarks import tables
 from benchmarks.loss import compile_kernels
+from benchmarks.pages import loss
 from paced_kernels._loss import tiles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def compiled(choice: str, folder: Path) -> list[dict[str, Any]]:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(path.read_text())
-    assert result["environment"]["commit"] in tables.compiled(result)
+    assert result["environment"]["commit"] in loss.compiled(result)
     return result["rows"]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.pages.words import wrapped
 from benchmarks.training.efficiency import goals, summary
 from benchmarks.training.efficiency.arms import ARMS, BASE
 from benchmarks.training.efficiency.goals import shown
@@ -75,8 +75,8 @@ def full(suite_name: str, rows: list[Row], picture: str = "") -> str:
     parts = [
         goals.claim(suite_name, rows),
         _markdown(COLUMNS, [_cells(row) for row in rows]),
-        _wrapped(_note(suite_name, rows)),
-        "\n".join(_wrapped(f"* {ARMS[row.arm].title}: {ARMS[row.arm].words}.", "  ") for row in rows),
+        wrapped(_note(suite_name, rows)),
+        "\n".join(wrapped(f"* {ARMS[row.arm].title}: {ARMS[row.arm].words}.", "  ") for row in rows),
         _markdown(_VALUE_COLUMNS, [cells for row in rows if (cells := _value_cells(row))]),
         _goals(suite_name, rows),
         *_tried(rows),
@@ -101,12 +101,12 @@ def short(suites: dict[str, list[Row]]) -> str:
             found.append((suite_name, title, f"{row.accuracy:.3f}", gains[0], gains[1], gains[2], count))
         claims.append(goals.claim(suite_name, rows))
         notes.append(f"`{suite_name}`: {provenance([run for row in rows for run in row.runs.values()])}.")
-    parts = [_wrapped(" ".join(claims)), _markdown(_SHORT_COLUMNS, found)] if found else []
+    parts = [wrapped(" ".join(claims)), _markdown(_SHORT_COLUMNS, found)] if found else []
     if missing:
         parts.append(f"No runs yet: {', '.join(missing)}.")
     if found:
         notes.insert(0, "Means over seeds, differences paired by seed, 90 % bootstrap intervals over seeds.")
-        parts.append(_wrapped(" ".join(notes)))
+        parts.append(wrapped(" ".join(notes)))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -177,7 +177,7 @@ def _tried(rows: list[Row]) -> list[str]:
     ]
     words = """Every learning rate that was tried. The sweep, on seeds of its own, chooses by accuracy alone; `seeds`
         and what follows are runs of the comparison, against GRPO at its chosen rate."""
-    return [_wrapped(words), _markdown(_TRIED_COLUMNS, cells)]
+    return [wrapped(words), _markdown(_TRIED_COLUMNS, cells)]
 
 
 def _goals(suite_name: str, rows: list[Row]) -> str:
@@ -246,9 +246,3 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return ""
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _wrapped(text: str, indent: str = "") -> str:
-    return textwrap.fill(
-        " ".join(text.split()), width=120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
