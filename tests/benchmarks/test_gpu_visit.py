@@ -238,7 +238,7 @@ def test_kernel_section_is_written_from_results_and_left_alone_without(monkeypat
     cell["rows"].append({"name": "gone", "status": "skipped", "reason": "not here", "modes": {}})
     versions = {"torch": "2", "transformers": "5"}
     where = {"date": "d", "commit": "c", "cpu": "z", "cores": 2, "versions": versions}
-    result = {"cells": [cell], "device": {"threads": 1}, "environment": where}
+    result = {"case": "trajectory_balance", "cells": [cell], "device": {"threads": 1}, "environment": where}
     (tmp_path / "trajectory_balance.json").write_text(json.dumps(result))
     made = tables.render(text)
     assert made.startswith("a\n<!-- kernels:begin -->\n| method |")
