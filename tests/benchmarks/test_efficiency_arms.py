@@ -136,8 +136,7 @@ def test_pcl_fits_its_value_to_group_means_and_takes_the_nearest_to_one_half_of_
     values = torch.linspace(0, 1, 100)
     for step in range(6, 30):
         chosen = chooser.draw(5, step, values)
-        chooser.tree.rebuild(torch.ones(100))
-        pool = chooser._race(20, torch.tensor(step), 0)
+        pool = chooser._uniform(20, torch.tensor(step), 0, None)
         nearest = pool[(values[pool] - 0.5).abs().argsort(stable=True)[:5]]
         assert chosen.tolist() == nearest.tolist()
 
