@@ -199,7 +199,7 @@ def test_the_column_that_is_not_named_is_recognised(tmp_path: Path) -> None:
     assert [(one.prompt, one.columns["answer"]) for one in drafts(f"{path}?prompt=gold")] == [("a", "b")]
     path = put(tmp_path / "b.jsonl", {"question": "p", "gold": "a"})
     with pytest.raises(
-        InputError, match=r"name the field of the answer, as in jsonl:\S+b.jsonl\?answer=FIELD, or give"
+        InputError, match=r"name the field of the answer, as in 'jsonl:\S+b.jsonl\?answer=FIELD', or give"
     ):
         drafts(str(path))
     path = put(tmp_path / "c.jsonl", {"x": "p", "gold": "a"})

@@ -396,7 +396,7 @@ class TestFiles:
                 ({"prompt": "a", "x": 1},),
                 "",
                 "no known format has the fields prompt, x: name the field of the answer, as in "
-                "jsonl:a.jsonl?answer=FIELD",
+                "'jsonl:a.jsonl?answer=FIELD'",
             ),
             (({**GOOD, "answer": None},), "", "a.jsonl:1 has no field 'answer'"),
             (({**GOOD, "m": {"x": 1}},), "answer=m.y", "a.jsonl:1 has no field 'm.y'"),

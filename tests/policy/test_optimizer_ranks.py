@@ -77,7 +77,8 @@ def backward(policy: Policy, optimizer: Any, rank: int, size: int, poison: float
             ref_logprobs=old,
             weights=torch.full((count,), weight),
         )
-        out = policy.run(partial(_micro_loss, policy, part.rollouts, targets, config, len(LENGTHS)))
+        compute = partial(_micro_loss, policy, part.rollouts, targets, config, len(LENGTHS))
+        out, _ = policy.run(partial(compute, sampled=torch.ones(count, dtype=torch.bool), scores=False))
         optimizer.before_backward(is_last=is_last and k == len(mine))
         out.loss.backward()
         total += out.loss.detach()
