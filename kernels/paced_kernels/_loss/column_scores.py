@@ -52,6 +52,8 @@ def _add_tiles(
     """Add the logits of rows first.. with states `scaled` [R, H] to the sums, over the columns and then the rows."""
     # An entropy takes a second tile for a moment, which stays a small part of the workspace.
     most = workspace_bytes // ((8 if sums.weighted is not None else 2) * head.accumulate.itemsize)
+    if buffer is not None and buffer.numel() == 0:  # of a group of empty sequences
+        buffer = None
     if buffer is not None:
         buffer = buffer.view(-1)
         most = min(most, buffer.shape[0])
