@@ -165,7 +165,9 @@ def test_loss_equals_naive_autograd(temperature: float, reduction: str, cap: flo
     seed=st.integers(0, 1000),
 )
 # An empty group first, and then one that is scored before its gradients.
-@example([0, 2], hidden_size=1, vocab_size=1, rows=1, reduction="sum", with_bias=False, with_entropy=False, seed=0)
+@example(
+    lengths=[0, 2], hidden_size=1, vocab_size=1, rows=1, reduction="sum", with_bias=False, with_entropy=False, seed=0
+)
 @settings(max_examples=60, deadline=None)
 def test_any_shape_equals_naive_autograd(
     lengths: list[int],
