@@ -64,8 +64,9 @@ class Collector:
         self.device, self.world, self.recorded, self.phase = device, world, recorded, phase
 
     def samples_exactly(self, model: PreTrainedModel) -> bool:
-        """Whether the log-probs of what is sampled are those of `model` up to rounding in float32."""
-        return self.recorded is None and samples_exactly(self.generator, model)
+        """Whether the log-probs of what is sampled are those of `model` up to rounding in float32; recorded rollouts
+        are taken for those of this run's generator, so that a replayed run has the bits of the first."""
+        return samples_exactly(self.generator, model)
 
     def groups(self, prompt_index: Sequence[int], step: int, round_: int = 0) -> list[Group]:
         """Sample and score one group per prompt. Raises UnscoredError when too many rewards failed."""

@@ -382,10 +382,9 @@ def prepare(policy: Policy, config: Config) -> None:
     fused = use_liger(config.model.liger, policy.model, device)
     compiled = compile_parts(config.model.compile, policy.model, device)
     trained, total = (sum(p.numel() for p in own) for own in (policy.parameters(), policy.model.parameters()))
-    chosen = policy.attention
     logger.info(
         "policy: attention %s (%s); liger %s; compiled %s; %s of %s parameters trained",
-        *(chosen.name, chosen.reason, fused, compiled, f"{trained:,}", f"{total:,}"),
+        *(policy.attention.name, policy.attention.reason, fused, compiled, f"{trained:,}", f"{total:,}"),
     )
 
 

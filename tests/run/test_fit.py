@@ -71,7 +71,8 @@ def test_the_fastest_way_that_fits_is_taken(ranks: int) -> None:
 
 
 def test_what_the_settings_say_is_not_chosen() -> None:
-    for mode, gradients, recompute in itertools.product(("replicated", "sharded"), ("whole", "split"), ("on", "off")):
+    ways = (("replicated", "whole"), ("replicated", "split"), ("sharded", "split"), ("sharded", "auto"))
+    for (mode, gradients), recompute in itertools.product(ways, ("on", "off")):
         config = settings(
             distributed__mode=mode, distributed__gradients=gradients, model__gradient_checkpointing=recompute
         )
