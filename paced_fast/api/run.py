@@ -203,12 +203,8 @@ def evaluate_given(
 ) -> Evaluated:
     """Evaluate; see `paced_fast.api.evaluate`."""
     known = {item.name for item in dataclasses.fields(EvaluateArguments)} - _OF_THE_COMMAND
-    for name in options:
-        if name not in known:
-            raise InputError(
-                f"evaluate has no option {name!r}{_nearest_option(name, known)}: the options are "
-                f"{', '.join(sorted(known))}"
-            )
+    if wrong := [f"{name!r}{_nearest_option(name, known)}" for name in options if name not in known]:
+        raise InputError(f"evaluate has no option {', '.join(wrong)}: the options are {', '.join(sorted(known))}")
     name, functions = given.reward_of(reward)
     if isinstance(model, Result):
         functions = {**model.functions, **functions}

@@ -12,7 +12,7 @@ from typing import Any
 from paced_fast.config import Config
 from paced_fast.config.bounds import settings
 from paced_fast.config.files import SHORT
-from paced_fast.config.foreign_names import Counterpart, counterpart
+from paced_fast.config.foreign_names import Counterpart, counterpart, unknown
 from paced_fast.config.presets import preset
 from paced_fast.config.saved import config_from_dict
 from paced_fast.errors import InputError
@@ -34,14 +34,16 @@ def with_settings(config: Config, given: Mapping[str, Any]) -> Config:
     """The configuration with settings by dotted or nested name, `{"optimizer.learning_rate": 1e-5}` or
     `{"optimizer": {"learning_rate": 1e-5}}`.
 
-    Raises InputError for the first that is no setting, with those that it may stand for, and for a value of the wrong
+    Raises InputError for all that are no settings, with those that each may stand for, and for a value of the wrong
     kind.
     """
     known = settings(Config)
     raw = dataclasses.asdict(config)
-    for name, value in _flat(given).items():
-        if name not in known:
-            raise InputError(f"unknown setting {name!r}{_suggestion(name, list(known))}")
+    flat = _flat(given)
+    if hints := {repr(name): _suggestion(name, list(known)) for name in flat if name not in known}:
+        told = unknown("setting", hints).rstrip()
+        raise InputError(f"{told}{'' if told[-1] in ':?.' else ':'} docs/settings.md lists all settings")
+    for name, value in flat.items():
         *rooms, last = name.split(".")
         place = raw
         for room in rooms:
@@ -77,7 +79,7 @@ def _suggestion(name: str, known: list[str]) -> str:
     if foreign is not None:
         options = " or ".join(repr(in_python(option)) for option in foreign.options)
         asks = f"did you mean {options}?" if options else ""
-        return f": {f'{asks} {in_python(foreign.note)}'.strip()} docs/settings.md lists all settings"
+        return f"{asks} {in_python(foreign.note)}".strip()
     same = [full for full in known if full.rpartition(".")[2] == last]
     close = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR) or [
         full
@@ -86,8 +88,7 @@ def _suggestion(name: str, known: list[str]) -> str:
         if full.rpartition(".")[2] == near
     ]
     found = sorted(same or close, key=lambda full: full.count("."))[:4]  # the outer rooms are the likelier
-    hint = f": did you mean {' or '.join(map(repr, found))}?" if found else ""
-    return f"{hint or ':'} docs/settings.md lists all settings"
+    return f"did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def foreign_option(name: str) -> Counterpart | None:

@@ -10,18 +10,18 @@ import itertools
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from paced_fast.config import Config, flatten, short_help
+from paced_fast.config import Config, short_help
 from paced_fast.config import modes as launch
 from paced_fast.config.bounds import settings
 from paced_fast.config.command import value_of
 from paced_fast.config.files import SHORT, read_config
-from paced_fast.config.foreign_names import counterpart, suggestion
+from paced_fast.config.foreign_names import counterpart, suggestion, unknown
 from paced_fast.config.presets import BASES, known, preset
 from paced_fast.config.resolve import check, check_files, check_value
 from paced_fast.config.resuming import differences, remedy
@@ -40,18 +40,18 @@ def parse(arguments: Sequence[str]) -> Config:
     """The settings that `arguments` ask for; `--help` prints those that most users change, `--help-all` every field
     with its sentence, and both exit.
 
-    Raises InputError, in one line, for an unknown preset or option and for a value that does not fit.
+    Raises InputError, in one line, for an unknown preset, for all unknown options, and for a value that does not fit.
     """
     words = [_full(word) for word in arguments]
+    if set(_HELP).isdisjoint(words):
+        _check_names(words)
     name = words.pop(0) if words and not words[0].startswith("-") else None
-    if name is not None:
-        _check_foreign(name)
     if not set(_HELP).isdisjoint(words):
         return _help(words, preset(name or OWN))
     _check_preset_first(words)
     short = next((word.partition("=")[0] for word in arguments if _full(word) != word), None)
     default, words, resumed = _start(words, name, short)
-    _check_words(words, {f"--{field.replace('_', '-')}": field for field in flatten(default)})
+    _check_words(words)
     config = _read(words, lambda: tyro.cli(Config, args=words, default=default, prog=PROG))
     if config.preset != default.preset:
         first = "the preset is the first word, before every option"
@@ -177,35 +177,50 @@ def _value_of(words: Sequence[str], option: str) -> str | None:
     return next(reversed(_values(words, option)), None)
 
 
-def _check_foreign(word: str) -> None:
-    """Raises InputError for a setting as verl's command line has it, `trainer.nnodes=2`."""
-    name = word.partition("=")[0]
-    if counterpart(name) is not None and not word.startswith("-"):
-        raise InputError(f"unknown setting {name[:80]}: {suggestion(name, ())}")
+def _check_names(words: Sequence[str]) -> None:
+    """Raises InputError for all options that are unknown, and settings as verl's command line has them,
+    `trainer.nnodes=2`, each with what it is called here."""
+    known = [f"--{field.replace('_', '-')}" for field in settings(Config)]
+    names = [*launch.NAMES, *_SHORT_OPTIONS, *known]
+    hints: dict[str, str] = {}
+    for word in words:
+        given, equals, _ = word.partition("=")
+        if not word.startswith("--"):
+            if (equals or word is words[0]) and not word.startswith("-") and counterpart(given) is not None:
+                hints[given[:80]] = suggestion(given, ())
+        elif given.replace("_", "-") != "--config" and _field(given) is None:
+            hints[given[:80]] = suggestion(given.replace("_", "-"), names)
+    if hints:
+        options = any(name.startswith("--") for name in hints)
+        raise InputError(unknown("option" if options else "setting", hints))
 
 
-def _check_words(words: Sequence[str], known: Mapping[str, str]) -> None:
-    """Raises InputError for the first option that is unknown, and for the first value that does not fit its own.
+def _field(given: str) -> str | None:
+    """The setting that an option stands for, as `--run.report` and `--run.no-report` for `run.report`; None of none."""
+    option = given.replace("_", "-")
+    positive = re.sub(r"(^--|\.)no-", r"\1", option)
+    for field, setting in settings(Config).items():
+        name = f"--{field.replace('_', '-')}"
+        if name == option or (name == positive and setting.kind is bool):
+            return field
+    return None
 
-    Tyro would refuse both, but it says less: not which flag was handed a value, nor what was expected.
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raises InputError for the first value that does not fit its option.
+
+    Tyro would refuse it too, but it says less: not which flag was handed a value, nor what was expected.
     """
-    types = {name: setting.kind for name, setting in settings(Config).items()}
     for i, word in enumerate(words):
         if not word.startswith("--"):
-            if "=" in word:
-                _check_foreign(word)
             continue
         given, equals, value = word.partition("=")
-        option = given.replace("_", "-")
-        positive = re.sub(r"(^--|\.)no-", r"\1", option)  # --run.no-report switches off --run.report
-        if option not in known and (positive not in known or types[known[positive]] is not bool):
-            hint = suggestion(option, [*launch.NAMES, *_SHORT_OPTIONS, *known])
-            raise InputError(f"unknown option {given}: {hint}")
-        field = known.get(option) or known[positive]
+        field = _field(given)
+        assert field is not None
         values = (
             [value] if equals else list(itertools.takewhile(lambda word: not word.startswith("--"), words[i + 1 :]))
         )
-        _check_values(option, field, types[field], values)
+        _check_values(given.replace("_", "-"), field, settings(Config)[field].kind, values)
 
 
 def _check_values(option: str, field: str, kind: Any, values: Sequence[str]) -> None:

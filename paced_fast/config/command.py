@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from paced_fast.config.foreign_names import counterpart
+from paced_fast.config.foreign_names import counterpart, unknown
 from paced_fast.config.short_help import sentences_of, wrapped
 from paced_fast.errors import InputError
 
@@ -46,14 +46,18 @@ class Command:
 def read(command: Command, kind: type[T], arguments: Sequence[str]) -> T:
     """The dataclass `kind` with the values that the words of a command line give; `--help` prints help and exits.
 
-    A field is a text, a number, a choice, a switch, or a tuple of texts. Raises InputError, in one line, for an unknown
-    option, a value that does not fit, a word too many and one that is missing.
+    A field is a text, a number, a choice, a switch, or a tuple of texts. Raises InputError, in one line, for all
+    unknown options, a value that does not fit, a word too many and one that is missing.
     """
     if not {"--help", "-h"}.isdisjoint(arguments):
         sys.stdout.write(help_text(command, kind))
         raise SystemExit(0)
     kinds = typing.get_type_hints(kind)
     options = {f"--{name.replace('_', '-')}": name for name in kinds if name not in command.words}
+    names = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    hints = {name[:80]: _hint(command, option, options) for name in names if (option := _dashed(name)) not in options}
+    if hints:
+        raise InputError(unknown("option", hints))
     found: dict[str, Any] = {}
     placed: list[str] = []
     left = list(arguments)
@@ -63,14 +67,16 @@ def read(command: Command, kind: type[T], arguments: Sequence[str]) -> T:
             placed.append(word)
             continue
         given, equals, value = word.partition("=")
-        option = given.replace("_", "-")
-        if option not in options:
-            raise InputError(f"unknown option {given[:80]}: {_hint(command, option, options)}")
+        option = _dashed(given)
         name = options[option]
         if name in found:
             raise InputError(f"{option} is given twice: give it once")
         found[name] = _taken(option, kinds[name], [value] if equals else None, left)
     return kind(**_by_place(command, kinds, placed), **found)
+
+
+def _dashed(option: str) -> str:
+    return option.replace("_", "-")
 
 
 def _taken(option: str, kind: Any, value: Sequence[str] | None, left: list[str]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from paced_fast.config import Config, flatten
 from paced_fast.config.bounds import settings
-from paced_fast.config.foreign_names import suggestion
+from paced_fast.config.foreign_names import suggestion, unknown
 from paced_fast.config.presets import preset
 from paced_fast.config.resolve import check_value
 from paced_fast.config.run import OWN
@@ -32,7 +32,7 @@ def read_config(path: Path, name: str | None = None) -> Config:
     """The settings of a configuration file, on top of the preset `name`, or else of the preset that the file names.
 
     A file that names a model and no preset begins at `own`. The config.json of a run gives all of that run's settings
-    but for its folder. Raises InputError for the first setting that is unknown or has no such value.
+    but for its folder. Raises InputError for all settings that are unknown, and for the first that has no such value.
     """
     raw = _read(path)
     if raw.keys() >= _OF_A_RUN:
@@ -42,7 +42,10 @@ def read_config(path: Path, name: str | None = None) -> Config:
             return dataclasses.replace(config_from_dict(Config, raw), run_dir=None, resume="never")
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-    given = dict(_given(raw, path))
+    hints: dict[str, str] = {}
+    given = dict(_given(raw, path, hints))
+    if hints:
+        raise InputError(f"{path}: {unknown('setting', hints)}")
     named = given.pop("preset", None)
     if named is not None and not isinstance(named, str):
         raise InputError(f"{path}: preset is {json.dumps(named)[:80]}, not the name of a preset")
@@ -133,8 +136,8 @@ def _yaml(text: str) -> Any:
         raise ValueError(str(error)) from error
 
 
-def _given(raw: Mapping[Any, Any], path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by dotted name with their values as the file has them."""
+def _given(raw: Mapping[Any, Any], path: Path, hints: dict[str, str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name with their values as the file has them; unknown names go into `hints`, each with its."""
     known = settings(Config)
     groups = {name.rpartition(".")[0] for name in known} | {"warm_start"}
     for key, value in raw.items():
@@ -144,14 +147,13 @@ def _given(raw: Mapping[Any, Any], path: Path, prefix: str = "") -> Iterator[tup
         if full in known:
             yield full, value
         elif full in groups and isinstance(value, Mapping):
-            yield from _given(value, path, f"{full}.")
+            yield from _given(value, path, hints, f"{full}.")
         elif full in groups:
             raise InputError(f"{path}: {full} is {json.dumps(value, default=str)[:80]}, not a table of settings")
         else:
             options = [f"--{name.replace('_', '-')}" for name in (*SHORT, *known)]
             hint = suggestion(f"--{full.replace('_', '-')}", options)
-            hint = "docs/settings.md lists all settings" if "--help-all" in hint else hint
-            raise InputError(f"{path}: unknown setting {full[:80]}: {hint}")
+            hints[full[:80]] = "docs/settings.md lists all settings" if "--help-all" in hint else hint
 
 
 def _value(name: str, value: Any, path: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -263,6 +263,19 @@ def suggestion(option: str, known: Sequence[str]) -> str:
         return f"did you mean {_either(same)}?"
     near = difflib.get_close_matches(option, known, n=1, cutoff=_NEAR)
     return f"did you mean {near[0]}?" if near else "--help-all lists all options"
+
+
+def unknown(kind: str, hints: Mapping[str, str]) -> str:
+    """The complaint about every unknown name of a `kind` ("option", "setting"), each with its hint; names that have the
+    same one stand together."""
+    if len(hints) == 1:
+        ((name, hint),) = hints.items()
+        return f"unknown {kind} {name}: {hint}"
+    alike: dict[str, list[str]] = {}
+    for name, hint in hints.items():
+        alike.setdefault(hint, []).append(name)
+    told = [f"{', '.join(names)}{f' ({hint})' if hint else ''}" for hint, names in alike.items()]
+    return f"unknown {kind}s: {'; '.join(told)}"
 
 
 def _either(names: Sequence[str]) -> str:

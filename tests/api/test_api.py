@@ -373,6 +373,10 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         r"unknown setting 'optimizer.lr': did you mean 'optimizer.learning_rate'\? docs",
     ),
     "option of PEFT": (lambda: bad(lora={"r": 8}), r"unknown setting 'lora.r': did you mean 'lora.rank'\? docs"),
+    "several": (
+        lambda: bad(num_generations=4, num_workers=4, x=1),
+        r"unknown settings: 'num_generations' \(did you mean 'generation.group_size'\?\); 'num_workers', 'x': docs",
+    ),
     "option that is an argument here": (lambda: bad(model_id="a"), r"'model_id': did you mean 'model'\? docs"),
     "option that nothing stands for": (
         lambda: bad(load_in_4bit=True),
@@ -450,6 +454,9 @@ def test_an_option_of_another_trainer_leads_to_one_of_evaluate(option: str, ours
         InputError, match=rf"evaluate has no option '{option}' \(did you mean '{ours}'\?\): the options"
     ):
         evaluate("nowhere", ROWS, **{option: 3})
+    two = rf"evaluate has no option '{option}' \(did you mean '{ours}'\?\), 'zz': the options are data_dir"
+    with pytest.raises(InputError, match=two):
+        evaluate("nowhere", ROWS, **{option: 3, "zz": 1})
 
 
 def test_a_model_object_needs_its_tokenizer(model: str, here: Path) -> None:

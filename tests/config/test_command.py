@@ -58,6 +58,11 @@ def test_values_are_read_by_the_types_of_their_fields() -> None:
         ("a --seed 1 --seed 2", "--seed is given twice: give it once"),
         ("a --sampels 3", "unknown option --sampels: did you mean --samples?"),
         ("a --zzz 3", "unknown option --zzz: paced-fast evaluate --help lists all options"),
+        (
+            "a --zz 3 --sampels 3 --yy 3",
+            "unknown options: --zz, --yy (paced-fast evaluate --help lists all options); --sampels (did you mean "
+            "--samples?)",
+        ),
         # what other trainers, other evaluations, and `train` call it
         ("a --max_new_tokens 3", "unknown option --max_new_tokens: did you mean --max-completion-tokens?"),
         ("a --eval-data b", "unknown option --eval-data: did you mean --data?"),

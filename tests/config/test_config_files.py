@@ -122,6 +122,11 @@ MISTAKES = [
     ("a.toml", "steps = 3", r".*a.toml names neither a model nor a preset: add model, or preset"),
     ("a.toml", 'preset = "tniy"', r"unknown preset 'tniy': did you mean tiny\? .*"),
     ("a.toml", 'preset = "tiny"\nstep = 3', r".*a.toml: unknown setting step: did you mean --steps\?"),
+    (
+        "a.toml",
+        "lr = 3\n[optimizer]\nbeta3 = 1\n[lora]\nr = 8",
+        r".*: unknown settings: lr \(did you mean --optimizer.learning-rate\?\); optimizer.beta3 \(.*\); lora.r \(.*\)",
+    ),
     ("a.toml", 'preset = "tiny"\nlr = 3', r".*a.toml: unknown setting lr: did you mean --optimizer.learning-rate\?"),
     (
         "a.toml",

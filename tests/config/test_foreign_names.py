@@ -62,6 +62,30 @@ def test_what_is_not_quite_the_same_is_explained(option: str, words: str) -> Non
     assert str(raised.value).startswith(f"unknown option {option}: {words}")
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "--learning_rate 1e-5 --num_generations 8 --zz 1 --lr 2 --yy 2",
+            "unknown options: --learning_rate, --lr (did you mean --optimizer.learning-rate?); --num_generations (did "
+            "you mean --generation.group-size?); --zz, --yy (--help-all lists all options)",
+        ),
+        # what is wrong beside them waits until they are gone
+        ("--reward f --zz 1 --steps x --epochz 2", "unknown options: --zz, --epochz (--help-all lists all options)"),
+        (
+            "data.train_files=x trainer.nnodes=2 trainer.test_freq=5",
+            "unknown settings: data.train_files (did you mean --data? A file, a folder or a data set of the hub, as in "
+            "--data train.jsonl.); trainer.nnodes (Start with torchrun --nnodes N.); trainer.test_freq (did you mean "
+            "--evaluation.every?)",
+        ),
+    ],
+)
+def test_all_unknown_options_of_a_command_are_named_at_once(words: str, told: str) -> None:
+    with pytest.raises(InputError) as raised:
+        cli.parse(words.split())
+    assert str(raised.value) == told
+
+
 def test_every_name_leads_to_options_that_exist_and_is_none_itself() -> None:
     assert {option for found in NAMES.values() for option in found.options} <= SETTINGS | SHORT
     assert not [name for name in NAMES if f"--{name}" in KNOWN]
