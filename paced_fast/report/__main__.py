@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             path = make_report(first, pictures=not options.page_only)
     except InputError as error:
-        sys.stderr.write(f"report: {error}\n")
+        sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
     # A folder's name may hold bytes that are not valid text.
     sys.stdout.write(f"{path}\n".encode("utf-8", "backslashreplace").decode("utf-8"))

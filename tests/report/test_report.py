@@ -306,7 +306,7 @@ def test_command_line_prints_the_path_and_exits_2_with_one_line(
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "absent")])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"report: no such folder {tmp_path / 'absent'}: give a run folder\n"
+    assert capsys.readouterr().err == f"error: no such folder {tmp_path / 'absent'}: give a run folder\n"
 
 
 def _charts(charts: list[Chart]) -> dict[str, Chart]:

@@ -187,7 +187,7 @@ def test_what_cannot_be_compared_is_one_line(
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"report: {message}\n"
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_runs_without_anything_in_common_are_compared() -> None:

@@ -135,7 +135,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
     made: list[Process] = []
 
     def popen(*words: Any, stderr: Any, **_: Any) -> Process:
-        stderr.write(b"report: no space\n")
+        stderr.write(b"error: no space\n")
         made.append(Process())
         return made[-1]
 
@@ -179,7 +179,7 @@ def test_a_report_that_fails_is_told_once(
             begun[-1].returncode = 2
             live.due(step)
     (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert told.startswith("the report was not written during training (report: no space")
+    assert told.startswith("the report was not written during training (error: no space")
 
 
 @pytest.mark.process
