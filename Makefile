@@ -69,10 +69,10 @@ $(STAMP_VLLM): pyproject.toml constraints.txt setup.py
 	@touch $@
 
 train: $(STAMP) ## Train a preset: PRESET=smollm2 ARGS="--steps 10".
-	$(BIN)/python -m paced_fast.train $(PRESET) $(ARGS)
+	$(BIN)/python -m paced_fast train $(PRESET) $(ARGS)
 
 train-vllm: $(STAMP_VLLM) ## Train smollm2 on a CPU; vLLM samples with the trainer's own weights: ARGS="--steps 10".
-	$(BIN_VLLM)/python -m paced_fast.train smollm2 --generator vllm --weight-sync.mode shared $(ARGS)
+	$(BIN_VLLM)/python -m paced_fast train smollm2 --generator vllm --weight-sync.mode shared $(ARGS)
 
 check: $(STAMP) ## Style, types, import rules and the tests that start no process. A minute and a half on two cores.
 	@$(BIN)/python .ci/suite.py check $(ARGS)

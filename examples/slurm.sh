@@ -46,7 +46,7 @@ srun --kill-on-bad-exit=1 --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
     bash -c 'echo $$ > "$AGENT_FILE"; exec "$@"' torchrun \
     torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$gpus" --max-restarts=0 \
     --rdzv-backend=c10d --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID" \
-    -m paced_fast.train "$@" --resume auto &
+    -m paced_fast train "$@" --resume auto &
 step=$!
 
 # A trap ends `wait` early, with a status that is not the step's: wait again until the step is over.

@@ -107,7 +107,7 @@ def evaluate(
         reward: judges completions, as for `train`; None: what the data's format says, and for a result the function
             that it was trained with.
         tokenizer: of a model object.
-        benchmarks: names such as "gsm8k"; see `python -m paced_fast.evaluate --help`.
+        benchmarks: names such as "gsm8k"; see `python -m paced_fast evaluate --help`.
         progress: print what is evaluated; the figures are in what is returned, which prints them.
         **options: those of the command, such as `samples=32`, `temperature=0.6`, `top_p=0.95`, `limit=100`,
             `max_completion_tokens=512`, `step=50`.

@@ -1,6 +1,6 @@
 """Evaluate a run's checkpoint, or any model, on benchmarks or other sources of prompts.
 
-python -m paced_fast.evaluate RUN_OR_MODEL [--benchmarks gsm8k,aime24] [--data SOURCE ...] [--samples 32]
+python -m paced_fast evaluate RUN_OR_MODEL [--benchmarks gsm8k,aime24] [--data SOURCE ...] [--samples 32]
 """
 
 from __future__ import annotations

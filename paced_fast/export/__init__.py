@@ -1,6 +1,6 @@
 """Write the policy of a run as a folder that transformers, vLLM and others load.
 
-    python -m paced_fast.export RUN_OR_CHECKPOINT FOLDER [--step N] [--dtype auto|bfloat16|float32]
+    python -m paced_fast export RUN_OR_CHECKPOINT FOLDER [--step N] [--dtype auto|bfloat16|float32]
 
 RUN_OR_CHECKPOINT is a run folder (its newest checkpoint, or that of --step, 0 being before training) or one checkpoint
 of it. Weights that the optimiser keeps in higher precision than the policy are taken from the optimiser, and

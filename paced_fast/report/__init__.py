@@ -1,7 +1,7 @@
 """Report of a run folder as one HTML page, or a comparison of several runs.
 
-    python -m paced_fast.report RUN_DIR                      # writes RUN_DIR/report.html and RUN_DIR/plots/*.png
-    python -m paced_fast.report RUN_A RUN_B ... --out FILE   # writes a comparison
+    python -m paced_fast report RUN_DIR                      # writes RUN_DIR/report.html and RUN_DIR/plots/*.png
+    python -m paced_fast report RUN_A RUN_B ... --out FILE   # writes a comparison
 
 Also works while the run is still going: it reads the files written so far. Needs no tensor library and no device.
 """

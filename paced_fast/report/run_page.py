@@ -44,7 +44,7 @@ def try_report(run_dir: str | Path) -> None:
     try:
         make_report(run_dir)
     except Exception as error:
-        logger.warning("the report was not written (%r): try again by python -m paced_fast.report %s", error, run_dir)
+        logger.warning("the report was not written (%r): try again by python -m paced_fast report %s", error, run_dir)
 
 
 def make_report(run_dir: str | Path, *, pictures: bool = True) -> Path:

@@ -1,6 +1,6 @@
 """Train a policy by PACED-RL.
 
-    python -m paced_fast.train [PRESET] [--field.subfield value ...]
+    python -m paced_fast train [PRESET] [--field.subfield value ...]
 
 The run folder holds config.json, metrics.jsonl, rollouts.jsonl, checkpoints/, summary.json and report.html.
 """

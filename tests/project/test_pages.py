@@ -166,6 +166,20 @@ def test_readme_is_short_and_leads_to_every_page() -> None:
     assert [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name})" not in index] == []
 
 
+def test_a_command_is_written_in_one_way() -> None:
+    """`python -m paced_fast train`, not `paced_fast.train`, which does the same."""
+    texts = [*PAGES, ROOT / "Makefile", *(ROOT / "examples").iterdir(), *(ROOT / "paced_fast").rglob("*.py")]
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in texts
+        if path.is_file() and path.name != "__main__.py"
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"-m paced_fast\.\w", line)
+    ]
+    assert found == []
+    assert "-m paced_fast train" in (DOCS / "settings.md").read_text(encoding="utf-8")
+
+
 # The page of data and rewards
 
 

@@ -514,8 +514,8 @@ def test_make_targets_run_the_documented_commands() -> None:
         words = ["make", "-n", *arguments]
         return subprocess.run(words, cwd=ROOT, env=outside, capture_output=True, text=True, check=True).stdout
 
-    assert "-m paced_fast.train tiny" in commands("train")
-    assert "-m paced_fast.train smollm2 --steps 10" in commands("train", "PRESET=smollm2", "ARGS=--steps 10")
+    assert "-m paced_fast train tiny" in commands("train")
+    assert "-m paced_fast train smollm2 --steps 10" in commands("train", "PRESET=smollm2", "ARGS=--steps 10")
     for tier in ("check", "test", "test-all"):  # what they are made of: tests/project/test_suite.py
         assert commands(tier, "ARGS=-x").splitlines()[-1] == f".venv/bin/python .ci/suite.py {tier} -x"
     on_gpu = commands("install", "-B", "GPU=yes")

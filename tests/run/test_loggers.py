@@ -283,5 +283,5 @@ def test_a_report_that_fails_leaves_the_run_whole(
     assert train.run(_in(settings, tmp_path / "run"), quiet())["steps"] == 1
     assert warnings(caplog)[-1] == (
         "the report was not written (RuntimeError('no\\nfonts')): "
-        f"try again by python -m paced_fast.report {tmp_path / 'run'}"
+        f"try again by python -m paced_fast report {tmp_path / 'run'}"
     )

@@ -74,7 +74,7 @@ def test_the_ranks_are_asked_to_stop_and_the_job_is_queued_again(tmp_path: Path,
     command = next(line for line in lines if line.startswith("torchrun --"))
     assert "--nnodes=1 --nproc-per-node=4 --max-restarts=0" in command
     assert "--rdzv-endpoint=one:" in command
-    assert command.endswith("-m paced_fast.train qwen_math_7b --run-dir runs/x --resume auto")
+    assert command.endswith("-m paced_fast train qwen_math_7b --run-dir runs/x --resume auto")
     assert script.returncode == int(status)
     requeued = [line for line in lines if line.startswith("scontrol requeue")]
     assert len(requeued) == (status == "0"), "what failed is not tried again for ever"

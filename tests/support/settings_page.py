@@ -20,8 +20,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 
 HEAD = """# Settings
 
-Every option of `python -m paced_fast.train [PRESET] [--option value ...]`, with its type, its default and the range of
-a number, both ends included. A preset may have another default: `python -m paced_fast.train PRESET --help-all` shows
+Every option of `python -m paced_fast train [PRESET] [--option value ...]`, with its type, its default and the range of
+a number, both ends included. A preset may have another default: `python -m paced_fast train PRESET --help-all` shows
 it. `--model`, `--data`, `--eval-data` and `--reward` stand for `--model.name`, `--data.train`, `--data.eval` and
 `--reward.name`. `--config FILE` reads the same names from TOML or YAML, with a table for each group:
 
