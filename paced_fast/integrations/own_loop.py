@@ -90,7 +90,9 @@ def balance_loss(
         model: causal language model of transformers, alone or wrapped by PEFT or DDP.
         input_ids: tokens of prompt and completion, padded on either side or both.
         attention_mask: 1 on tokens, 0 on padding.
-        completion_mask: 1 on the tokens that the policy chose and the reward judges, 0 on prompt and padding.
+        completion_mask: 1 on the tokens that the policy chose and the reward judges, 0 on prompt and padding. An empty
+            completion counts like any other, but in a batch without any token (every completion cut off and masked,
+            say) the loss and all its gradients are 0, as in TRL.
         rewards: raw rewards, neither centred nor scaled; NaN excludes a completion from the loss and from its group.
         beta: reward units per nat: the weight of staying near the old policy.
         values: predicted reward of each row's prompt, beta * log Z; gradients flow here, so it may be learned.
@@ -117,7 +119,7 @@ def balance_loss(
     reward = _per_row("rewards", rewards, len(input_ids), device)
     known = ~reward.isnan()
     reward = torch.where(known, reward, 0.0)
-    weight = known.float()
+    weight = known.float() * rows.mask.any()
     if weights is not None:
         weight = weight * _per_row("weights", weights, len(input_ids), device)
     if sum(given is not None for given in (values, groups, group_size)) != 1:

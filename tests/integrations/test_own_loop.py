@@ -263,6 +263,22 @@ def test_what_does_not_fit_is_named_with_its_remedy(case: str) -> None:
         balance_loss(made("plain"), **make())
 
 
+def test_a_batch_without_any_completion_token_has_no_loss_and_no_gradient() -> None:
+    model, values = made("plain"), torch.full((6,), 0.3, requires_grad=True)
+    inputs = batch("both", tiny_policy.VOCAB)
+    inputs["completion_mask"] = torch.zeros_like(inputs["completion_mask"])
+    old = completion_logprobs(model, **inputs)
+    assert not old.any()
+    loss, metrics = balance_loss(model, **inputs, rewards=REWARDS, values=values, old_logprobs=old, beta=BETA)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    found = [values.grad, *(weight.grad for weight in model.parameters())]
+    assert not any(bool(gradient.any()) for gradient in found if gradient is not None)
+    assert float(metrics["tokens"]) == 0.0
+    assert float(metrics["reward"]) == pytest.approx(0.5)
+    assert all(bool(figure.isfinite()) for figure in metrics.values())
+
+
 def test_other_modules_are_refused() -> None:
     with pytest.raises(InputError, match="model is a Linear: give a causal language model of transformers"):
         balance_loss(torch.nn.Linear(2, 2), **wrong())
