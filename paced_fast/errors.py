@@ -63,6 +63,11 @@ def pip_install(extra: str) -> str:
     return f"pip install {' '.join(names) or extra}"
 
 
+def counted(count: int, what: str) -> str:
+    """Format a count with its noun, singular or plural."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """A hint for an error message: ` (did you mean 'x'?)`, or nothing when no known word is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)

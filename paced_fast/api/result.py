@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paced_fast.api.tables import table
+from paced_fast.errors import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -204,7 +205,8 @@ class Result:
             summary = self.summary
         except (OSError, ValueError, LookupError):
             return f"Result({str(self.folder)!r}), no figures yet"
-        lines = [f"Result({str(self.folder)!r}): {summary['steps']:,} steps, {summary['rollouts']:,} rollouts"]
+        done = f"{counted(summary['steps'], 'step')}, {counted(summary['rollouts'], 'rollout')}"
+        lines = [f"Result({str(self.folder)!r}): {done}"]
         before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
         if before is not None and after is not None:
             lines.append(f"held-out accuracy {before:.3f} -> {after:.3f}")
@@ -241,7 +243,7 @@ class Evaluated:
         accuracy, interval = self.figures["accuracy"], self.figures.get("accuracy_interval")
         shown = "nothing was scored" if accuracy is None else f"accuracy {accuracy:.3f}"
         limits = f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-        first = f"Evaluated({self.figures['model']!r}): {shown}{limits}, {self.figures['prompts']:,} prompts"
+        first = f"Evaluated({self.figures['model']!r}): {shown}{limits}, {counted(self.figures['prompts'], 'prompt')}"
         return "\n".join([first, *_tables(self.figures)])
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import util
 from typing import Any
 
+from paced_fast.errors import counted
+
 _MAX_ROWS, _SHOWN_ROWS = 60, 10
 """Of more rows than the first, the second number is shown: half from the start, half from the end."""
 _MAX_CELL = 28
@@ -86,9 +88,9 @@ def as_text(
         lines.insert(1 + (len(rows) + 1) // 2, "...")
     left = len(names) - len(parts) + 1
     if left:
-        lines.append(f"{total:,} rows; {left} more columns: {others}")
+        lines.append(f"{counted(total, 'row')}; {counted(left, 'more column')}: {others}")
     elif total > len(rows):
-        lines.append(f"{total:,} rows")
+        lines.append(counted(total, "row"))
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from paced_fast.data import prompts
 from paced_fast.data.records import PromptTable
 from paced_fast.data.sources import parse_day, rewarded, template_arguments
 from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, counted
 from paced_fast.evaluate.arguments import EvaluateArguments, check
 from paced_fast.evaluate.example import held_out_like
 from paced_fast.evaluation.held_out import Sample, evaluate
@@ -118,8 +118,9 @@ def evaluate_target(
         max_batch_sequences=arguments.max_batch_sequences or config.generation.batch_sequences(),
     )
     logger.info(
-        "%s: %d prompts, %d completions per prompt, temperature %g, top-p %g, up to %d tokens, stop tokens %s",
-        *(target.path, len(table), sampling.samples, sampling.temperature, sampling.top_p),
+        "%s: %s, %s per prompt, temperature %g, top-p %g, up to %d tokens, stop tokens %s",
+        *(target.path, counted(len(table), "prompt"), counted(sampling.samples, "completion")),
+        *(sampling.temperature, sampling.top_p),
         *(sampling.max_completion_tokens, stops),
     )
     try:

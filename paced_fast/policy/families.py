@@ -114,7 +114,7 @@ def refuse(settings: Any) -> None:
     if why is None and kind in _ENCODERS and not getattr(settings, "is_decoder", False):
         why = f"{_LOOK_AHEAD}, unless is_decoder is set in their configuration"
     if why is not None:
-        raise InputError(f"model.name: models of type {kind} {why}: give another model")
+        raise InputError(f"--model.name: models of type {kind} {why}: give another model")
 
 
 def unshareable(settings: Any) -> str | None:
@@ -163,7 +163,7 @@ def check_finite(model: PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
         if not bool((finite := torch.isfinite(weight)).all()):
             raise InputError(
-                f"model.name: {int((~finite).sum())} of {weight.numel()} values of {name} are infinite or NaN: give "
+                f"--model.name: {int((~finite).sum())} of {weight.numel()} values of {name} are infinite or NaN: give "
                 "a model that was saved before its training diverged, or download it again"
             )
 
@@ -177,7 +177,7 @@ def check_positions(limit: Positions, config: Config, *, longest: int, longest_h
     ):
         if limit.longest is not None and prompt + cut > limit.longest:
             raise InputError(
-                f"model.name: {kind} of {prompt} tokens and its completion of up to {cut} do not fit in {limit.why}: "
+                f"--model.name: {kind} of {prompt} tokens and its completion of up to {cut} do not fit in {limit.why}: "
                 f"lower --{owner}.max-completion-tokens or --data.max-prompt-tokens, or use another model"
             )
 
@@ -192,6 +192,12 @@ def check_length(limit: Positions, tokens: int, remedy: str) -> None:
     """Raises InputError when a sequence of this many tokens exceeds the model's positions."""
     if limit.longest is not None and tokens > limit.longest:
         raise InputError(f"prompt and completion have {tokens} tokens together and do not fit in {limit.why}: {remedy}")
+
+
+def check_taught(limit: Positions, prompt_tokens: int, completion_tokens: int) -> None:
+    """Raises InputError when a prompt and its completion exceed the model's positions."""
+    remedy = "lower --data.max-prompt-tokens or --generation.max-completion-tokens"
+    check_length(limit, prompt_tokens + completion_tokens, remedy)
 
 
 def examine(model: PreTrainedModel) -> Family:
@@ -216,7 +222,7 @@ def examine(model: PreTrainedModel) -> Family:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"model.name: this model of type {kind} cannot be run on text alone ({reason}): give another model"
+            f"--model.name: this model of type {kind} cannot be run on text alone ({reason}): give another model"
         ) from error
 
 
@@ -225,7 +231,7 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise InputError(
-            f"model.name: models of type {model.config.model_type} have no linear output layer for tokens: "
+            f"--model.name: models of type {model.config.model_type} have no linear output layer for tokens: "
             "give a causal language model"
         )
     return head
@@ -248,7 +254,7 @@ def head_states(model: PreTrainedModel, ids: Tensor, *, wrapper: nn.Module | Non
         (wrapper or model)(input_ids=ids, **inputs, **without_cache(model))
     if not caught:
         raise InputError(
-            f"model.name: models of type {model.config.model_type} do not call their output layer: give another model"
+            f"--model.name: models of type {model.config.model_type} do not call their output layer: give another model"
         )
     return caught[0]
 
@@ -287,7 +293,7 @@ def spare_tokens(family: Family) -> int:
     longest = family.limit.longest
     if longest is not None and longest < 8:
         raise InputError(
-            f"model.name: at least 8 positions are needed, and this is {family.limit.why}: give another model"
+            f"--model.name: at least 8 positions are needed, and this is {family.limit.why}: give another model"
         )
     return 7 if longest is None else min(7, longest - 5)
 
@@ -333,7 +339,7 @@ def _tried(model: PreTrainedModel, family: Family, head: nn.Linear) -> Family:
     wanted = alone(long)
     if not close(alone(long[:4]), wanted[:4], dtype):
         raise InputError(
-            f"model.name: in this model of type {kind} tokens attend to later tokens, so completions have no "
+            f"--model.name: in this model of type {kind} tokens attend to later tokens, so completions have no "
             "log-probs: give a causal language model (some need is_decoder in their configuration)"
         )
     family = _with_scale(model, family, head, torch.tensor([short], device=device))
@@ -341,7 +347,7 @@ def _tried(model: PreTrainedModel, family: Family, head: nn.Linear) -> Family:
     padded = logits_of(family, head(head_states(model, rows)))
     if not close(padded[0, : len(short)], alone(short), dtype) or not close(padded[1], wanted, dtype):
         raise InputError(
-            f"model.name: in this model of type {kind} the log-probs of a sequence depend on the rest of its batch: "
+            f"--model.name: in this model of type {kind} the log-probs of a sequence depend on the rest of its batch: "
             "give another model"
         )
     return family
@@ -375,6 +381,6 @@ def _with_scale(model: PreTrainedModel, family: Family, head: nn.Linear, ids: Te
             if float((found - wanted).abs().max()) <= rounding * float(wanted.abs().max()):
                 return tried
     raise InputError(
-        f"model.name: this model of type {family.model_type} computes logits in a way that the loss does not support: "
-        "give another model"
+        f"--model.name: this model of type {family.model_type} computes logits in a way that the loss does not "
+        "support: give another model"
     )

@@ -32,7 +32,7 @@ from paced_fast.policy.attention import (
 from paced_fast.policy.capped import capped_logprobs
 from paced_fast.policy.compiled import compile_parts
 from paced_fast.policy.families import (
-    check_length,
+    check_taught,
     close,
     examine,
     head_states,
@@ -199,8 +199,7 @@ class Policy:
 
     def check_length(self, prompt_tokens: int, completion_tokens: int) -> None:
         """Raises InputError when a sequence of this many tokens exceeds the model's positions."""
-        total = prompt_tokens + completion_tokens
-        check_length(self.family.limit, total, "lower --data.max-prompt-tokens or --generation.max-completion-tokens")
+        check_taught(self.family.limit, prompt_tokens, completion_tokens)
 
     def _masked(self, rollouts: Rollouts) -> bool:
         return longest_row(rollouts, self.max_tokens) <= self.longest_masked_row

@@ -125,8 +125,8 @@ def text_settings(settings: Any) -> Any:
         return settings.get_text_config(decoder=True)
     except ValueError as error:
         raise InputError(
-            f"model.name: models of type {settings.model_type} have several parts that generate text, so that none can "
-            "be chosen as the policy: give a causal language model"
+            f"--model.name: models of type {settings.model_type} have several parts that generate text, so that none "
+            "can be chosen as the policy: give a causal language model"
         ) from error
 
 

@@ -110,11 +110,6 @@ def pairs_table(rows: Mapping[str, object]) -> Markup:
     return part("pairs", plain, [(key, json.dumps(value, indent=1)) for key, value in nested.items()])
 
 
-def counted(count: int, what: str) -> str:
-    """Format a count with its noun, singular or plural."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
 def shown(value: object) -> str:
     """Format a value as text; long numbers are rounded."""
     if value is None:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from paced_fast.config.given import in_words
 from paced_fast.config.presets import PRESETS
 from paced_fast.config.presets.changed import changed_settings
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, counted
 from paced_fast.evaluation.forgetting import change_interval, fallen_slices
 from paced_fast.report.charts.chart import Axis, Chart, Line, merged, percent, seconds
 from paced_fast.report.charts.held_out import (
@@ -27,7 +27,7 @@ from paced_fast.report.charts.held_out import (
 from paced_fast.report.charts.renderer import draw
 from paced_fast.report.charts.training import generator_charts, health_charts, reward_charts, time_charts
 from paced_fast.report.charts.value import replay_charts, schedule_charts, value_charts
-from paced_fast.report.html import Tile, counted, document, pairs_table, part, shown, write_page
+from paced_fast.report.html import Tile, document, pairs_table, part, shown, write_page
 from paced_fast.report.read_run import Record, Run, number, read_run, series
 from paced_fast.report.sample_rollouts import groups_section, rollouts_section
 from paced_fast.report.warning_tiles import LONGER, MAX_TOKEN_RATIO, MAX_TRUNCATED, recent_mean, warning_tiles

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from paced_fast.errors import counted
 from paced_fast.evaluation.calibration import expected_calibration_error
 from paced_fast.evaluation.forgetting import can_compare, fallen_slices
 from paced_fast.report.charts.chart import percent
 from paced_fast.report.charts.value import forecasts
-from paced_fast.report.html import Tile, counted
+from paced_fast.report.html import Tile
 from paced_fast.report.read_run import Run, series
 
 MAX_ECE = 0.15

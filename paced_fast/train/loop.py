@@ -16,7 +16,7 @@ from paced_fast.config.presets.changed import changed_settings
 from paced_fast.config.resolve import placed, resolve
 from paced_fast.data.distributed import World
 from paced_fast.data.step_record import ABSENT, StartRecord
-from paced_fast.errors import EVERYWHERE, InputError, StopRequested, TrainingError, UnscoredError
+from paced_fast.errors import EVERYWHERE, InputError, StopRequested, TrainingError, UnscoredError, counted
 from paced_fast.evaluation.held_out import prompt_columns
 from paced_fast.rewards.loading import RewardFunction
 from paced_fast.run import checkpoint
@@ -84,7 +84,9 @@ def _begin(run: PreparedRun, outputs: Outputs) -> None:
         return
     count, samples = len(run.eval_table), run.config.evaluation.final_samples
     if count:
-        outputs.say(f"evaluating the policy before training: {count:,} prompts, {samples} completions each")
+        outputs.say(
+            f"evaluating the policy before training: {counted(count, 'prompt')}, {counted(samples, 'completion')} each"
+        )
     record = StartRecord(parity=parity or ABSENT)
     before = evaluate_now(run, run.config.evaluation.final_samples)
     if before is not None:

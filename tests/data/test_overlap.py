@@ -89,7 +89,7 @@ def test_counts_and_pairs() -> None:
     pairs = (("a:0", "b:2"), ("a:1", "b:0"), ("a:3", "b:0"))
     assert found == Overlap(train=(0, 1, 3, 4, 5), eval_rows=4, pairs=pairs, by_slice={"s": 5}, slices=frozenset("s"))
     assert str(found) == "5 training prompts are also held-out prompts (a:0 is b:2; a:1 is b:0; a:3 is b:0; ...)"
-    assert str(overlap(table("a"), held_out)) == "1 training prompts are also held-out prompts (a:0 is b:2)"
+    assert str(overlap(table("a"), held_out)) == "1 training prompt is also a held-out prompt (a:0 is b:2)"
     assert (
         overlap(table("z"), held_out)
         == overlap(table(), held_out)
@@ -105,10 +105,34 @@ class TestSetting:
         with caplog.at_level(logging.INFO):
             assert _apart(self.TRAIN, self.HELD_OUT, DataConfig()) == (self.TRAIN, {"s": 1})
         assert [record.getMessage() for record in caplog.records] == [
-            "1 training prompts are also held-out prompts (a:1 is b:0): "
-            "--data.overlap drop leaves them out of training",
+            "1 training prompt is also a held-out prompt (a:1 is b:0): --data.overlap drop leaves them out of training",
             "1 of 4 training prompts repeat an earlier one (a:3 repeats a:2)",
         ]
+
+    @pytest.mark.parametrize(
+        ("texts", "drawn", "told"),
+        [
+            (("a", "b", "c") * 5, 16, "3 different prompts to train on, but a step draws 16, so that it has"),
+            (
+                ("a",),
+                2,
+                "1 different prompt to train on, but a step draws 2, so that it has the same ones several times: ",
+            ),
+            (("a", "b", "c"), 3, None),
+            (("a", "A", "b", "c"), 3, None),
+        ],
+    )
+    def test_fewer_different_prompts_than_a_step_draws_are_told_once(self, texts, drawn, told, caplog):
+        with caplog.at_level(logging.WARNING):
+            _apart(table(*texts), table(), DataConfig(), drawn=drawn)
+        lines = [record.getMessage() for record in caplog.records]
+        if told is None:
+            assert lines == []
+        else:
+            (line,) = lines
+            assert line.startswith(told)
+            remedy = f": give more prompts, or --generation.prompts-per-step {told[0]}"
+            assert line.endswith(remedy)
 
     @pytest.mark.parametrize(("headline", "level"), [((), "WARNING"), (("s", "t"), "WARNING"), (("t",), "INFO")])
     def test_slices_beside_the_headline_are_no_reason_to_warn(self, headline, level, caplog):
@@ -121,13 +145,13 @@ class TestSetting:
         kept, repeated = _apart(self.TRAIN, self.HELD_OUT, DataConfig(overlap="drop"))
         assert repeated == {}
         assert [row.prompt for row in kept.rows] == ["a", "c", "C!"]
-        assert "1 training prompts are also held-out prompts (a:1 is b:0): left out of training" in caplog.text
+        assert "1 training prompt is also a held-out prompt (a:1 is b:0): left out of training" in caplog.text
         with pytest.raises(InputError, match="leaves nothing to train on"):
             _apart(table("b"), self.HELD_OUT, DataConfig(overlap="drop"))
 
     def test_error(self):
         with pytest.raises(
-            InputError, match=r"1 training prompts are also held-out .*a:1 is b:0.: .*--data.overlap drop"
+            InputError, match=r"1 training prompt is also a held-out .*a:1 is b:0.: .*--data.overlap drop"
         ):
             _apart(self.TRAIN, self.HELD_OUT, DataConfig(overlap="error"))
         assert _apart(self.TRAIN, table("x"), DataConfig(overlap="error")) == (self.TRAIN, {})

@@ -117,7 +117,7 @@ def test_every_type_is_exact_refused_or_cannot_be_built() -> None:
     assert [row for row in found if row.outcome == "wrong"] == []
     for row in found:
         if row.outcome == "refused":
-            assert row.why.startswith("model.name: "), row
+            assert row.why.startswith("--model.name: "), row
             assert row.type in row.why, row
     exact = {row.type for row in found if row.outcome == "exact"}
     assert len(exact) >= 150, sorted({row.type for row in found} - exact)

@@ -166,6 +166,21 @@ def test_readme_is_short_and_leads_to_every_page() -> None:
     assert [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name})" not in index] == []
 
 
+def test_a_message_names_settings_as_the_command_line_does() -> None:
+    """`--model.name`, which Python's own face spells without the dashes."""
+    groups = {name.partition(".")[0].replace("_", "[-_]") for name in flatten(Config()) if "." in name}
+    bare = re.compile(rf"(?<![-\w.\"'`])({'|'.join(groups)})\.[a-z_-]+(:| is | must | names )")
+    found: list[str] = []
+    for path in sorted((ROOT / "paced_fast").rglob("*.py")):
+        if path.parent.name == "api":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise):
+                texts = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]
+                found += [f"{path.name}: {text}" for text in texts if isinstance(text, str) and bare.search(text)]
+    assert found == []
+
+
 def test_a_command_is_written_in_one_way() -> None:
     """`python -m paced_fast train`, not `paced_fast.train`, which does the same."""
     texts = [*PAGES, ROOT / "Makefile", *(ROOT / "examples").iterdir(), *(ROOT / "paced_fast").rglob("*.py")]

@@ -61,8 +61,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+SHORT = ("--generation.max-completion-tokens", "16")
+"""So that prompts and completions fit in the positions of the model."""
+
+
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    train.main([*words, "--check"])
+    train.main([*words, *SHORT, "--check"])
     return capsys.readouterr().out
 
 
@@ -87,7 +91,7 @@ def test_check_shows_the_first_row_of_every_file_and_writes_nothing(
     ) in text
     assert "first held-out row, held.csv:2 (slice held)\n" in text
     assert "  | 7 * 6 = \\x1b?<|im_end|>\n" in text, "what a terminal would obey is written out"
-    assert "3 training prompts (slices: a, b), 1 held-out prompts; template: chat; stop tokens: <|endoftext|>" in text
+    assert "3 training prompts (slices: a, b), 1 held-out prompt; template: chat; stop tokens: <|endoftext|>" in text
     assert sorted(folder.rglob("*")) == before
 
 
@@ -192,12 +196,16 @@ def test_check_refuses_what_the_run_would_refuse_later(folder: Path, capsys: pyt
     text = told(capsys, "--model", "model", "--data", "train.jsonl", "--reward", "number", *phases)
     assert "first row of the warm start, taught.jsonl:1\n  is taught to answer with: 2 + 1 = 3\n" in text
     second = ("--warm-start.second.sources", "train.jsonl", "--warm-start.second.steps", "1")
+    (folder / "long.jsonl").write_text(json.dumps({"question": "?", "answer": "3", "worked": "1 + 1 = 2 " * 99}))
+    long = (phases[0], "long.jsonl?demonstration=worked", *phases[2:])
     settings = json.loads((folder / "plain" / "config.json").read_text())
     (folder / "plain" / "config.json").write_text(json.dumps({**settings, "architectures": ["BertForMaskedLM"]}))
     for model, words, message in (
+        ("model", (*SHORT[:1], "250"), "error: --model.name: a training prompt of "),
+        ("model", long, "error: prompt and completion have "),
         ("model", (*phases, *second), "warm start: 3 of 3 rows have no demonstration: name the field"),
         ("plain", (), "a BertForMaskedLM does not generate text): give a causal language model"),
     ):
         with pytest.raises(SystemExit):
-            train.main(["--model", model, "--data", "train.jsonl", "--reward", "number", *words, "--check"])
+            train.main(["--model", model, "--data", "train.jsonl", "--reward", "number", *SHORT, *words, "--check"])
         assert message in capsys.readouterr().err

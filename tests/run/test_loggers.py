@@ -255,7 +255,7 @@ def test_lines_beyond_what_is_kept_are_counted(
     disk.room = 0
     file.append(["f"])
     file.close()
-    assert warnings(caplog)[-1] == f"{path} is incomplete: 1 lines are missing"
+    assert warnings(caplog)[-1] == f"{path} is incomplete: 1 line is missing"
 
 
 def test_a_run_on_a_full_disk_ends_with_its_checkpoint(

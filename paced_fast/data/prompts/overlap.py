@@ -37,7 +37,11 @@ class Overlap:
         """Text for a message, such as `2 training prompts are also held-out prompts (a.jsonl:1 is b.jsonl:7; ...)`."""
         shown = "; ".join(f"{one} is {other}" for one, other in self.pairs)
         dots = "; ..." if len(self.train) > len(self.pairs) else ""
-        return f"{len(self.train)} training prompts are also held-out prompts ({shown}{dots})"
+        count = len(self.train)
+        told = (
+            "training prompt is also a held-out prompt" if count == 1 else "training prompts are also held-out prompts"
+        )
+        return f"{count} {told} ({shown}{dots})"
 
 
 def overlap(train: PromptTable, held_out: PromptTable) -> Overlap:

@@ -18,7 +18,7 @@ from paced_fast.data.sources.formats import Layout, boxed, judges_without_answer
 from paced_fast.data.sources.read import Reader, Row, open_source
 from paced_fast.data.sources.spec import Messages, Source, parse_source
 from paced_fast.data.tasks import equation
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,9 @@ class _Ids:
     def tell(self, spec: str) -> None:
         if self._repeated:
             logger.warning(
-                "%s: %d rows have the id of an earlier row (%s)", spec, len(self._repeated), self._repeated[0]
+                "%s: %s %s the id of an earlier row (%s)",
+                *(spec, counted(len(self._repeated), "row"), "has" if len(self._repeated) == 1 else "have"),
+                self._repeated[0],
             )
 
 

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from paced_fast.errors import counted
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,7 +57,7 @@ class Journal:
 
     def _missing(self) -> str:
         lost, self._lost = self._lost, 0
-        return f": {lost} lines are missing" if lost else ""
+        return f": {counted(lost, 'line')} {'is' if lost == 1 else 'are'} missing" if lost else ""
 
 
 def _append(path: Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from paced_fast.config.given import in_words
 from paced_fast.config.presets.changed import changed_settings
 from paced_fast.config.saved import read_settings
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, counted
 from paced_fast.evaluation.forgetting import fallen_slices
 from paced_fast.run.record.origin import newest_start
 
@@ -104,7 +104,9 @@ def _about(config: Mapping[str, Any], base: str, step: int, dtype: str) -> str:
     steps = config.get("steps")
     what = "a model made from scratch" if base == "tiny" else f"`{_BUILT_IN.get(base, base)}`"
     what = what if in_words(base) == base else str(in_words(base))
-    so_far = f"{step:,} of {steps:,} steps" if isinstance(steps, int) and step < steps else f"{step:,} steps"
+    so_far = (
+        f"{step:,} of {counted(steps, 'step')}" if isinstance(steps, int) and step < steps else counted(step, "step")
+    )
     return (
         f"The policy of a run of `paced_fast`: {what} after {so_far} of the algorithm `{config.get('algorithm')}` "
         f"(preset `{config.get('preset')}`, seed {config.get('seed')}). Trained by PACED-RL, arXiv 2602.12642: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,13 @@ from rich.console import Console
 from paced_fast.config import Config
 from paced_fast.config.resolve import resolve
 from paced_fast.data.distributed import ALONE
+from paced_fast.data.prompts import num_ids
 from paced_fast.data.records import PromptRow
+from paced_fast.errors import counted
 from paced_fast.policy import check_kind
+from paced_fast.policy.families import check_positions, check_taught
+from paced_fast.policy.loading import model_settings
+from paced_fast.policy.shape import positions, text_settings
 from paced_fast.policy.warm_start import read_demonstrations
 from paced_fast.rewards import Scorer
 from paced_fast.rewards.loading import TARGETS
@@ -52,6 +58,11 @@ def check_data(config: Config, console: Console) -> None:
     if config.model.name not in NEW_OR_PACKED:
         check_kind(config.model.name)
     data = read_data(config, Path(config.run_dir or config.label), ALONE)
+    limit = positions(
+        text_settings(model_settings(dataclasses.replace(config.model, name=data.path), num_ids(data.tokenizer)))
+    )
+    longest, held_out = (_longest(table.rows) for table in (data.table, data.eval_table))
+    check_positions(limit, data.config, longest=longest, longest_held_out=held_out)
     try:
         for kind, table in (("training", data.table), ("held-out", data.eval_table)):
             if table.rows:
@@ -62,12 +73,14 @@ def check_data(config: Config, console: Console) -> None:
     warm = config.warm_start
     for phase in (warm.first, warm.second):
         if phase.steps > 0:
-            table, _ = read_demonstrations(
+            table, completions = read_demonstrations(
                 phase.sources,
                 data.tokenizer,
                 load=lambda sources: read_table(sources, data.tokenizer, data.config),
                 stops=data.stops,
             )
+            for row, completion in zip(table.rows, completions, strict=True):
+                check_taught(limit, len(row.token_ids), len(completion.token_ids))
             row = table.rows[0]
             console.print(
                 f"first row of the warm start, {row.where}\n  is taught to answer with: {row.demonstration}",
@@ -77,12 +90,17 @@ def check_data(config: Config, console: Console) -> None:
             )
     slices = ", ".join(dict.fromkeys(row.slice for row in data.table.rows))
     console.print(
-        f"{len(data.table)} training prompts (slices: {slices}), {len(data.eval_table)} held-out prompts; template: "
-        f"{data.config.data.template}; stop tokens: {data.stops}. Nothing was trained.",
+        f"{counted(len(data.table), 'training prompt')} (slices: {slices}), "
+        f"{counted(len(data.eval_table), 'held-out prompt')}; template: {data.config.data.template}; stop tokens: "
+        f"{data.stops}. Nothing was trained.",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _longest(rows: Sequence[PromptRow]) -> int:
+    return max((len(row.token_ids) for row in rows), default=0)
 
 
 def _one_of_each(rows: Sequence[PromptRow]) -> list[PromptRow]:

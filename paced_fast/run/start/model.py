@@ -18,7 +18,7 @@ from paced_fast.config import Config, ModelConfig, stream_seed
 from paced_fast.data import prompts
 from paced_fast.data.distributed import World, joined
 from paced_fast.data.records import PromptTable
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, counted
 from paced_fast.generation.vllm_engine import require_head_size, require_pushable_experts
 from paced_fast.policy import Policy, adapt, build_tiny, has_experts, load_model, make_policy, prepare
 from paced_fast.policy.families import admit, planned
@@ -72,7 +72,7 @@ def make_trained_policy(
         policy, initial = _policies(config, model, world, is_sharded)
     embeddings = eval_embeddings = None
     if config.uses_head:
-        logger.info("embedding %d prompts for log Z", len(data.table) + len(data.eval_table))
+        logger.info("embedding %s for log Z", counted(len(data.table) + len(data.eval_table), "prompt"))
         with policy.whole():
             tables, with_last = (data.table, data.eval_table), config.log_z.embedding == "mean_and_last"
             embeddings, eval_embeddings = (

@@ -18,7 +18,7 @@ from paced_fast.data import prompts
 from paced_fast.data.distributed import World
 from paced_fast.data.records import Completion, PromptRow, PromptTable
 from paced_fast.data.sources import drop_missing
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, counted
 from paced_fast.evaluation.held_out import check_headline
 from paced_fast.policy import smollm2_folder
 from paced_fast.rewards import Scorer, Shaper
@@ -73,7 +73,7 @@ def read_data(
     logger.info("reading and tokenizing the prompts")
     with world.agreement():
         table, eval_table, repeated = read_tables(config, tokenizer, scorer, shaper)
-    logger.info("%d prompts to train on, %d held out", len(table), len(eval_table))
+    logger.info("%s to train on, %d held out", counted(len(table), "prompt"), len(eval_table))
     with world.agreement():
         ids = prompts.num_ids(tokenizer)
         recorded = None if replay is None else RecordedRollouts(replay, config, table, ids)
@@ -180,7 +180,7 @@ def read_tables(
     table, eval_table = (
         read_table(sources, tokenizer, config, scorer) for sources in (config.data.train, config.data.eval)
     )
-    table, repeated = _apart(table, eval_table, config.data)
+    table, repeated = _apart(table, eval_table, config.data, drawn=config.generation.prompts_per_step)
     if config.scheduler.max_visits and config.generation.prompts_per_step > len(table):
         raise InputError(
             f"--scheduler.max-visits: each step draws {config.generation.prompts_per_step} prompts from {len(table)}, "
@@ -215,9 +215,12 @@ def read_table(
     )
 
 
-def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple[PromptTable, Mapping[str, int]]:
+def _apart(
+    train: PromptTable, held_out: PromptTable, data: DataConfig, *, drawn: int = 1
+) -> tuple[PromptTable, Mapping[str, int]]:
     """The training rows, without those that are held-out prompts where the settings drop them, and by slice how many
-    are left that are held-out prompts; the log counts repeats among the rows."""
+    are left that are held-out prompts; the log counts repeats among the rows, and says so when fewer different prompts
+    are left than a step draws, `drawn`."""
     same, policy = prompts.overlap(train, held_out), data.overlap
     repeated = same.by_slice
     if same.train and policy == "error":
@@ -240,6 +243,13 @@ def _apart(train: PromptTable, held_out: PromptTable, data: DataConfig) -> tuple
         one, first = (train.rows[i].where for i in repeats[0])
         logger.info(
             "%d of %d training prompts repeat an earlier one (%s repeats %s)", len(repeats), len(train), one, first
+        )
+    different = len(train) - len(repeats)
+    if different < drawn:
+        logger.warning(
+            "%s to train on, but a step draws %d, so that it has the same ones several times: give more prompts, or "
+            "--generation.prompts-per-step %d",
+            *(counted(different, "different prompt"), drawn, different),
         )
     return train, repeated
 
