@@ -195,6 +195,12 @@ def test_check_refuses_what_the_run_would_refuse_later(folder: Path, capsys: pyt
     phases = ("--warm-start.first.sources", "taught.jsonl?demonstration=worked", "--warm-start.first.steps", "1")
     text = told(capsys, "--model", "model", "--data", "train.jsonl", "--reward", "number", *phases)
     assert "first row of the warm start, taught.jsonl:1\n  is taught to answer with: 2 + 1 = 3\n" in text
+    (folder / "shown.jsonl").write_text('{"task": "Say 3.", "result": "3"}')
+    (folder / "asked.jsonl").write_text('{"question": "Say 4.", "worked": "4"}')
+    two = (phases[0], "shown.jsonl?prompt=task&demonstration=result", "asked.jsonl?demonstration=worked", *phases[2:])
+    text = told(capsys, "--model", "model", "--data", "train.jsonl", "--reward", "number", *two)
+    assert "first row of the warm start, shown.jsonl:1\n  is taught to answer with: 3\n" in text, "without an answer"
+    judged = ("--data", "shown.jsonl?prompt=task&demonstration=result")
     second = ("--warm-start.second.sources", "train.jsonl", "--warm-start.second.steps", "1")
     (folder / "long.jsonl").write_text(json.dumps({"question": "?", "answer": "3", "worked": "1 + 1 = 2 " * 99}))
     long = (phases[0], "long.jsonl?demonstration=worked", *phases[2:])
@@ -202,6 +208,7 @@ def test_check_refuses_what_the_run_would_refuse_later(folder: Path, capsys: pyt
     (folder / "plain" / "config.json").write_text(json.dumps({**settings, "architectures": ["BertForMaskedLM"]}))
     for model, words, message in (
         ("model", (*SHORT[:1], "250"), "error: --model.name: a training prompt of "),
+        ("model", judged, "shown.jsonl:1 has no field 'answer', only task, result: name another"),
         ("model", long, "error: prompt and completion have "),
         ("model", (*phases, *second), "warm start: 3 of 3 rows have no demonstration: name the field"),
         ("plain", (), "a BertForMaskedLM does not generate text): give a causal language model"),

@@ -48,6 +48,8 @@ def read_drafts(
 ) -> tuple[Source, list[Draft]]:
     """The rows of one source, each with what names it in errors.
 
+    Without a `check` nothing judges the rows, so that those with a demonstration in a field of theirs need no answer.
+
     Raises:
         InputError: the source has no rows, or a bad one (`bad_rows` may count those instead).
     """
@@ -61,7 +63,8 @@ def read_drafts(
             f"source {spec!r} asks for rows up to {stop}, but has {total} rows: rows= stops at {total} at most"
         )
     candidates = range(start, max(start, total))
-    layout = _layout(source, reader, candidates[:_FIRST_ROWS])
+    imitated = check is None and source.demonstration not in (None, "@answer", "@equation")
+    layout = _layout(source, reader, candidates[:_FIRST_ROWS], imitated=imitated)
     order = _selected(source, reader, layout, bad_rows, candidates)
     drafts: list[Draft | None] = [None] * len(order)
     # A file is read in its own order, whatever the order of the rows drawn from it.
@@ -71,7 +74,7 @@ def read_drafts(
     for place, (where, raw) in zip(places, streamed, strict=True):
         try:
             row = reader.decode(where, raw)
-            draft = _draft(source, layout, where, row)
+            draft = _draft(source, layout, where, row, imitated=imitated)
             problem = None if check is None else check(draft.reward, {**draft.columns, "prompt": draft.prompt})
             if isinstance(problem, MissingColumn):
                 raise BadRow(_lacks(source, layout, where, row, problem))
@@ -107,14 +110,14 @@ def _lacks(source: Source, layout: Layout, where: str, row: Row, missing: Missin
     )
 
 
-def _layout(source: Source, reader: Reader, first: range) -> Layout:
+def _layout(source: Source, reader: Reader, first: range, *, imitated: bool) -> Layout:
     """The layout of the first row that can be read."""
     for where, raw in reader.stream(first):
         try:
             row = reader.decode(where, raw)
         except BadRow:
             continue  # it is read again when its turn comes
-        layout, recognised = layout_of(source, row)
+        layout, recognised = layout_of(source, row, imitated=imitated)
         if recognised:
             answers = [f"`{name}`" for name in layout.answers]
             answer = " or ".join([*answers, f"\\boxed{{}} of `{layout.boxed}`"] if layout.boxed else answers)
@@ -208,7 +211,7 @@ class _Ids:
             )
 
 
-def _draft(source: Source, layout: Layout, where: str, data: Row) -> Draft:
+def _draft(source: Source, layout: Layout, where: str, data: Row, *, imitated: bool) -> Draft:
     made = source.kind in ("task", "rg")
     reward = source.reward or (data["reward"] if made else layout.reward)
     check_text(data, where)
@@ -226,7 +229,7 @@ def _draft(source: Source, layout: Layout, where: str, data: Row) -> Draft:
         prompt = _with_starter(prompt, data.get("starter_code"))
         demonstration = None
     else:
-        columns["answer"] = _answer(source, layout, data, where)
+        columns["answer"] = _answer(source, layout, data, where, imitated=imitated)
         demonstration = None
     if source.demonstration is not None:
         demonstration = _demonstration(source.demonstration, data, prompt, columns.get("answer"), where)
@@ -272,10 +275,12 @@ def _with_starter(prompt: str | Messages, code: Any) -> str | Messages:
     return f"{prompt}\n\nStart from this code:\n```python\n{code.rstrip()}\n```"
 
 
-def _answer(source: Source, layout: Layout, data: Row, where: str) -> Any:
+def _answer(source: Source, layout: Layout, data: Row, where: str, *, imitated: bool) -> Any:
     names = layout.answers if source.answer is None else (source.answer,)
     name = next((name for name in names if _find_field(data, name) is not None), names[0])
     found = _find_field(data, name)
+    if found is None and source.answer is None and imitated:
+        return None
     if found is None and source.answer is None and layout.boxed is not None:
         found = boxed(data.get(layout.boxed))
         if found is None:

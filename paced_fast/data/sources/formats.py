@@ -69,8 +69,10 @@ FORMATS = {
 }
 
 
-def layout_of(source: Source, row: Mapping[str, Any]) -> tuple[Layout, bool]:
+def layout_of(source: Source, row: Mapping[str, Any], *, imitated: bool = False) -> tuple[Layout, bool]:
     """The layout of the source's rows, of which `row` is one, and whether it was recognised by the fields.
+
+    Rows whose demonstration is `imitated` and that nothing judges need no answer.
 
     Raises:
         InputError: the fields are of no known layout, or the reward does not go with it.
@@ -84,7 +86,8 @@ def layout_of(source: Source, row: Mapping[str, Any]) -> tuple[Layout, bool]:
         layout, recognised = _plain(row), False
     else:
         found = _recognised(row)
-        if found is None and row.keys() & set(_PROMPTS) and (judges_without_answer(source.reward) or "messages" in row):
+        needs_none = imitated or judges_without_answer(source.reward) or "messages" in row
+        if found is None and row.keys() & set(_PROMPTS) and needs_none:
             return _plain(row), True
         if found is None:
             what, query = "fields of prompt and answer", "prompt=FIELD&answer=FIELD"
