@@ -71,7 +71,7 @@ def test_a_frame_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
     pandas.testing.assert_frame_equal(pandas.DataFrame(made), pandas.DataFrame(ROWS))
     # Parts print alike, also with a label of their own, after a copy and from a pickle.
     assert str(made.tail(1)) == "   step  reward_mean  eval.accuracy\n2     2        1e-06              -\n" + (
-        "1 rows; 3 more columns: list(table.columns)"
+        "1 row; 3 more columns: list(table.columns)"
     )
     assert str(made.set_index("step")[["eval.accuracy"]].head(1)) == "   eval.accuracy\n0           0.25"
     assert str(pickle.loads(pickle.dumps(made))) == str(made.copy()) == str(made)
