@@ -271,7 +271,7 @@ def test_models_that_cannot_be_policies_are_refused_in_one_line() -> None:
             lambda model=model: Policy(model, max_tokens=10),
             lambda model=model: reading_of(model),
         ):
-            with pytest.raises(InputError, match=rf"^model\.name: [^\n]*{why}[^\n]*$"):
+            with pytest.raises(InputError, match=rf"^--model\.name: [^\n]*{why}[^\n]*$"):
                 use()
 
 

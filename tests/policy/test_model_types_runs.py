@@ -91,7 +91,7 @@ def test_a_model_whose_weights_are_not_finite_is_refused(number: float, tmp_path
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][2, 3:5] = number
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    told = r"^model\.name: 2 of 1536 values of model.layers.1.mlp.up_proj.weight are infinite or NaN: [^\n]*$"
+    told = r"^--model\.name: 2 of 1536 values of model.layers.1.mlp.up_proj.weight are infinite or NaN: [^\n]*$"
     with pytest.raises(InputError, match=told):
         tiny_run.build(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
