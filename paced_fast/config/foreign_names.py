@@ -34,6 +34,7 @@ _EPOCHS = _to("--steps", note="A run has a number of steps; each draws --generat
 _LOGGERS = _to("--run.loggers", note="As in --run.loggers wandb.")
 _PRECISION = _to("--model.dtype", note="Give bfloat16 or float32.")
 _LR = _to("--optimizer.learning-rate")
+_DECAY = _to("--optimizer.decay", note="Give none (constant) or linear; the warm-up is --optimizer.warmup-steps.")
 _GROUP = _to("--generation.group-size")
 _COMPLETION = _to("--generation.max-completion-tokens")
 _PROMPT = _to("--data.max-prompt-tokens")
@@ -146,7 +147,7 @@ NAMES: dict[str, Counterpart] = {
     "weight-decay": _to("--optimizer.weight-decay"),
     "adam-beta1": _to("--optimizer.beta1"),
     "adam-beta2": _to("--optimizer.beta2"),
-    "lr-scheduler-type": _to("--optimizer.warmup-steps", note="The learning rate is constant after the warm-up."),
+    "lr-scheduler-type": _DECAY,
     "optim": _to(note="The optimiser is AdamW; --optimizer.learning-rate and its neighbours set it."),
     "temperature": _to("--generation.temperature", "--evaluation.temperature"),
     "top-p": _to("--evaluation.top-p", note="Training samples from the whole distribution."),
@@ -204,6 +205,8 @@ NAMES: dict[str, Counterpart] = {
     "actor-rollout-ref.model.enable-gradient-checkpointing": _to("--model.gradient-checkpointing"),
     "actor-rollout-ref.actor.optim.lr": _LR,
     "actor-rollout-ref.actor.optim.lr-warmup-steps": _to("--optimizer.warmup-steps"),
+    "actor-rollout-ref.actor.optim.lr-scheduler-type": _DECAY,
+    "actor-rollout-ref.actor.optim.warmup-style": _DECAY,
     "actor-rollout-ref.actor.optim.weight-decay": _to("--optimizer.weight-decay"),
     "actor-rollout-ref.actor.grad-clip": _to("--optimizer.max-grad-norm"),
     "actor-rollout-ref.actor.clip-ratio": _CLIP,

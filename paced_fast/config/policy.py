@@ -111,6 +111,9 @@ class OptimizerConfig:
     """Learning rate after the warm-up."""
     warmup_steps: Annotated[int, Bounds(0, 10**9)] = 10
     """Number of steps over which the learning rate rises linearly."""
+    decay: Literal["none", "linear"] = "none"
+    """What the learning rate does after the warm-up: it stays (`none`), or falls to 0 at the run's last step
+    (`linear`)."""
     weight_decay: Annotated[float, Bounds(0.0, 1.0)] = 0.01
     """Decoupled weight decay, per unit of learning rate."""
     beta1: Annotated[float, Bounds(0.0, 0.9999999)] = 0.9

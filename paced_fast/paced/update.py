@@ -40,11 +40,17 @@ def make_optimizer(
     )
 
 
-def learning_rate(config: OptimizerConfig, num_updates: Tensor) -> Tensor:
-    """Learning rate of the next update, after `num_updates` of them: a linear rise over `warmup_steps` steps."""
+def learning_rate(config: OptimizerConfig, num_updates: Tensor, *, steps: int) -> Tensor:
+    """Learning rate f64[] of the next update, after `num_updates` of them, in a run of `steps` steps: a linear rise
+    over `warmup_steps` steps, and with `decay` linear then a linear fall that would reach 0 one update after the last.
+    """
     per_step = config.minibatches * config.epochs
     warmup = max(config.warmup_steps * per_step, 1)
-    return config.learning_rate * ((num_updates + 1).double() / warmup).clamp(max=1.0)
+    share = ((num_updates + 1).double() / warmup).clamp(max=1.0)
+    if config.decay == "linear":
+        falling = max(steps * per_step - warmup + 1, 1)
+        share = share.minimum((steps * per_step - num_updates).double() / falling).clamp(min=0.0)
+    return config.learning_rate * share
 
 
 def old_logprobs(
@@ -140,7 +146,7 @@ def update_policy(
             if optimizer.split_gradients:
                 for _ in range(_most_passes(policy, rollouts, sequences, config, world) - len(mine)):
                     optimizer.skip_backward()
-            optimizer.learning_rate.copy_(learning_rate(config.optimizer, num_updates + taken))
+            optimizer.learning_rate.copy_(learning_rate(config.optimizer, num_updates + taken, steps=config.steps))
             made = optimizer.clip_and_step(loss, config.optimizer.max_grad_norm)
             world.sum_(own)
             if found is not None:

@@ -221,17 +221,38 @@ def test_group_figures() -> None:
 
 def test_the_learning_rate_rises_over_the_updates_of_the_warm_up_steps() -> None:
     config = tiny_policy.settings(
-        optimizer__learning_rate=0.2, optimizer__warmup_steps=5, optimizer__minibatches=2, optimizer__epochs=2
+        optimizer__learning_rate=0.2,
+        optimizer__warmup_steps=5,
+        optimizer__minibatches=2,
+        optimizer__epochs=2,
+        optimizer__decay="none",
     ).optimizer
-    assert learning_rate(config, torch.tensor([0, 1, 9, 18, 19, 20, 999])).tolist() == pytest.approx(
+    assert learning_rate(config, torch.tensor([0, 1, 9, 18, 19, 20, 999]), steps=30).tolist() == pytest.approx(
         [0.01, 0.02, 0.1, 0.19, 0.2, 0.2, 0.2]
     )
-    without = tiny_policy.settings(optimizer__learning_rate=0.2, optimizer__warmup_steps=0).optimizer
-    assert learning_rate(without, torch.tensor(0)) == 0.2
+    without = tiny_policy.settings(
+        optimizer__learning_rate=0.2, optimizer__warmup_steps=0, optimizer__decay="none"
+    ).optimizer
+    assert learning_rate(without, torch.tensor(0), steps=30) == 0.2
+
+
+def test_a_linear_decay_ends_with_the_last_update() -> None:
+    config = tiny_policy.settings(
+        optimizer__learning_rate=0.2, optimizer__warmup_steps=2, optimizer__minibatches=2, optimizer__decay="linear"
+    ).optimizer
+    # 6 steps of 2 updates, the first 4 of them rising; the other 8 fall by a ninth each, as the tenth would be 0
+    expected = [0.05, 0.1, 0.15, 0.2, *(0.2 * left / 9 for left in range(8, 0, -1)), 0.0, 0.0]
+    assert learning_rate(config, torch.arange(14), steps=6).tolist() == pytest.approx(expected)
+    without = tiny_policy.settings(
+        optimizer__learning_rate=0.2, optimizer__warmup_steps=0, optimizer__decay="linear"
+    ).optimizer
+    assert learning_rate(without, torch.arange(4), steps=2).tolist() == pytest.approx([0.2, 0.15, 0.1, 0.05])
+    short = learning_rate(config, torch.arange(2), steps=1)  # a run that ends within its warm-up
+    assert short.tolist() == pytest.approx([0.05, 0.1])
 
 
 def rate_after(config: Config, num_updates: int) -> float:
-    return learning_rate(config.optimizer, torch.tensor(num_updates)).item()
+    return learning_rate(config.optimizer, torch.tensor(num_updates), steps=config.steps).item()
 
 
 def run(policy: Policy, batch: Rollouts, optimizer: GuardedAdamW, config: Config, **changes: Tensor) -> UpdateResult:

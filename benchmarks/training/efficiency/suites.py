@@ -28,7 +28,7 @@ class Suite:
     """Budget between two points of a curve, in the same unit."""
     seeds: int
     """Seeds of the comparison, counted from 0."""
-    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Learning rates of the sweep, as multiples of the preset's."""
     sweep_seeds: int = 2
     """Seeds of the sweep of learning rates, of `files.SWEEP_SEEDS` from the first."""
@@ -71,7 +71,6 @@ _SUITES = (
         preset="smollm2",
         eval_every=8,
         seeds=3,
-        factors=(0.5, 1.0, 2.0, 4.0),
         sweep_seeds=1,
         finalists=2,
         easiest="word_sequence_reversal_2words",

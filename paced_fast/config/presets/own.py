@@ -23,6 +23,6 @@ def own() -> Config:
         model=ModelConfig(name="", matmul_precision="auto"),
         data=DataConfig(template="auto", max_prompt_tokens=1024, too_long="skip"),
         generation=GenerationConfig(prompts_per_step=16, group_size=8, max_completion_tokens=512),
-        optimizer=OptimizerConfig(learning_rate=1e-6, micro_batch_tokens=8192),
+        optimizer=OptimizerConfig(learning_rate=1e-6, decay="linear", micro_batch_tokens=8192),
         evaluation=EvaluationConfig(every=25, samples=4, final_samples=8),
     )
