@@ -113,7 +113,7 @@ class OptimizerConfig:
     """Number of steps over which the learning rate rises linearly."""
     decay: Literal["none", "linear"] = "none"
     """What the learning rate does after the warm-up: it stays (`none`), or falls to 0 at the run's last step
-    (`linear`)."""
+    (`linear`); a run resumed with more steps follows the line of its new length."""
     weight_decay: Annotated[float, Bounds(0.0, 1.0)] = 0.01
     """Decoupled weight decay, per unit of learning rate."""
     beta1: Annotated[float, Bounds(0.0, 0.9999999)] = 0.9
