@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import multiprocessing
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -209,6 +211,32 @@ def test_two_processes_share_the_runs_and_repeat_none(
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("tiny-quick")]
     assert sorted(line.split()[1].rstrip(",") for line in lines) == ["grpo", "paced", "pcl"]
     assert lines[0].startswith("tiny-quick grpo"), "the others wait for the time budget"
+
+
+_KILLED = """
+import os, signal
+from benchmarks.training.efficiency import schedule
+if __name__ == "__main__":
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    schedule.run_processes(1).submit(exec, code)
+    signal.pause()
+"""
+
+
+@pytest.mark.process
+def test_a_run_ends_with_the_process_that_started_it() -> None:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    with subprocess.Popen(
+        [sys.executable, "-c", _KILLED], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE
+    ) as starter:
+        assert starter.stdout is not None
+        run = int(starter.stdout.readline())
+        starter.kill()
+        try:
+            starter.communicate(timeout=60)  # until the run too has let go of the pipe
+        except subprocess.TimeoutExpired:
+            os.kill(run, signal.SIGKILL)
+            raise
 
 
 def test_jobs_of_a_seed_follow_each_other_with_the_base_first() -> None:

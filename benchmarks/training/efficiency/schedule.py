@@ -7,6 +7,8 @@ arms of a seed wait for `BASE`, whose training time is their time budget.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -177,11 +179,7 @@ def run_all(plan: Plan, workers: int) -> None:
     if not workers:
         queue.work(run_job)
         return
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool,
-        ThreadPoolExecutor(workers) as threads,
-    ):
+    with run_processes(workers) as pool, ThreadPoolExecutor(workers) as threads:
         working = [
             threads.submit(queue.work, lambda job, plan: pool.submit(run_job, job, plan).result())
             for _ in range(workers)
@@ -192,6 +190,28 @@ def run_all(plan: Plan, workers: int) -> None:
         except BaseException:  # an interrupt too ends the threads after their runs
             queue.has_failed = True
             raise
+
+
+def run_processes(workers: int) -> ProcessPoolExecutor:
+    """Processes for `workers` runs at a time, a new one for each run; none outlives this process, however it ends."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended.
+
+    The kernel's own signal for this comes when the thread that started the process ends, which may be earlier.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Queue:
