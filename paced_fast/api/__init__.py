@@ -7,7 +7,7 @@
     result.plot()                      # the learning curve
     result.generate("What is 2 + 3?")  # the trained policy
 
-Rows are dictionaries, a `datasets.Dataset` or a source such as `jsonl:train.jsonl`; the reward is a function or the
+Rows are dictionaries, a `datasets.Dataset` or a source such as `train.jsonl`; the reward is a function or the
 name of a built-in one. Importing this module imports neither PyTorch nor transformers; the first call does.
 """
 

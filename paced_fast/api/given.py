@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from paced_fast.config import given
 from paced_fast.data.sources import parse_source
@@ -29,22 +28,22 @@ def sources_of(name: str, data: Any, reward: str | None, folder: Path) -> tuple[
     Args:
         name: argument that the data comes from, for messages and for the file.
         data: a source or several, or rows.
-        reward: name of the reward of rows whose source names none.
+        reward: name of the reward, if there is one: rows for a function of the user's may have any columns.
 
     Raises:
         InputError: the data is nothing of the kind, or a row cannot be written.
     """
     if isinstance(data, str | Path):
-        return (_rewarded(_source(data), reward),)
+        return (_source(data),)
     if isinstance(data, Sequence) and data and all(isinstance(one, str | Path) for one in data):
         if _is_text(data[0]):
             raise InputError(f"{name}[0] is the text {data[0]!r:.60}, which names no source: {_ROW}")
-        return tuple(_rewarded(_source(one), reward) for one in data)
+        return tuple(_source(one) for one in data)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         what = "a dictionary" if isinstance(data, Mapping) else f"a {type(data).__name__}"
         hint = f": give one split of it, such as {name}['train']" if "train" in _keys(data) else ""
         raise InputError(f"{name} is {what}{hint or ': give a source, or rows as a list of dictionaries'}")
-    return (_rewarded(_written(name, data, folder, reward), reward),)
+    return (_written(name, data, folder, reward),)
 
 
 def _is_text(one: str | Path) -> bool:
@@ -90,16 +89,8 @@ def _source(one: str | Path) -> str:
     return one
 
 
-def _rewarded(spec: str, reward: str | None) -> str:
-    """The source with that reward, unless it names one."""
-    query = spec.partition("?")[2]
-    if reward is None or any(pair.startswith("reward=") for pair in query.split("&")):
-        return spec
-    return f"{spec}{'&' if query else '?'}reward={quote(reward, safe='/:*+.,@~ ')}"
-
-
 def _written(name: str, rows: Iterable[Any], folder: Path, reward: str | None) -> str:
-    """Write rows as JSON lines, and return the source without its reward."""
+    """Write rows as JSON lines, and return the source."""
     if hasattr(rows, "to_dict") and not hasattr(rows, "column_names"):  # a frame of pandas iterates over its columns
         rows = rows.to_dict("records")  # pyright: ignore[reportAttributeAccessIssue]
     folder.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ _OF_THE_COMMAND = {"run_or_model", "benchmarks", "data", "reward", "json", "save
 _SAMPLES = ("slice", "prompt", "completion", "reward", "answer", "tokens")
 """Columns of the completions of an evaluation that are shown where not all have room, the most important first."""
 _ARGUMENTS = {"data.train": "data", "data.eval": "eval_data", "model.name": "model", "resume": "resume=True"}
+_ARGUMENTS["reward.name"] = "reward"
 """Settings that are arguments of `train`."""
 
 
@@ -172,9 +173,9 @@ def _with_data(config: Config, data: Any, eval_data: Any, reward: str | None, fo
     place = folder / FOLDER
     sources = given.sources_of("data", data, reward, place)
     held_out = () if eval_data is None else given.sources_of("eval_data", eval_data, reward, place)
-    return dataclasses.replace(
-        config, run_dir=str(folder), data=dataclasses.replace(config.data, train=sources, eval=held_out)
-    )
+    of_rewards = config.reward if reward is None else dataclasses.replace(config.reward, name=reward)
+    data_settings = dataclasses.replace(config.data, train=sources, eval=held_out)
+    return dataclasses.replace(config, run_dir=str(folder), data=data_settings, reward=of_rewards)
 
 
 def _with_model(config: Config, model: Any, tokenizer: Any, folder: Path) -> Config:
@@ -223,7 +224,9 @@ def evaluate_given(
         sources = () if data is None else given.sources_of("data", data, name, Path(place))
         samples: list[Sample] = []
         fields: dict[str, Any] = {key: str(it) if isinstance(it, Path) else it for key, it in options.items()}
-        arguments = EvaluateArguments(run_or_model=target, benchmarks=tuple(benchmarks), data=sources, **fields)
+        arguments = EvaluateArguments(
+            run_or_model=target, benchmarks=tuple(benchmarks), data=sources, reward=name, **fields
+        )
         figures = evaluate_target(arguments, samples.extend, functions=functions)
     return Evaluated(figures=figures, samples=table([_row(sample) for sample in samples], _SAMPLES))
 

@@ -16,7 +16,7 @@ ROWS = r"(data|eval_data)-[0-9a-f]{16}\.jsonl"
 """Name of a file of rows; its first group is the argument that they came by."""
 _SOURCE = re.compile(rf"jsonl:[^?]*?/{FOLDER}/({ROWS})(?:\?(.*))?")
 _MODEL = re.compile(rf".*/{FOLDER}/{MODEL}")
-_FUNCTION = re.compile(rf"\breward={REWARD}(\w+)")
+_FUNCTION = re.compile(rf"(^|\breward=){REWARD}(\w+)")
 
 
 def in_words(value: object) -> object:
@@ -32,7 +32,7 @@ def in_words(value: object) -> object:
         return "a model from Python"
     match = _SOURCE.fullmatch(value)
     if match is None:
-        return _FUNCTION.sub(r"reward=\1 (a function from Python)", value)
+        return _FUNCTION.sub(r"\1\2 (a function from Python)", value)
     query: str = match[3] or ""
     rewards = [pair.removeprefix("reward=") for pair in query.split("&") if pair.startswith("reward=")]
     reward = unquote(rewards[-1]).removeprefix(REWARD) if rewards else ""

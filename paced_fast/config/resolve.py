@@ -18,7 +18,6 @@ from paced_fast.data.sources import (
     parse_day,
     parse_source,
     require_file,
-    rewarded,
     template_arguments,
 )
 from paced_fast.errors import InputError, pip_install
@@ -32,7 +31,7 @@ def resolve(config: Config) -> Config:
 
     Raises InputError naming the first field that is out of range or in conflict with another.
     """
-    config = with_reward(placed(config))
+    config = placed(config)
     traits = config.traits
     intercept = traits.intercepts[0] if config.loss.intercept == "auto" else config.loss.intercept
     rule = traits.rule if config.scheduler.rule == "auto" else config.scheduler.rule
@@ -84,16 +83,6 @@ def check_files(config: Config) -> None:
 
 def _on(config: Config, device: Literal["cpu", "cuda"]) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))
-
-
-def with_reward(config: Config) -> Config:
-    """Settings in which every source of prompts names its reward: `reward.name` where the source itself names none."""
-    name = config.reward.name
-    if name is None:
-        return config
-    data = config.data
-    train, held_out = (tuple(rewarded(spec, name) for spec in specs) for specs in (data.train, data.eval))
-    return dataclasses.replace(config, data=dataclasses.replace(data, train=train, eval=held_out))
 
 
 def resolve_log_z(config: LogZConfig, *, remembers: bool) -> LogZConfig:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from paced_fast.config import Config, flatten
+from paced_fast.data.sources import rewarded
 
 # Settings that may differ in a resumed run: its length, what it keeps, and paths.
 # Settings that an error message advises to change must be among them.
@@ -18,12 +19,16 @@ FREE_ON_RESUME = (
     *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),
 )
 _SHOWN = 3
+_SOURCES = ("data.train", "data.eval")
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """Settings that differ and may not, each as `--option was OLD`; `old` are those of the run's folder."""
     before, found = flatten(old), []
+    told_before, told_now = _with_reward(old), _with_reward(new)
     for name, value in flatten(new).items():
+        if name in _SOURCES and told_before[name] == told_now[name]:
+            continue
         if name == "data.date" and value is None:  # the run's own is taken
             continue
         if name == "data.template" and value == "auto":  # decided by the tokenizer, which is compared
@@ -32,6 +37,14 @@ def differences(old: Config, new: Config) -> list[str]:
             option = f"--{name.replace('_', '-')}"
             found.append(f"{option} was {_typed(before[name])} in that run and is {_typed(value)} now")
     return found
+
+
+def _with_reward(config: Config) -> dict[str, tuple[str, ...]]:
+    """The sources of prompts, each with its reward, which folders of older runs have in the source itself."""
+    reward, of_run = config.reward.name, flatten(config)
+    return {
+        name: tuple(spec if reward is None else rewarded(spec, reward) for spec in of_run[name]) for name in _SOURCES
+    }
 
 
 def _typed(value: object) -> str:

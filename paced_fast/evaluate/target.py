@@ -21,7 +21,7 @@ from paced_fast.config.resolve import check_chats, named
 from paced_fast.config.saved import parse_config, read_settings
 from paced_fast.data import prompts
 from paced_fast.data.records import PromptTable
-from paced_fast.data.sources import parse_day, rewarded, template_arguments
+from paced_fast.data.sources import parse_day, template_arguments
 from paced_fast.data.sources.benchmarks import BENCHMARKS, benchmark_sources
 from paced_fast.errors import InputError, counted
 from paced_fast.evaluate.arguments import EvaluateArguments, check
@@ -66,8 +66,7 @@ def evaluate_target(
     data_dir = arguments.data_dir or config.data.dir
     names = [name for word in arguments.benchmarks for name in word.split(",") if name]
     reward = arguments.reward or config.reward.name
-    yours = [spec if reward is None else rewarded(spec, reward) for spec in arguments.data]
-    given = (*benchmark_sources(names, data_dir), *yours)
+    given = (*benchmark_sources(names, data_dir), *arguments.data)
     if not given and not config.data.eval:
         raise _without_prompts(arguments.run_or_model, target)
     if (config.model.device, config.model.dtype) == ("cpu", "float32"):
@@ -99,6 +98,7 @@ def evaluate_target(
         bad_rows=config.data.bad_rows,
         max_bad_share=config.data.max_bad_share,
         check=scorer.problem,
+        reward=reward,
         limit_option="--max-prompt-tokens",
     )
     if arguments.limit is not None:
@@ -137,7 +137,7 @@ def evaluate_target(
         )
     finally:
         scorer.close()
-    about = {"model": target.path, "sources": list(given or config.data.eval), "template": template}
+    about = {"model": target.path, "sources": list(given or config.data.eval), "reward": reward, "template": template}
     return about | evaluation.record()
 
 

@@ -220,7 +220,7 @@ def test_what_python_handed_over_is_told_in_its_words(
     for place in (card, page):
         assert "a model from Python" in place
         assert "rows from Python, given/data-" in place
-        assert ", reward even" in place
+        assert "even (a function from Python)" in place
     assert "base_model" not in card, "there is no such repository"
 
 
@@ -228,6 +228,9 @@ def test_a_path_in_a_folder_of_that_name_is_left_alone() -> None:
     for value in ("jsonl:/mine/given/train.jsonl?reward=number", "/mine/given/model-7b", None, 3, ("a.csv",)):
         assert in_words(value) == (list(value) if isinstance(value, tuple) else value)
     assert in_words("a.csv?reward=given:mine&rows=0:3") == "a.csv?reward=mine (a function from Python)&rows=0:3"
+    assert in_words("given:mine") == "mine (a function from Python)"
+    older = "jsonl:runs/a/given/data-0123456789abcdef.jsonl?slice=data&reward=given:mine"
+    assert in_words(older) == "rows from Python, given/data-0123456789abcdef.jsonl in the run folder, reward mine"
 
 
 @pytest.mark.parametrize(
@@ -321,7 +324,8 @@ def test_rows_come_from_many_places(model: str, here: Path) -> None:
         Path("rows.jsonl"),
     ):
         made = train(model, data, reward="exact", steps=1, progress=False, settings=SMALL)
-        assert made.config.data.train[0].endswith("reward=exact")
+        assert made.config.reward.name == "exact"
+        assert "reward=" not in " ".join(made.config.data.train), "sources stay as they were given"
         files |= {path.name for path in made.folder.glob("given/data-*.jsonl")}
     assert len(files) == 1, "the same rows are the same file"
 
@@ -397,7 +401,7 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: bad(data=["Is 1/2 < 1?"]),
         r"data\[0\] is the text 'Is 1/2 < 1\?', which names no",
     ),
-    "mistyped kind": (lambda: bad(data=["jsnl:a"]), r"source 'jsnl:a\?reward=\S+' must start with one of"),
+    "mistyped kind": (lambda: bad(data=["jsnl:a"]), r"source 'jsnl:a' must start with one of"),
     "row without an answer": (
         lambda: bad(data=[*ROWS, {"question": "a"}], reward="math"),
         r"^data, row 21 has no field 'answer', only question: name its column 'answer'$",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from paced_fast.config import Config, ModelConfig, cli, flatten
+from paced_fast.config import Config, DataConfig, ModelConfig, cli, flatten
 from paced_fast.config.presets import PRESETS, preset
-from paced_fast.config.resolve import check, placed, resolve, with_reward
-from paced_fast.data.sources import parse_source, rewarded
+from paced_fast.config.resolve import check, placed, resolve
+from paced_fast.config.resuming import differences
+from paced_fast.data.sources import read_drafts
 from paced_fast.errors import InputError
 
 OWN = ["--model", "a/Some-Model.2", "--data", "rg:chain_sum?size=5"]
@@ -99,15 +101,30 @@ def test_demonstrations_on_a_cpu_stay_there(monkeypatch: pytest.MonkeyPatch) -> 
     assert {placed(preset(name)).model.dtype for name in on_cpu} == {"float32"}
 
 
-def test_the_reward_of_the_command_is_that_of_sources_without_one() -> None:
-    config = cli.parse(
-        [*OWN, "a.jsonl?reward=exact", "b.jsonl", "--eval-data", "c.csv?slice=x", "--reward", "0.5*math+0.5*r&d.py:f%"]
-    )
-    found = with_reward(config)
+def test_the_reward_of_the_command_is_that_of_sources_without_one(tmp_path: Path) -> None:
+    """And the sources stay as they were typed, in the settings that a run saves and shows."""
+    (tmp_path / "a.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
     wanted = "0.5*math+0.5*r&d.py:f%"
-    assert [parse_source(spec).reward for spec in found.data.train] == [wanted, "exact", wanted]
-    assert [parse_source(spec).reward for spec in found.data.eval] == [wanted]
-    assert with_reward(found) == found
-    assert rewarded("nothing", "math") == "nothing", "refused where its option is named"
-    with pytest.raises(InputError, match=r"--data.train: source 'nothing' must start with one of "):
+    typed = ["a.jsonl?reward=exact", "a.jsonl", "--eval-data", "a.jsonl?slice=x", "--reward", wanted]
+    config = cli.parse([*OWN, *typed])
+    found = resolve(config)
+    assert (found.data, found.reward) == (config.data, config.reward)
+    assert found.data.train[1:] == ("a.jsonl?reward=exact", "a.jsonl")
+    folder = str(tmp_path)
+    judged = [read_drafts(spec, folder, reward=wanted)[1][0].reward for spec in (*typed[:2], *found.data.eval)]
+    assert judged == ["exact", wanted, wanted]
+    assert read_drafts("a.jsonl", folder)[1][0].reward == "math", "by the format of the rows"
+    with pytest.raises(InputError, match=r"^--data.train: source 'nothing' must start with one of "):
         resolve(cli.parse(["--model", "a/b", "--data", "nothing", "--reward", "math"]))
+
+
+def test_a_run_whose_folder_has_the_reward_in_its_sources_is_the_same_run() -> None:
+    """Older runs saved them so."""
+    now = cli.parse(["--model", "a/b", "--data", "a.jsonl", "--eval-data", "b.csv?slice=x", "--reward", "r.py:f"])
+    saved = DataConfig(train=("a.jsonl?reward=r.py:f",), eval=("b.csv?slice=x&reward=r.py:f",))
+    then = dataclasses.replace(now, data=dataclasses.replace(now.data, train=saved.train, eval=saved.eval))
+    assert differences(then, now) == []
+    other = dataclasses.replace(now, data=dataclasses.replace(now.data, train=("c.jsonl",)))
+    assert differences(now, other) == ["--data.train was a.jsonl in that run and is c.jsonl now"]
+    judged = dataclasses.replace(now, reward=dataclasses.replace(now.reward, name="r.py:g"))
+    assert differences(now, judged) == ["--reward.name was r.py:f in that run and is r.py:g now"]

@@ -50,7 +50,7 @@ WRONG = [
     (["paced_fast.train", "--learning-rate", "1"], "error: unknown option --learning-rate: did you mean --optimizer."),
     (["paced_fast", "train", "--steps", "many"], "error: --steps 'many' is not a whole number"),
     (["paced_fast.train", "--algorithm", "grpo", "--replay.mode", "on"], "error: --replay.mode on needs --algorithm "),
-    (["paced_fast.train", "--model", "m", "--data", "absent.jsonl"], "error: source jsonl:absent.jsonl: no such file "),
+    (["paced_fast.train", "--model", "m", "--data", "absent.jsonl"], "error: source absent.jsonl: no such file "),
     (
         ["paced_fast.train", "--model", "./no", "--data", "rg:gcd"],
         "error: --model ./no: no such folder: give the folder",

@@ -363,7 +363,7 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder: Path, capsys: Any
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     own = [record["eval"] for record in records if "eval" in record]
     assert len(own) == 2
-    assert found.keys() - own[0].keys() == {"model", "sources", "template"}
+    assert found.keys() - own[0].keys() == {"model", "sources", "reward", "template"}
     assert own[0].keys() - own[1].keys() == {"prompt_slices", "prompt_ids"}
     assert [len(own[0][name]) for name in ("prompt_accuracy", "prompt_slices", "prompt_ids")] == [12] * 3
     assert len(own[1]["prompt_accuracy"]) == 12

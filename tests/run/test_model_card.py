@@ -86,6 +86,20 @@ def test_base_model_and_licence_are_named_where_they_are_known(tmp_path: Path, m
     assert asked == [("org/model", "README.md"), ("HuggingFaceTB/SmolLM2-135M-Instruct", "README.md")]
 
 
+def test_data_are_named_as_they_were_typed_with_their_reward(tmp_path: Path) -> None:
+    data = {"train": ["a.jsonl", "b.jsonl?reward=number", "no:source"], "eval": ["a|b.csv"]}
+    text = str(model_card(write(tmp_path / "run", "tiny", data=data, reward={"name": "r.py:f"}), 3, "x"))
+    rows = [line for line in text.splitlines() if line.startswith(("| training", "| held out"))]
+    assert rows == [
+        "| training | `a.jsonl` | `r.py:f` |",
+        "| training | `b.jsonl?reward=number` | `number` |",
+        "| training | `no:source` | `r.py:f` |",
+        "| held out | `a\\|b.csv` | `r.py:f` |",
+    ]
+    text = str(model_card(write(tmp_path / "plain", "tiny", data=data | {"eval": []}, reward={"name": None}), 3, "x"))
+    assert "| training | `a.jsonl` | by the format of the rows |" in text
+
+
 def test_a_card_does_without_what_a_run_lacks(tmp_path: Path) -> None:
     assert model_card(tmp_path, 3, "x") is None
     run = write(tmp_path / "run", "tiny")

@@ -32,6 +32,7 @@ def load_table(
     bad_rows: Literal["error", "skip"] = "error",
     max_bad_share: float = 0.01,
     check: Check | None = None,
+    reward: str | None = None,
     limit_option: str = "--data.max-prompt-tokens",
 ) -> PromptTable:
     """All rows of all sources, in order, with the token ids that the policy reads.
@@ -45,7 +46,8 @@ def load_table(
     the beginning (`keep_end`); of a chat the longest user message is cut. The template stays whole.
 
     `check(reward, columns)` says what keeps a row from ever being judged, and so makes it a bad row. The first bad row
-    is an error, or such rows are left out and counted up to `max_bad_share` of each source. `limit_option` is the
+    is an error, or such rows are left out and counted up to `max_bad_share` of each source. `reward` judges the
+    rows of the sources that name none; without it, the format of the rows says which. `limit_option` is the
     option of `max_prompt_tokens` in errors.
 
     Raises:
@@ -62,7 +64,7 @@ def load_table(
     bad = BadRows(bad_rows, max_bad_share)
     rows: list[PromptRow] = []
     for spec in sources:
-        source, drafts = read_drafts(spec, data_dir, bad_rows=bad, check=check)
+        source, drafts = read_drafts(spec, data_dir, bad_rows=bad, check=check, reward=reward)
         prompts, wheres = [draft.prompt for draft in drafts], [draft.where for draft in drafts]
         written, before = source.template or template, encoder.read_as_text
         encoded = encoder.encode(prompts, written, wheres, refuse=bad.add)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -44,16 +45,24 @@ class Draft:
 
 
 def read_drafts(
-    spec: str, data_dir: str | None, *, bad_rows: BadRows | None = None, check: Check | None = None
+    spec: str,
+    data_dir: str | None,
+    *,
+    bad_rows: BadRows | None = None,
+    check: Check | None = None,
+    reward: str | None = None,
 ) -> tuple[Source, list[Draft]]:
     """The rows of one source, each with what names it in errors.
 
-    Without a `check` nothing judges the rows, so that those with a demonstration in a field of theirs need no answer.
+    `reward` judges the rows of a source that names none. Without a `check` nothing judges the rows, so that those with
+    a demonstration in a field of theirs need no answer.
 
     Raises:
         InputError: the source has no rows, or a bad one (`bad_rows` may count those instead).
     """
     source = parse_source(spec)
+    if source.reward is None:
+        source = dataclasses.replace(source, reward=reward)
     bad_rows = bad_rows or BadRows()
     reader = open_source(source, data_dir)
     start, stop = source.rows[0] or 0, source.rows[1]

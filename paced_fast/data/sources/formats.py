@@ -95,14 +95,14 @@ def layout_of(source: Source, row: Mapping[str, Any], *, imitated: bool = False)
                 what, query = "field of the answer", "answer=FIELD"
             raise InputError(
                 f"source {source.spec!r}: no known format has the fields {', '.join(map(str, row))}: name the {what}, "
-                f"as in '{source.kind}:{source.name}?{query}', or give format=NAME, one of "
+                f"as in '{source.title}?{query}', or give format=NAME, one of "
                 f"{', '.join(FORMAT_NAMES)}"
             )
         layout, recognised = found, True
     if layout.tests and source.reward in _REWARDS_OF_ANSWERS:
         raise InputError(
-            f"source {source.spec!r}: rows of the format {layout.name} have tests for programs, which reward=code "
-            f"judges and reward={source.reward} cannot: leave reward= out"
+            f"source {source.spec!r}: rows of the format {layout.name} have tests for programs, which the reward "
+            f"code judges and {source.reward} cannot: give that source reward=code, or name no reward"
         )
     return layout, recognised
 

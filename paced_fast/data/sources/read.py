@@ -224,20 +224,20 @@ class HubRows:
     """Rows of a data set of the hub, or of a folder that datasets wrote; they lie on disk until they are asked for."""
 
     def __init__(self, source: Source, data_dir: str | None = None) -> None:
-        self.name, split = source.name, source.split or "train"
+        self.name, split = source.title, source.split or "train"
         folder = next((place for place in _places(source.name, data_dir) if place.is_dir()), None)
         if folder is None and (source.name.startswith((".", "/", "~")) or source.name.count("/") > 1):
             raise InputError(
-                f"hf:{source.name}: no such folder (looked for {looked_at(source, data_dir)}): correct the path, or "
-                "give a file as jsonl:FILE, csv:FILE or parquet:FILE"
+                f"source {source.title}: no such folder (looked for {looked_at(source, data_dir)}): correct the path, "
+                "or give a file as jsonl:FILE, csv:FILE or parquet:FILE"
             )
         try:
             import datasets
         except ImportError as error:
-            raise InputError(f"hf:{source.name} needs datasets: {pip_install('data')}") from error
+            raise InputError(f"{source.title} needs datasets: {pip_install('data')}") from error
         is_saved = folder is not None and any((folder / name).is_file() for name in _OF_SAVE_TO_DISK)
         if folder is None:
-            _ask_hub(source.name)
+            _ask_hub(source)
         try:
             if is_saved:
                 self._rows: Any = _saved_rows(datasets.load_from_disk(str(folder)), source)
@@ -250,7 +250,7 @@ class HubRows:
             reason = " ".join(str(error).split())[:200]
             kind = type(error).__name__
             raise InputError(
-                f"cannot load hf:{source.name}, split {split!r}: {kind}: {reason}: check name, config and split, or "
+                f"cannot load {source.title}, split {split!r}: {kind}: {reason}: check name, config and split, or "
                 "give a downloaded file as jsonl:FILE or parquet:FILE"
             ) from error
 
@@ -260,7 +260,7 @@ class HubRows:
 
     def stream(self, wanted: Sequence[int], field: str | None = None) -> Iterator[tuple[str, Any]]:
         """Row numbers: the data set looks a row up by its own."""
-        return ((f"hf:{self.name} row {row}", row) for row in wanted)
+        return ((f"{self.name} row {row}", row) for row in wanted)
 
     def decode(self, where: str, raw: Any) -> Row:
         """The row of that number."""
@@ -270,30 +270,30 @@ class HubRows:
 def _saved_rows(found: Any, source: Source) -> Any:
     """The rows of what `save_to_disk` of datasets wrote: a table, or a table for each split."""
     if source.config is not None:
-        raise InputError(f"hf:{source.name} was written by save_to_disk and has no configurations: leave config= out")
+        raise InputError(f"{source.title} was written by save_to_disk and has no configurations: leave config= out")
     if not isinstance(found, dict):
         if source.split is not None:
-            raise InputError(f"hf:{source.name} was written by save_to_disk without splits: leave split= out")
+            raise InputError(f"{source.title} was written by save_to_disk without splits: leave split= out")
         return found
     split = source.split or "train"
     if split not in found:
-        raise InputError(f"hf:{source.name} has no split {split!r}: the splits are {', '.join(found)}")
+        raise InputError(f"{source.title} has no split {split!r}: the splits are {', '.join(found)}")
     return found[split]
 
 
-def _ask_hub(name: str) -> None:
+def _ask_hub(source: Source) -> None:
     """Raises InputError when the hub is out of reach and nothing of the data set is cached."""
     from datasets import config
 
-    if not Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).exists():
-        hub.place_of(name, f"hf:{name}", "dataset")
+    if not Path(config.HF_DATASETS_CACHE, source.name.replace("/", "___")).exists():
+        hub.place_of(source.name, source.title, "dataset")
 
 
 class MadeRows:
     """Rows of a procedural task, all made at once."""
 
     def __init__(self, source: Source) -> None:
-        self.name = f"{source.kind}:{source.name}"
+        self.name = source.title
         self._rows = _made_rows(source)
         self._where = source.spec
 
@@ -373,6 +373,6 @@ def _find(source: Source, data_dir: str | None) -> Path:
     if found is not None:
         return found
     raise InputError(
-        f"source {source.kind}:{source.name}: no such file (looked for {looked_at(source, data_dir)}): correct the "
+        f"source {source.title}: no such file (looked for {looked_at(source, data_dir)}): correct the "
         "path, or give the folder that holds it (--data.dir in training, --data-dir in evaluation)"
     )

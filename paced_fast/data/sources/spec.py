@@ -125,6 +125,11 @@ class Source:
     """Parameters of a reasoning-gym task."""
 
     @property
+    def title(self) -> str:
+        """The source as the user typed it, without its keys; the name of it in messages."""
+        return self.spec.partition("?")[0]
+
+    @property
     def slice_name(self) -> str:
         """The slice of rows that name none themselves."""
         return self.slice or PurePath(self.name.removesuffix(".gz")).stem

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from paced_fast.config.given import in_words
 from paced_fast.config.presets.changed import changed_settings
 from paced_fast.config.saved import read_settings
+from paced_fast.data.sources import parse_source
 from paced_fast.errors import InputError, counted
 from paced_fast.evaluation.forgetting import fallen_slices
 from paced_fast.run.record.origin import newest_start
@@ -160,13 +161,27 @@ def _results(first: Mapping[str, Any], last: Mapping[str, Any], at: int) -> Iter
 def _data(config: Mapping[str, Any]) -> Iterator[str]:
     yield "## Data"
     yield _table(
-        ["use", "source"],
+        ["use", "source", "reward"],
         [
-            [use, f"`{_text(str(source))}`" if in_words(source) == source else _text(str(in_words(source)))]
+            [use, *map(_named, (str(source), _reward(config, str(source))))]
             for use, key in (("training", "data.train"), ("held out", "data.eval"))
             for source in config.get(key) or ()
         ],
     )
+
+
+def _reward(config: Mapping[str, Any], source: str) -> str | None:
+    """The reward of a source: its own, else that of the run; None if neither names one."""
+    own = None
+    with contextlib.suppress(InputError):  # of a version with other keys
+        own = parse_source(source).reward
+    return own or config.get("reward.name")
+
+
+def _named(value: str | None) -> str:
+    """A name that the user typed, as code; what Python handed over, in words."""
+    words = in_words(value)
+    return "by the format of the rows" if value is None else _text(f"`{value}`" if words == value else str(words))
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[str]:

@@ -212,6 +212,7 @@ def read_table(
         bad_rows=config.data.bad_rows,
         max_bad_share=config.data.max_bad_share,
         check=None if scorer is None else scorer.problem,
+        reward=None if scorer is None else config.reward.name,
     )
 
 
