@@ -13,6 +13,7 @@ name of a built-in one. Importing this module imports neither PyTorch nor transf
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def train(
         TrainingError: the run stopped itself, and says why and after which step. A reward function that fails after the
             first step ends it so, with a checkpoint of the last whole step: `resume=True` goes on from there.
     """
-    return _run_module().train_given(
+    return _run_module(progress=progress).train_given(
         model,
         data,
         reward=reward,
@@ -115,7 +116,7 @@ def evaluate(
     Raises:
         InputError: something given is wrong; one line names it and the remedy.
     """
-    return _run_module().evaluate_given(
+    return _run_module(progress=progress).evaluate_given(
         model,
         data,
         reward=reward,
@@ -126,8 +127,14 @@ def evaluate(
     )
 
 
-def _run_module() -> Any:
-    """Import what trains and evaluates, without tqdm's advice about widgets in a notebook that has none."""
+def _run_module(*, progress: bool) -> Any:
+    """Import what trains and evaluates, without tqdm's advice about widgets in a notebook that has none.
+
+    The first time takes seconds, of which `progress` tells.
+    """
+    if progress and "torch" not in sys.modules:
+        sys.stdout.write("loading PyTorch and transformers\n")
+        sys.stdout.flush()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="IProgress not found")
         from paced_fast.api import run

@@ -70,4 +70,5 @@ def _console(progress: bool, words: Callable[[str], str]) -> Console:
     console = terminal.configure_logging(rank=0 if progress else 1, console=_Told(words))
     for handler in logging.getLogger("paced_fast").handlers:
         handler.addFilter(told)
-    return console if progress else Console(file=io.StringIO())
+    # Without force_jupyter a console in a notebook shows what it prints, whatever its file is.
+    return console if progress else Console(file=io.StringIO(), force_jupyter=False)

@@ -253,7 +253,7 @@ def _tables(figures: Mapping[str, Any]) -> list[str]:
 
     from paced_fast.run.record.terminal import evaluation_tables
 
-    console = Console(file=io.StringIO(), width=_WIDTH)
+    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, force_jupyter=False)
     with console.capture() as shown:
         for one in evaluation_tables(figures):
             console.print(one)
@@ -282,7 +282,7 @@ class Comparison:
             f"<tr><th>{line[0]}</th>{''.join(f'<td>{cell}</td>' for cell in line[1:])}</tr>" for line in body
         )
         titles = "".join(f"<th>{cell}</th>" for cell in head)
-        page = html.escape(str(self.page))
+        page = html.escape(str(_from_here(self.page)))
         return f'<p>Curves: <a href="{page}">{page}</a></p><table><tr>{titles}</tr>{rows}</table>'
 
     def _lines(self) -> list[list[str]]:
@@ -291,6 +291,12 @@ class Comparison:
         return [
             [name, *(_figure(row.get(name)) for row in rows)] for name in dict.fromkeys(k for row in rows for k in row)
         ]
+
+
+def _from_here(path: Path) -> Path:
+    """The path from the working directory, which links of a notebook begin at; one outside of it as it is."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _figure(value: Any) -> str:

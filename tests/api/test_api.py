@@ -477,7 +477,7 @@ def test_a_folder_that_is_taken_is_refused_in_words_of_python(result: Result, mo
         train(model, ROWS, reward=odd, run_dir=result.folder, progress=False)
 
 
-def test_a_comparison_shows_every_figure_of_every_run(tmp_path: Path) -> None:
+def test_a_comparison_shows_every_figure_of_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {"run": "runs/a<b", "steps": 10, "accuracy_after": 0.123456, **{f"figure {i}": i for i in range(40)}},
         {"run": f"runs/{'long' * 20}", "steps": 20, "accuracy_after": None},
@@ -491,6 +491,11 @@ def test_a_comparison_shows_every_figure_of_every_run(tmp_path: Path) -> None:
         assert len(figures) == 42
         shown = found._repr_html_()
         assert f'<a href="{tmp_path}/compare.html">' in shown
+        with monkeypatch.context() as here:
+            here.chdir(tmp_path)
+            assert '<a href="compare.html">compare.html</a>' in found._repr_html_(), (
+                "links begin at the notebook's folder"
+            )
         assert "<th>runs/a&lt;b</th>" in shown
         assert "<tr><th>accuracy_after</th><td>0.1235</td><td>-</td></tr>" in shown
 

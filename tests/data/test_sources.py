@@ -182,7 +182,7 @@ class TestFormats:
     def test_programs_have_no_answer_to_compare_with(self, reward, tmp_path):
         write(tmp_path / "a.jsonl", {"question": "p", "input_output": STDIN})
         with pytest.raises(
-            InputError, match=f"format taco have tests for programs.* reward=code judges and reward={reward} cannot"
+            InputError, match=f"format taco have tests for programs.* reward 'code' judges and '{reward}' cannot"
         ):
             drafts(tmp_path, f"reward={reward}")
         assert drafts(tmp_path, "reward=mine.py:judge")[0].reward == "mine.py:judge"

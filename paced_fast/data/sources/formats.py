@@ -102,7 +102,7 @@ def layout_of(source: Source, row: Mapping[str, Any], *, imitated: bool = False)
     if layout.tests and source.reward in _REWARDS_OF_ANSWERS:
         raise InputError(
             f"source {source.spec!r}: rows of the format {layout.name} have tests for programs, which the reward "
-            f"code judges and {source.reward} cannot: give that source reward=code, or name no reward"
+            f"'code' judges and {source.reward!r} cannot: give this source reward=code, or name no reward at all"
         )
     return layout, recognised
 
