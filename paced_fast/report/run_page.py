@@ -16,6 +16,7 @@ from paced_fast.errors import InputError, counted
 from paced_fast.evaluation.forgetting import change_interval, fallen_slices
 from paced_fast.report.charts.chart import Axis, Chart, Line, merged, percent, seconds
 from paced_fast.report.charts.held_out import (
+    after_step,
     interval,
     largest_k,
     learning_charts,
@@ -192,6 +193,7 @@ def _tiles(run: Run) -> list[Tile]:
     if rank is not None:
         scores = {"Brier": latest("value_brier"), "ECE": latest("value_ece")}
         sub = ", ".join(f"{name} {score:.3f}" for name, score in scores.items() if score is not None)
+        sub += " on held-out prompts" if sub and number(run.summary.get("value_ece")) is not None else ""
         course = _spark(run, "value_rank_correlation")
         items.append(Tile(name="value rank correlation", text=f"{rank:.2f}", sub=sub, course=course))
     rollouts, spent = number(last.get("rollouts")), number(last.get("train_seconds"))
@@ -234,7 +236,7 @@ def _change(run: Run, key: str, name: str) -> list[Tile]:
         moved = f"{points:+.1f} points" if direction != "" else f"{points:+.1f} points, within the noise"
         subs.append(Markup('<span class="{}">{}</span>').format(direction, moved) if direction else moved)
     if "nan" not in ends and ends:
-        subs.append(f"95% interval: {ends[0]} to {ends[1]}%{' after training' if both else ''}")
+        subs.append(f"95% interval: {ends[0]} to {ends[1]}%{f' {after_step(run.evaluations[-1])}' if both else ''}")
     if both and evaluations and scored_prompts(evaluations[0]) != scored_prompts(evaluations[-1]):
         subs.append("on different scored prompts")
     return [Tile(name=name, text=text, sub=Markup("; ").join(subs))]
@@ -289,7 +291,7 @@ def _configuration(run: Run) -> Markup:
     if not run.config:
         return part("absent", "not written yet")
     changed, decided = (
-        [[name, shown(default), shown(value)] for name, (default, value) in found.items()]
+        [[name, shown(default) or "none", shown(value) or "none"] for name, (default, value) in found.items()]
         for found in changed_settings(run.config)
     )
     known = str(run.config.get("preset")) in PRESETS

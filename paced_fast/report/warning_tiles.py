@@ -56,7 +56,7 @@ def _calibration(run: Run) -> list[Tile]:
     value, accuracy = (np.concatenate(column) for column in zip(*steps, strict=True))
     ece = expected_calibration_error(value, accuracy)
     warns = ece > MAX_ECE and len(steps) == _STEPS  # the head has not learned anything in the first ones
-    sub = f"|estimate - outcome| over {counted(value.size, 'group')}"
+    sub = f"ECE of the value over {counted(value.size, 'group')} of the last {counted(len(steps), 'step')}"
     remedy = "; lower --log-z.learning-rate" if warns else ""
     return [Tile(name="calibration error", text=f"{ece:.3f}", sub=sub + remedy, warns=warns)]
 

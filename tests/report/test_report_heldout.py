@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import drawn_charts
 import pytest
 
 from paced_fast.report import run_page
-from paced_fast.report.charts import held_out
+from paced_fast.report.charts import held_out, value
 from paced_fast.report.read_run import Record, Run
 
 
@@ -63,16 +64,16 @@ def test_majority_vote_is_shown_at_the_largest_common_k_with_its_interval() -> N
     assert tile.text == "25% \u2192 35%"
     assert "+10.0 points" in tile.sub
     charts = {chart.name: chart for chart in held_out.learning_charts(run)}
-    assert charts["maj_at_k"].legend == [("before", 0), ("after", 1)]
+    assert charts["maj_at_k"].legend == [("before", 0), ("after step 1", 1)], "the run may go on"
     assert charts["pass_at_8"].title == "pass@8 and maj@4 against rollouts"
     assert held_out.largest_k([{"maj_at_k": {"1": 0.5}}], "maj_at_k") == 0, "one sample is no vote"
 
 
 def test_pass_at_8_and_accuracy_have_the_interval_of_the_end() -> None:
     tiles = {t.name: t.sub for t in run_page._tiles(_run(_evaluation(0.2), _evaluation(0.3)))}
-    assert "95% interval: 50.0 to 70.0% after training" in tiles["held-out pass@8"]
+    assert "95% interval: 50.0 to 70.0% after step 1" in tiles["held-out pass@8"]
     assert (
-        tiles["held-out accuracy"] == '<span class="up">+10.0 points</span>; 95% interval: 28.0 to 33.0% after training'
+        tiles["held-out accuracy"] == '<span class="up">+10.0 points</span>; 95% interval: 28.0 to 33.0% after step 1'
     )
     assert tiles["held-out pass@8"].startswith("+20.0 points, within the noise; "), "40 +- 10 % against 60 +- 10 %"
     (alone,) = [t for t in run_page._tiles(_run(_evaluation(0.2))) if t.name == "held-out accuracy"]
@@ -103,8 +104,25 @@ def test_the_prompts_of_the_curve_are_named() -> None:
     run = _run(_evaluation(0.2, headline=["k3", "k4"]), _evaluation(0.3, headline=["k3", "k4"]))
     charts = {chart.name: chart for chart in held_out.learning_charts(run)}
     band = "Band: 95% interval over held-out prompts."
-    assert charts["learning_rollouts"].caption == f"Thick: the held-out prompts of slices k3, k4. {band}"
+    assert charts["learning_rollouts"].caption == f"On the held-out prompts of slices k3, k4. {band}"
     assert charts["pass_at_8"].caption == f"On the held-out prompts of slices k3, k4. {band}"
+
+
+def test_pass_at_k_over_time_is_that_of_every_evaluation() -> None:
+    """The shorter ones during training have no pass@8, which would leave a dot for a curve."""
+    few = {"pass_at_8": None, "pass_at_k": {"1": 0.3, "4": 0.5}}
+    run = _run(_evaluation(0.2, pass_at_k={"1": 0.2, "4": 0.4, "8": 0.6}), _evaluation(0.3, **few))
+    (chart,) = [chart for chart in held_out.learning_charts(run) if chart.name == "pass_at_8"]
+    passed = next(line for line in chart.lines if line.name == "pass@4")
+    assert passed.y.tolist() == [0.4, 0.5]
+    assert chart.title.startswith("pass@4")
+
+
+def test_one_group_has_no_standard_error() -> None:
+    record = {"step": 1, "value_fresh": [0.21, 0.28, 0.9], "accuracy_fresh": [0.5, 0.25, 1.0]}
+    (chart, *_) = value.value_charts(replace(_run(_evaluation(0.2)), records=[record]))
+    _, rows = chart.numbers()
+    assert [row[2:] for row in rows] == [["8.8%", "2"], ["-", "1"]], "0.125 / sqrt(2) of two"
 
 
 def test_what_evaluations_could_not_score_is_said() -> None:

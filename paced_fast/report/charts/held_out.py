@@ -91,10 +91,17 @@ def evaluation_line(evaluations: Sequence[Evaluated], key: str, *, clock: bool, 
     )
 
 
+def after_step(evaluation: Evaluated) -> str:
+    """When an evaluation was made; the run may go on after it."""
+    return f"after step {evaluation.step:,.0f}"
+
+
 def learning_charts(run: Run) -> list[Chart]:
     """Charts of held-out accuracy against rollouts and time, by slice, and of pass@k and maj@k before and after."""
     evaluations = run.evaluations
-    ends = [("before", evaluations[0].figures), ("after", evaluations[-1].figures)] if evaluations else []
+    ends: list[tuple[str, Record]] = []
+    if evaluations:
+        ends = [("before", evaluations[0].figures), (after_step(evaluations[-1]), evaluations[-1].figures)]
     return [
         *_accuracy(evaluations, "learning_rollouts", ROLLOUTS),
         *_accuracy(evaluations, "learning_time", SECONDS),
@@ -111,7 +118,7 @@ def _accuracy(evaluations: Sequence[Evaluated], name: str, axis: Axis) -> list[C
     slices = _slices(evaluations, "accuracy", clock=clock)
     if headline is None and not slices:
         return []
-    words = [f"Thick: {_covered(evaluations)}."] if headline is not None else []
+    words = [f"{'Thick:' if slices else 'On'} {_covered(evaluations)}."] if headline is not None else []
     words += [BAND] if headline is not None and headline.low is not None else []
     words += ["Thin: every slice."] if slices else []
     lines = [*([headline] if headline is not None else []), *slices]
@@ -222,9 +229,14 @@ _POWER = Unit(text=lambda x: f"{2**x:.3g}", tick="pow(2, datum.value)")
 
 
 def _over_time(evaluations: Sequence[Evaluated]) -> list[Chart]:
-    k = largest_k([e.figures for e in evaluations], "maj_at_k")
-    slices = _slices(evaluations, "pass_at_8", clock=False)
-    keys = {"pass_at_8": "pass@8"} | ({f"maj_at_k/{k}": f"maj@{k}"} if k else {})
+    figures = [e.figures for e in evaluations]
+    k = largest_k(figures, "maj_at_k")
+    of_all = largest_k(figures, "pass_at_k")
+    # Evaluations during training may have fewer completions per prompt than the first and the last one.
+    passed = 8 if not of_all or all(measured(e, "pass_at_8") is not None for e in figures) else of_all
+    key = "pass_at_8" if passed == 8 else f"pass_at_k/{passed}"
+    slices = _slices(evaluations, key, clock=False)
+    keys = {key: f"pass@{passed}"} | ({f"maj_at_k/{k}": f"maj@{k}"} if k else {})
     lines = [
         line
         for color, (key, name) in zip((0, 7 if slices else 1), keys.items(), strict=False)
@@ -233,7 +245,7 @@ def _over_time(evaluations: Sequence[Evaluated]) -> list[Chart]:
     if not lines or max(line.x.size for line in lines) < 2:
         return []
     words = [f"On {_covered(evaluations)}.", *([BAND] if any(line.low is not None for line in lines) else [])]
-    words += ["Thin: pass@8 of every slice."] if slices else []
+    words += [f"Thin: pass@{passed} of every slice."] if slices else []
     title = " and ".join(line.name for line in lines) + " against rollouts"
     return [_course([*lines, *slices], ROLLOUTS, "pass_at_8", title, "share", " ".join(words))]
 

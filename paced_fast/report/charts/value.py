@@ -74,7 +74,8 @@ def _reliability(name: str, title: str, value: Floats, accuracy: Floats) -> Char
     counts = groups / groups.max()
     bars, floor = np.minimum(np.floor(predicted * 10), 9) / 10 + 0.05, np.full_like(counts, -_STRIP)
     y = Axis(label="measured accuracy", low=-_STRIP, high=1.0, unit=PERCENT, ticks=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
-    texts = [f"{percent(a)} +- {percent(e)}, {n:,} groups" for _, a, e, n in bins]
+    errors = [percent(e) if n > 1 else "-" for _, _, e, n in bins]  # one group has no spread
+    texts = [f"{percent(a)} +- {e}, {n:,} groups" for (_, a, _, n), e in zip(bins, errors, strict=True)]
     ends = np.array([0.0, 1.0])
     return Chart(
         name=f"calibration_{name}",
@@ -100,7 +101,7 @@ def _reliability(name: str, title: str, value: Floats, accuracy: Floats) -> Char
         ],
         table=(
             ["value", "measured accuracy", "standard error", "groups"],
-            [[percent(v), percent(a), percent(e), f"{n:,}"] for v, a, e, n in bins],
+            [[percent(v), percent(a), e, f"{n:,}"] for (v, a, _, n), e in zip(bins, errors, strict=True)],
         ),
         third=True,
         height=SQUARE,
