@@ -40,7 +40,7 @@ def weight_sync(result: dict[str, Any]) -> str:
     shared = result["modes"]["shared"]
     note = f"""
         Time of one update of {result["model"]} in {result["dtype"]} ({shared["weights_bytes"] / 1e6:,.0f} MB of
-        weights), and memory of trainer and engine together, in addition to an idle process. `load_weights` is called
+        weights), and memory of trainer and engine together, less that of an idle process. `load_weights` is called
         once per parameter, as in TRL. After the updates the log-probs of both sides differ by up to
         {max(row["largest_difference"] for row in result["modes"].values()):.1e}.
         {environment_line(result)}."""

@@ -13,9 +13,9 @@ class DataConfig:
     """Prompts: their sources, and how they are written as text for the policy."""
 
     train: tuple[str, ...] = ()
-    """Sources of training prompts: files (.jsonl, .json, .csv, .parquet), folders and data sets of the hub, each with
-    `?key=value&...` behind its name if need be, or `kind:name?key=value&...`; `paced-fast list sources` has the kinds
-    and keys."""
+    """Sources of training prompts: files (.jsonl, .json, .csv, .parquet), folders, or data sets of the hub; keys after
+    the name say more, as in `train.jsonl?answer=target&rows=0:500`, and `paced-fast list sources` has all kinds and
+    keys."""
     eval: tuple[str, ...] = ()
     """Sources of held-out prompts, in the same form; none: no evaluation."""
     headline: tuple[str, ...] = ()

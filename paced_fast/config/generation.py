@@ -23,7 +23,7 @@ class GenerationConfig:
     max_completion_tokens: Annotated[int, Bounds(1, 10**7)] = 1024
     """Maximum length of a completion, in tokens; a completion cut there is scored like any other."""
     temperature: Annotated[float, Bounds(1e-3, 100.0)] = 1.0
-    """Sampling temperature; all log-probs in training are computed at it."""
+    """Sampling temperature; training computes all log-probs at the same temperature."""
     stop_tokens: tuple[str, ...] = ("auto",)
     """Tokens that end a completion, by text or id; `auto`: every end token declared by the model's generation settings,
     its configuration, its tokenizer or its chat template. The run folder records the tokens found."""

@@ -79,7 +79,8 @@ class LossConfig:
     """The policy's loss."""
 
     beta: Annotated[float, Bounds(1e-6, 1e6)] = 0.05
-    """Weight of staying near the old policy against the reward: the residual is log Z + log-ratio - reward / beta."""
+    """Weight of staying near the old policy, relative to the reward: the residual is log Z + log-ratio -
+    reward / beta."""
     intercept: Literal["auto", "value", "group_mean"] = "auto"
     """Estimate of beta * log Z in the policy's loss: `value` (the learned value, as in the paper), `group_mean` (the
     group's mean reward), or `auto`: the algorithm's own."""

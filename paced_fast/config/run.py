@@ -132,7 +132,7 @@ class Config:
     appended if that folder exists."""
     resume: Literal["never", "auto"] = "never"
     """`auto`: continue from the newest valid checkpoint of the run folder, or start anew if it has none; `never`: start
-    anew. On the command line also a run folder, which is continued with its own settings."""
+    anew; on the command line also a run folder, which is continued with its own settings."""
     generator: GeneratorName = "auto"
     """Engine that samples completions: `vllm`, `transformers` (the trainer's own model), or `auto`: vllm if it is
     installed and the policy is on a GPU, otherwise transformers."""

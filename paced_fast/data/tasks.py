@@ -199,7 +199,8 @@ def _reasoning_gym_dataset(name: str, settings: Mapping[str, Any]) -> Any:
     for key in settings:
         if key not in known:
             raise InputError(
-                f"reasoning-gym task {name!r} has no parameter {key!r}{nearest(key, known)}: the parameters are {known}"
+                f"reasoning-gym task {name!r} has no parameter {key!r}{nearest(key, known)}: the parameters are "
+                f"{', '.join(known)}"
             )
     try:
         config = make_config(**settings)

@@ -246,7 +246,7 @@ def _per_row(name: str, values: Tensor | Sequence[float], count: int, device: to
     row = values if isinstance(values, Tensor) else torch.tensor([torch.nan if v is None else v for v in values])
     if row.shape != (count,):
         raise InputError(
-            f"{name} has shape {tuple(row.shape)}, and input_ids {count} rows: give one number per row, [{count}]"
+            f"{name} has shape {tuple(row.shape)}, and input_ids has {count} rows: give one number per row, [{count}]"
         )
     return row.to(device=device, dtype=torch.float32)
 

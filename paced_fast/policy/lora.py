@@ -49,8 +49,8 @@ def adapt(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
         for target in config.targets:
             if target not in named:
                 raise InputError(
-                    f"--lora.targets {target}: the linear layers of this model are {', '.join(sorted(named))}: "
-                    "name some of them, or give all-linear (the output head is not adapted)"
+                    f"--lora.targets {target} is none of the layers that can have adapters: name some of "
+                    f"{', '.join(sorted(named))}, or give all-linear (the output head is not adapted)"
                 )
         layers, experts = (
             [name for name in names if name.rpartition(".")[2] in config.targets] for names in (layers, experts)

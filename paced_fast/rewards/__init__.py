@@ -8,15 +8,16 @@ A callable object may also define `problem(columns) -> str | None`, which return
 judged (called when the data are read, with the row's columns and its `prompt`); `counts`, a Counter of verdicts by
 kind; and `close()`.
 
-    exact                     the text is the answer; white space is ignored, numbers compare by value (43 is 43.0)
+    exact                     the text is the answer; white space is ignored, numbers compare by value (43 equals 43.0)
     number                    the last number in the text is the answer
     math                      the final answer of the text (in \boxed{}, after "the answer is", or in a closing
                               sentence) equals the answer according to math-verify; formatting and units are ignored
     math_strict               the last \boxed{} of the text holds one value, written out, that is exactly the answer:
                               1/3, not 0.333; 5, not 10/2
     code                      the program in the text passes all tests of its row; it is run in a sandbox
-    reasoning_gym             the answer is right for the task of its row; sources rg:TASK have it by themselves
-    signed_sums               the text is an expression that solves its row; task:signed_sums has it by itself
+    reasoning_gym             the answer solves the task of its row; the default of sources rg:TASK
+    signed_sums               the text is an expression that makes the number of its row; the default of
+                              task:signed_sums
     file.py:function          a function of yours, from a file
     package.module:function   a function of yours, from an installed package
     verl:file.py:function     a function written for verl, with the signature of `compute_score`

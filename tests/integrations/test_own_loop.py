@@ -246,7 +246,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: wrong(completion_mask=batch("both")["attention_mask"]),
         "first token of row 0, which no state predicts: put the prompt",
     ),
-    "rewards": (lambda: wrong(rewards=[1.0]), r"rewards has shape \(1,\), and input_ids 6 rows: give one number"),
+    "rewards": (lambda: wrong(rewards=[1.0]), r"rewards has shape \(1,\), and input_ids has 6 rows: give one number"),
     "no value": (lambda: wrong(group_size=None), r"give one of values \(one per row\), groups .* and group_size"),
     "two values": (lambda: wrong(groups=[0] * 6), r"give one of values \(one per row\), groups"),
     "broken group": (lambda: wrong(group_size=4), "group_size is 4 for 6 rows: give whole groups"),

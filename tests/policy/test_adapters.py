@@ -224,7 +224,8 @@ def test_an_engine_gets_merged_weights_and_cannot_share_them(caplog: pytest.LogC
 def test_what_cannot_be_adapted_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for target in ("lm_head", "embed_tokens", "nothing"):
         with pytest.raises(
-            InputError, match=rf"^--lora.targets {target}: the linear layers of this model are down_proj, "
+            InputError,
+            match=rf"^--lora.targets {target} is none of the layers that can have adapters: name some of down_proj, ",
         ):
             adapt(tiny_families.model("llama"), dataclasses.replace(LORA, targets=(target,)), seed=0)
     with pytest.raises(InputError, match=r"^--lora.targets names no layer"):

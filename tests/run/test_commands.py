@@ -128,7 +128,7 @@ def test_absent_packages_say_who_needs_them_and_how_to_get_them(monkeypatch: pyt
     monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
     found = dict(doctor.installed())
     assert found["torch"] == "1.0"
-    assert found["peft"] == "not installed; --lora.rank needs it: pip install 'peft>=0.21'"
+    assert found["peft"] == "not installed; needed for --lora.rank: pip install 'peft>=0.21'"
     assert found["flash-attn"].endswith("pip install 'flash-attn>=2.8' --no-build-isolation")
 
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
 from paced_fast.data.distributed import World
-from paced_fast.errors import InputError
+from paced_fast.errors import InputError, counted
 
 _FILE_BYTES = 2**30
 """A file is put together in memory before it is written, so it ends here."""
@@ -159,9 +159,8 @@ def _check_same(folder: Path, saved: Mapping[str, torch.Size], into: Mapping[str
     unknown = set() if partly else saved.keys() - into.keys()
     for names, what in ((into.keys() - saved.keys(), "lacks"), (unknown, "has an unexpected")):
         if names:
-            raise InputError(
-                f"{folder} {what} {min(names)} ({len(names)} such): it belongs to a run with other settings"
-            )
+            more = f" and {counted(len(names) - 1, 'more tensor')}" if len(names) > 1 else ""
+            raise InputError(f"{folder} {what} {min(names)}{more}: it belongs to a run with other settings")
     for name, tensor in into.items():
         if saved[name] != tensor.shape:
             raise InputError(
