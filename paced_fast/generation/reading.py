@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
+from paced_fast.generation.growing_cache import SPARE_TOKENS, GrowingLayer, growing_cache
 from paced_fast.policy.families import (
     BROKEN,
     PADDABLE,
@@ -61,19 +63,27 @@ class PaddedReader:
         """Nothing is read yet."""
         self.model = model
         self.name = cache_name(model)
-        self.cache = DynamicCache(config=model.config)
-        self.mask: Tensor | None = None
+        self.cache = growing_cache(model.config)
+        # One mask, ready to be added to the scores, serves all layers that see everything; transformers would make one
+        # for every token, and attention turn it into numbers in every layer.
+        is_plain = all(type(layer) is GrowingLayer for layer in self.cache.layers)
+        self.adds_mask = is_plain and unshareable(model.config) is None
+        self.mask: Tensor | None = None  # i64[S, L], or [S, 1, 1, L] to be added, with room for tokens to come
+        self.length = 0
         self.positions = torch.empty(0)
 
     def read(self, ids: Tensor, mask: Tensor | None, group_size: int) -> Tensor:
         """Logits [S, V] of the first token; `ids` and `mask` i64[S / group_size, L], None without padding."""
         own = torch.ones_like(ids) if mask is None else mask
-        self.mask, self.positions = mask, (own.cumsum(1) - 1).clamp(min=0)
-        logits = self._forward(ids)
+        self.positions, self.length = (own.cumsum(1) - 1).clamp(min=0), ids.shape[1]
+        logits = self._forward(ids, mask)
         self.cache.batch_repeat_interleave(group_size)
-        if self.mask is not None:
-            self.mask = self.mask.repeat_interleave(group_size, 0)
         self.positions = own.sum(1).repeat_interleave(group_size, 0)[:, None]
+        if mask is not None:
+            if self.adds_mask:
+                added = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device)
+                mask = added.masked_fill_(mask == 0, -torch.inf)[:, None, None]
+            self.mask = mask.repeat_interleave(group_size, 0)
         return logits.repeat_interleave(group_size, 0)
 
     def keep(self, rows: Tensor) -> None:
@@ -84,16 +94,20 @@ class PaddedReader:
 
     def next(self, token: Tensor) -> Tensor:
         """Logits [S, V] of the token after `token` i64[S]."""
+        self.length += 1
+        mask = None
         if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
-        logits = self._forward(token[:, None])
+            if self.length > self.mask.shape[-1]:
+                self.mask = pad(self.mask, (0, SPARE_TOKENS), value=0 if self.adds_mask else 1)
+            mask = self.mask.narrow(-1, 0, self.length)
+        logits = self._forward(token[:, None], mask)
         self.positions = self.positions + 1
         return logits
 
-    def _forward(self, ids: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         output = self.model(
             input_ids=ids,
-            attention_mask=self.mask,
+            attention_mask=mask,
             position_ids=self.positions,
             use_cache=True,
             logits_to_keep=1,
@@ -116,7 +130,7 @@ class EvenReader:
         """Nothing is read yet."""
         self.model = model
         self.name = cache_name(model)
-        self.cache: Any = DynamicCache(config=model.config)
+        self.cache: Any = growing_cache(model.config)
 
     def read(self, ids: Tensor, mask: Tensor | None, group_size: int) -> Tensor:
         """Logits [S, V] of the first token; `ids` i64[S / group_size, L] and nothing is masked."""

@@ -117,67 +117,111 @@ class _Batch:
     def run(self, progress: Callable[[], object] = lambda: None) -> list[Completion]:
         """Sample until every sequence has stopped or reached the limit; `progress` is called per token position."""
         num_sequences, max_tokens = self.uniforms.shape
-        device = self.uniforms.device
-        tokens = torch.zeros(num_sequences, max_tokens, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(num_sequences, max_tokens, dtype=torch.float32, device=device)
-        lengths = torch.full((num_sequences,), max_tokens, dtype=torch.int64, device=device)
-        stopped = torch.zeros(num_sequences, dtype=torch.bool, device=device)
+        sampled = _Sampled(num_sequences, max_tokens, self.uniforms.device)
+        uniforms = self.uniforms.T.contiguous()
+        running = None if self.stop_ids.numel() == 0 else uniforms.new_ones(num_sequences, dtype=torch.bool)
         reader = self.reading.reader(self.model)
         logits = reader.read(self.prompt_ids, self.prompt_mask if self.padded else None, self.group_size)
-        live = torch.arange(num_sequences, device=device)  # sequence of each row of the batch
         for t in range(max_tokens):
             progress()
-            token, logprob = _sample(logits, self.uniforms[live, t], self.sampling.temperature, self.sampling.top_p)
-            running = ~stopped[live]
-            tokens[live, t] = token
-            logprobs[live, t] = logprob
-            ends = running & torch.isin(token, self.stop_ids)
-            lengths[live[ends]] = t + 1
-            stopped[live[ends]] = True
-            running &= ~ends
-            num_running = int(running.sum())
-            if num_running == 0 or t + 1 == max_tokens:
+            token, logprob = _sample(logits, uniforms[t], self.sampling.temperature, self.sampling.top_p)
+            sampled.append(token, logprob)
+            if t + 1 == max_tokens:
                 break
-            if num_running <= len(live) // 2:
-                keep = running.nonzero()[:, 0]
-                reader.keep(keep)
-                live, token = live[keep], token[keep]
+            if running is not None:
+                running = running & (token[:, None] != self.stop_ids).all(-1)
+                num_running = int(running.sum())
+                if num_running == 0:
+                    break
+                if num_running <= len(running) // 2:
+                    keep = running.nonzero()[:, 0]
+                    reader.keep(keep)
+                    sampled.keep(keep)
+                    token, uniforms, running = token[keep], uniforms[:, keep], running[keep]
             logits = reader.next(token)
-        return _completions(tokens, logprobs, lengths, stopped)
+        return sampled.completions(self.stop_ids)
+
+
+class _Sampled:
+    """Tokens and log-probs of a batch, in the order in which they were sampled."""
+
+    def __init__(self, num_sequences: int, max_tokens: int, device: torch.device) -> None:
+        self._tokens = torch.zeros(num_sequences, max_tokens, dtype=torch.int64, device=device)
+        self._logprobs = torch.zeros(num_sequences, max_tokens, dtype=torch.float32, device=device)
+        self._live = torch.arange(num_sequences, device=device)  # sequence of each row of the batch
+        self._start = 0
+        self._steps: list[tuple[Tensor, Tensor]] = []  # of the rows in `live`, from `start` on
+
+    def append(self, token: Tensor, logprob: Tensor) -> None:
+        """Take the next token i64[S] and log-prob f32[S] of every row."""
+        self._steps.append((token, logprob))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self._write()
+        self._live = self._live[rows]
+
+    def _write(self) -> None:
+        if self._steps:
+            end = self._start + len(self._steps)
+            for held, steps in zip((self._tokens, self._logprobs), zip(*self._steps, strict=True), strict=True):
+                held[self._live, self._start : end] = torch.stack(steps, 1)
+            self._start, self._steps = end, []
+
+    def completions(self, stop_ids: Tensor) -> list[Completion]:
+        """Host records of the sequences, each up to its first stop token; the only copy from the device."""
+        self._write()
+        ends = torch.isin(self._tokens, stop_ids)
+        stopped = ends.any(1)
+        lengths = torch.where(stopped, ends.int().argmax(1) + 1, self._tokens.shape[1])
+        rows = zip(self._tokens.tolist(), self._logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True)
+        return [Completion(token_ids=ids[:n], logprobs=values[:n], stopped=done) for ids, values, n, done in rows]
 
 
 def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """Token i64[S] by inversion of the cumulative distribution at `uniform` f64[S], and its log-prob f32[S]."""
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    scaled = logits if temperature in (0.0, 1.0) else logits / temperature
     if top_p < 1.0:
-        logprobs = _nucleus(logprobs, top_p)
+        scaled = _nucleus(torch.log_softmax(scaled, dim=-1), top_p)
     if temperature == 0.0:
-        token = logprobs.argmax(-1)
-    else:
-        token = _invert(logprobs, uniform)
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
+        token = scaled.argmax(-1, keepdim=True)
+        return token[:, 0], torch.log_softmax(scaled, dim=-1).gather(-1, token)[:, 0]
+    highest = scaled.amax(-1, keepdim=True)
+    token, total = _invert(scaled, highest, uniform[:, None])
+    return token[:, 0], (scaled.gather(-1, token) - highest - total.log().float())[:, 0]
 
 
-def _invert(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Token i64[S] where the cumulative distribution passes `uniform` f64[S].
+def _invert(logits: Tensor, highest: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Token i64[S, 1] where the cumulative distribution passes `uniform` f64[S, 1], and the total f64[S, 1] of
+    exp(logits - highest).
 
-    Sums are float64, so that they resolve every token whose probability float32 can tell from zero. First those of
-    blocks of tokens, then within the block that was hit: a cumulative sum of everything takes several times as long.
+    First the block of tokens is found and then the token within it: a cumulative sum of everything takes several times
+    as long. Blocks are summed in float32, which changes their probabilities in the seventh digit, as rounded logits do;
+    the token is drawn by the exact share of its block, so that one that is all but impossible gains nothing.
     """
-    rows, vocabulary = logprobs.shape
+    rows, vocabulary = logits.shape
     blocks = -(-vocabulary // _BLOCK)
-    padded = logprobs.new_zeros(rows, blocks * _BLOCK)
-    torch.exp(logprobs, out=padded[:, :vocabulary])
-    mass = padded.view(rows, blocks, _BLOCK)
-    sums = mass.sum(-1, dtype=torch.float64).cumsum(-1)
-    goal = (uniform * sums[:, -1])[:, None]
-    block = torch.searchsorted(sums, goal, right=True).clamp(max=blocks - 1)
-    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
-    hit = mass[torch.arange(rows, device=mass.device), block[:, 0]].double()
-    inside = torch.searchsorted(before + hit.cumsum(-1), goal, right=True)
-    # The two sums may round apart: what is beyond the block's last token that can be drawn is that token.
-    last = (hit > 0) * torch.arange(_BLOCK, device=mass.device)
-    return (block * _BLOCK + torch.minimum(inside, last.amax(-1, keepdim=True)))[:, 0]
+    if blocks == 1:
+        token, _, total = _pass((logits - highest).exp().double(), uniform)
+        return token, total
+    mass = logits.new_empty(rows, blocks * _BLOCK)
+    torch.sub(logits, highest, out=mass[:, :vocabulary])
+    mass[:, vocabulary:] = -torch.inf
+    mass = mass.exp_().view(rows, blocks, _BLOCK)
+    block, share, total = _pass(mass.sum(-1).double(), uniform)
+    inside, _, _ = _pass(mass[torch.arange(rows, device=mass.device), block[:, 0]].double(), share)
+    return block * _BLOCK + inside, total
+
+
+def _pass(mass: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Element i64[S, 1] in which the cumulative sum of `mass` f64[S, N] passes `share` f64[S, 1] of the total, the
+    share of that element which lies before, and the total. An element without mass is never found."""
+    sums = mass.cumsum(-1)
+    total = sums[:, -1:]
+    goal = torch.minimum(share * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(sums, goal, right=True)
+    own = mass.gather(1, index)
+    return index, ((goal - sums.gather(1, index) + own) / own).clamp_(min=0.0), total
 
 
 def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
@@ -186,11 +230,3 @@ def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
     mass = ranked.double().exp()
     dropped = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, mass.cumsum(-1) - mass >= top_p)
     return torch.log_softmax(logprobs.masked_fill(dropped, -torch.inf), dim=-1)
-
-
-def _completions(tokens: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor) -> list[Completion]:
-    """Host records of the batch; the only copy from the device."""
-    rows = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True)
-    return [
-        Completion(token_ids=ids[:length], logprobs=values[:length], stopped=done) for ids, values, length, done in rows
-    ]

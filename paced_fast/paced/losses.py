@@ -6,8 +6,7 @@ B = sequences, T = packed completion tokens, s = sum of a sequence's log-probs, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,11 +27,42 @@ class MicroOutput(NamedTuple):
     weight: Tensor  # f32[b]
 
 
-PolicyLoss = Callable[[Tensor, Policy, Rollouts, Targets, Config, int], MicroOutput]
+class PolicyLoss(Protocol):
+    """Loss of the states `hidden` [T, H]; `known` are their log-probs f32[T] where the update has them already."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        policy: Policy,
+        micro: Rollouts,
+        targets: Targets,
+        config: Config,
+        denominator: int,
+        known: Tensor | None = None,
+    ) -> MicroOutput:
+        """`denominator` is the number of sequences of the whole minibatch."""
+        ...
+
+
+def token_logprobs(
+    hidden: Tensor, policy: Policy, micro: Rollouts, config: Config, known: Tensor | None = None
+) -> Tensor:
+    """Log-probs f32[T] at the temperature of sampling, whose gradient may leave out what the settings allow; `known`
+    itself where it is given."""
+    if known is not None:
+        return known
+    share = config.loss.skipped_share
+    return policy.token_logprobs(hidden, micro.token_ids, config.generation.temperature, skipped_share=share)
 
 
 def trajectory_balance(
-    hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
+    hidden: Tensor,
+    policy: Policy,
+    micro: Rollouts,
+    targets: Targets,
+    config: Config,
+    denominator: int,
+    known: Tensor | None = None,
 ) -> MicroOutput:
     """mean_i w_i u_i^2 / (2 b), u = value + b (s - s_old) - reward, w = weight min(exp(s - s_old), cap) detached."""
     beta = config.loss.beta
@@ -50,9 +80,9 @@ def trajectory_balance(
         "importance_cap": config.loss.importance_cap,
         "denominator": denominator,
     }
-    temperature = config.generation.temperature
-    if policy.family.cap is not None:  # the fused op assumes logits that are linear in the states; bounded ones are not
-        logprobs = policy.token_logprobs(hidden, micro.token_ids, temperature)
+    # The fused op assumes logits that are linear in the states; bounded ones are not.
+    if known is not None or policy.family.cap is not None:
+        logprobs = token_logprobs(hidden, policy, micro, config, known)
         out = trajectory_balance_from_logprobs(logprobs, micro.cu_seqlens, **terms)
     else:
         weight, bias = policy.head
@@ -62,7 +92,7 @@ def trajectory_balance(
             micro.token_ids,
             offsets,
             skipped_share=config.loss.skipped_share,
-            **linear_options(bias, temperature),
+            **linear_options(bias, config.generation.temperature),
             **terms,
         )
     log_ratio = out.seq_logprobs - old
@@ -71,13 +101,19 @@ def trajectory_balance(
 
 
 def flowrl(
-    hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
+    hidden: Tensor,
+    policy: Policy,
+    micro: Rollouts,
+    targets: Targets,
+    config: Config,
+    denominator: int,
+    known: Tensor | None = None,
 ) -> MicroOutput:
     """mean_i w_i (log Z + mean log pi - scale * advantage - mean log pi_ref)^2, w as in `trajectory_balance`.
 
     arXiv 2509.15207 as its code has it: means inside the residual, a sum inside the weight.
     """
-    logprobs = _logprobs(hidden, policy, micro, config)
+    logprobs = token_logprobs(hidden, policy, micro, config, known)
     log_ratio = segment_sum(logprobs.detach() - targets.old_logprobs, micro.cu_seqlens)
     cap = math.log(config.loss.flowrl_importance_cap)
     importance = targets.weights * log_ratio.clamp(max=cap).exp()
@@ -96,11 +132,17 @@ def flowrl(
 
 
 def grpo(
-    hidden: Tensor, policy: Policy, micro: Rollouts, targets: Targets, config: Config, denominator: int
+    hidden: Tensor,
+    policy: Policy,
+    micro: Rollouts,
+    targets: Targets,
+    config: Config,
+    denominator: int,
+    known: Tensor | None = None,
 ) -> MicroOutput:
     """-mean_i w_i mean_t min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = exp(log pi - log pi_old); arXiv 2402.03300,
     eq. 3 without its KL term."""
-    logprobs = _logprobs(hidden, policy, micro, config)
+    logprobs = token_logprobs(hidden, policy, micro, config, known)
     lengths = micro.cu_seqlens.diff().long()
     advantage = targets.signal.repeat_interleave(lengths, output_size=micro.num_tokens)
     ratio = (logprobs - targets.old_logprobs).exp()
@@ -110,12 +152,6 @@ def grpo(
     loss = -(targets.weights * means).sum() / denominator
     log_ratio = segment_sum(logprobs.detach() - targets.old_logprobs, micro.cu_seqlens)
     return MicroOutput(loss, log_ratio, targets.weights)
-
-
-def _logprobs(hidden: Tensor, policy: Policy, micro: Rollouts, config: Config) -> Tensor:
-    """Log-probs f32[T] at the temperature of sampling, whose gradient may leave out what the settings allow."""
-    share = config.loss.skipped_share
-    return policy.token_logprobs(hidden, micro.token_ids, config.generation.temperature, skipped_share=share)
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {

@@ -20,7 +20,7 @@ from paced_fast.data.distributed import ALONE, World
 from paced_fast.data.records import Rollouts, Targets, UpdateResult
 from paced_fast.data.transfer import to_device
 from paced_fast.generation.mismatch import sequence_weights
-from paced_fast.paced.losses import POLICY_LOSSES, MicroOutput
+from paced_fast.paced.losses import POLICY_LOSSES, MicroOutput, token_logprobs
 from paced_fast.policy import Policy, micro_batches
 from paced_fast.policy.optimizer import PolicyOptimizer
 
@@ -175,19 +175,19 @@ def _micro_loss(
     """Forward pass and loss, in one call because sharded parameters are gathered around it.
 
     With `scores` the policy is the old one: its log-probs of these states are the old ones, returned too, and give the
-    weights of the sequences that were `sampled` (bool[b]) in this step.
+    weights of the sequences that were `sampled` (bool[b]) in this step. The loss takes them over with their gradient.
     """
-    hidden, old = policy.hidden(micro), None
+    hidden, known, old = policy.hidden(micro), None, None
     if scores:
-        with torch.no_grad():
-            old = policy.token_logprobs(hidden.detach(), micro.token_ids, config.generation.temperature)
+        known = token_logprobs(hidden, policy, micro, config)
+        old = known.detach()
         targets = dataclasses.replace(
             targets,
             old_logprobs=old,
             ref_logprobs=targets.ref_logprobs if config.traits.keeps_initial_policy else old,
             weights=torch.where(sampled, _mismatch_weights(micro, old, config), targets.weights),
         )
-    return POLICY_LOSSES[config.algorithm](hidden, policy, micro, targets, config, denominator), old
+    return POLICY_LOSSES[config.algorithm](hidden, policy, micro, targets, config, denominator, known), old
 
 
 def _mismatch_weights(rollouts: Rollouts, old: Tensor, config: Config) -> Tensor:

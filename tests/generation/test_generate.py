@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import tiny_policy
 import torch
-from transformers import DynamicCache
 
 from paced_fast.data import packing
 from paced_fast.data.distributed import ALONE
 from paced_fast.data.records import Completion
 from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.generation.over_ranks import SharedGenerator
-from paced_fast.generation.reading import Reading
+from paced_fast.generation.reading import PaddedReader, Reading
 from paced_fast.generation.transformers_generator import _Batch, _sample
 
 PROMPTS = [(3, 4, 5, 6, 7), (2,), (9, 8, 7), (5, 5, 4), (10, 9)]
@@ -82,13 +81,13 @@ def test_padding_changes_nothing() -> None:
 def test_leaving_the_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny_policy.model()
     compactions: list[int] = []
-    select = DynamicCache.batch_select_indices
+    keep = PaddedReader.keep
 
-    def counted(self: DynamicCache, indices: torch.Tensor) -> None:
-        compactions.append(len(indices))
-        select(self, indices)
+    def counted(self: PaddedReader, rows: torch.Tensor) -> None:
+        compactions.append(len(rows))
+        keep(self, rows)
 
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", counted)
+    monkeypatch.setattr(PaddedReader, "keep", counted)
     whole = sample(made, PROMPTS, samples=6, max_completion_tokens=30, stop_ids=[1, 4])
     assert len(compactions) > 1
     compacted, one_by_one = (

@@ -41,6 +41,7 @@ HOMES = {
     "transformers": {
         *(f"policy.{name}" for name in ("attention", "gradient_checkpointing", "liger", "loading", "lora", "policy")),
         *("policy.saving", "policy.stored_checks", "data.prompts.tokenizers", "generation.reading"),
+        "generation.growing_cache",
     },
     "peft": {"policy.lora"},
     "liger_kernel": {"policy.liger"},
