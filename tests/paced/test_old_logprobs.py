@@ -14,6 +14,7 @@ from paced_fast.data.distributed import ALONE
 from paced_fast.data.records import Fresh, Rollouts, StepResult, Targets, UpdateResult
 from paced_fast.generation import Sampling, TransformersGenerator
 from paced_fast.generation.over_ranks import SharedGenerator, samples_exactly
+from paced_fast.paced import losses
 from paced_fast.paced import targets as targets_module
 from paced_fast.paced.losses import POLICY_LOSSES
 from paced_fast.paced.targets import group_accuracy, make_targets
@@ -131,6 +132,23 @@ def test_the_first_minibatch_is_passed_through_once_and_what_is_left_out_is_scor
     assert (asked[0], sum(asked)) == (1, 10)
     policy = tiny_policy.policy()
     torch.testing.assert_close(made.old_logprobs, policy.logprobs(rollouts, 0.8), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("algorithm", sorted(POLICY_LOSSES))
+def test_each_micro_batch_is_projected_once(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten sequences in one optimiser step, then in two: the loss takes over the log-probs that are the old ones."""
+    projected: list[str] = []
+    scored, fused = Policy.token_logprobs, losses.trajectory_balance_loss
+    monkeypatch.setattr(Policy, "token_logprobs", lambda *a, **k: projected.append("scored") or scored(*a, **k))
+    monkeypatch.setattr(losses, "trajectory_balance_loss", lambda *a, **k: projected.append("fused") or fused(*a, **k))
+    for count in (1, 2):
+        asked: list[int] = []
+        monkeypatch.setattr(Policy, "pass_logprobs", lambda self, part, _: torch.zeros(part.num_tokens))
+        projected.clear()
+        updated(settings(algorithm, "off", count=count, epochs=1), asked=asked)
+        assert len(projected) == len(asked) > 1
+        is_fused = count == 2 and losses.POLICY_LOSSES[algorithm] is losses.trajectory_balance
+        assert ("fused" in projected) == is_fused
 
 
 @pytest.mark.parametrize("algorithm", sorted(POLICY_LOSSES))
