@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import pictures, run, stale
-from benchmarks.pages import faults, loss, models, rewards, training
+from benchmarks.pages import faults, loss, models, rewards, training, tree
 from benchmarks.training.efficiency import sections, suites, table
 from benchmarks.training.efficiency.sections import RunFiles
 from benchmarks.training.efficiency.summary import Row
@@ -76,6 +76,7 @@ SECTIONS: dict[str, Section | RunFiles] = {
     "logprobs": Section("logprobs", loss.kernels),
     "peaked": Section("peaked", loss.peaked_policies),
     "compile": Section("compile", loss.compiled),
+    "priority_tree": Section("priority_tree", tree.priority_tree),
     "weight_sync": Section("weight_sync", training.weight_sync),
     "math_rewards": Section("math_rewards", rewards.math_rewards),
     "sandbox": Section("sandbox", rewards.sandbox),

@@ -33,8 +33,10 @@ from benchmarks.tree.peers import MODES, Maker, Peer, peer_makers
 from benchmarks.tree.timing import WallClock, copy_rate, measure_calls
 from paced_fast.errors import InputError
 
-CAPACITIES = (1_000_000, 100_000, 10_000_000, 10_000)
-BATCHES = (1024, 65536, 64, 8192)
+CAPACITIES = (1_000_000, 100_000, 10_000, 10_000_000)
+BATCHES = (1024, 64, 8192, 65536)
+# From here on most of a call goes through all leaves, whatever B is.
+LARGE, LARGE_BATCHES = 10_000_000, (1024, 65536)
 QUICK_CELLS = ((10_000, 64), (10_000, 1024), (100_000, 1024))
 OPERATIONS = (
     "pair",
@@ -45,10 +47,13 @@ OPERATIONS = (
     "distinct",
     "rebuild",
     "rebuild from values",
+    "rebuild and draw",
     "schedule",
 )
-"""A pair is a random update and an iid draw. A schedule is one trainer step: new weights for every leaf from new
-estimates, then a draw of distinct leaves, a tenth of them regardless of weight."""
+"""A pair is a random update and an iid draw; a rebuild and draw, new weights for every leaf and an iid draw. Writes
+alone answer no question: a peer that stores weights as they come does the rest of its work in the draw behind them. A
+schedule is one trainer step: new weights for every leaf from new estimates, then a draw of distinct leaves, a tenth of
+them regardless of weight."""
 
 SLOW = 300.0
 LIMIT = 2**24
@@ -73,7 +78,8 @@ class Arguments:
     repetitions: int = 0
     """Repetitions per call; 0 means 200 on a GPU, 20 on a CPU, 3 with --quick."""
     cell_seconds: float = 0.0
-    """Seconds for the timed part of one cell; a slow peer gets fewer repetitions, at least 3. 0 means no limit."""
+    """Seconds for the timed part of one cell; a slow peer gets fewer repetitions, at least 3. 0 means no limit on a GPU
+    and 11 on a CPU."""
     seconds: float = 0.0
     """Seconds after which no further cell starts; the remaining cells are listed. 0 means no limit."""
     draws: int = 0
@@ -81,7 +87,7 @@ class Arguments:
     updates: int = 0
     """Random updates, of at most 4096 elements, before the drift is measured; 0 means 200, or 5 with --quick."""
     repeats: int = 0
-    """Runs whose results must be bit-identical; 0 means 10, or 2 with --quick."""
+    """Runs whose results must be bit-identical; 0 means 10 on a GPU, 3 on a CPU, 2 with --quick."""
     quality: bool = True
     """Also check the draws of each peer."""
     resume: bool = False
@@ -95,7 +101,7 @@ class Arguments:
 def plan(arguments: Arguments) -> list[tuple[int, int]]:
     """Return the cells (N, B), most important first, with those of one N together."""
     if not arguments.cells:
-        every = [(capacity, batch) for capacity in CAPACITIES for batch in BATCHES]
+        every = [(n, batch) for n in CAPACITIES for batch in (BATCHES if n < LARGE else LARGE_BATCHES)]
         return list(QUICK_CELLS) if arguments.quick else every
     found = []
     for text in arguments.cells:
@@ -158,6 +164,9 @@ def call_of(operation: str, peer: Peer, inputs: Inputs, num: int) -> Callable[[i
             return peer.rebuild_from_values(inputs.estimates[at])
         if operation == "schedule":
             return peer.schedule(inputs.estimates[at], num)
+        if operation == "rebuild and draw":
+            peer.rebuild(inputs.weights[at])
+            return peer.sample(num, "iid")
         if operation == "update contiguous":
             return peer.write_range(inputs.starts[at], inputs.values[at])
         if kind in ("update", "pair"):
@@ -184,10 +193,11 @@ class Measurement:
         self.settings = {
             "num_draws": arguments.draws or (2**14 if quick else 2**20),
             "num_updates": arguments.updates or (5 if quick else 200),
-            "repeats": arguments.repeats or (2 if quick else 10),
+            "repeats": arguments.repeats or (2 if quick else 10 if self.on_gpu else 3),
         }
         words = arguments.operations
         self.operations = [name for name in OPERATIONS if not words or any(word in name for word in words)]
+        self.cell_seconds = arguments.cell_seconds or (0.0 if self.on_gpu else 11.0)
         self.clock = WallClock(self.device)
         self.copy_rate = copy_rate(self.device) if self.on_gpu else None
         self.running = ""
@@ -277,7 +287,7 @@ class Measurement:
             frozenset(name for name in calls if self.on_gpu and peers[name].home.type == "cuda"),
             self.device,
             repetitions=self.repetitions,
-            seconds=self.arguments.cell_seconds / num_operations,
+            seconds=self.cell_seconds / num_operations,
             starting=lambda name: self.starting(name, f"{cell}, {operation}"),
         )
         own = report.median_us(next(iter(found.values()), {}), "wall")

@@ -17,6 +17,7 @@ from ._backend import require_kernels, resolve_backend
 from ._tree import arithmetic as tree_reference
 from ._tree.arithmetic import DISTINCT_METHODS, MAX_SEQUENCE, MODES, ONE, STATUS_FIELDS, WEIGHT_BITS, WEIGHT_MASK, Bell
 from ._tree.host import HostTree
+from ._tree.host_sums import leaves
 
 __all__ = ["Bell", "PriorityTree", "Sample"]
 
@@ -70,7 +71,9 @@ class PriorityTree:
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name} must be an int from {low} to {high}, got {value!r}")
         self.capacity = capacity
-        self.leaf = torch.zeros(capacity, dtype=torch.int64, device=device)  # (sequence << 28) | q
+        is_host = torch.device(device).type == "cpu"
+        # (sequence << 28) | q
+        self.leaf = leaves(capacity) if is_host else torch.zeros(capacity, dtype=torch.int64, device=device)
         self.sequence = torch.zeros(1, dtype=torch.int64, device=device)  # element updates since the last rebuild
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # draws so far
         signed_seed = seed - 2**64 if seed >= 2**63 else seed

@@ -298,6 +298,9 @@ def test_each_call_does_what_its_name_says() -> None:
         "needs more leaves"
     )
     assert priority_tree.call_of("distinct", peer, inputs, 33) == "needs more leaves"
+    assert len(calls["rebuild and draw"](0)) == 32
+    torch.testing.assert_close(peer.leaves().float(), inputs.weights[0])
+    assert peer.tree.step.item() == steps + 4
     calls["rebuild from values"](1)
     wanted = torch.exp(-50 * (inputs.estimates[1] - 0.5).square())
     torch.testing.assert_close(peer.leaves().float(), wanted, rtol=1e-5, atol=2.0**-27)
@@ -331,7 +334,8 @@ def test_a_peer_schedules_by_the_same_mixture() -> None:
 def test_cells_are_read_and_those_of_one_size_stay_together() -> None:
     given = priority_tree.Arguments(cells=("N10-B2", "N30-B4", "N10-B8"))
     assert priority_tree.plan(given) == [(10, 2), (10, 8), (30, 4)]
-    assert len(priority_tree.plan(priority_tree.Arguments())) == 16
+    every = priority_tree.plan(priority_tree.Arguments())
+    assert [sum(n == capacity for n, _ in every) for capacity in (10**4, 10**5, 10**6, 10**7)] == [4, 4, 4, 2]
     with pytest.raises(InputError, match="--cells '1000': write a cell like N1000000-B1024"):
         priority_tree.plan(priority_tree.Arguments(cells=("1000",)))
 
@@ -363,7 +367,7 @@ def test_a_run_from_the_command_line_can_be_resumed(tmp_path, capsys: pytest.Cap
     kept = json.loads(path.read_text())
     assert [cell["name"] for cell in kept["cells"]] == ["N100-B8", "N100-B16"]
     assert [list(cell["rows"][0]["operations"]) for cell in kept["cells"]] == [
-        ["pair", "rebuild", "rebuild from values"],
+        ["pair", "rebuild", "rebuild from values", "rebuild and draw"],
         ["pair"],
     ]
     assert len(kept["quality"][0]["rows"]) == 4

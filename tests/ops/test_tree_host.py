@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from paced_kernels import Bell, PriorityTree
-from paced_kernels._tree import arithmetic, bits, host, host_race
+from paced_kernels._tree import arithmetic, bits, host, host_race, host_sums
 from paced_kernels._tree.exact import log_of_unit
 
 STATE = {
@@ -134,6 +134,67 @@ def test_a_draw_after_a_write_is_from_the_sums_of_then() -> None:
         write()
         assert tree.sample(5, "iid").idx.tolist() == [leaf] * 5
         assert tree.sample(5, "iid").total == arithmetic.ONE
+
+
+# The last row has one leaf, all of its leaves, and none beyond; rows for more than one block of them.
+@pytest.mark.parametrize("num", [1, 65, 96, 1000, 40_001])
+def test_draws_by_rows_are_those_of_the_formulas_after_every_kind_of_write(
+    num: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_sums, "_MANY", 1)
+    monkeypatch.setattr(host_sums, "_FEW", 0)
+    generator = torch.Generator().manual_seed(num)
+    tree = PriorityTree(num, seed=5)
+    few = max(1, num // 200)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator) ** 4
+
+    writes = (
+        lambda: tree.rebuild(drawn(num)),
+        lambda: tree.update(torch.randint(0, num, (few,), generator=generator), drawn(few)),
+        lambda: tree.update(torch.randint(0, num, (num,), generator=generator), drawn(num)),
+        lambda: tree.update(torch.tensor([num - 1, 0, 0]), torch.tensor([0.5, 0.0, 1.0])),
+        lambda: tree.update(torch.tensor([num - 1, num, -1]), torch.tensor([0.25, 1.0, 1.0])),  # one of three is inside
+        lambda: tree.write_range(num - 1, drawn(few)),  # round the end
+        lambda: tree.write_range(num // 2, drawn(few)),
+        lambda: tree.rebuild((torch.arange(num) == num - 1).float()),
+        lambda: tree.update(torch.tensor([num // 3], dtype=torch.int32), torch.tensor([1.0])),
+        lambda: tree.rebuild(torch.randint(0, 3, (num,), generator=generator)),  # every target is near an edge
+    )
+    for write in writes:
+        for _ in range(2):  # two of a kind before a draw, and one
+            write()
+            q = tree.get(torch.arange(num))
+            for mode in arithmetic.MODES:
+                state = {"seed": tree.seed, "stream": tree.stream, "step": tree.step.clone()}
+                sample = tree.sample(1100, mode)
+                assert sample.total == q.sum()
+                targets = arithmetic.draw_targets(mode, 1100, q.sum(), **state)
+                assert torch.equal(sample.idx, arithmetic.select(q, targets))
+            write()
+    assert tree._host is not None
+    assert tree._host.sums._takes_rows(1100)
+
+
+def test_a_write_that_is_changed_afterwards_made_the_right_rows_stale() -> None:
+    """The caller may fill its own index tensor anew before the next draw."""
+    tree = PriorityTree(host_sums._MANY, seed=0)
+    tree.rebuild(torch.eye(1, host_sums._MANY)[0])
+    tree.sample(4)
+    idx = torch.tensor([0, 5000])
+    tree.update(idx, torch.tensor([0.0, 1.0]))
+    idx.fill_(77)
+    assert tree.sample(4).idx.tolist() == [5000] * 4
+
+
+def test_leaves_without_room_for_a_last_row_are_summed_leaf_by_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_sums, "_MANY", 1)
+    q = arithmetic.quantise(weights("even", 70))[0]
+    sums = host_sums.HostSums(q)
+    targets = torch.arange(0, int(q.sum()), int(q.sum()) // 50)[:1]
+    assert int(sums.find_in(1)[-1]) == int(q.sum())
+    assert torch.equal(sums.find(targets), arithmetic.select(q, targets))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

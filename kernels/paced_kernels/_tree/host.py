@@ -16,6 +16,7 @@ from .arithmetic import ONE, SCALE_BITS, WEIGHT_BITS, WEIGHT_MASK, Bell, quantis
 from .bits import HOST_BLOCK, HostBits, host_bits, host_start, multiply_high_of
 from .exact import LOG2_E
 from .host_race import race
+from .host_sums import HostSums
 
 BLOCK = HOST_BLOCK
 # A float64 from 2^52 on is an integer: adding 2^52 rounds, ties to even, and leaves the integer in the lower bits.
@@ -42,8 +43,7 @@ class HostTree:
 
     def __init__(self, leaf: Tensor) -> None:
         self.leaf = leaf
-        self.is_summed = False  # whether `_prefix` holds the sums of the leaves as they are
-        self._prefix: Tensor | None = None  # i64[N], from the first draw on
+        self.sums = HostSums(leaf)
         self._places = torch.empty(0, dtype=torch.float64)
         self._rows = torch.empty(2, min(leaf.shape[0], BLOCK), dtype=torch.float64)
         self._bits = HostBits(leaf.shape[0])
@@ -53,38 +53,47 @@ class HostTree:
     def nbytes(self) -> int:
         """Return the bytes held between calls, without the leaves."""
         held = (self._places, self._rows, *self._bits.arrays)
-        return self.leaf.nbytes + sum(array.nbytes for array in held)
+        return self.sums.nbytes() + sum(array.nbytes for array in held)
 
     def write(self, idx: Tensor, w: Tensor, sequence: int) -> bool:
         """Write leaves `idx` [B], or the range from a 0-d `idx`, if all are inside and valid; return whether they are.
 
-        `sequence` is the number of elements written before.
+        `sequence` is the number of elements written before. Where not all are, the caller writes.
         """
-        self.is_summed = False
-        num, capacity = w.shape[0], self.leaf.shape[0]
+        codes = self._codes(idx, w, sequence)
+        if codes is None:
+            self.sums.wrote_all(has_sequences=True)
+        elif idx.ndim == 1:
+            self.leaf.scatter_reduce_(0, idx.long(), codes, "amax")  # the largest code is the last in the call
+            self.sums.wrote(idx)
+        else:
+            start = int(idx) % self.leaf.shape[0]
+            before_end = self.leaf[start : start + w.shape[0]]
+            before_end.copy_(codes[: before_end.shape[0]])
+            after_start = self.leaf[: w.shape[0] - before_end.shape[0]]
+            after_start.copy_(codes[before_end.shape[0] :])
+            self.sums.wrote_range(start, start + before_end.shape[0])
+            self.sums.wrote_range(0, after_start.shape[0])
+        return codes is not None
+
+    def _codes(self, idx: Tensor, w: Tensor, sequence: int) -> Tensor | None:
+        """Return what the leaves become, i64[B]; None unless all are inside and valid."""
+        num = w.shape[0]
         if not 0 < num <= _MAX_WRITTEN or not w.is_floating_point():
-            return False
+            return None
         least, most = map(float, w.aminmax())  # NaN if there is one
         if not (least >= 0.0 and most <= 1.0):
-            return False
+            return None
         if idx.ndim == 1:
             first, last = idx.aminmax()
-            if int(first) < 0 or int(last) >= capacity:
-                return False
+            if int(first) < 0 or int(last) >= self.leaf.shape[0]:
+                return None
         if least < _LEAST:
             w = _at_least(w, least, _LEAST)
         if self._places.shape[0] != num:
             self._places = torch.arange(1, num + 1).mul_(1 << WEIGHT_BITS).double().add_(_ROUNDER)
         rounded = torch.add(self._places, w, alpha=ONE)
-        codes = rounded.view(torch.int64).add_((sequence << WEIGHT_BITS) - _ROUNDER_BITS)
-        if idx.ndim == 1:
-            self.leaf.scatter_reduce_(0, idx.long(), codes, "amax")  # the largest code is the last in the call
-            return True
-        start = int(idx) % capacity
-        before_end = self.leaf[start : start + num]
-        before_end.copy_(codes[: before_end.shape[0]])
-        self.leaf[: num - before_end.shape[0]].copy_(codes[before_end.shape[0] :])
-        return True
+        return rounded.view(torch.int64).add_((sequence << WEIGHT_BITS) - _ROUNDER_BITS)
 
     def rebuild(
         self,
@@ -94,48 +103,42 @@ class HostTree:
         counts: Tensor,  # i64[3], added to
     ) -> None:
         """Write quantised weights as `Bell` and `quantise` make them."""
-        self.is_summed = False
+        self.sums.wrote_all(has_sequences=False)
+        least = None if bell is not None or allowed is not None else _least_if_valid(source)
+        if least is not None:
+            _quantise_valid(source, least, self._rows, self.leaf)
+            return
         for block in blocks(source.shape[0]):
             given, leaf = source[block], self.leaf[block]
             mask = None if allowed is None else allowed[block]
-            rows = self._rows[:, : given.shape[0]]
             if bell is None:
+                given = given if mask is None else torch.where(mask, given, 0)
+                least = _least_if_valid(given)
+                if least is not None:
+                    _quantise_valid(given, least, self._rows, leaf)
+                    continue
+            elif _shape_valid(given, bell, self._rows[:, : given.shape[0]], self._top, leaf):
                 if mask is not None:
-                    given = torch.where(mask, given, 0)
-                is_done = _quantise_valid(given, rows, leaf)
-            else:
-                is_done = _shape_valid(given, bell, rows, self._top, leaf)
-                if is_done and mask is not None:
                     leaf.mul_(mask)
-            if not is_done:
-                made = given if bell is None else bell(given)
-                q, found = quantise(made if mask is None else torch.where(mask, made, 0))
-                leaf.copy_(q)
-                counts += found
-
-    def prefix_sums(self) -> Tensor:
-        """Inclusive prefix sums of the weights, i64[N], read only; made anew after a write."""
-        if self._prefix is None:
-            self._prefix = torch.empty_like(self.leaf)
-        if not self.is_summed:
-            torch.bitwise_and(self.leaf, WEIGHT_MASK, out=self._prefix).cumsum_(0)
-            self.is_summed = True
-        return self._prefix
+                continue
+            made = given if bell is None else bell(given)
+            q, found = quantise(made if mask is None else torch.where(mask, made, 0))
+            leaf.copy_(q)
+            counts += found
 
     def sample(self, num_draws: int, mode: str, *, seed: Tensor, stream: Tensor, step: Tensor) -> Sampled | None:
         """Return indices [B] as `arithmetic.select` of `arithmetic.draw_targets` has them, and the total [].
 
         None if that is 0.
         """
-        prefix = self.prefix_sums()
-        sum_q = prefix[-1].clone()
+        sum_q = self.sums.find_in(num_draws)[-1].clone()
         total, divisor = int(sum_q), max(num_draws, 1)
         if total == 0:
             return None
         start = host_start(seed=seed, stream=stream, step=step)
         if mode == "iid":
             targets = multiply_high_of(self._bits.first(start, num_draws), total, total)
-            return torch.searchsorted(prefix, targets, right=True), sum_q
+            return self.sums.find(targets), sum_q
         quotient, remainder = divmod(total, divisor)
         if mode == "systematic":
             samples = torch.arange(num_draws)
@@ -148,7 +151,7 @@ class HostTree:
             edges.mul_(quotient).add_(carried)
             targets = multiply_high_of(self._bits.first(start, num_draws), edges[1:] - edges[:-1], quotient + 1)
             targets.add_(edges[:-1])
-        return torch.searchsorted(prefix, targets, right=True), sum_q
+        return self.sums.find(targets), sum_q
 
     def race(
         self,
@@ -181,23 +184,40 @@ def _at_least(w: Tensor, least: float, unit: float) -> Tensor:
     return w.clamp(min=unit) if least > 0.0 else torch.maximum(w, w.sign().mul_(unit))
 
 
-def _quantise_valid(weights: Tensor, rows: Tensor, out: Tensor) -> bool:
-    """Write the fixed-point weights where all are valid; return whether they are."""
-    if weights.shape[0] == 0:
-        return True
-    least, most = weights.aminmax()
+def _least_if_valid(weights: Tensor) -> float | None:
+    """Return the least of some weights; None if one of them is not valid."""
+    least, most = (bound.item() for bound in weights.aminmax())  # NaN if there is one
+    return least if least >= 0 and most <= (1 if weights.is_floating_point() else ONE) else None
+
+
+def _quantise_valid(weights: Tensor, least: float, rows: Tensor, out: Tensor) -> None:
+    """Write the fixed-point weights of valid ones, of which none is below `least`."""
     if not weights.is_floating_point():
-        if int(least) < 0 or int(most) > ONE:
-            return False
         out.copy_(weights)
-        return True
-    if not (float(least) >= 0.0 and float(most) <= 1.0):  # NaN if there is one
-        return False
-    scaled = rows[0].copy_(weights).mul_(ONE)
-    if float(least) < _LEAST:
-        scaled = _at_least(scaled, float(least), 1.0)
-    _integers(scaled, rows[1], out)
-    return True
+    elif weights.dtype == torch.float64:
+        for block in blocks(weights.shape[0]):
+            given = weights[block]
+            scaled, spare = rows[:, : given.shape[0]]
+            _raise(torch.mul(given, ONE, out=scaled), given, least, spare)
+            _integers(scaled, spare, out[block])
+    else:
+        # Twice as many fit into a register and into `rows`. Products with 2^27 are exact, and most of them integers.
+        size = min(2 * rows.shape[1], weights.shape[0])
+        scaled, spare = rows.view(torch.float32).view(2, -1)[:, :size]
+        for given, leaf in zip(weights.split(size), out.split(size), strict=True):
+            if given.shape[0] < size:
+                scaled, spare = scaled[: given.shape[0]], spare[: given.shape[0]]
+            given = given if given.dtype == torch.float32 else spare.copy_(given)
+            _raise(torch.mul(given, ONE, out=scaled).round_(), given, least, spare)
+            leaf.copy_(spare.view(torch.int32).copy_(scaled))
+
+
+def _raise(scaled: Tensor, weights: Tensor, least: float, spare: Tensor) -> None:
+    """Raise what positive weights became to 1; where none is below `least`. `spare` may be `weights` themselves."""
+    if 0.0 < least < _LEAST:
+        scaled.clamp_(min=1.0)
+    elif least == 0.0:
+        torch.maximum(scaled, torch.sign(weights, out=spare), out=scaled)
 
 
 def _integers(scaled: Tensor, rounded: Tensor, out: Tensor) -> None:
@@ -208,8 +228,6 @@ def _integers(scaled: Tensor, rounded: Tensor, out: Tensor) -> None:
 
 def _shape_valid(statistics: Tensor, bell: Bell, rows: Tensor, top: Tensor, out: Tensor) -> bool:
     """Write the bell's fixed-point weights where no statistic is NaN; return whether none is."""
-    if statistics.shape[0] == 0:
-        return True
     scaled, rounded = rows
     scaled.copy_(statistics).sub_(bell.center).mul_((0.5 * LOG2_E) ** 0.5 / bell.width)
     torch.addcmul(top, scaled, scaled, value=-1.0, out=scaled).exp2_().clamp_(min=1.0)
