@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from paced_fast import train
+from paced_fast.data.distributed import Queue
 from paced_fast.generation import TransformersGenerator
 from paced_fast.paced.trainer import Trainer
 from paced_fast.policy import Policy
@@ -31,6 +32,8 @@ from paced_fast.run.checkpoint import save
 
 PHASES = ("build", "generate", "reward", "update", "evaluate", "save")
 KINDS = ("kill", "stop", "raise", "exit")
+TAKE = "take"
+"""A place inside a phase: right behind the first take of the step from the queue that the ranks share."""
 
 
 class InjectedError(Exception):
@@ -117,6 +120,30 @@ def install(fault: Fault) -> None:
         fault.before(save.Saver, "save", "save")
 
 
+def write_takes(fault: Fault, path: Path) -> None:
+    """Append what each rank takes from the queues to `path`, a line each; cause the fault behind a take.
+
+    The other rank waits for the faulty one, which would otherwise find the queue empty at times.
+    """
+    take = Queue.take
+    own = {"attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), "rank": int(os.environ.get("RANK", "0"))}
+
+    def taken(self: Queue, most: int, count: int) -> range:
+        is_here = fault.phase == TAKE and fault.now == fault.step
+        while is_here and not fault.is_here and not fault.once.exists():
+            time.sleep(0.01)
+        found = take(self, most, count)
+        if found:
+            line = {**own, "step": fault.now, "queue": self._name, "count": count, "taken": list(found)}
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            if is_here and fault.is_here:
+                fault.strike()
+        return found
+
+    Queue.take = taken
+
+
 def _in_the_writing_thread(fault: Fault) -> None:
     """Cause the fault before a file of the step's checkpoint is hashed; the main thread may be a step ahead."""
     write, describe = save.Saver._write_own, save.describe
@@ -146,7 +173,9 @@ def main() -> None:
         options = json.loads(described)
         with Path(options["once"]).with_name("starts").open("a") as file:
             file.write(os.environ.get("RANK", "0"))
-        install(Fault(**options))
+        fault = Fault(**options)
+        install(fault)
+        write_takes(fault, fault.once.with_name("taken"))
     train.main()
 
 

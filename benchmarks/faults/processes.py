@@ -31,14 +31,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.faults.faulty_rank import KINDS, PHASES
+from benchmarks.faults.faulty_rank import KINDS, PHASES, TAKE
 from paced_fast.run.start.run_folder import LOCK_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 5
 RESTARTS = 3
 # Evaluations after step 3, checkpoints after steps 2, 4 and 5.
-STRIKES_AT = {"build": 0, "generate": 3, "reward": 3, "update": 3, "evaluate": 3, "save": 4}
+STRIKES_AT = {"build": 0, "generate": 3, TAKE: 3, "reward": 3, "update": 3, "evaluate": 3, "save": 4}
 _TORCHRUN_KILLS_AFTER = 30.0
 """Seconds after which torchrun kills a stopped rank, having asked the ranks to end."""
 _REWARD = """
@@ -288,6 +288,14 @@ def prompts_of(folder: Path) -> list[tuple[int, Any]]:
     """Return step and prompt of every rollout of a run, without replayed ones."""
     lines = [json.loads(line) for line in (folder / "run" / "rollouts.jsonl").read_text().splitlines()]
     return [(line["step"], line["prompt"]) for line in lines if not line["replayed"]]
+
+
+def takes_of(folder: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Return what was taken from the ranks' queues in a run with a fault, by attempt and queue."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for line in map(json.loads, (folder / "taken").read_text().splitlines()):
+        found.setdefault((line["attempt"], line["queue"]), []).append(line)
+    return found
 
 
 def cells(only: tuple[str, ...] = ()) -> list[Cell]:

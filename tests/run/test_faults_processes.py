@@ -29,6 +29,7 @@ from benchmarks.faults.processes import (
     prompts_of,
     run_cell,
     state_of,
+    takes_of,
     train_words,
 )
 from paced_fast.run.start.signals import SAME_REQUEST_SECONDS
@@ -100,6 +101,29 @@ def test_torchrun_restarts_a_failed_rank_and_the_run_goes_on(bench: Bench, cell:
     assert outcome.struck
     assert outcome.attempts == 2  # one restart: no attempt is lost to a stale address
     assert outcome.left == []
+    bench.assert_as_the_whole(cell)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_with_a_prompt_in_hand_costs_no_prompt_and_none_is_taken_twice(bench: Bench) -> None:
+    """torchrun keeps the store through its restart, with what was taken from the queues of the attempt that failed."""
+    cell = Cell("kill", "take", 1)
+    outcome = run_cell(bench.launcher, cell, bench.root, ARGUMENTS)
+    assert outcome.status is not None, LATE
+    assert outcome.status == 0, bench.log(cell)[-4000:]
+    assert (outcome.struck, outcome.attempts, outcome.left) == (True, 2, [])
+    found = takes_of(bench.folder(cell))
+    cut = max(int(queue) for attempt, queue in found if attempt == 0)
+    for (attempt, queue), lines in found.items():
+        taken = sorted(item for line in lines for item in line["taken"])
+        assert len(set(taken)) == len(taken), lines
+        if (attempt, queue) != (0, str(cut)):
+            assert taken == list(range(lines[0]["count"])), lines
+    # What the rank that died had taken of step 3 was taken again, with the rest, from a queue of the same number.
+    assert {line["step"] for line in found[0, str(cut)]} == {3}
+    assert any(line["rank"] == 1 for line in found[0, str(cut)])
+    assert {line["step"] for (attempt, _), lines in found.items() if attempt == 1 for line in lines} >= {3, 4, 5}
+    assert any(attempt == 1 and queue in {q for a, q in found if a == 0} for attempt, queue in found)
     bench.assert_as_the_whole(cell)
 
 
