@@ -23,15 +23,12 @@ def priority_tree(result: dict[str, Any]) -> str:
         f"B = {SHOWN}", capacities, operations, lambda n, operation: _timed(cells.get((n, SHOWN)), operation, measure)
     )
     others = [batch for batch in batches if batch != SHOWN]
-    lines += ["", f"Ratios for B = {', '.join(map(str, others))}:", ""] if others else []
-    whole = [name for name in operations if not name.startswith("rebuild")]
-    lines += (
-        _table(
+    if others:
+        whole = [name for name in operations if not name.startswith("rebuild")]  # the same for every batch
+        lines += ["", f"Ratios for B = {', '.join(map(str, others))}:", ""]
+        lines += _table(
             "", capacities, whole, lambda n, name: ", ".join(_ratio(cells.get((n, b)), name, measure) for b in others)
         )
-        if others
-        else []
-    )
     compared = [report.comparison(cell, name, measure) for cell in cells.values() for name in operations]
     ratios = [found[0] for found in compared if found is not None]
     device = result["device"]
