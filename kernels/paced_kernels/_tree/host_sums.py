@@ -31,7 +31,8 @@ class HostSums:
         self._leaf = leaf
         rows = -(-leaf.shape[0] // ROW)
         room = leaf.untyped_storage().nbytes() // leaf.element_size() - leaf.storage_offset()
-        self._table = leaf.as_strided((rows, ROW), (ROW, 1)) if room >= rows * ROW else None  # i64[R, ROW]
+        # i64[R, ROW]; few leaves are summed whole
+        self._table = leaf.as_strided((rows, ROW), (ROW, 1)) if leaf.shape[0] >= _MANY and room >= rows * ROW else None
         self._has_sequences = True
         self._is_all_stale = True
         self._stale: list[Tensor] = []  # rows written since their sums were made, if not all are stale
@@ -87,8 +88,7 @@ class HostSums:
         return torch.cat([self._find_by_rows(part) for part in targets.split(_ROWS_OF_BLOCK)])
 
     def _takes_rows(self, num_draws: int) -> bool:
-        num_leaves = self._leaf.shape[0]
-        return self._table is not None and num_leaves >= _MANY and num_draws * _FEW <= num_leaves
+        return self._table is not None and num_draws * _FEW <= self._leaf.shape[0]
 
     def _find_by_rows(self, targets: Tensor) -> Tensor:
         assert self._of_rows is not None
@@ -129,6 +129,8 @@ class HostSums:
             return whole
         if not self._has_sequences:
             torch.cumsum(self._leaf, 0, out=whole)
+        elif self._table is None:
+            torch.bitwise_and(self._leaf, WEIGHT_MASK, out=whole).cumsum_(0)
         else:
             before = None
             for leaf, prefix in zip(self._leaf.split(HOST_BLOCK), whole.split(HOST_BLOCK), strict=True):
