@@ -272,3 +272,15 @@ def test_a_schedule_on_a_cpu_is_that_of_the_formulas() -> None:
     assert torch.equal(found.idx, wanted)
     assert torch.equal(found.q, q[wanted])
     assert int(found.total) == int(q.sum())
+
+
+def test_many_draws_of_many_leaves_after_an_update_are_those_of_the_formulas() -> None:
+    """Sums of all leaves, made block by block where leaves hold sequence numbers."""
+    num = host_sums._MANY + 5
+    tree = PriorityTree(num, seed=3)
+    tree.rebuild(torch.randint(0, 3, (num,), generator=torch.Generator().manual_seed(0)))
+    tree.update(torch.arange(0, num, 1000), torch.ones(num // 1000 + 1))
+    q = tree.get(torch.arange(num))
+    state = {"seed": tree.seed, "stream": tree.stream, "step": tree.step.clone()}
+    targets = arithmetic.draw_targets("iid", 5000, q.sum(), **state)
+    assert torch.equal(tree.sample(5000, "iid").idx, arithmetic.select(q, targets))
