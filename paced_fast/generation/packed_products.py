@@ -68,8 +68,8 @@ def _layers(model: nn.Module) -> list[nn.Linear]:
     ]
 
 
-def _product(layer: nn.Linear, laid_out: Tensor, most_rows: int, states: Tensor) -> Tensor:
-    """`layer.forward(states)`: more rows than `most_rows` are worth a layout of their own."""
-    if states.numel() > most_rows * states.shape[-1]:
-        return linear(states, layer.weight, layer.bias)
-    return torch.ops.mkldnn._linear_pointwise.default(states, laid_out, layer.bias, "none", [], "")
+def _product(layer: nn.Linear, laid_out: Tensor, most_rows: int, input: Tensor) -> Tensor:
+    """`layer.forward(input)`: more rows than `most_rows` are worth a layout of their own."""
+    if input.numel() > most_rows * input.shape[-1]:
+        return linear(input, layer.weight, layer.bias)
+    return torch.ops.mkldnn._linear_pointwise.default(input, laid_out, layer.bias, "none", [], "")

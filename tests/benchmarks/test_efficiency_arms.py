@@ -62,8 +62,8 @@ def test_arms_differ_from_the_base_only_in_what_they_say() -> None:
         assert config.optimizer == base.optimizer
         assert (config.generation, config.warm_start, config.data) == (base.generation, base.warm_start, base.data)
         assert (config.steps, config.evaluation) == (150, base.evaluation)
-    changed = arms.changed_settings(TINY, arms.arm_config(TINY, "pcl", rate=2e-4, seed=3))
-    assert changed.items() >= {**arms.ARMS["pcl"].changes, "optimizer.learning_rate": 2e-4}.items() - {
+    changed = arms.changed_settings(TINY, arms.arm_config(TINY, "pcl", rate=1e-4, seed=3))
+    assert changed.items() >= {**arms.ARMS["pcl"].changes, "optimizer.learning_rate": 1e-4}.items() - {
         ("scheduler.tau", 0.5),  # as in the preset
         ("scheduler.rule", "greedy"),
         ("log_z.loss", "tb"),

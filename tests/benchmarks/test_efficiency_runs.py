@@ -51,7 +51,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def job(arm: str, seed: int = 0) -> Job:
-    return Job(suite="tiny-quick", arm=arm, rate=1e-4, seed=seed)
+    return Job(suite="tiny-quick", arm=arm, rate=2e-4, seed=seed)
 
 
 def command(folder: Path, cache: Path, words: str) -> None:
@@ -91,7 +91,7 @@ def test_a_run_has_a_file_with_everything_that_it_takes_to_judge_it(cache: Path,
     plan = Plan(jobs=(base, mine), root=tmp_path, cache=cache, base=(base,))
     schedule.run_all(plan, 0)
     found, first = mine.read(tmp_path), base.read(tmp_path)
-    assert {"suite": "tiny-quick", "arm": "paced", "rate": 1e-4, "seed": 0}.items() <= found.items()
+    assert {"suite": "tiny-quick", "arm": "paced", "rate": 2e-4, "seed": 0}.items() <= found.items()
     assert found["code"] == files.code_digest()
     assert found["environment"] == environment.describe()
     assert found["policy"] == first["policy"]
@@ -138,10 +138,10 @@ def test_a_command_run_again_does_only_what_is_missing(
     before = {path.parent.name: path.read_bytes() for path in tmp_path.rglob("lr-*.json")}
     assert set(before) == {"grpo", "pcl"}
     trained.clear()
-    (tmp_path / "tiny-quick/pcl/lr-0.0001_seed-0.json").unlink()
+    (tmp_path / "tiny-quick/pcl/lr-0.0002_seed-0.json").unlink()
     command(tmp_path, tmp_path, "--seeds 2 --arms pcl --no-sweep")
     assert [(one.arm, one.seed) for one in trained] == [("pcl", 0), ("grpo", 1), ("pcl", 1)]
-    assert (tmp_path / "tiny-quick/grpo/lr-0.0001_seed-0.json").read_bytes() == before["grpo"]
+    assert (tmp_path / "tiny-quick/grpo/lr-0.0002_seed-0.json").read_bytes() == before["grpo"]
     trained.clear()
     capsys.readouterr()
     command(tmp_path, tmp_path, "--seeds 2 --arms pcl --no-sweep")

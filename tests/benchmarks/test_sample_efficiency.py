@@ -208,7 +208,7 @@ def test_the_rate_is_that_of_the_best_mean_of_the_sweep() -> None:
 
 
 def test_a_second_round_decides_between_the_best_rates_of_the_first(tmp_path: Path) -> None:
-    suite = dataclasses.replace(TINY, sweep_seeds=1, finalists=2)
+    suite = dataclasses.replace(TINY, sweep_seeds=1, finalists=2, factors=(0.25, 0.5, 1.0))
     ends = {5e-5: 0.4, 1e-4: 0.3, 2e-4: 0.45}
     first = [run_file("paced", 100, end, rate=rate) for rate, end in ends.items()]
     assert schedule.tuned_rate(suite, first) is None, "the second round is missing"
@@ -230,28 +230,29 @@ def test_every_arm_is_swept_alike_on_seeds_of_its_own() -> None:
     jobs = schedule.sweep_jobs(TINY, list(arms.ARMS))
     for name in arms.ARMS:
         mine = [(job.rate, job.seed) for job in jobs if job.arm == name]
-        assert sorted(mine) == [(rate, seed) for rate in (5e-5, 1e-4, 2e-4) for seed in (100, 101)]
+        assert sorted(mine) == [(rate, seed) for rate in (5e-5, 1e-4, 2e-4, 4e-4) for seed in (100, 101)]
     with pytest.raises(InputError, match="those from there on are swept"):
         schedule.seeds_of("90:101", TINY)
 
 
 def test_tuned_runs_are_those_at_the_chosen_rate() -> None:
-    runs = two_arms() + swept("grpo", 1e-4) + swept("paced", 2e-4)
-    runs += [run_file("paced", seed, 0.8, rate=2e-4) for seed in range(2)]
+    runs = two_arms() + swept("grpo", 1e-4) + swept("paced", 4e-4)
+    runs += [run_file("paced", seed, 0.8, rate=4e-4) for seed in range(2)]
     base, row = summary.rows("tiny", runs)
     assert (base.rate, base.tuning) == (1e-4, "tuned")
-    assert (row.rate, row.tuning, row.paired) == (2e-4, "tuned (at the edge)", (0, 1))
+    assert (row.rate, row.tuning, row.paired) == (4e-4, "tuned (at the edge)", (0, 1))
 
 
 def test_every_rate_that_was_tried_is_told_with_what_it_costs() -> None:
     runs = two_arms() + swept("grpo", 1e-4) + swept("paced", 2e-4)
     runs += [run_file("paced", seed, 0.8, rate=2e-4) for seed in range(2)]
     rows = summary.rows("tiny", runs)
-    low, middle, high = rows[1].tried
+    low, middle, high, highest = rows[1].tried
     assert (low.rate, low.sweep_accuracy, low.seeds, low.accuracy, low.gain.mean) == (5e-5, 0.2, 0, None, None)
     assert (middle.seeds, middle.sweep_accuracy) == (3, 0.2)
     assert middle.gain.mean == pytest.approx(0.15), "against the base at its own rate, seed by seed"
     assert (high.seeds, high.sweep_accuracy) == (2, 0.5)
+    assert (highest.rate, highest.sweep_accuracy, highest.seeds) == (4e-4, 0.2, 0)
     assert high.pass_gain.mean == pytest.approx(0.8 - (0.25 + 0.3) / 2)
     text = table.full("tiny", rows)
     assert "| PACED-RL | 0.0002 (chosen) | 0.500 | 1.000 | 2 | 0.800 | +0.525 [" in text

@@ -28,7 +28,7 @@ class Suite:
     """Budget between two points of a curve, in the same unit."""
     seeds: int
     """Seeds of the comparison, counted from 0."""
-    factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Learning rates of the sweep, as multiples of the preset's."""
     sweep_seeds: int = 2
     """Seeds of the sweep of learning rates, of `files.SWEEP_SEEDS` from the first."""
@@ -64,13 +64,30 @@ class Suite:
 
 
 _SUITES = (
-    Suite(name="tiny", preset="tiny", steps=150, eval_every=25, seeds=10, easiest="trivial"),
-    Suite(name="small", preset="small", eval_every=30, seeds=5, table_prompts=500, table_at=("end",)),
+    Suite(
+        name="tiny",
+        preset="tiny",
+        steps=150,
+        eval_every=25,
+        seeds=10,
+        factors=(0.25, 0.5, 1.0, 2.0),
+        easiest="trivial",
+    ),
+    Suite(
+        name="small",
+        preset="small",
+        eval_every=30,
+        seeds=5,
+        factors=(0.25, 0.5, 1.0, 2.0),
+        table_prompts=500,
+        table_at=("end",),
+    ),
     Suite(
         name="smollm2",
         preset="smollm2",
         eval_every=8,
         seeds=3,
+        factors=(0.5, 1.0, 2.0, 4.0),
         sweep_seeds=1,
         finalists=2,
         easiest="word_sequence_reversal_2words",
@@ -101,6 +118,7 @@ def find(name: str) -> Suite:
         steps=0,
         eval_every=1,
         seeds=1,
+        factors=(0.25, 0.5, 1.0),
         easiest="",
         table_prompts=8,
         table_samples=2,
