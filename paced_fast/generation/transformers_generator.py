@@ -210,7 +210,7 @@ def _invert(logits: Tensor, highest: Tensor, uniform: Tensor) -> tuple[Tensor, T
     mass = mass.exp_().view(rows, blocks, _BLOCK)
     block, share, total = _pass(mass.sum(-1).double(), uniform)
     inside, _, _ = _pass(mass[torch.arange(rows, device=mass.device), block[:, 0]].double(), share)
-    return block * _BLOCK + inside, total
+    return (block * _BLOCK + inside).clamp_(max=vocabulary - 1), total
 
 
 def _pass(mass: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,7 +219,7 @@ def _pass(mass: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sums = mass.cumsum(-1)
     total = sums[:, -1:]
     goal = torch.minimum(share * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(sums, goal, right=True)
+    index = torch.searchsorted(sums, goal, right=True).clamp_(max=mass.shape[1] - 1)  # past the end where it is NaN
     own = mass.gather(1, index)
     return index, ((goal - sums.gather(1, index) + own) / own).clamp_(min=0.0), total
 

@@ -41,7 +41,7 @@ def test_nothing_of_a_demonstration_is_in_it() -> None:
     changed = {name for name, value in flatten(config).items() if value != flatten(plain)[name]}
     assert changed == {
         *("preset", "model.name", "model.matmul_precision", "data.train", "data.template", "data.too_long"),
-        *("generation.max_completion_tokens", "optimizer.micro_batch_tokens"),
+        *("generation.max_completion_tokens", "optimizer.micro_batch_tokens", "optimizer.decay"),
         *("evaluation.samples", "evaluation.final_samples"),
     }
 

@@ -77,8 +77,8 @@ def test_schedule_and_policy_do_not_depend_on_the_number_of_ranks(tmp_path: Path
 
 @pytest.mark.slow
 def test_sharded_ranks_draw_and_learn_as_one(tmp_path: Path) -> None:
-    alone = settings(tmp_path, "of1", "paced")
-    sharded = settings(tmp_path, "of2", "paced", distributed__mode="sharded")
+    alone = settings(tmp_path, "of1", "paced", optimizer__decay="none")
+    sharded = settings(tmp_path, "of2", "paced", distributed__mode="sharded", optimizer__decay="none")
     assert on_ranks(1, trained, alone, seconds=SECONDS) == ["done"]
     # Stopped and taken up again, by as many ranks and then by another number of them.
     assert on_ranks(2, trained, dataclasses.replace(sharded, steps=2), seconds=SECONDS) == ["done"] * 2

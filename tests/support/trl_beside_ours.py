@@ -48,6 +48,7 @@ def our_parameters(batches: list[list[dict[str, Tensor]]], model: Any = None) ->
         "tb_group",
         optimizer__learning_rate=1e-2,
         optimizer__warmup_steps=0,
+        optimizer__decay="none",
         optimizer__weight_decay=0.0,
         optimizer__minibatches=1,
         optimizer__epochs=1,

@@ -186,7 +186,7 @@ def _at_least(w: Tensor, least: float, unit: float) -> Tensor:
 
 def _least_if_valid(weights: Tensor) -> float | None:
     """Return the least of some weights; None if one of them is not valid."""
-    least, most = (bound.item() for bound in weights.aminmax())  # NaN if there is one
+    least, most = map(float, weights.aminmax())  # NaN if there is one
     return least if least >= 0 and most <= (1 if weights.is_floating_point() else ONE) else None
 
 
