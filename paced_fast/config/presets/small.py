@@ -102,7 +102,7 @@ def small() -> Config:
             ),
         ),
         generation=GenerationConfig(prompts_per_step=16, group_size=8, max_completion_tokens=32),
-        optimizer=OptimizerConfig(learning_rate=8e-5, decay="linear", micro_batch_tokens=1024),
+        optimizer=OptimizerConfig(learning_rate=4e-5, micro_batch_tokens=1024),
         evaluation=EvaluationConfig(every=25, samples=8, final_samples=16),
         run=RunConfig(threads=1),
     )
