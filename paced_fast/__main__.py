@@ -22,6 +22,10 @@ COMMANDS = {
 """Modules of the commands; each has `main`, and a docstring whose first line says what the command does."""
 
 
+_ELSEWHERE = {"compare": "`report RUN RUN` compares runs; "}
+"""What other programs have as a command of its own."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command by its name. A preset or an option in its place belongs to `train`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -36,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import_module(COMMANDS["train"]).main(words)
     else:
         near = difflib.get_close_matches(first, (*COMMANDS, *BASES), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = f"did you mean {near[0]}? " if near else _ELSEWHERE.get(first, "")
         names = f"the commands are {', '.join(COMMANDS)}, and the presets of train {', '.join(BASES)}"
         sys.stderr.write(f"error: unknown command {first[:80]!r}: {hint}{names}\n")
         raise SystemExit(2)

@@ -73,6 +73,11 @@ def in_rows(message: str, folder: Path) -> str:
     message = re.sub(rf", as in '{file}\?answer=FIELD', {formats}", " 'answer'", message)
     message = re.sub(rf"{file}:(\d+)", r"\1, row \2", message)
     message = re.sub(rf"(['\"]?){file}(?:\?[^'\"\s]*[^'\"\s:,)])?\1", r"\2", message)
+    message = re.sub(
+        r"\S+ was (\w+) in that run and is \1 now: leave it out .*",
+        r"\1 has other rows than in that run: give the same to continue it, or another run_dir for a new run",
+        message,
+    )
     message = re.sub(r"name a part of it with a dot, as in answer=\S+", "give one of its parts", message)
     return re.sub(r"name (?:the field by (?=\w+=)|another, as in )(\w+)=(?:FIELD)?", r"name its column '\1'", message)
 

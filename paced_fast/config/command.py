@@ -116,7 +116,7 @@ def value_of(option: str, kind: Any, text: str) -> Any:
     if typing.get_origin(kind) is Literal:
         choices = {str(choice): choice for choice in typing.get_args(kind)}
         if text not in choices:
-            near = difflib.get_close_matches(text, choices, n=1)
+            near = difflib.get_close_matches(text, choices, n=1, cutoff=_NEAR)
             hint = f"did you mean {near[0]}? " if near else ""
             raise InputError(f"{option} {text[:80]!r}: {hint}the choices are {', '.join(choices)}")
         return choices[text]

@@ -53,6 +53,23 @@ def learning_rate(config: OptimizerConfig, num_updates: Tensor, *, steps: int) -
     return config.learning_rate * share
 
 
+def rate_note(config: Config, done: int) -> str:
+    """What to say of the learning rate of a run that begins after `done` steps; empty for one that needs no word."""
+    settings, steps = config.optimizer, config.steps
+    notes = []
+    if done < settings.warmup_steps and 2 * settings.warmup_steps > steps:
+        reached = settings.learning_rate * min(steps / settings.warmup_steps, 1.0)
+        notes.append(
+            f"the learning rate rises over {settings.warmup_steps} of {steps} steps and reaches {reached:g}: "
+            "--optimizer.warmup-steps sets over how many"
+        )
+    if done and settings.decay == "linear" and done < steps:
+        taken = torch.tensor(done * settings.minibatches * settings.epochs)
+        now = float(learning_rate(settings, taken, steps=steps))
+        notes.append(f"the learning rate is {now:.3g} now and falls to 0 at step {steps}")
+    return "; ".join(notes)
+
+
 def old_logprobs(
     policy: Policy, rollouts: Rollouts, sequences: Sequence[int], temperature: float, world: World = ALONE
 ) -> Tensor:

@@ -170,6 +170,8 @@ def test_a_model_object_is_copied_and_left_as_it_is(model: str, here: Path, capf
         settings=SMALL,
     )  # fmt: skip
     assert resumed.summary["steps"] == 2
+    with pytest.raises(InputError, match=r": data has other rows than in that run: give the same to continue it, or"):
+        train(mine, ROWS[1:], reward=odd, tokenizer=tokenizer, run_dir=made.folder, resume=True, settings=SMALL)
 
 
 def test_the_process_is_left_as_it_was(model: str, here: Path) -> None:

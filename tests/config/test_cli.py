@@ -67,6 +67,7 @@ MISTAKES = [
     (["tiny", "--zzzzqqqq"], r"unknown option --zzzzqqqq: --help-all lists all options"),
     (["tiny", "--steps", "many"], r".*steps.*many.*"),
     (["tiny", "--steps", "1.5"], r".*steps.*1\.5.*"),
+    (["tiny", "--optimizer.decay", "cosine"], r"--optimizer.decay 'cosine': the choices are none, linear"),
     (["tiny", "--algorithm", "ppo"], r"--algorithm 'ppo': .*the choices are paced, paced_paper, tb, tb_group, .*"),
     (["tiny", "--steps"], r".*steps.*"),
     (["tiny", "3"], r".*3.*"),

@@ -46,6 +46,7 @@ FINE = [
 ]
 WRONG = [
     (["paced_fast", "trian"], "error: unknown command 'trian': did you mean train? "),
+    (["paced_fast", "compare"], "error: unknown command 'compare': `report RUN RUN` compares runs; "),
     (["paced_fast.train", "tniy"], "error: unknown preset 'tniy': did you mean tiny? "),
     (["paced_fast.train", "--learning-rate", "1"], "error: unknown option --learning-rate: did you mean --optimizer."),
     (["paced_fast", "train", "--steps", "many"], "error: --steps 'many' is not a whole number"),

@@ -361,6 +361,9 @@ class TestFiles:
         assert row.columns["answer"] is None
         with pytest.raises(InputError, match=r"a.jsonl:1 has no field 'answer'"):
             load(f"jsonl:{name}?reward=my.module:judge&answer=answer", chat, tmp_path)
+        empty = write(tmp_path / "b.jsonl", {"prompt": "hi", "gold": None})
+        with pytest.raises(InputError, match=r"b.jsonl:1 has nothing in its field 'gold': mend the row, or"):
+            load(f"jsonl:{empty}?answer=gold", chat, tmp_path)
 
     def test_working_directory_comes_after_data_dir(self, chat, tmp_path, monkeypatch):
         (tmp_path / "data").mkdir()
@@ -398,7 +401,7 @@ class TestFiles:
                 "no known format has the fields prompt, x: name the field of the answer, as in "
                 "'jsonl:a.jsonl?answer=FIELD'",
             ),
-            (({**GOOD, "answer": None},), "", "a.jsonl:1 has no field 'answer'"),
+            (({**GOOD, "answer": None},), "", "a.jsonl:1 has nothing in its field 'answer'"),
             (({**GOOD, "m": {"x": 1}},), "answer=m.y", "a.jsonl:1 has no field 'm.y'"),
             (
                 (GOOD,),

@@ -16,7 +16,7 @@ from paced_fast.data.records import Rollouts, Targets, UpdateResult
 from paced_fast.paced import losses
 from paced_fast.paced.losses import POLICY_LOSSES
 from paced_fast.paced.targets import group_accuracy, group_advantage
-from paced_fast.paced.update import learning_rate, make_optimizer, update_policy
+from paced_fast.paced.update import learning_rate, make_optimizer, rate_note, update_policy
 from paced_fast.policy import Policy
 from paced_fast.policy import policy as policy_module
 from paced_fast.policy.optimizer import GuardedAdamW
@@ -251,6 +251,21 @@ def test_a_linear_decay_ends_with_the_last_update() -> None:
     assert short.tolist() == pytest.approx([0.05, 0.1])
 
 
+def test_what_is_said_of_a_rate_that_is_not_as_one_would_expect() -> None:
+    def noted(steps: int, done: int, **changes: Any) -> str:
+        named = {"optimizer__learning_rate": 0.2, "optimizer__warmup_steps": 10, "optimizer__decay": "linear"}
+        return rate_note(tiny_policy.settings(steps=steps, **{**named, **changes}), done)
+
+    assert noted(20, 0) == "", "a warm-up of half the steps"
+    assert noted(5, 0) == (
+        "the learning rate rises over 10 of 5 steps and reaches 0.1: --optimizer.warmup-steps sets over how many"
+    )
+    assert noted(110, 60) == "the learning rate is 0.0995 now and falls to 0 at step 110"
+    assert noted(15, 5).startswith("the learning rate rises over 10 of 15 steps and reaches 0.2: ")
+    assert noted(15, 5).endswith("; the learning rate is 0.11 now and falls to 0 at step 15")
+    assert noted(110, 60, optimizer__decay="none") == noted(110, 110) == ""
+
+
 def rate_after(config: Config, num_updates: int) -> float:
     return learning_rate(config.optimizer, torch.tensor(num_updates), steps=config.steps).item()
 
@@ -301,7 +316,7 @@ def test_one_update_is_adamw_on_the_clipped_gradient_of_the_whole_minibatch() ->
     result = run(policy, batch, optimizer, config)
     assert result.grad_norm == pytest.approx(norm, rel=1e-4)
     assert result.loss == pytest.approx(float(((value - batch.rewards) ** 2).mean() / 0.1), rel=1e-4)
-    assert optimizer.learning_rate.item() == pytest.approx(1e-4 / 10)
+    assert optimizer.learning_rate.item() == pytest.approx(2e-4 / 10)
     for name, parameter in policy.model.named_parameters():
         moment = optimizer.state[parameter]["exp_avg"]
         torch.testing.assert_close(moment, 0.1 * wanted[name] / norm, rtol=0, atol=1e-5, msg=name)

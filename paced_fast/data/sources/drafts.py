@@ -356,6 +356,8 @@ def _find_field(data: Mapping[str, Any], name: str) -> Any:
 def _lookup(data: Row, name: str, where: str, key: str) -> Any:
     value = _find_field(data, name)
     if value is None:
+        if name in data:
+            raise BadRow(f"{where} has nothing in its field {name!r}: mend the row, or give --data.bad-rows skip")
         raise BadRow(
             f"{where} has no field {name!r}, only {', '.join(map(str, data))}: name another, as in {key}=FIELD"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from paced_fast.generation import Generator
 from paced_fast.generation.vllm_engine import require_head_size, require_vllm
 from paced_fast.paced.collect import Collector, Phase
 from paced_fast.paced.trainer import Trainer
+from paced_fast.paced.update import rate_note
 from paced_fast.policy import Policy
 from paced_fast.rewards.loading import RewardFunction
 from paced_fast.run.plan.devices import require_float32_products
@@ -32,6 +34,8 @@ from paced_fast.run.start.resume import continue_from, newest_checkpoint
 from paced_fast.run.start.run_folder import RunLock, run_folder
 from paced_fast.run.start.tables import Data, path_from_rank0, read_data
 from paced_fast.run.step import Stepper
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,8 @@ def build(
     stepper = Stepper(trainer, phases, guard)
     if newest is not None:
         continue_from(stepper, folder, newest, data.identity)
+    if world.is_rank0 and (note := rate_note(data.config, stepper.counters.step)):
+        logger.info("%s", note)
     return PreparedRun(
         config=data.config,
         folder=folder,
