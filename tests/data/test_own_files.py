@@ -258,8 +258,19 @@ def test_a_chat_without_a_chat_template_says_what_to_do() -> None:
     chat: Any = [{"role": "user", "content": "p"}]
     for template, cure in (
         (tiny_chat.CHAT, "give --data.template chat"),
-        (None, "the tokenizer has no chat template: give a model that has one, or name a column of text"),
+        (
+            None,
+            "the tokenizer has no chat template: give a model that has one, or name the text of one message, "
+            "as in prompt=messages.0.content",
+        ),
     ):
         encoder = prompts.encoder.Encoder(tiny_chat.tokenizer(template))
         with pytest.raises(InputError, match=rf"here: the prompt is a chat of 1 message: {cure}$"):
             encoder.encode([chat], "plain", ["here"], refuse=lambda bad: None)
+
+
+def test_the_text_of_one_message_can_be_the_prompt(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "What is 2 + 2?"}], "answer": "4"}
+    file = put(tmp_path / "chat.jsonl", row)
+    (found,) = drafts(f"jsonl:{file}?prompt=messages.0.content&answer=answer")
+    assert found.prompt == "What is 2 + 2?"

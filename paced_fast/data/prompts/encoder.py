@@ -149,7 +149,10 @@ class Encoder:
             if not isinstance(prompt, str):
                 cure = "give --data.template chat"
                 if not self.tokenizer.chat_template:
-                    cure = "the tokenizer has no chat template: give a model that has one, or name a column of text"
+                    cure = (
+                        "the tokenizer has no chat template: give a model that has one, or name the text of one "
+                        "message, as in prompt=messages.0.content"
+                    )
                 count = f"{len(prompt)} message{'' if len(prompt) == 1 else 's'}"
                 raise InputError(f"{where}: the prompt is a chat of {count}: {cure}")
             return template.replace("{prompt}", prompt)
