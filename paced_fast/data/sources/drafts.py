@@ -113,8 +113,9 @@ def _lacks(source: Source, layout: Layout, where: str, row: Row, missing: Missin
         name, remedy = source.answer or layout.answers[0], f"{remedy}, name the field by answer="
     elif name in _NAMES_OF_VERL and ":" in missing.reward and not missing.reward.startswith(("trl:", "verl:")):
         remedy = f"write verl:{missing.reward} if it is a function for verl, {remedy}"
+    lack = _lack(row, name)
     return (
-        f"{where} has no field {name!r}, only {', '.join(map(str, row))}: the reward {missing.reward!r} has the "
+        f"{where} has {lack}: the reward {missing.reward!r} has the "
         f"parameter {missing.column!r} without a default: {remedy}, or give the parameter a default"
     )
 
@@ -356,9 +357,13 @@ def _find_field(data: Mapping[str, Any], name: str) -> Any:
 def _lookup(data: Row, name: str, where: str, key: str) -> Any:
     value = _find_field(data, name)
     if value is None:
-        if name in data:
-            raise BadRow(f"{where} has nothing in its field {name!r}: mend the row, or give --data.bad-rows skip")
-        raise BadRow(
-            f"{where} has no field {name!r}, only {', '.join(map(str, data))}: name another, as in {key}=FIELD"
-        )
+        cure = "mend the row, or give --data.bad-rows skip" if name in data else f"name another, as in {key}=FIELD"
+        raise BadRow(f"{where} has {_lack(data, name)}: {cure}")
     return value
+
+
+def _lack(row: Mapping[str, Any], name: str) -> str:
+    """What a row has instead of a value in the field `name`."""
+    if name in row:
+        return f"nothing in its field {name!r}"
+    return f"no field {name!r}, only {', '.join(map(str, row))}"
