@@ -60,8 +60,8 @@ def rate_note(config: Config, done: int) -> str:
     if done < settings.warmup_steps and 2 * settings.warmup_steps > steps:
         reached = settings.learning_rate * min(steps / settings.warmup_steps, 1.0)
         notes.append(
-            f"the learning rate rises over {settings.warmup_steps} of {steps} steps and reaches {reached:g}: "
-            "--optimizer.warmup-steps sets over how many"
+            f"the learning rate reaches {reached:g}: its warm-up takes {settings.warmup_steps} steps, and the run has "
+            f"{steps}; --optimizer.warmup-steps shortens it"
         )
     if done and settings.decay == "linear" and done < steps:
         taken = torch.tensor(done * settings.minibatches * settings.epochs)
