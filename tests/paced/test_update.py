@@ -258,7 +258,8 @@ def test_what_is_said_of_a_rate_that_is_not_as_one_would_expect() -> None:
 
     assert noted(20, 0) == "", "a warm-up of half the steps"
     assert noted(5, 0) == (
-        "the learning rate reaches 0.1: its warm-up takes 10 steps, and the run has 5; --optimizer.warmup-steps shortens it"
+        "the learning rate reaches 0.1: its warm-up takes 10 steps, and the run has 5; "
+        "--optimizer.warmup-steps shortens it"
     )
     assert noted(110, 60) == "the learning rate is 0.0995 now and falls to 0 at step 110"
     assert noted(15, 5).startswith("the learning rate reaches 0.2: its warm-up takes 10 steps, and the run has 15; ")
