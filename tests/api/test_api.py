@@ -198,6 +198,7 @@ def test_progress_is_told(model: str, here: Path, capsys: pytest.CaptureFixture[
     assert "run folder" in told
 
 
+@pytest.mark.process
 def test_what_python_handed_over_is_told_in_its_words(
     model: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
