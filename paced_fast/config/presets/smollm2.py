@@ -69,7 +69,7 @@ def smollm2() -> Config:
             ),
         ),
         generation=GenerationConfig(prompts_per_step=8, group_size=8, max_completion_tokens=14),
-        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=5, micro_batch_tokens=1024),
+        optimizer=OptimizerConfig(learning_rate=4e-5, decay="linear", warmup_steps=5, micro_batch_tokens=1024),
         # So few steps: the head makes more of each of them.
         log_z=LogZConfig(updates_per_step=8),
         scheduler=SchedulerConfig(warmup_steps=2),
