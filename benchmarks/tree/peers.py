@@ -354,13 +354,11 @@ def _torchrl_extension(home: torch.device) -> Any:
 
 
 def _our_kernels(capacity: int, faces: torch.device, seed: int) -> Peer:
-    from paced_kernels._grid import is_interpreted
+    from paced_kernels._tree.host import IS_BUILT
 
-    if is_interpreted():
-        raise UnavailableError("Triton's interpreter is on, and its times say nothing about the kernels")
-    if faces.type != "cuda":
-        raise UnavailableError("needs a CUDA device")
-    return Ours(capacity, faces, seed, "triton")
+    if faces.type == "cpu" and not IS_BUILT:
+        raise UnavailableError("the package was built without a C compiler")
+    return Ours(capacity, faces, seed, "auto")
 
 
 def _numpy(capacity: int, faces: torch.device, seed: int) -> Peer:

@@ -16,8 +16,7 @@ from . import _checks
 from ._backend import require_kernels, resolve_backend
 from ._tree import arithmetic as tree_reference
 from ._tree.arithmetic import DISTINCT_METHODS, MAX_SEQUENCE, MODES, ONE, STATUS_FIELDS, WEIGHT_BITS, WEIGHT_MASK, Bell
-from ._tree.host import HostTree
-from ._tree.host_sums import leaves
+from ._tree.host import IS_BUILT, HostTree, leaves
 
 __all__ = ["Bell", "PriorityTree", "Sample"]
 
@@ -48,7 +47,8 @@ class PriorityTree:
         seed: key of the random numbers, from 0 to 2^64 - 1.
         device: device of the state.
         stream: number from 0 to 2^32 - 1 that separates trees with the same seed.
-        backend: "auto" is "triton" on CUDA, else "reference" (plain PyTorch, O(N) per draw). Both give identical bits.
+        backend: "auto" is "triton" on CUDA, compiled code on a CPU, and "reference" (plain PyTorch, O(N) per draw)
+            elsewhere and where the package was built without a C compiler. All give identical bits.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -71,8 +71,8 @@ class PriorityTree:
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name} must be an int from {low} to {high}, got {value!r}")
         self.capacity = capacity
+        # (sequence << 28) | q; compiled code leaves the sequence out.
         is_host = torch.device(device).type == "cpu"
-        # (sequence << 28) | q
         self.leaf = leaves(capacity) if is_host else torch.zeros(capacity, dtype=torch.int64, device=device)
         self.sequence = torch.zeros(1, dtype=torch.int64, device=device)  # element updates since the last rebuild
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # draws so far
@@ -84,14 +84,14 @@ class PriorityTree:
         # Upper bound of `sequence`, known to the host without reading the device.
         self._host_sequence = 0
         self._kernels = None
-        self._host: HostTree | None = None  # on a CPU, where reading a number waits for nothing
+        self._host: HostTree | None = None
         if resolve_backend(backend, self.leaf) == "triton":
             require_kernels("the tree", self.leaf)
             from ._tree.launches import TritonTree
 
             self._kernels = TritonTree(self.leaf)
-        elif self.leaf.device.type == "cpu":
-            self._host = HostTree(self.leaf)
+        elif IS_BUILT and is_host and backend == "auto":
+            self._host = HostTree(self.leaf, (self.seed, self.stream, self.step), self.size, self.status_counts)
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +183,7 @@ class PriorityTree:
             contiguous = None if allowed is None else allowed.contiguous()
             self._kernels.rebuild(source.detach().contiguous(), self.status_counts, bell=bell, allowed=contiguous)
         elif self._host is not None:
-            self._host.rebuild(source.detach(), bell, allowed, self.status_counts[:3])
+            self._host.rebuild(source, bell, allowed)
         else:
             weights = source if bell is None else bell(source)
             q, counts = tree_reference.quantise(weights if allowed is None else torch.where(allowed, weights, 0))
@@ -216,11 +216,12 @@ class PriorityTree:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         if self._kernels is not None:
             return Sample(*self._kernels.sample(B, mode, self._counters(), self.status_counts))
+        if self._host is not None:
+            return Sample(*self._host.sample(B, mode))
         idx, total = self._draw(B, mode)
         if mode == "systematic":
             repeats = (idx[1:] == idx[:-1]) & (idx[1:] >= 0)
-            if self._host is None or bool(repeats.any()):
-                self.status_counts[STATUS_FIELDS.index("repeats")] += repeats.sum()
+            self.status_counts[STATUS_FIELDS.index("repeats")] += repeats.sum()
         return self._finish_sample(idx, total)
 
     def sample_distinct(self, B: int, method: str = "first", *, exploration: float = 0.0) -> Sample:
@@ -251,15 +252,13 @@ class PriorityTree:
             raise ValueError(f"method must be one of {DISTINCT_METHODS}, got {method!r}")
         if not 0.0 <= exploration <= 1.0 or (exploration > 0.0 and method != "race"):
             raise ValueError(f"exploration must be from 0 to 1, and 0 unless the method is 'race', got {exploration!r}")
+        if self._host is not None:
+            return Sample(*self._host.sample_distinct(B, method, exploration))
         if method == "race":
             if self._kernels is not None:
                 keys, total = self._kernels.race(self._counters(), self.status_counts, exploration=exploration)
             else:
                 effective, total = self._effective_weights()
-                if self._host is not None:
-                    sum_q = total if int(total) > 0 else effective.sum()
-                    idx = self._host.race(effective, sum_q, B, **self._random_state(), exploration=exploration)
-                    return self._finish_distinct(idx, total)
                 keys = tree_reference.race_keys(effective, **self._random_state(), exploration=exploration)
             idx = tree_reference.race_winners(keys, B)
         else:
@@ -272,7 +271,8 @@ class PriorityTree:
             else:
                 candidates, total = self._draw(num_candidates, "iid")
             idx = tree_reference.first_occurrences(candidates, B)
-        return self._finish_distinct(idx, total)
+        self.status_counts[STATUS_FIELDS.index("short")] += (idx < 0).any()
+        return self._finish_sample(idx, total)
 
     def get(self, idx: Tensor) -> Tensor:
         """Return fixed-point weights (i64, shape of `idx`, 2^27 = 1.0); 0 for an index outside [0, N)."""
@@ -281,7 +281,8 @@ class PriorityTree:
 
     def total(self) -> Tensor:
         """Sum of all fixed-point weights, i64 []."""
-        return (self.leaf & WEIGHT_MASK).sum() if self._kernels is None else self._kernels.total()
+        summed = self._kernels or self._host
+        return (self.leaf & WEIGHT_MASK).sum() if summed is None else summed.total()
 
     def status(self) -> dict[str, int]:
         """Return counts of corrected inputs and failed draws so far; the only call that waits for the device."""
@@ -291,8 +292,9 @@ class PriorityTree:
         """Return whether all invariants hold, bool []: ranges of weights, sequence numbers, size, and sums."""
         q, sequence = self.leaf & WEIGHT_MASK, self.leaf >> WEIGHT_BITS
         is_sound = (self.leaf >= 0).all() & (q <= ONE).all() & (sequence <= self.sequence).all()
-        if self._kernels is not None:
-            is_sound &= self._kernels.is_sound()
+        summed = self._kernels or self._host
+        if summed is not None:
+            is_sound &= summed.is_sound()
         return is_sound & ((self.size >= 0) & (self.size <= self.capacity)).all()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -318,6 +320,9 @@ class PriorityTree:
 
     def _write(self, idx: Tensor, w: Tensor) -> None:
         """Write leaves `idx` [B], or the range that starts at a 0-d `idx`."""
+        if self._host is not None:
+            self._host.update(idx, w)
+            return
         num_elements = w.shape[0]
         if w.requires_grad:
             w = w.detach()
@@ -325,58 +330,38 @@ class PriorityTree:
             self.leaf.bitwise_and_(WEIGHT_MASK)
             self.sequence.zero_()
             self._host_sequence = 0
-        before = self._host_sequence
         self._host_sequence += num_elements
         if self._kernels is not None:
             self._kernels.update(idx.contiguous(), w.contiguous(), self.sequence, self.status_counts)
             return
-        if self._host is None or not self._host.write(idx, w, before):
-            positions = torch.arange(num_elements, device=self.device)
-            idx = (positions + idx.long()) % self.capacity if idx.ndim == 0 else idx.long()
-            is_inside = (idx >= 0) & (idx < self.capacity)
-            self.status_counts[STATUS_FIELDS.index("out_of_range")] += (~is_inside & (idx != -1)).sum()
-            q, counts = tree_reference.quantise(torch.where(is_inside, w, 0))  # unwritten values are not counted
-            self.status_counts[:3] += counts
-            # For ignored elements: a code of 0 at leaf 0 changes nothing, because every code is at least 0.
-            code = torch.where(is_inside, ((positions + 1 + self.sequence) << WEIGHT_BITS) | q, 0)
-            self.leaf.scatter_reduce_(0, torch.where(is_inside, idx, 0), code, "amax")
+        positions = torch.arange(num_elements, device=self.device)
+        idx = (positions + idx.long()) % self.capacity if idx.ndim == 0 else idx.long()
+        is_inside = (idx >= 0) & (idx < self.capacity)
+        self.status_counts[STATUS_FIELDS.index("out_of_range")] += (~is_inside & (idx != -1)).sum()
+        q, counts = tree_reference.quantise(torch.where(is_inside, w, 0))  # unwritten values are not counted
+        self.status_counts[:3] += counts
+        # For ignored elements: a code of 0 at leaf 0 changes nothing, because every code is at least 0.
+        code = torch.where(is_inside, ((positions + 1 + self.sequence) << WEIGHT_BITS) | q, 0)
+        self.leaf.scatter_reduce_(0, torch.where(is_inside, idx, 0), code, "amax")
         self.sequence += num_elements
 
     def _effective_weights(self) -> tuple[Tensor, Tensor]:
         """Return weights [N] to draw by (the live prefix if all are 0), and their true total []; counts empty draws."""
-        has_sequences = self._host is None or self._host_sequence > 0
-        q = self.leaf & WEIGHT_MASK if has_sequences else self.leaf
+        q = self.leaf & WEIGHT_MASK
         total = q.sum()
-        if self._host is not None and int(total) > 0:
-            return q, total
         is_live = torch.arange(self.capacity, device=self.device) < self.size
         self.status_counts[STATUS_FIELDS.index("empty")] += total == 0
         return torch.where(total == 0, is_live.long(), q), total
 
     def _draw(self, num_draws: int, mode: str) -> tuple[Tensor, Tensor]:
         """Draw with the reference: return indices [B] (-1 if there is nothing to draw) and the total []."""
-        if self._host is not None:
-            drawn = self._host.sample(num_draws, mode, **self._random_state())
-            if drawn is not None:
-                return drawn
         effective, total = self._effective_weights()
         effective_total = effective.sum()
         targets = tree_reference.draw_targets(mode, num_draws, effective_total, **self._random_state())
         return torch.where(effective_total > 0, tree_reference.select(effective, targets), -1), total
 
-    def _finish_distinct(self, idx: Tensor, total: Tensor) -> Sample:
-        is_whole = True
-        if self._host is None:
-            self.status_counts[STATUS_FIELDS.index("short")] += (idx < 0).any()
-        elif idx.shape[0] > 0 and int(idx[-1]) < 0:  # what was not found is at the end
-            self.status_counts[STATUS_FIELDS.index("short")] += 1
-            is_whole = False
-        return self._finish_sample(idx, total, is_whole=is_whole)
-
-    def _finish_sample(self, idx: Tensor, total: Tensor, *, is_whole: bool = True) -> Sample:
+    def _finish_sample(self, idx: Tensor, total: Tensor) -> Sample:
         self.step += 1
-        if self._host is not None and int(total) > 0:
-            return Sample(idx, *self._host.weights_of(idx, total, is_whole=is_whole), total)
         q = torch.where(idx >= 0, self.get(idx), 0)
         weight = torch.where(total == 0, 1, q).double() / torch.where(total == 0, self.size, total).clamp(min=1)
         return Sample(idx=idx, q=q, prob=torch.where(idx >= 0, weight, 0.0).float(), total=total)

@@ -21,6 +21,7 @@ from benchmarks.tree import timing as tree_timing
 from benchmarks.tree.peers import MODES, FlatScan, Multinomial, Ours, Peer, TorchrlSampler, TorchrlTree, peer_makers
 from paced_fast.errors import InputError
 from paced_kernels._grid import is_interpreted
+from paced_kernels._tree import host
 
 CPU = torch.device("cpu")
 SMALL = {"num_draws": 6000, "num_updates": 4, "repeats": 3}
@@ -102,7 +103,7 @@ def test_an_exact_sampler_has_nothing_to_answer_for() -> None:
     assert found["distinct_results"] == 1
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 def test_our_trees_have_nothing_to_answer_for(backend: str) -> None:
     if backend == "triton" and not is_interpreted():
         pytest.skip("runs kernels in Triton's interpreter")
@@ -160,13 +161,14 @@ def test_the_order_of_duplicates_and_changing_bits_show() -> None:
 
 def test_what_cannot_run_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchrl._torchrl", None)
+    monkeypatch.setattr(host, "IS_BUILT", False)
     given = priority_tree.Arguments(device="cpu", repetitions=2, exclude=("numpy",), operations=("update random",))
     cell = priority_tree.Measurement(given).cell(100, 8, True, lambda _: None)
     rows = {row["name"]: row for row in cell["rows"]}
     assert "torchrl" in rows["TorchRL tree, CPU"]["reason"]
     assert "torchrl" in rows["TorchRL sampler, CPU"]["reason"]
     assert rows["numpy"]["reason"] == "excluded from this run"
-    assert ("interpreter" if is_interpreted() else "CUDA") in rows["ours"]["reason"]
+    assert rows["ours"]["reason"] == "the package was built without a C compiler"
     skipped = {name for name, row in rows.items() if row["status"] == "skipped"}
     assert skipped == {"ours", "numpy", "TorchRL tree, CPU", "TorchRL sampler, CPU"}
     text = report.cell_text(cell)

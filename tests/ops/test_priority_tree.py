@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paced_kernels import PriorityTree, Sample
 from paced_kernels._tree import arithmetic as tree_reference
-from paced_kernels._tree.bits import host_bits, host_start, multiply_high, multiply_high_of, random_bits, unit_interval
+from paced_kernels._tree.bits import multiply_high, random_bits, unit_interval
 from paced_kernels._tree.philox import philox4x32
 
 ONE = 2**27
@@ -110,7 +110,6 @@ def test_splitmix_known_answers() -> None:
         1234567: (6457827717110365317, 3203168211198807973, 9817491932198370423),
     }
     for start, expected in cases.items():
-        assert tuple(host_bits(i, start) for i in range(3)) == expected
         assert tuple(python_splitmix(start, i) for i in (1, 2, 3)) == expected
 
 
@@ -123,7 +122,6 @@ def test_splitmix_known_answers() -> None:
 def test_bits_are_a_splitmix_from_a_start_that_philox_makes(sample: int, seed: int, stream: int, step: int) -> None:
     found = random_bits(torch.tensor([sample]), **state_tensors(seed, stream, step)).item()
     assert found & MASK64 == python_bits(sample, seed, stream, step)
-    assert found & MASK64 == host_bits(sample, host_start(**state_tensors(seed, stream, step)))
 
 
 def test_bits_are_even_and_neighbours_have_none_in_common() -> None:
@@ -145,20 +143,6 @@ def test_bits_are_even_and_neighbours_have_none_in_common() -> None:
 def test_multiply_high_is_exact(bits: int, limit: int) -> None:
     signed = torch.tensor([bits - 2**64 if bits >= 2**63 else bits])
     assert multiply_high(signed, torch.tensor([limit])).item() == bits * limit >> 64
-
-
-@given(
-    bits=st.one_of(st.just(2**64 - 1), st.integers(0, 2**64 - 1)),
-    most=st.one_of(
-        st.integers(1, 2**62 - 1), st.sampled_from([2**n - k for n in (31, 41, 42, 62) for k in (1, 0)][:-1])
-    ),
-    share=st.integers(0, 4),
-)
-def test_multiply_high_by_a_limit_that_the_host_knows_is_exact(bits: int, most: int, share: int) -> None:
-    signed, limit = torch.tensor([bits - 2**64 if bits >= 2**63 else bits]), most * share // 4
-    assert multiply_high_of(signed, limit, most).item() == bits * limit >> 64
-    assert multiply_high_of(signed, torch.tensor([limit]), most).item() == bits * limit >> 64
-    assert signed.item() & MASK64 == bits, "the bits are as they were"
 
 
 def test_unit_interval_is_open_at_zero() -> None:
@@ -521,7 +505,7 @@ def test_draws_depend_on_seed_step_and_stream_only() -> None:
 
 
 def test_sequence_numbers_start_again_before_they_run_out() -> None:
-    tree = PriorityTree(3, seed=0)
+    tree = PriorityTree(3, seed=0, backend="reference")
     tree.update(torch.arange(3), torch.tensor([5, 6, 7], dtype=torch.int32))
     tree.sequence.fill_(tree_reference.MAX_SEQUENCE - 1)
     tree._host_sequence = tree_reference.MAX_SEQUENCE - 1
