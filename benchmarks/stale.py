@@ -1,12 +1,13 @@
 """Find the code that a benchmark runs and that has changed since a commit.
 
-The code of a case is its module and all modules of this repository that it imports, directly or indirectly. Changes of
-comments, docstrings or layout do not count.
+The code of a case is its module and all modules of this repository that it imports, directly or indirectly; of a compiled
+module its sources in C. Changes of comments, docstrings or layout do not count.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,8 @@ def changed_since(commit: str, module: str) -> list[str] | None:
     return sorted(
         name
         for name in names
-        if not name.startswith(WITHOUT_EFFECT) and _meaning(_then(commit, name)) != _meaning((ROOT / name).read_text())
+        if not name.startswith(WITHOUT_EFFECT)
+        and _meaning(name, _then(commit, name)) != _meaning(name, (ROOT / name).read_text())
     )
 
 
@@ -47,7 +49,7 @@ def meanings(module: str) -> Iterator[tuple[str, str]]:
     for path in sorted(files_of(module)):
         name = next(path.relative_to(base).as_posix() for base in PACKAGES.values() if path.is_relative_to(base))
         if not name.startswith(WITHOUT_EFFECT):
-            yield name, _meaning(path.read_text())
+            yield name, _meaning(name, path.read_text())
 
 
 def files_of(module: str) -> set[Path]:
@@ -55,30 +57,37 @@ def files_of(module: str) -> set[Path]:
     found: set[Path] = set()
     waiting = [module]
     while waiting:
-        path = _path(waiting.pop())
-        if path is not None and path not in found:
-            found.add(path)
-            waiting += _imports(path)
+        for path in _paths(waiting.pop()):
+            if path not in found:
+                found.add(path)
+                waiting += _imports(path) if path.suffix == ".py" else ()
     return found
 
 
-def _path(module: str) -> Path | None:
-    """Return the path of a module of this repository; None for other modules and for names inside modules."""
+def _paths(module: str) -> list[Path]:
+    """Return the file of a module of this repository, or the sources `name_code/*` of a compiled module `_name`; none
+    for other modules and for names inside modules."""
     top, *_ = module.split(".")
     if top not in PACKAGES:
-        return None
+        return []
     base = PACKAGES[top].joinpath(*module.split("."))
-    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+    file = next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+    compiled = base.with_name(f"{base.name.removeprefix('_')}_code")
+    return [file] if file is not None else sorted(compiled.glob("*.[ch]"))
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Yield names that may be modules: `a.b` and `a.b.c` for `from a.b import c`."""
+    """Yield names that may be modules: `a.b` and `a.b.c` for `from a.b import c`, also where `a` is told by dots."""
+    base = max((base for base in PACKAGES.values() if path.is_relative_to(base)), key=lambda base: len(base.parts))
+    home = path.relative_to(base).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = home[: len(home) + 1 - node.level] if node.level else ()
+            module = ".".join((*above, *filter(None, [node.module])))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def _then(commit: str, name: str) -> str:
@@ -88,8 +97,10 @@ def _then(commit: str, name: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def _meaning(source: str) -> str:
-    """Return the syntax tree without docstrings and strings under fields."""
+def _meaning(name: str, source: str) -> str:
+    """Return the syntax tree without docstrings and strings under fields; of C, the words without comments."""
+    if not name.endswith(".py"):
+        return " ".join(re.sub(r"/\*.*?\*/", " ", source, flags=re.DOTALL).split())
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

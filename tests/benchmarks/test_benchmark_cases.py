@@ -111,12 +111,19 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "paced_fast/rooms/__init__.py": "",
         "paced_fast/rooms/inner.py": "one = 1\n",
         "paced_fast/other.py": "two = 2\n",
+        "kernels/paced_kernels/__init__.py": "",
+        "kernels/paced_kernels/public.py": "def work():\n    from ._tree.host import three\n",
+        "kernels/paced_kernels/_tree/__init__.py": "",
+        "kernels/paced_kernels/_tree/host.py": "from . import _host\nfrom .. import shared\n\nthree = _host.three\n",
+        "kernels/paced_kernels/_tree/host_code/module.c": "int three = 3; /* Words. */\n",
+        "kernels/paced_kernels/shared.py": "",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(stale, "ROOT", tmp_path)
-    monkeypatch.setattr(stale, "PACKAGES", {"benchmarks": tmp_path, "paced_fast": tmp_path})
+    kernels = tmp_path / "kernels"
+    monkeypatch.setattr(stale, "PACKAGES", {"benchmarks": tmp_path, "paced_fast": tmp_path, "paced_kernels": kernels})
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", ".")
     git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "Begin")
@@ -140,6 +147,18 @@ def test_code_that_a_case_reaches_makes_its_table_stale(repository: Path) -> Non
     assert stale.changed_since(commit, "benchmarks.case") == ["paced_fast/rooms/inner.py"]
     (repository / "paced_fast/middle.py").write_text("from paced_fast import other\n")
     assert stale.changed_since(commit, "benchmarks.case") == ["paced_fast/middle.py", "paced_fast/other.py"]
+
+
+def test_code_behind_relative_imports_and_sources_in_c_count(repository: Path) -> None:
+    commit = git(repository, "rev-parse", "--short", "HEAD")
+    home = repository / "kernels/paced_kernels"
+    assert stale.changed_since(commit, "paced_kernels.public") == []
+    (home / "_tree/host_code/module.c").write_text("/* Other\nwords. */\nint three =\n    3;\n")
+    assert stale.changed_since(commit, "paced_kernels.public") == []
+    (home / "_tree/host_code/module.c").write_text("int three = 4;\n")
+    (home / "shared.py").write_text("four = 4\n")
+    changed = ["kernels/paced_kernels/_tree/host_code/module.c", "kernels/paced_kernels/shared.py"]
+    assert stale.changed_since(commit, "paced_kernels.public") == changed
 
 
 def test_the_meaning_of_code_changes_with_what_it_reaches_and_not_with_comments(repository: Path) -> None:
