@@ -1,7 +1,7 @@
 """Find the code that a benchmark runs and that has changed since a commit.
 
-The code of a case is its module and all modules of this repository that it imports, directly or indirectly; of a compiled
-module its sources in C. Changes of comments, docstrings or layout do not count.
+The code of a case is its module and all modules of this repository that it imports, directly or indirectly; that of a
+compiled module are its sources in C. Changes of comments, docstrings or layout do not count.
 """
 
 from __future__ import annotations
