@@ -83,14 +83,17 @@ class PriorityTree:
         self.status_counts = torch.zeros(len(STATUS_FIELDS), dtype=torch.int64, device=device)
         # Upper bound of `sequence`, known to the host without reading the device.
         self._host_sequence = 0
+        self.backend = "reference"
+        """What writes and draws here: "triton", "compiled" or "reference"."""
         self._kernels = None
         self._host: HostTree | None = None
         if resolve_backend(backend, self.leaf) == "triton":
             require_kernels("the tree", self.leaf)
             from ._tree.launches import TritonTree
 
-            self._kernels = TritonTree(self.leaf)
+            self.backend, self._kernels = "triton", TritonTree(self.leaf)
         elif IS_BUILT and is_host and backend == "auto":
+            self.backend = "compiled"
             self._host = HostTree(self.leaf, (self.seed, self.stream, self.step), self.size, self.status_counts)
 
     @property

@@ -128,7 +128,11 @@ def _no_gpu() -> str:
 
 def _kernels(on_gpu: bool) -> str:
     if not on_gpu:
-        return "PyTorch; Triton kernels are for GPUs"
+        from paced_kernels import PriorityTree
+
+        is_compiled = PriorityTree(1, seed=0).backend == "compiled"
+        tree = "compiled C" if is_compiled else "PyTorch too, because no C compiler was found by the install"
+        return f"the loss PyTorch, as Triton kernels are for GPUs; the tree {tree}"
     if util.find_spec("triton") is None:
         return "PyTorch, because triton is not installed: pip install triton"
     return "Triton kernels"

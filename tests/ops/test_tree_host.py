@@ -33,7 +33,7 @@ def pair(num: int, size: int | None = None) -> tuple[PriorityTree, PriorityTree]
     """Return a compiled tree and a plain one, at the same late step."""
     quick = PriorityTree(num, seed=SEED, stream=STREAM)
     plain = PriorityTree(num, seed=SEED, stream=STREAM, backend="reference")
-    assert (quick._host is None, plain._host is None) == (False, True)
+    assert (quick.backend, plain.backend) == ("compiled", "reference")
     for tree in (quick, plain):
         tree.step.fill_(STEP)
         if size is not None:
@@ -252,6 +252,6 @@ def test_a_weight_with_a_gradient_is_written_without_it() -> None:
 def test_without_a_compiler_trees_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paced_kernels.priority_tree.IS_BUILT", False)
     tree = PriorityTree(10, seed=0)
-    assert tree._host is None
+    assert tree.backend == "reference"
     tree.rebuild(torch.eye(10)[3])
     assert tree.sample(4).idx.tolist() == [3] * 4

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 KERNEL_USERS = {
     *("policy.policy", "paced.scheduler", "paced.replay", "paced.log_z", "paced.losses", "paced.targets"),
-    *("generation.mismatch", "run.plan.memory"),
+    *("generation.mismatch", "run.plan.memory", "run.doctor"),
 }
 HOMES = {
     "vllm": {"generation.vllm_engine"},

@@ -22,6 +22,7 @@ from paced_fast.errors import pip_install
 from paced_fast.policy.attention import lacking_here
 from paced_fast.rewards.loading import BUILT_IN
 from paced_fast.run import catalogue, doctor
+from paced_kernels import PriorityTree
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -151,7 +152,9 @@ def test_the_machine_is_told_by_what_a_run_would_use(monkeypatch: pytest.MonkeyP
     found = dict(doctor.machine())
     assert found["--model.device auto"] == "cpu, in float32"
     assert found["--model.attention auto"].startswith("shared ")
-    assert found["loss and priority tree"] == "PyTorch; Triton kernels are for GPUs"
+    is_compiled = PriorityTree(1, seed=0).backend == "compiled"
+    tree = "compiled C" if is_compiled else "PyTorch too, because no C compiler was found by the install"
+    assert found["loss and priority tree"] == f"the loss PyTorch, as Triton kernels are for GPUs; the tree {tree}"
     assert found["--generator auto"].startswith("transformers (")
     reasons = lacking_here(torch.device("cpu"))
     assert list(reasons) == ["packed-flash3", "packed-flash4", "packed-flash2", "packed-torch"]
