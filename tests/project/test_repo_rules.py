@@ -232,7 +232,6 @@ HOT_MODULES = {
 
 MAY_ASK_THE_DEVICE = {
     ("priority_tree", "status"): "its docstring says so",
-    ("_tree.host", "update"): "runs on a CPU alone",
     ("policy.optimizer", "_are_found"): "counts that hosts tell each other, on no device",
     ("paced.update", "_minibatches"): "a permutation that never left the host",
 }
