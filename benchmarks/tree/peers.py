@@ -139,7 +139,7 @@ class Ours(Peer):
 
     def state_bytes(self) -> int:
         host = self.tree._host
-        return 8 * (self.capacity + sum(self._levels())) + (host.nbytes() if host is not None else 0)
+        return self.tree.leaf.nbytes + 8 * sum(self._levels()) + (host.nbytes() if host is not None else 0)
 
     def moved_bytes(self, operation: str, num: int) -> int | None:
         if self.tree._kernels is None:

@@ -71,9 +71,9 @@ class PriorityTree:
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name} must be an int from {low} to {high}, got {value!r}")
         self.capacity = capacity
-        # (sequence << 28) | q; compiled code leaves the sequence out.
-        is_host = torch.device(device).type == "cpu"
-        self.leaf = leaves(capacity) if is_host else torch.zeros(capacity, dtype=torch.int64, device=device)
+        is_compiled = IS_BUILT and backend == "auto" and torch.device(device).type == "cpu"
+        # (sequence << 28) | q; q alone where the code is compiled.
+        self.leaf = leaves(capacity) if is_compiled else torch.zeros(capacity, dtype=torch.int64, device=device)
         self.sequence = torch.zeros(1, dtype=torch.int64, device=device)  # element updates since the last rebuild
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # draws so far
         signed_seed = seed - 2**64 if seed >= 2**63 else seed
@@ -92,7 +92,7 @@ class PriorityTree:
             from ._tree.launches import TritonTree
 
             self.backend, self._kernels = "triton", TritonTree(self.leaf)
-        elif IS_BUILT and is_host and backend == "auto":
+        elif is_compiled:
             self.backend = "compiled"
             self._host = HostTree(self.leaf, (self.seed, self.stream, self.step), self.size, self.status_counts)
 
@@ -280,7 +280,7 @@ class PriorityTree:
     def get(self, idx: Tensor) -> Tensor:
         """Return fixed-point weights (i64, shape of `idx`, 2^27 = 1.0); 0 for an index outside [0, N)."""
         is_inside = (idx >= 0) & (idx < self.capacity)
-        return torch.where(is_inside, self.leaf[torch.where(is_inside, idx, 0).long()] & WEIGHT_MASK, 0)
+        return torch.where(is_inside, self.leaf[torch.where(is_inside, idx, 0).long()].long() & WEIGHT_MASK, 0)
 
     def total(self) -> Tensor:
         """Sum of all fixed-point weights, i64 []."""

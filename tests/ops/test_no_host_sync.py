@@ -37,12 +37,11 @@ WAITING = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten:
 
 @pytest.fixture(autouse=True)
 def _as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trees take the operators of a device: on the host reading a number waits for nothing, and they do."""
+    """Trees take the operators of a device: on the host they are compiled."""
     made = PriorityTree.__init__
 
     def init(tree: PriorityTree, *args: Any, **options: Any) -> None:
-        made(tree, *args, **options)
-        tree._host = None
+        made(tree, *args, **{"backend": "reference"} | options)
 
     monkeypatch.setattr(PriorityTree, "__init__", init)
 

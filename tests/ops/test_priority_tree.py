@@ -517,12 +517,13 @@ def test_sequence_numbers_start_again_before_they_run_out() -> None:
     assert tree.check()
 
 
-def test_check_finds_damage() -> None:
-    for leaf in (-1, ONE + 1, (9 << 28) | 1):
-        tree = PriorityTree(3, seed=0)
+@pytest.mark.parametrize(("backend", "leaf"), [("auto", -1), ("auto", ONE + 1), ("reference", (9 << 28) | 1)])
+def test_check_finds_damage(backend: str, leaf: int) -> None:
+    for made in {backend, "reference"}:
+        tree = PriorityTree(3, seed=0, backend=made)
         assert tree.check()
         tree.leaf[1] = leaf
-        assert not tree.check()
+        assert not tree.check(), made
 
 
 def test_a_hundred_thousand_random_writes_leave_no_drift() -> None:

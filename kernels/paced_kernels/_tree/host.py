@@ -35,12 +35,12 @@ Sampled = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def leaves(capacity: int) -> Tensor:
-    """Return i64[N] of zeros, with memory of zeros to the end of the last row."""
-    return torch.zeros(-(-capacity // _ROW) * _ROW, dtype=torch.int64)[:capacity]
+    """Return i32[N] of zeros, with memory of zeros to the end of the last row."""
+    return torch.zeros(-(-capacity // _ROW) * _ROW, dtype=torch.int32)[:capacity]
 
 
 class HostTree:
-    """Sums of the leaves i64[N], beside the tensors of a `PriorityTree` that its calls read and write.
+    """Sums of the leaves i32[N], beside the tensors of a `PriorityTree` that its calls read and write.
 
     A leaf holds its weight alone: without threads the last write to it is the last.
     """

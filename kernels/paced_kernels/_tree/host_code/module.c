@@ -112,7 +112,7 @@ static PyObject *py_is_sound(PyObject *self, PyObject *const *args, Py_ssize_t n
     int64_t *sums = calloc(entries, sizeof *sums);
     if (!sums) return PyErr_NoMemory();
     lay_out(&again, tree.leaf, sums, tree.capacity);
-    *again.num_live = count_live(tree.leaf, tree.capacity);
+    for (int64_t i = 0; i < tree.capacity; i++) *again.num_live += tree.leaf[i] > 0;
     sum_levels(&again, 0);
     int is_sound = memcmp(sums, tree.num_live, entries * sizeof *sums) == 0;
     free(sums);

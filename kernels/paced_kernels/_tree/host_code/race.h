@@ -54,7 +54,7 @@ static void sort_all(uint64_t *key, int64_t num) {
 /* Mark the leaves from `first` on whose key may be below a limit: -log(u) is at least 1 - u, so the key is at least
  * (1 - u) / p. `slope` and `even` are p's, times the limit and 2^52, rounded up. */
 WIDE static void mark_near(
-    const int64_t *restrict q, int64_t num, uint64_t start, uint64_t first, double slope, double even, uint8_t *restrict near
+    const int32_t *restrict q, int64_t num, uint64_t start, uint64_t first, double slope, double even, uint8_t *restrict near
 ) {
     uint64_t words[BLOCK];
     for (int64_t i = 0; i < num; i++) words[i] = random_bits(start, first + (uint64_t)i);
@@ -62,8 +62,7 @@ WIDE static void mark_near(
         /* 1 - u is a multiple of 2^-53; half of it, rounded down, fits into a double's fraction. */
         uint64_t half = (~words[i] ^ SIGN) >> 12;
         double off = as_double(half | ROUNDER_BITS) - ROUNDER;
-        double weight = as_double((uint64_t)q[i] | ROUNDER_BITS) - ROUNDER;
-        near[i] = off <= weight * slope + even;
+        near[i] = off <= (double)q[i] * slope + even;
     }
 }
 
@@ -95,8 +94,9 @@ static int race_distinct(const Tree *tree, int64_t num, double exploration, cons
     double slope = INFINITY, even = INFINITY;
     const double sum_q = (double)(race.sum_q > 1 ? race.sum_q : 1), live = (double)(race.num_live > 1 ? race.num_live : 1);
     for (int64_t first = 0; first < behind && wanted > 0; first += BLOCK) {
-        int64_t here = behind - first < BLOCK ? behind - first : BLOCK, ones[BLOCK];
-        const int64_t *q = tree->leaf + first;
+        int64_t here = behind - first < BLOCK ? behind - first : BLOCK;
+        int32_t ones[BLOCK];
+        const int32_t *q = tree->leaf + first;
         uint8_t near[BLOCK];
         if (!total) {
             for (int64_t i = 0; i < here; i++) ones[i] = 1;

@@ -10,12 +10,13 @@
 enum { ROW_BITS = 4, ROW = 1 << ROW_BITS, FAN_BITS = 2, FAN = 1 << FAN_BITS, MAX_LEVELS = 16, TOGETHER = 64 };
 
 typedef struct {
-    int64_t *leaf, *level[MAX_LEVELS], *num_live; /* num_live: leaves above 0 */
+    int32_t *leaf;                          /* a row of them fits into a line of the cache */
+    int64_t *level[MAX_LEVELS], *num_live; /* num_live: leaves above 0 */
     int64_t count[MAX_LEVELS], capacity;
     int levels;
 } Tree;
 
-static int64_t lay_out(Tree *tree, int64_t *leaf, int64_t *sums, int64_t capacity) {
+static int64_t lay_out(Tree *tree, int32_t *leaf, int64_t *sums, int64_t capacity) {
     int64_t used = 1, count = (capacity + ROW - 1) >> ROW_BITS;
     tree->leaf = leaf, tree->num_live = sums, tree->capacity = capacity, tree->levels = 0;
     for (;; count = (count + FAN - 1) >> FAN_BITS) {
@@ -31,8 +32,8 @@ static inline int64_t total_of(const Tree *tree) { return tree->level[tree->leve
 /* Sum the levels from `from` on; what is behind the last leaf or entry of a group is 0. */
 WIDE static void sum_levels(const Tree *tree, int from) {
     for (int64_t i = 0; !from && i < tree->count[0]; i++) {
-        int64_t sum = 0;
-        for (int j = 0; j < ROW; j++) sum += tree->leaf[i * ROW + j];
+        uint32_t sum = 0; /* at most 2^31 */
+        for (int j = 0; j < ROW; j++) sum += (uint32_t)tree->leaf[i * ROW + j];
         tree->level[0][i] = sum;
     }
     for (int k = from ? from : 1; k < tree->levels; k++) {
@@ -42,9 +43,9 @@ WIDE static void sum_levels(const Tree *tree, int from) {
     }
 }
 
-WIDE static int64_t count_live(const int64_t *leaf, int64_t num) {
-    int64_t live = 0;
-    for (int64_t i = 0; i < num; i++) live += leaf[i] > 0;
+WIDE static int64_t count_live(const int32_t *leaf, int num) {
+    int live = 0;
+    for (int i = 0; i < num; i++) live += leaf[i] > 0;
     return live;
 }
 
@@ -70,13 +71,13 @@ WIDE static void find_all(const Tree *tree, int64_t *targets, int64_t num) {
             }
         }
         for (int64_t i = 0; i < here; i++) {
-            const int64_t *entry = tree->leaf + found[i] * ROW;
+            const int32_t *entry = tree->leaf + found[i] * ROW;
             int64_t a = (entry[0] + entry[1]) + (entry[2] + entry[3]), b = (entry[4] + entry[5]) + (entry[6] + entry[7]);
             int64_t c = (entry[8] + entry[9]) + (entry[10] + entry[11]);
             found[i] = found[i] * FAN + within(a, b, c, &targets[i]);
         }
         for (int64_t i = 0; i < here; i++) {
-            const int64_t *entry = tree->leaf + found[i] * FAN;
+            const int32_t *entry = tree->leaf + found[i] * FAN;
             targets[i] = found[i] * FAN + within(entry[0], entry[1], entry[2], &targets[i]);
         }
     }

@@ -14,23 +14,23 @@ static inline int64_t quantise(double w) { /* NaN and below 0 become 0, above 1 
 }
 
 /* Quantise valid weights; returns whether they all are. */
-WIDE static int quantise_floats(const float *restrict from, int64_t *restrict to, int64_t num) {
+WIDE static int quantise_floats(const float *restrict from, int32_t *restrict to, int64_t num) {
     int bad = 0;
     for (int64_t i = 0; i < num; i++) {
-        int is_valid = (from[i] >= 0.0f) & (from[i] <= 1.0f);
-        float w = is_valid ? from[i] : 0.0f;
-        int q = (int)rintf(w * (float)ONE); /* the product is exact */
-        bad |= !is_valid;
-        to[i] = q | ((q == 0) & (w > 0.0f));
+        float w = from[i] >= 0.0f ? from[i] : -1.0f; /* a NaN too */
+        w = w <= 1.0f ? w : -1.0f;
+        int q = (int)rintf(w * (float)ONE), least = w > 0.0f ? 1 : 0; /* the product is exact */
+        bad |= q;                                                      /* the sign */
+        to[i] = q > least ? q : least;
     }
-    return !bad;
+    return bad >= 0;
 }
 
-WIDE static int quantise_doubles(const double *restrict from, int64_t *restrict to, int64_t num) {
+WIDE static int quantise_doubles(const double *restrict from, int32_t *restrict to, int64_t num) {
     int64_t bad = 0;
     for (int64_t i = 0; i < num; i++) {
         bad |= !((from[i] >= 0.0) & (from[i] <= 1.0));
-        to[i] = quantise(from[i]);
+        to[i] = (int32_t)quantise(from[i]);
     }
     return !bad;
 }
@@ -56,11 +56,11 @@ static int64_t quantise_at(const void *from, int kind, int64_t at, int64_t *coun
 }
 
 /* Quantise weights if all are valid; returns whether they are. */
-static int quantise_valid(const void *from, int kind, int64_t *to, int64_t num) {
+static int quantise_valid(const void *from, int kind, int32_t *to, int64_t num) {
     if (kind == IS_FLOAT) return quantise_floats(from, to, num);
     if (kind == IS_DOUBLE) return quantise_doubles(from, to, num);
     int64_t counts[3] = {0};
-    for (int64_t i = 0; i < num; i++) to[i] = quantise_at(from, kind, i, counts);
+    for (int64_t i = 0; i < num; i++) to[i] = (int32_t)quantise_at(from, kind, i, counts);
     return !(counts[0] | counts[1] | counts[2]);
 }
 
@@ -78,10 +78,10 @@ static double weight_of(double statistic, const Bell *bell) {
 /* Quantise the weights of statistics by a shorter formula, off by less than 2^-14 of an integer; -1 where that may be
  * too much, and of NaN. Returns whether there are none of these. */
 #define SHAPE_ALL(name, type)                                                                              \
-    WIDE static int name(const type *restrict from, int64_t *restrict to, int64_t num, const Bell *bell) { \
+    WIDE static int name(const type *restrict from, int32_t *restrict to, int64_t num, const Bell *bell) { \
         const double factor = 0.5 * 1.4426950408889634 / (bell->width * bell->width);                      \
         const double center = bell->center, bias = 1.5 * ROUNDER;                                          \
-        int64_t open = 0;                                                                                  \
+        int open = 0;                                                                                      \
         for (int64_t i = 0; i < num; i++) {                                                                \
             double distance = (double)from[i] - center, t = distance * distance * factor;                  \
             double power = 27.0 - (t > 40.0 ? 40.0 : t), biased = power + bias;                            \
@@ -99,8 +99,8 @@ static double weight_of(double statistic, const Bell *bell) {
             made = made * f + 1.0;                                                                         \
             made = as_double(as_bits(made) + (as_bits(biased) << 52));                                     \
             double rounded = made + ROUNDER;                                                               \
-            int64_t q = (int64_t)(as_bits(rounded) & MASK_52);                                             \
-            int64_t is_sure = fabs((rounded - ROUNDER) - made) <= 0.5 - 0x1p-13;                           \
+            int32_t q = (int32_t)(as_bits(rounded) & MASK_52);                                             \
+            int is_sure = fabs((rounded - ROUNDER) - made) <= 0.5 - 0x1p-13;                           \
             to[i] = is_sure ? (q > 1 ? q : 1) : -1;                                                        \
             open |= !is_sure;                                                                              \
         }                                                                                                  \
@@ -118,22 +118,23 @@ static void rebuild(
 ) {
     int64_t live = 0;
     for (int64_t first = 0; first < tree->capacity; first += BLOCK) {
-        int64_t num = tree->capacity - first < BLOCK ? tree->capacity - first : BLOCK, *leaf = tree->leaf + first;
+        int64_t num = tree->capacity - first < BLOCK ? tree->capacity - first : BLOCK;
+        int32_t *leaf = tree->leaf + first;
         const void *given = from + first * SIZE_OF[kind];
         int is_done = !bell ? quantise_valid(given, kind, leaf, num)
                       : kind == IS_FLOAT ? shape_floats(given, leaf, num, bell)
                                          : shape_doubles(given, leaf, num, bell);
         for (int64_t i = 0; !is_done && i < num; i++) {
             if (allowed && !allowed[first + i]) continue; /* what is not allowed is not counted */
-            if (!bell) leaf[i] = quantise_at(given, kind, i, counts);
+            if (!bell) leaf[i] = (int32_t)quantise_at(given, kind, i, counts);
             else if (leaf[i] < 0)
-                leaf[i] = any_double(
+                leaf[i] = (int32_t)any_double(
                     weight_of(kind == IS_FLOAT ? ((const float *)given)[i] : ((const double *)given)[i], bell), counts
                 );
         }
         if (allowed)
             for (int64_t i = 0; i < num; i++) leaf[i] = allowed[first + i] ? leaf[i] : 0;
-        live += count_live(leaf, num);
+        live += count_live(leaf, (int)num);
     }
     *tree->num_live = live;
     sum_levels(tree, 0);
@@ -143,7 +144,8 @@ static void rebuild(
 static void update(
     const Tree *tree, const void *idx, int idx_kind, int64_t start, const char *weights, int kind, int64_t num, int64_t *status
 ) {
-    int64_t q[BLOCK], live = 0;
+    int32_t q[BLOCK];
+    int64_t live = 0;
     /* Many writes are summed in the first level, and that from there on. */
     int kept = num * 4 >= tree->count[0] ? 1 : tree->levels;
     for (int64_t first = 0; first < num; first += BLOCK) {
@@ -164,7 +166,7 @@ static void update(
             }
             int64_t made = is_valid ? q[i] : quantise_at(given, kind, i, status); /* counted if it is written */
             int64_t before = tree->leaf[at], difference = made - before;
-            tree->leaf[at] = made;
+            tree->leaf[at] = (int32_t)made;
             live += (made > 0) - (before > 0);
             at >>= ROW_BITS;
             for (int k = 0; k < kept; k++, at >>= FAN_BITS) tree->level[k][at] += difference;
