@@ -182,6 +182,40 @@ def test_columns_are_recognised(tmp_path: Path, row: dict[str, Any], prompt: Any
     assert (found.prompt, found.columns["answer"], found.reward) == (prompt, answer, "math")
 
 
+USER, REPLY = {"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}
+TOLD: list[tuple[dict[str, Any], str, Any]] = [
+    ({"messages": [USER, REPLY]}, "prompt from `messages`, answer from the reply that ends it", "a"),
+    ({"messages": [USER, REPLY], "answer": None}, "prompt from `messages`, answer from the reply that ends it", "a"),
+    ({"messages": [USER, REPLY], "target": "b"}, "prompt from `messages`, answer from `target`", "b"),
+    ({"messages": [USER], "answer": "b"}, "prompt from `messages`, answer from `answer`", "b"),
+    ({"messages": [USER], "label": 0}, "prompt from `messages`, answer from `label`", 0),
+    ({"messages": [USER]}, "prompt from `messages`, no answer", None),
+    ({"prompt": [USER]}, "prompt from `prompt`, no answer", None),
+    ({"question": "p", "note": "n"}, "prompt from `question`, no answer", None),
+    (
+        {"question": "p", "answer": None},
+        "prompt from `question`, answer from `answer`",
+        None,
+    ),
+    (
+        {"problem": "p", "solution": "so \\boxed{a}"},
+        "prompt from `problem`, answer from `answer` or \\boxed{} of `solution` (format math)",
+        "a",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "line", "answer"), TOLD, ids=lambda value: str(value)[:60])
+def test_the_line_on_columns_names_what_the_rows_are_read_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, row: dict[str, Any], line: str, answer: Any
+) -> None:
+    source = f"{put(tmp_path / 'a.jsonl', row)}?reward=f.py:g"
+    with caplog.at_level(logging.INFO):
+        (found,) = drafts(source)
+    assert [record.getMessage() for record in caplog.records] == [f"{source}: {line}"]
+    assert found.columns["answer"] == answer
+
+
 def test_a_column_that_is_named_is_taken_as_it_is(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "It is"}]
     path = put(tmp_path / "a.jsonl", {"messages": chat, "answer": "a"})

@@ -129,9 +129,7 @@ def _layout(source: Source, reader: Reader, first: range, *, imitated: bool) -> 
             continue  # it is read again when its turn comes
         layout, recognised = layout_of(source, row, imitated=imitated)
         if recognised:
-            answers = [f"`{name}`" for name in layout.answers]
-            answer = " or ".join([*answers, f"\\boxed{{}} of `{layout.boxed}`"] if layout.boxed else answers)
-            judged = f"tests from `{'` and `'.join(layout.tests)}`" if layout.tests else f"answer from {answer}"
+            judged = f"tests from `{'` and `'.join(layout.tests)}`" if layout.tests else _told_answer(layout, row)
             known = "" if layout.name == "plain" else f" (format {layout.name})"
             logger.info("%s: prompt from `%s`, %s%s", source.spec, layout.prompt, judged, known)
         if source.slice is not None and source.slice in row and source.kind not in ("task", "rg"):
@@ -141,6 +139,24 @@ def _layout(source: Source, reader: Reader, first: range, *, imitated: bool) -> 
             )
         return layout
     return Layout(name="plain", prompt=source.prompt or "prompt", answers=("answer",))
+
+
+def _told_answer(layout: Layout, row: Row) -> str:
+    """Where the answer of a row without tests comes from, in words."""
+    if all(_find_field(row, name) is None for name in layout.answers):
+        if layout.prompt == "messages" and _ends_in_reply(row["messages"]):
+            return "answer from the reply that ends it"
+        if not layout.boxed and not any(name in row for name in layout.answers):
+            return "no answer"
+    places = [f"`{name}`" for name in layout.answers]
+    if layout.boxed:
+        places.append(f"\\boxed{{}} of `{layout.boxed}`")
+    return f"answer from {' or '.join(places)}"
+
+
+def _ends_in_reply(chat: Any) -> bool:
+    last = chat[-1] if isinstance(chat, list) and chat else None
+    return isinstance(last, Mapping) and last.get("role") == "assistant"
 
 
 def _selected(
@@ -255,7 +271,7 @@ def _draft(source: Source, layout: Layout, where: str, data: Row, *, imitated: b
 def _without_reply(prompt: Messages, layout: Layout, data: Row, where: str) -> tuple[Messages, Row]:
     """A chat of a data set for supervised learning: without the reply it ends with, which is the answer if no column
     has one."""
-    if prompt[-1]["role"] != "assistant":
+    if not _ends_in_reply(prompt):
         return prompt, data
     if len(prompt) == 1:
         raise BadRow(
