@@ -227,7 +227,8 @@ def test_settings_of_an_own_model_are_told_too() -> None:
 
 
 def test_the_table_of_settings_holds_what_differs_from_the_preset() -> None:
-    config = dataclasses.replace(preset("tiny"), steps=7, run_dir="elsewhere", seed=5)
+    # Where a run is kept and whether it goes on are no differences between it and its preset.
+    config = dataclasses.replace(preset("tiny"), steps=7, run_dir="elsewhere", resume="auto", seed=5)
     changed, decided = changed_settings(flatten(config))
     assert changed == {"steps": (150, 7), "seed": (0, 5)}
     assert decided == {}
