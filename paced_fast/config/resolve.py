@@ -12,8 +12,10 @@ from typing import Any, Literal
 from paced_fast.config import Config, flatten
 from paced_fast.config.bounds import settings
 from paced_fast.config.paced import ALGORITHMS, RULES, LogZConfig
+from paced_fast.config.reward_names import check_file, missing_column
 from paced_fast.config.run import OWN
 from paced_fast.data.sources import (
+    check_first_row,
     is_template,
     parse_day,
     parse_source,
@@ -73,12 +75,19 @@ def check(config: Config) -> None:
 
 
 def check_files(config: Config) -> None:
-    """Raises InputError when the model's folder, or a file that a source names, is absent."""
+    """Raises InputError when the model's folder or a file of data or reward is absent, when the reward's file has no
+    such function, and when the first row of a file of prompts lacks what its source or its reward asks for."""
     name = config.model.name
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
         raise InputError(f"--model {name}: no such folder: give the folder of a model or its hub id")
     for spec in _all_sources(config):
         require_file(parse_source(spec), config.data.dir)
+    for spec in (*config.data.train, *config.data.eval):
+        reward = parse_source(spec).reward or config.reward.name
+        if reward is not None:
+            check_file(reward)
+        if config.data.bad_rows == "error":
+            check_first_row(spec, config.data.dir, check=missing_column, reward=reward)
 
 
 def _on(config: Config, device: Literal["cpu", "cuda"]) -> Config:
