@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal
 
 from paced_fast.config import Config, flatten
 from paced_fast.config.bounds import settings
+from paced_fast.config.data import DataConfig
 from paced_fast.config.paced import ALGORITHMS, RULES, LogZConfig
 from paced_fast.config.reward_names import check_file, missing_column
 from paced_fast.config.run import OWN
@@ -82,12 +83,21 @@ def check_files(config: Config) -> None:
         raise InputError(f"--model {name}: no such folder: give the folder of a model or its hub id")
     for spec in _all_sources(config):
         require_file(parse_source(spec), config.data.dir)
-    for spec in (*config.data.train, *config.data.eval):
-        reward = parse_source(spec).reward or config.reward.name
-        if reward is not None:
-            check_file(reward)
-        if config.data.bad_rows == "error":
-            check_first_row(spec, config.data.dir, check=missing_column, reward=reward)
+    check_prompt_files((*config.data.train, *config.data.eval), config.data, reward=config.reward.name)
+
+
+def check_prompt_files(
+    sources: Sequence[str], data: DataConfig, *, reward: str | None, functions: Collection[str] = ()
+) -> None:
+    """Raises InputError for what can be told of sources of prompts at once: a reward that no function can have, and
+    files whose first row lacks something. `reward` judges the rows of sources that name none; `functions` are the names
+    of those that Python handed over."""
+    for spec in sources:
+        judge = parse_source(spec).reward or reward
+        if judge is not None and judge not in functions:
+            check_file(judge)
+        if data.bad_rows == "error":
+            check_first_row(spec, data.dir, check=missing_column, reward=judge)
 
 
 def _on(config: Config, device: Literal["cpu", "cuda"]) -> Config:
