@@ -37,8 +37,11 @@ def check_name(name: str) -> None:
     if name.removesuffix(":").endswith(".py"):
         raise without_function(name, "reward")
     if ":" not in name:
+        path, _, function = name.rpartition(".")
+        path = f"{path.replace('.', '/')}.py"
+        hint = f" (did you mean {path}:{function}?)" if function and _is_file(path) else nearest(name, BUILT_IN)
         raise InputError(
-            f"unknown reward {name!r}{nearest(name, BUILT_IN)}: use one of {', '.join(BUILT_IN)}, "
+            f"unknown reward {name!r}{hint}: use one of {', '.join(BUILT_IN)}, "
             "package.module:function or path/to/file.py:function"
         )
 

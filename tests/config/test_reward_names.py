@@ -85,6 +85,14 @@ def test_a_name_that_nothing_has_is_told_in_the_words_of_its_loading(name: str, 
     assert str(early.value) == str(late.value)
 
 
+def test_a_function_that_is_named_as_python_imports_it_is_recognised(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^unknown reward 'reward.plain' \(did you mean reward.py:plain\?\): use one"):
+        check_file("reward.plain")
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

@@ -33,7 +33,7 @@ _PHASES = {
     "reward": "scoring",
     "old_logprobs": "computing log-probs",
     "update": "updating the policy",
-    "sync": "handing weights to the engine",
+    "sync": "handing weights to the generator",
     "parity": "checking the engine",
     "evaluate": "evaluating",
     "checkpoint": "saving",
