@@ -16,6 +16,7 @@ _KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
 
 def demonstration_of(name: str, data: Mapping[str, Any], prompt: str | Messages, answer: Any, where: str) -> str:
+    """The text of the field `name`, or what `@answer` and `@equation` make of the answer. Raises BadRow without one."""
     if name in ("@answer", "@equation"):
         if answer is None:
             raise BadRow(f"{where} has no answer for demonstration={name}: name a field instead")

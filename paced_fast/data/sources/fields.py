@@ -24,6 +24,7 @@ def find_field(data: Mapping[str, Any], name: str) -> Any:
 
 
 def lookup(data: Mapping[str, Any], name: str, where: str, key: str) -> Any:
+    """The value of the field `name`. Raises BadRow when the row `where` has none; `key` of a source names another."""
     value = find_field(data, name)
     if value is None:
         cure = "mend the row, or give --data.bad-rows skip" if name in data else f"name another, as in {key}=FIELD"
