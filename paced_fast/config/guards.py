@@ -56,6 +56,6 @@ class GuardConfig:
     """Number of steps over which `reward_collapse`, `value_gap`, `value_stuck` and `no_signal` are judged. `no_signal`:
     warn if none of them has a mixed group, one with right and wrong completions; not with groups of one."""
     repeat_every: Annotated[int, Bounds(1, 10**9)] = 50
-    """Steps after which a warning that still holds is logged again."""
+    """Steps after which a warning that holds is logged again, whether or not it held in between."""
     stop_on: tuple[WarningName, ...] = ()
-    """Warnings that stop the run (exit status 3) when they first hold."""
+    """Warnings that stop the run (exit status 3) in a step in which they hold."""

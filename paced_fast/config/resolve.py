@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal
 
 from paced_fast.config import Config, flatten
 from paced_fast.config.bounds import settings
+from paced_fast.config.data import DataConfig
 from paced_fast.config.paced import ALGORITHMS, RULES, LogZConfig
+from paced_fast.config.reward_names import check_file, missing_column
 from paced_fast.config.run import OWN
 from paced_fast.data.sources import (
+    check_first_row,
     is_template,
     parse_day,
     parse_source,
@@ -73,12 +76,28 @@ def check(config: Config) -> None:
 
 
 def check_files(config: Config) -> None:
-    """Raises InputError when the model's folder, or a file that a source names, is absent."""
+    """Raises InputError when the model's folder or a file of data or reward is absent, when the reward's file has no
+    such function, and when the first row of a file of prompts lacks what its source or its reward asks for."""
     name = config.model.name
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
         raise InputError(f"--model {name}: no such folder: give the folder of a model or its hub id")
     for spec in _all_sources(config):
         require_file(parse_source(spec), config.data.dir)
+    check_prompt_files((*config.data.train, *config.data.eval), config.data, reward=config.reward.name)
+
+
+def check_prompt_files(
+    sources: Sequence[str], data: DataConfig, *, reward: str | None, functions: Collection[str] = ()
+) -> None:
+    """Raises InputError for what can be told of sources of prompts at once: a reward that no function can have, and
+    files whose first row lacks something. `reward` judges the rows of sources that name none; `functions` are the names
+    of those that Python handed over."""
+    for spec in sources:
+        judge = parse_source(spec).reward or reward
+        if judge is not None and judge not in functions:
+            check_file(judge)
+        if data.bad_rows == "error":
+            check_first_row(spec, data.dir, check=missing_column, reward=judge)
 
 
 def _on(config: Config, device: Literal["cpu", "cuda"]) -> Config:

@@ -8,12 +8,17 @@ from pathlib import Path
 from paced_fast.config import Config, flatten
 from paced_fast.data.sources import rewarded
 
+OF_THE_START = ("run_dir", "resume")
+"""Settings of how a run is started, which differ between the runs of one command, and are told by the run's folder."""
+NOT_OF_TRAINING = (*OF_THE_START, "warm_start.cache_dir", "run.")
+"""Prefixes of settings that concern where a run is stored and what it records, not how it trains."""
+
 # Settings that may differ in a resumed run: its length, what it keeps, and paths.
 # Settings that an error message advises to change must be among them.
 FREE_ON_RESUME = (
     *(f"model.{name}" for name in ("attention", "gradient_checkpointing", "liger", "compile")),
-    *("steps", "resume", "run_dir", "run.", "distributed.", "guard."),
-    *("warm_start.cache_dir", "generation.max_batch_sequences"),
+    *NOT_OF_TRAINING,
+    *("steps", "distributed.", "guard.", "generation.max_batch_sequences"),
     "generation.stop_tokens",  # compared by their resolved value, which the checkpoint has
     *(f"weight_sync.{name}" for name in ("mode", "kv_cache_gib", "sleep_level", "bucket_mib", "tensor_parallel")),
     *(f"weight_sync.{name}" for name in ("check_every", "check_prompts", "max_mean_difference")),

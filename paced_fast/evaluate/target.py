@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paced_fast.config import Config, DataConfig, EvaluationConfig, ModelConfig, stream_seed
-from paced_fast.config.resolve import check_chats, named
+from paced_fast.config.resolve import check_chats, check_prompt_files, named
 from paced_fast.config.saved import parse_config, read_settings
 from paced_fast.data import prompts
 from paced_fast.data.records import PromptTable
@@ -69,6 +69,8 @@ def evaluate_target(
     given = (*benchmark_sources(names, data_dir), *arguments.data)
     if not given and not config.data.eval:
         raise _without_prompts(arguments.run_or_model, target)
+    data = dataclasses.replace(config.data, dir=data_dir)
+    check_prompt_files(given or data.eval, data, reward=reward, functions=functions or ())
     if (config.model.device, config.model.dtype) == ("cpu", "float32"):
         require_float32_products()
     tokenizer = prompts.load_tokenizer(target.path, target.path)

@@ -58,6 +58,12 @@ def fallen_slices(first: Mapping[str, object], last: Mapping[str, object]) -> li
     return sorted(falls, key=lambda fall: fall.change)
 
 
+def recovered_slices(first: Mapping[str, object], last: Mapping[str, object]) -> frozenset[str]:
+    """Slices whose accuracy is no lower in `last` than in `first`, by the prompts that both scored; see `_pairs`."""
+    pairs = _pairs(first, last)
+    return frozenset(name for name, found in pairs.items() if fmean(new - old for old, new in found) >= 0)
+
+
 def can_compare(first: Mapping[str, object], last: Mapping[str, object]) -> bool:
     """Whether any slice has enough prompts that both records scored to tell a fall from noise."""
     return bool(_known(first, last))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from paced_fast.config.resuming import NOT_OF_TRAINING
 from paced_fast.errors import InputError
 from paced_fast.report.charts.chart import COLORS, PERCENT, Axis, Chart, Line, running_mean
 from paced_fast.report.charts.held_out import (
@@ -25,7 +26,7 @@ from paced_fast.report.charts.renderer import draw
 from paced_fast.report.figures_table import figures_table
 from paced_fast.report.html import document, part, shown, write_page
 from paced_fast.report.read_run import Run, read_run, series
-from paced_fast.report.seeds import FEWEST, PLACES, SeedGroup, grouped, mean_line
+from paced_fast.report.seeds import FEWEST, SeedGroup, grouped, mean_line
 
 
 def compare(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -168,7 +169,9 @@ def _settings(groups: Sequence[SeedGroup]) -> Markup:
     rows = [
         [key, *(shown(config[key]) if key in config else "not set" for config in configs)]
         for key in keys
-        if key != "seed" and not key.startswith(PLACES) and len({repr(config.get(key)) for config in configs}) > 1
+        if key != "seed"
+        and not key.startswith(NOT_OF_TRAINING)
+        and len({repr(config.get(key)) for config in configs}) > 1
     ]
     said = part("absent", f"no config.json: {', '.join(missing)}") if missing else Markup()
     if rows:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from paced_fast.config.resuming import NOT_OF_TRAINING
 from paced_fast.report.charts.chart import Line
 from paced_fast.report.read_run import Floats, Run
 
-PLACES = ("run_dir", "resume", "warm_start.cache_dir", "run.")
-"""Prefixes of settings that concern where a run is stored and what it records, not how it trains."""
 FEWEST = 3
 """Fewest seeds for an interval."""
 
@@ -30,7 +29,9 @@ def grouped(runs: Sequence[Run]) -> list[SeedGroup]:
     """Group runs that differ only in the seed, in order of each group's first run."""
     groups: dict[str, list[Run]] = {}
     for i, run in enumerate(runs):
-        same = {key: value for key, value in run.config.items() if key != "seed" and not key.startswith(PLACES)}
+        same = {
+            key: value for key, value in run.config.items() if key != "seed" and not key.startswith(NOT_OF_TRAINING)
+        }
         groups.setdefault(repr(sorted(same.items(), key=str)) if same else f"unknown {i}", []).append(run)
     names: list[str] = []
     for members in groups.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from paced_fast.config import RewardConfig, given
-from paced_fast.errors import InputError, nearest
+from paced_fast.config.reward_names import check_name, no_file, no_function, without_function
+from paced_fast.errors import InputError
 from paced_fast.rewards.code.reward import CodeReward
 from paced_fast.rewards.foreign import TRLChatReward, VerlReward
 from paced_fast.rewards.math.reward import MathReward
@@ -22,8 +22,6 @@ RewardFunction = Callable[..., Sequence[float | None]]
 GIVEN = given.REWARD
 """Prefix of the name of a function that Python handed over and that is in no file."""
 
-BUILT_IN = ("exact", "number", "math", "math_strict", "code", "reasoning_gym", "signed_sums")
-"""Names of the rewards of this package."""
 TARGETS = ("signed_sums",)
 """Rewards for which a row's answer is what a completion must come to, not what it must say."""
 
@@ -41,11 +39,7 @@ def load_reward(
     settings = settings or RewardConfig()
     if functions is not None and name in functions:
         return functions[name]
-    if name.startswith(GIVEN):
-        raise InputError(
-            f"reward {name!r} is a function that was handed over from Python and is in no file: give it again "
-            "(reward= of paced_fast.api), or put it into a file and name that, as in reward=file.py:function"
-        )
+    check_name(name)
     if name in ("math", "math_strict"):
         return MathReward(settings, strict=name == "math_strict")
     if name == "code":
@@ -54,20 +48,9 @@ def load_reward(
         return ReasoningGymReward(settings)
     if plain := {"exact": exact, "number": number, "signed_sums": signed_sums}.get(name):
         return plain
-    if name in ("verl:", "trl:"):
-        raise InputError(
-            f"reward {name!r} names no function: give {name}package.module:function or {name}file.py:function"
-        )
-    if name.removesuffix(":").endswith(".py"):
-        raise _without_function(name, "reward")
     for prefix, adapter in (("verl:", VerlReward), ("trl:", TRLChatReward)):
         if name.startswith(prefix):
             return adapter(name, import_function(name.removeprefix(prefix), "reward"))
-    if ":" not in name:
-        raise InputError(
-            f"unknown reward {name!r}{nearest(name, BUILT_IN)}: use one of {', '.join(BUILT_IN)}, "
-            "package.module:function or path/to/file.py:function"
-        )
     return import_function(name, "reward")
 
 
@@ -78,39 +61,16 @@ def import_function(name: str, kind: str) -> RewardFunction:
         InputError: there is no such module, file or function, or importing the module fails.
     """
     if name.removesuffix(":").endswith(".py"):
-        raise _without_function(name, kind)
+        raise without_function(name, kind)
     module_name, _, function_name = name.rpartition(":")
     if not module_name or not function_name:
         raise InputError(f"{kind} {name!r} is neither package.module:function nor path/to/file.py:function")
     function: Any = getattr(_import(module_name, f"{kind} {name!r}"), function_name, None)
     if not callable(function):
-        known = _functions_in(module_name)
-        hint = f"{nearest(function_name, known)}: it has {', '.join(known)}" if known else ""
-        raise InputError(f"{kind} {name!r}: {module_name} has no function {function_name!r}{hint}")
+        raise no_function(f"{kind} {name!r}", module_name, function_name)
     if isinstance(function, type):
         raise InputError(f"{kind} {name!r} is a class: name an instance of it, created in {module_name}")
     return cast(RewardFunction, function)
-
-
-def _without_function(name: str, kind: str) -> InputError:
-    """The error for a file that is named without a function; it names those that the file has."""
-    file = name.removesuffix(":")
-    path = file.removeprefix("verl:").removeprefix("trl:")
-    if not Path(path).expanduser().is_file():
-        return InputError(f"{kind} {name!r}: no such file {str(Path(path).expanduser().absolute())!r}")
-    known = _functions_in(path)
-    told = f"the file has {', '.join(known)}" if known else "the file has no function yet"
-    return InputError(f"{kind} {name!r} names no function: give {file}:{known[0] if known else 'FUNCTION'} ({told})")
-
-
-def _functions_in(module_name: str) -> list[str]:
-    """Names of the functions of a file that do not begin with _, without running it; none for a module."""
-    try:
-        body = ast.parse(Path(module_name).expanduser().read_bytes()).body
-    except (OSError, ValueError, SyntaxError):
-        return []
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return [one.name for one in body if isinstance(one, kinds) and not one.name.startswith("_")]
 
 
 def _import(module_name: str, who: str) -> Any:
@@ -120,7 +80,7 @@ def _import(module_name: str, who: str) -> Any:
         path = Path(module_name).expanduser()
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if not path.is_file() or spec is None or spec.loader is None:
-            raise InputError(f"{who}: no such file {str(path.absolute())!r}")
+            raise no_file(who, module_name)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from paced_fast.config import RewardConfig
+from paced_fast.config.reward_names import BUILT_IN
+from paced_fast.config.reward_terms import Term, parse_reward
 from paced_fast.data.records import Completion, PromptRow
 from paced_fast.data.sources import MissingColumn
 from paced_fast.errors import InputError, UnscoredError
-from paced_fast.rewards.loading import BUILT_IN, RewardFunction, load_reward
-from paced_fast.rewards.terms import Term, parse_reward
+from paced_fast.rewards.loading import RewardFunction, load_reward
 from paced_fast.rewards.user_function import Call, missing_column, reason, run_all
 
 _WINDOW = 256

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from paced_fast.config import RewardConfig
+from paced_fast.config.reward_terms import parse_terms
 from paced_fast.data.records import Completion, PromptRow
 from paced_fast.errors import InputError, nearest
 from paced_fast.rewards.loading import import_function
-from paced_fast.rewards.terms import parse_terms
 from paced_fast.rewards.user_function import Call, run_all
 
 ShapingFunction = Callable[..., Sequence[float | None]]

@@ -53,6 +53,22 @@ WRONG = [
     (["paced_fast.train", "--algorithm", "grpo", "--replay.mode", "on"], "error: --replay.mode on needs --algorithm "),
     (["paced_fast.train", "--model", "m", "--data", "absent.jsonl"], "error: source absent.jsonl: no such file "),
     (
+        ["paced_fast.train", "--model", "m", "--data", "own.jsonl?answer=gold"],
+        "error: own.jsonl:1 has no field 'gold', only question, answer: name another, as in answer=FIELD",
+    ),
+    (
+        ["paced_fast.train", "--model", "m", "--data", "own.jsonl", "--reward", "own.py:own", "--check"],
+        "error: own.jsonl:1 has no field 'gold', only question, answer: the reward 'own.py:own' has the parameter ",
+    ),
+    (
+        ["paced_fast.train", "--model", "m", "--data", "own.jsonl?reward=own.py:mine"],
+        "error: reward 'own.py:mine': own.py has no function 'mine': it has own",
+    ),
+    (
+        ["paced_fast.train", "--model", "m", "--data", "own.jsonl", "--reward", "maht"],
+        "error: unknown reward 'maht' (did you mean 'math'?): ",
+    ),
+    (
         ["paced_fast.train", "--model", "./no", "--data", "rg:gcd"],
         "error: --model ./no: no such folder: give the folder",
     ),
@@ -86,6 +102,8 @@ def fresh(code: str, *arguments: str, folder: Path) -> subprocess.CompletedProce
 def test_help_lists_and_errors_import_nothing_that_takes_seconds(tmp_path: Path) -> None:
     commands = [*FINE, *(words for words, _ in WRONG)]
     (tmp_path / "model").mkdir()
+    (tmp_path / "own.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n')
+    (tmp_path / "own.py").write_text("raise SystemExit(1)\ndef own(completions, gold): ...\n")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     done = fresh(LIGHT, json.dumps(HEAVY), json.dumps(commands), folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -101,7 +119,7 @@ def test_help_lists_and_errors_import_nothing_that_takes_seconds(tmp_path: Path)
         assert (status, loaded, told) == (2, [], 0), (words, complaint)
         assert complaint.startswith(message), complaint
         assert complaint.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "saved.toml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "own.jsonl", "own.py", "saved.toml"]
 
 
 FIRST = """

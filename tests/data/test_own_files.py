@@ -182,6 +182,40 @@ def test_columns_are_recognised(tmp_path: Path, row: dict[str, Any], prompt: Any
     assert (found.prompt, found.columns["answer"], found.reward) == (prompt, answer, "math")
 
 
+USER, REPLY = {"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}
+TOLD: list[tuple[dict[str, Any], str, Any]] = [
+    ({"messages": [USER, REPLY]}, "prompt from `messages`, answer from the reply that ends it", "a"),
+    ({"messages": [USER, REPLY], "answer": None}, "prompt from `messages`, answer from the reply that ends it", "a"),
+    ({"messages": [USER, REPLY], "target": "b"}, "prompt from `messages`, answer from `target`", "b"),
+    ({"messages": [USER], "answer": "b"}, "prompt from `messages`, answer from `answer`", "b"),
+    ({"messages": [USER], "label": 0}, "prompt from `messages`, answer from `label`", 0),
+    ({"messages": [USER]}, "prompt from `messages`, no answer", None),
+    ({"prompt": [USER]}, "prompt from `prompt`, no answer", None),
+    ({"question": "p", "note": "n"}, "prompt from `question`, no answer", None),
+    (
+        {"question": "p", "answer": None},
+        "prompt from `question`, answer from `answer`",
+        None,
+    ),
+    (
+        {"problem": "p", "solution": "so \\boxed{a}"},
+        "prompt from `problem`, answer from `answer` or \\boxed{} of `solution` (format math)",
+        "a",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "line", "answer"), TOLD, ids=lambda value: str(value)[:60])
+def test_the_line_on_columns_names_what_the_rows_are_read_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, row: dict[str, Any], line: str, answer: Any
+) -> None:
+    source = f"{put(tmp_path / 'a.jsonl', row)}?reward=f.py:g"
+    with caplog.at_level(logging.INFO):
+        (found,) = drafts(source)
+    assert [record.getMessage() for record in caplog.records] == [f"{source}: {line}"]
+    assert found.columns["answer"] == answer
+
+
 def test_a_column_that_is_named_is_taken_as_it_is(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "It is"}]
     path = put(tmp_path / "a.jsonl", {"messages": chat, "answer": "a"})
@@ -200,9 +234,39 @@ def test_the_column_that_is_not_named_is_recognised(tmp_path: Path) -> None:
     path = put(tmp_path / "b.jsonl", {"question": "p", "gold": "a"})
     with pytest.raises(InputError, match=r"name the field of the answer, as in '\S+b.jsonl\?answer=FIELD', or give"):
         drafts(str(path))
+    for row, named in (
+        ({"Question": "p", " Final Answer": "a", "ANSWER": "b"}, "prompt=Question&answer=ANSWER"),
+        ({"my question": "p", "Prompt ": "q"}, "prompt=Prompt%20&answer=FIELD"),
+        ({"question": "p", "Target": "b"}, "answer=Target"),
+    ):
+        path = put(tmp_path / "d.jsonl", row)
+        with pytest.raises(InputError) as caught:
+            drafts(str(path))
+        assert f", as in '{path}?{named}', or give" in str(caught.value)
+    assert drafts(f"{path}?{named}")[0].columns["answer"] == "b", "what is told can be typed"
     path = put(tmp_path / "c.jsonl", {"x": "p", "gold": "a"})
     with pytest.raises(InputError, match=r"name the fields of prompt and answer, as in '\S+prompt=FIELD&answer=FIELD'"):
         drafts(str(path))
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (
+            '[{"prompt": "p", "answer": "a"}]',
+            "is a JSON list: write one JSON object per line, or name the file .json if",
+        ),
+        (
+            '[\n{"prompt": "p", "answer": "a"}\n]',
+            r"is not JSON \(.*\): write one JSON object per line, or name the file",
+        ),
+        ('{"prompt": "p", "answer": "a"}\n[1]', r":2 is a JSON list: write one JSON object per line$"),
+    ],
+)
+def test_a_list_in_a_file_of_lines_says_what_to_name_it(tmp_path: Path, lines: str, told: str) -> None:
+    (tmp_path / "a.jsonl").write_text(lines)
+    with pytest.raises(InputError, match=told):
+        drafts(str(tmp_path / "a.jsonl"))
 
 
 def test_a_column_makes_the_slices(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

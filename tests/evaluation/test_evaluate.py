@@ -514,6 +514,25 @@ def test_what_cannot_be_evaluated_is_one_line(
 
 
 @pytest.mark.parametrize(
+    ("source", "reward", "complaint"),
+    [
+        ("own.jsonl?answer=gold", None, "own.jsonl:1 has no field 'gold', only question, answer: name another"),
+        ("own.jsonl", "maht", r"unknown reward 'maht' \(did you mean 'math'\?\)"),
+    ],
+)
+def test_a_column_or_reward_that_is_not_there_costs_no_loading_of_the_model(
+    source: str, reward: str | None, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n')
+    (tmp_path / "model").mkdir()  # without weights or tokenizer, which would be missed first
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    monkeypatch.chdir(tmp_path)
+    asked = EvaluateArguments(run_or_model="model", data=(source,), reward=reward)
+    with pytest.raises(InputError, match=complaint):
+        evaluate_target(asked)
+
+
+@pytest.mark.parametrize(
     ("content", "complaint"),
     [
         (None, "is not a run folder"),

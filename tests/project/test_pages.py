@@ -13,8 +13,8 @@ import pytest
 from benchmarks import run as benchmark
 from paced_fast.config import Config, WarningName, flatten
 from paced_fast.config.paced import ALGORITHMS, RULES
+from paced_fast.config.reward_names import BUILT_IN
 from paced_fast.data.sources.spec import KEYS, KINDS, parse_source
-from paced_fast.rewards.loading import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

@@ -572,11 +572,12 @@ def test_intervals_of_evaluations_become_bands() -> None:
 @pytest.mark.usefixtures("_undrawn")
 def test_settings_are_compared_with_the_preset() -> None:
     config = read_run.flatten(json.loads(json.dumps(dataclasses.asdict(preset("tiny")))))
-    config |= {"steps": 7, "loss.intercept": "value", "run_dir": "x", "scheduler.tau": 0.25}
+    config |= {"steps": 7, "loss.intercept": "value", "run_dir": "x", "resume": "auto", "scheduler.tau": 0.25}
     page = " ".join(_page(_run(_records(), config=config)).split())
     for name, default, value in (("steps", "150", "7"), ("scheduler.tau", "0.5", "0.25")):
         assert f'<th scope="row">{name}</th><td>{default}</td><td class="changed">{value}</td>' in page
     assert '<th scope="row">loss.intercept</th><td>auto</td><td>value</td>' in page
+    assert '<th scope="row">resume</th><td>never</td>' not in page
 
 
 def test_what_stands_out_is_said() -> None:

@@ -17,6 +17,7 @@ from tiny_run import build, config
 
 from paced_fast.config import ReplayConfig, RewardConfig, SchedulerConfig
 from paced_fast.config.resolve import resolve
+from paced_fast.config.reward_terms import parse_reward, parse_terms
 from paced_fast.data import packing
 from paced_fast.data.records import Completion, PromptRow, Targets
 from paced_fast.errors import InputError, TrainingError
@@ -27,7 +28,6 @@ from paced_fast.paced.update import make_optimizer, update_policy
 from paced_fast.rewards import Scorer, Shaper
 from paced_fast.rewards.loading import import_function, load_reward
 from paced_fast.rewards.shaping import centred
-from paced_fast.rewards.terms import parse_reward, parse_terms
 
 FUNCTIONS = '''
 import asyncio, time

@@ -16,11 +16,11 @@ from paced_fast import __main__ as front
 from paced_fast import errors, train
 from paced_fast.config.paced import ALGORITHMS
 from paced_fast.config.presets import BASES
+from paced_fast.config.reward_names import BUILT_IN
 from paced_fast.data.sources.benchmarks import BENCHMARKS
 from paced_fast.data.sources.spec import _KEYS, KINDS
 from paced_fast.errors import pip_install
 from paced_fast.policy.attention import lacking_here
-from paced_fast.rewards.loading import BUILT_IN
 from paced_fast.run import catalogue, doctor
 from paced_kernels import PriorityTree
 

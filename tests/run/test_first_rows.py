@@ -32,6 +32,9 @@ def boxed(prompts, completions, answer, **columns):
 def tagged(prompts, completions, answer, **columns):
     return [float(f"<answer>{a}</answer>" in c) for a, c in zip(answer, completions)]
 
+def last_word(completions, answer, **columns):
+    return [float(c.split()[-1:] == [a]) for c, a in zip(completions, answer)]
+
 def never(prompts, completions, **columns):
     return [0.25] * len(completions)
 
@@ -110,6 +113,19 @@ def test_the_reward_of_the_answer_itself(
     folder: Path, capsys: pytest.CaptureFixture[str], reward: str, words: str
 ) -> None:
     assert f"\n  {words}" in told(capsys, "--model", "model", "--data", "train.jsonl", "--reward", reward)
+
+
+@pytest.mark.parametrize(("reward", "likes_text"), [("r.py:last_word", True), ("r.py:never", False)])
+def test_a_reward_that_compares_texts_is_told_of_answers_that_are_numbers(
+    folder: Path, capsys: pytest.CaptureFixture[str], reward: str, likes_text: bool
+) -> None:
+    (folder / "a.jsonl").write_text('{"prompt": "1 + 1", "answer": 2}\n')
+    text = told(capsys, "--model", "model", "--data", "a.jsonl", "--reward", reward)
+    words = (
+        f"\n  WARNING: reward {reward} of this answer: 0; it is 1 with the text '2' in place of 2: compare with str("
+    )
+    assert (words in text) == likes_text
+    assert ("either the reward wants more" in text) != likes_text
 
 
 @pytest.mark.process

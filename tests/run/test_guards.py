@@ -167,22 +167,58 @@ def test_one_lucky_step_is_no_height_to_fall_from() -> None:
         assert guards.check(clean_record(step, rng, accuracy=0.0, reward_mean=0.3 if step == 1 else 0.0)) == []
 
 
-def test_a_warning_is_said_once_then_every_n_steps_and_again_after_it_cleared(
+def _said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage().split(",")[0] for record in caplog.records]
+
+
+def test_a_warning_is_said_once_and_again_when_it_holds_n_steps_later(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("paced_fast"), "propagate", True)
     rng, guards = random.Random(0), Guards(GuardConfig(repeat_every=10))
-    held = {*range(3, 26), *range(30, 33)}
+    held = {*range(3, 26), *range(30, 33), *range(50, 53)}
     with caplog.at_level(logging.WARNING):
-        for step in range(1, 40):
+        for step in range(1, 60):
             record = clean_record(step, rng, **({"kl": 2.5} if step in held else {}))
             assert guards.check(record) == (["kl"] if step in held else [])
-    lines = [record.getMessage() for record in caplog.records]
-    assert [line.split(",")[0] for line in lines] == ["step 3", "step 13", "step 23", "step 30"]
-    assert lines[0] == (
+    assert _said(caplog) == ["step 3", "step 13", "step 23", "step 50"]
+    assert caplog.records[0].getMessage() == (
         "step 3, kl: kl is 2.5, above 1; the policy moves too far per step: lower --optimizer.learning-rate or "
         "--optimizer.max-grad-norm"
     )
+
+
+@pytest.mark.parametrize("cut", [None, 8, 13, 14])
+def test_a_figure_about_its_bound_is_said_as_seldom_as_one_beyond_it(
+    cut: int | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("paced_fast"), "propagate", True)
+    rng, guards = random.Random(0), Guards(GuardConfig())
+    with caplog.at_level(logging.WARNING):
+        for step in range(1, 101):
+            # Above .9 in steps 4, 6, 8 ...; every step is counted.
+            record = clean_record(step, rng, truncated_share=0.95 if step >= 4 and step % 2 == 0 else 0.85)
+            assert guards.check(record) == (["truncated"] if step >= 4 and step % 2 == 0 else [])
+            if step == cut:
+                state, guards = guards.state_dict(), Guards(GuardConfig())
+                guards.load_state_dict(state)
+    assert _said(caplog) == ["step 4", "step 54"]
+
+
+@pytest.mark.parametrize("clears", [False, True])
+def test_a_run_stops_on_a_warning_that_was_said_before(clears: bool) -> None:
+    rng, guards = random.Random(0), Guards(GuardConfig())
+    assert guards.check(clean_record(1, rng, truncated_share=0.95)) == ["truncated"]
+    guards.stop(1)  # it is not among those that stop the run
+    state, told = guards.state_dict(), GuardConfig(stop_on=("truncated",))
+    guards = Guards(told)
+    guards.load_state_dict(state)
+    if clears:
+        assert guards.check(clean_record(2, rng, truncated_share=0.85)) == []
+        guards.stop(2)
+    assert guards.check(clean_record(3, rng, truncated_share=0.95)) == ["truncated"]
+    with pytest.raises(TrainingError, match=r"^step 3, truncated: truncated_share is 0.95, above 0.9; "):
+        guards.stop(3)
 
 
 def test_only_the_lead_speaks(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

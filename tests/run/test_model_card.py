@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def test_an_export_has_a_card_and_the_report(run: Path, tmp_path: Path) -> None:
     assert "after step 4" in text
     assert "| `generation.group_size` | 8 | 4 |" in text
     assert "`optimizer.eps`" not in text
+    assert not re.search(r"`(run_dir|resume|run\..*|warm_start\.cache_dir)` \|", text), "nothing that the policy owes"
     assert "split=train&size=40` |" in text
     assert "| torch | " in text
     assert 'from_pretrained("sums"' in text

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from paced_fast.config import flatten
 from paced_fast.config.given import in_words
 from paced_fast.config.presets import BASES
+from paced_fast.config.resuming import OF_THE_START
 
 Changes = dict[str, tuple[object, object]]
 """(value of the preset, value of the run) by dotted name."""
@@ -20,8 +21,7 @@ def changed_settings(config: Mapping[str, object]) -> tuple[Changes, Changes]:
     """Return the settings that the user changed, and those that the preset leaves to the algorithm or the machine.
 
     `config` has dotted names, as `flatten` makes them or as config.json holds them; what Python handed over stands in
-    words. Both are empty for settings of a
-    preset that this version does not know.
+    words. How the run was started is left out. Both are empty for settings of a preset that this version does not know.
     """
     preset = config.get("preset")
     if not isinstance(preset, str) or preset not in BASES:
@@ -29,7 +29,7 @@ def changed_settings(config: Mapping[str, object]) -> tuple[Changes, Changes]:
     changed: Changes = {}
     decided: Changes = {}
     for name, default in flatten(BASES[preset]()).items():
-        if name in config and name != "run_dir" and _plain(config[name]) != _plain(default):
+        if name in config and name not in OF_THE_START and _plain(config[name]) != _plain(default):
             found = decided if default in ("auto", ("auto",)) or name in _DECIDED else changed
             found[name] = (_plain(default), in_words(_plain(config[name])))
     return changed, decided

@@ -30,7 +30,7 @@ Files are read as streams: memory is that of the rows kept, and nothing behind `
 """
 
 from paced_fast.data.sources.chat import parse_day, template_arguments
-from paced_fast.data.sources.drafts import Check, Draft, read_drafts
+from paced_fast.data.sources.drafts import Check, Draft, check_first_row, read_drafts
 from paced_fast.data.sources.faults import BadRow, BadRows, MissingColumn
 from paced_fast.data.sources.read import drop_missing, find_file, looked_at, require_file
 from paced_fast.data.sources.spec import Messages, Source, is_template, parse_source, rewarded
@@ -43,6 +43,7 @@ __all__ = [
     "Messages",
     "MissingColumn",
     "Source",
+    "check_first_row",
     "drop_missing",
     "find_file",
     "is_template",

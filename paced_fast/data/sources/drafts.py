@@ -8,17 +8,19 @@ import json
 import logging
 import random
 import re
-import string
+import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from paced_fast.data.sources.demonstrations import demonstration_of, noisy
 from paced_fast.data.sources.faults import BadRow, BadRows, MissingColumn, check_text, checked_answer, checked_prompt
+from paced_fast.data.sources.fields import find_field, lack_of, lookup
 from paced_fast.data.sources.formats import Layout, boxed, judges_without_answer, layout_of
-from paced_fast.data.sources.read import Reader, Row, open_source
+from paced_fast.data.sources.read import Reader, Row, find_file, open_source
 from paced_fast.data.sources.spec import Messages, Source, parse_source
-from paced_fast.data.tasks import equation
 from paced_fast.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ Check = Callable[[str, Mapping[str, Any]], str | MissingColumn | None]
 """Function of a reward's name and a row's columns; returns why the row could never be scored, or None."""
 
 _FIRST_ROWS = 100
-_KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
+_LARGE_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,12 +85,7 @@ def read_drafts(
     for place, (where, raw) in zip(places, streamed, strict=True):
         try:
             row = reader.decode(where, raw)
-            draft = _draft(source, layout, where, row, imitated=imitated)
-            problem = None if check is None else check(draft.reward, {**draft.columns, "prompt": draft.prompt})
-            if isinstance(problem, MissingColumn):
-                raise BadRow(_lacks(source, layout, where, row, problem))
-            if problem is not None:
-                raise BadRow(f"{where}: {problem}")
+            draft = _checked_draft(source, layout, where, row, check, imitated=imitated)
         except BadRow as bad:
             bad_rows.add(bad)
             continue
@@ -99,6 +96,49 @@ def read_drafts(
     if not drafts:
         raise InputError(f"data source {spec!r} has no rows: check its file, and rows= and share= if given")
     return source, kept
+
+
+def check_first_row(spec: str, data_dir: str | None, *, check: Check, reward: str | None = None) -> None:
+    """Try the first row of a file that the source selects, as `read_drafts` tries all; nothing else is read or logged.
+
+    Nothing is said of an absent file, of large ones that are read as a whole, and where chance chooses the rows.
+
+    Raises:
+        InputError: `read_drafts` would refuse the row.
+    """
+    source = parse_source(spec)
+    path = find_file(source, data_dir) if source.kind in ("jsonl", "csv", "parquet") else None
+    if path is None or (source.seed is not None and source.size is not None) or _is_slow(source, path):
+        return
+    source = source if source.reward is not None else dataclasses.replace(source, reward=reward)
+    reader, start = open_source(source, data_dir), source.rows[0] or 0
+    first = range(start, max(start, reader.count(min(start + _FIRST_ROWS, source.rows[1] or sys.maxsize))))
+    layout = _layout(source, reader, first, imitated=False, tell=False)
+    for where, raw in reader.stream(first):
+        row = reader.decode(where, raw)
+        low, high = source.share
+        if low <= _place(_prompt(source, row, source.prompt or layout.prompt, where)) < high:
+            _checked_draft(source, layout, where, row, check, imitated=False)
+            return
+
+
+def _is_slow(source: Source, path: Path) -> bool:
+    """Whether a file takes long to read up to its first rows."""
+    is_whole = source.kind == "csv" or path.name.removesuffix(".gz").endswith(".json")
+    return (is_whole and path.stat().st_size > _LARGE_BYTES) or (source.rows[0] or 0) > _FIRST_ROWS
+
+
+def _checked_draft(
+    source: Source, layout: Layout, where: str, row: Row, check: Check | None, *, imitated: bool
+) -> Draft:
+    """The row as a draft. Raises BadRow for one that cannot be used, or never judged."""
+    draft = _draft(source, layout, where, row, imitated=imitated)
+    problem = None if check is None else check(draft.reward, {**draft.columns, "prompt": draft.prompt})
+    if isinstance(problem, MissingColumn):
+        raise BadRow(_lacks(source, layout, where, row, problem))
+    if problem is not None:
+        raise BadRow(f"{where}: {problem}")
+    return draft
 
 
 def _lacks(source: Source, layout: Layout, where: str, row: Row, missing: MissingColumn) -> str:
@@ -113,34 +153,50 @@ def _lacks(source: Source, layout: Layout, where: str, row: Row, missing: Missin
         name, remedy = source.answer or layout.answers[0], f"{remedy}, name the field by answer="
     elif name in _NAMES_OF_VERL and ":" in missing.reward and not missing.reward.startswith(("trl:", "verl:")):
         remedy = f"write verl:{missing.reward} if it is a function for verl, {remedy}"
-    lack = _lack(row, name)
+    lack = lack_of(row, name)
     return (
         f"{where} has {lack}: the reward {missing.reward!r} has the "
         f"parameter {missing.column!r} without a default: {remedy}, or give the parameter a default"
     )
 
 
-def _layout(source: Source, reader: Reader, first: range, *, imitated: bool) -> Layout:
-    """The layout of the first row that can be read."""
+def _layout(source: Source, reader: Reader, first: range, *, imitated: bool, tell: bool = True) -> Layout:
+    """The layout of the first row that can be read; `tell`: log what it is."""
     for where, raw in reader.stream(first):
         try:
             row = reader.decode(where, raw)
         except BadRow:
             continue  # it is read again when its turn comes
         layout, recognised = layout_of(source, row, imitated=imitated)
-        if recognised:
-            answers = [f"`{name}`" for name in layout.answers]
-            answer = " or ".join([*answers, f"\\boxed{{}} of `{layout.boxed}`"] if layout.boxed else answers)
-            judged = f"tests from `{'` and `'.join(layout.tests)}`" if layout.tests else f"answer from {answer}"
+        if recognised and tell:
+            judged = f"tests from `{'` and `'.join(layout.tests)}`" if layout.tests else _told_answer(layout, row)
             known = "" if layout.name == "plain" else f" (format {layout.name})"
             logger.info("%s: prompt from `%s`, %s%s", source.spec, layout.prompt, judged, known)
-        if source.slice is not None and source.slice in row and source.kind not in ("task", "rg"):
+        if tell and source.slice is not None and source.slice in row and source.kind not in ("task", "rg"):
             logger.warning(
                 "%s: slice=%s puts every row into one slice of that name; slice_by=%s makes one of each value",
                 *(source.spec, source.slice, source.slice),
             )
         return layout
     return Layout(name="plain", prompt=source.prompt or "prompt", answers=("answer",))
+
+
+def _told_answer(layout: Layout, row: Row) -> str:
+    """Where the answer of a row without tests comes from, in words."""
+    if all(find_field(row, name) is None for name in layout.answers):
+        if layout.prompt == "messages" and _ends_in_reply(row["messages"]):
+            return "answer from the reply that ends it"
+        if not layout.boxed and not any(name in row for name in layout.answers):
+            return "no answer"
+    places = [f"`{name}`" for name in layout.answers]
+    if layout.boxed:
+        places.append(f"\\boxed{{}} of `{layout.boxed}`")
+    return f"answer from {' or '.join(places)}"
+
+
+def _ends_in_reply(chat: Any) -> bool:
+    last = chat[-1] if isinstance(chat, list) and chat else None
+    return isinstance(last, Mapping) and last.get("role") == "assistant"
 
 
 def _selected(
@@ -178,7 +234,7 @@ def _share(
 
 def _prompt(source: Source, row: Row, name: str, where: str) -> Any:
     """The row's prompt; of a text the part that the source keeps."""
-    prompt = _lookup(row, name, where, "prompt")
+    prompt = lookup(row, name, where, "prompt")
     if source.keep is None:
         return prompt
     if not isinstance(prompt, str):
@@ -242,11 +298,11 @@ def _draft(source: Source, layout: Layout, where: str, data: Row, *, imitated: b
         columns["answer"] = _answer(source, layout, data, where, imitated=imitated)
         demonstration = None
     if source.demonstration is not None:
-        demonstration = _demonstration(source.demonstration, data, prompt, columns.get("answer"), where)
-        demonstration = _noisy(demonstration, source.noise, where)
+        demonstration = demonstration_of(source.demonstration, data, prompt, columns.get("answer"), where)
+        demonstration = noisy(demonstration, source.noise, where)
     slice_name = source.slice or (data["slice"] if made else source.slice_name)
     if source.slice_by is not None:
-        slice_name = _slice(_lookup(data, source.slice_by, where, "slice_by"), source.slice_by, where)
+        slice_name = _slice(lookup(data, source.slice_by, where, "slice_by"), source.slice_by, where)
     return Draft(
         where=where, prompt=prompt, reward=reward, slice=slice_name, columns=columns, demonstration=demonstration
     )
@@ -255,14 +311,14 @@ def _draft(source: Source, layout: Layout, where: str, data: Row, *, imitated: b
 def _without_reply(prompt: Messages, layout: Layout, data: Row, where: str) -> tuple[Messages, Row]:
     """A chat of a data set for supervised learning: without the reply it ends with, which is the answer if no column
     has one."""
-    if prompt[-1]["role"] != "assistant":
+    if not _ends_in_reply(prompt):
         return prompt, data
     if len(prompt) == 1:
         raise BadRow(
             f"{where}: the prompt in 'messages' is a reply only: name the prompt's field, as in prompt=FIELD (the "
             f"fields are {', '.join(map(str, data))})"
         )
-    if all(_find_field(data, name) is None for name in layout.answers):
+    if all(find_field(data, name) is None for name in layout.answers):
         data = {**data, layout.answers[0]: prompt[-1]["content"]}
     return prompt[:-1], data
 
@@ -287,8 +343,8 @@ def _with_starter(prompt: str | Messages, code: Any) -> str | Messages:
 
 def _answer(source: Source, layout: Layout, data: Row, where: str, *, imitated: bool) -> Any:
     names = layout.answers if source.answer is None else (source.answer,)
-    name = next((name for name in names if _find_field(data, name) is not None), names[0])
-    found = _find_field(data, name)
+    name = next((name for name in names if find_field(data, name) is not None), names[0])
+    found = find_field(data, name)
     if found is None and source.answer is None and imitated:
         return None
     if found is None and source.answer is None and layout.boxed is not None:
@@ -298,7 +354,7 @@ def _answer(source: Source, layout: Layout, data: Row, where: str, *, imitated: 
         return checked_answer(found, layout.boxed, where)
     if source.answer is None and found is None and judges_without_answer(source.reward):
         return None
-    answer = _lookup(data, name, where, "answer")
+    answer = lookup(data, name, where, "answer")
     after = source.answer_after or (layout.answer_after if source.answer is None else None)
     if after is not None:
         if not isinstance(answer, str) or after not in answer:
@@ -310,60 +366,3 @@ def _answer(source: Source, layout: Layout, data: Row, where: str, *, imitated: 
     if judges_without_answer(source.reward):
         return answer  # what the user's own function is given is between the two
     return checked_answer(answer, name, where)
-
-
-def _demonstration(name: str, data: Row, prompt: str | Messages, answer: Any, where: str) -> str:
-    if name in ("@answer", "@equation"):
-        if answer is None:
-            raise BadRow(f"{where} has no answer for demonstration={name}: name a field instead")
-        text = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
-        try:
-            return text if name == "@answer" else equation(str(prompt), text)
-        except (ValueError, ZeroDivisionError) as error:
-            raise BadRow(
-                f"{where}: the answer {text!r} is not a number, which demonstration=@equation needs: drop the row"
-            ) from error
-    text = _lookup(data, name, where, "demonstration")
-    if not isinstance(text, str) or not text.strip():
-        raise BadRow(f"{where}: the demonstration in {name!r} is {text!r:.80}: give text that is not empty")
-    return text
-
-
-def _noisy(text: str, share: float, where: str) -> str:
-    """Replace about `share` of the letters and digits by others of their kind; the row's name decides which."""
-    draw = random.Random(f"{where}/{text}")
-    return "".join(_another(one, draw) if share and draw.random() < share else one for one in text)
-
-
-def _another(character: str, draw: random.Random) -> str:
-    kind = next((kind for kind in _KINDS if character in kind), character)
-    return draw.choice(kind.replace(character, "") or character)
-
-
-def _find_field(data: Mapping[str, Any], name: str) -> Any:
-    """The field `name`, which may be dotted, where a number stands for an item of a list; None when there is none."""
-    value: Any = data.get(name)
-    if value is None:
-        value = data
-        for part in name.split("."):
-            if isinstance(value, Mapping):
-                value = value.get(part)
-            else:
-                is_place = isinstance(value, list) and re.fullmatch("[0-9]{1,9}", part) and int(part) < len(value)
-                value = value[int(part)] if is_place else None
-    return value
-
-
-def _lookup(data: Row, name: str, where: str, key: str) -> Any:
-    value = _find_field(data, name)
-    if value is None:
-        cure = "mend the row, or give --data.bad-rows skip" if name in data else f"name another, as in {key}=FIELD"
-        raise BadRow(f"{where} has {_lack(data, name)}: {cure}")
-    return value
-
-
-def _lack(row: Mapping[str, Any], name: str) -> str:
-    """What a row has instead of a value in the field `name`."""
-    if name in row:
-        return f"nothing in its field {name!r}"
-    return f"no field {name!r}, only {', '.join(map(str, row))}"

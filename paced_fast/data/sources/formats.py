@@ -18,9 +18,10 @@ Rows of the four with tests are programs, which `reward=code` judges by all of t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from paced_fast.data.sources.spec import FORMAT_NAMES, Source
 from paced_fast.errors import InputError
@@ -90,9 +91,9 @@ def layout_of(source: Source, row: Mapping[str, Any], *, imitated: bool = False)
         if found is None and row.keys() & set(_PROMPTS) and needs_none:
             return _plain(row), True
         if found is None:
-            what, query = "fields of prompt and answer", "prompt=FIELD&answer=FIELD"
-            if row.keys() & set(_PROMPTS):
-                what, query = "field of the answer", "answer=FIELD"
+            what, query = "field of the answer", f"answer={_alike(row, _ANSWERS)}"
+            if not row.keys() & set(_PROMPTS):
+                what, query = "fields of prompt and answer", f"prompt={_alike(row, _PROMPTS)}&{query}"
             raise InputError(
                 f"source {source.spec!r}: no known format has the fields {', '.join(map(str, row))}: name the {what}, "
                 f"as in '{source.title}?{query}', or give format=NAME, one of "
@@ -105,6 +106,12 @@ def layout_of(source: Source, row: Mapping[str, Any], *, imitated: bool = False)
             f"'code' judges and {source.reward!r} cannot: give this source reward=code, or name no reward at all"
         )
     return layout, recognised
+
+
+def _alike(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The field that has one of the names but for capitals and blanks, as a source writes it; else `FIELD`."""
+    written = {str(field).strip().lower(): quote(str(field)) for field in row}
+    return next((written[name] for name in names if name in written), "FIELD")
 
 
 def judges_without_answer(reward: str | None) -> bool:

@@ -105,11 +105,11 @@ class JsonLines:
             raise BadRow(f"{where} is nested too deeply: drop the row") from error
         except json.JSONDecodeError as error:  # whose own line number counts within this one line
             what = f"{error.msg}, at character {error.pos + 1} of the line"
-            raise BadRow(f"{where} is not JSON ({what}): write one JSON object per line") from error
+            raise BadRow(f"{where} is not JSON ({what}): {_remedy(text, is_first=first_line)}") from error
         except ValueError as error:
             raise BadRow(f"{where} is not JSON ({error}): write one JSON object per line") from error
         if not isinstance(row, dict):
-            raise BadRow(f"{where} is a JSON {type(row).__name__}: write one JSON object per line")
+            raise BadRow(f"{where} is a JSON {type(row).__name__}: {_remedy(text, is_first=first_line)}")
         return row
 
     def _lines(self) -> Iterator[tuple[int, bytes | None]]:
@@ -132,6 +132,12 @@ class JsonLines:
 
     def _open(self) -> IO[bytes]:
         return cast(IO[bytes], gzip.open(self.path)) if self.path.suffix == ".gz" else self.path.open("rb")
+
+
+def _remedy(line: str, *, is_first: bool) -> str:
+    """What to do about a line that is no object; a file that begins with a list may be one."""
+    is_list = is_first and line.lstrip().startswith("[")
+    return f"write one JSON object per line{', or name the file .json if it is one list' if is_list else ''}"
 
 
 def _skip_line(file: IO[bytes], line: bytes) -> None:

@@ -41,8 +41,9 @@ class Finding:
 class Guards:
     """Warnings of a run. `check` is called with every step's record, in order; its memory is part of checkpoints.
 
-    A warning is logged when it begins to hold and every `repeat_every` steps while it does. `stop` raises, so that the
-    step that stops the run is recorded first.
+    A warning is logged when it first holds, and again when it holds `repeat_every` steps or more after that: a figure
+    that moves about its bound says so as seldom as one that stays beyond it. `stop` raises, so that the step that stops
+    the run is recorded first; what has been logged has no part in it.
     """
 
     def __init__(self, config: GuardConfig, *, speaks: bool = True, has_groups: bool = True) -> None:
@@ -56,28 +57,25 @@ class Guards:
         self.gap_steps = self.stuck_steps = self.same_steps = 0
         """Steps in a row, up to the last, in which the value was off or stuck, or no group was mixed."""
         self.said: dict[str, int] = {}
-        """Warnings that held in the last step, and the step in which each was logged last."""
+        """The step in which each warning was logged last."""
         self._fatal: Finding | None = None
 
     def check(self, record: StepRecord) -> list[str]:
-        """Names of the warnings that hold in this step; logs those that are new, or were logged `repeat_every` steps
-        ago."""
+        """Names of the warnings that hold in this step; logs those that were not logged in the last `repeat_every`
+        steps."""
         step = record.step
         found = [finding for finding in self._findings(record) if finding is not None]
-        said: dict[str, int] = {}
         for finding in found:
             last = self.said.get(finding.name)
-            is_due = last is None or step - last >= self.config.repeat_every
-            said[finding.name] = step if last is None or is_due else last
-            if is_due and self.speaks:
-                logger.warning("step %d, %s: %s; %s", step, finding.name, finding.text, finding.remedy)
-            if last is None and finding.name in self.config.stop_on and self._fatal is None:
-                self._fatal = finding
-        self.said = said
+            if last is None or step - last >= self.config.repeat_every:
+                self.said[finding.name] = step
+                if self.speaks:
+                    logger.warning("step %d, %s: %s; %s", step, finding.name, finding.text, finding.remedy)
+        self._fatal = next((finding for finding in found if finding.name in self.config.stop_on), None)
         return [finding.name for finding in found]
 
     def stop(self, step: int) -> None:
-        """Raises TrainingError when a warning of `stop_on` began to hold in the step just checked."""
+        """Raises TrainingError when a warning of `stop_on` holds in the step just checked."""
         if self._fatal is not None:
             finding = self._fatal
             raise TrainingError(f"step {step}, {finding.name}: {finding.text}; {finding.remedy} (--guard.stop-on)")

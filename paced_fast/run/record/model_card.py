@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from paced_fast.config.given import in_words
 from paced_fast.config.presets.changed import changed_settings
+from paced_fast.config.resuming import NOT_OF_TRAINING
 from paced_fast.config.saved import read_settings
 from paced_fast.data.sources import parse_source
 from paced_fast.errors import InputError, counted
@@ -185,7 +186,8 @@ def _named(value: str | None) -> str:
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[str]:
-    changed, _ = changed_settings(config)
+    differing, _ = changed_settings(config)
+    changed = {name: both for name, both in differing.items() if not name.startswith(NOT_OF_TRAINING)}
     yield "## Settings"
     if not changed:
         yield f"Those of preset `{config.get('preset')}`."

@@ -20,7 +20,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from paced_fast.evaluation.forgetting import Fall, fallen_slices
+from paced_fast.evaluation.forgetting import Fall, fallen_slices, recovered_slices
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _PHASES = {
     "reward": "scoring",
     "old_logprobs": "computing log-probs",
     "update": "updating the policy",
-    "sync": "handing weights to the engine",
+    "sync": "handing weights to the generator",
     "parity": "checking the engine",
     "evaluate": "evaluating",
     "checkpoint": "saving",
@@ -70,7 +70,7 @@ class Progress:
         self._accuracies: list[float] = []
         self._first_evaluation: Mapping[str, object] | None = None
         self._fallen: frozenset[str] = frozenset()
-        """Slices that were below their first evaluation in the last one."""
+        """Slices of which a fall was told, and that have not been back at their first evaluation since."""
         for evaluation in evaluations:
             self._evaluated(evaluation)
         self._durations: deque[float] = deque(maxlen=_STEPS)
@@ -122,7 +122,7 @@ class Progress:
             logger.info("%s", self.line())
 
     def _evaluated(self, evaluation: Mapping[str, object]) -> list[Fall]:
-        """Note an evaluation; returns the slices that have fallen since the first one and had not in the last one."""
+        """Note an evaluation; returns the slices that have fallen since the first one and are not among `_fallen`."""
         accuracy = evaluation.get("accuracy")
         if not isinstance(accuracy, float):
             return []
@@ -132,7 +132,9 @@ class Progress:
             return []
         falls = fallen_slices(self._first_evaluation, evaluation)
         new = [fall for fall in falls if fall.slice not in self._fallen]
-        self._fallen = frozenset(fall.slice for fall in falls)
+        self._fallen = (self._fallen | {fall.slice for fall in falls}) - recovered_slices(
+            self._first_evaluation, evaluation
+        )
         return new
 
     def phase(self, name: str) -> None:

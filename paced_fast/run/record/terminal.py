@@ -1,6 +1,6 @@
 """Terminal output: log lines, and tables before and after a run; `progress` has the live line.
 
-It takes plain records and depends on nothing else in the package.
+It takes plain records and depends on nothing outside this folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
+
+from paced_fast.run.record.breakable import Breakable, setting_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def announce(what: str) -> None:
 
 def config_table(flat: Mapping[str, object], *, title: str = "configuration") -> Table:
     """The resolved configuration, dotted field name -> value."""
-    return _two_columns(title, {name: str(value) for name, value in flat.items()})
+    return _two_columns(title, {name: setting_in_words(value) for name, value in flat.items()})
 
 
 def settings_table(changed: Mapping[str, tuple[object, object]], *, preset: str) -> Table:
@@ -66,15 +68,10 @@ def settings_table(changed: Mapping[str, tuple[object, object]], *, preset: str)
     for name in ("setting", "this run", "preset"):
         table.add_column(name, style="dim" if name == "preset" else "", no_wrap=name == "setting", overflow="fold")
     for name, (default, value) in changed.items():
-        table.add_row(Text(name), Text(_setting(value)), Text(_setting(default)))
+        table.add_row(Text(name), *(Breakable(setting_in_words(one)) for one in (value, default)))
     if not changed:
         table.add_row("none", "", "")
     return table
-
-
-def _setting(value: object) -> str:
-    words = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return "none" if value is None else words or "none"
 
 
 def memory_plan_table(plan: Mapping[str, int], *, available_bytes: int | None = None) -> Table:
@@ -207,7 +204,7 @@ def _two_columns(title: str, rows: Mapping[str, str], *, justify_right: bool = F
     table.add_column(style="dim", no_wrap=True)
     table.add_column(justify="right" if justify_right else "left", overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, Text(value))  # as text: brackets in a value are no markup
+        table.add_row(name, Breakable(value))
     return table
 
 

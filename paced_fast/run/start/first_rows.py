@@ -156,6 +156,12 @@ def _verdict(row: PromptRow, answer: str, scorer: Scorer) -> str:
         other = next((name for name, value in zip(_FORMS, found, strict=True) if value == 1.0), None)
     if earned == 1.0:
         return f"{told}, as it should be"
+    as_text = dataclasses.replace(row, columns={**row.columns, "answer": answer})
+    if other is None and not isinstance(row.columns["answer"], str) and scorer.try_out([as_text], [answer]) == [1.0]:
+        return (
+            f"WARNING: {told}; it is 1 with the text {answer!r} in place of {row.columns['answer']!r}: compare with "
+            "str(answer) in the reward, or write answers as text"
+        )
     if other is not None:
         return f"{told}; {other} it is 1, so the prompt should ask for that (--data.system-prompt, or --data.template)"
     return (
