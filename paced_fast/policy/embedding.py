@@ -125,9 +125,9 @@ class RestsAttention:
         self._back = to_device(ranges(rows, sizes), torch.int64, device)
         self._kept, self._keep = iter(kept), keep
 
-    def grid(self, values: Tensor) -> Tensor:
-        """[T, ...] -> [S, L, ...]; behind the end of a block stands some token of the row."""
-        return values[self._places].unflatten(0, (-1, self.longest))
+    def grid(self, values: Tensor, dim: int = 0) -> Tensor:
+        """[..., T, ...] -> [..., S, L, ...]; behind the end of a block stands some token of the row."""
+        return values.index_select(dim, self._places).unflatten(dim, (-1, self.longest))
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float, window: int | None
@@ -135,7 +135,7 @@ class RestsAttention:
         """See `Kernel`; `packed.masks` are [L, P + L]."""
         if self._keep is not None:
             self._keep.append((key, value))
-        queries, keys, values = (self.grid(tensor[0].transpose(0, 1)).transpose(1, 2) for tensor in (query, key, value))
+        queries, keys, values = (self.grid(tensor[0], 1).transpose(0, 1) for tensor in (query, key, value))
         if (before := next(self._kept, None)) is not None:
             keys, values = (
                 torch.cat([held.expand(len(own), -1, -1, -1), own], 2)
@@ -147,7 +147,7 @@ class RestsAttention:
         output = scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
         )
-        return output.transpose(1, 2).flatten(0, 1)[self._back][None]
+        return output.transpose(1, 2).flatten(0, 1).index_select(0, self._back)[None]
 
 
 def _chunks(prompts: Iterable[Prompt], max_tokens: int) -> Iterator[list[Prompt]]:
