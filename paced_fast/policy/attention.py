@@ -102,10 +102,16 @@ def sdpa_masks(row: PackedRow, windows: set[int | None], dtype: torch.dtype) -> 
     0 where a token may attend, minus infinity elsewhere: attention would convert a boolean mask to numbers in every
     layer.
     """
-    device = row.input_ids.device
     prefix = max((row.lengths[p] for p in row.prefixes if p >= 0), default=0)
-    query = torch.arange(max(row.lengths), device=device)[:, None]
-    key = torch.arange(-prefix, max(row.lengths), device=device)[None, :]
+    return block_masks(prefix, max(row.lengths), windows, dtype, row.input_ids.device)
+
+
+def block_masks(
+    prefix: int, length: int, windows: set[int | None], dtype: torch.dtype, device: torch.device
+) -> dict[int | None, Tensor]:
+    """For each window the mask [n, p + n] of a block of n = `length` tokens behind p = `prefix` others."""
+    query = torch.arange(length, device=device)[:, None]
+    key = torch.arange(-prefix, length, device=device)[None, :]
     masks = {}
     for window in windows:
         seen = key <= query if window is None else (key <= query) & (query - key < window)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,11 +19,14 @@ from paced_fast.config import Config, stream_seed
 from paced_fast.data import packing
 from paced_fast.data.records import Completion, Rollouts
 from paced_fast.errors import InputError
+from paced_fast.policy import embedding
 from paced_fast.policy.attention import (
     MASKED_ROW,
     PADDED,
     Attention,
+    Kernel,
     Packed,
+    block_masks,
     choose_attention,
     install,
     sdpa,
@@ -48,6 +51,7 @@ from paced_fast.policy.liger import use_liger
 from paced_fast.policy.lora import adapt
 from paced_fast.policy.micro_batches import (
     ForwardRows,
+    PackedRow,
     forward_rows,
     longest_row,
     micro_batches,
@@ -237,17 +241,21 @@ class Policy:
         kernel = self.attention.kernel or sdpa
         windows = set(self._windows().values())
         masks = sdpa_masks(row, windows, self.model.dtype) if kernel is sdpa else {}
+        return self._packed(row, kernel, masks)[row.hidden_index]
+
+    def _packed(self, row: PackedRow, kernel: Kernel, masks: Mapping[int | None, Tensor]) -> Tensor:
+        """States [L, H] of a packed row."""
         # A mask of four dimensions is taken as it is: without one transformers would look for the ends of sequences in
         # the positions, and make the host wait for what it finds. The kernel does not read it.
         nothing = torch.zeros(1, 1, 0, 0, dtype=self.model.dtype, device=self.device)
         states = self.body(
             input_ids=row.input_ids,
-            attention_mask=self._by_kind(dict.fromkeys(windows, nothing)),
+            attention_mask=self._by_kind(dict.fromkeys(self._windows().values(), nothing)),
             position_ids=row.position_ids,
             use_cache=False,
             packed=Packed(row, kernel, masks),
         ).last_hidden_state
-        return states[0][row.hidden_index]
+        return states[0]
 
     def _masks(self, rows: ForwardRows) -> Tensor | dict[str, Tensor]:
         """The rows' mask [R, 1, L, L], added to scores; one for each kind of layer where some or all see a window only.
@@ -326,30 +334,25 @@ class Policy:
     @torch.no_grad()
     def embed(self, prompts: Sequence[tuple[int, ...]], *, with_last: bool = False) -> Tensor:
         """Mean of the last layer's states over each prompt's tokens, f32[N, H]; with the last token's behind it,
-        f32[N, 2H]."""
-        size = output_layer(self.model).in_features
-        result = torch.zeros(len(prompts), 2 * size if with_last else size, device=self.device)
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for chunk in _chunks(by_length, [len(prompts[i]) for i in by_length], self.max_tokens):
-            longest = max(len(prompts[i]) for i in chunk)
-            ids = torch.zeros(len(chunk), longest, dtype=torch.int64)
-            mask = torch.zeros(len(chunk), longest, dtype=torch.int64)
-            for row, i in enumerate(chunk):
-                ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
-                mask[row, : len(prompts[i])] = 1
-            ids, mask = ids.to(self.device), mask.to(self.device)
-            states = self.run(partial(self._states, ids, mask))
-            weight = mask[:, :, None].float()
-            parts = [(states.float() * weight).sum(1) / weight.sum(1)]
-            if with_last:
-                parts.append(states[torch.arange(len(chunk), device=self.device), mask.sum(1) - 1].float())
-            result[torch.tensor(chunk, device=self.device)] = torch.cat(parts, 1)
-        return result
-
-    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        f32[N, 2H]. Prompts that are there twice, and what many of them begin with, are computed once."""
+        size, distinct = output_layer(self.model).in_features, dict.fromkeys(prompts)
         if self._padded:
-            return head_states(self.model, ids)  # zeros to the right, where no token looks
-        return self.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            parts = embedding.padded(distinct, self._padded_states, self.max_tokens)
+        else:
+            parts = embedding.packed(distinct, self._row_states, self.max_tokens, self.device)
+        result = torch.zeros(len(prompts), 2 * size if with_last else size, device=self.device)
+        return embedding.joined(parts, prompts, result)
+
+    def _padded_states(self, ids: Tensor) -> Tensor:
+        return self.run(partial(head_states, self.model, ids.to(self.device)))
+
+    def _row_states(self, row: PackedRow, kernel: Kernel, before: int) -> Tensor:
+        def compute() -> Tensor:
+            windows = set(self._windows().values())
+            masks = block_masks(before, max(row.lengths), windows, self.model.dtype, self.device)
+            return self._packed(row, kernel, masks)
+
+        return self.run(compute)
 
     @property
     def body(self) -> torch.nn.Module:
@@ -385,15 +388,3 @@ def prepare(policy: Policy, config: Config) -> None:
         "policy: attention %s (%s); liger %s; compiled %s; %s of %s parameters trained",
         *(policy.attention.name, policy.attention.reason, fused, compiled, f"{trained:,}", f"{total:,}"),
     )
-
-
-def _chunks(items: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterable[list[int]]:
-    """Cut items, sorted by rising length, into lists of at most `max_tokens` padded tokens."""
-    current: list[int] = []
-    for item, length in zip(items, lengths, strict=True):
-        if current and (len(current) + 1) * length > max_tokens:
-            yield current
-            current = []
-        current.append(item)
-    if current:
-        yield current

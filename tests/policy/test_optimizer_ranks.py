@@ -394,7 +394,7 @@ def check_passes(world: World) -> None:
     batch = tiny_policy.rollouts(LENGTHS, group_size=4, rewards=REWARDS)
     wanted = alone.logprobs(batch, 0.7)
     torch.testing.assert_close(policy.logprobs(batch, 0.7), wanted, rtol=0, atol=1e-4)
-    prompts = [(1, 2, 3), (4, 5)]
+    prompts = [(1, 2, 3), (4, 5), *((*[2, 9, 5] * 15, k) for k in range(6))]
     torch.testing.assert_close(policy.embed(prompts), alone.embed(prompts), rtol=0, atol=1e-5)
     assert all(isinstance(parameter, DTensor) for parameter in policy.named_parameters().values())
     reference = alone.frozen_copy()
