@@ -146,8 +146,9 @@ static void update(
 ) {
     int32_t q[BLOCK];
     int64_t live = 0;
-    /* Many writes are summed in the first level, and that from there on. */
-    int kept = num * 4 >= tree->count[0] ? 1 : tree->levels;
+    /* Levels with many more entries than there are writes take each difference; those above are summed again. */
+    int kept = 1;
+    while (kept < tree->levels && tree->count[kept - 1] > 4 * num) kept++;
     for (int64_t first = 0; first < num; first += BLOCK) {
         int64_t here = num - first < BLOCK ? num - first : BLOCK;
         const void *given = weights + first * SIZE_OF[kind];
