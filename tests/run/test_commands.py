@@ -124,6 +124,7 @@ def test_what_the_doctor_tells_to_install_is_what_the_package_asks_for() -> None
     assert set(doctor.REQUIRED) <= {re.split(r"[>;=]", line)[0] for line in PROJECT["dependencies"]}
 
 
+@pytest.mark.process  # the platform's name asks uname
 def test_absent_packages_say_who_needs_them_and_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in doctor.OPTIONAL else "1.0")
     monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
@@ -133,6 +134,7 @@ def test_absent_packages_say_who_needs_them_and_how_to_get_them(monkeypatch: pyt
     assert found["flash-attn"].endswith("pip install 'flash-attn>=2.8' --no-build-isolation")
 
 
+@pytest.mark.process  # the platform's name asks uname
 def test_without_a_required_package_the_status_is_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
