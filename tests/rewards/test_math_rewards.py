@@ -298,11 +298,10 @@ def test_a_hostile_answer_costs_the_limit_and_a_second_from_any_thread(tmp_path,
     assert verdict(judge, "1/2", r"\boxed{\frac{2}{4}}") == 1.0
     assert not (tmp_path / "written").exists()
     # Nearly all are refused before anything computes: there is nothing to gain from being unscored. Those without
-    # a verdict are asked again alone, twice: the machine may have been busy.
+    # a verdict are asked again alone, because the machine may have been busy; a worker that died counts in any case.
     unscored = [pair for pair, reward in zip(pairs, rewards, strict=False) if reward is None]
-    for _ in range(2):
-        unscored = [pair for pair in unscored if verdict(judge, *pair) is None]
-    assert len(unscored) <= 3, (counts, unscored)
+    lasting = [pair for pair in unscored if verdict(judge, *pair) is None]
+    assert counts["died"] + len(lasting) <= 3, (counts, lasting)
     judge.close()
 
 
