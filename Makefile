@@ -16,7 +16,7 @@ EXTRAS := $(if $(GPU),$(GPU_EXTRAS),$(CPU_EXTRAS))
 
 BIN := .venv/bin
 # What an install compiles.
-COMPILED := $(wildcard kernels/paced_kernels/_tree/host_code/*)
+COMPILED := $(wildcard kernels/paced_kernels/host_code/* kernels/paced_kernels/*/host_code/*)
 # Written when an install succeeds; older than one of its prerequisites means install again.
 STAMP := .venv/.installed
 BIN_VLLM := .venv-vllm/bin

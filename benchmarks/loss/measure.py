@@ -75,7 +75,7 @@ class Arguments:
     exclude: tuple[str, ...] = ()
     """Exclude the methods with exactly these names."""
     dtype: str = "auto"
-    """bfloat16, float32, or auto: bfloat16 on a GPU and float32 on a CPU."""
+    """bfloat16, float32, or auto: bfloat16 on a GPU and float32 on a CPU. With --resume cells of another are kept."""
     repetitions: int = 0
     """Repetitions of each method; 0 means 30 on a GPU and 5 on a CPU."""
     cell_seconds: float = 0.0
@@ -319,7 +319,8 @@ def measure(case: str, arguments: Arguments, path: Path) -> dict[str, Any]:
     run = Measurement(case, arguments)
     cells = plan(arguments, run.device)
     old = environment.read_json(path) if arguments.resume else {}
-    done = {(cell["name"], cell["inputs"]): cell for cell in old.get("cells", []) if not cell["partial"]}
+    dtype = str(run.dtype).removeprefix("torch.")
+    done = {(cell["name"], cell["inputs"], cell["dtype"]): cell for cell in old.get("cells", []) if not cell["partial"]}
     result: dict[str, Any] = {
         "settings": asdict(arguments),
         "device": environment.device(run.device),
@@ -328,8 +329,8 @@ def measure(case: str, arguments: Arguments, path: Path) -> dict[str, Any]:
         "lost": old.get("lost", []),
     }
     for index, (shape, kind) in enumerate(cells):
-        if (shape.name, kind) in done:
-            run.note_slow(done[shape.name, kind])
+        if (shape.name, kind, dtype) in done:
+            run.note_slow(done[shape.name, kind, dtype])
             continue
         if arguments.seconds and time.perf_counter() - started > arguments.seconds:
             result["not_reached"].append(f"{shape.name} {kind}")

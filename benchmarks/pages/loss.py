@@ -20,8 +20,16 @@ KERNEL_COLUMNS = (
 
 
 def kernels(result: dict[str, Any]) -> str:
-    """Format the first cell of a comparison with peers, of the trajectory-balance loss or of log-probs, as Markdown."""
-    cell = result["cells"][0]
+    """Format a comparison with peers, of the trajectory-balance loss or of log-probs, as Markdown: the first cell of
+    every dtype."""
+    firsts: dict[str, dict[str, Any]] = {}
+    for cell in result["cells"]:
+        firsts.setdefault(cell["dtype"], cell)
+    parts = [_comparison(result, cell) for cell in firsts.values()]
+    return "\n\n".join([*parts, wrapped(f"{environment_line(result)}.")])
+
+
+def _comparison(result: dict[str, Any], cell: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(KERNEL_COLUMNS)} |", "|" + "---|" * len(KERNEL_COLUMNS)]
     lines += [f"| {' | '.join(_kernel_cells(row))} |" for row in report.ordered(cell) if not row["ceiling"]]
     verdicts = [report.speedup(cell, mode) for mode in report.SHOWN_MODES]
@@ -39,8 +47,7 @@ def kernels(result: dict[str, Any]) -> str:
     note = f"""
         {what} of {shape["tokens"]} tokens, hidden size {shape["hidden_size"]}, vocabulary
         {shape["vocab_size"]}, {cell["dtype"]}, {where}. Times: median (10th to 90th percentile) of interleaved runs;
-        memory: in addition to the inputs; errors: against {cell["oracle"]}. {". ".join(against)}. {left_out}
-        {environment_line(result)}."""
+        memory: in addition to the inputs; errors: against {cell["oracle"]}. {". ".join(against)}. {left_out}"""
     return "\n".join(["\n".join(lines), "", wrapped(note)])
 
 

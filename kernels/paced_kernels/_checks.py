@@ -16,7 +16,7 @@ from ._shard import VocabShard
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32)
-BACKENDS = ("auto", "triton", "reference", "pingpong")
+BACKENDS = ("auto", "triton", "compiled", "reference", "pingpong")
 REDUCTIONS = ("sum", "mean")
 _PACKED = {
     "hidden": ": pack a padded batch by hidden[:, :-1][mask[:, 1:]], with mask [B, L] True on completion tokens",

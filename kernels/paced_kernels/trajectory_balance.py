@@ -84,8 +84,9 @@ def trajectory_balance_loss(
         workspace_bytes: memory for chunks of logits; None = 8192 rows of exponentials with Triton (2.5 GB for bfloat16
             and V = 152k), 144 MiB for the reference. A chunk has at least one row.
         backend: "auto", "triton" (a CUDA device, or the interpreter with TRITON_INTERPRET=1), "reference" (plain
-            PyTorch) or "pingpong" (bfloat16 on compute capability 9.0, with the package nvidia-cutlass-dsl; no GPU has
-            run it yet). "auto" is "triton" on CUDA for every dtype but float64, else "reference".
+            PyTorch), "compiled" (the same with products in C, for bfloat16 on a CPU with AVX512_BF16) or "pingpong"
+            (bfloat16 on compute capability 9.0, with the package nvidia-cutlass-dsl; no GPU has run it yet). "auto" is
+            "triton" on CUDA for every dtype but float64, else "compiled" where it can run, else "reference".
         entropy_bonus: subtract entropy_bonus * (mean entropy over all T rows) from the loss, with its gradient; rows of
             sequences of weight 0 count as 0. Costs one elementwise pass over the chunks.
         shard: part of the vocabulary that `head_weight` and `bias` hold; None = all of it.

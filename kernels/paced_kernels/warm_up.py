@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._backend import resolve_backend
+from ._backend import is_torch, resolve_backend
 from ._loss.engine import Guard, make_engine, make_head, shard_options
 from ._loss.gradients import RowEngine
 from ._loss.torch_rows import Exponentials
@@ -49,7 +49,7 @@ def warm_up(
     _checks.check_linear_args(hidden, head_weight, token_ids, bias, 1.0, None, shard)
     _checks.check_share("skipped_share", skipped_share)
     backend = resolve_backend(backend, hidden)
-    if backend == "reference":
+    if is_torch(backend):
         return
     group, start, _ = shard_options(shard, head_weight)
     rows, live = slice(0, num_rows), torch.ones(num_rows, dtype=torch.bool, device=hidden.device)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import environment, options, run, timing
 from benchmarks.loss import accuracy, gemm_sweep, measure, memory_probe, methods, our_engines, peers, problems
+from benchmarks.pages import loss as loss_pages
 
 CPU = torch.device("cpu")
 FLOAT32 = torch.float32
@@ -279,6 +280,15 @@ def test_a_run_out_of_time_lists_what_it_did_not_reach_and_a_resumed_one_keeps_w
     cells = measure.measure("logprobs", both, path)["cells"]
     assert [cell["name"] for cell in cells] == [TOY.name, other]
     assert cells[0] == before
+    half = measure.toy_arguments(dtype="bfloat16", resume=True, **given)
+    cells = measure.measure("logprobs", half, path)["cells"]
+    assert [(cell["name"], cell["dtype"]) for cell in cells] == [
+        *((name, "float32") for name in (TOY.name, other)),
+        (TOY.name, "bfloat16"),
+    ]
+    page = loss_pages.kernels(environment.read_json(path))
+    assert page.count("| naive |") == 2
+    assert all(f", {dtype}, " in page.replace("\n", " ") for dtype in ("float32", "bfloat16"))
 
 
 # Commands

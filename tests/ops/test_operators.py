@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paced_kernels
 from paced_kernels import FusedLinearHead, VocabShard, linear_logprobs, trajectory_balance_loss
+from paced_kernels._host_products import HAS_UNITS
 from paced_kernels._loss import operators, tiles
 
 T, H, V = 7, 5, 11
@@ -72,6 +73,7 @@ IN_TRITON = pytest.param("triton", marks=INTERPRETED)
 BACKENDS = [
     ("reference", torch.float32),
     ("reference", torch.float64),
+    pytest.param("compiled", torch.bfloat16, marks=pytest.mark.skipif(not HAS_UNITS, reason="needs AVX512_BF16")),
     pytest.param("triton", torch.float32, marks=INTERPRETED),
 ]
 
@@ -86,7 +88,7 @@ def test_opcheck_of_log_probs(backend: str, dtype: torch.dtype) -> None:
     opcheck(operators.linear_logprobs, hidden, weight, bias, ids, 0.7, True, None, backend, *shard, keeps)
     opcheck(operators.linear_logprobs, hidden, weight, None, ids, 1.0, False, 4 * 8 * V, backend, *shard, keeps)
     opcheck(operators.linear_logprobs, hidden.detach(), weight, None, ids, 1.0, True, None, backend, *shard, keeps)
-    if backend == "reference":
+    if backend != "triton":
         opcheck(operators.linear_logprobs, hidden, weight, bias, ids, 0.7, False, None, backend, *shard, True)
     inputs = hidden.detach(), weight.detach(), bias.detach(), ids
     logprobs, lse, entropy, *kept = operators.linear_logprobs(*inputs, 0.7, True, None, backend, *shard, keeps)

@@ -179,7 +179,10 @@ BAD_LINEAR_ARGUMENTS = [
     ({"skipped_share": -1e-9}, "skipped_share must be a Python number of at least 0 and below 1, got -1e-09"),
     ({"skipped_share": float("nan")}, "skipped_share must be a Python number of at least 0 and below 1, got nan"),
     ({"skipped_share": True}, "skipped_share must be a Python number of at least 0 and below 1, got True"),
-    ({"backend": "cuda"}, r"backend must be one of \('auto', 'triton', 'reference', 'pingpong'\), got 'cuda'"),
+    (
+        {"backend": "cuda"},
+        r"backend must be one of \('auto', 'triton', 'compiled', 'reference', 'pingpong'\), got 'cuda'",
+    ),
 ]
 
 BAD_SEQUENCE_ARGUMENTS = [

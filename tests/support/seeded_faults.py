@@ -170,8 +170,8 @@ OTHERS = (
     Fault(
         "accumulators not cleared",
         "_loss/gradients",
-        "engine.add_outer(self._value, matrix, rows, begins=self._is_empty, kept=kept)",
-        "engine.add_outer(self._value, matrix, rows, begins=False, kept=kept)",
+        "engine.add_outer(self._value, matrix, rows, scale=scale, begins=self._is_empty, kept=kept)",
+        "engine.add_outer(self._value, matrix, rows, scale=scale, begins=False, kept=kept)",
         f"{OPTIONS}[plain-whole]",
     ),
     Fault(

@@ -6,6 +6,7 @@ T = packed tokens, H = hidden size, V = vocabulary.
 import torch
 from torch import Tensor
 
+from .._backend import is_torch
 from .._shard import VocabShard
 from .engine import shard_options
 from .operators import linear_logprobs, trajectory_balance
@@ -30,7 +31,7 @@ def compute_linear_logprobs(
     tensors = hidden, head_weight, bias
     size = kept_bytes(hidden.shape[0], head_weight.shape[0], head_weight.dtype)
     keeps = (
-        backend == "reference"
+        is_torch(backend)
         and hidden.device.type == "cpu"
         and shard is None
         and not return_entropy

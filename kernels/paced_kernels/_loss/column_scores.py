@@ -10,12 +10,11 @@ The target's logit stays outside, so that the log-prob of a target near 1 keeps 
 T = rows, H = hidden size, V = vocabulary of this rank.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from .head import Head
+from .products import TorchProducts
 
 # A tile of 512 rows and 1024 columns of float32 takes 2 MiB; narrower ones multiply more slowly.
 TILE_ROWS = 512
@@ -26,6 +25,7 @@ LOWEST_SHIFTED_LOGIT = -1e4
 
 def score_by_columns(
     head: Head,
+    products: TorchProducts,
     hidden: Tensor,  # [T, H]
     token_ids: Tensor,  # [T]
     *,
@@ -39,17 +39,16 @@ def score_by_columns(
     rows_at_once = max(1, workspace_bytes // (4 * hidden.shape[1] * element))
     for first in range(0, hidden.shape[0], rows_at_once):
         part = slice(first, min(first + rows_at_once, hidden.shape[0]))
-        scaled = hidden[part].to(head.accumulate)
-        if head.temperature != 1.0:
-            scaled = scaled / head.temperature
-        _add_tiles(sums, head, scaled, first, workspace_bytes, buffer)
+        _add_tiles(sums, products, products.states(hidden[part]), first, workspace_bytes, buffer)
     return sums.finish(head)
 
 
 def _add_tiles(
-    sums: "_Sums", head: Head, scaled: Tensor, first: int, workspace_bytes: int, buffer: Tensor | None
+    sums: "_Sums", products: TorchProducts, states: Tensor, first: int, workspace_bytes: int, buffer: Tensor | None
 ) -> None:
-    """Add the logits of rows first.. with states `scaled` [R, H] to the sums, over the columns and then the rows."""
+    """Add the logits of rows first.. with `states` [R, H] to the sums, over the columns and then the rows."""
+    head = products.head
+    num_tokens = head.weight.shape[0]
     # An entropy takes a second tile for a moment, which stays a small part of the workspace.
     most = workspace_bytes // ((8 if sums.weighted is not None else 2) * head.accumulate.itemsize)
     if buffer is not None and buffer.numel() == 0:  # of a group of empty sequences
@@ -57,29 +56,22 @@ def _add_tiles(
     if buffer is not None:
         buffer = buffer.view(-1)
         most = min(most, buffer.shape[0])
-    width = max(1, min(TILE_COLUMNS, head.weight.shape[0], most))
-    height = max(1, min(TILE_ROWS, scaled.shape[0], most // width))
-    buffer = scaled.new_empty(height * width) if buffer is None else buffer
-    for columns, block in _weight_blocks(head, width, workspace_bytes):
+    width = max(1, min(TILE_COLUMNS, num_tokens, most))
+    height = max(1, min(TILE_ROWS, states.shape[0], most // width))
+    if buffer is None:
+        buffer = torch.empty(height * width, dtype=head.accumulate, device=states.device)
+    width = max(1, min(width, products.converted_rows(workspace_bytes // 4)))
+    for start in range(0, num_tokens, width):
+        columns = slice(start, min(start + width, num_tokens))
+        block = products.weight(columns)
         bias = None if head.bias is None else head.bias[columns]
-        for start in range(0, scaled.shape[0], height):
-            rows = scaled[start : start + height]
+        for top in range(0, states.shape[0], height):
+            rows = states[top : top + height]
             tile = buffer[: rows.shape[0] * block.shape[0]].view(rows.shape[0], block.shape[0])
-            torch.mm(rows, block.T, out=tile)
+            products.project(rows, block, tile)
             if bias is not None:
                 tile.add_(bias)
-            sums.add(tile, first + start, columns.start)
-
-
-def _weight_blocks(head: Head, width: int, workspace_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield columns of logits and their rows of the weight in the accumulation dtype, within a quarter of the
-    workspace where they have to be converted."""
-    weight, dtype = head.weight, head.accumulate
-    if weight.dtype != dtype:
-        width = max(1, min(width, workspace_bytes // (4 * weight.shape[1] * dtype.itemsize)))
-    for start in range(0, weight.shape[0], width):
-        block = weight[start : start + width]
-        yield slice(start, start + block.shape[0]), block.to(dtype)
+            sums.add(tile, first + top, start)
 
 
 class _Sums:

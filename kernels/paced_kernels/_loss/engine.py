@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import require_kernels
+from .._backend import is_torch, require_kernels
 from .._shard import VocabShard
 from . import pingpong_plan, tiles
 from .gradients import RowEngine
 from .head import Head
+from .products import HostProducts
 from .torch_rows import DEFAULT_WORKSPACE_BYTES, TorchRows
 
 
@@ -25,9 +26,8 @@ def make_engine(
 ) -> RowEngine:
     """Return the row engine of a resolved backend."""
     token_ids = token_ids.contiguous()  # kernels read them, and the bias, contiguously
-    if backend == "reference":
-        budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
-        return TorchRows(head, hidden, token_ids, with_entropy, budget)
+    if is_torch(backend):
+        return make_torch_engine(head, hidden, token_ids, with_entropy, workspace_bytes, backend)
     if backend == "pingpong":
         from .pingpong import PingPongRows
 
@@ -41,6 +41,15 @@ def make_engine(
         return LogitRows(head, hidden, token_ids, with_entropy, workspace_bytes)
     config = tiles.adapt_to_alignment(config, hidden, head.weight)
     return GemmRows(head, hidden, token_ids, with_entropy, workspace_bytes, config)
+
+
+def make_torch_engine(
+    head: Head, hidden: Tensor, token_ids: Tensor, with_entropy: bool, workspace_bytes: int | None, backend: str
+) -> TorchRows:
+    """Return the row engine of a resolved backend that runs in PyTorch; tensors as in `make_engine`."""
+    budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    products = HostProducts(head) if backend == "compiled" else None
+    return TorchRows(head, hidden, token_ids.contiguous(), with_entropy, budget, products)
 
 
 def make_head(weight: Tensor, bias: Tensor | None, temperature: float, shard_group: str, shard_start: int) -> Head:
@@ -69,7 +78,7 @@ def even_workspace(
     Ranks with different chunks would deadlock in their collectives. All ranks therefore use the chunk size of an even
     split of the vocabulary, and a larger shard gets proportionally more workspace.
     """
-    if not shard_group or (workspace_bytes is None and backend != "reference"):
+    if not shard_group or (workspace_bytes is None and not is_torch(backend)):
         return workspace_bytes
     config = tiles.plan(hidden, weight) if backend == "triton" else None
     if backend == "pingpong":
@@ -77,7 +86,7 @@ def even_workspace(
     workspace = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     itemsize = weight.dtype.itemsize if config else max(4, weight.dtype.itemsize)
     even_row = -(-vocab_size // _resolve_group(shard_group).size()) * itemsize
-    if backend != "reference":
+    if not is_torch(backend):
         return max(1, workspace // even_row) * tiles.bytes_per_row(config, weight.shape[0], weight.dtype)
     own_row = weight.shape[0] * itemsize
     if weight.dtype.itemsize == itemsize:

@@ -42,7 +42,14 @@ class RowEngine(Protocol):
     def choose(self, chunk: Exponentials, rows: slice, scale: Tensor, share: float) -> Any: ...
     def back_project(self, matrix: Tensor, kept: Any = None) -> Tensor: ...
     def add_outer(
-        self, accumulator: Tensor, matrix: Tensor, rows: Tensor, *, begins: bool = False, kept: Any = None
+        self,
+        accumulator: Tensor,
+        matrix: Tensor,
+        rows: Tensor,
+        *,
+        scale: Tensor | None = None,
+        begins: bool = False,
+        kept: Any = None,
     ) -> None: ...
 
 
@@ -82,9 +89,11 @@ class WeightSum:
             self._is_empty = False
         return self._value
 
-    def add_outer(self, engine: RowEngine, matrix: Tensor, rows: Tensor, kept: Any = None) -> None:
-        """Add matrix^T [V, R] @ rows [R, H], of what `engine.choose` kept."""
-        engine.add_outer(self._value, matrix, rows, begins=self._is_empty, kept=kept)
+    def add_outer(
+        self, engine: RowEngine, matrix: Tensor, rows: Tensor, scale: Tensor | None = None, kept: Any = None
+    ) -> None:
+        """Add matrix^T [V, R] @ (scale * rows [R, H]), of what `engine.choose` kept; scale is [R], None = 1."""
+        engine.add_outer(self._value, matrix, rows, scale=scale, begins=self._is_empty, kept=kept)
         self._is_empty = False
 
     def add_scaled(self, other: "WeightSum", scale: Tensor) -> None:
@@ -99,11 +108,14 @@ class WeightSum:
 class Gradients:
     """Accumulators: rows of `hidden` are written once, in its dtype; `weight` and `bias` are sums in a wider dtype."""
 
-    def __init__(self, engine: RowEngine, wanted: Wanted, skipped_share: float = 0.0) -> None:
+    def __init__(
+        self, engine: RowEngine, wanted: Wanted, skipped_share: float = 0.0, weight_dtype: torch.dtype | None = None
+    ) -> None:
+        """Make empty sums; `weight_dtype` is that of the weight's, None = the engine's."""
         hidden = engine.hidden
         self.skipped_share = skipped_share
         self.hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wanted.hidden else None
-        self.weight_sum, self.bias = new_accumulators(engine.head, wanted, engine.weight_gradient_dtype)
+        self.weight_sum, self.bias = new_accumulators(engine.head, wanted, weight_dtype or engine.weight_gradient_dtype)
 
     @property
     def weight(self) -> Tensor | None:
@@ -128,16 +140,16 @@ class Gradients:
             scale = torch.ones_like(scale)
         if live is not None:
             scale = torch.where(live, scale, 0.0)
-        inner_scale = (scale / engine.head.temperature)[:, None]
+        inner_scale = scale / engine.head.temperature
         kept = None
         # A gradient through the entropy is no row scale of E', so nothing is known of its sums.
         if self.skipped_share and entropy_coefficient is None and (self.hidden is not None or weight is not None):
             kept = engine.choose(chunk, rows, scale, self.skipped_share)
         if self.hidden is not None:
-            torch.mul(engine.back_project(chunk.matrix, kept), inner_scale, out=self.hidden[rows])
+            torch.mul(engine.back_project(chunk.matrix, kept), inner_scale[:, None], out=self.hidden[rows])
         if weight is not None:
             hidden = engine.hidden[rows] if live is None else engine.hidden[rows].masked_fill(~live[:, None], 0.0)
-            weight.add_outer(engine, chunk.matrix, hidden * inner_scale, kept)
+            weight.add_outer(engine, chunk.matrix, hidden, inner_scale, kept)
         if bias is not None:
             engine.add_outer(bias[:, None], chunk.matrix, scale[:, None])
 

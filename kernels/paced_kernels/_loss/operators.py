@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._backend import is_torch
 from . import tiles
-from .engine import Guard, even_workspace, make_engine, make_head
+from .engine import Guard, even_workspace, make_engine, make_head, make_torch_engine
 from .fused_pass import FusedOptions, FusedPass, plan_groups
 from .gradients import Gradients, Wanted, score_rows
 from .sequences import make_terms
@@ -50,7 +51,7 @@ def linear_logprobs(
         nothing = hidden.new_empty(0, dtype=head.accumulate)
         if keeps:
             workspace = kept_bytes(hidden.shape[0], weight.shape[0], weight.dtype)
-            all_rows = TorchRows(head, hidden, token_ids.contiguous(), with_entropy, workspace)
+            all_rows = make_torch_engine(head, hidden, token_ids, with_entropy, workspace, backend)
             chunk = all_rows.exponentials(slice(0, hidden.shape[0]), None, keeps_numbers=True)
             return chunk.stats.logprobs, chunk.stats.lse, nothing, chunk.matrix, chunk.factor
         workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
@@ -107,7 +108,12 @@ def linear_logprobs_backward(
         with_entropy = grad_entropy is not None
         workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
         engine = make_engine(head, hidden, token_ids, with_entropy, workspace_bytes, backend)
-        gradients = Gradients(engine, Wanted(*wanted), skipped_share)
+        is_kept = factor.numel() > 0
+        # Products over all rows at once are whole, unless they are put together from blocks.
+        weight_dtype = None
+        if is_kept and not skipped_share and isinstance(engine, TorchRows):
+            weight_dtype = engine.products.whole_dtype
+        gradients = Gradients(engine, Wanted(*wanted), skipped_share, weight_dtype)
         known = RowStats(logprobs, lse, entropy if with_entropy else None)
         # The gradient of a sum is one number with stride 0, but kernels need contiguous rows.
         coefficient = torch.zeros_like(logprobs)
@@ -117,7 +123,6 @@ def linear_logprobs_backward(
         if grad_entropy is not None:
             grad_entropy = grad_entropy.to(logprobs.dtype).contiguous()
             live = live | (grad_entropy != 0)
-        is_kept = factor.numel() > 0
         num_rows = hidden.shape[0] if is_kept else engine.rows_per_chunk
         for rows in row_chunks(0, hidden.shape[0], num_rows):
             if is_kept:
@@ -237,7 +242,7 @@ def trajectory_balance(
         needs_entropy = with_entropy or entropy_bonus != 0
         workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, shard_group, vocab_size)
         engine = make_engine(head, hidden, token_ids, needs_entropy, workspace_bytes, backend)
-        is_budget_firm = workspace_bytes is not None or backend == "reference"
+        is_budget_firm = workspace_bytes is not None or is_torch(backend)
         options = FusedOptions(reduction, entropy_bonus, Wanted(*wanted), is_budget_firm, skipped_share)
         fused = FusedPass(engine, offsets, terms, options)
         fused.run(plan_groups(cu_seqlens, hidden.shape[0], engine.rows_per_chunk))
@@ -270,7 +275,7 @@ def _(
     dtype = _accumulate(weight)
     num_sequences = cu_seqlens.shape[0] - 1
     weight_dtype = dtype
-    if backend != "reference":
+    if not is_torch(backend):
         workspace_bytes = even_workspace(hidden, weight, workspace_bytes, backend, group, vocab_size)
         weight_dtype = tiles.weight_gradient_dtype(hidden, weight, workspace_bytes)
     entropy = hidden.new_empty(hidden.shape[0], dtype=dtype) if with_entropy else hidden.new_empty(0)

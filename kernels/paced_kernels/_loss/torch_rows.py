@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .column_scores import LOWEST_SHIFTED_LOGIT, score_by_columns
 from .head import Head
+from .products import TorchProducts
 from .skipping import TILE_ROWS, Kept, choose_columns, gradient_masses
 
 # Log-probs, head weight gradient and workspace together need less than a quarter of full logits at V = 49152.
@@ -77,9 +78,11 @@ class TorchRows:
         token_ids: Tensor,  # [T]
         with_entropy: bool,
         workspace_bytes: int,
+        products: TorchProducts | None = None,  # None: by PyTorch
     ) -> None:
         self.head, self.hidden, self.token_ids = head, hidden, token_ids
         self.with_entropy, self.workspace_bytes = with_entropy, workspace_bytes
+        self.products = products or TorchProducts(head)
         self._buffer: Tensor | None = None
 
     @property
@@ -108,6 +111,7 @@ class TorchRows:
         if self.hidden.device.type == "cpu":
             scores = score_by_columns(
                 self.head,
+                self.products,
                 self.hidden[rows],
                 self.token_ids[rows],
                 with_entropy=self.with_entropy,
@@ -224,8 +228,7 @@ class TorchRows:
                 self._add_product(out_rows, rows)
                 continue
             for columns in part.columns.split(self._gathered_columns(rows)):
-                block = self.head.weight.index_select(0, columns).to(out.dtype)
-                out_rows.addmm_(rows.index_select(1, columns), block)
+                self.products.add(out_rows, rows.index_select(1, columns), self.products.weight(columns))
             mean = out.new_zeros(1, out.shape[1])
             self._add_product(mean, part.stand_in[None])
             out_rows.addr_(part.left_out, mean[0])
@@ -234,31 +237,36 @@ class TorchRows:
     def _add_product(self, out: Tensor, matrix: Tensor) -> None:
         """Add matrix [r, V] @ weight to out [r, H]."""
         for columns, block in self._vocab_blocks():
-            out.addmm_(matrix[:, columns], block)
+            self.products.add(out, matrix[:, columns], block)
 
     def add_outer(
         self,
         accumulator: Tensor,  # [V, N]
         matrix: Tensor,  # [R, V]
-        rows: Tensor,  # [R, N], in the accumulation dtype
+        rows: Tensor,  # [R, N]
         *,
+        scale: Tensor | None = None,  # [R], multiplies rows; None = 1
         begins: bool = False,
         kept: list[Kept] | None = None,
     ) -> None:
-        """Add matrix^T @ rows to the accumulator, or write it there if the sum begins with it; with `kept`, what
-        `choose` returned, from those columns only."""
+        """Add matrix^T @ (scale * rows) to the accumulator, or write it there if the sum begins with it; with `kept`,
+        what `choose` returned, from those columns only."""
         if kept is None:
-            accumulator.addmm_(matrix.T, rows, beta=0 if begins else 1)
+            self.products.add(accumulator, matrix.T, rows, scale=scale, begins=begins)
             return
         if begins:
             accumulator.zero_()
         for part in kept:
             tile, tile_rows = matrix[part.rows], rows[part.rows]
+            tile_scale = None if scale is None else scale[part.rows]
             if part.columns is None:
-                accumulator.addmm_(tile.T, tile_rows)
+                self.products.add(accumulator, tile.T, tile_rows, scale=tile_scale)
                 continue
             for columns in part.columns.split(self._gathered_columns(tile)):
-                accumulator.index_add_(0, columns, tile.index_select(1, columns).T @ tile_rows)
+                product = accumulator.new_empty(columns.shape[0], accumulator.shape[1])
+                taken = tile.index_select(1, columns)
+                self.products.add(product, taken.T, tile_rows, scale=tile_scale, begins=True)
+                accumulator.index_add_(0, columns, product)
 
     def _gathered_columns(self, matrix: Tensor) -> int:
         """Return how many columns of a tile [r, V] are gathered at a time, within a quarter of the workspace."""
@@ -276,25 +284,21 @@ class TorchRows:
         return row_chunks(0, max(1, logits.shape[0]), num_rows)  # with no rows: one empty block
 
     def _vocab_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the weight in the accumulation dtype: one view, or upcast blocks within a quarter of the workspace."""
-        weight, dtype = self.head.weight, self.head.accumulate
-        num_tokens, hidden_size = weight.shape
-        if weight.dtype == dtype:
-            yield slice(0, num_tokens), weight
-            return
-        step = max(1, self.workspace_bytes // (4 * hidden_size * dtype.itemsize))
-        for start in range(0, num_tokens, step):
-            yield slice(start, start + step), weight[start : start + step].to(dtype)
+        """Yield the weight as the products take it: one view, or converted blocks within a quarter of the workspace."""
+        num_tokens = self.head.weight.shape[0]
+        for rows in row_chunks(0, num_tokens, self.products.converted_rows(self.workspace_bytes // 4)):
+            yield rows, self.products.weight(rows)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Return [R, V] logits of a chunk of rows, in the shared buffer."""
-        scaled = hidden.to(self.head.accumulate) / self.head.temperature
+        states = self.products.states(hidden)
         if self._buffer is None or self._buffer.shape[0] < hidden.shape[0]:
             self._buffer = None  # free the old buffer before allocating the new one
-            self._buffer = scaled.new_empty(hidden.shape[0], self.head.weight.shape[0])
+            size = hidden.shape[0], self.head.weight.shape[0]
+            self._buffer = torch.empty(size, dtype=self.head.accumulate, device=hidden.device)
         out = self._buffer[: hidden.shape[0]]
         for columns, block in self._vocab_blocks():
-            torch.mm(scaled, block.T, out=out[:, columns])
+            self.products.project(states, block, out[:, columns])
         return out if self.head.bias is None else out.add_(self.head.bias)
 
     def _normalise_block(

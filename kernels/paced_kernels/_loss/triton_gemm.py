@@ -110,13 +110,15 @@ class GemmRows(TritonRows):
         matrix: Tensor,
         rows: Tensor,
         *,
+        scale: Tensor | None = None,
         begins: bool = False,
         kept: KeptBlocks | None = None,
     ) -> None:
         """See `TritonRows.add_outer`; with `kept` from those blocks only."""
         if kept is None:
-            super().add_outer(accumulator, matrix, rows, begins=begins)
+            super().add_outer(accumulator, matrix, rows, scale=scale, begins=begins)
         else:
+            rows = rows if scale is None else rows * scale[:, None]
             add_kept_blocks(accumulator, matrix, rows.to(matrix.dtype), kept, self.config, begins=begins)
 
     def _clear_dead_rows(self, matrix: Tensor, live: Tensor) -> None:

@@ -95,11 +95,20 @@ class TritonRows:
         return self.head.sum_over_ranks(matmul.mm_float32(matrix, self.head.weight))
 
     def add_outer(
-        self, accumulator: Tensor, matrix: Tensor, rows: Tensor, *, begins: bool = False, kept: Any = None
+        self,
+        accumulator: Tensor,
+        matrix: Tensor,
+        rows: Tensor,
+        *,
+        scale: Tensor | None = None,
+        begins: bool = False,
+        kept: Any = None,
     ) -> None:
-        """Add matrix^T [V, R] @ rows [R, N] to accumulator [V, N], or write it there if the sum begins with it; rows
-        are rounded to the dtype of the matrix."""
+        """Add matrix^T [V, R] @ (scale * rows [R, N]) to accumulator [V, N], or write it there if the sum begins with
+        it; scaled rows are rounded to the dtype of the matrix."""
         assert kept is None
+        if scale is not None:
+            rows = rows * scale[:, None]
         if rows.shape[1] == 1 and matrix.dtype == torch.bfloat16:
             # Gradient of the bias: the rounding error is carried in a second column, at no cost.
             rounded = rows.to(torch.bfloat16)
