@@ -10,6 +10,7 @@
 
 #if defined(__linux__) && defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 11))
 #define HAS_CODE 1
+#include <cpuid.h>
 #include <dlfcn.h>
 #include <immintrin.h>
 #include <stdatomic.h>
@@ -22,15 +23,24 @@
 #include "product.h"
 #endif
 
-static PyObject *py_has_units(PyObject *self, PyObject *nothing) {
 #ifdef HAS_CODE
-    __builtin_cpu_init();
-    return PyBool_FromLong(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512vl"));
-#else
-    Py_RETURN_FALSE;
-#endif
+static int bits_are_set(unsigned value, unsigned bits) { return (value & bits) == bits; }
+
+/* Whether the processor has the instructions, and the system keeps their registers. */
+static int has_units(void) {
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !bits_are_set(c, 1u << 27)) return 0; /* XGETBV may be asked */
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if (!bits_are_set(low, 0xe6)) return 0; /* registers of SSE, AVX and AVX-512 */
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || a < 1) return 0;
+    if (!bits_are_set(b, 1u << 16 | 1u << 30 | 1u << 31)) return 0; /* AVX512F, BW, VL */
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && bits_are_set(a, 1u << 5); /* AVX512_BF16 */
 }
+#else
+static int has_units(void) { return 0; }
+#endif
+
+static PyObject *py_has_units(PyObject *self, PyObject *nothing) { return PyBool_FromLong(has_units()); }
 
 #ifdef HAS_CODE
 static int64_t integer(PyObject *given) { return (int64_t)PyLong_AsLongLong(given); }
