@@ -83,7 +83,7 @@ class HostProducts(TorchProducts):
     def add(
         self, out: Tensor, left: Tensor, right: Tensor, *, scale: Tensor | None = None, begins: bool = False
     ) -> None:
-        if right.shape[1] == 1:  # a gradient of the bias, which is bound by memory
+        if right.shape[1] == 1 and right.dtype == torch.float32:  # a gradient of the bias, which is bound by memory
             super().add(out, left, right, scale=scale, begins=begins)
         elif out.dtype != torch.float32:
             assert begins
