@@ -204,6 +204,7 @@ class Measurement:
             "oracle": str(accuracy.oracle_dtype(self.device)).removeprefix("torch."),
             "gpu": None,
             "partial": True,
+            "commit": environment.describe()["commit"],
         }
         with GpuMonitor(self.device) as monitor:
             for mode in self.arguments.modes:

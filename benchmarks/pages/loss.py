@@ -47,8 +47,15 @@ def _comparison(result: dict[str, Any], cell: dict[str, Any]) -> str:
     note = f"""
         {what} of {shape["tokens"]} tokens, hidden size {shape["hidden_size"]}, vocabulary
         {shape["vocab_size"]}, {cell["dtype"]}, {where}. Times: median (10th to 90th percentile) of interleaved runs;
-        memory: in addition to the inputs; errors: against {cell["oracle"]}. {". ".join(against)}. {left_out}"""
+        memory: in addition to the inputs; errors: against {cell["oracle"]}. {". ".join(against)}. {left_out}
+        {_other_commit(result, cell)}"""
     return "\n".join(["\n".join(lines), "", wrapped(note)])
+
+
+def _other_commit(result: dict[str, Any], cell: dict[str, Any]) -> str:
+    """Name the commit of a cell that a resumed run kept from an earlier one."""
+    commit = cell.get("commit")
+    return f"Measured at commit {commit}." if commit and commit != result["environment"]["commit"] else ""
 
 
 def _kernel_cells(row: dict[str, Any]) -> list[str]:

@@ -288,6 +288,10 @@ def test_a_run_out_of_time_lists_what_it_did_not_reach_and_a_resumed_one_keeps_w
     ]
     page = loss_pages.kernels(environment.read_json(path))
     assert page.count("| naive |") == 2
+    assert "Measured at commit" not in page
+    kept = environment.read_json(path)
+    kept["cells"][0]["commit"] = "abc1234"
+    assert "Measured at commit abc1234." in loss_pages.kernels(kept)
     assert all(f", {dtype}, " in page.replace("\n", " ") for dtype in ("float32", "bfloat16"))
 
 

@@ -89,7 +89,7 @@ def even_workspace(
     if not is_torch(backend):
         return max(1, workspace // even_row) * tiles.bytes_per_row(config, weight.shape[0], weight.dtype)
     own_row = weight.shape[0] * itemsize
-    if weight.dtype.itemsize == itemsize:
+    if weight.dtype.itemsize == itemsize or backend == "compiled":
         return max(1, workspace // even_row) * own_row
     # The reference reserves a quarter for blocks of the weight in the wider dtype.
     return -(-4 * own_row * max(1, workspace * 3 // 4 // even_row) // 3)

@@ -24,6 +24,11 @@ class TorchProducts:
         self.head = head
 
     @property
+    def converts(self) -> bool:
+        """Whether blocks of the weight are converted before they are multiplied."""
+        return self.head.weight.dtype != self.head.accumulate
+
+    @property
     def whole_dtype(self) -> torch.dtype:
         """Dtype in which `add` writes a product that nothing is added to."""
         return self.head.accumulate
@@ -31,8 +36,7 @@ class TorchProducts:
     def converted_rows(self, most_bytes: int) -> int:
         """Return how many rows of the weight are converted at a time within `most_bytes`; V if none has to be."""
         num_tokens, hidden_size = self.head.weight.shape
-        dtype = self.head.accumulate
-        return num_tokens if self.head.weight.dtype == dtype else max(1, most_bytes // (hidden_size * dtype.itemsize))
+        return max(1, most_bytes // (hidden_size * self.head.accumulate.itemsize)) if self.converts else num_tokens
 
     def weight(self, rows: slice | Tensor) -> Tensor:
         """Return rows [v, H] of the weight as the products take them."""
@@ -62,11 +66,12 @@ class HostProducts(TorchProducts):
     """Products of bfloat16 with float32 sums; they run on as many threads as PyTorch's."""
 
     @property
+    def converts(self) -> bool:
+        return False
+
+    @property
     def whole_dtype(self) -> torch.dtype:
         return self.head.weight.dtype
-
-    def converted_rows(self, most_bytes: int) -> int:
-        return self.head.weight.shape[0]
 
     def weight(self, rows: slice | Tensor) -> Tensor:
         weight = self.head.weight

@@ -87,9 +87,8 @@ class TorchRows:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of the workspace for logits; a quarter is reserved for upcast blocks of a low-precision weight."""
-        is_native = self.head.weight.dtype == self.head.accumulate
-        return self.workspace_bytes if is_native else self.workspace_bytes * 3 // 4
+        """Bytes of the workspace for logits; a quarter is reserved for blocks of a weight that is converted."""
+        return self.workspace_bytes * 3 // 4 if self.products.converts else self.workspace_bytes
 
     @property
     def bytes_per_row(self) -> int:

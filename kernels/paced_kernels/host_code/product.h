@@ -26,6 +26,8 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 /* Write the sums of one tile; those past `rows` and `columns` are left out. */
 UNITS static inline void multiply_tile(const uint32_t *left, const uint32_t *right, int64_t pairs, float *out,
                                        int64_t stride, int64_t rows, int64_t columns, int adds) {
+    for (int r = 0; r < TILE_ROWS && r < rows; r++) /* the sums are ready when these have come from memory */
+        for (int c = 0; c < 4 && 16 * c < columns; c++) __builtin_prefetch(out + r * stride + 16 * c, 1);
     __m512 sum[TILE_ROWS][4];
     for (int r = 0; r < TILE_ROWS; r++)
         for (int c = 0; c < 4; c++) sum[r][c] = _mm512_setzero_ps();
