@@ -29,7 +29,7 @@ from paced_fast.paced.replay import ReplayBuffer
 from paced_fast.paced.scheduler import PromptScheduler
 from paced_fast.policy import micro_batches
 from paced_kernels import PriorityTree, _checks, linear_logprobs, segment_sum, trajectory_balance_loss
-from paced_kernels._loss import fused_pass
+from paced_kernels._loss import fused_pass, torch_rows
 
 # A value on the host, or a shape that only a value can tell.
 WAITING = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
@@ -272,6 +272,7 @@ def test_the_loss_never_waits(has_weights: bool, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_checks, "check_token_values", lambda *_: None)
     monkeypatch.setattr(fused_pass, "plan_groups", unread_offsets)
     monkeypatch.setattr("paced_kernels._loss.operators.plan_groups", unread_offsets)
+    monkeypatch.setattr(torch_rows, "_is_known_true", lambda values: False)  # as of values on a device
     hidden = torch.randn(30, 8, requires_grad=True)
     weight = torch.randn(50, 8, requires_grad=True)
     log_z = torch.zeros(3, requires_grad=True)

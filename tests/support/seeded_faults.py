@@ -191,8 +191,8 @@ OTHERS = (
     Fault(
         "temperature ignored in the backward pass",
         "_loss/gradients",
-        "(scale / engine.head.temperature)[:, None]",
-        "scale[:, None]",
+        "inner_scale = scale / engine.head.temperature",
+        "inner_scale = scale",
         f"{OPTIONS}[mean, sharp-whole]",
     ),
     Fault(

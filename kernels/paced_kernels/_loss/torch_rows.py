@@ -68,6 +68,11 @@ def row_chunks(start: int, stop: int, num_rows: int) -> Iterator[slice]:
         yield slice(first, min(first + num_rows, stop))
 
 
+def _is_known_true(values: Tensor) -> bool:
+    """Whether all are True, as far as the host knows: it does not wait for a GPU."""
+    return values.device.type == "cpu" and bool(values.all())
+
+
 class TorchRows:
     """Row engine in plain PyTorch, for any device and dtype."""
 
@@ -188,14 +193,15 @@ class TorchRows:
         target, is_owned = self.head.owned_targets(self.token_ids[rows])
         logprobs = chunk.stats.logprobs
         at_target = -coefficient * torch.expm1(logprobs) - entropy_coefficient * logprobs.exp() * (logprobs + entropy)
-        dead = (coefficient == 0) & (entropy_coefficient == 0)
+        live = (coefficient != 0) | (entropy_coefficient != 0)
         for block in self._blocks(chunk.matrix):
             piece = chunk.matrix[block].mul_(chunk.factor[block, None])
             products = torch.special.entr(piece).addcmul_(piece, entropy[block, None], value=-1)
             piece.mul_(-coefficient[block, None]).addcmul_(products, entropy_coefficient[block, None])
             where = target[block, None]
             piece.scatter_(1, where, torch.where(is_owned[block, None], at_target[block, None], piece.gather(1, where)))
-            piece.masked_fill_(dead[block, None], 0.0)
+            if not _is_known_true(live[block]):
+                piece.masked_fill_(~live[block, None], 0.0)
 
     def choose(self, chunk: Exponentials, rows: slice, scale: Tensor, share: float) -> list[Kept] | None:
         """Return what the products of a chunk take if they may leave out `share` of its gradient; None for all.
@@ -321,6 +327,6 @@ class TorchRows:
         weighted = torch.zeros_like(others) if products is None else products.mul_(exponentials).sum(dim=1)
         if keeps_numbers:
             live = others.isfinite()
-        if live is not None:
+        if live is not None and not _is_known_true(live):
             exponentials.masked_fill_(~live[:, None], 0.0)
         return top, others, target_shifted.squeeze(1), weighted
