@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -65,7 +66,42 @@ def warm_start(
     if (folder / "config.json").is_file():  # the folder got its name when it was complete
         logger.info("warm start: read from the cache (%s)", folder)
         return load_model(config.model, str(folder))
-    policy = make_policy(model, config)
+    with _in_float32(model):
+        _teach(make_policy(model, config), tokenizer, config, phases, load=load, stops=stops, report=report)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    save_model(model, temporary)
+    tokenizer.save_pretrained(temporary)
+    if folder.exists():  # another run stored it first
+        shutil.rmtree(temporary)
+    else:
+        temporary.rename(folder)
+    return model
+
+
+@contextlib.contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Have parameters of another type in float32, as small steps are lost in bfloat16; they have no gradients then."""
+    types = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    for parameter, _ in types:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in types:
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+
+
+def _teach(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    phases: Sequence[WarmStartPhase],
+    *,
+    load: Callable[[tuple[str, ...]], PromptTable],
+    stops: prompts.Stops,
+    report: Callable[[str, int, int], None],
+) -> None:
     loaded = [read_demonstrations(phase.sources, tokenizer, load=load, stops=stops) for phase in phases]
     for table, completions in loaded:  # all of them before the first step, which a fault in the second would waste
         _check_embedded(table, completions, tokenizer, policy.model)
@@ -84,14 +120,6 @@ def warm_start(
     except KeyboardInterrupt:
         place = f"in the warm start after {made:,} of {total:,} steps"
         raise KeyboardInterrupt(f"{place}, which are not kept, so that it starts over next time") from None
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    save_model(model, temporary)
-    tokenizer.save_pretrained(temporary)
-    if folder.exists():  # another run stored it first
-        shutil.rmtree(temporary)
-    else:
-        temporary.rename(folder)
-    return model
 
 
 def _run_phase(

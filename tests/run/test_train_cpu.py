@@ -796,6 +796,31 @@ def test_a_warm_start_that_diverges_is_not_kept(rewards: Path, tmp_path: Path, m
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_warm_start_of_a_bfloat16_policy_is_made_in_float32(
+    rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(
+        rewards, steps=1, model__dtype="bfloat16", warm_start__first__steps=3, warm_start__first__batch_size=4
+    )
+    seen: list[torch.dtype] = []
+    original = torch.optim.AdamW.step
+
+    def step(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+        seen.extend({value.dtype for group in optimizer.param_groups for value in group["params"]})
+        return original(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run = build(settings, tmp_path / "run")
+    assert seen == [torch.float32] * 3
+    parameters = list(run.trainer.policy.model.parameters())
+    assert {value.dtype for value in parameters} == {torch.bfloat16}
+    assert all(value.grad is None for value in parameters)
+    run.stepper.step()
+    again = build(settings, tmp_path / "again")  # from the cache
+    assert seen[3:4] == [torch.float32]
+    assert all(value.dtype == torch.bfloat16 for value in again.trainer.policy.model.parameters())
+
+
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_selection_doubles_the_share_of_mixed_groups(tmp_path: Path) -> None:
