@@ -39,7 +39,7 @@ class Traits:
 
 
 ALGORITHMS: dict[Algorithm, Traits] = {
-    "paced": Traits(rule="greedy", replay="on", intercepts=("value", "group_mean")),
+    "paced": Traits(rule="greedy", intercepts=("value", "group_mean")),
     "paced_paper": Traits(rule="greedy", replay="on", intercepts=("value",), remembers=False),
     "tb": Traits(intercepts=("value", "group_mean")),
     "tb_group": Traits(intercepts=("group_mean",)),

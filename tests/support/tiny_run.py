@@ -71,6 +71,7 @@ def config(rewards: Path, algorithm: str = "paced", *, reward: str = "odd", **ch
         "optimizer__warmup_steps": 2,
         "log_z__hidden_size": 8,
         "scheduler__warmup_steps": 2,
+        "replay__mode": "on" if algorithm == "paced" else "auto",  # off by default, and to be tested
         "replay__capacity": 12,
         "replay__insert_per_step": 5,
         "replay__draw_per_step": 4,

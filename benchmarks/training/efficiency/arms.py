@@ -84,11 +84,15 @@ ARMS: dict[str, Arm] = {
         "error of the estimate (arXiv 2602.12642)",
         changes={"algorithm": "paced_paper", "scheduler.exploration": 0.0},
     ),
-    "paced": Arm(title="PACED-RL", words="the preset's defaults", changes={"algorithm": "paced"}),
     "selection": Arm(
-        title="PACED-RL without replay",
-        words="the preset's defaults, replay off",
+        title="PACED-RL",
+        words="the preset's defaults: prompts selected by the value, no replay",
         changes={"algorithm": "paced", "replay.mode": "off"},
+    ),
+    "paced": Arm(
+        title="PACED-RL with replay",
+        words="the preset's defaults, replay on",
+        changes={"algorithm": "paced", "replay.mode": "on"},
     ),
     "replay": Arm(
         title="replay alone",
@@ -97,7 +101,7 @@ ARMS: dict[str, Arm] = {
     ),
     "oracle": Arm(
         title="oracle selection (upper bound)",
-        words="as without replay, but the value is the accuracy of every prompt measured anew at intervals, and those "
+        words="as PACED-RL, but the value is the accuracy of every prompt measured anew at intervals, and those "
         "rollouts are not counted",
         changes={"algorithm": "paced", "scheduler.rule": "tree", "replay.mode": "off"},
         by_oracle=True,

@@ -10,7 +10,7 @@ from benchmarks.training.efficiency.statistics import Interval
 from benchmarks.training.efficiency.suites import SUITES
 from benchmarks.training.efficiency.summary import Row
 
-METHOD = "paced"
+METHOD = "selection"
 """Arm that the goals are about."""
 Verdict = tuple[str, bool | None]
 """The figure as text, and whether it meets the goal; None for not measured."""

@@ -28,7 +28,7 @@ COLUMNS = (
     "seconds",
     "learning rate",
 )
-SHORT = ("grpo", "paced", "mopps", "pcl", "dynamic", "oracle")
+SHORT = ("grpo", "selection", "mopps", "pcl", "dynamic", "oracle")
 """Arms of the short table."""
 _SHORT_COLUMNS = (
     "suite",
