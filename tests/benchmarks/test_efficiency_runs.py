@@ -98,7 +98,7 @@ def test_a_run_has_a_file_with_everything_that_it_takes_to_judge_it(cache: Path,
     assert found["held_out"] == first["held_out"] == "c530a89218939c14 of 224 rows"
     assert found["time_budget"] == {"seconds": first["at_budget"]["train_seconds"], "on_this_processor": True}
     assert first["settings"]["algorithm"] == "grpo"
-    assert found["settings"] == {}
+    assert found["settings"] == {"replay.mode": "on"}
     assert [point["rollouts"] for point in first["curve"]] == [0, 8, 16]
     assert all(point["rollouts"] % 8 == 0 for point in found["curve"])
     assert found["curve"][-1]["train_seconds"] >= first["at_budget"]["train_seconds"], "both budgets are used up"

@@ -57,7 +57,7 @@ def test_settings_that_would_be_ignored_or_cancel_each_other_are_refused(changes
 
 EXPECTED = {
     # algorithm: intercept, rule, replay, head loss, head used, its value is an accuracy
-    "paced": ("value", "greedy", "on", "bce", True, True),
+    "paced": ("value", "greedy", "off", "bce", True, True),
     "paced_paper": ("value", "greedy", "on", "tb", True, True),
     "tb": ("value", "uniform", "off", "bce", True, True),
     "tb_group": ("group_mean", "uniform", "off", "tb", False, False),
