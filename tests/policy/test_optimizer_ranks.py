@@ -136,7 +136,9 @@ def spread(world: World, way: str, *, tied: bool, dtype: torch.dtype) -> tuple[P
 def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
     assert set(found) == set(wanted)
     for name, value in wanted.items():
-        atol = tolerance * float(value.abs().max())
+        # A square is twice as far off as its gradient, which shows where those are rounded.
+        doubled = 2 if name.endswith("exp_avg_sq") and tolerance == TOLERANCE[torch.bfloat16] else 1
+        atol = doubled * tolerance * float(value.abs().max())
         torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
