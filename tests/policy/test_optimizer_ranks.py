@@ -9,6 +9,7 @@ import math
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny_policy
@@ -32,6 +33,7 @@ from paced_fast.policy import Policy, adapt, plain_parameters
 from paced_fast.policy.optimizer import GuardedAdamW, PolicyOptimizer
 from paced_fast.policy.sharding import replicas_mesh, shards_mesh
 from paced_fast.run.plan import memory
+from paced_kernels import _backend
 
 import_ahead("pytest", "tiny_policy", "paced_fast.paced.update", "paced_fast.generation", "torch._dynamo")
 
@@ -92,11 +94,13 @@ def backward(policy: Policy, optimizer: Any, rank: int, size: int, poison: float
 
 
 def trained(policy: Policy, optimizer: PolicyOptimizer, rank: int, size: int, steps: int = STEPS) -> list[Any]:
-    """Loss and gradient norm of each of the steps."""
+    """Loss and gradient norm of each of the steps; the loss multiplies in float32, whatever this processor has, because
+    roundings of its products are not what is compared."""
     found = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = backward(policy, optimizer, rank, size)
+        with mock.patch.object(_backend, "HAS_UNITS", False):
+            loss = backward(policy, optimizer, rank, size)
         step = optimizer.clip_and_step(loss, MAX_NORM)
         assert bool(step.taken)
         found.append((float(step.loss), float(step.grad_norm)))
@@ -136,9 +140,7 @@ def spread(world: World, way: str, *, tied: bool, dtype: torch.dtype) -> tuple[P
 def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
     assert set(found) == set(wanted)
     for name, value in wanted.items():
-        # A square is twice as far off as its gradient, which shows where those are rounded.
-        doubled = 2 if name.endswith("exp_avg_sq") and tolerance == TOLERANCE[torch.bfloat16] else 1
-        atol = doubled * tolerance * float(value.abs().max())
+        atol = tolerance * float(value.abs().max())
         torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
