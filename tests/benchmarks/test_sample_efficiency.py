@@ -344,6 +344,14 @@ def test_a_table_is_the_same_when_made_twice_and_names_commits_and_processors() 
     assert "| ahead | 3/3 | 0.57 [" in text
 
 
+def test_completions_that_are_not_counted_are_told() -> None:
+    runs = two_arms()
+    assert "not counted" not in table.full("tiny", summary.rows("tiny", runs))
+    measured = [run | {"arm": "oracle"} for run in runs if run["arm"] != "grpo"]
+    text = " ".join(table.full("tiny", summary.rows("tiny", [*runs, *measured])).split())
+    assert "`measured values` is no competitor: 8 completions of every training prompt, every 20 steps" in text
+
+
 def test_a_sentence_says_what_the_runs_show() -> None:
     rows = summary.rows("tiny", two_arms())
     assert goals.claim("tiny", rows) == (

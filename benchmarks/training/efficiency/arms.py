@@ -26,7 +26,7 @@ class Arm:
     changes: dict[str, Any] = field(default_factory=dict)
     """Settings that differ from the preset's, by dotted name."""
     by_oracle: bool = False
-    """Whether the schedule reads measured accuracies: an upper bound, as their rollouts are not counted."""
+    """Whether the schedule reads measured accuracies: no competitor, as their rollouts are not counted."""
 
 
 ARMS: dict[str, Arm] = {
@@ -86,23 +86,23 @@ ARMS: dict[str, Arm] = {
     ),
     "selection": Arm(
         title="PACED-RL",
-        words="the preset's defaults: prompts selected by the value, no replay",
+        words="log Z learned with a memory of past groups, the prompts nearest to tau in a pool; the default",
         changes={"algorithm": "paced", "replay.mode": "off"},
     ),
     "paced": Arm(
         title="PACED-RL with replay",
-        words="the preset's defaults, replay on",
+        words="the same, and replay by the error of the estimate",
         changes={"algorithm": "paced", "replay.mode": "on"},
     ),
     "replay": Arm(
         title="replay alone",
-        words="the preset's defaults with uniform prompts, replay on",
+        words="as PACED-RL with replay, but uniform prompts",
         changes={"algorithm": "paced", "scheduler.rule": "uniform", "replay.mode": "on"},
     ),
     "oracle": Arm(
-        title="oracle selection (upper bound)",
-        words="as PACED-RL, but the value is the accuracy of every prompt measured anew at intervals, and those "
-        "rollouts are not counted",
+        title="measured values",
+        words="as PACED-RL, but the value is the accuracy of every prompt, measured anew at intervals with rollouts "
+        "that are not counted, and prompts are drawn by a bell around tau",
         changes={"algorithm": "paced", "scheduler.rule": "tree", "replay.mode": "off"},
         by_oracle=True,
     ),

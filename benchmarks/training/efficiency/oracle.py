@@ -1,4 +1,4 @@
-"""Values measured instead of learned: the upper bound of what a better estimate could do for the schedule.
+"""Values measured instead of learned: what completions spent on the estimate alone would do for the schedule.
 
 N = prompts in the training table.
 """

@@ -10,6 +10,7 @@ from benchmarks.pages.words import wrapped
 from benchmarks.training.efficiency import goals, summary
 from benchmarks.training.efficiency.arms import ARMS, BASE
 from benchmarks.training.efficiency.goals import shown
+from benchmarks.training.efficiency.suites import Suite
 from benchmarks.training.efficiency.summary import Row
 
 COLUMNS = (
@@ -28,7 +29,7 @@ COLUMNS = (
     "seconds",
     "learning rate",
 )
-SHORT = ("grpo", "selection", "mopps", "pcl", "dynamic", "oracle")
+SHORT = ("grpo", "selection", "paced_paper", "mopps", "pcl", "flowrl")
 """Arms of the short table."""
 _SHORT_COLUMNS = (
     "suite",
@@ -203,13 +204,20 @@ def _note(suite_name: str, rows: list[Row]) -> str:
         as GRPO's at its end; both curves are first made non-decreasing. `equal time`: after the training time of GRPO
         with the same seed{_clock(first)}.
         In brackets: pass@8 and distinct correct answers against GRPO, the slice `{slice_name}` against its start.
-        The oracle's measurements are not counted, so it is a bound and no competitor. The band are prompts with a
-        measured accuracy of .06 to .94. {_scope(rows)}
+        {_uncounted(suite, rows)}The band are prompts with a measured accuracy of .06 to .94. {_scope(rows)}
         {provenance([run for row in rows for run in row.runs.values()])}."""
 
 
 def _clock(run: dict[str, Any]) -> str:
     return ", in seconds of the processor" if run.get("clock") == "processor" else ""
+
+
+def _uncounted(suite: Suite, rows: list[Row]) -> str:
+    title = next((ARMS[row.arm].title for row in rows if ARMS[row.arm].by_oracle), None)
+    if title is None:
+        return ""
+    return f"""`{title}` is no competitor: {suite.oracle_samples} completions of every training prompt, every
+        {suite.oracle_every} steps, are not counted. """
 
 
 def _scope(rows: list[Row]) -> str:
