@@ -73,7 +73,15 @@ _SUITES = (
         factors=(0.25, 0.5, 1.0, 2.0),
         easiest="trivial",
     ),
-    Suite(name="small", preset="small", eval_every=30, seeds=5, table_prompts=500, table_at=("end",)),
+    Suite(
+        name="small",
+        preset="small",
+        eval_every=30,
+        seeds=5,
+        factors=(0.5, 1.0, 2.0, 4.0),
+        table_prompts=500,
+        table_at=("end",),
+    ),
     Suite(
         name="smollm2",
         preset="smollm2",
