@@ -21,7 +21,7 @@ from benchmarks.training.efficiency.files import SWEEP_SEEDS, Job
 from benchmarks.training.efficiency.suites import Suite
 from paced_fast.errors import InputError
 
-FACTORS = (0.5, 1.0, 2.0)
+FACTORS = (0.5, 1.0, 2.0, 4.0)
 """Learning rates of the sweep, as multiples of the preset's."""
 _PAUSE = 2.0
 """Seconds between two looks for work while other processes hold every claim."""
