@@ -342,6 +342,11 @@ def test_a_table_is_the_same_when_made_twice_and_names_commits_and_processors() 
     assert "a processor, 2 cores (5 runs), another, 2 cores (1 run)" in " ".join(text.split())
     assert "| 0.450 | +0.150 [" in text
     assert "| ahead | 3/3 | 0.57 [" in text
+    swept = run_file("selection", 100, 0.4)
+    swept["environment"] = swept["environment"] | {"commit": "eee0000"}
+    rows = summary.rows("tiny", [*runs, swept])
+    for text in (table.full("tiny", rows), table.short({"tiny": rows})):
+        assert "commit abc1234 (5 runs), eee0000 (1 run), fff0000 (1 run)" in " ".join(text.split())
 
 
 def test_completions_that_are_not_counted_are_told() -> None:

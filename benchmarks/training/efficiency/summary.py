@@ -76,6 +76,8 @@ class Row:
     """Mean errors of the estimate at the rollout budget, by names such as `table band rank`."""
     tried: tuple[Tried, ...]
     """Every rate at which the arm was run, in order."""
+    files: tuple[Run, ...]
+    """Every run of the arm, those of the sweep included."""
 
 
 def rows(suite_name: str, runs: Sequence[Run]) -> list[Row]:
@@ -88,9 +90,9 @@ def rows(suite_name: str, runs: Sequence[Run]) -> list[Row]:
         return []
     base = chosen[BASE][2]
     slice_name = easiest_slice(suite, base.values())
-    tried = {arm: _tried([run for run in runs if run["arm"] == arm], base) for arm in chosen}
+    files = {arm: tuple(run for run in runs if run["arm"] == arm) for arm in chosen}
     return [
-        _row(arm, rate, tuning, mine, base, suite=suite, slice_name=slice_name, tried=tried[arm])
+        _row(arm, rate, tuning, mine, base, suite=suite, slice_name=slice_name, files=files[arm])
         for arm, (rate, tuning, mine) in chosen.items()
         if set(mine) & set(base)
     ]
@@ -141,7 +143,7 @@ def _row(
     *,
     suite: Suite,
     slice_name: str,
-    tried: tuple[Tried, ...],
+    files: tuple[Run, ...],
 ) -> Row:
     pairs = _pairs(mine, base)
     gains = [final(mine[seed])["accuracy"] - final(base[seed])["accuracy"] for seed in pairs]
@@ -175,7 +177,8 @@ def _row(
         mixed=_mean(run["mixed_group_share"] for run in mine.values()),
         seconds=float(np.mean([final(run)["train_seconds"] for run in mine.values()])),
         value=_value(mine.values()),
-        tried=tried,
+        tried=_tried(files, base),
+        files=files,
     )
 
 

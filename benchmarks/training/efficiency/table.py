@@ -101,7 +101,7 @@ def short(suites: dict[str, list[Row]]) -> str:
             title = ARMS[row.arm].title
             found.append((suite_name, title, f"{row.accuracy:.3f}", gains[0], gains[1], gains[2], count))
         claims.append(goals.claim(suite_name, rows))
-        notes.append(f"`{suite_name}`: {provenance([run for row in rows for run in row.runs.values()])}.")
+        notes.append(f"`{suite_name}`: {provenance([run for row in rows for run in row.files])}.")
     parts = [wrapped(" ".join(claims)), _markdown(_SHORT_COLUMNS, found)] if found else []
     if missing:
         parts.append(f"No runs yet: {', '.join(missing)}.")
@@ -205,7 +205,7 @@ def _note(suite_name: str, rows: list[Row]) -> str:
         with the same seed{_clock(first)}.
         In brackets: pass@8 and distinct correct answers against GRPO, the slice `{slice_name}` against its start.
         {_uncounted(suite, rows)}The band are prompts with a measured accuracy of .06 to .94. {_scope(rows)}
-        {provenance([run for row in rows for run in row.runs.values()])}."""
+        {provenance([run for row in rows for run in row.files])}."""
 
 
 def _clock(run: dict[str, Any]) -> str:
