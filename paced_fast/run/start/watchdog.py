@@ -130,12 +130,12 @@ class Watchdog:
             if now - since > _LOOKS_UNTIL_SILENT * self._every:
                 self._leave_if_alone()
             if now - since > patience:
-                patience = 2 * (now - since)  # a first report may have come before all ranks were heard of
                 # The other ranks' states may be one look old; after a moment all have found the stall.
                 if self.world.size > 1 and self._stop.wait(2 * self._every):
                     return
+                patience = 2 * (time.monotonic() - since)  # a first report may come before all ranks were heard of
                 if seen == self._marks:
-                    self._report(time.monotonic() - since)
+                    self._report(patience / 2)
 
     def _place(self, still_seconds: float) -> Place:
         exchange = _exchange_of(sys._current_frames().get(threading.main_thread().ident or 0))
