@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.training.efficiency.suites import Suite
+from benchmarks.training.efficiency.suites import QUICK, Suite
 from paced_fast.config import Config, flatten
 from paced_fast.config.resolve import resolve
 from paced_fast.errors import InputError
@@ -25,6 +25,8 @@ class Arm:
     """What it does, with its paper."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Settings that differ from the preset's, by dotted name."""
+    group_size: int = 8
+    """Completions for each prompt; a step has as many rollouts as the preset's."""
     by_oracle: bool = False
     """Whether the schedule reads measured accuracies: an upper bound, as their rollouts are not counted."""
 
@@ -90,6 +92,18 @@ ARMS: dict[str, Arm] = {
         words="the preset's defaults, replay off",
         changes={"algorithm": "paced", "replay.mode": "off"},
     ),
+    "groups_of_4": Arm(
+        title="PACED-RL, groups of 4",
+        words="the same, with more prompts a step and fewer completions of each",
+        changes={"algorithm": "paced", "replay.mode": "off"},
+        group_size=4,
+    ),
+    "grpo_groups_of_4": Arm(
+        title="GRPO, groups of 4",
+        words="uniform prompts, more of them a step and fewer completions of each",
+        changes={"algorithm": "grpo"},
+        group_size=4,
+    ),
     "replay": Arm(
         title="replay alone",
         words="the preset's defaults with uniform prompts, replay on",
@@ -121,8 +135,14 @@ def preset_rate(suite: Suite) -> float:
 
 def arm_config(suite: Suite, arm: str, *, rate: float, seed: int) -> Config:
     """Resolved settings of one run; the warm start is that of the suite's preset with the run's seed."""
-    config = suite.config()
-    for key, value in {**ARMS[arm].changes, "optimizer.learning_rate": rate}.items():
+    config, group_size = suite.config(), ARMS[arm].group_size
+    groups = {
+        "generation.group_size": group_size,
+        "generation.prompts_per_step": config.rollouts_per_step // group_size,
+    }
+    if suite.name.endswith(QUICK):
+        groups = {}
+    for key, value in {**ARMS[arm].changes, **groups, "optimizer.learning_rate": rate}.items():
         config = _replace(config, key, value)
     return resolve(
         dataclasses.replace(
