@@ -19,7 +19,8 @@ class GenerationConfig:
     prompts_per_step: Annotated[int, Bounds(1, 10**6)] = 16
     """Prompts drawn per step."""
     group_size: Annotated[int, Bounds(1, 10**5)] = 8
-    """Completions sampled per prompt."""
+    """Completions sampled per prompt. The learned value needs no group as its baseline, so that few completions of many
+    prompts teach more than many of few."""
     max_completion_tokens: Annotated[int, Bounds(1, 10**7)] = 1024
     """Maximum length of a completion, in tokens; a completion cut there is scored like any other."""
     temperature: Annotated[float, Bounds(1e-3, 100.0)] = 1.0

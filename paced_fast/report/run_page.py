@@ -282,8 +282,10 @@ def _notes(run: Run) -> list[str]:
         lines += [f"S{str(fall)[1:]} since the start of training." for fall in falls]
     if (share := last_mean("unscored_share")) > 0.01:
         lines.append(f"{percent(share)} of the completions of {last} are unscored.")
-    if len(records) > 10 and series(records, "mixed_group_share")[0].size and last_mean("mixed_group_share") < 0.1:
-        lines.append(f"More than 90% of the groups of {last} were all right or all wrong and taught nothing.")
+    size = min(number(run.config.get("generation.group_size")) or 8, 8)  # smaller groups are mixed less often
+    mixed = last_mean("mixed_group_share")
+    if len(records) > 10 and series(records, "mixed_group_share")[0].size and mixed < 0.1 * size / 8:
+        lines.append(f"{percent(1 - mixed)} of the groups of {last} were all right or all wrong and taught little.")
     return lines
 
 

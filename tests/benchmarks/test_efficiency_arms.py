@@ -60,7 +60,9 @@ def test_arms_differ_from_the_base_only_in_what_they_say() -> None:
     for name in arms.ARMS:
         config = arms.arm_config(TINY, name, rate=1e-4, seed=3)
         assert config.optimizer == base.optimizer
-        assert (config.generation, config.warm_start, config.data) == (base.generation, base.warm_start, base.data)
+        assert (config.warm_start, config.data) == (base.warm_start, base.data)
+        groups = {"group_size": arms.ARMS[name].group_size, "prompts_per_step": 128 // arms.ARMS[name].group_size}
+        assert config.generation == dataclasses.replace(base.generation, **groups), "as many rollouts a step"
         assert (config.steps, config.evaluation) == (150, base.evaluation)
     changed = arms.changed_settings(TINY, arms.arm_config(TINY, "pcl", rate=1e-4, seed=3))
     assert changed.items() >= {**arms.ARMS["pcl"].changes, "optimizer.learning_rate": 1e-4}.items() - {
@@ -73,7 +75,7 @@ def test_arms_differ_from_the_base_only_in_what_they_say() -> None:
     paper = arms.changed_settings(TINY, arms.arm_config(TINY, "paced_paper", rate=1e-4, seed=3))
     assert paper["replay.mode"] == "on"
     assert {name.partition(".")[0] for name in changed} == {
-        *("algorithm", "optimizer", "loss", "log_z", "scheduler"),
+        *("algorithm", "optimizer", "loss", "log_z", "scheduler", "generation"),
     }
 
 
@@ -201,6 +203,19 @@ def test_selection_and_replay_are_the_halves_of_paced() -> None:
     assert dataclasses.replace(selection, replay=whole.replay) == whole
     assert dataclasses.replace(replay, scheduler=whole.scheduler, replay=whole.replay) == whole
     assert (selection.replay.mode, replay.replay.mode, replay.scheduler.rule) == ("off", "on", "uniform")
+
+
+def test_the_method_of_a_suite_is_its_presets_default_and_both_sizes_of_groups_are_compared() -> None:
+    for suite in (TINY, suites.find("small"), suites.find("smollm2")):
+        default, arm = suite.config(), arms.arm_config(suite, "groups_of_4", rate=1e-4, seed=0)
+        method = arms.arm_config(suite, suite.method, rate=1e-4, seed=0)
+        assert (method.algorithm, method.generation) == (default.algorithm, default.generation)
+        wider = arms.arm_config(suite, "selection", rate=1e-4, seed=0)
+        assert (arm.generation.group_size, wider.generation.group_size) == (4, 8)
+        assert dataclasses.replace(wider, generation=arm.generation) == arm
+        assert wider.rollouts_per_step == arm.rollouts_per_step
+    toy = arms.arm_config(suites.find("tiny-quick"), "grpo", rate=1e-4, seed=0)
+    assert (toy.generation.group_size, toy.generation.prompts_per_step) == (4, 2), "a prompt for each minibatch"
 
 
 def test_the_oracle_is_drawn_by_the_tree_without_replay() -> None:

@@ -155,12 +155,12 @@ def two_arms() -> list[dict[str, Any]]:
     """GRPO ends at .3 on average, PACED .2, .1 and .15 above it."""
     ends, gains = (0.25, 0.3, 0.35), (0.2, 0.1, 0.15)
     base = [run_file("grpo", seed, end) for seed, end in enumerate(ends)]
-    return base + [run_file("selection", seed, ends[seed] + gain, seconds=20.0) for seed, gain in enumerate(gains)]
+    return base + [run_file("groups_of_4", seed, ends[seed] + gain, seconds=20.0) for seed, gain in enumerate(gains)]
 
 
 def test_rows_pair_seeds_and_count_wins() -> None:
-    base, row = summary.rows("tiny", [*two_arms(), run_file("selection", 7, 0.9)])
-    assert (base.arm, row.arm, row.paired, row.wins) == ("grpo", "selection", (0, 1, 2), 3)
+    base, row = summary.rows("tiny", [*two_arms(), run_file("groups_of_4", 7, 0.9)])
+    assert (base.arm, row.arm, row.paired, row.wins) == ("grpo", "groups_of_4", (0, 1, 2), 3)
     assert row.gain.mean == pytest.approx(0.15)
     assert row.gain.low == pytest.approx(statistics.paired([0.2, 0.1, 0.15]).low), "a run without a partner is left out"
     # PACED rises to .45 on average, .35 above the start; the level .3 is .2 above it.
@@ -199,31 +199,31 @@ def test_a_failed_run_counts_with_its_last_point() -> None:
 
 def test_the_rate_is_that_of_the_best_mean_of_the_sweep() -> None:
     double = schedule.swept_rate(TINY, 2.0)
-    assert schedule.tuned_rate(TINY, swept("selection", double)) == double
-    assert schedule.tuned_rate(TINY, [*swept("selection", double)[:-1], {}]) is None, "a run is missing"
-    same = [run | {"at_budget": run["curve"][0]} for run in swept("selection", double)]
+    assert schedule.tuned_rate(TINY, swept("groups_of_4", double)) == double
+    assert schedule.tuned_rate(TINY, [*swept("groups_of_4", double)[:-1], {}]) is None, "a run is missing"
+    same = [run | {"at_budget": run["curve"][0]} for run in swept("groups_of_4", double)]
     assert schedule.tuned_rate(TINY, same) == schedule.swept_rate(TINY, 1.0), "of equals the preset's"
-    failed = [run | {"at_budget": None} if run["rate"] == double else run for run in swept("selection", double)]
+    failed = [run | {"at_budget": None} if run["rate"] == double else run for run in swept("groups_of_4", double)]
     assert schedule.tuned_rate(TINY, failed) != double
 
 
 def test_a_second_round_decides_between_the_best_rates_of_the_first(tmp_path: Path) -> None:
     suite = dataclasses.replace(TINY, sweep_seeds=1, finalists=2, factors=(0.25, 0.5, 1.0))
     ends = {5e-5: 0.4, 1e-4: 0.3, 2e-4: 0.45}
-    first = [run_file("selection", 100, end, rate=rate) for rate, end in ends.items()]
+    first = [run_file("groups_of_4", 100, end, rate=rate) for rate, end in ends.items()]
     assert schedule.tuned_rate(suite, first) is None, "the second round is missing"
     for run in first:
-        files.write(Job(suite="tiny", arm="selection", rate=run["rate"], seed=100), tmp_path, run)
-    finals = schedule.final_jobs(suite, ["selection", "grpo"], tmp_path)
-    assert [(job.arm, job.rate, job.seed) for job in finals] == [("selection", 2e-4, 101), ("selection", 5e-5, 101)]
-    second = [run_file("selection", 101, end, rate=rate) for rate, end in ((5e-5, 0.5), (2e-4, 0.3))]
+        files.write(Job(suite="tiny", arm="groups_of_4", rate=run["rate"], seed=100), tmp_path, run)
+    finals = schedule.final_jobs(suite, ["groups_of_4", "grpo"], tmp_path)
+    assert [(job.arm, job.rate, job.seed) for job in finals] == [("groups_of_4", 2e-4, 101), ("groups_of_4", 5e-5, 101)]
+    second = [run_file("groups_of_4", 101, end, rate=rate) for rate, end in ((5e-5, 0.5), (2e-4, 0.3))]
     assert schedule.tuned_rate(suite, first + second[:1]) is None
     assert schedule.tuned_rate(suite, first + second) == 5e-5
     # A rate that is no finalist any more is not chosen, however it did on the seed of the second round.
-    assert schedule.tuned_rate(suite, [*first, *second, run_file("selection", 101, 0.99, rate=1e-4)]) == 5e-5
+    assert schedule.tuned_rate(suite, [*first, *second, run_file("groups_of_4", 101, 0.99, rate=1e-4)]) == 5e-5
     for run in second:
-        files.write(Job(suite="tiny", arm="selection", rate=run["rate"], seed=101), tmp_path, run)
-    assert schedule.tuned_rates(suite, ["selection", "grpo"], tmp_path) == {"selection": 5e-5, "grpo": None}
+        files.write(Job(suite="tiny", arm="groups_of_4", rate=run["rate"], seed=101), tmp_path, run)
+    assert schedule.tuned_rates(suite, ["groups_of_4", "grpo"], tmp_path) == {"groups_of_4": 5e-5, "grpo": None}
 
 
 def test_every_arm_is_swept_alike_on_seeds_of_its_own() -> None:
@@ -236,16 +236,16 @@ def test_every_arm_is_swept_alike_on_seeds_of_its_own() -> None:
 
 
 def test_tuned_runs_are_those_at_the_chosen_rate() -> None:
-    runs = two_arms() + swept("grpo", 1e-4) + swept("selection", 4e-4)
-    runs += [run_file("selection", seed, 0.8, rate=4e-4) for seed in range(2)]
+    runs = two_arms() + swept("grpo", 1e-4) + swept("groups_of_4", 4e-4)
+    runs += [run_file("groups_of_4", seed, 0.8, rate=4e-4) for seed in range(2)]
     base, row = summary.rows("tiny", runs)
     assert (base.rate, base.tuning) == (1e-4, "tuned")
     assert (row.rate, row.tuning, row.paired) == (4e-4, "tuned (at the edge)", (0, 1))
 
 
 def test_every_rate_that_was_tried_is_told_with_what_it_costs() -> None:
-    runs = two_arms() + swept("grpo", 1e-4) + swept("selection", 2e-4)
-    runs += [run_file("selection", seed, 0.8, rate=2e-4) for seed in range(2)]
+    runs = two_arms() + swept("grpo", 1e-4) + swept("groups_of_4", 2e-4)
+    runs += [run_file("groups_of_4", seed, 0.8, rate=2e-4) for seed in range(2)]
     rows = summary.rows("tiny", runs)
     low, middle, high, highest = rows[1].tried
     assert (low.rate, low.sweep_accuracy, low.seeds, low.accuracy, low.gain.mean) == (5e-5, 0.2, 0, None, None)
@@ -255,7 +255,7 @@ def test_every_rate_that_was_tried_is_told_with_what_it_costs() -> None:
     assert (highest.rate, highest.sweep_accuracy, highest.seeds) == (4e-4, 0.2, 0)
     assert high.pass_gain.mean == pytest.approx(0.8 - (0.25 + 0.3) / 2)
     text = table.full("tiny", rows)
-    assert "| PACED-RL | 0.0002 (chosen) | 0.500 | 1.000 | 2 | 0.800 | +0.525 [" in text
+    assert "| PACED-RL, groups of 4 | 0.0002 (chosen) | 0.500 | 1.000 | 2 | 0.800 | +0.525 [" in text
     assert "| GRPO | 0.0001 (chosen) | 0.500 | 1.000 | 3 | 0.300 |  |  |  |" in text
     assert "Every learning rate" not in table.full("tiny", summary.rows("tiny", two_arms())), "only one was run"
 
@@ -288,7 +288,7 @@ def test_runs_that_do_not_go_together_are_refused(key: str, words: str) -> None:
     runs = two_arms()
     files.check_alike(runs)
     runs[-1][key] = "another"
-    with pytest.raises(InputError, match=rf"grpo \(lr 0.0001, seed .\) and selection .* different {words}"):
+    with pytest.raises(InputError, match=rf"grpo \(lr 0.0001, seed .\) and groups_of_4 .* different {words}"):
         files.check_alike(runs)
 
 
@@ -296,10 +296,10 @@ def test_runs_that_do_not_go_together_are_refused(key: str, words: str) -> None:
 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
-    runs = [run_file(arm, seed, final) for arm, final in (("grpo", 0.3), ("selection", 0.5)) for seed in range(10)]
+    runs = [run_file(arm, seed, final) for arm, final in (("grpo", 0.3), ("groups_of_4", 0.5)) for seed in range(10)]
     words = {goal.words: word for goal, _, word in goals.verdicts("tiny", summary.rows("tiny", runs))}
-    assert set(words.values()) == {"not measured", "not measured (grpo and selection untuned)"}
-    runs += swept("grpo", 1e-4) + swept("selection", 1e-4)
+    assert set(words.values()) == {"not measured", "not measured (grpo and groups_of_4 untuned)"}
+    runs += swept("grpo", 1e-4) + swept("groups_of_4", 1e-4)
     words = {goal.words: word for goal, _, word in goals.verdicts("tiny", summary.rows("tiny", runs))}
     assert words == {
         "rollouts to GRPO's final accuracy": "missed",  # at .2 / .4
@@ -342,7 +342,7 @@ def test_a_table_is_the_same_when_made_twice_and_names_commits_and_processors() 
     assert "a processor, 2 cores (5 runs), another, 2 cores (1 run)" in " ".join(text.split())
     assert "| 0.450 | +0.150 [" in text
     assert "| ahead | 3/3 | 0.57 [" in text
-    swept = run_file("selection", 100, 0.4)
+    swept = run_file("groups_of_4", 100, 0.4)
     swept["environment"] = swept["environment"] | {"commit": "eee0000"}
     rows = summary.rows("tiny", [*runs, swept])
     for text in (table.full("tiny", rows), table.short({"tiny": rows})):
@@ -373,7 +373,7 @@ def test_suites_without_runs_are_named() -> None:
     assert table.full("small", []).startswith("No runs of the suite `small` yet.")
     text = table.short({"tiny": summary.rows("tiny", two_arms()), "small": [], "smollm2": []})
     assert "No runs yet: `small`, `smollm2`." in text
-    assert "| tiny | PACED-RL | 0.450 |" in text
+    assert "| tiny | PACED-RL, groups of 4 | 0.450 |" in text
 
 
 # Curves
@@ -383,14 +383,14 @@ def test_at_most_six_curves_and_no_two_alike() -> None:
     runs = {name: [run_file(name, seed, 0.2 + seed / 10) for seed in (0, 1)] for name in arms.ARMS}
     assert len(runs) > len(curves.DASHES) == 6
     for chart in curves.charts(runs):
-        assert {line.name for line in chart.lines} >= {"GRPO", "PACED-RL"}
+        assert {line.name for line in chart.lines} >= {"GRPO", "PACED-RL, groups of 4", "PACED-RL, groups of 8"}
         looks = {(line.color, line.dash) for line in chart.lines}
         assert len(looks) == len({line.dash for line in chart.lines}) == len({line.color for line in chart.lines}) == 6
 
 
 @pytest.mark.process
 def test_curves_are_drawn_against_rollouts_tokens_and_time(tmp_path: Path) -> None:
-    runs = {name: [run_file(name, seed, 0.2 + seed / 10) for seed in (0, 1)] for name in ("grpo", "selection")}
+    runs = {name: [run_file(name, seed, 0.2 + seed / 10) for seed in (0, 1)] for name in ("grpo", "groups_of_4")}
     curves.draw(runs, tmp_path / "curves.png")
     width, height = drawn_charts.png_size(tmp_path / "curves.png")
     assert width > 3 * 900

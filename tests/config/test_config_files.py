@@ -193,9 +193,9 @@ def test_resume_with_a_folder_needs_nothing_else(run: Path) -> None:
             r"needs nothing else\), or start a new run with --config \1/config.json",
         ),
         (
-            ["--seed", "4", "--algorithm", "paced", "--loss.beta", "1", "--generation.group-size", "4"],
+            ["--seed", "4", "--algorithm", "paced", "--loss.beta", "1", "--generation.group-size", "2"],
             r"--resume \S+: --algorithm was grpo in that run and is paced now, --seed was .*, --generation.group-size "
-            r"was 8 in that run and is 4 now, and 1 more: leave them out .*",
+            r"was 4 in that run and is 2 now, and 1 more: leave them out .*",
         ),
         (
             ["--data", "a.jsonl", "b c.jsonl", "--data.headline", "k3", "--run.no-report"],

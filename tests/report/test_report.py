@@ -595,6 +595,17 @@ def test_what_stands_out_is_said() -> None:
     assert [line.split()[0] for line in run_page._notes(_run(rows))] == ["2", "50%", "Generator", "10%"]
 
 
+@pytest.mark.parametrize(
+    ("group_size", "mixed", "said"),
+    [(8, 0.09, True), (8, 0.11, False), (16, 0.09, True), (4, 0.06, False), (4, 0.04, True)],
+)
+def test_few_mixed_groups_are_said_by_their_size(group_size: int, mixed: float, said: bool) -> None:
+    rows: list[dict[str, object]] = [{"step": step, "mixed_group_share": mixed} for step in range(1, 13)]
+    notes = run_page._notes(_run(rows, config={"generation.group_size": group_size}))
+    line = f"{1 - mixed:.0%} of the groups of the last 10 steps were all right or all wrong and taught little."
+    assert notes == ([line] if said else [])
+
+
 def test_text_shows_what_it_hides() -> None:
     text = "a<b>&\"'\x00\u202e\ud800\n\t"
     codes = "".join(f'<i class="code">U+{code}</i>' for code in ("0000", "202E", "D800"))

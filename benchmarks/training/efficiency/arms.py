@@ -25,12 +25,20 @@ class Arm:
     """What it does, with its paper."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Settings that differ from the preset's, by dotted name."""
+    group_size: int = 8
+    """Completions for each prompt; a step has as many rollouts as one of the preset, in more or fewer prompts."""
     by_oracle: bool = False
     """Whether the schedule reads measured accuracies: no competitor, as their rollouts are not counted."""
 
 
 ARMS: dict[str, Arm] = {
     "grpo": Arm(title="GRPO", words="uniform prompts (arXiv 2402.03300)", changes={"algorithm": "grpo"}),
+    "grpo_groups_of_4": Arm(
+        title="GRPO, groups of 4",
+        words="twice the prompts a step, half the completions of each",
+        changes={"algorithm": "grpo"},
+        group_size=4,
+    ),
     "dynamic": Arm(
         title="GRPO, dynamic sampling",
         words="groups that are all right or all wrong are dropped and counted (DAPO, arXiv 2503.14476)",
@@ -84,14 +92,20 @@ ARMS: dict[str, Arm] = {
         "error of the estimate (arXiv 2602.12642)",
         changes={"algorithm": "paced_paper", "scheduler.exploration": 0.0},
     ),
+    "groups_of_4": Arm(
+        title="PACED-RL, groups of 4",
+        words="log Z learned with a memory of past groups, the prompts nearest to tau in a pool",
+        changes={"algorithm": "paced", "replay.mode": "off"},
+        group_size=4,
+    ),
     "selection": Arm(
-        title="PACED-RL",
-        words="log Z learned with a memory of past groups, the prompts nearest to tau in a pool; the default",
+        title="PACED-RL, groups of 8",
+        words="the same, half the prompts a step and groups as large as those of the other arms",
         changes={"algorithm": "paced", "replay.mode": "off"},
     ),
     "paced": Arm(
         title="PACED-RL with replay",
-        words="the same, and replay by the error of the estimate",
+        words="in groups of 8, and replay by the error of the estimate",
         changes={"algorithm": "paced", "replay.mode": "on"},
     ),
     "replay": Arm(
@@ -126,7 +140,12 @@ def preset_rate(suite: Suite) -> float:
 def arm_config(suite: Suite, arm: str, *, rate: float, seed: int) -> Config:
     """Resolved settings of one run; the warm start is that of the suite's preset with the run's seed."""
     config = suite.config()
-    for key, value in {**ARMS[arm].changes, "optimizer.learning_rate": rate}.items():
+    group_size = min(ARMS[arm].group_size, config.rollouts_per_step // config.optimizer.minibatches)
+    groups = {
+        "generation.group_size": group_size,
+        "generation.prompts_per_step": config.rollouts_per_step // group_size,
+    }
+    for key, value in {**ARMS[arm].changes, **groups, "optimizer.learning_rate": rate}.items():
         config = _replace(config, key, value)
     return resolve(
         dataclasses.replace(

@@ -13,7 +13,7 @@ from benchmarks.training.efficiency.arms import ARMS
 from paced_fast.report.charts import renderer
 from paced_fast.report.charts.chart import NUMBER, PERCENT, TIME, Axis, Chart, Line
 
-SHOWN = ("grpo", "selection", "mopps", "pcl", "paced_paper", "flowrl")
+SHOWN = ("grpo", "groups_of_4", "selection", "mopps", "pcl", "paced_paper")
 """Arms with a curve, where they were run; others follow while there is room."""
 DASHES: tuple[tuple[int, ...], ...] = ((), (9, 4), (2, 3), (9, 3, 2, 3), (5, 2), (14, 4))
 """Dashes of the curves, in their order."""

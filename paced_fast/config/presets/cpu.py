@@ -40,7 +40,7 @@ def tiny() -> Config:
                 warmup_steps=10,
             ),
         ),
-        generation=GenerationConfig(prompts_per_step=16, group_size=8, max_completion_tokens=13),
+        generation=GenerationConfig(prompts_per_step=32, group_size=4, max_completion_tokens=13),
         optimizer=OptimizerConfig(learning_rate=2e-4, decay="linear"),
         evaluation=EvaluationConfig(every=25, samples=8, final_samples=16),
         run=RunConfig(threads=1),  # too small a model for two: they wait for each other, and for whatever else runs

@@ -101,7 +101,7 @@ def small() -> Config:
                 warmup_steps=10,
             ),
         ),
-        generation=GenerationConfig(prompts_per_step=16, group_size=8, max_completion_tokens=32),
+        generation=GenerationConfig(prompts_per_step=32, group_size=4, max_completion_tokens=32),
         optimizer=OptimizerConfig(learning_rate=4e-5, micro_batch_tokens=1024),
         evaluation=EvaluationConfig(every=25, samples=8, final_samples=16),
         run=RunConfig(threads=1),
