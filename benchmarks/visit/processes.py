@@ -141,17 +141,18 @@ def run(words: Sequence[str], log: Path, limit_s: float, watch: Watch, progress:
 
     Its output is appended to `log`. Whatever happens here, no process of it is left.
     """
+    started = time.monotonic()  # the start of a process belongs to its time
     with log.open("a") as sink:
         child = start(words, sink.fileno(), watch)
         try:
-            status = _follow(child, max(limit_s - GRACE_S, 0.1), watch, progress)
+            status = _follow(child, started, max(limit_s - GRACE_S, 0.1), watch, progress)
         finally:
             _end(child)
     return status
 
 
-def _follow(child: Any, limit_s: float, watch: Watch, progress: Path | None) -> str:
-    started = ticked = changed = time.monotonic()
+def _follow(child: Any, started: float, limit_s: float, watch: Watch, progress: Path | None) -> str:
+    ticked = changed = started
     seen = ""
     while True:
         try:

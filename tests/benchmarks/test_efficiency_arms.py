@@ -11,7 +11,7 @@ import tiny_policy
 import torch
 from torch import Tensor
 
-from benchmarks.training.efficiency import arms, suites
+from benchmarks.training.efficiency import arms, goals, suites
 from paced_fast.config import Config, LogZConfig
 from paced_fast.config.paced import RULES
 from paced_fast.data.records import Fresh, Group, Targets, UpdateResult
@@ -205,10 +205,10 @@ def test_selection_and_replay_are_the_halves_of_paced() -> None:
     assert (selection.replay.mode, replay.replay.mode, replay.scheduler.rule) == ("off", "on", "uniform")
 
 
-def test_the_method_of_a_suite_is_its_presets_default_and_both_sizes_of_groups_are_compared() -> None:
+def test_the_method_is_the_presets_default_and_both_sizes_of_groups_are_compared() -> None:
     for suite in (TINY, suites.find("small"), suites.find("smollm2")):
         default, arm = suite.config(), arms.arm_config(suite, "groups_of_4", rate=1e-4, seed=0)
-        method = arms.arm_config(suite, suite.method, rate=1e-4, seed=0)
+        method = arms.arm_config(suite, goals.METHOD, rate=1e-4, seed=0)
         assert (method.algorithm, method.generation) == (default.algorithm, default.generation)
         wider = arms.arm_config(suite, "selection", rate=1e-4, seed=0)
         assert (arm.generation.group_size, wider.generation.group_size) == (4, 8)

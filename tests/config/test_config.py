@@ -142,7 +142,7 @@ def test_a_group_mean_without_selection_or_replay_needs_no_head() -> None:
         ("tb_group", {"loss__intercept": "value"}, "--loss.intercept value does not work with --algorithm tb_group"),
         ("grpo", {"loss__intercept": "value"}, "--loss.intercept value does not work with --algorithm grpo"),
         ("flowrl", {"loss__intercept": "group_mean"}, "--loss.intercept group_mean does not work with"),
-        ("paced", {"optimizer__minibatches": 17}, "--optimizer.minibatches is 17, but a step draws only 16 prompts"),
+        ("paced", {"optimizer__minibatches": 33}, "--optimizer.minibatches is 33, but a step draws only 32 prompts"),
         ("paced", {"data__train": ()}, "--data names no source of training prompts"),
         ("paced", {"warm_start__second__sources": ()}, "--warm-start.second.steps is 70, but"),
     ],

@@ -10,6 +10,8 @@ from benchmarks.training.efficiency.statistics import Interval
 from benchmarks.training.efficiency.suites import find
 from benchmarks.training.efficiency.summary import Row
 
+METHOD = "groups_of_4"
+"""Arm that the goals are about: the presets' default."""
 Verdict = tuple[str, bool | None]
 """The figure as text, and whether it meets the goal; None for not measured."""
 
@@ -93,7 +95,7 @@ def verdicts(suite_name: str, rows: list[Row]) -> list[tuple[Goal, str, str]]:
     A goal counts as measured when the method and the arm it is compared with have a tuned learning rate and all seeds.
     """
     by_arm = {row.arm: row for row in rows}
-    row = by_arm.get(find(suite_name).method)
+    row = by_arm.get(METHOD)
     found = []
     for goal in GOALS[suite_name]:
         figure, met = goal.judge(row, by_arm) if row is not None else ("", None)
@@ -109,7 +111,7 @@ def verdicts(suite_name: str, rows: list[Row]) -> list[tuple[Goal, str, str]]:
 
 def claim(suite_name: str, rows: list[Row]) -> str:
     """One sentence on what the runs of a suite show of the method; empty without a run of it."""
-    row = next((row for row in rows if row.arm == find(suite_name).method), None)
+    row = next((row for row in rows if row.arm == METHOD), None)
     if row is None:
         return ""
     words = {"ahead": "ahead of GRPO", "behind": "behind GRPO", "not told apart": "not told apart from GRPO"}
@@ -122,10 +124,9 @@ def claim(suite_name: str, rows: list[Row]) -> str:
 
 def _lacking(suite_name: str, rows: Mapping[str, Row], other: str) -> str | None:
     """What a comparison still lacks before it can be judged."""
-    suite = find(suite_name)
-    wanted, method = suite.seeds, suite.method
-    untuned = [name for name in (other, method) if rows[name].tuning == "untuned"]
-    seeds = len(set(rows[method].runs) & set(rows[other].runs))
+    wanted = find(suite_name).seeds
+    untuned = [name for name in (other, METHOD) if rows[name].tuning == "untuned"]
+    seeds = len(set(rows[METHOD].runs) & set(rows[other].runs))
     if seeds < wanted:
         return f"{seeds} of {wanted} seeds"
     return f"{' and '.join(untuned)} untuned" if untuned else None

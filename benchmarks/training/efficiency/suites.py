@@ -34,8 +34,6 @@ class Suite:
     """Seeds of the sweep of learning rates, of `files.SWEEP_SEEDS` from the first."""
     finalists: int = 0
     """Best rates of the sweep that are run on one more seed, which decides between them; 0 for no such round."""
-    method: str = "selection"
-    """Arm that is the preset's default and that the goals are about."""
     easiest: str = ""
     """Slice whose accuracy shows forgetting; empty for the slice of the highest accuracy before training."""
     table_prompts: int = 1000
@@ -73,7 +71,6 @@ _SUITES = (
         eval_every=25,
         seeds=10,
         factors=(0.25, 0.5, 1.0, 2.0),
-        method="groups_of_4",
         easiest="trivial",
     ),
     Suite(
@@ -82,7 +79,6 @@ _SUITES = (
         eval_every=30,
         seeds=5,
         factors=(0.5, 1.0, 2.0, 4.0),
-        method="groups_of_4",
         table_prompts=500,
         table_at=("end",),
     ),

@@ -10,7 +10,7 @@ from benchmarks.pages.words import wrapped
 from benchmarks.training.efficiency import goals, summary
 from benchmarks.training.efficiency.arms import ARMS, BASE
 from benchmarks.training.efficiency.goals import shown
-from benchmarks.training.efficiency.suites import Suite, find
+from benchmarks.training.efficiency.suites import Suite
 from benchmarks.training.efficiency.summary import Row
 
 COLUMNS = (
@@ -29,8 +29,8 @@ COLUMNS = (
     "seconds",
     "learning rate",
 )
-SHORT = ("grpo", "paced_paper", "mopps", "pcl", "flowrl")
-"""Arms of the short table, beside each suite's own method."""
+SHORT = ("grpo", goals.METHOD, "paced_paper", "mopps", "pcl", "flowrl")
+"""Arms of the short table."""
 _SHORT_COLUMNS = (
     "suite",
     "arm",
@@ -95,7 +95,7 @@ def short(suites: dict[str, list[Row]]) -> str:
         if not rows:
             missing.append(f"`{suite_name}`")
             continue
-        for row in (row for row in rows if row.arm in (*SHORT, find(suite_name).method)):
+        for row in (row for row in rows if row.arm in SHORT):
             gains = ("", "1", "") if row.arm == BASE else _against_base(row)
             count = f"{len(row.runs)}" + ("" if row.tuning != "untuned" else ", untuned")
             title = ARMS[row.arm].title

@@ -68,7 +68,7 @@ def smollm2() -> Config:
                 sources=_GRADED.taught(noisy=True), steps=15, batch_size=32, learning_rate=1e-4, warmup_steps=3
             ),
         ),
-        generation=GenerationConfig(prompts_per_step=8, group_size=8, max_completion_tokens=14),
+        generation=GenerationConfig(prompts_per_step=16, group_size=4, max_completion_tokens=14),
         optimizer=OptimizerConfig(learning_rate=4e-5, decay="linear", warmup_steps=5, micro_batch_tokens=1024),
         # So few steps: the head makes more of each of them.
         log_z=LogZConfig(updates_per_step=8),
