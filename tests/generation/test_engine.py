@@ -83,7 +83,10 @@ def test_the_engine_is_given_room_for_a_step_and_a_check() -> None:
     assert memory.engine_tokens(made, config) == 256  # a check's sequences are longer than 12 + 13 tokens
     # 12 sequences of one block, 256 tokens of a check, one block to spare; keys and values of 2 layers x 16 floats.
     assert memory.kv_cache_bytes(made, config) == 32 * (12 + 8 + 1) * 2 * 2 * 16 * 4
-    assert memory.kv_cache_bytes(made, tiny_policy.settings(generation__group_size=4)) == 64 * 25 * 2 * 2 * 16 * 4
+    assert (
+        memory.kv_cache_bytes(made, tiny_policy.settings(generation__prompts_per_step=16, generation__group_size=4))
+        == 64 * 25 * 2 * 2 * 16 * 4
+    )
     bigger = tiny_policy.replaced(config, weight_sync__kv_cache_gib=0.5)
     assert memory.kv_cache_bytes(made, bigger) == 1 << 29
     assert memory.plan(made, bigger, 1)["key-value cache"] == 1 << 29

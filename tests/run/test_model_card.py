@@ -41,7 +41,7 @@ def test_an_export_has_a_card_and_the_report(run: Path, tmp_path: Path) -> None:
     low, high = last["accuracy_interval"]
     assert f"{last['accuracy']:.1%} [{low:.1%}, {high:.1%}] |" in text
     assert "after step 4" in text
-    assert "| `generation.group_size` | 8 | 4 |" in text
+    assert "| `generation.prompts_per_step` | 32 | 4 |" in text
     assert "`optimizer.eps`" not in text
     assert not re.search(r"`(run_dir|resume|run\..*|warm_start\.cache_dir)` \|", text), "nothing that the policy owes"
     assert "split=train&size=40` |" in text
